@@ -1,0 +1,1 @@
+"""Machine unlearning by datamodel matching, measured against retraining."""

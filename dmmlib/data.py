@@ -1,0 +1,297 @@
+"""Image classification data that fits in memory, as plain arrays with a checksum."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import tarfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pooch
+from platformdirs import user_cache_dir
+
+from dmmlib.errors import ChecksumError, DataError, MethodError
+
+EMBEDDED_FASHION_MNIST = Path(__file__).parents[1] / "data" / "fashion_mnist_12k.npz"
+FASHION_MNIST_SHA256 = "5842fe826a288fad272026e5787b76d182bd1474bec6f4fca925d0dabbfafff0"
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+
+FASHION_MNIST_CLASSES = (
+    "T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
+)  # fmt: skip
+CIFAR10_CLASSES = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A training set S and a validation set V.
+
+    Attributes:
+        x_train: images, uint8 (n_train, height, width, channels), or float32 features (n_train, ...).
+        y_train: integer labels (n_train,).
+        x_val, y_val: the same for the validation set.
+        class_names: one name a class.
+        mean, std: constants a channel, on a scale where 255 is 1, by which `models` normalises images.
+            They are fixed for a data set and never computed from S, so that they know nothing of F.
+    """
+
+    name: str
+    x_train: np.ndarray
+    y_train: np.ndarray
+    x_val: np.ndarray
+    y_val: np.ndarray
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.25,)
+
+    @property
+    def n_train(self) -> int:
+        return len(self.x_train)
+
+    @property
+    def n_val(self) -> int:
+        return len(self.x_val)
+
+    @property
+    def n_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def x(self) -> np.ndarray:
+        """Training and validation points, in this order: (n_train + n_val, ...)."""
+        return np.concatenate([self.x_train, self.x_val])
+
+    @property
+    def y(self) -> np.ndarray:
+        """Labels of `x`: (n_train + n_val,)."""
+        return np.concatenate([self.y_train, self.y_val])
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the arrays: forget sets and stores are bound to it."""
+        digest = hashlib.sha256()
+        for array in (self.x_train, self.y_train, self.x_val, self.y_val):
+            digest.update(f"{array.dtype.str}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+
+def from_arrays(
+    x_train: np.ndarray,
+    y_train: np.ndarray,
+    x_val: np.ndarray,
+    y_val: np.ndarray,
+    *,
+    name: str = "arrays",
+    class_names: tuple[str, ...] | None = None,
+    mean: tuple[float, ...] = (0.5,),
+    std: tuple[float, ...] = (0.25,),
+) -> Dataset:
+    """A `Dataset` of a user's own arrays, checked.
+
+    Raises:
+        DataError: for shapes that differ, NaN or infinite values, or labels outside the classes.
+    """
+    labels = []
+    for part, x, y in (("train", x_train, y_train), ("val", x_val, y_val)):
+        x, y = np.asarray(x), np.asarray(y)
+        if len(x) == 0 or len(x) != len(y) or y.ndim != 1:
+            raise DataError(
+                f"x_{part} has {len(x)} points and y_{part} has shape {y.shape}; "
+                "give as many labels as points, at least one, in one dimension."
+            )
+        if x.dtype != np.uint8:
+            if not np.issubdtype(x.dtype, np.floating):
+                raise DataError(f"x_{part} is {x.dtype}; give uint8 images or floating-point features.")
+            bad = int((~np.isfinite(x)).sum())
+            if bad:
+                raise DataError(f"x_{part} holds {bad} NaN or infinite values; remove or replace them.")
+        elif x.ndim != 4:
+            raise DataError(f"x_{part} has shape {x.shape}; give images as (n, height, width, channels).")
+        if not np.issubdtype(y.dtype, np.integer):
+            raise DataError(f"y_{part} is {y.dtype}; give integer class labels.")
+        labels.append(y.astype(np.int64))
+    if np.asarray(x_train).shape[1:] != np.asarray(x_val).shape[1:]:
+        raise DataError(
+            f"x_train holds points of shape {np.asarray(x_train).shape[1:]} and x_val of "
+            f"{np.asarray(x_val).shape[1:]}; give both the same shape."
+        )
+    n_classes = len(class_names) if class_names else int(labels[0].max()) + 1
+    names = tuple(class_names or (str(c) for c in range(n_classes)))
+    for part, y in zip(("train", "val"), labels, strict=True):
+        if y.min() < 0 or y.max() >= n_classes:
+            raise DataError(
+                f"y_{part} holds labels from {y.min()} to {y.max()}, but there are {n_classes} classes; "
+                f"use labels 0 to {n_classes - 1}."
+            )
+
+    def stored(x: np.ndarray) -> np.ndarray:
+        x = np.asarray(x)
+        return np.ascontiguousarray(x if x.dtype == np.uint8 else x.astype(np.float32))
+
+    return Dataset(name, stored(x_train), labels[0], stored(x_val), labels[1], names, tuple(mean), tuple(std))
+
+
+# --- loaders -------------------------------------------------------------------------------------------
+
+Loader = Callable[..., Dataset]
+_LOADERS: dict[str, Loader] = {}
+
+
+def register(name: str) -> Callable[[Loader], Loader]:
+    """Make `load(name, ...)` and presets find a loader: a function of keyword options to a `Dataset`."""
+
+    def add(loader: Loader) -> Loader:
+        _LOADERS[name] = loader
+        return loader
+
+    return add
+
+
+def names() -> tuple[str, ...]:
+    """The registered data sets."""
+    return tuple(sorted(_LOADERS))
+
+
+def load(
+    name: str, n_train: int | None = None, n_val: int | None = None, seed: int = 0, **options: Any
+) -> Dataset:
+    """Load a data set, or a random subset of it.
+
+    Args:
+        name: a registered name (`names()`), or the path of an .npz file that holds x_train, y_train and
+            x_val, y_val (or x_test, y_test).
+        n_train, n_val: how many points to draw without replacement; all if None.
+        seed: of the draw.
+        options: passed to the loader, e.g. `path=` for cifar10.
+
+    Raises:
+        MethodError: for an unknown name.
+        DataError: for arrays that cannot be used, or more points asked for than there are.
+        ChecksumError: for a file whose content is not the expected one.
+    """
+    if name.endswith(".npz"):
+        full = _from_npz(Path(name), name=Path(name).stem)
+    elif name in _LOADERS:
+        full = _LOADERS[name](**options)
+    else:
+        raise MethodError(f"Unknown data set {name!r}; use one of {', '.join(names())}, or an .npz file.")
+    rng = np.random.default_rng(seed)
+    parts = []
+    for part, x, y, n in (("train", full.x_train, full.y_train, n_train), ("val", full.x_val, full.y_val, n_val)):
+        if n is not None and not 0 < n <= len(x):
+            raise DataError(f"n_{part}={n} was asked of {name!r}, which has {len(x)}; ask for 1 to {len(x)}.")
+        keep = np.sort(rng.permutation(len(x))[: len(x) if n is None else n])
+        parts += [x[keep], y[keep]]
+    return from_arrays(
+        *parts, name=full.name, class_names=full.class_names, mean=full.mean, std=full.std
+    )  # fmt: skip
+
+
+@register("fashion-mnist")
+def _fashion_mnist() -> Dataset:
+    """The embedded subset: 10,000 training and 2,000 test images (data/README.md)."""
+    _check_sha256(EMBEDDED_FASHION_MNIST, FASHION_MNIST_SHA256)
+    return _from_npz(
+        EMBEDDED_FASHION_MNIST,
+        name="fashion-mnist",
+        class_names=FASHION_MNIST_CLASSES,
+        mean=(0.286,),
+        std=(0.353,),
+    )
+
+
+@register("digits")
+def _digits() -> Dataset:
+    """scikit-learn's 8 x 8 digits: 1,297 to train on and 500 to validate, in a fixed random order."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(labels))
+    x = np.round(images[order].reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
+    y = labels[order]
+    return from_arrays(x[:1297], y[:1297], x[1297:], y[1297:], name="digits", mean=(0.305,), std=(0.376,))
+
+
+@register("cifar10")
+def _cifar10(path: str | Path | None = None) -> Dataset:
+    """CIFAR-10 from its standard python archive, or from an .npz of the same images.
+
+    Args:
+        path: an .npz file, the archive, or a directory that holds `cifar-10-python.tar.gz`; None downloads
+            the archive once into the user's cache.
+    """
+    constants: dict[str, Any] = {
+        "name": "cifar10",
+        "class_names": CIFAR10_CLASSES,
+        "mean": (0.491, 0.482, 0.447),
+        "std": (0.247, 0.243, 0.262),
+    }
+    if path is None:
+        archive = Path(
+            pooch.retrieve(
+                CIFAR10_URL,
+                known_hash=f"sha256:{CIFAR10_SHA256}",
+                fname="cifar-10-python.tar.gz",
+                path=user_cache_dir("dmmlib"),
+            )
+        )
+    else:
+        archive = Path(path).expanduser()
+        if archive.suffix == ".npz":
+            return _from_npz(archive, **constants)
+        if archive.is_dir():
+            archive = archive / "cifar-10-python.tar.gz"
+    _check_sha256(archive, CIFAR10_SHA256)  # before anything is unpickled
+    batches: dict[str, dict[bytes, Any]] = {}
+    with tarfile.open(archive, "r:gz") as tar:
+        for member in tar.getmembers():
+            if "_batch" in Path(member.name).name and (file := tar.extractfile(member)) is not None:
+                batches[Path(member.name).name] = pickle.load(io.BytesIO(file.read()), encoding="bytes")
+
+    def stack(keys: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        x = np.concatenate([np.asarray(batches[k][b"data"], np.uint8) for k in keys])
+        y = np.concatenate([np.asarray(batches[k][b"labels"], np.int64) for k in keys])
+        return x.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), y
+
+    train = sorted(k for k in batches if k.startswith("data_batch"))
+    return from_arrays(*stack(train), *stack(["test_batch"]), **constants)
+
+
+def _from_npz(path: Path, **options: Any) -> Dataset:
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; give the path of an .npz file.")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in archive.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} cannot be read as an .npz file ({error}); fetch or build it again.") from error
+    val = "val" if "x_val" in arrays else "test"
+    keys = ("x_train", "y_train", f"x_{val}", f"y_{val}")
+    missing = [key for key in keys if key not in arrays]
+    if missing:
+        raise DataError(
+            f"{path} lacks {', '.join(missing)}; an .npz data set holds x_train, y_train and x_val, y_val "
+            "(or x_test, y_test)."
+        )
+    if "class_names" in arrays and "class_names" not in options:
+        options["class_names"] = tuple(str(c) for c in arrays["class_names"])
+    return from_arrays(*(arrays[key] for key in keys), **options)
+
+
+def _check_sha256(path: Path, expected: str) -> None:
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; restore the file or name the directory that holds it.")
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != expected:
+        raise ChecksumError(f"{path} has SHA-256 {found}, expected {expected}; fetch or restore the file.")

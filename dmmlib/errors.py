@@ -1,0 +1,36 @@
+"""Named errors: each message says what was given, what was expected and what to do."""
+
+
+class DmmError(Exception):
+    """Base of every error that dmmlib raises on purpose."""
+
+
+class DataError(DmmError, ValueError):
+    """Images, labels or margins that cannot be used."""
+
+
+class ChecksumError(DataError):
+    """A file whose content is not what its checksum promises."""
+
+
+class ForgetSetError(DmmError, ValueError):
+    """Forget indices that name no valid, proper, non-empty part of the training set."""
+
+
+class PresetError(DmmError, ValueError):
+    """An unknown preset, key or value."""
+
+
+class MethodError(DmmError, KeyError):
+    """A method, model or data set asked for by a name that is not registered."""
+
+    def __str__(self) -> str:  # KeyError would show the message in quotes
+        return str(self.args[0])
+
+
+class StoreError(DmmError, OSError):
+    """A store on disk that is foreign, truncated, damaged or cannot be written."""
+
+
+class DeviceError(DmmError, RuntimeError):
+    """A device that this machine does not have."""

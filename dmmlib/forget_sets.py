@@ -1,0 +1,175 @@
+"""Forget sets: which training points are to be unlearned, how they were chosen, and for which data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.utils.extmath import randomized_svd
+
+from dmmlib.data import Dataset
+from dmmlib.errors import ForgetSetError
+from dmmlib.files import read_json, write_json
+
+
+def check_forget_indices(forget: Sequence[int] | np.ndarray, n_train: int) -> np.ndarray:
+    """Forget indices as int64, checked.
+
+    Raises:
+        ForgetSetError: if they are not integers, empty, duplicate, out of range, or the whole training set.
+    """
+    indices = np.asarray(forget)
+    if indices.ndim != 1 or len(indices) == 0:
+        raise ForgetSetError("The forget set is empty; give at least one index of a training point.")
+    if not np.issubdtype(indices.dtype, np.integer):
+        raise ForgetSetError(f"Forget indices are {indices.dtype}; give integers from 0 to {n_train - 1}.")
+    outside = indices[(indices < 0) | (indices >= n_train)]
+    if len(outside):
+        raise ForgetSetError(
+            f"Forget index {outside[0]} is outside the training set of {n_train} points; use 0 to {n_train - 1}."
+        )
+    values, counts = np.unique(indices, return_counts=True)
+    if (counts > 1).any():
+        raise ForgetSetError(
+            f"Forget index {values[counts > 1][0]} is given {counts.max()} times; give each point once."
+        )
+    if len(indices) == n_train:
+        raise ForgetSetError(f"The forget set is all {n_train} training points; leave some to retain.")
+    return indices.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class ForgetSet:
+    """A named forget set.
+
+    Attributes:
+        name: unique within a study; also a file name.
+        indices: the training points to forget, int64, sorted.
+        made_by: how it was chosen, JSON-serialisable.
+        data_sha256: the data set that the indices refer to.
+    """
+
+    name: str
+    indices: np.ndarray
+    made_by: dict[str, Any] = field(default_factory=dict)
+    data_sha256: str = ""
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def splits(self, n_train: int, n_val: int) -> dict[str, np.ndarray]:
+        """Positions of the forget, retain and validation points among all points (training first)."""
+        retain = np.setdiff1d(np.arange(n_train), self.indices)
+        return {"forget": self.indices, "retain": retain, "validation": np.arange(n_train, n_train + n_val)}
+
+    def mask(self, n_train: int) -> np.ndarray:
+        """True for the retained points: bool (n_train,)."""
+        keep = np.ones(n_train, bool)
+        keep[self.indices] = False
+        return keep
+
+    def save(self, path: Path) -> None:
+        """Write as JSON, atomically."""
+        write_json(
+            path,
+            {
+                "name": self.name,
+                "made_by": self.made_by,
+                "data_sha256": self.data_sha256,
+                "indices": self.indices.tolist(),
+            },
+        )
+
+
+def make(name: str, indices: Sequence[int] | np.ndarray, data: Dataset, **made_by: Any) -> ForgetSet:
+    """A checked forget set of any indices.
+
+    Raises:
+        ForgetSetError: for indices that are no proper part of the training set.
+    """
+    checked = np.sort(check_forget_indices(indices, data.n_train))
+    return ForgetSet(name, checked, made_by or {"kind": "indices"}, data.sha256)
+
+
+def load(path: Path, data: Dataset) -> ForgetSet:
+    """Read a forget set for this data set.
+
+    Raises:
+        StoreError: if the file is missing or no JSON.
+        ForgetSetError: if it was made for other data, or its indices cannot be used.
+    """
+    content = read_json(path)
+    missing = {"name", "indices", "data_sha256"} - set(content if isinstance(content, dict) else {})
+    if missing:
+        raise ForgetSetError(f"{path} lacks {', '.join(sorted(missing))}; save forget sets with ForgetSet.save.")
+    if content["data_sha256"] != data.sha256:
+        raise ForgetSetError(
+            f"{path} was made for data {content['data_sha256'][:12]}, but this is {data.name} {data.sha256[:12]}; "
+            "load the data set it was made for, or make it again."
+        )
+    return make(content["name"], content["indices"], data, **content.get("made_by", {}))
+
+
+# --- ways to choose ------------------------------------------------------------------------------------
+
+
+def principal_scores(matrix: np.ndarray, component: int, seed: int = 0) -> np.ndarray:
+    """Projection (n_train,) of each training point's datamodel on principal component 1, 2, ...
+
+    Row j of `matrix` (n_train, n_train) is how all training points act on point j. The sign, which PCA
+    leaves open, is such that the largest score in absolute value is positive.
+    """
+    centred = matrix - matrix.mean(0)
+    u, s, _ = randomized_svd(centred, n_components=component, n_iter=6, random_state=seed)
+    scores = u[:, component - 1] * s[component - 1]
+    return scores * np.sign(scores[np.abs(scores).argmax()])
+
+
+def _check_size(size: int, available: int, what: str) -> None:
+    if not 0 < size <= available:
+        raise ForgetSetError(f"{size} points were asked for, but {what} has {available}; ask for 1 to {available}.")
+
+
+def random(data: Dataset, size: int, rng: np.random.Generator, exclude: np.ndarray | None = None) -> np.ndarray:
+    """`size` training points drawn at random, none of them in `exclude`."""
+    pool = np.setdiff1d(np.arange(data.n_train), exclude if exclude is not None else [])
+    _check_size(size, len(pool), "the pool")
+    return rng.choice(pool, size, replace=False)
+
+
+def highest(scores: np.ndarray, size: int, exclude: np.ndarray | None = None) -> np.ndarray:
+    """The `size` points of highest score, none of them in `exclude`."""
+    order = np.argsort(-scores, kind="stable")
+    if exclude is not None:
+        order = order[~np.isin(order, exclude)]
+    _check_size(size, len(order), "the pool")
+    return order[:size]
+
+
+def both_ends(scores: np.ndarray, size: int, exclude: np.ndarray | None = None) -> np.ndarray:
+    """Half of `size` with the highest and half with the lowest scores."""
+    top = highest(scores, size - size // 2, exclude)
+    skip = top if exclude is None else np.concatenate([top, exclude])
+    return np.concatenate([top, highest(-scores, size // 2, skip)])
+
+
+def nearest(features: np.ndarray, point: int, size: int) -> np.ndarray:
+    """A training point and its nearest neighbours, `size` in all, by Euclidean distance of features."""
+    if not 0 <= point < len(features):
+        raise ForgetSetError(f"Point {point} is outside the {len(features)} training points; use one of them.")
+    distances = ((features - features[point]) ** 2).sum(1)
+    distances[point] = -1
+    return highest(-distances, size)
+
+
+def class_share(data: Dataset, label: int, share: float, rng: np.random.Generator) -> np.ndarray:
+    """A random share, in (0, 1], of the training points of one class."""
+    if not 0 <= label < data.n_classes:
+        raise ForgetSetError(f"Class {label} is unknown; use 0 to {data.n_classes - 1}.")
+    if not 0 < share <= 1:
+        raise ForgetSetError(f"The share {share} of a class was asked for; use a number above 0 and at most 1.")
+    pool = np.flatnonzero(data.y_train == label)
+    return rng.choice(pool, max(1, round(share * len(pool))), replace=False)

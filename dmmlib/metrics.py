@@ -1,0 +1,277 @@
+"""How far unlearned models are from retrained ones: margins, KLoM, U-LiRA, accuracy gaps.
+
+KLoM (KL divergence of margins): Georgiev et al., "Attribute-to-Delete", ICLR 2025, section 3. Everywhere,
+models come first: margins are (n_models, n_points).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy.special import logsumexp, ndtr
+
+from dmmlib.errors import DataError
+
+CLIP = 100.0
+N_BINS = 20
+FLOOR = 1e-5
+
+Convention = Literal["closed", "easydub"]
+
+
+def margins(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Margin of the right class: m = z_y - logsumexp over c != y of z_c.
+
+    Args:
+        logits: (n_models, n_points, n_classes).
+        labels: (n_points,).
+
+    Returns:
+        (n_models, n_points), the log odds of the right class.
+
+    Raises:
+        DataError: for shapes that differ, fewer than two classes, or labels outside the classes.
+    """
+    logits, labels = np.asarray(logits), np.asarray(labels)
+    if logits.ndim != 3 or logits.shape[1] != len(labels) or logits.shape[2] < 2:
+        raise DataError(
+            f"Logits have shape {logits.shape} and labels {labels.shape}; give (n_models, n_points, "
+            "n_classes >= 2) and (n_points,)."
+        )
+    if len(labels) and (labels.min() < 0 or labels.max() >= logits.shape[2]):
+        raise DataError(
+            f"Labels go from {labels.min()} to {labels.max()}; logits have {logits.shape[2]} classes, "
+            f"so use labels 0 to {logits.shape[2] - 1}."
+        )
+    right = np.take_along_axis(logits, labels[None, :, None], 2)
+    others = logits.copy()
+    np.put_along_axis(others, np.broadcast_to(labels[None, :, None], right.shape), -np.inf, 2)
+    return (right[..., 0] - logsumexp(others, axis=2)).astype(np.float32)
+
+
+def correct(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Whether the largest logit is the label's: bool (n_models, n_points)."""
+    return np.asarray(logits).argmax(2) == np.asarray(labels)
+
+
+# --- KLoM ----------------------------------------------------------------------------------------------
+
+
+def _check_margins(unlearned: np.ndarray, oracle: np.ndarray) -> None:
+    for name, m in (("unlearned", unlearned), ("oracle", oracle)):
+        if m.ndim != 2 or m.shape[0] == 0:
+            raise DataError(
+                f"The {name} margins have shape {m.shape}; give (n_models, n_points), at least one model."
+            )
+        if not np.isfinite(m).all():
+            raise DataError(
+                f"The {name} margins hold {int((~np.isfinite(m)).sum())} NaN or infinite values; a model "
+                "diverged: lower its learning rate or drop it."
+            )
+    if unlearned.shape[1] != oracle.shape[1]:
+        raise DataError(
+            f"Unlearned margins have {unlearned.shape[1]} points and oracle margins {oracle.shape[1]}; "
+            "give both for the same points."
+        )
+
+
+def _bins(margins: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Bin numbers (n_models, n_points) by numpy.histogram's rule: half-open, the last one closed."""
+    low, high = edges[0], edges[-1]
+    numbers = ((margins - low) / (high - low) * N_BINS).astype(np.int64)
+    np.minimum(numbers, N_BINS - 1, out=numbers)
+    points = np.arange(margins.shape[1])
+    numbers -= margins < edges[numbers, points]  # rounding, corrected against the edges as numpy does
+    numbers += (margins >= edges[numbers + 1, points]) & (numbers < N_BINS - 1)
+    return numbers
+
+
+@dataclass(frozen=True)
+class _Histograms:
+    """Which bin each model's margin falls in, at every point: one-hot, (n_models, n_points * N_BINS)."""
+
+    unlearned: np.ndarray
+    oracle: np.ndarray
+
+    def klom(self, weight_u: np.ndarray, weight_o: np.ndarray, renormalise: bool = False) -> np.ndarray:
+        """KLoM (n_points,) where each model counts with its weight (n_models,); weights sum to 1."""
+        p = (weight_u @ self.unlearned).reshape(-1, N_BINS)
+        q = (weight_o @ self.oracle).reshape(-1, N_BINS)
+        if renormalise:
+            p, q = (h / np.maximum(h.sum(1, keepdims=True), FLOOR) for h in (p, q))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            terms = np.where(p > 0, p * np.log(p / np.maximum(q, FLOOR)), 0.0)
+        return terms.sum(1)
+
+
+def _histograms(unlearned: np.ndarray, oracle: np.ndarray, convention: Convention) -> _Histograms:
+    _check_margins(unlearned, oracle)
+    u, o = (np.clip(m, -CLIP, CLIP).astype(np.float64) for m in (unlearned, oracle))
+    low, high = np.minimum(u.min(0), o.min(0)), np.maximum(u.max(0), o.max(0))
+    constant = low == high  # numpy.histogram widens such a range by a half on either side
+    low_w, high_w = np.where(constant, low - 0.5, low), np.where(constant, high + 0.5, high)
+    edges = np.linspace(low_w, high_w, N_BINS + 1)
+    hot = []
+    for m in (u, o):
+        n_models, n_points = m.shape
+        one_hot = np.zeros((n_models, n_points, N_BINS), np.float32)
+        kept = m < high if convention == "easydub" else np.ones_like(m, bool)
+        np.put_along_axis(one_hot, _bins(m, edges)[..., None], kept[..., None].astype(np.float32), 2)
+        hot.append(one_hot.reshape(n_models, -1))
+    return _Histograms(*hot)
+
+
+def klom(unlearned: np.ndarray, oracle: np.ndarray, convention: Convention = "closed") -> np.ndarray:
+    """KLoM of each point: KL(unlearned || oracle) of histograms of margins.
+
+    Margins are clipped to +-100, the joint range of a point is cut into 20 equal bins, p and q are the
+    shares of unlearned and oracle models in each bin, q is floored at 1e-5, and
+    KLoM = sum over bins with p > 0 of p log(p / q).
+
+    Args:
+        unlearned: margins (n_unlearned, n_points).
+        oracle: margins (n_oracles, n_points).
+        convention: "closed" keeps values on the upper edge (the definition); "easydub" drops them and
+            renormalises, as the public EasyDUB code does, to compare with numbers published with it.
+
+    Returns:
+        (n_points,), in nats, from 0 to log(1e5) = 11.5.
+
+    Raises:
+        DataError: for shapes that differ, or NaN or infinite margins.
+    """
+    if convention not in ("closed", "easydub"):
+        raise DataError(f"Unknown KLoM convention {convention!r}; use 'closed' or 'easydub'.")
+    unlearned, oracle = np.asarray(unlearned), np.asarray(oracle)
+    _check_margins(unlearned, oracle)
+    block = max(1, 20_000_000 // (N_BINS * (len(unlearned) + len(oracle))))
+    parts = []
+    for first in range(0, max(1, unlearned.shape[1]), block):
+        u, o = unlearned[:, first : first + block], oracle[:, first : first + block]
+        weights = (np.full(len(m), 1 / len(m)) for m in (u, o))
+        parts.append(_histograms(u, o, convention).klom(*weights, renormalise=convention == "easydub"))
+    return np.concatenate(parts)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A statistic with a 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+STATISTICS = {"mean": np.mean, "p95": lambda values: np.percentile(values, 95)}
+
+
+def klom_summary(
+    unlearned: np.ndarray,
+    oracle: np.ndarray,
+    splits: Mapping[str, np.ndarray],
+    n_bootstrap: int = 50,
+    seed: int = 0,
+) -> dict[str, dict[str, Estimate]]:
+    """Mean and 95th percentile of KLoM over each split's points, with bootstrap intervals over models.
+
+    Both sets of models are resampled with replacement, bins fixed. A resample has fewer distinct models, so
+    its KLoM is biased upwards; the interval is therefore the estimate +- 1.96 bootstrap standard errors, and
+    not the resamples' percentiles. Points are not resampled: they are the population that is asked about.
+
+    Args:
+        unlearned, oracle: margins (n_models, n_points).
+        splits: name -> indices of points, e.g. forget, retain, validation.
+
+    Returns:
+        split -> {"mean", "p95"} -> Estimate.
+    """
+    unlearned, oracle = np.asarray(unlearned), np.asarray(oracle)
+    histograms = _histograms(unlearned, oracle, "closed")
+    n_u, n_o = len(unlearned), len(oracle)
+    point = histograms.klom(np.full(n_u, 1 / n_u), np.full(n_o, 1 / n_o))
+    rng = np.random.default_rng(seed)
+    resampled = np.stack(
+        [
+            histograms.klom(*(rng.multinomial(n, np.full(n, 1 / n)) / n for n in (n_u, n_o)))
+            for _ in range(n_bootstrap)
+        ]
+    )
+    summary: dict[str, dict[str, Estimate]] = {}
+    for split, indices in splits.items():
+        summary[split] = {}
+        for name, statistic in STATISTICS.items():
+            value = float(statistic(point[indices]))
+            error = 1.96 * float(np.std([statistic(row[indices]) for row in resampled], ddof=1))
+            summary[split][name] = Estimate(value, max(0.0, value - error), value + error)
+    return summary
+
+
+# --- other yardsticks ----------------------------------------------------------------------------------
+
+
+def u_lira(unlearned: np.ndarray, oracle: np.ndarray) -> np.ndarray:
+    """U-LiRA: accuracy, point by point, of a likelihood-ratio attacker (Hayes et al., 2024).
+
+    The attacker fits a Gaussian to the margins of half of the unlearned models and one to half of the
+    oracles, and says of each model of the other halves which of the two it comes from; then the halves
+    change roles. 0.5 means that it cannot tell.
+
+    Returns:
+        (n_points,), balanced accuracy in [0, 1].
+
+    Raises:
+        DataError: for fewer than four models on either side, or margins that cannot be compared.
+    """
+    unlearned, oracle = np.asarray(unlearned, np.float64), np.asarray(oracle, np.float64)
+    _check_margins(unlearned, oracle)
+    if min(len(unlearned), len(oracle)) < 4:
+        raise DataError(f"U-LiRA got {len(unlearned)} unlearned models and {len(oracle)} oracles; give at least 4.")
+
+    def log_density(m: np.ndarray, fitted: np.ndarray) -> np.ndarray:
+        scale = fitted.std(0, ddof=1) + 1e-6
+        return -0.5 * ((m - fitted.mean(0)) / scale) ** 2 - np.log(scale)
+
+    accuracies = []
+    for fold in (0, 1):
+        fit_u, fit_o = unlearned[fold::2], oracle[fold::2]
+        for held_out, sign in ((unlearned[1 - fold :: 2], 1), (oracle[1 - fold :: 2], -1)):
+            ratio = log_density(held_out, fit_u) - log_density(held_out, fit_o)
+            accuracies.append(((sign * ratio > 0) + 0.5 * (ratio == 0)).mean(0))
+    return np.mean(accuracies, axis=0)
+
+
+def ks(unlearned: np.ndarray, oracle: np.ndarray) -> np.ndarray:
+    """Two-sample Kolmogorov-Smirnov statistic of the margins, point by point: (n_points,) in [0, 1]."""
+    unlearned, oracle = np.asarray(unlearned), np.asarray(oracle)
+    _check_margins(unlearned, oracle)
+    both = np.concatenate([unlearned, oracle])
+    order = np.argsort(both, 0, kind="stable")
+    step = np.where(order < len(unlearned), 1 / len(unlearned), -1 / len(oracle))
+    gap = np.cumsum(step, 0)
+    ranked = np.take_along_axis(both, order, 0)
+    last_of_tie = np.concatenate([ranked[1:] != ranked[:-1], np.ones((1, ranked.shape[1]), bool)])
+    return np.abs(np.where(last_of_tie, gap, 0)).max(0)
+
+
+def accuracy_gap(
+    correct_unlearned: np.ndarray, correct_oracle: np.ndarray, splits: Mapping[str, np.ndarray]
+) -> dict[str, Estimate]:
+    """Mean accuracy of unlearned models minus that of oracles, a split, with a 95 % interval over models."""
+    gaps = {}
+    for split, indices in splits.items():
+        u, o = (np.asarray(c)[:, indices].mean(1) for c in (correct_unlearned, correct_oracle))
+        value = float(u.mean() - o.mean())
+        error = 1.96 * float(np.sqrt(u.var(ddof=1) / len(u) + o.var(ddof=1) / len(o)))
+        gaps[split] = Estimate(value, value - error, value + error)
+    return gaps
+
+
+def normal_cdf(x: np.ndarray) -> np.ndarray:
+    """Standard normal distribution function."""
+    return ndtr(x)

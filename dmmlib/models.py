@@ -1,0 +1,177 @@
+"""The models of the study: small `nn.Module`s, each with the fixed transform that feeds it.
+
+A model is *deterministic given its batch* (no dropout), so that an ensemble member depends on nothing but
+its seed and its mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dmmlib.data import Dataset
+from dmmlib.errors import DeviceError, MethodError
+
+
+def normalise(data: Dataset, x: np.ndarray) -> Tensor:
+    """Images (n, height, width, channels) as normalised float32 (n, channels, height, width).
+
+    Floating-point features pass unchanged.
+    """
+    if x.dtype != np.uint8:
+        return torch.from_numpy(x)
+    images = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous().float() / 255
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (data.mean, data.std))
+    return (images - mean) / std
+
+
+def pooled(data: Dataset, x: np.ndarray) -> Tensor:
+    """`normalise`, average-pooled 2 x 2 where there are at least 20 rows, and flattened: (n, features)."""
+    images = normalise(data, x)
+    if images.ndim == 4 and images.shape[-1] >= 20:
+        images = F.avg_pool2d(images, 2)
+    return images.flatten(1)
+
+
+Factory = Callable[..., nn.Module]
+Prepare = Callable[[Dataset, np.ndarray], Tensor]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """How to build a model and how to feed it.
+
+    Attributes:
+        factory: (input shape of one prepared point, number of classes, **options) -> nn.Module whose
+            forward takes (n, *input shape) and returns logits (n, n_classes). Weights are drawn from
+            torch's global generator, which `ensemble` seeds a model.
+        prepare: the fixed, parameter-free part of the model, applied once to all points.
+    """
+
+    factory: Factory
+    prepare: Prepare = normalise
+
+
+_MODELS: dict[str, ModelSpec] = {}
+
+
+def register(name: str, prepare: Prepare = normalise) -> Callable[[Factory], Factory]:
+    """Make presets find a model factory by name."""
+
+    def add(factory: Factory) -> Factory:
+        _MODELS[name] = ModelSpec(factory, prepare)
+        return factory
+
+    return add
+
+
+def names() -> tuple[str, ...]:
+    """The registered models."""
+    return tuple(sorted(_MODELS))
+
+
+def get(name: str) -> ModelSpec:
+    """The registered model of that name.
+
+    Raises:
+        MethodError: if there is none.
+    """
+    if name not in _MODELS:
+        raise MethodError(f"Unknown model {name!r}; use one of {', '.join(names())}, or register your own.")
+    return _MODELS[name]
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` takes CUDA where there is one.
+
+    Raises:
+        DeviceError: if CUDA is asked for and absent, or the name is none.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cpu", "cuda"):
+        raise DeviceError(f"Unknown device {device!r}; use auto, cpu or cuda.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("Device 'cuda' was asked for, but torch finds no GPU here; use device='auto' or 'cpu'.")
+    return torch.device(device)
+
+
+@register("linear", prepare=pooled)
+def linear(shape: tuple[int, ...], n_classes: int) -> nn.Module:
+    """Multinomial logistic regression."""
+    return nn.Linear(shape[0], n_classes)
+
+
+@register("mlp", prepare=pooled)
+def mlp(shape: tuple[int, ...], n_classes: int, hidden: int = 128) -> nn.Module:
+    """One hidden layer on pooled pixels (14 x 14 for Fashion-MNIST)."""
+    return nn.Sequential(nn.Linear(shape[0], hidden), nn.ReLU(), nn.Linear(hidden, n_classes))
+
+
+@register("convnet")
+def convnet(shape: tuple[int, ...], n_classes: int, width: int = 16) -> nn.Module:
+    """Two strided convolutions and a linear layer."""
+    channels, height, image_width = shape
+    side = [-(-s // 4) for s in (height, image_width)]
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(2 * width * side[0] * side[1], n_classes),
+    )
+
+
+class _Residual(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.block(x)
+
+
+def _conv_bn(c_in: int, c_out: int, kernel: int = 3, stride: int = 1, padding: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()
+    )
+
+
+class _Scale(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+@register("resnet9")
+def resnet9(shape: tuple[int, ...], n_classes: int, width: int = 64) -> nn.Module:
+    """The CIFAR-10 ResNet-9 of the datamodels and EasyDUB studies (width 64), for 32 x 32 images."""
+    w = width
+    return nn.Sequential(
+        _conv_bn(shape[0], w),
+        _conv_bn(w, 2 * w, kernel=5, stride=2, padding=2),
+        _Residual(nn.Sequential(_conv_bn(2 * w, 2 * w), _conv_bn(2 * w, 2 * w))),
+        _conv_bn(2 * w, 4 * w),
+        nn.MaxPool2d(2),
+        _Residual(nn.Sequential(_conv_bn(4 * w, 4 * w), _conv_bn(4 * w, 4 * w))),
+        _conv_bn(4 * w, 2 * w, padding=0),
+        nn.AdaptiveMaxPool2d((1, 1)),
+        nn.Flatten(),
+        nn.Linear(2 * w, n_classes, bias=False),
+        _Scale(0.2),
+    )
+
+
+def build(name: str, shape: tuple[int, ...], n_classes: int, **options: Any) -> nn.Module:
+    """An `nn.Module` by registered name, for one prepared point of `shape`."""
+    return get(name).factory(shape, n_classes, **options)

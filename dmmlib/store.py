@@ -1,0 +1,216 @@
+"""Outputs of trained models on disk: zarr arrays, a chunk a shard of models, resumable and checked.
+
+A store belongs to one configuration, whose hash it carries. A shard counts as done when its flag is set,
+which happens after all its chunks are in place; chunks and flags appear under their names only when
+complete, and every chunk carries a CRC32C. A run that dies at any moment therefore loses at most the shards
+in flight, and damage is found when it is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec
+from zarr.errors import GroupNotFoundError
+
+from dmmlib.errors import StoreError
+
+FORMAT = 1
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Short hash of a JSON-serialisable configuration."""
+    text = json.dumps(config, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Store:
+    """Arrays with one row a model, written a shard of models at a time.
+
+    Open or create one with `Store.open`; then `missing()`, `write(shard, arrays)` and `read(name)`.
+    """
+
+    def __init__(self, path: Path, group: zarr.Group) -> None:
+        self.path = path
+        self._group = group
+        attributes: Any = group.attrs
+        self.n_models = int(attributes["n_models"])
+        self.shard_size = int(attributes["shard_size"])
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        config: Mapping[str, Any],
+        n_models: int,
+        arrays: Mapping[str, tuple[Sequence[int], str]],
+        shard_size: int = 100,
+    ) -> Store:
+        """Open the store at `path`, or create it there.
+
+        Args:
+            path: a directory.
+            config: everything that the content depends on, JSON-serialisable.
+            n_models: rows of every array.
+            arrays: name -> (shape of a row, dtype).
+            shard_size: models a shard; only used on creation.
+
+        Raises:
+            StoreError: if the store is of another configuration (both hashes are named), is no store, or
+                cannot be written.
+        """
+        path, wanted = Path(path), config_hash(config)
+        if not path.exists():
+            cls._create(path, config, n_models, arrays, shard_size)
+        try:
+            store = cls(path, zarr.open_group(path, mode="r+"))
+        except (KeyError, ValueError, TypeError, GroupNotFoundError, OSError) as error:
+            raise StoreError(
+                f"{path} is no store of this library, or its description is damaged ({error}); choose another "
+                "directory, or delete it to train again."
+            ) from error
+        if store._group.attrs.get("format") != FORMAT:
+            raise StoreError(
+                f"The store {path} has format {store._group.attrs.get('format')}, this version reads {FORMAT}; "
+                "delete it to train again."
+            )
+        found = store._group.attrs.get("config_hash")
+        if found != wanted:
+            raise StoreError(
+                f"The store {path} was made with configuration {found}, but this run has {wanted}; choose "
+                "another directory, or delete the store to train again."
+            )
+        return store
+
+    @staticmethod
+    def _create(
+        path: Path,
+        config: Mapping[str, Any],
+        n_models: int,
+        arrays: Mapping[str, tuple[Sequence[int], str]],
+        shard_size: int,
+    ) -> None:
+        attributes = {
+            "format": FORMAT,
+            "config_hash": config_hash(config),
+            "config": dict(config),
+            "n_models": n_models,
+            "shard_size": shard_size,
+        }
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            group = zarr.create_group(temporary, attributes=attributes)
+            for name, (row, dtype) in arrays.items():
+                group.create_array(
+                    name,
+                    shape=(n_models, *row),
+                    chunks=(min(shard_size, n_models), *row),
+                    dtype=dtype,
+                    compressors=[Crc32cCodec()],  # logits are noise to a compressor; damage must not pass
+                    fill_value=0,
+                )
+            n_shards = -(-n_models // shard_size)
+            group.create_array("done", shape=(n_shards,), chunks=(1,), dtype="uint8", fill_value=0)
+            os.rename(temporary, path)  # a store exists whole or not at all
+        except OSError as error:
+            if path.exists():  # another run created it first
+                return
+            raise StoreError(f"The store {path} cannot be created ({error}); choose another place.") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    @property
+    def n_shards(self) -> int:
+        return -(-self.n_models // self.shard_size)
+
+    def models(self, shard: int) -> range:
+        """The models of a shard."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.n_models))
+
+    def missing(self) -> list[int]:
+        """Shards that are not done."""
+        return np.flatnonzero(self._array("done")[:] == 0).tolist()
+
+    def write(self, shard: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Write a shard's rows of every array, then its flag.
+
+        Raises:
+            StoreError: if the disk is full or read-only; earlier shards are untouched.
+        """
+        rows = self.models(shard)
+        try:
+            with zarr.config.set({"array.write_empty_chunks": True}):  # a missing chunk must mean damage
+                for name, values in arrays.items():
+                    self._array(name)[rows.start : rows.stop] = values
+            self._array("done")[shard] = 1
+        except OSError as error:
+            raise StoreError(
+                f"Shard {shard} of {self.path} cannot be written ({error.strerror or error}); free space and "
+                "run again: finished shards are kept."
+            ) from error
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows `start` to `stop` of an array: (models, ...).
+
+        Raises:
+            StoreError: if the array is unknown, or a shard of these rows is not done or is damaged.
+        """
+        stop = self.n_models if stop is None else stop
+        undone = [s for s in self.missing() if self.models(s).start < stop and self.models(s).stop > start]
+        if undone:
+            raise StoreError(
+                f"{self.path} lacks {len(undone)} of {self.n_shards} shards (first: {undone[0]}); train again "
+                "to complete it."
+            )
+        try:
+            values = self._array(name)[start:stop]
+            if not self._absent(name):
+                return values
+        except (ValueError, OSError, RuntimeError):
+            pass
+        raise StoreError(
+            f"{self.path} is damaged in shards {self.damaged()}; train again to replace just these, after "
+            "`Store.drop`, or delete the store."
+        )
+
+    def damaged(self) -> list[int]:
+        """Shards that are marked done but cannot be read back whole."""
+        names = [name for name in self._group.array_keys() if name != "done"]
+        absent = {shard for name in names for shard in self._absent(name)}
+        bad = []
+        for shard in sorted(set(range(self.n_shards)) - set(self.missing())):
+            rows = self.models(shard)
+            try:
+                for name in names:
+                    self._array(name)[rows.start : rows.stop]
+                readable = shard not in absent
+            except (ValueError, OSError, RuntimeError):
+                readable = False
+            if not readable:
+                bad.append(shard)
+        return bad
+
+    def drop(self, shard: int) -> None:
+        """Mark a shard as not done, so that the next run trains it again."""
+        self._array("done")[shard] = 0
+
+    def _array(self, name: str) -> Any:  # zarr's own types do not say that an array indexes to numpy
+        if name not in self._group:
+            raise StoreError(f"{self.path} holds no array {name!r}; it has {sorted(self._group.array_keys())}.")
+        return self._group[name]
+
+    def _absent(self, name: str) -> list[int]:
+        """Done shards whose chunk file is gone: zarr would read them as zeros."""
+        row_chunks = "/0" * (self._array(name).ndim - 1)
+        done = set(range(self.n_shards)) - set(self.missing())
+        return [s for s in sorted(done) if not (self.path / name / "c" / f"{s}{row_chunks}").exists()]

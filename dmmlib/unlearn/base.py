@@ -1,0 +1,231 @@
+"""What every method gets and returns, the registry, and the fine-tuning loop that they share."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmmlib.datamodels import Attributor
+from dmmlib.ensemble import Ensemble, Loss, Training, descend, trainable
+from dmmlib.errors import DataError, MethodError
+from dmmlib.forget_sets import check_forget_indices
+from dmmlib.metrics import correct, margins
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One forget set, to be unlearned from every original.
+
+    Attributes:
+        originals: N models trained on S.
+        original_logits: their logits (N, n_points, n_classes), float32, training points first.
+        x: prepared points (n_points, ...), training points first, on the originals' device.
+        y: labels (n_points,), on the same device.
+        n_train: size of S.
+        forget: indices of F in S.
+        training: how the originals were trained; costs are relative to retraining with it.
+        attributor: predicts the effect of leaving F out (for datamodel methods).
+        oracle_logits: logits (n_oracles, n_points, n_classes) of retrained models (for oracle methods and
+            the floor); independent of the oracles that a result is measured against.
+        checkpoints: at how many moments to record the trajectory.
+        seed: of batches and samples.
+    """
+
+    originals: Ensemble
+    original_logits: np.ndarray
+    x: Tensor
+    y: Tensor
+    n_train: int
+    forget: np.ndarray
+    training: Training
+    attributor: Attributor | None = None
+    oracle_logits: np.ndarray | None = None
+    checkpoints: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "forget", check_forget_indices(self.forget, self.n_train))
+        expected = (self.originals.n_models, len(self.x))
+        if self.original_logits.shape[:2] != expected:
+            raise DataError(
+                f"original_logits have shape {self.original_logits.shape}; give (n_models, n_points) = "
+                f"{expected} first."
+            )
+
+    @property
+    def retain(self) -> np.ndarray:
+        """Indices of R."""
+        return np.setdiff1d(np.arange(self.n_train), self.forget)
+
+    @property
+    def n_models(self) -> int:
+        return self.originals.n_models
+
+    @property
+    def retraining(self) -> int:
+        """Sample gradients (forward and backward on one example) of one retraining on R."""
+        return self.training.epochs * (self.n_train - len(self.forget))
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.y.cpu().numpy()
+
+    def rngs(self) -> list[np.random.Generator]:
+        """One generator a model, so that each original meets its own batches."""
+        return [np.random.default_rng([self.seed, i]) for i in range(self.n_models)]
+
+
+@dataclass(frozen=True)
+class Unlearned:
+    """What a method's models answer.
+
+    Attributes:
+        margins: (N, n_points), float32.
+        correct: whether each answer is right, bool (N, n_points).
+        cost: sample gradients a model, relative to one retraining.
+        costs: the same at each checkpoint of the trajectory (n_checkpoints,), increasing.
+        trajectory: margins at each checkpoint (n_checkpoints, N, n_points).
+    """
+
+    margins: np.ndarray
+    correct: np.ndarray
+    cost: float
+    costs: np.ndarray
+    trajectory: np.ndarray
+
+    @classmethod
+    def from_logits(cls, logits: np.ndarray, labels: np.ndarray, cost: float) -> Unlearned:
+        """A result without a trajectory, of logits (N, n_points, n_classes)."""
+        m = margins(logits, labels)
+        return cls(m, correct(logits, labels), cost, np.zeros(0), np.zeros((0, *m.shape), np.float32))
+
+
+Method = Callable[..., Unlearned]
+
+
+@dataclass(frozen=True)
+class _Registered:
+    run: Method
+    space: Mapping[str, Sequence[Any]]
+
+
+_METHODS: dict[str, _Registered] = {}
+
+
+def register(name: str, space: Mapping[str, Sequence[Any]] | None = None) -> Callable[[Method], Method]:
+    """Register a method by name, with the grid on which its hyperparameters are searched (none if None)."""
+
+    def add(method: Method) -> Method:
+        _METHODS[name] = _Registered(method, dict(space or {}))
+        return method
+
+    return add
+
+
+def names() -> tuple[str, ...]:
+    """The registered methods."""
+    return tuple(_METHODS)
+
+
+def get(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        MethodError: if there is none.
+    """
+    return _registered(name).run
+
+
+def _registered(name: str) -> _Registered:
+    if name not in _METHODS:
+        raise MethodError(f"Unknown method {name!r}; use one of {', '.join(names())}, or register your own.")
+    return _METHODS[name]
+
+
+def configurations(name: str, budget: int, seed: int = 0) -> list[dict[str, Any]]:
+    """`budget` settings drawn without replacement from a method's grid (all of them if it has fewer).
+
+    A method without a grid has the one empty setting.
+    """
+    space = _registered(name).space
+    grid = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
+    keep = np.random.default_rng(seed).permutation(len(grid))[:budget]
+    return [grid[i] for i in sorted(keep)]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of fine-tuning: which batches, which loss.
+
+    Attributes:
+        batches: index arrays (n_models, batch) into the problem's points, one a step.
+        loss: of each model.
+    """
+
+    batches: list[np.ndarray]
+    loss: Loss
+
+
+def finetune(
+    problem: Problem,
+    phases: Sequence[Phase],
+    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
+    rate: Callable[[float], float] | None = None,
+) -> Unlearned:
+    """Fine-tune all originals through the phases and record their margins on the way.
+
+    Args:
+        problem: what to unlearn, from which models.
+        phases: gone through in order, with one optimizer.
+        optimizer: makes the optimizer for the stacked parameters; it must act element by element, as SGD
+            and Adam do, so that models stay independent.
+        rate: learning rate after a share, in [0, 1), of all steps; constant if None.
+    """
+    models, leaves = trainable(problem.originals)
+    stepper = optimizer(leaves)
+    n_steps = sum(len(phase.batches) for phase in phases)
+    checkpoints = set(np.unique(np.linspace(0, n_steps, problem.checkpoints + 1).round().astype(int)[1:]))
+    labels = problem.labels
+    spent, steps = 0, 0
+    costs: list[float] = []
+    trajectory: list[np.ndarray] = []
+
+    def watched(batches: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        nonlocal spent
+        for batch in batches:
+            spent += batch.shape[1]
+            yield batch
+
+    def record(_: int) -> None:
+        nonlocal steps
+        steps += 1
+        if steps in checkpoints:
+            costs.append(spent / problem.retraining)
+            trajectory.append(margins(models.logits(problem.x).numpy(), labels))
+
+    for phase in phases:
+        start = steps
+        descend(
+            models,
+            problem.x,
+            watched(phase.batches),
+            phase.loss,
+            stepper,
+            rate=None if rate is None else lambda step, start=start: rate((start + step) / n_steps),
+            precision=problem.training.precision,
+            after=record,
+        )
+    logits = models.logits(problem.x).numpy()
+    return Unlearned(
+        margins(logits, labels),
+        correct(logits, labels),
+        spent / problem.retraining,
+        np.asarray(costs),
+        np.stack(trajectory) if trajectory else np.zeros((0, *logits.shape[:2]), np.float32),
+    )

@@ -1,0 +1,65 @@
+"""SCRUB: distil from the original on R, away from it on F (Kurmanji et al., NeurIPS 2023)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dmmlib.ensemble import cross_entropy
+from dmmlib.unlearn.base import Phase, Problem, Unlearned, finetune, register
+from dmmlib.unlearn.gradient import passes, sgd
+
+
+@register(
+    "scrub",
+    space={
+        "epochs": [3, 6],
+        "max_epochs": [1, 2, 3],
+        "lr": [1e-3, 3e-3, 1e-2, 3e-2],
+        "alpha": [0.1, 0.5],
+    },
+)
+def scrub(
+    problem: Problem,
+    *,
+    epochs: int = 6,
+    max_epochs: int = 3,
+    lr: float = 1e-2,
+    alpha: float = 0.1,
+    gamma: float = 0.99,
+    temperature: float = 4.0,
+    batch_size: int = 64,
+    forget_batch_size: int = 32,
+) -> Unlearned:
+    """Each of the first `max_epochs` epochs ascends KL(teacher || student) on F; every epoch then descends
+    alpha KL(teacher || student) + gamma cross-entropy on R. The teacher is the original.
+    """
+    teacher = torch.from_numpy(problem.original_logits).to(problem.x.device)
+    rows = torch.arange(problem.n_models, device=problem.x.device)[:, None]
+
+    def distance(logits: Tensor, indices: Tensor) -> Tensor:
+        """KL(teacher || student) of softened answers, averaged over the batch: (n_models,)."""
+        student = F.log_softmax(logits / temperature, -1)
+        soft = F.log_softmax(teacher[rows, indices] / temperature, -1)
+        return F.kl_div(student, soft, reduction="none", log_target=True).sum(-1).mean(1) * temperature**2
+
+    def ascend(logits: Tensor, indices: Tensor) -> Tensor:
+        return -distance(logits, indices)
+
+    def descend(logits: Tensor, indices: Tensor) -> Tensor:
+        return alpha * distance(logits, indices) + gamma * cross_entropy(logits, problem.y[indices])
+
+    forget = passes(problem, problem.forget, max_epochs, forget_batch_size)
+    retain = passes(problem, problem.retain, epochs, batch_size)
+    phases = []
+    for epoch in range(epochs):
+        if epoch < max_epochs:
+            phases.append(Phase(_epoch(forget, epoch, max_epochs), ascend))
+        phases.append(Phase(_epoch(retain, epoch, epochs), descend))
+    return finetune(problem, phases, sgd(lr))
+
+
+def _epoch(batches: list, epoch: int, epochs: int) -> list:
+    size = len(batches) // epochs
+    return batches[epoch * size : (epoch + 1) * size]
