@@ -163,9 +163,7 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_LOADERS))
 
 
-def load(
-    name: str, n_train: int | None = None, n_val: int | None = None, seed: int = 0, **options: Any
-) -> Dataset:
+def load(name: str, n_train: int | None = None, n_val: int | None = None, seed: int = 0, **options: Any) -> Dataset:
     """Load a data set, or a random subset of it.
 
     Args:
@@ -188,7 +186,10 @@ def load(
         raise MethodError(f"Unknown data set {name!r}; use one of {', '.join(names())}, or an .npz file.")
     rng = np.random.default_rng(seed)
     parts = []
-    for part, x, y, n in (("train", full.x_train, full.y_train, n_train), ("val", full.x_val, full.y_val, n_val)):
+    for part, x, y, n in (
+        ("train", full.x_train, full.y_train, n_train),
+        ("val", full.x_val, full.y_val, n_val),
+    ):
         if n is not None and not 0 < n <= len(x):
             raise DataError(f"n_{part}={n} was asked of {name!r}, which has {len(x)}; ask for 1 to {len(x)}.")
         keep = np.sort(rng.permutation(len(x))[: len(x) if n is None else n])

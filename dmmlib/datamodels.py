@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from scipy.sparse.linalg import LinearOperator, svds
 from scipy.stats import rankdata
 from torch import Tensor
 
@@ -53,9 +54,7 @@ class RidgeDatamodel:
     _factor: Tensor  # Cholesky factor of A^T A / M + lam I, or of A A^T / M + lam I where M < n_train
 
     @classmethod
-    def fit(
-        cls, masks: np.ndarray, outputs: Any, lam: float, device: torch.device | str = "cpu"
-    ) -> RidgeDatamodel:
+    def fit(cls, masks: np.ndarray, outputs: Any, lam: float, device: torch.device | str = "cpu") -> RidgeDatamodel:
         """Factorise once: O(min(M, n_train)^3); after that an effect costs one solve and one pass over Y.
 
         Args:
@@ -97,6 +96,16 @@ class RidgeDatamodel:
         else:
             v = self._masks @ torch.cholesky_solve(d, self._factor) / m
         return v.cpu().numpy()
+
+    def adjoint(self, u: np.ndarray) -> np.ndarray:
+        """The transpose of `weights`: (k, n_train) for u (k, M)."""
+        v = torch.from_numpy(np.asarray(u, np.float32)).to(self._masks.device).T
+        m = len(self._masks)
+        if m < self.n_train:
+            d = self._masks.T @ torch.cholesky_solve(v, self._factor) / m
+        else:
+            d = torch.cholesky_solve(self._masks.T @ v, self._factor) / m
+        return d.T.cpu().numpy()
 
     def combine(self, weights: np.ndarray) -> np.ndarray:
         """Y^T v (k, n_points, n_classes) for weights v (M, k): one pass over the stored outputs."""
@@ -191,15 +200,32 @@ def choose_lambda(
     return max(scores, key=lambda lam: scores[lam]), scores
 
 
-def margin_matrix(model: RidgeDatamodel, train_margins: np.ndarray) -> np.ndarray:
-    """Train x train datamodel matrix on margins: entry (j, i) is the weight of point i for point j's margin.
+def principal_scores(model: RidgeDatamodel, train_margins: np.ndarray, n_components: int) -> np.ndarray:
+    """Scores of the training points on the principal components of the train x train datamodel matrix.
+
+    Row j of that matrix is how every training point acts on the margin of point j. It is used through its
+    products only and never built.
 
     Args:
-        model: fitted on the same subset models.
+        model: fitted on the subset models that `train_margins` comes from.
         train_margins: margins (M, n_train) of the subset models on the training points.
+        n_components: how many, below n_train.
 
     Returns:
-        (n_train, n_train) float32. Quadratic in n_train; only for selecting forget sets at moderate n.
+        (n_train, n_components), component 1 first. The sign, which PCA leaves open, is such that the
+        largest score in absolute value is positive.
     """
-    weights = model.weights(np.eye(model.n_train, dtype=np.float32))  # (M, n_train)
-    return train_margins.T.astype(np.float32) @ weights
+    n = model.n_train
+    y = train_margins.astype(np.float32)
+    y = y - y.mean(1, keepdims=True)  # centres the rows of W: the mean over points j
+
+    def rows(d: np.ndarray) -> np.ndarray:
+        return y.T @ model.weights(d.reshape(1, -1))[:, 0]
+
+    def columns(r: np.ndarray) -> np.ndarray:
+        return model.adjoint((y @ r.reshape(-1).astype(np.float32))[None])[0]
+
+    operator = LinearOperator((n, n), matvec=rows, rmatvec=columns, dtype=np.float32)
+    u, s, _ = svds(operator, k=n_components, v0=np.random.default_rng(0).normal(size=n).astype(np.float32), solver="arpack")
+    scores = (u * s)[:, np.argsort(-s)]
+    return scores * np.sign(np.take_along_axis(scores, np.abs(scores).argmax(0)[None], 0))

@@ -164,9 +164,7 @@ def concatenate(parts: Sequence[Ensemble]) -> Ensemble:
     )
 
 
-def initialise(
-    factory: Callable[[], nn.Module], seeds: Sequence[int], device: torch.device | str = "cpu"
-) -> Ensemble:
+def initialise(factory: Callable[[], nn.Module], seeds: Sequence[int], device: torch.device | str = "cpu") -> Ensemble:
     """Fresh models, one a seed; drawn on the CPU, so that a seed means the same weights on any device."""
     modules = []
     with torch.random.fork_rng(devices=[]):

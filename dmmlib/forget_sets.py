@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sklearn.utils.extmath import randomized_svd
 
 from dmmlib.data import Dataset
 from dmmlib.errors import ForgetSetError
@@ -114,18 +113,6 @@ def load(path: Path, data: Dataset) -> ForgetSet:
 
 
 # --- ways to choose ------------------------------------------------------------------------------------
-
-
-def principal_scores(matrix: np.ndarray, component: int, seed: int = 0) -> np.ndarray:
-    """Projection (n_train,) of each training point's datamodel on principal component 1, 2, ...
-
-    Row j of `matrix` (n_train, n_train) is how all training points act on point j. The sign, which PCA
-    leaves open, is such that the largest score in absolute value is positive.
-    """
-    centred = matrix - matrix.mean(0)
-    u, s, _ = randomized_svd(centred, n_components=component, n_iter=6, random_state=seed)
-    scores = u[:, component - 1] * s[component - 1]
-    return scores * np.sign(scores[np.abs(scores).argmax()])
 
 
 def _check_size(size: int, available: int, what: str) -> None:

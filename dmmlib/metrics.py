@@ -6,12 +6,12 @@ models come first: margins are (n_models, n_points).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.special import logsumexp, ndtr
+from scipy.special import logsumexp
 
 from dmmlib.errors import DataError
 
@@ -63,9 +63,7 @@ def correct(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def _check_margins(unlearned: np.ndarray, oracle: np.ndarray) -> None:
     for name, m in (("unlearned", unlearned), ("oracle", oracle)):
         if m.ndim != 2 or m.shape[0] == 0:
-            raise DataError(
-                f"The {name} margins have shape {m.shape}; give (n_models, n_points), at least one model."
-            )
+            raise DataError(f"The {name} margins have shape {m.shape}; give (n_models, n_points), at least one model.")
         if not np.isfinite(m).all():
             raise DataError(
                 f"The {name} margins hold {int((~np.isfinite(m)).sum())} NaN or infinite values; a model "
@@ -76,6 +74,10 @@ def _check_margins(unlearned: np.ndarray, oracle: np.ndarray) -> None:
             f"Unlearned margins have {unlearned.shape[1]} points and oracle margins {oracle.shape[1]}; "
             "give both for the same points."
         )
+
+
+def _uniform(n: int) -> np.ndarray:
+    return np.full(n, 1 / n)
 
 
 def _bins(margins: np.ndarray, edges: np.ndarray) -> np.ndarray:
@@ -151,8 +153,8 @@ def klom(unlearned: np.ndarray, oracle: np.ndarray, convention: Convention = "cl
     parts = []
     for first in range(0, max(1, unlearned.shape[1]), block):
         u, o = unlearned[:, first : first + block], oracle[:, first : first + block]
-        weights = (np.full(len(m), 1 / len(m)) for m in (u, o))
-        parts.append(_histograms(u, o, convention).klom(*weights, renormalise=convention == "easydub"))
+        histograms = _histograms(u, o, convention)
+        parts.append(histograms.klom(_uniform(len(u)), _uniform(len(o)), renormalise=convention == "easydub"))
     return np.concatenate(parts)
 
 
@@ -168,7 +170,14 @@ class Estimate:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
-STATISTICS = {"mean": np.mean, "p95": lambda values: np.percentile(values, 95)}
+def _p95(values: np.ndarray) -> float:
+    return float(np.percentile(values, 95))
+
+
+STATISTICS: dict[str, Callable[[np.ndarray], float]] = {
+    "mean": lambda values: float(np.mean(values)),
+    "p95": _p95,
+}
 
 
 def klom_summary(
@@ -194,11 +203,11 @@ def klom_summary(
     unlearned, oracle = np.asarray(unlearned), np.asarray(oracle)
     histograms = _histograms(unlearned, oracle, "closed")
     n_u, n_o = len(unlearned), len(oracle)
-    point = histograms.klom(np.full(n_u, 1 / n_u), np.full(n_o, 1 / n_o))
+    point = histograms.klom(_uniform(n_u), _uniform(n_o))
     rng = np.random.default_rng(seed)
     resampled = np.stack(
         [
-            histograms.klom(*(rng.multinomial(n, np.full(n, 1 / n)) / n for n in (n_u, n_o)))
+            histograms.klom(rng.multinomial(n_u, _uniform(n_u)) / n_u, rng.multinomial(n_o, _uniform(n_o)) / n_o)
             for _ in range(n_bootstrap)
         ]
     )
@@ -206,7 +215,7 @@ def klom_summary(
     for split, indices in splits.items():
         summary[split] = {}
         for name, statistic in STATISTICS.items():
-            value = float(statistic(point[indices]))
+            value = statistic(point[indices])
             error = 1.96 * float(np.std([statistic(row[indices]) for row in resampled], ddof=1))
             summary[split][name] = Estimate(value, max(0.0, value - error), value + error)
     return summary
@@ -270,8 +279,3 @@ def accuracy_gap(
         error = 1.96 * float(np.sqrt(u.var(ddof=1) / len(u) + o.var(ddof=1) / len(o)))
         gaps[split] = Estimate(value, value - error, value + error)
     return gaps
-
-
-def normal_cdf(x: np.ndarray) -> np.ndarray:
-    """Standard normal distribution function."""
-    return ndtr(x)

@@ -1,8 +1,14 @@
-"""The one hook through which the library reports progress; it prints nothing by itself."""
+"""The one hook through which the library reports progress; by itself it prints nothing."""
 
 from __future__ import annotations
 
-from typing import Protocol
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+PROGRESS_FILE = "DMM_PROGRESS_FILE"  # where a notebook kernel tells the command line how far it is
 
 
 class Progress(Protocol):
@@ -13,3 +19,66 @@ class Progress(Protocol):
 
 def silent(task: str, done: int, total: int) -> None:
     """The default hook: nothing is shown."""
+
+
+def describe(task: str, done: int, total: int, seconds: float, since: int = 0) -> str:
+    """One line: what, how far, how fast, how long still; or how long it took.
+
+    Args:
+        seconds: time that the units `since` to `done` took.
+    """
+    made = done - since
+    if done >= total:
+        return f"{task}: {total:,} in {_duration(seconds)}"
+    if made <= 0 or seconds <= 0:
+        return f"{task}: {done:,} / {total:,}"
+    rate = made / seconds
+    return f"{task}: {done:,} / {total:,} · {rate:.3g}/s · {_duration((total - done) / rate)} left"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+class Reporter:
+    """Shows progress where it is read: a line that updates itself in a notebook, and for `dmm run` a file.
+
+    Tasks that were already done when first heard of are not mentioned.
+    """
+
+    def __init__(self, every: float = 0.5) -> None:
+        self._every = every
+        self._task = ""
+        self._start = (0.0, 0)
+        self._shown = 0.0
+        self._handle: Any = None
+
+    def __call__(self, task: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if task != self._task:
+            self._task, self._start, self._shown, self._handle = task, (now, done), 0.0, None
+        if done < total and now - self._shown < self._every:
+            return
+        self._shown = now
+        line = describe(task, done, total, now - self._start[0], self._start[1])
+        if path := os.environ.get(PROGRESS_FILE):
+            Path(path).write_text(json.dumps({"task": task, "done": done, "total": total, "line": line}))
+        self._display(line)
+
+    def _display(self, line: str) -> None:
+        try:
+            from IPython.core.getipython import get_ipython
+            from IPython.display import display
+        except ImportError:
+            return
+        shell = get_ipython()
+        if shell is None or "IPKernelApp" not in shell.config:
+            return
+        content = {"text/plain": line}
+        if self._handle is None:
+            self._handle = display(content, raw=True, display_id=True)
+        else:
+            self._handle.update(content, raw=True)

@@ -172,12 +172,13 @@ class Store:
                 f"{self.path} lacks {len(undone)} of {self.n_shards} shards (first: {undone[0]}); train again "
                 "to complete it."
             )
+        array = self._array(name)
         try:
-            values = self._array(name)[start:stop]
-            if not self._absent(name):
+            values = array[start:stop]
+            if not any(self.models(s).start < stop and self.models(s).stop > start for s in self._absent(name)):
                 return values
         except (ValueError, OSError, RuntimeError):
-            pass
+            pass  # what is wrong is said below
         raise StoreError(
             f"{self.path} is damaged in shards {self.damaged()}; train again to replace just these, after "
             "`Store.drop`, or delete the store."

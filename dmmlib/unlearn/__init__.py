@@ -7,6 +7,7 @@ grid that its hyperparameters are searched on:
     def my_method(problem, *, lr=1e-3): ...
 """
 
+from dmmlib.unlearn import gradient, matching, reference, scrub
 from dmmlib.unlearn.base import (
     Method,
     Problem,
@@ -17,7 +18,6 @@ from dmmlib.unlearn.base import (
     names,
     register,
 )
-from dmmlib.unlearn import gradient, matching, reference, scrub  # noqa: I001  (they register on import)
 
 __all__ = [
     "Method",

@@ -107,6 +107,7 @@ class Unlearned:
 
 
 Method = Callable[..., Unlearned]
+OptimizerMaker = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ class Phase:
 def finetune(
     problem: Problem,
     phases: Sequence[Phase],
-    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
+    optimizer: OptimizerMaker,
     rate: Callable[[float], float] | None = None,
 ) -> Unlearned:
     """Fine-tune all originals through the phases and record their margins on the way.
@@ -210,14 +211,13 @@ def finetune(
             trajectory.append(margins(models.logits(problem.x).numpy(), labels))
 
     for phase in phases:
-        start = steps
         descend(
             models,
             problem.x,
             watched(phase.batches),
             phase.loss,
             stepper,
-            rate=None if rate is None else lambda step, start=start: rate((start + step) / n_steps),
+            rate=None if rate is None else lambda _: rate(steps / n_steps),
             precision=problem.training.precision,
             after=record,
         )

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmmlib.ensemble import cross_entropy, epoch_batches
-from dmmlib.unlearn.base import Phase, Problem, Unlearned, finetune, register
+from dmmlib.ensemble import Loss, cross_entropy, epoch_batches
+from dmmlib.unlearn.base import OptimizerMaker, Phase, Problem, Unlearned, finetune, register
 
 
-def sgd(lr: float, momentum: float = 0.9) -> type | object:
+def sgd(lr: float, momentum: float = 0.9) -> OptimizerMaker:
     """Maker of SGD for stacked parameters, as `finetune` takes it."""
     return lambda leaves: torch.optim.SGD(leaves, lr=lr, momentum=momentum, fused=True)
 
@@ -30,7 +30,7 @@ def passes(problem: Problem, pool: np.ndarray, epochs: float, batch_size: int) -
     return batches[: max(1, round(len(batches) * epochs / whole))]
 
 
-def descent(problem: Problem, sign: float = 1.0):  # type: ignore[no-untyped-def]
+def descent(problem: Problem, sign: float = 1.0) -> Loss:
     """Cross-entropy as a `Loss`; ascent with sign -1."""
 
     def loss(logits: Tensor, indices: Tensor) -> Tensor:

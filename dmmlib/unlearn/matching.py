@@ -7,6 +7,8 @@ Each original keeps its own randomness: its target is its own answer plus the pr
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from torch import Tensor
 from dmmlib.errors import DataError
 from dmmlib.unlearn.base import Phase, Problem, Unlearned, finetune, register
 
-SPACE = {
+SPACE: dict[str, list[Any]] = {
     "cost": [0.1, 0.2],
     "lr": [3e-4, 1e-3, 3e-3],
     "batch_size": [50, 100],

@@ -1,0 +1,37 @@
+# make study | test | lab | lint: each works on a fresh machine with Python 3.11+, pip and make.
+PYTHON ?= python3
+PRESET ?= laptop
+DEVICE ?= auto
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.installed
+
+.PHONY: setup study test lab lint publish clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(READY)
+
+study: $(READY)  ## run every notebook through papermill
+	$(BIN)/dmm run $(PRESET) --device $(DEVICE)
+
+test: $(READY)  ## the whole test suite, notebooks included
+	DMM_TEST_DEVICE=$(DEVICE) $(BIN)/python -m pytest
+
+lab: $(READY)  ## explore in JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+publish: study  ## put the executed notebooks of the run into notebooks/
+	$(BIN)/python scripts/publish.py $(PRESET)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,223 @@
+"""`dmm`: run the study's notebooks in batch. A thin layer on papermill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from dmmlib import presets
+from dmmlib.errors import DmmError, PresetError
+from dmmlib.files import read_json, write_json
+from dmmlib.progress import PROGRESS_FILE
+from dmmlib.store import config_hash
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+
+
+@app.callback()
+def _main() -> None:
+    """Machine unlearning by datamodel matching: run the study in batch."""
+
+
+def stages() -> dict[str, Path]:
+    """The notebooks by their number: {"01": path, ...}."""
+    return {path.name[:2]: path for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))}
+
+
+@app.command("list")
+def list_() -> None:
+    """Show presets and stages."""
+    typer.echo("presets: " + ", ".join(presets.names()))
+    for number, path in stages().items():
+        typer.echo(f"stage {number}: {path.stem[3:].replace('_', ' ')}")
+
+
+@app.command()
+def run(
+    preset: Annotated[str, typer.Argument(help="A name in presets/, or the path of a YAML file.")],
+    stage: Annotated[list[str] | None, typer.Option(help="Only this stage, e.g. 04; may be repeated.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Replace a number: key=value, e.g. datamodels.n_subsets=500."),
+    ] = None,
+    forget_set: Annotated[
+        Path | None, typer.Option(help="A forget set's JSON file, in the preset's sets' place.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "",
+    force: Annotated[bool, typer.Option(help="Run stages again that are done.")] = False,
+    runs: Annotated[Path | None, typer.Option(help="Directory for everything computed (default: runs/).")] = None,
+) -> None:
+    """Run notebooks through papermill; stages already done for the same configuration are skipped."""
+    try:
+        overrides = _parse(set_ or []) | ({"device": device} if device else {})
+        _run(preset, stage or [], overrides, forget_set, force, runs)
+    except DmmError as error:
+        typer.secho(f"dmm: {error}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.secho("dmm: interrupted; finished shards and stages are kept, run again to go on.", err=True)
+        raise typer.Exit(130) from None
+
+
+def _parse(settings: list[str]) -> dict[str, Any]:
+    parsed = {}
+    for setting in settings:
+        key, separator, value = setting.partition("=")
+        if not separator or not key:
+            raise PresetError(f"--set got {setting!r}; give key=value, such as datamodels.n_subsets=500.")
+        try:
+            parsed[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            parsed[key] = value
+    return parsed
+
+
+def _run(
+    preset: str,
+    wanted: list[str],
+    overrides: dict[str, Any],
+    forget_set: Path | None,
+    force: bool,
+    runs: Path | None,
+) -> None:
+    from dmmlib.study import Study  # imports torch: only once the arguments have been read
+
+    known = stages()
+    unknown = [s for s in wanted if s not in known]
+    if unknown:
+        raise PresetError(f"Unknown stage {unknown[0]!r}; use one of {', '.join(known)}.")
+    if runs:
+        os.environ["DMM_RUNS"] = str(runs.resolve())
+    own = str(forget_set.resolve()) if forget_set else None
+    study = Study(preset, overrides, forget_set=own)  # everything that can be wrong is said here
+    parameters = {
+        "preset": study.preset.model_dump(mode="json", exclude_defaults=False),
+        "overrides": {},
+        "forget_set": own,
+    }
+    out = study.directory if own is None else study.directory / f"forget_set-{Path(own).stem}"
+    for number, notebook in known.items():
+        if not wanted or number in wanted:
+            _stage(notebook, out, parameters, force)
+    tables = sorted(out.glob("*.csv"))
+    typer.echo(f"executed notebooks: {out / 'notebooks'}")
+    if tables:
+        typer.echo("tables:             " + ", ".join(str(t) for t in tables))
+    typer.echo(f"figures:            {study.figures / study.preset.name}")
+
+
+def _stage(notebook: Path, out: Path, parameters: dict[str, Any], force: bool) -> None:
+    target, record = out / "notebooks" / notebook.name, out / "notebooks" / f".{notebook.stem}.json"
+    key = config_hash({"parameters": parameters, "notebook": _source(notebook), "library": _library()})
+    if not force and target.exists() and record.exists() and read_json(record).get("key") == key:
+        typer.secho(f"{notebook.stem}: already done", fg=typer.colors.BRIGHT_BLACK)
+        return
+    start = time.monotonic()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.part")
+    with _progress(notebook.stem):
+        error = _execute(notebook, unfinished, parameters)
+    if error:
+        failed = target.with_name(f"{notebook.stem}-failed.ipynb")
+        os.replace(unfinished, failed)
+        raise DmmError(f"{notebook.stem} failed: {error} Everything trained is kept; see {failed}.")
+    os.replace(unfinished, target)
+    write_json(record, {"key": key, "seconds": round(time.monotonic() - start, 1)})
+    typer.secho(f"{notebook.stem}: done in {time.monotonic() - start:.0f} s", fg=typer.colors.GREEN)
+
+
+def _execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> str:
+    """Run a notebook; the error's last line, or nothing."""
+    import papermill
+
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            papermill.execute_notebook(
+                str(notebook),
+                str(output),
+                parameters,
+                kernel_name="python3",
+                progress_bar=False,
+                cwd=str(NOTEBOOKS),
+            )
+        except papermill.PapermillExecutionError as error:
+            return f"{error.ename}: {error.evalue}"
+    _scrub(output)
+    return ""
+
+
+def _scrub(path: Path) -> None:
+    """Drop what says when and where a notebook was executed, so that the same run gives the same file."""
+    import nbformat
+
+    notebook = nbformat.read(path, as_version=4)
+    notebook.metadata.pop("papermill", None)
+    notebook.metadata.get("language_info", {}).pop("version", None)
+    for cell in notebook.cells:
+        cell.metadata.pop("papermill", None)
+        cell.metadata.pop("execution", None)
+        for key in ("collapsed", "jupyter"):
+            if "injected-parameters" not in cell.metadata.get("tags", []):
+                cell.metadata.pop(key, None)
+    nbformat.write(notebook, path)
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[None]:
+    """Show on the terminal what the notebook's kernel reports."""
+    from tqdm import tqdm
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "progress.json"
+        os.environ[PROGRESS_FILE] = str(file)
+        stop = threading.Event()
+        bar = tqdm(bar_format="{desc}", leave=False, desc=name)
+
+        def watch() -> None:
+            while not stop.wait(0.5):
+                try:
+                    bar.set_description_str(f"{name}: {json.loads(file.read_text())['line']}")
+                except (OSError, ValueError):
+                    continue  # nothing reported yet, or caught half-written
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            bar.close()
+            os.environ.pop(PROGRESS_FILE, None)
+
+
+def _source(notebook: Path) -> str:
+    cells = json.loads(notebook.read_text())["cells"]
+    return hashlib.sha256(json.dumps([c["source"] for c in cells]).encode()).hexdigest()
+
+
+def _library() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    app()

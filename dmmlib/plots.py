@@ -1,0 +1,400 @@
+"""The study's figures. Each function draws arrays and returns a matplotlib Figure; titles are the caller's,
+who knows the finding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dmmlib.data import Dataset
+from dmmlib.metrics import Estimate
+
+LABELS = {
+    "do_nothing": "do nothing",
+    "retrain": "retrain (floor)",
+    "gd": "GD on R",
+    "ga": "GA on F",
+    "ga_gd": "GA, then GD",
+    "scrub": "SCRUB",
+    "oracle_matching": "oracle matching",
+    "dm_direct": "DM-direct",
+    "dmm": "DMM",
+}
+_PALETTE = sns.color_palette("colorblind", 10)
+COLOURS = {
+    "do_nothing": (0.35, 0.35, 0.35),
+    "retrain": (0.0, 0.0, 0.0),
+    "gd": _PALETTE[0],
+    "ga": _PALETTE[1],
+    "ga_gd": _PALETTE[4],
+    "scrub": _PALETTE[5],
+    "oracle_matching": _PALETTE[9],
+    "dm_direct": _PALETTE[8],
+    "dmm": _PALETTE[3],
+}
+MARKERS = {
+    "gd": "s",
+    "ga": "^",
+    "ga_gd": "v",
+    "scrub": "D",
+    "oracle_matching": "P",
+    "dmm": "o",
+    "dm_direct": "*",
+}
+SPLITS = ("forget", "retain", "validation")
+
+
+def label(method: str) -> str:
+    """How a method is written in figures and tables."""
+    return LABELS.get(method, method.replace("_", " "))
+
+
+def colour(method: str) -> tuple[float, float, float]:
+    """The colour of a method, the same in every figure; a user's own gets one by its name."""
+    return COLOURS.get(method) or _PALETTE[sum(method.encode()) % len(_PALETTE)]
+
+
+def style() -> None:
+    """Set matplotlib's defaults for the study."""
+    sns.set_theme(context="notebook", style="ticks", palette="colorblind")
+    plt.rcParams.update(
+        {
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": 11,
+            "axes.titleweight": "normal",
+            "figure.titlesize": 13,
+            "legend.frameon": False,
+            "savefig.facecolor": "white",
+        }
+    )
+
+
+def _titled(figure: Figure, title: str, caption: str) -> Figure:
+    """Title above, caption (what, n) below, both outside the axes."""
+    figure.suptitle(title, x=0.01, ha="left", y=1.0, va="bottom", fontweight="bold", wrap=True)
+    figure.text(0.01, 0.0, caption, ha="left", va="top", fontsize=9, color="0.35", wrap=True)
+    return figure
+
+
+def lds_curve(sizes: Sequence[int], scores: Mapping[str, Sequence[Estimate]], title: str, caption: str) -> Figure:
+    """LDS against the number of subset models, a line a split."""
+    figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    for (name, estimates), mark in zip(scores.items(), "os^", strict=False):
+        value = np.array([e.value for e in estimates])
+        error = [value - [e.low for e in estimates], [e.high for e in estimates] - value]
+        axes.errorbar(sizes, value, yerr=error, marker=mark, capsize=3, label=name)
+    axes.set(xscale="log", xlabel="subset models M", ylabel="LDS (Spearman, mean over points)")
+    axes.set_xticks(list(sizes), [f"{s:,}" for s in sizes])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    return _titled(figure, title, caption)
+
+
+def predicted_vs_true(
+    panels: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]], title: str, caption: str
+) -> Figure:
+    """Predicted against true change of margin, a panel a forget set.
+
+    Args:
+        panels: forget set -> split -> (true, predicted) mean change of margin (n_points,).
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.3 * len(panels), 4.2), layout="constrained", squeeze=False)
+    looks = {"retain": ("0.75", 4), "validation": (_PALETTE[0], 9), "forget": (_PALETTE[3], 22)}
+    for axis, (name, splits) in zip(axes[0], panels.items(), strict=True):
+        for split in ("retain", "validation", "forget"):
+            true, predicted = splits[split]
+            tint, size = looks[split]
+            axis.scatter(true, predicted, s=size, color=tint, label=split, linewidths=0, alpha=0.8)
+        ends = [np.concatenate([np.concatenate(pair) for pair in splits.values()]).min(), 0.0]
+        ends[1] = max(0.0, float(np.max([np.max(np.concatenate(pair)) for pair in splits.values()])))
+        axis.plot(ends, ends, color="black", lw=0.8, ls="--", zorder=0)
+        true, predicted = splits["forget"]
+        r = np.corrcoef(true, predicted)[0, 1]
+        axis.set(
+            title=f"{name}: correlation on F {r:.2f}",
+            xlabel="true change of margin",
+            ylabel="predicted change",
+        )
+    axes[0, 0].legend(markerscale=1.5)
+    return _titled(figure, title, caption)
+
+
+def thumbnails(data: Dataset, rows: Mapping[str, np.ndarray], title: str, caption: str, n: int = 14) -> Figure:
+    """The first images of each forget set, a row each."""
+    figure, axes = plt.subplots(
+        len(rows), n, figsize=(0.72 * n + 1.6, 0.78 * len(rows) + 0.2), squeeze=False, layout="constrained"
+    )
+    for row, (name, indices) in zip(axes, rows.items(), strict=True):
+        for axis in row:
+            axis.set_axis_off()
+        for axis, i in zip(row, indices[:n], strict=False):
+            image = data.x_train[i]
+            axis.imshow(image.squeeze(), cmap="gray_r" if image.shape[-1] == 1 else None)
+        row[0].text(
+            -0.25,
+            0.5,
+            f"{name} ({len(indices)})",
+            transform=row[0].transAxes,
+            ha="right",
+            va="center",
+            fontsize=9,
+        )
+    return _titled(figure, title, caption)
+
+
+def components(scores: np.ndarray, labels: np.ndarray, class_names: Sequence[str], title: str, caption: str) -> Figure:
+    """Training points on the first two principal components of the datamodel matrix, coloured by class."""
+    figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
+    tints = sns.color_palette("colorblind", len(class_names))
+    marks = "osD^v<>PX*"
+    for c, name in enumerate(class_names):
+        here = labels == c
+        axis.scatter(
+            scores[here, 0],
+            scores[here, 1],
+            s=14,
+            color=tints[c],
+            marker=marks[c % len(marks)],
+            label=name,
+            alpha=0.75,
+            linewidths=0,
+        )
+    axis.set(xlabel="PC 1", ylabel="PC 2")
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return _titled(figure, title, caption)
+
+
+def class_counts(counts: pd.DataFrame, title: str, caption: str) -> Figure:
+    """How many points of each class (columns) each forget set (rows) holds."""
+    figure, axis = plt.subplots(figsize=(8, 0.36 * len(counts) + 1.2), layout="constrained")
+    sns.heatmap(counts, annot=True, fmt="d", cmap="crest", cbar=False, ax=axis, linewidths=0.5)
+    axis.set(xlabel="", ylabel="")
+    axis.tick_params(axis="x", rotation=30)
+    return _titled(figure, title, caption)
+
+
+def klom_against_cost(
+    results: pd.DataFrame, trajectories: pd.DataFrame, title: str, caption: str, split: str = "forget"
+) -> Figure:
+    """The main result: KLoM's 95th percentile against cost, a panel a forget set.
+
+    Args:
+        results: `Study.results`.
+        trajectories: `Study.trajectories`: forget_set, method, split, cost, p95.
+    """
+    names = list(results["forget_set"].unique())
+    columns = min(5, len(names))
+    n_rows = -(-len(names) // columns)
+    figure, axes = plt.subplots(
+        n_rows,
+        columns,
+        figsize=(2.75 * columns + 0.6, 2.6 * n_rows + 0.5),
+        sharex=True,
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
+    )
+    p95 = results[(results["statistic"] == "klom_p95") & (results["split"] == split)]
+    p95 = p95.set_index(["forget_set", "method"])
+    final_cost = results[results["statistic"] == "cost"].set_index(["forget_set", "method"])["value"]
+    methods = [m for m in results["method"].unique() if m in trajectories["method"].unique()]
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    for axis, name in zip(axes.flat, names, strict=False):
+        nothing = p95["value"].get((name, "do_nothing"))
+        for method, ls in (("do_nothing", ":"), ("retrain", "-"), ("dm_direct", "--")):
+            if (name, method) in p95.index:
+                axis.axhline(p95.loc[(name, method), "value"], color=colour(method), ls=ls, lw=1.5, label=label(method))
+        for method in methods:
+            track = trajectories[
+                (trajectories["forget_set"] == name)
+                & (trajectories["method"] == method)
+                & (trajectories["split"] == split)
+            ]
+            end = p95.loc[(name, method)]
+            x = [0.0, *track["cost"]]
+            y = [nothing, *track["p95"]]
+            axis.plot(x, y, color=colour(method), lw=1.3, alpha=0.9)
+            axis.errorbar(
+                final_cost[(name, method)],
+                end["value"],
+                yerr=[[end["value"] - end["low"]], [end["high"] - end["value"]]],
+                color=colour(method),
+                marker=MARKERS.get(method, "o"),
+                ms=6,
+                capsize=2,
+                ls="",
+                label=label(method),
+            )
+        axis.set_title(name)
+        axis.set_yscale("log")
+        axis.set_yticks([0.5, 1, 2, 5, 10], ["0.5", "1", "2", "5", "10"])
+        axis.minorticks_off()
+    for axis in axes[:, 0]:
+        axis.set_ylabel(f"{split} KLoM, p95")
+    for axis in axes[-1]:
+        axis.set_xlabel("cost / retraining")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center")
+    return _titled(figure, title, caption)
+
+
+def klom_by_method(results: pd.DataFrame, title: str, caption: str) -> Figure:
+    """KLoM's 95th percentile of every method on every forget set, a panel a split."""
+    p95 = results[results["statistic"] == "klom_p95"]
+    methods = list(results["method"].unique())
+    names = list(results["forget_set"].unique())
+    figure, axes = plt.subplots(1, 3, figsize=(12.5, 0.42 * len(methods) + 1.6), sharey=True, layout="constrained")
+    for axis, split in zip(axes, SPLITS, strict=True):
+        for row, method in enumerate(methods):
+            here = p95[(p95["split"] == split) & (p95["method"] == method)]
+            offsets = np.linspace(-0.28, 0.28, len(names)) if len(names) > 1 else np.zeros(1)
+            value = here["value"].to_numpy()
+            axis.errorbar(
+                value,
+                row + offsets,
+                xerr=[value - here["low"], here["high"] - value],
+                color=colour(method),
+                fmt="o",
+                ms=3.5,
+                lw=1,
+            )
+            axis.plot(np.median(value), row, "|", color="black", ms=16, mew=2)
+        axis.set_yticks(range(len(methods)), [label(m) for m in methods])
+        axis.set(title=split, xlabel="KLoM, p95", xscale="log")
+        axis.set_xticks([0.5, 1, 2, 5, 10], ["0.5", "1", "2", "5", "10"])
+        axis.minorticks_off()
+        axis.grid(axis="x", color="0.9")
+    axes[0].invert_yaxis()
+    return _titled(figure, title, caption)
+
+
+def margin_histograms(
+    points: Sequence[tuple[str, Mapping[str, np.ndarray]]], title: str, caption: str, columns: int = 4
+) -> Figure:
+    """Histograms of single points' margins over models.
+
+    Args:
+        points: (panel title, {method: margins (n_models,)}).
+    """
+    n_rows = -(-len(points) // columns)
+    figure, axes = plt.subplots(
+        n_rows, columns, figsize=(3.1 * columns, 2.3 * n_rows + 0.6), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat[len(points) :]:
+        axis.set_visible(False)
+    for axis, (name, groups) in zip(axes.flat, points, strict=False):
+        bins = np.histogram_bin_edges(np.concatenate(list(groups.values())), 24)
+        for method, values in groups.items():
+            filled = method == "retrain"
+            axis.hist(
+                values,
+                bins,
+                density=True,
+                histtype="stepfilled" if filled else "step",
+                color=(0.7, 0.7, 0.7) if filled else colour(method),
+                alpha=0.8 if filled else 1,
+                lw=1.6,
+                label="oracles" if filled else label(method),
+            )
+        axis.set_title(name, fontsize=9)
+        axis.set_yticks([])
+        axis.spines["left"].set_visible(False)
+    for axis in axes[-1]:
+        axis.set_xlabel("margin")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center")
+    return _titled(figure, title, caption)
+
+
+def point_trajectories(
+    panels: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str, caption: str, band: float = 1.0
+) -> Figure:
+    """How single forget points approach, reach and overshoot the oracle's margin.
+
+    Args:
+        panels: method -> (costs (n_moments,), gaps (n_moments, n_forget)): mean margin minus the oracles',
+            in the oracles' standard deviations; positive is under-unlearned.
+        band: within so many standard deviations a point counts as unlearned.
+    """
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(3.2 * len(panels), 3.6), sharey=True, layout="constrained", squeeze=False
+    )
+    for axis, (method, (costs, gaps)) in zip(axes[0], panels.items(), strict=True):
+        axis.axhspan(-band, band, color="0.9", zorder=0)
+        axis.plot(costs, gaps, color=colour(method), lw=0.7, alpha=0.55)
+        axis.axhline(0, color="black", lw=0.8)
+        inside = (np.abs(gaps[-1]) <= band).mean()
+        axis.set(title=f"{label(method)}: {inside:.0%} within ±{band:g} sd", xlabel="cost / retraining")
+        axis.set_yscale("symlog", linthresh=2)
+    axes[0, 0].set_ylabel("mean margin − oracles' (oracle sd)")
+    return _titled(figure, title, caption)
+
+
+def klom_distribution(kloms: Mapping[str, np.ndarray], title: str, caption: str) -> Figure:
+    """Share of points with at most so much KLoM, a line a method."""
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    for method, values in kloms.items():
+        ordered = np.sort(values)
+        axis.step(
+            ordered,
+            np.arange(1, len(ordered) + 1) / len(ordered),
+            color=colour(method),
+            label=label(method),
+            lw=2.2 if method in ("dmm", "retrain") else 1.3,
+            ls=":" if method == "do_nothing" else "-",
+            where="post",
+        )
+    axis.axhline(0.95, color="0.6", lw=0.8)
+    axis.text(axis.get_xlim()[1], 0.95, " p95", va="center", fontsize=8, color="0.4")
+    axis.set(xlabel="KLoM of a forget point", ylabel="share of forget points", ylim=(0, 1.02))
+    axis.legend(loc="center left", bbox_to_anchor=(1.03, 0.5))
+    return _titled(figure, title, caption)
+
+
+def floor_against_n(sizes: Sequence[int], lines: Mapping[str, Sequence[float]], title: str, caption: str) -> Figure:
+    """KLoM's 95th percentile against the number of models it is estimated with."""
+    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    for method, values in lines.items():
+        axis.plot(sizes, values, marker=MARKERS.get(method, "o"), color=colour(method), label=label(method))
+    axis.set(xlabel="models N", ylabel="forget KLoM, p95", xscale="log", yscale="log")
+    axis.set_xticks(list(sizes), [str(s) for s in sizes])
+    axis.set_yticks([0.5, 1, 2, 5, 10], ["0.5", "1", "2", "5", "10"])
+    axis.minorticks_off()
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return _titled(figure, title, caption)
+
+
+def agreement(
+    klom_values: Mapping[str, np.ndarray], lira: Mapping[str, np.ndarray], title: str, caption: str
+) -> Figure:
+    """U-LiRA's accuracy against KLoM, a point a forget point, a panel a method."""
+    figure, axes = plt.subplots(
+        1,
+        len(klom_values),
+        figsize=(2.6 * len(klom_values), 3),
+        sharex=True,
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
+    )
+    for axis, method in zip(axes[0], klom_values, strict=True):
+        axis.scatter(klom_values[method], lira[method], s=8, color=colour(method), alpha=0.6, linewidths=0)
+        axis.axhline(0.5, color="black", lw=0.8, ls="--")
+        _mean_line(axis, lira[method])
+        axis.set(title=label(method), xlabel="KLoM")
+    axes[0, 0].set_ylabel("U-LiRA accuracy")
+    return _titled(figure, title, caption)
+
+
+def _mean_line(axis: Axes, values: np.ndarray) -> None:
+    axis.text(0.97, 0.05, f"mean {values.mean():.2f}", transform=axis.transAxes, ha="right", fontsize=9)

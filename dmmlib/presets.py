@@ -1,0 +1,187 @@
+"""Presets: every number of a run in one validated YAML file.
+
+A preset file has one top-level key, `preset`, so that papermill can pass it to a notebook whole
+(`papermill -f presets/laptop.yaml`), and a notebook takes a preset by name, by path, or as that mapping.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+
+from dmmlib.convex import ConvexSettings
+from dmmlib.ensemble import Training
+from dmmlib.errors import PresetError
+
+PRESETS_DIR = Path(__file__).parents[1] / "presets"
+
+
+class Section(BaseModel):
+    """Unknown keys are errors, and nothing changes after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSection(Section):
+    name: str = "fashion-mnist"
+    n_train: PositiveInt | None = 2000
+    n_val: PositiveInt | None = 500
+    seed: int = 0
+    path: str | None = None
+
+
+class ModelSection(Section):
+    name: str = "mlp"
+    options: dict[str, Any] = {}
+
+
+class TrainingSection(Section):
+    epochs: PositiveInt = 30
+    batch_size: PositiveInt = 100
+    lr: PositiveFloat = 0.1
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=5e-4, ge=0)
+    warmup: float = Field(default=0.2, ge=0, lt=1)
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    def training(self) -> Training:
+        return Training(**self.model_dump())
+
+
+class EnsemblesSection(Section):
+    n_models: int = Field(default=100, ge=4)  # N: originals, oracles, and floor oracles a forget set
+    chunk: PositiveInt = 100  # models trained together
+    shard: PositiveInt = 100  # models committed to disk together
+
+
+class DatamodelsSection(Section):
+    n_subsets: int = Field(default=4000, ge=10)  # M
+    fraction: float = Field(default=0.5, gt=0, lt=1)
+    n_held_out: int = Field(default=200, ge=8)  # half to choose lambda, half to report the LDS
+    lambdas: tuple[PositiveFloat, ...] = (0.02, 0.05, 0.1, 0.2, 0.5)
+    sizes: tuple[PositiveInt, ...] = (250, 500, 1000, 2000, 4000)  # of M, for the LDS curve
+
+
+class ForgetSetSection(Section):
+    name: str
+    kind: Literal["random", "pc", "pc_both", "nearest", "class"]
+    size: PositiveInt | None = None
+    component: PositiveInt = 1
+    point: NonNegativeInt = 0
+    label: NonNegativeInt = 0
+    share: float = Field(default=0.5, gt=0, le=1)
+
+
+class TuningSection(Section):
+    forget_sets: tuple[ForgetSetSection, ...]
+    n_models: int = Field(default=50, ge=4)
+    budget: PositiveInt = 8  # settings tried a method
+
+
+class UnlearningSection(Section):
+    methods: tuple[str, ...] = (
+        "do_nothing",
+        "retrain",
+        "gd",
+        "ga",
+        "ga_gd",
+        "scrub",
+        "oracle_matching",
+        "dm_direct",
+        "dmm",
+    )
+    checkpoints: NonNegativeInt = 8
+
+
+class Preset(Section):
+    """A validated preset; see presets/laptop.yaml for what each number means."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_+.-]+$")
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: PositiveInt | None = None
+    data: DataSection = DataSection()
+    model: ModelSection = ModelSection()
+    training: TrainingSection = TrainingSection()
+    ensembles: EnsemblesSection = EnsemblesSection()
+    datamodels: DatamodelsSection = DatamodelsSection()
+    forget_sets: tuple[ForgetSetSection, ...]
+    tuning: TuningSection
+    unlearning: UnlearningSection = UnlearningSection()
+    convex: ConvexSettings = ConvexSettings()
+
+
+def names() -> tuple[str, ...]:
+    """The presets in presets/."""
+    return tuple(sorted(path.stem for path in PRESETS_DIR.glob("*.yaml")))
+
+
+def load(preset: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Preset:
+    """A preset by name, by path, or as a mapping, with some of its numbers replaced.
+
+    Args:
+        preset: a name in presets/, the path of a YAML file, or the content below its key `preset`.
+        overrides: dotted key -> value, e.g. {"datamodels.n_subsets": 500}; the preset's name then gets
+            these as a suffix, so that runs are kept apart.
+
+    Raises:
+        PresetError: for an unknown preset or key, or a value that is not allowed, one line each.
+    """
+    content = dict(preset) if isinstance(preset, Mapping) else _read(str(preset))
+    for key, value in (overrides or {}).items():
+        _set(content, key, value)
+    named = {k: v for k, v in (overrides or {}).items() if k not in ("device", "threads")}
+    if named:  # where it runs is not what it computes
+        settings = ",".join(f"{k.split('.')[-1]}={v}" for k, v in sorted(named.items()))
+        suffix = "".join(c if c.isalnum() or c in "=.-," else "_" for c in settings).replace(",", "+")
+        content["name"] = f"{content.get('name', 'preset')}+{suffix.replace('=', '-')}"[:80]
+    try:
+        return Preset.model_validate(content)
+    except ValidationError as error:
+        raise PresetError("; ".join(_explain(e, content.get("name")) for e in error.errors()) + ".") from error
+
+
+def _read(preset: str) -> dict[str, Any]:
+    path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS_DIR / f"{preset}.yaml"
+    if not path.is_file():
+        close = difflib.get_close_matches(preset, names(), n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise PresetError(f"Unknown preset {preset!r}; use one of {', '.join(names())}, or a .yaml file.{hint}")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise PresetError(f"{path} cannot be read as YAML ({' '.join(str(error).split())}); correct it.") from error
+    if not isinstance(content, dict) or not isinstance(content.get("preset"), dict):
+        raise PresetError(f"{path} lacks the top-level key 'preset'; see presets/laptop.yaml.")
+    return content["preset"]
+
+
+def _set(content: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        nested = content.get(section) or {}
+        if not isinstance(nested, Mapping):
+            raise PresetError(f"Override {key!r}: {section!r} holds no keys; name an existing key of the preset.")
+        content[section] = dict(nested)
+        content = content[section]
+    content[last] = value
+
+
+def _explain(error: Any, name: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        model: Any = Preset
+        for part in error["loc"][:-1]:
+            field = getattr(model, "model_fields", {}).get(part)
+            model = field.annotation if field is not None else None
+        known = list(getattr(model, "model_fields", {}))
+        close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        expected = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known) or 'see the docs'}"
+        return f"Preset {name!r} has the unknown key {where!r} ({expected})"
+    given = "" if error["type"] == "missing" else f", given {error['input']!r}"
+    return f"Preset {name!r}, key {where!r}: {error['msg'][0].lower()}{error['msg'][1:]}{given}"

@@ -1,0 +1,532 @@
+"""A run of the study: what a preset asks for, computed once, kept on disk, and handed to the notebooks.
+
+Everything is lazy and resumable. Trained models' outputs lie in zarr stores and unlearned results in .npz
+files under `runs/store/`, under the hash of exactly what they depend on, so any notebook runs on its own, a
+changed number recomputes only what it touches, and runs share what they have in common.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from dmmlib import data as datasets
+from dmmlib import datamodels, ensemble, forget_sets, metrics, models, presets, unlearn
+from dmmlib.errors import ForgetSetError, MethodError, PresetError, StoreError
+from dmmlib.files import read_json, replacing, write_json
+from dmmlib.forget_sets import ForgetSet
+from dmmlib.progress import Progress, Reporter
+from dmmlib.store import Store, config_hash
+from dmmlib.unlearn import Problem, Unlearned
+
+if TYPE_CHECKING:
+    from IPython.display import Image
+    from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parents[1]
+VERSION = 1  # of everything in runs/store: raise it when the same configuration gives other numbers
+
+
+class Study:
+    """A validated preset and all that follows from it.
+
+    Args:
+        preset: a name in presets/, a path, or a mapping.
+        overrides: dotted key -> value; see `presets.load`.
+        forget_set: a JSON file of a forget set to study instead of the preset's.
+        runs: directory for everything computed; `runs/` of the repository, or $DMM_RUNS.
+        figures: directory for figures; `figures/` of the repository, or $DMM_FIGURES.
+        progress: hook that is told of progress.
+
+    Raises:
+        PresetError, DataError, ForgetSetError, MethodError, DeviceError: one line each, before any training.
+    """
+
+    def __init__(
+        self,
+        preset: str | Path | Mapping[str, Any] = "laptop",
+        overrides: Mapping[str, Any] | None = None,
+        *,
+        forget_set: str | Path | None = None,
+        runs: str | Path | None = None,
+        figures: str | Path | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.preset = presets.load(preset, overrides)
+        for method in self.preset.unlearning.methods:
+            unlearn.get(method)
+        self.device = models.resolve_device(self.preset.device)
+        if self.preset.threads:
+            torch.set_num_threads(self.preset.threads)
+        self.runs = Path(runs or os.environ.get("DMM_RUNS") or ROOT / "runs")
+        self.figures = Path(figures or os.environ.get("DMM_FIGURES") or ROOT / "figures")
+        self.progress = progress or Reporter()
+        self._spec = models.get(self.preset.model.name)
+        section = self.preset.data
+        options = {"path": section.path} if section.path else {}
+        self.data = datasets.load(section.name, section.n_train, section.n_val, section.seed, **options)
+        self._check_preset()
+        self._own = forget_sets.load(Path(forget_set), self.data) if forget_set else None
+
+    def _check_preset(self) -> None:
+        for part in (*self.preset.forget_sets, *self.preset.tuning.forget_sets):
+            if part.size is not None and part.size >= self.data.n_train:
+                raise ForgetSetError(
+                    f"Forget set {part.name!r} asks for {part.size} of {self.data.n_train} training points; "
+                    "leave some to retain."
+                )
+        names = [part.name for part in (*self.preset.forget_sets, *self.preset.tuning.forget_sets)]
+        if len(set(names)) < len(names):
+            raise PresetError(f"Preset {self.preset.name!r} names two forget sets alike: {', '.join(names)}.")
+
+        if self.preset.tuning.n_models > self.preset.ensembles.n_models:
+            raise PresetError(
+                f"tuning.n_models={self.preset.tuning.n_models} is more than ensembles.n_models="
+                f"{self.preset.ensembles.n_models}; lower it."
+            )
+
+    # --- places ----------------------------------------------------------------------------------------
+
+    @property
+    def directory(self) -> Path:
+        """Where this run's notebooks, tables and forget sets lie."""
+        return self.runs / self.preset.name
+
+    def save_figure(self, figure: Figure, name: str) -> Path:
+        """Write a figure to figures/<preset>/<name>.png."""
+        path = self.figures / self.preset.name / f"{name}.png"
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+        return path
+
+    def show(self, figure: Figure, name: str) -> Image:
+        """Save a figure and return it as the image that was saved, for a notebook to display."""
+        import matplotlib.pyplot as plt
+        from IPython.display import Image
+
+        path = self.save_figure(figure, name)
+        plt.close(figure)
+        return Image(data=path.read_bytes())
+
+    # --- data and models -------------------------------------------------------------------------------
+
+    @cached_property
+    def x(self) -> Tensor:
+        """Prepared points (n_train + n_val, ...), training points first, on the device."""
+        return self._spec.prepare(self.data, self.data.x).to(self.device)
+
+    @cached_property
+    def y(self) -> Tensor:
+        """Labels (n_train + n_val,) on the device."""
+        return torch.from_numpy(self.data.y).to(self.device)
+
+    def module(self) -> torch.nn.Module:
+        """A fresh model."""
+        return self._spec.factory(tuple(self.x.shape[1:]), self.data.n_classes, **self.preset.model.options)
+
+    @property
+    def training(self) -> ensemble.Training:
+        return self.preset.training.training()
+
+    def _identity(self) -> dict[str, Any]:
+        """What every trained model depends on besides its mask and seed."""
+        return {
+            "version": VERSION,
+            "data": self.data.sha256,
+            "model": self.preset.model.model_dump(),
+            "source": _source_hash(self._spec.factory, self._spec.prepare),
+            "training": self.preset.training.model_dump(),
+        }
+
+    def seeds(self, stream: str, n: int) -> list[int]:
+        """n seeds of a named stream; streams are independent, and a longer one begins with a shorter one."""
+        sequence = np.random.SeedSequence([self.preset.seed, zlib.crc32(stream.encode())])
+        return sequence.generate_state(n).tolist()
+
+    def train(self, stream: str, masks: np.ndarray, keep_models: bool = False) -> Store:
+        """Train a model a mask, unless that is done; logits and masks go to a store.
+
+        Args:
+            stream: names the models: their seeds, and their place on disk.
+            masks: bool (n_models, n_train).
+            keep_models: also keep the weights, a safetensors file a shard.
+        """
+        seeds = self.seeds(stream, len(masks))
+        config = {
+            **self._identity(),
+            "stream": stream,
+            "seed": self.preset.seed,
+            "masks": hashlib.sha256(np.packbits(masks).tobytes()).hexdigest(),
+        }
+        store = Store.open(
+            self.runs / "store" / f"{stream.split(':')[0]}-{config_hash(config)}",
+            config,
+            len(masks),
+            {
+                "logits": ((len(self.x), self.data.n_classes), "float32"),
+                "masks": ((self.data.n_train,), "bool"),
+            },
+            self.preset.ensembles.shard,
+        )
+        missing = store.missing()
+        for damaged in store.damaged() if not missing else []:
+            store.drop(damaged)
+            missing.append(damaged)
+        n_done = sum(len(store.models(s)) for s in set(range(store.n_shards)) - set(missing))
+        for shard in missing:
+            rows = store.models(shard)
+            self.progress(f"train {stream}", n_done, len(masks))
+            trained = ensemble.train(
+                self.module,
+                self.x[: self.data.n_train],
+                self.y[: self.data.n_train],
+                masks[rows.start : rows.stop],
+                seeds[rows.start : rows.stop],
+                self.training,
+                self.preset.ensembles.chunk,
+            )
+            logits = trained.logits(self.x).numpy()
+            if not np.isfinite(logits).all():
+                raise StoreError(
+                    f"Models of {stream!r} diverged (NaN logits in shard {shard}); lower training.lr. Finished "
+                    "shards are kept."
+                )
+            if keep_models:
+                trained.save(self._weights(store, shard))
+            store.write(shard, {"logits": logits, "masks": masks[rows.start : rows.stop]})
+            n_done += len(rows)
+            self.progress(f"train {stream}", n_done, len(masks))
+        return store
+
+    @staticmethod
+    def _weights(store: Store, shard: int) -> Path:
+        return store.path / f"weights-{shard}.safetensors"
+
+    @cached_property
+    def _originals(self) -> tuple[ensemble.Ensemble, np.ndarray]:
+        masks = np.ones((self.preset.ensembles.n_models, self.data.n_train), bool)
+        store = self.train("originals", masks, keep_models=True)
+        parts = [
+            ensemble.Ensemble.load(self._weights(store, s), self.module(), self.device) for s in range(store.n_shards)
+        ]
+        return ensemble.concatenate(parts), store.read("logits")
+
+    @property
+    def originals(self) -> ensemble.Ensemble:
+        """N models trained on S."""
+        return self._originals[0]
+
+    @property
+    def original_logits(self) -> np.ndarray:
+        """Their logits (N, n_points, n_classes), training points first."""
+        return self._originals[1]
+
+    def oracles(self, forget_set: ForgetSet, floor: bool = False, n: int | None = None) -> np.ndarray:
+        """Logits (n, n_points, n_classes) of models trained on R.
+
+        Args:
+            forget_set: what is left out.
+            floor: the second, independent set (the floor, and oracle matching's teachers).
+            n: how many, N by default.
+        """
+        n = n or self.preset.ensembles.n_models
+        content = hashlib.sha256(forget_set.indices.tobytes()).hexdigest()[:8]
+        stream = f"{'floor' if floor else 'oracles'}:{forget_set.name}:{content}"
+        return self.train(stream, np.tile(forget_set.mask(self.data.n_train), (n, 1))).read("logits")
+
+    # --- datamodels ------------------------------------------------------------------------------------
+
+    @cached_property
+    def _subset_store(self) -> Store:
+        section = self.preset.datamodels
+        total, size = section.n_subsets + section.n_held_out, round(section.fraction * self.data.n_train)
+        masks = np.zeros((total, self.data.n_train), bool)
+        for mask, seed in zip(masks, self.seeds("masks", total), strict=True):
+            mask[np.random.default_rng(seed).permutation(self.data.n_train)[:size]] = True
+        return self.train("subsets", masks)
+
+    @cached_property
+    def subsets(self) -> tuple[np.ndarray, np.ndarray]:
+        """Masks (M, n_train) and logits (M, n_points, n_classes) of the subset models to fit on."""
+        m = self.preset.datamodels.n_subsets
+        return self._subset_store.read("masks", 0, m), self._subset_store.read("logits", 0, m)
+
+    @cached_property
+    def held_out(self) -> tuple[np.ndarray, np.ndarray]:
+        """Masks and logits of the further subset models: the first half chooses lambda, the second reports."""
+        m = self.preset.datamodels.n_subsets
+        return self._subset_store.read("masks", m), self._subset_store.read("logits", m)
+
+    def datamodel_of(self, n_subsets: int) -> tuple[datamodels.RidgeDatamodel, dict[float, float]]:
+        """A ridge datamodel on the first `n_subsets` subset models, and the LDS of each lambda tried."""
+        masks, logits = (a[:n_subsets] for a in self.subsets)
+        half = self.preset.datamodels.n_held_out // 2
+        lam, scores = datamodels.choose_lambda(
+            masks,
+            logits,
+            self.held_out[0][:half],
+            self.held_out[1][:half],
+            self.data.y,
+            self.preset.datamodels.lambdas,
+            self.device,
+        )
+        return datamodels.RidgeDatamodel.fit(masks, logits, lam, self.device), scores
+
+    @cached_property
+    def datamodel(self) -> datamodels.RidgeDatamodel:
+        """The ridge datamodel on all M subset models."""
+        return self.datamodel_of(self.preset.datamodels.n_subsets)[0]
+
+    def lds(self, model: datamodels.RidgeDatamodel) -> np.ndarray:
+        """Predicted and actual margins (2, n_held_out / 2, n_points) on subsets that chose nothing."""
+        half = self.preset.datamodels.n_held_out // 2
+        masks, logits = (a[half:] for a in self.held_out)
+        return np.stack([metrics.margins(z, self.data.y) for z in (model.predict(masks), logits)])
+
+    # --- forget sets -----------------------------------------------------------------------------------
+
+    @cached_property
+    def principal_scores(self) -> np.ndarray:
+        """Scores (n_train, k) on the principal components of the train x train datamodel matrix."""
+        every = (*self.preset.forget_sets, *self.preset.tuning.forget_sets)
+        wanted = max((p.component for p in every if p.kind in ("pc", "pc_both")), default=2)
+        n = self.data.n_train
+        train_margins = metrics.margins(self.subsets[1][:, :n], self.data.y_train)
+        return datamodels.principal_scores(self.datamodel, train_margins, max(wanted, 2))
+
+    @cached_property
+    def forget_sets(self) -> dict[str, ForgetSet]:
+        """The reported forget sets by name; also saved as JSON in the run's directory."""
+        if self._own is not None:
+            return {self._own.name: self._own}
+        return self._make_forget_sets(self.preset.forget_sets, exclude=None)
+
+    @cached_property
+    def tuning_sets(self) -> dict[str, ForgetSet]:
+        """Forget sets for the search of hyperparameters: they share no point with the reported ones."""
+        reported = np.unique(np.concatenate([f.indices for f in self.forget_sets.values()]))
+        return self._make_forget_sets(self.preset.tuning.forget_sets, exclude=reported)
+
+    def _make_forget_sets(
+        self, sections: Iterable[presets.ForgetSetSection], exclude: np.ndarray | None
+    ) -> dict[str, ForgetSet]:
+        made = {}
+        for part in sections:
+            rng = np.random.default_rng(self.seeds(f"forget:{part.name}", 1)[0])
+            size = part.size or 1
+            if part.kind == "random":
+                indices = forget_sets.random(self.data, size, rng, exclude)
+            elif part.kind == "nearest":
+                features = self.x[: self.data.n_train].flatten(1).cpu().numpy()
+                indices = forget_sets.nearest(features, part.point, size)
+            elif part.kind == "class":
+                indices = forget_sets.class_share(self.data, part.label, part.share, rng)
+            else:
+                choose = forget_sets.highest if part.kind == "pc" else forget_sets.both_ends
+                indices = choose(self.principal_scores[:, part.component - 1], size, exclude)
+            made[part.name] = forget_sets.make(
+                part.name, indices, self.data, preset=self.preset.name, **part.model_dump(exclude={"name"})
+            )
+            made[part.name].save(self.directory / "forget_sets" / f"{part.name}.json")
+        return made
+
+    # --- unlearning ------------------------------------------------------------------------------------
+
+    def problem(self, forget_set: ForgetSet, tuning: bool = False) -> Problem:
+        """The unlearning problem of a forget set, with fewer models and no trajectory for tuning."""
+        n = self.preset.tuning.n_models if tuning else self.preset.ensembles.n_models
+        return Problem(
+            originals=self.originals[:n],
+            original_logits=self.original_logits[:n],
+            x=self.x,
+            y=self.y,
+            n_train=self.data.n_train,
+            forget=forget_set.indices,
+            training=self.training,
+            attributor=self.datamodel,
+            oracle_logits=self.oracles(forget_set, floor=True, n=n),
+            checkpoints=0 if tuning else self.preset.unlearning.checkpoints,
+            seed=self.seeds(f"unlearn:{forget_set.name}", 1)[0],
+        )
+
+    def _datamodel_config(self) -> dict[str, Any]:
+        return self.preset.datamodels.model_dump(exclude={"sizes"})
+
+    def search(self, method: str) -> pd.DataFrame:
+        """Every setting tried of a method on the tuning sets, best first; kept on disk.
+
+        The score is KLoM's 95th percentile against oracles, averaged over forget, retain and validation
+        points and over the tuning sets.
+        """
+        section = self.preset.tuning
+        settings = unlearn.configurations(method, section.budget, self.preset.seed)
+        config = {
+            **self._identity(),
+            "method": method,
+            "code": _source_hash(unlearn.get(method)),
+            "settings": settings,
+            "tuning": section.model_dump(),
+            "sets": {name: f.indices.tolist() for name, f in self.tuning_sets.items()},
+            "datamodels": self._datamodel_config(),
+            "seed": self.preset.seed,
+        }
+        path = self.runs / "store" / f"search-{method}-{config_hash(config)}.json"
+        if path.exists():
+            return pd.DataFrame(read_json(path))
+        rows = []
+        for name, forget_set in self.tuning_sets.items():
+            problem = self.problem(forget_set, tuning=True)
+            reference = metrics.margins(self.oracles(forget_set, n=section.n_models), self.data.y)
+            splits = forget_set.splits(self.data.n_train, self.data.n_val)
+            for i, setting in enumerate(settings):
+                self.progress(f"search {method} on {name}", i, len(settings))
+                result = unlearn.get(method)(problem, **setting)
+                row = {"setting": i, "forget_set": name, "cost": result.cost, **setting}
+                for split, indices in splits.items():
+                    values = _klom_or_worst(result.margins[:, indices], reference[:, indices])
+                    row[split] = float(np.percentile(values, 95))
+                row["score"] = float(np.mean([row[split] for split in splits]))
+                rows.append(row)
+            self.progress(f"search {method} on {name}", len(settings), len(settings))
+        table = pd.DataFrame(rows)
+        table["mean_score"] = table.groupby("setting")["score"].transform("mean")
+        table = table.sort_values(["mean_score", "setting", "forget_set"], ignore_index=True)
+        write_json(path, table.to_dict("records"))
+        return table
+
+    def tuned(self, method: str) -> dict[str, Any]:
+        """The best setting of a method on the tuning sets ({} if it has none to choose)."""
+        settings = unlearn.configurations(method, self.preset.tuning.budget, self.preset.seed)
+        if len(settings) == 1:
+            return settings[0]
+        return settings[int(self.search(method)["setting"].iloc[0])]
+
+    def unlearned(self, method: str, forget_set: ForgetSet) -> Unlearned:
+        """The result of a method, tuned, on a forget set; kept on disk."""
+        setting = self.tuned(method)
+        config = {
+            **self._identity(),
+            "method": method,
+            "code": _source_hash(unlearn.get(method)),
+            "setting": setting,
+            "forget": forget_set.indices.tolist(),
+            "name": forget_set.name,
+            "n_models": self.preset.ensembles.n_models,
+            "checkpoints": self.preset.unlearning.checkpoints,
+            "datamodels": self._datamodel_config(),
+            "seed": self.preset.seed,
+        }
+        path = self.runs / "store" / f"unlearned-{method}-{config_hash(config)}.npz"
+        if path.exists():
+            return _read_unlearned(path)
+        result = unlearn.get(method)(self.problem(forget_set), **setting)
+        if not np.isfinite(result.margins).all():
+            raise MethodError(
+                f"{method} with {setting} gave NaN margins on {forget_set.name!r}; lower its learning rate."
+            )
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **{k: getattr(result, k) for k in Unlearned.__dataclass_fields__})
+        return result
+
+    def reference(self, forget_set: ForgetSet) -> tuple[np.ndarray, np.ndarray]:
+        """Margins and correctness (N, n_points) of the oracles that every method is measured against."""
+        logits = self.oracles(forget_set)
+        return metrics.margins(logits, self.data.y), metrics.correct(logits, self.data.y)
+
+    # --- results ---------------------------------------------------------------------------------------
+
+    def evaluate(self, method: str, forget_set: ForgetSet) -> list[dict[str, Any]]:
+        """Rows of the tidy table: a statistic of a method on a split of a forget set, with its interval."""
+        result = self.unlearned(method, forget_set)
+        margins, right = self.reference(forget_set)
+        splits = forget_set.splits(self.data.n_train, self.data.n_val)
+        head = {"forget_set": forget_set.name, "size": len(forget_set), "method": method}
+        rows = []
+
+        def add(split: str, statistic: str, e: metrics.Estimate) -> None:
+            numbers = {"value": e.value, "low": e.low, "high": e.high, "n_models": len(margins)}
+            rows.append({**head, "split": split, "statistic": statistic, **numbers})
+
+        for split, statistics in metrics.klom_summary(result.margins, margins, splits).items():
+            for name, estimate in statistics.items():
+                add(split, f"klom_{name}", estimate)
+        for split, estimate in metrics.accuracy_gap(result.correct, right, splits).items():
+            add(split, "accuracy_gap", estimate)
+        for split, indices in splits.items():
+            accuracy = metrics.u_lira(result.margins[:, indices], margins[:, indices])
+            error = 1.96 * float(accuracy.std(ddof=1) / np.sqrt(len(accuracy)))
+            value = float(accuracy.mean())
+            add(split, "u_lira", metrics.Estimate(value, value - error, value + error))
+        add("all", "cost", metrics.Estimate(result.cost, result.cost, result.cost))
+        return rows
+
+    def results(self) -> pd.DataFrame:
+        """All methods on all forget sets, tidy: a row a forget set, method, split and statistic."""
+        rows: list[dict[str, Any]] = []
+        pairs = [(f, m) for f in self.forget_sets.values() for m in self.preset.unlearning.methods]
+        for i, (forget_set, method) in enumerate(pairs):
+            self.progress("unlearn and measure", i, len(pairs))
+            rows += self.evaluate(method, forget_set)
+        self.progress("unlearn and measure", len(pairs), len(pairs))
+        return pd.DataFrame(rows)
+
+    def trajectories(self) -> pd.DataFrame:
+        """KLoM's 95th percentile along the way: forget_set, method, split, cost, p95."""
+        rows = []
+        for forget_set in self.forget_sets.values():
+            margins, _ = self.reference(forget_set)
+            splits = forget_set.splits(self.data.n_train, self.data.n_val)
+            for method in self.preset.unlearning.methods:
+                result = self.unlearned(method, forget_set)
+                for cost, at in zip(result.costs, result.trajectory, strict=True):
+                    values = metrics.klom(at, margins)
+                    for split, indices in splits.items():
+                        p95 = float(np.percentile(values[indices], 95))
+                        rows.append((forget_set.name, method, split, float(cost), p95))
+        return pd.DataFrame(rows, columns=["forget_set", "method", "split", "cost", "p95"])
+
+    def save_table(self, table: pd.DataFrame, name: str) -> Path:
+        """Write a table to the run's directory as CSV, atomically."""
+        path = self.directory / name
+        with replacing(path) as temporary:
+            table.to_csv(temporary, index=False, float_format="%.6g")
+        return path
+
+
+def _klom_or_worst(unlearned: np.ndarray, oracle: np.ndarray) -> np.ndarray:
+    """KLoM, or its maximum everywhere if a setting made the models diverge."""
+    if not np.isfinite(unlearned).all():
+        return np.full(unlearned.shape[1], -np.log(metrics.FLOOR))
+    return metrics.klom(unlearned, oracle)
+
+
+def _source_hash(*functions: Any) -> str:
+    """Hash of the source of functions that users may register and change."""
+    text = ""
+    for function in functions:
+        try:
+            text += inspect.getsource(function)
+        except (OSError, TypeError):
+            text += repr(getattr(function, "__qualname__", function))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _read_unlearned(path: Path) -> Unlearned:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            values = {k: archive[k] for k in Unlearned.__dataclass_fields__}
+    except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise StoreError(f"{path} is damaged ({error}); delete it to compute it again.") from error
+    return Unlearned(**{**values, "cost": float(values["cost"])})

@@ -1,0 +1,62 @@
+"""Tables that a reader can take in: tidy results, laid out by forget set and method."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from dmmlib.plots import SPLITS, label
+
+
+def main_table(results: pd.DataFrame, statistic: str = "klom_p95") -> pd.DataFrame:
+    """A statistic with its interval on forget, retain and validation points, beside the cost.
+
+    Args:
+        results: `Study.results`.
+        statistic: klom_mean, klom_p95, accuracy_gap or u_lira.
+
+    Returns:
+        Rows (forget set, method), columns forget, retain, validation, cost: text.
+    """
+    here = results[results["statistic"] == statistic].copy()
+    digits = 3 if statistic == "accuracy_gap" else 2
+    here["text"] = [
+        f"{v:.{digits}f} [{lo:.{digits}f}, {hi:.{digits}f}]"
+        for v, lo, hi in zip(here["value"], here["low"], here["high"], strict=True)
+    ]
+    table = here.pivot_table(
+        index=["forget_set", "method"], columns="split", values="text", aggfunc="first", sort=False
+    )[list(SPLITS)]
+    cost = results[results["statistic"] == "cost"].set_index(["forget_set", "method"])["value"]
+    table["cost"] = [f"{cost[key]:.3f}" for key in table.index]
+    return _named(table)
+
+
+def medians(results: pd.DataFrame) -> pd.DataFrame:
+    """Median over forget sets of each method's statistics: a line a method."""
+    p95 = results[results["statistic"] == "klom_p95"]
+    table = p95.pivot_table(index="method", columns="split", values="value", aggfunc="median", sort=False)
+    table = table[list(SPLITS)].add_suffix(" KLoM p95")
+    lira = results[(results["statistic"] == "u_lira") & (results["split"] == "forget")]
+    table["forget U-LiRA"] = lira.groupby("method")["value"].median()
+    gap = results[(results["statistic"] == "accuracy_gap") & (results["split"] == "validation")]
+    table["validation accuracy gap"] = gap.groupby("method")["value"].median()
+    table["cost"] = results[results["statistic"] == "cost"].groupby("method")["value"].median()
+    table.index = pd.Index([label(m) for m in table.index], name="method")
+    table.columns.name = None
+    return table
+
+
+def _named(table: pd.DataFrame) -> pd.DataFrame:
+    table.index = pd.MultiIndex.from_tuples(
+        [(name, label(method)) for name, method in table.index], names=["forget set", "method"]
+    )
+    table.columns.name = None
+    return table
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table in Markdown, index included, floats with two digits."""
+    flat = table.reset_index()
+    cells = [[f"{v:.2f}" if isinstance(v, float) else str(v) for v in row] for row in flat.to_numpy()]
+    lines = [list(map(str, flat.columns)), ["---"] * flat.shape[1], *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

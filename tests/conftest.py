@@ -1,0 +1,46 @@
+"""Shared fixtures: a study small enough to train in a second or two."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from dmmlib.progress import silent
+from dmmlib.study import Study
+
+DEVICE = os.environ.get("DMM_TEST_DEVICE", "auto")
+SHARED = Path(__file__).parents[2] / "shared"
+
+TINY = {
+    "name": "tiny",
+    "device": DEVICE,
+    "data": {"name": "digits", "n_train": 120, "n_val": 40},
+    "model": {"name": "linear"},
+    "training": {"epochs": 5, "batch_size": 40, "lr": 0.1},
+    "ensembles": {"n_models": 8, "chunk": 16, "shard": 20},
+    "datamodels": {"n_subsets": 100, "n_held_out": 20, "lambdas": [0.1, 0.5], "sizes": [50, 100]},
+    "forget_sets": [{"name": "random_6", "kind": "random", "size": 6}, {"name": "pc1", "kind": "pc", "size": 6}],
+    "tuning": {"forget_sets": [{"name": "tune", "kind": "random", "size": 6}], "n_models": 8, "budget": 2},
+    "unlearning": {"checkpoints": 2},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """A tiny study that trains as it is asked."""
+    folder = tmp_path_factory.mktemp("tiny")
+    return Study(TINY, runs=folder / "runs", figures=folder / "figures", progress=silent)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The device that the suite was asked to run on."""
+    from dmmlib.models import resolve_device
+
+    return resolve_device(DEVICE)
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")

@@ -1,0 +1,100 @@
+"""`dmm` runs notebooks, skips what is done, and says in one line what is wrong."""
+
+import json
+import os
+
+import nbformat
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from dmmlib import cli
+from tests.conftest import TINY
+
+
+@pytest.fixture
+def dmm(tmp_path, monkeypatch):
+    monkeypatch.setenv("DMM_FIGURES", str(tmp_path / "figures"))
+    monkeypatch.setenv("DMM_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def call(*arguments):
+        return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+
+    return call
+
+
+@pytest.fixture
+def tiny_file(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({"preset": TINY}))
+    return path
+
+
+def test_list_names_presets_and_stages(dmm):
+    out = dmm("list").output
+    assert "laptop" in out
+    assert "stage 04: dmm versus baselines" in out
+
+
+@pytest.mark.slow
+def test_run_then_skip_then_run_again_where_a_number_changed(dmm, tiny_file, tmp_path):
+    first = dmm("run", tiny_file, "--stage", "03")
+    assert first.exit_code == 0, first.output
+    assert "03_forget_set_selection: done in" in first.output
+    executed = tmp_path / "runs" / "tiny" / "notebooks" / "03_forget_set_selection.ipynb"
+    notebook = nbformat.read(executed, as_version=4)
+    assert any(cell.get("outputs") for cell in notebook.cells)
+    assert str(tmp_path) not in json.dumps(notebook), "an executed notebook names no place on this machine"
+    assert (tmp_path / "figures" / "tiny" / "03_forget_sets.png").stat().st_size > 5000
+    assert "already done" in dmm("run", tiny_file, "--stage", "03").output
+    other = dmm("run", tiny_file, "--stage", "03", "--set", "datamodels.lambdas=[0.2]")
+    assert "done in" in other.output
+    assert executed.exists()
+
+
+@pytest.mark.slow
+def test_a_failing_notebook_keeps_what_was_done(dmm, tiny_file, tmp_path, monkeypatch):
+    bad = tmp_path / "notebooks" / "03_bad.ipynb"
+    bad.parent.mkdir()
+    cells = [nbformat.v4.new_code_cell("preset = None", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell("1 / 0")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), bad)
+    monkeypatch.setattr(cli, "NOTEBOOKS", bad.parent)
+    result = dmm("run", tiny_file)
+    assert result.exit_code == 2
+    assert "03_bad failed: ZeroDivisionError: division by zero" in result.output
+    assert (tmp_path / "runs" / "tiny" / "notebooks" / "03_bad-failed.ipynb").exists()
+    assert not (tmp_path / "runs" / "tiny" / "notebooks" / "03_bad.ipynb").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "labtop"], "Unknown preset 'labtop'"),
+        (["run", "smoke", "--stage", "99"], "Unknown stage '99'; use one of 01, 02"),
+        (["run", "smoke", "--set", "n_train"], "--set got 'n_train'; give key=value"),
+        (["run", "smoke", "--set", "data.n_trian=5"], "unknown key 'data.n_trian' (did you mean 'n_train'?)"),
+        (["run", "smoke", "--set", "unlearning.methods=[dmmm]"], "Unknown method 'dmmm'"),
+        (["run", "smoke", "--forget-set", "nowhere.json"], "cannot be read as JSON"),
+        (["run", "smoke", "--device", "tpu"], "given 'tpu'"),
+    ],
+)
+def test_mistakes_get_one_clear_line_and_leave_nothing(dmm, tmp_path, arguments, message):
+    result = dmm(*arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert len(result.output.strip().splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_absent_cuda_is_said(dmm):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    assert "torch finds no GPU here; use device='auto' or 'cpu'" in dmm("run", "smoke", "--device", "cuda").output
+
+
+def test_environment_is_left_as_it_was(dmm):
+    dmm("list")
+    assert "DMM_PROGRESS_FILE" not in os.environ

@@ -1,0 +1,113 @@
+"""Ridge datamodels equal their explicit solution and recover what is linear."""
+
+import numpy as np
+import pytest
+
+from dmmlib import datamodels, metrics
+from dmmlib.datamodels import RidgeDatamodel
+from dmmlib.errors import DataError, ForgetSetError
+
+
+def subsets(m, n=12, points=4, classes=3, noise=0.0, seed=0):
+    rng = np.random.default_rng(seed)
+    masks = np.zeros((m, n), bool)
+    for mask in masks:
+        mask[rng.permutation(n)[: n // 2]] = True
+    weights = np.random.default_rng([seed, 7]).normal(size=(n, points, classes))
+    outputs = np.einsum("mn,npc->mpc", masks, weights) + 2 + noise * rng.normal(size=(m, points, classes))
+    return masks, outputs.astype(np.float32), weights
+
+
+def explicit(masks, outputs, lam):
+    """W (n, points, classes) by the textbook formula."""
+    a = masks - masks.mean(0)
+    y = outputs.reshape(len(masks), -1)
+    w = np.linalg.solve(a.T @ a / len(a) + lam * np.eye(a.shape[1]), a.T @ y / len(a))
+    return w.reshape(-1, *outputs.shape[1:])
+
+
+@pytest.mark.parametrize("m", [8, 40], ids=["fewer subsets than points", "more"])
+@pytest.mark.parametrize("lam", [0.01, 0.3])
+def test_effect_equals_the_explicit_solve(m, lam):
+    masks, outputs, _ = subsets(m, noise=0.5)
+    model = RidgeDatamodel.fit(masks, outputs, lam)
+    w = explicit(masks, outputs, lam)
+    sets = [[3], [0, 5, 7], list(range(11))]
+    np.testing.assert_allclose(model.effects(sets), [-w[f].sum(0) for f in sets], atol=1e-4)
+    np.testing.assert_allclose(model.effect([0, 5, 7]), -w[[0, 5, 7]].sum(0), atol=1e-4)
+    new = subsets(6, seed=9)[0]
+    predicted = outputs.mean(0) + np.einsum("mn,npc->mpc", new - masks.mean(0), w)
+    np.testing.assert_allclose(model.predict(new), predicted, atol=1e-4)
+
+
+def test_outputs_may_be_streamed(monkeypatch):
+    masks, outputs, _ = subsets(1200, noise=0.5)
+
+    class Stream:
+        shape = outputs.shape
+        reads = 0
+
+        def __getitem__(self, rows):
+            Stream.reads += 1
+            return outputs[rows]
+
+    model = RidgeDatamodel.fit(masks, Stream(), 0.1)
+    np.testing.assert_allclose(model.effect([1, 2]), RidgeDatamodel.fit(masks, outputs, 0.1).effect([1, 2]), atol=1e-5)
+    assert Stream.reads == 3  # blocks of 500
+
+
+def test_what_is_linear_is_recovered():
+    masks, outputs, weights = subsets(400)
+    model = RidgeDatamodel.fit(masks, outputs, 1e-4)
+    # With subsets of one size only differences of weights are identified: the mean over points is free.
+    centred = weights - weights.mean(0)
+    np.testing.assert_allclose(model.effect([2, 4]), -centred[[2, 4]].sum(0), atol=1e-2)
+
+
+def test_lambda_is_chosen_on_held_out_subsets():
+    masks, outputs, _ = subsets(60, noise=4.0, seed=1)
+    held, held_outputs, _ = subsets(40, noise=0.0, seed=1)
+    labels = np.array([0, 1, 2, 0])
+    best, scores = datamodels.choose_lambda(masks, outputs, held, held_outputs, labels, [1e-4, 0.1, 1e4])
+    assert set(scores) == {1e-4, 0.1, 1e4}
+    assert scores[best] == max(scores.values())
+    assert best != 1e-4
+
+
+def test_lds_is_a_mean_of_spearman_correlations():
+    rng = np.random.default_rng(0)
+    actual = rng.normal(size=(50, 6))
+    np.testing.assert_allclose(datamodels.lds(np.exp(actual), actual), 1)
+    np.testing.assert_allclose(datamodels.lds(-actual, actual), -1)
+    assert abs(datamodels.lds(rng.normal(size=(50, 6)), actual).mean()) < 0.2
+    assert (datamodels.lds(np.ones((50, 6)), actual) == 0).all()
+    e = datamodels.lds_estimate(actual + rng.normal(size=actual.shape), actual)
+    assert 0 < e.low < e.value < e.high < 1
+
+
+@pytest.mark.parametrize("m", [8, 200])
+def test_principal_scores_equal_those_of_the_explicit_matrix(m):
+    masks, outputs, _ = subsets(m, points=12, noise=1.0)
+    labels = np.arange(12) % 3
+    y = metrics.margins(outputs, labels)
+    model = RidgeDatamodel.fit(masks, outputs, 0.1)
+    w = explicit(masks, y[..., None], 0.1)[..., 0].T  # (target, train)
+    u, s, _ = np.linalg.svd(w - w.mean(0))
+    found = datamodels.principal_scores(model, y, 2)
+    for k in range(2):
+        expected = u[:, k] * s[k]
+        expected *= np.sign(expected[np.abs(expected).argmax()])
+        np.testing.assert_allclose(found[:, k], expected, atol=1e-3 * s[0])
+
+
+def test_bad_input():
+    masks, outputs, _ = subsets(20)
+    with pytest.raises(DataError, match="20 masks but outputs of 19 models"):
+        RidgeDatamodel.fit(masks, outputs[:19], 0.1)
+    with pytest.raises(DataError, match="penalty is 0; give a positive number"):
+        RidgeDatamodel.fit(masks, outputs, 0)
+    model = RidgeDatamodel.fit(masks, outputs, 0.1)
+    with pytest.raises(ForgetSetError, match="index 12 is outside the training set of 12"):
+        model.effect([12])
+    with pytest.raises(DataError, match="give the same shape"):
+        datamodels.lds(np.zeros((4, 2)), np.zeros((4, 3)))

@@ -1,0 +1,207 @@
+"""Training many models at once gives each the model that it would be alone."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dmmlib import data, ensemble, models
+from dmmlib.ensemble import Ensemble, Training
+from dmmlib.errors import DataError, DeviceError, MethodError, StoreError
+from tests.conftest import SHARED, needs_cuda
+
+TRAINING = Training(epochs=3, batch_size=16, lr=0.05)
+
+
+@pytest.fixture(scope="module")
+def points():
+    d = data.load("digits", 90, 20)
+    return d, models.normalise(d, d.x), torch.from_numpy(d.y)
+
+
+def factory_for(name, x, **options):
+    return lambda: models.build(name, tuple(x.shape[1:]), 10, **options)
+
+
+def masks_of_sizes(sizes, n=90, seed=0):
+    rng = np.random.default_rng(seed)
+    masks = np.zeros((len(sizes), n), bool)
+    for mask, size in zip(masks, sizes, strict=True):
+        mask[rng.permutation(n)[:size]] = True
+    return masks
+
+
+def train_alone(factory, x, y, mask, seed, training):
+    """The same training in plain PyTorch, one model."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = factory()
+    pool, rng = np.flatnonzero(mask), np.random.default_rng(seed)
+    n_batches = math.ceil(len(pool) / training.batch_size)
+    optimizer = torch.optim.SGD(
+        model.parameters(), training.lr, training.momentum, weight_decay=training.weight_decay, nesterov=True
+    )
+    step, n_steps = 0, training.epochs * n_batches
+    seen = []
+    for _ in range(training.epochs):
+        for batch in np.array_split(rng.permutation(pool), n_batches):
+            seen.append(batch)
+            for group in optimizer.param_groups:
+                group["lr"] = training.rate((step + 0.5) / n_steps)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[batch]), y[batch]).backward()
+            optimizer.step()
+            step += 1
+    assert set(np.concatenate(seen)) == set(pool)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp", "convnet", "resnet9"])
+def test_members_equal_models_trained_alone(points, name):
+    d, x, y = points
+    if name in ("linear", "mlp"):
+        x = models.pooled(d, d.x)
+    if name == "resnet9":
+        x = F.interpolate(x, size=32)
+    options = {"width": 4} if name == "resnet9" else {}
+    x = x.double()  # so that nothing but a real difference shows
+
+    def factory():
+        return models.build(name, tuple(x.shape[1:]), 10, **options).double()
+
+    masks = masks_of_sizes([45, 37, 45])
+    trained = ensemble.train(factory, x[:90], y[:90], masks, [5, 6, 7], TRAINING)
+    logits = trained.logits(x)
+    for i, seed in enumerate([5, 6, 7]):
+        alone = train_alone(factory, x[:90], y[:90], masks[i], seed, TRAINING)(x)
+        torch.testing.assert_close(logits[i].double(), alone.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_result_depends_on_seed_and_mask_not_on_neighbours(points):
+    d, _, y = points
+    x = models.pooled(d, d.x)
+    factory = factory_for("mlp", x)
+    masks = masks_of_sizes([45, 30, 45, 45, 89, 30])
+    seeds = [1, 2, 3, 4, 5, 6]
+    whole = ensemble.train(factory, x[:90], y[:90], masks, seeds, TRAINING).logits(x)
+    for chunk in (1, 2):
+        again = ensemble.train(factory, x[:90], y[:90], masks, seeds, TRAINING, chunk=chunk).logits(x)
+        torch.testing.assert_close(again, whole, rtol=1e-4, atol=1e-4)
+    last = ensemble.train(factory, x[:90], y[:90], masks[3:], seeds[3:], TRAINING).logits(x)
+    torch.testing.assert_close(last, whole[3:], rtol=1e-4, atol=1e-4)
+    assert (whole[0] - whole[2]).abs().max() > 1e-2
+
+
+def test_every_example_of_a_mask_is_used_each_epoch():
+    pools = [np.arange(10), np.arange(5, 15)]
+    rngs = [np.random.default_rng(i) for i in range(2)]
+    batches = list(ensemble.epoch_batches(pools, 4, 2, rngs))
+    assert [b.shape[1] for b in batches] == [4, 3, 3] * 2
+    for model, pool in enumerate(pools):
+        for epoch in (0, 1):
+            assert sorted(np.concatenate([b[model] for b in batches[3 * epoch : 3 * epoch + 3]])) == list(pool)
+
+
+def test_rate_is_a_triangle():
+    t = Training(lr=0.4, warmup=0.25)
+    assert [t.rate(p) for p in (0, 0.125, 0.25, 0.625, 1)] == pytest.approx([0, 0.2, 0.4, 0.2, 0])
+
+
+def test_save_and_load(points, tmp_path):
+    d, _, y = points
+    x = models.pooled(d, d.x)
+    factory = factory_for("mlp", x)
+    trained = ensemble.train(factory, x[:90], y[:90], masks_of_sizes([45, 45]), [0, 1], TRAINING)
+    trained.save(tmp_path / "w.safetensors")
+    loaded = Ensemble.load(tmp_path / "w.safetensors", factory())
+    torch.testing.assert_close(loaded.logits(x), trained.logits(x))
+    with pytest.raises(StoreError, match="another architecture"):
+        Ensemble.load(tmp_path / "w.safetensors", factory_for("mlp", x, hidden=3)())
+    (tmp_path / "w.safetensors").write_bytes((tmp_path / "w.safetensors").read_bytes()[:50])
+    with pytest.raises(StoreError, match="cannot be read as saved models"):
+        Ensemble.load(tmp_path / "w.safetensors", factory())
+
+
+def test_bad_masks_and_seeds(points):
+    d, _, y = points
+    x = models.pooled(d, d.x)[:90]
+    factory = factory_for("linear", x)
+    for masks, message in [
+        (np.ones((2, 80), bool), "shape \\(2, 80\\); give booleans"),
+        (np.ones((2, 90), int), "Masks are int64"),
+        (np.zeros((2, 90), bool), "model 0 is empty"),
+        (np.ones((0, 90), bool), "No masks were given"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            ensemble.train(factory, x, y[:90], masks, [0, 1][: len(masks)], TRAINING)
+    with pytest.raises(DataError, match="2 masks but 1 seeds"):
+        ensemble.train(factory, x, y[:90], np.ones((2, 90), bool), [0], TRAINING)
+
+
+def test_training_does_not_touch_the_global_generator(points):
+    d, _, y = points
+    x = models.pooled(d, d.x)[:90]
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    ensemble.train(factory_for("linear", x), x, y[:90], masks_of_sizes([45]), [0], TRAINING)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_bfloat16_trains(points):
+    d, _, y = points
+    x = models.pooled(d, d.x)
+    training = Training(epochs=10, batch_size=16, lr=0.05, precision="bfloat16")
+    trained = ensemble.train(factory_for("mlp", x), x[:90], y[:90], np.ones((2, 90), bool), [0, 1], training)
+    assert (trained.logits(x[:90]).argmax(-1) == y[:90]).float().mean() > 0.9
+
+
+def test_a_users_own_module(points):
+    _, x, y = points
+
+    @models.register("own")
+    def own(shape, n_classes):
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(math.prod(shape), n_classes))
+
+    try:
+        factory = factory_for("own", x)
+        trained = ensemble.train(factory, x[:90], y[:90], masks_of_sizes([45]), [0], TRAINING)
+        assert trained.logits(x).shape == (1, 110, 10)
+        assert copy.copy(trained).n_models == 1
+    finally:
+        models._MODELS.pop("own")
+    with pytest.raises(MethodError, match="Unknown model 'own'"):
+        models.get("own")
+
+
+def test_devices():
+    assert models.resolve_device("cpu").type == "cpu"
+    with pytest.raises(DeviceError, match="use auto, cpu or cuda"):
+        models.resolve_device("tpu")
+    if not torch.cuda.is_available():
+        assert models.resolve_device("auto").type == "cpu"
+        with pytest.raises(DeviceError, match="finds no GPU here"):
+            models.resolve_device("cuda")
+
+
+@needs_cuda
+def test_same_seed_means_same_start_on_cuda(points):
+    d, _, _ = points
+    x = models.pooled(d, d.x)
+    cpu, cuda = (ensemble.initialise(factory_for("mlp", x), [3], device) for device in ("cpu", "cuda"))
+    torch.testing.assert_close(cpu.logits(x), cuda.logits(x.cuda()), rtol=1e-3, atol=1e-3)
+
+
+def test_resnet9_on_real_colour_images():
+    path = SHARED / "data" / "cifar10_jpeg_12k.npz"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    d = data.load("cifar10", 200, 50, path=path)
+    x, y = models.normalise(d, d.x), torch.from_numpy(d.y)
+    training = Training(epochs=12, batch_size=25, lr=0.1)
+    factory = factory_for("resnet9", x, width=8)
+    trained = ensemble.train(factory, x[:200], y[:200], np.ones((2, 200), bool), [0, 1], training)
+    accuracy = (trained.logits(x)[:, :200].argmax(-1) == y[:200]).float().mean()
+    assert accuracy > 0.3  # chance is 0.1

@@ -1,0 +1,88 @@
+"""Forget sets: what is chosen, kept and refused."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dmmlib import data, forget_sets
+from dmmlib.errors import ForgetSetError, StoreError
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits", 100, 20)
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ([], "is empty"),
+        ([1, 2, 2], "index 2 is given 2 times"),
+        ([-1], "index -1 is outside the training set of 100 points; use 0 to 99"),
+        ([100], "index 100 is outside"),
+        ([0.5], "float64; give integers"),
+        (list(range(100)), "is all 100 training points"),
+        ([[1, 2]], "is empty"),
+    ],
+)
+def test_indices_that_cannot_be_forgotten(digits, indices, message):
+    with pytest.raises(ForgetSetError, match=message):
+        forget_sets.make("bad", indices, digits)
+
+
+def test_round_trip_and_other_data(digits, tmp_path):
+    made = forget_sets.make("mine", [5, 3], digits, kind="hand")
+    made.save(tmp_path / "f.json")
+    loaded = forget_sets.load(tmp_path / "f.json", digits)
+    assert loaded.indices.tolist() == [3, 5]
+    assert loaded.made_by == {"kind": "hand"}
+    with pytest.raises(ForgetSetError, match=r"was made for data .* but this is digits"):
+        forget_sets.load(tmp_path / "f.json", data.load("digits", 99, 20))
+    (tmp_path / "f.json").write_text("{")
+    with pytest.raises(StoreError, match="cannot be read as JSON"):
+        forget_sets.load(tmp_path / "f.json", digits)
+    (tmp_path / "f.json").write_text(json.dumps([1, 2]))
+    with pytest.raises(ForgetSetError, match="lacks data_sha256, indices, name"):
+        forget_sets.load(tmp_path / "f.json", digits)
+
+
+def test_splits_and_mask(digits):
+    made = forget_sets.make("mine", [0, 7], digits)
+    splits = made.splits(100, 20)
+    assert splits["forget"].tolist() == [0, 7]
+    assert len(splits["retain"]) == 98
+    assert splits["validation"].tolist() == list(range(100, 120))
+    assert made.mask(100).sum() == 98
+
+
+def test_random_keeps_clear_of_excluded(digits):
+    rng = np.random.default_rng(0)
+    excluded = np.arange(90)
+    assert set(forget_sets.random(digits, 10, rng, excluded)) == set(range(90, 100))
+    with pytest.raises(ForgetSetError, match="11 points were asked for, but the pool has 10"):
+        forget_sets.random(digits, 11, rng, excluded)
+
+
+def test_highest_and_both_ends():
+    scores = np.array([3.0, -5.0, 1.0, 4.0, -2.0])
+    assert forget_sets.highest(scores, 2).tolist() == [3, 0]
+    assert forget_sets.highest(scores, 2, exclude=np.array([3])).tolist() == [0, 2]
+    assert sorted(forget_sets.both_ends(scores, 4).tolist()) == [0, 1, 3, 4]
+    assert len(set(forget_sets.both_ends(scores, 5).tolist())) == 5
+
+
+def test_nearest_and_class_share(digits):
+    features = digits.x_train.reshape(100, -1).astype(float)
+    near = forget_sets.nearest(features, 4, 5)
+    distances = np.linalg.norm(features - features[4], axis=1)
+    assert set(near) == set(np.argsort(distances)[:5])
+    some = forget_sets.class_share(digits, 3, 0.5, np.random.default_rng(0))
+    assert (digits.y_train[some] == 3).all()
+    assert len(some) == round((digits.y_train == 3).sum() / 2)
+    with pytest.raises(ForgetSetError, match="Class 10 is unknown"):
+        forget_sets.class_share(digits, 10, 0.5, np.random.default_rng(0))
+    with pytest.raises(ForgetSetError, match="share 0 of a class"):
+        forget_sets.class_share(digits, 1, 0, np.random.default_rng(0))
+    with pytest.raises(ForgetSetError, match="Point 100 is outside"):
+        forget_sets.nearest(features, 100, 5)

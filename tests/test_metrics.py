@@ -1,0 +1,139 @@
+"""KLoM to its golden values and definition; the other yardsticks by their properties."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy.stats import ks_2samp
+
+from dmmlib import metrics
+from dmmlib.errors import DataError
+from tests.conftest import SHARED
+
+GOLDEN = SHARED / "golden" / "klom_reference.npz"
+
+
+@pytest.fixture(scope="module")
+def golden():
+    if not GOLDEN.exists():
+        pytest.skip(f"{GOLDEN} is not there: golden values lie beside the project's own checkout only")
+    with np.load(GOLDEN) as archive:
+        return dict(archive)
+
+
+@pytest.mark.parametrize(
+    ("convention", "key"), [("closed", "klom_closed_last_bin"), ("easydub", "klom_open_last_bin")]
+)
+def test_klom_equals_golden_values(golden, convention, key):
+    found = metrics.klom(golden["unlearned_margins"], golden["oracle_margins"], convention)
+    np.testing.assert_allclose(found, golden[key], atol=1e-5)
+
+
+def by_numpy(u, o):
+    """The definition, a point at a time, with numpy.histogram."""
+    values = []
+    for p, q in zip(np.clip(u, -100, 100).T, np.clip(o, -100, 100).T, strict=True):
+        span = (min(p.min(), q.min()), max(p.max(), q.max()))
+        p, q = (np.histogram(m, 20, span)[0] / len(m) for m in (p, q))
+        q = np.maximum(q, 1e-5)
+        values.append(sum(a * np.log(a / b) for a, b in zip(p, q, strict=True) if a > 0))
+    return np.array(values)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    arrays(np.float64, (7, 5), elements=st.floats(-150, 150, width=16)),
+    arrays(np.float64, (9, 5), elements=st.floats(-150, 150, width=16)),
+)
+def test_klom_is_its_definition(u, o):
+    np.testing.assert_allclose(metrics.klom(u, o), by_numpy(u, o), atol=1e-9)
+
+
+def test_klom_of_many_points_equals_klom_of_each(monkeypatch):
+    rng = np.random.default_rng(0)
+    u, o = rng.normal(size=(50, 40)), rng.normal(1, 2, size=(60, 40))
+    whole = metrics.klom(u, o)
+    np.testing.assert_allclose(whole, np.concatenate([metrics.klom(u[:, i : i + 1], o[:, i : i + 1]) for i in range(40)]))
+    assert (whole >= 0).all()
+    assert whole.max() <= -np.log(1e-5) + 1e-9
+
+
+def test_klom_tells_same_from_different():
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(size=(2, 100, 300))
+    assert metrics.klom(a, b).mean() < 1 < 10 < metrics.klom(a + 20, b).mean()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_klom_refuses_margins_that_are_not_finite(value):
+    u = np.zeros((4, 3))
+    u[0, 0] = value
+    with pytest.raises(DataError, match=r"1 NaN or infinite.*lower its learning rate"):
+        metrics.klom(u, np.zeros((4, 3)))
+
+
+def test_klom_refuses_other_points_and_other_conventions():
+    with pytest.raises(DataError, match="3 points and oracle margins 4"):
+        metrics.klom(np.zeros((2, 3)), np.zeros((2, 4)))
+    with pytest.raises(DataError, match="at least one model"):
+        metrics.klom(np.zeros((0, 3)), np.zeros((2, 3)))
+    with pytest.raises(DataError, match="'closed' or 'easydub'"):
+        metrics.klom(np.zeros((2, 3)), np.zeros((2, 3)), "open")
+
+
+def test_margins_are_log_odds():
+    rng = np.random.default_rng(2)
+    z, y = rng.normal(size=(3, 6, 4)), rng.integers(0, 4, 6)
+    p = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+    right = np.take_along_axis(p, y[None, :, None], 2)[..., 0]
+    np.testing.assert_allclose(metrics.margins(z, y), np.log(right / (1 - right)), rtol=1e-5)
+    np.testing.assert_allclose(metrics.margins(z + 7, y), metrics.margins(z, y), atol=1e-5)
+
+
+def test_margins_refuse_labels_outside_the_classes():
+    with pytest.raises(DataError, match="Labels go from 0 to 4; logits have 4 classes"):
+        metrics.margins(np.zeros((1, 2, 4)), np.array([0, 4]))
+
+
+def test_summary_has_intervals_that_hold_the_estimate_and_shrink_with_models():
+    rng = np.random.default_rng(3)
+    splits = {"forget": np.arange(10), "retain": np.arange(10, 60)}
+    widths = []
+    for n in (20, 200):
+        s = metrics.klom_summary(rng.normal(size=(n, 60)), rng.normal(size=(n, 60)), splits)
+        for split in splits:
+            for e in s[split].values():
+                assert e.low <= e.value <= e.high
+        widths.append(s["retain"]["mean"].high - s["retain"]["mean"].low)
+    assert widths[1] < widths[0]
+
+
+def test_summary_agrees_with_klom():
+    rng = np.random.default_rng(4)
+    u, o = rng.normal(size=(30, 12)), rng.normal(size=(30, 12))
+    s = metrics.klom_summary(u, o, {"all": np.arange(12)})
+    assert s["all"]["mean"].value == pytest.approx(metrics.klom(u, o).mean(), rel=1e-5)
+    assert s["all"]["p95"].value == pytest.approx(np.percentile(metrics.klom(u, o), 95), rel=1e-5)
+
+
+def test_u_lira_is_at_chance_on_equals_and_sure_of_opposites():
+    rng = np.random.default_rng(5)
+    a, b = rng.normal(size=(2, 200, 100))
+    assert metrics.u_lira(a, b).mean() == pytest.approx(0.5, abs=0.02)
+    assert metrics.u_lira(a + 10, b).mean() > 0.99
+
+
+def test_ks_is_scipys():
+    rng = np.random.default_rng(6)
+    a, b = rng.integers(0, 5, (20, 8)), rng.integers(1, 6, (30, 8))
+    np.testing.assert_allclose(metrics.ks(a, b), [ks_2samp(x, y).statistic for x, y in zip(a.T, b.T, strict=True)])
+
+
+def test_accuracy_gap():
+    u, o = np.ones((10, 4), bool), np.zeros((10, 4), bool)
+    o[:5, 0] = True
+    gaps = metrics.accuracy_gap(u, o, {"first": np.array([0]), "rest": np.array([1, 2, 3])})
+    assert gaps["first"].value == pytest.approx(0.5)
+    assert gaps["rest"].value == pytest.approx(1.0)
+    assert gaps["first"].low < 0.5 < gaps["first"].high

@@ -1,0 +1,187 @@
+"""A study computes once, resumes, keeps what is done, and refuses what makes no sense."""
+
+import numpy as np
+import pytest
+
+from dmmlib import forget_sets, models, presets, unlearn
+from dmmlib.errors import DataError, ForgetSetError, MethodError, PresetError, StoreError
+from dmmlib.progress import Reporter, describe, silent
+from dmmlib.study import Study
+from tests.conftest import TINY
+
+
+def study(tmp_path, overrides=None, **kwargs):
+    return Study(TINY, overrides, runs=tmp_path / "runs", figures=tmp_path / "figures", progress=silent, **kwargs)
+
+
+def test_results_are_complete_and_tidy(tiny):
+    table = tiny.results()
+    methods, sets = set(tiny.preset.unlearning.methods), {"random_6", "pc1"}
+    assert set(table["method"]) == methods
+    assert set(table["forget_set"]) == sets
+    per_pair = 3 * (2 + 1 + 1) + 1  # splits x (KLoM mean, p95, accuracy gap, U-LiRA), and the cost
+    assert len(table) == len(methods) * len(sets) * per_pair
+    assert (table["low"] <= table["value"]).all()
+    assert (table["value"] <= table["high"]).all()
+    cost = table[table["statistic"] == "cost"].groupby("method")["value"].mean()
+    assert cost["do_nothing"] == 0
+    assert cost["retrain"] == 1
+
+
+def test_everything_is_computed_once(tiny, monkeypatch):
+    first = tiny.results()
+
+    def never(*args, **kwargs):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("dmmlib.ensemble.train", never)
+    again = Study(TINY, runs=tiny.runs, figures=tiny.figures, progress=silent)
+    assert again.results().equals(first)
+
+
+def test_tuning_sets_share_no_point_with_reported_ones(tiny):
+    reported = np.concatenate([f.indices for f in tiny.forget_sets.values()])
+    for tuning in tiny.tuning_sets.values():
+        assert len(np.intersect1d(tuning.indices, reported)) == 0
+
+
+def test_hyperparameters_are_searched_with_one_budget_and_kept(tiny):
+    for method in ("gd", "ga", "ga_gd", "scrub", "oracle_matching", "dmm"):
+        table = tiny.search(method)
+        assert table["setting"].nunique() == tiny.preset.tuning.budget
+        best = table.groupby("setting")["score"].mean().idxmin()
+        assert tiny.tuned(method) == unlearn.configurations(method, 2, 0)[best]
+
+
+def test_originals_oracles_and_floor_are_independent(tiny):
+    f = tiny.forget_sets["random_6"]
+    outputs = [tiny.original_logits, tiny.oracles(f), tiny.oracles(f, floor=True), tiny.subsets[1][:8]]
+    for i in range(4):
+        for j in range(i):
+            assert np.abs(outputs[i] - outputs[j]).max() > 1e-2
+    streams = ["originals", "oracles:a:1", "floor:a:1", "subsets"]
+    assert len({tuple(tiny.seeds(s, 3)) for s in streams}) == 4
+    assert tiny.seeds("originals", 5)[:3] == tiny.seeds("originals", 3)
+
+
+def test_interrupted_training_goes_on_where_it_was(tmp_path, monkeypatch, tiny):
+    other = study(tmp_path)
+    train, calls = models_train(monkeypatch)
+
+    def dies_at_the_third(*args, **kwargs):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr("dmmlib.ensemble.train", dies_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        _ = other.subsets
+    monkeypatch.setattr("dmmlib.ensemble.train", train)
+    again = study(tmp_path)
+    np.testing.assert_allclose(again.subsets[1], tiny.subsets[1], atol=1e-5)
+    assert len(calls) == 6, "six shards of twenty, none twice"
+
+
+def models_train(monkeypatch):
+    from dmmlib import ensemble
+
+    original, calls = ensemble.train, []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    return counted, calls
+
+
+def test_a_damaged_shard_is_trained_again_and_equals_the_old(tmp_path, tiny):
+    one = study(tmp_path)
+    before = one.subsets[1]
+    store = one._subset_store
+    chunk = store.path / "logits" / "c" / "2" / "0" / "0"
+    chunk.write_bytes(chunk.read_bytes()[:-9])
+    np.testing.assert_allclose(study(tmp_path).subsets[1], before, atol=1e-5)
+
+
+def test_a_damaged_result_is_named(tmp_path, tiny):
+    tiny.unlearned("do_nothing", tiny.forget_sets["random_6"])
+    path = next((tiny.runs / "store").glob("unlearned-do_nothing-*.npz"))
+    raw = path.read_bytes()
+    path.write_bytes(raw[:100])
+    try:
+        with pytest.raises(StoreError, match="is damaged.*delete it to compute it again"):
+            [tiny.unlearned("do_nothing", f) for f in tiny.forget_sets.values()]
+    finally:
+        path.write_bytes(raw)
+
+
+def test_a_users_own_forget_set(tmp_path, tiny):
+    path = tmp_path / "mine.json"
+    forget_sets.make("mine", [1, 2, 3], tiny.data).save(path)
+    own = Study(TINY, runs=tiny.runs, figures=tiny.figures, progress=silent, forget_set=path)
+    assert list(own.forget_sets) == ["mine"]
+    assert set(own.results()["forget_set"]) == {"mine"}
+    with pytest.raises(ForgetSetError, match="was made for data"):
+        study(tmp_path, {"data.n_train": 100}, forget_set=path)
+
+
+def test_a_users_own_method_enters_the_table(tmp_path, tiny):
+    @unlearn.register("shrink")
+    def shrink(problem):
+        return unlearn.Unlearned.from_logits(0.9 * problem.original_logits, problem.labels, cost=0.0)
+
+    try:
+        own = Study(TINY, {"unlearning.methods": ["do_nothing", "shrink"]}, runs=tiny.runs, progress=silent)
+        assert set(own.results()["method"]) == {"do_nothing", "shrink"}
+    finally:
+        unlearn.base._METHODS.pop("shrink")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        ({"unlearning.methods": ["forgetmenot"]}, MethodError, "Unknown method 'forgetmenot'"),
+        ({"model.name": "vgg"}, MethodError, "Unknown model 'vgg'"),
+        ({"data.name": "imagenet"}, MethodError, "Unknown data set 'imagenet'"),
+        ({"data.n_train": 5000}, DataError, "n_train=5000 was asked of 'digits', which has 1297"),
+        ({"forget_sets": [{"name": "all", "kind": "random", "size": 120}]}, ForgetSetError, "120 of 120"),
+        ({"forget_sets": [{"name": "tune", "kind": "random", "size": 2}]}, PresetError, "two forget sets alike"),
+        ({"tuning.n_models": 9}, PresetError, "tuning.n_models=9 is more than ensembles.n_models=8"),
+    ],
+)
+def test_mistakes_are_said_before_any_training(tmp_path, overrides, error, message):
+    with pytest.raises(error, match=message):
+        study(tmp_path, overrides)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_diverging_training_is_said_and_leaves_earlier_work(tmp_path):
+    with pytest.raises(StoreError, match="diverged .*lower training.lr"):
+        _ = study(tmp_path, {"training.lr": 1e30}).original_logits
+
+
+def test_figures_and_tables_go_where_they_should(tmp_path, tiny):
+    from matplotlib import pyplot as plt
+
+    figure = plt.figure()
+    image = tiny.show(figure, "empty")
+    assert (tiny.figures / "tiny" / "empty.png").read_bytes() == image.data
+    assert not plt.fignum_exists(figure.number)
+
+
+def test_progress_reports():
+    assert describe("train", 0, 10, 0.0) == "train: 0 / 10"
+    assert describe("train", 5, 10, 10.0) == "train: 5 / 10 · 0.5/s · 10 s left"
+    assert describe("train", 5, 10, 4.0, since=3) == "train: 5 / 10 · 0.5/s · 10 s left"
+    assert describe("train", 4200, 4200, 240.0) == "train: 4,200 in 4 min"
+
+
+def test_progress_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("DMM_PROGRESS_FILE", str(tmp_path / "p.json"))
+    Reporter()("train", 3, 3)
+    assert '"done": 3' in (tmp_path / "p.json").read_text()
+
+
+def test_names_are_listed():
+    assert set(models.names()) >= {"linear", "mlp", "convnet", "resnet9"}
+    assert set(presets.names()) >= {"smoke", "laptop", "cifar10"}

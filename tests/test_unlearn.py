@@ -1,0 +1,176 @@
+"""Every method changes its model, in the direction it promises, at the cost it reports."""
+
+import numpy as np
+import pytest
+import torch
+
+from dmmlib import data, ensemble, metrics, models, unlearn
+from dmmlib.ensemble import Training
+from dmmlib.errors import DataError, ForgetSetError, MethodError
+from dmmlib.unlearn import Problem
+
+N_TRAIN, FORGET = 150, np.array([3, 30, 77, 100, 149])
+TUNED = ["gd", "ga", "ga_gd", "scrub", "oracle_matching", "dmm"]
+
+
+class TrueEffect:
+    """An attributor that knows: the mean difference of oracles and originals."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def effect(self, forget):
+        assert list(forget) == FORGET.tolist()
+        return self.change
+
+
+@pytest.fixture(scope="module")
+def problem():
+    d = data.load("digits", N_TRAIN, 60)
+    x, y = models.pooled(d, d.x), torch.from_numpy(d.y)
+    training = Training(epochs=20, batch_size=25, lr=0.1)
+
+    def factory():
+        return models.build("mlp", tuple(x.shape[1:]), 10, hidden=32)
+
+    keep = np.ones((8, N_TRAIN), bool)
+    originals = ensemble.train(factory, x[:N_TRAIN], y[:N_TRAIN], keep, range(8), training)
+    keep[:, FORGET] = False
+    oracles = ensemble.train(factory, x[:N_TRAIN], y[:N_TRAIN], keep, range(100, 108), training).logits(x).numpy()
+    logits = originals.logits(x).numpy()
+    return Problem(
+        originals=originals,
+        original_logits=logits,
+        x=x,
+        y=y,
+        n_train=N_TRAIN,
+        forget=FORGET,
+        training=training,
+        attributor=TrueEffect((oracles - logits).mean(0)),
+        oracle_logits=oracles,
+        checkpoints=3,
+        seed=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def before(problem):
+    return metrics.margins(problem.original_logits, problem.labels)
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_every_method_moves_every_model(problem, before, name):
+    weights = {k: v.clone() for k, v in problem.originals.params.items()}
+    result = unlearn.get(name)(problem)
+    assert result.margins.shape == result.correct.shape == before.shape
+    assert np.isfinite(result.margins).all()
+    assert (np.abs(result.margins - before).max(1) > 1e-3).all(), "each of the models must have moved"
+    for key, value in problem.originals.params.items():
+        assert torch.equal(value, weights[key]), "the originals themselves stay as they are"
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_trajectories_end_where_the_method_ends(problem, name):
+    result = unlearn.get(name)(problem)
+    assert len(result.costs) == len(result.trajectory) >= 1
+    assert (np.diff(result.costs) > 0).all()
+    assert result.costs[-1] == pytest.approx(result.cost)
+    np.testing.assert_allclose(result.trajectory[-1], result.margins, atol=1e-5)
+
+
+def test_costs_are_sample_gradients_over_those_of_retraining(problem):
+    retraining = 20 * (N_TRAIN - 5)
+    assert problem.retraining == retraining
+    cost = {name: unlearn.get(name)(problem, **kw).cost for name, kw in {
+        "do_nothing": {},
+        "retrain": {},
+        "dm_direct": {},
+        "gd": {"epochs": 2.0},
+        "ga": {"epochs": 3.0},
+        "ga_gd": {"ascent_epochs": 1.0, "descent_epochs": 2.0},
+        "scrub": {"epochs": 3, "max_epochs": 2},
+        "dmm": {"cost": 0.2, "batch_size": 29},
+    }.items()}  # fmt: skip
+    assert cost["do_nothing"] == cost["dm_direct"] == 0
+    assert cost["retrain"] == 1
+    assert cost["gd"] == pytest.approx(2 * 145 / retraining)
+    assert cost["ga"] == pytest.approx(3 * 5 / retraining)
+    assert cost["ga_gd"] == pytest.approx((5 + 2 * 145) / retraining)
+    assert cost["scrub"] == pytest.approx((3 * 145 + 2 * 5) / retraining)
+    assert cost["dmm"] == pytest.approx(0.2, abs=29 / retraining)
+
+
+def test_ascent_lowers_the_margins_of_the_forget_set(problem, before):
+    after = unlearn.get("ga")(problem, epochs=5.0, lr=3e-2).margins
+    assert after[:, FORGET].mean() < before[:, FORGET].mean() - 0.1
+
+
+def test_scrub_moves_away_from_its_teacher_on_f_and_stays_near_it_on_r(problem, before):
+    after = unlearn.get("scrub")(problem, epochs=6, max_epochs=6, lr=3e-2, alpha=0.5).margins
+    shift = np.abs(after - before).mean(0)
+    assert shift[FORGET].mean() > 3 * shift[problem.retain].mean()
+
+
+def test_matching_reaches_its_targets(problem):
+    oracle = metrics.margins(problem.oracle_logits, problem.labels)
+    start = np.abs(metrics.margins(problem.original_logits, problem.labels) - oracle)[:, FORGET].mean()
+    for name in ("oracle_matching", "dmm"):
+        result = unlearn.get(name)(problem, cost=0.5, lr=3e-3)
+        assert np.abs(result.margins - oracle)[:, FORGET].mean(0).mean() < 0.8 * start
+        gap = np.abs(result.margins.mean(0) - oracle.mean(0))[FORGET].mean()
+        assert gap < 0.3 * np.abs(problem.original_logits.mean(0)[FORGET]).mean()
+
+
+def test_dm_direct_is_original_plus_effect(problem):
+    result = unlearn.get("dm_direct")(problem)
+    expected = metrics.margins(problem.original_logits + problem.attributor.change, problem.labels)
+    np.testing.assert_allclose(result.margins, expected, atol=1e-5)
+
+
+def test_mean_of_oracles(problem):
+    one = unlearn.get("oracle_matching")(problem, n_oracles=1, cost=0.5, lr=3e-3)
+    all_ = unlearn.get("oracle_matching")(problem, n_oracles=8, cost=0.5, lr=3e-3)
+    assert all_.margins.std(0)[FORGET].mean() < one.margins.std(0)[FORGET].mean()
+    with pytest.raises(DataError, match="n_oracles=9, but there are 8"):
+        unlearn.get("oracle_matching")(problem, n_oracles=9)
+
+
+def test_originals_keep_their_own_randomness(problem):
+    few = Problem(**{**vars(problem), "originals": problem.originals[:3], "original_logits": problem.original_logits[:3]})
+    np.testing.assert_allclose(
+        unlearn.get("dmm")(few).margins, unlearn.get("dmm")(problem).margins[:3], rtol=1e-3, atol=2e-3
+    )
+
+
+def test_a_users_own_method_and_unknown_names(problem):
+    @unlearn.register("halve", space={"by": [0.5, 0.25]})
+    def halve(problem, *, by=0.5):
+        return unlearn.Unlearned.from_logits(problem.original_logits * by, problem.labels, cost=0.0)
+
+    try:
+        assert unlearn.configurations("halve", budget=8) == [{"by": 0.5}, {"by": 0.25}]
+        assert unlearn.get("halve")(problem, by=0.25).cost == 0
+    finally:
+        unlearn.base._METHODS.pop("halve")
+    with pytest.raises(MethodError, match=r"^Unknown method 'halve'; use one of gd, ga"):
+        unlearn.get("halve")
+
+
+def test_settings_are_drawn_without_repeats_and_with_one_budget():
+    for name in TUNED:
+        settings = unlearn.configurations(name, budget=8)
+        assert len(settings) == 8
+        assert all(settings.count(s) == 1 for s in settings)
+        assert settings == unlearn.configurations(name, budget=8)
+    assert unlearn.configurations("do_nothing", budget=8) == [{}]
+
+
+def test_problems_that_make_no_sense(problem):
+    with pytest.raises(ForgetSetError, match="is empty"):
+        Problem(**{**vars(problem), "forget": np.array([], int)})
+    with pytest.raises(DataError, match=r"original_logits have shape .*\(8, 210\) first"):
+        Problem(**{**vars(problem), "original_logits": problem.original_logits[:3]})
+    bare = Problem(**{**vars(problem), "attributor": None, "oracle_logits": None})
+    for name, what in [("dmm", "attributor"), ("retrain", "retrained models"), ("oracle_matching", "retrained models")]:
+        with pytest.raises(DataError, match=what):
+            unlearn.get(name)(bare)
