@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -21,8 +20,8 @@ import yaml
 from dmmlib import presets
 from dmmlib.errors import DmmError, PresetError
 from dmmlib.files import read_json, write_json
+from dmmlib.hashing import config_hash, short
 from dmmlib.progress import PROGRESS_FILE
-from dmmlib.store import config_hash
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
@@ -143,6 +142,7 @@ def _stage(notebook: Path, out: Path, parameters: dict[str, Any], force: bool) -
 def _execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> str:
     """Run a notebook; the error's last line, or nothing."""
     import papermill
+    from traitlets.config import Config
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -155,6 +155,8 @@ def _execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> str:
                 kernel_name="python3",
                 progress_bar=False,
                 cwd=str(NOTEBOOKS),
+                # Over TCP a kernel warns that others may listen, which belongs on nobody's terminal.
+                config=Config({"KernelManager": {"transport": "tcp" if os.name == "nt" else "ipc"}}),
             )
         except papermill.PapermillExecutionError as error:
             return f"{error.ename}: {error.evalue}"
@@ -187,7 +189,7 @@ def _progress(name: str) -> Iterator[None]:
         file = Path(folder) / "progress.json"
         os.environ[PROGRESS_FILE] = str(file)
         stop = threading.Event()
-        bar = tqdm(bar_format="{desc}", leave=False, desc=name)
+        bar = tqdm(bar_format="{desc}", leave=False, desc=name, disable=None)  # silent where it is no terminal
 
         def watch() -> None:
             while not stop.wait(0.5):
@@ -209,14 +211,11 @@ def _progress(name: str) -> Iterator[None]:
 
 def _source(notebook: Path) -> str:
     cells = json.loads(notebook.read_text())["cells"]
-    return hashlib.sha256(json.dumps([c["source"] for c in cells]).encode()).hexdigest()
+    return short(json.dumps([c["source"] for c in cells]).encode())
 
 
 def _library() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    return short(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py"))))
 
 
 if __name__ == "__main__":

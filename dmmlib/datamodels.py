@@ -200,11 +200,12 @@ def choose_lambda(
     return max(scores, key=lambda lam: scores[lam]), scores
 
 
-def principal_scores(model: RidgeDatamodel, train_margins: np.ndarray, n_components: int) -> np.ndarray:
-    """Scores of the training points on the principal components of the train x train datamodel matrix.
+def principal_loadings(model: RidgeDatamodel, train_margins: np.ndarray, n_components: int) -> np.ndarray:
+    """Loadings of the training points on the principal components of the train x train datamodel matrix.
 
-    Row j of that matrix is how every training point acts on the margin of point j. It is used through its
-    products only and never built.
+    Row j of that matrix is how every training point acts on the margin of point j, so a component is a
+    direction over training points *as influences*: points with large loadings act together. The matrix is
+    used through its products only and never built.
 
     Args:
         model: fitted on the subset models that `train_margins` comes from.
@@ -212,12 +213,12 @@ def principal_scores(model: RidgeDatamodel, train_margins: np.ndarray, n_compone
         n_components: how many, below n_train.
 
     Returns:
-        (n_train, n_components), component 1 first. The sign, which PCA leaves open, is such that the
-        largest score in absolute value is positive.
+        (n_train, n_components), component 1 first, each of length 1. The sign, which PCA leaves open, is
+        such that the largest loading in absolute value is positive.
     """
     n = model.n_train
     y = train_margins.astype(np.float32)
-    y = y - y.mean(1, keepdims=True)  # centres the rows of W: the mean over points j
+    y = y - y.mean(1, keepdims=True)  # centres the rows of the matrix: subtracts the mean over points j
 
     def rows(d: np.ndarray) -> np.ndarray:
         return y.T @ model.weights(d.reshape(1, -1))[:, 0]
@@ -226,6 +227,7 @@ def principal_scores(model: RidgeDatamodel, train_margins: np.ndarray, n_compone
         return model.adjoint((y @ r.reshape(-1).astype(np.float32))[None])[0]
 
     operator = LinearOperator((n, n), matvec=rows, rmatvec=columns, dtype=np.float32)
-    u, s, _ = svds(operator, k=n_components, v0=np.random.default_rng(0).normal(size=n).astype(np.float32), solver="arpack")
-    scores = (u * s)[:, np.argsort(-s)]
-    return scores * np.sign(np.take_along_axis(scores, np.abs(scores).argmax(0)[None], 0))
+    start = np.random.default_rng(0).normal(size=n).astype(np.float32)
+    _, s, vt = svds(operator, k=n_components, v0=start, solver="arpack")
+    loadings = vt[np.argsort(-s)].T
+    return loadings * np.sign(np.take_along_axis(loadings, np.abs(loadings).argmax(0)[None], 0))

@@ -38,7 +38,7 @@ class Training:
 
     epochs: int = 20
     batch_size: int = 50
-    lr: float = 0.1
+    lr: float = 0.2
     momentum: float = 0.9
     weight_decay: float = 5e-4
     warmup: float = 0.2

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from dmmlib.data import Dataset
 from dmmlib.errors import DeviceError, MethodError
+from dmmlib.hashing import source_hash
 
 
 def normalise(data: Dataset, x: np.ndarray) -> Tensor:
@@ -52,10 +53,12 @@ class ModelSpec:
             forward takes (n, *input shape) and returns logits (n, n_classes). Weights are drawn from
             torch's global generator, which `ensemble` seeds a model.
         prepare: the fixed, parameter-free part of the model, applied once to all points.
+        source: hash of the factory's source.
     """
 
     factory: Factory
-    prepare: Prepare = normalise
+    prepare: Prepare
+    source: str
 
 
 _MODELS: dict[str, ModelSpec] = {}
@@ -65,7 +68,7 @@ def register(name: str, prepare: Prepare = normalise) -> Callable[[Factory], Fac
     """Make presets find a model factory by name."""
 
     def add(factory: Factory) -> Factory:
-        _MODELS[name] = ModelSpec(factory, prepare)
+        _MODELS[name] = ModelSpec(factory, prepare, source_hash(factory))
         return factory
 
     return add

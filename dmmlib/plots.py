@@ -77,7 +77,7 @@ def style() -> None:
     )
 
 
-def _titled(figure: Figure, title: str, caption: str) -> Figure:
+def titled(figure: Figure, title: str, caption: str) -> Figure:
     """Title above, caption (what, n) below, both outside the axes."""
     figure.suptitle(title, x=0.01, ha="left", y=1.0, va="bottom", fontweight="bold", wrap=True)
     figure.text(0.01, 0.0, caption, ha="left", va="top", fontsize=9, color="0.35", wrap=True)
@@ -96,7 +96,7 @@ def lds_curve(sizes: Sequence[int], scores: Mapping[str, Sequence[Estimate]], ti
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.legend()
-    return _titled(figure, title, caption)
+    return titled(figure, title, caption)
 
 
 def predicted_vs_true(
@@ -125,7 +125,7 @@ def predicted_vs_true(
             ylabel="predicted change",
         )
     axes[0, 0].legend(markerscale=1.5)
-    return _titled(figure, title, caption)
+    return titled(figure, title, caption)
 
 
 def thumbnails(data: Dataset, rows: Mapping[str, np.ndarray], title: str, caption: str, n: int = 14) -> Figure:
@@ -148,19 +148,21 @@ def thumbnails(data: Dataset, rows: Mapping[str, np.ndarray], title: str, captio
             va="center",
             fontsize=9,
         )
-    return _titled(figure, title, caption)
+    return titled(figure, title, caption)
 
 
-def components(scores: np.ndarray, labels: np.ndarray, class_names: Sequence[str], title: str, caption: str) -> Figure:
-    """Training points on the first two principal components of the datamodel matrix, coloured by class."""
+def components(
+    loadings: np.ndarray, labels: np.ndarray, class_names: Sequence[str], title: str, caption: str
+) -> Figure:
+    """Loadings of training points on the first two principal components of the datamodel matrix, by class."""
     figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
     tints = sns.color_palette("colorblind", len(class_names))
     marks = "osD^v<>PX*"
     for c, name in enumerate(class_names):
         here = labels == c
         axis.scatter(
-            scores[here, 0],
-            scores[here, 1],
+            loadings[here, 0],
+            loadings[here, 1],
             s=14,
             color=tints[c],
             marker=marks[c % len(marks)],
@@ -168,9 +170,9 @@ def components(scores: np.ndarray, labels: np.ndarray, class_names: Sequence[str
             alpha=0.75,
             linewidths=0,
         )
-    axis.set(xlabel="PC 1", ylabel="PC 2")
+    axis.set(xlabel="loading on PC 1", ylabel="loading on PC 2")
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    return _titled(figure, title, caption)
+    return titled(figure, title, caption)
 
 
 def class_counts(counts: pd.DataFrame, title: str, caption: str) -> Figure:
@@ -179,7 +181,7 @@ def class_counts(counts: pd.DataFrame, title: str, caption: str) -> Figure:
     sns.heatmap(counts, annot=True, fmt="d", cmap="crest", cbar=False, ax=axis, linewidths=0.5)
     axis.set(xlabel="", ylabel="")
     axis.tick_params(axis="x", rotation=30)
-    return _titled(figure, title, caption)
+    return titled(figure, title, caption)
 
 
 def klom_against_cost(
@@ -245,7 +247,7 @@ def klom_against_cost(
         axis.set_xlabel("cost / retraining")
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center")
-    return _titled(figure, title, caption)
+    return titled(figure, title, caption)
 
 
 def klom_by_method(results: pd.DataFrame, title: str, caption: str) -> Figure:
@@ -275,7 +277,7 @@ def klom_by_method(results: pd.DataFrame, title: str, caption: str) -> Figure:
         axis.minorticks_off()
         axis.grid(axis="x", color="0.9")
     axes[0].invert_yaxis()
-    return _titled(figure, title, caption)
+    return titled(figure, title, caption)
 
 
 def margin_histograms(
@@ -313,7 +315,7 @@ def margin_histograms(
         axis.set_xlabel("margin")
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center")
-    return _titled(figure, title, caption)
+    return titled(figure, title, caption)
 
 
 def point_trajectories(
@@ -337,7 +339,7 @@ def point_trajectories(
         axis.set(title=f"{label(method)}: {inside:.0%} within ±{band:g} sd", xlabel="cost / retraining")
         axis.set_yscale("symlog", linthresh=2)
     axes[0, 0].set_ylabel("mean margin − oracles' (oracle sd)")
-    return _titled(figure, title, caption)
+    return titled(figure, title, caption)
 
 
 def klom_distribution(kloms: Mapping[str, np.ndarray], title: str, caption: str) -> Figure:
@@ -358,7 +360,7 @@ def klom_distribution(kloms: Mapping[str, np.ndarray], title: str, caption: str)
     axis.text(axis.get_xlim()[1], 0.95, " p95", va="center", fontsize=8, color="0.4")
     axis.set(xlabel="KLoM of a forget point", ylabel="share of forget points", ylim=(0, 1.02))
     axis.legend(loc="center left", bbox_to_anchor=(1.03, 0.5))
-    return _titled(figure, title, caption)
+    return titled(figure, title, caption)
 
 
 def floor_against_n(sizes: Sequence[int], lines: Mapping[str, Sequence[float]], title: str, caption: str) -> Figure:
@@ -371,7 +373,7 @@ def floor_against_n(sizes: Sequence[int], lines: Mapping[str, Sequence[float]], 
     axis.set_yticks([0.5, 1, 2, 5, 10], ["0.5", "1", "2", "5", "10"])
     axis.minorticks_off()
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    return _titled(figure, title, caption)
+    return titled(figure, title, caption)
 
 
 def agreement(
@@ -393,7 +395,7 @@ def agreement(
         _mean_line(axis, lira[method])
         axis.set(title=label(method), xlabel="KLoM")
     axes[0, 0].set_ylabel("U-LiRA accuracy")
-    return _titled(figure, title, caption)
+    return titled(figure, title, caption)
 
 
 def _mean_line(axis: Axes, values: np.ndarray) -> None:

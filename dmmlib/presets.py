@@ -41,9 +41,9 @@ class ModelSection(Section):
 
 
 class TrainingSection(Section):
-    epochs: PositiveInt = 30
-    batch_size: PositiveInt = 100
-    lr: PositiveFloat = 0.1
+    epochs: PositiveInt = 20
+    batch_size: PositiveInt = 50
+    lr: PositiveFloat = 0.2
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=5e-4, ge=0)
     warmup: float = Field(default=0.2, ge=0, lt=1)

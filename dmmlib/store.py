@@ -8,8 +8,6 @@ in flight, and damage is found when it is read.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import uuid
@@ -23,14 +21,9 @@ from zarr.codecs import Crc32cCodec
 from zarr.errors import GroupNotFoundError
 
 from dmmlib.errors import StoreError
+from dmmlib.hashing import config_hash
 
 FORMAT = 1
-
-
-def config_hash(config: Mapping[str, Any]) -> str:
-    """Short hash of a JSON-serialisable configuration."""
-    text = json.dumps(config, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class Store:

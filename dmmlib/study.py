@@ -7,8 +7,6 @@ changed number recomputes only what it touches, and runs share what they have in
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import os
 import zipfile
 import zlib
@@ -27,8 +25,9 @@ from dmmlib import datamodels, ensemble, forget_sets, metrics, models, presets, 
 from dmmlib.errors import ForgetSetError, MethodError, PresetError, StoreError
 from dmmlib.files import read_json, replacing, write_json
 from dmmlib.forget_sets import ForgetSet
+from dmmlib.hashing import config_hash, short
 from dmmlib.progress import Progress, Reporter
-from dmmlib.store import Store, config_hash
+from dmmlib.store import Store
 from dmmlib.unlearn import Problem, Unlearned
 
 if TYPE_CHECKING:
@@ -146,7 +145,7 @@ class Study:
             "version": VERSION,
             "data": self.data.sha256,
             "model": self.preset.model.model_dump(),
-            "source": _source_hash(self._spec.factory, self._spec.prepare),
+            "source": self._spec.source,
             "training": self.preset.training.model_dump(),
         }
 
@@ -168,10 +167,10 @@ class Study:
             **self._identity(),
             "stream": stream,
             "seed": self.preset.seed,
-            "masks": hashlib.sha256(np.packbits(masks).tobytes()).hexdigest(),
+            "masks": short(np.packbits(masks).tobytes()),
         }
         store = Store.open(
-            self.runs / "store" / f"{stream.split(':')[0]}-{config_hash(config)}",
+            self.runs / "store" / f"{stream.split(':')[0]}-{config_hash(config)}" / "outputs.zarr",
             config,
             len(masks),
             {
@@ -212,7 +211,7 @@ class Study:
 
     @staticmethod
     def _weights(store: Store, shard: int) -> Path:
-        return store.path / f"weights-{shard}.safetensors"
+        return store.path.with_name(f"weights-{shard}.safetensors")
 
     @cached_property
     def _originals(self) -> tuple[ensemble.Ensemble, np.ndarray]:
@@ -242,7 +241,7 @@ class Study:
             n: how many, N by default.
         """
         n = n or self.preset.ensembles.n_models
-        content = hashlib.sha256(forget_set.indices.tobytes()).hexdigest()[:8]
+        content = short(forget_set.indices.tobytes())[:8]
         stream = f"{'floor' if floor else 'oracles'}:{forget_set.name}:{content}"
         return self.train(stream, np.tile(forget_set.mask(self.data.n_train), (n, 1))).read("logits")
 
@@ -298,13 +297,13 @@ class Study:
     # --- forget sets -----------------------------------------------------------------------------------
 
     @cached_property
-    def principal_scores(self) -> np.ndarray:
-        """Scores (n_train, k) on the principal components of the train x train datamodel matrix."""
+    def loadings(self) -> np.ndarray:
+        """Loadings (n_train, k) on the principal components of the train x train datamodel matrix."""
         every = (*self.preset.forget_sets, *self.preset.tuning.forget_sets)
         wanted = max((p.component for p in every if p.kind in ("pc", "pc_both")), default=2)
         n = self.data.n_train
         train_margins = metrics.margins(self.subsets[1][:, :n], self.data.y_train)
-        return datamodels.principal_scores(self.datamodel, train_margins, max(wanted, 2))
+        return datamodels.principal_loadings(self.datamodel, train_margins, max(wanted, 2))
 
     @cached_property
     def forget_sets(self) -> dict[str, ForgetSet]:
@@ -335,7 +334,7 @@ class Study:
                 indices = forget_sets.class_share(self.data, part.label, part.share, rng)
             else:
                 choose = forget_sets.highest if part.kind == "pc" else forget_sets.both_ends
-                indices = choose(self.principal_scores[:, part.component - 1], size, exclude)
+                indices = choose(self.loadings[:, part.component - 1], size, exclude)
             made[part.name] = forget_sets.make(
                 part.name, indices, self.data, preset=self.preset.name, **part.model_dump(exclude={"name"})
             )
@@ -375,7 +374,7 @@ class Study:
         config = {
             **self._identity(),
             "method": method,
-            "code": _source_hash(unlearn.get(method)),
+            "code": unlearn.registered(method).source,
             "settings": settings,
             "tuning": section.model_dump(),
             "sets": {name: f.indices.tolist() for name, f in self.tuning_sets.items()},
@@ -419,7 +418,7 @@ class Study:
         config = {
             **self._identity(),
             "method": method,
-            "code": _source_hash(unlearn.get(method)),
+            "code": unlearn.registered(method).source,
             "setting": setting,
             "forget": forget_set.indices.tolist(),
             "name": forget_set.name,
@@ -510,17 +509,6 @@ def _klom_or_worst(unlearned: np.ndarray, oracle: np.ndarray) -> np.ndarray:
     if not np.isfinite(unlearned).all():
         return np.full(unlearned.shape[1], -np.log(metrics.FLOOR))
     return metrics.klom(unlearned, oracle)
-
-
-def _source_hash(*functions: Any) -> str:
-    """Hash of the source of functions that users may register and change."""
-    text = ""
-    for function in functions:
-        try:
-            text += inspect.getsource(function)
-        except (OSError, TypeError):
-            text += repr(getattr(function, "__qualname__", function))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _read_unlearned(path: Path) -> Unlearned:

@@ -57,7 +57,10 @@ def test_run_then_skip_then_run_again_where_a_number_changed(dmm, tiny_file, tmp
 def test_a_failing_notebook_keeps_what_was_done(dmm, tiny_file, tmp_path, monkeypatch):
     bad = tmp_path / "notebooks" / "03_bad.ipynb"
     bad.parent.mkdir()
-    cells = [nbformat.v4.new_code_cell("preset = None", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell("1 / 0")]
+    cells = [
+        nbformat.v4.new_code_cell("preset = None", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell("1 / 0"),
+    ]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), bad)
     monkeypatch.setattr(cli, "NOTEBOOKS", bad.parent)
     result = dmm("run", tiny_file)

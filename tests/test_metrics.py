@@ -22,9 +22,7 @@ def golden():
         return dict(archive)
 
 
-@pytest.mark.parametrize(
-    ("convention", "key"), [("closed", "klom_closed_last_bin"), ("easydub", "klom_open_last_bin")]
-)
+@pytest.mark.parametrize(("convention", "key"), [("closed", "klom_closed_last_bin"), ("easydub", "klom_open_last_bin")])
 def test_klom_equals_golden_values(golden, convention, key):
     found = metrics.klom(golden["unlearned_margins"], golden["oracle_margins"], convention)
     np.testing.assert_allclose(found, golden[key], atol=1e-5)
@@ -54,7 +52,9 @@ def test_klom_of_many_points_equals_klom_of_each(monkeypatch):
     rng = np.random.default_rng(0)
     u, o = rng.normal(size=(50, 40)), rng.normal(1, 2, size=(60, 40))
     whole = metrics.klom(u, o)
-    np.testing.assert_allclose(whole, np.concatenate([metrics.klom(u[:, i : i + 1], o[:, i : i + 1]) for i in range(40)]))
+    np.testing.assert_allclose(
+        whole, np.concatenate([metrics.klom(u[:, i : i + 1], o[:, i : i + 1]) for i in range(40)])
+    )
     assert (whole >= 0).all()
     assert whole.max() <= -np.log(1e-5) + 1e-9
 

@@ -23,7 +23,12 @@ def test_laptop_is_the_protocol():
 
 def test_cifar10_is_the_papers_setting():
     p = presets.load("cifar10")
-    assert (p.data.n_train, p.model.name, p.datamodels.n_subsets, p.ensembles.n_models) == (50_000, "resnet9", 20_000, 200)
+    assert (p.data.n_train, p.model.name, p.datamodels.n_subsets, p.ensembles.n_models) == (
+        50_000,
+        "resnet9",
+        20_000,
+        200,
+    )
     assert [f.size for f in p.forget_sets] == [10, 100, 500, 10, 100, 500, 10, 100, 500, 100]
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from dmmlib.errors import StoreError
-from dmmlib.store import Store, config_hash
+from dmmlib.hashing import config_hash
+from dmmlib.store import Store
 
 ARRAYS = {"logits": ((5, 2), "float32"), "masks": ((7,), "bool")}
 

@@ -109,7 +109,7 @@ def test_a_damaged_result_is_named(tmp_path, tiny):
     raw = path.read_bytes()
     path.write_bytes(raw[:100])
     try:
-        with pytest.raises(StoreError, match="is damaged.*delete it to compute it again"):
+        with pytest.raises(StoreError, match=r"is damaged.*delete it to compute it again"):
             [tiny.unlearned("do_nothing", f) for f in tiny.forget_sets.values()]
     finally:
         path.write_bytes(raw)
@@ -156,7 +156,7 @@ def test_mistakes_are_said_before_any_training(tmp_path, overrides, error, messa
 
 
 def test_diverging_training_is_said_and_leaves_earlier_work(tmp_path):
-    with pytest.raises(StoreError, match="diverged .*lower training.lr"):
+    with pytest.raises(StoreError, match=r"diverged .*lower training\.lr"):
         _ = study(tmp_path, {"training.lr": 1e30}).original_logits
 
 

@@ -136,7 +136,9 @@ def test_mean_of_oracles(problem):
 
 
 def test_originals_keep_their_own_randomness(problem):
-    few = Problem(**{**vars(problem), "originals": problem.originals[:3], "original_logits": problem.original_logits[:3]})
+    few = Problem(
+        **{**vars(problem), "originals": problem.originals[:3], "original_logits": problem.original_logits[:3]}
+    )
     np.testing.assert_allclose(
         unlearn.get("dmm")(few).margins, unlearn.get("dmm")(problem).margins[:3], rtol=1e-3, atol=2e-3
     )

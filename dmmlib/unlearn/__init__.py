@@ -7,9 +7,10 @@ grid that its hyperparameters are searched on:
     def my_method(problem, *, lr=1e-3): ...
 """
 
-from dmmlib.unlearn import gradient, matching, reference, scrub
+from dmmlib.unlearn import reference, scrub
 from dmmlib.unlearn.base import (
     Method,
+    Phase,
     Problem,
     Unlearned,
     configurations,
@@ -17,19 +18,26 @@ from dmmlib.unlearn.base import (
     get,
     names,
     register,
+    registered,
 )
+from dmmlib.unlearn.gradient import descent, passes
+from dmmlib.unlearn.matching import match, predicted_oracle
 
 __all__ = [
     "Method",
+    "Phase",
     "Problem",
     "Unlearned",
     "configurations",
+    "descent",
     "finetune",
     "get",
-    "gradient",
-    "matching",
+    "match",
     "names",
+    "passes",
+    "predicted_oracle",
     "reference",
     "register",
+    "registered",
     "scrub",
 ]

@@ -15,6 +15,7 @@ from dmmlib.datamodels import Attributor
 from dmmlib.ensemble import Ensemble, Loss, Training, descend, trainable
 from dmmlib.errors import DataError, MethodError
 from dmmlib.forget_sets import check_forget_indices
+from dmmlib.hashing import source_hash
 from dmmlib.metrics import correct, margins
 
 
@@ -111,19 +112,22 @@ OptimizerMaker = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
-class _Registered:
+class Registered:
+    """A method, the grid its hyperparameters are searched on, and the hash of its source."""
+
     run: Method
     space: Mapping[str, Sequence[Any]]
+    source: str
 
 
-_METHODS: dict[str, _Registered] = {}
+_METHODS: dict[str, Registered] = {}
 
 
 def register(name: str, space: Mapping[str, Sequence[Any]] | None = None) -> Callable[[Method], Method]:
     """Register a method by name, with the grid on which its hyperparameters are searched (none if None)."""
 
     def add(method: Method) -> Method:
-        _METHODS[name] = _Registered(method, dict(space or {}))
+        _METHODS[name] = Registered(method, dict(space or {}), source_hash(method))
         return method
 
     return add
@@ -140,10 +144,11 @@ def get(name: str) -> Method:
     Raises:
         MethodError: if there is none.
     """
-    return _registered(name).run
+    return registered(name).run
 
 
-def _registered(name: str) -> _Registered:
+def registered(name: str) -> Registered:
+    """A method with its grid and the hash of its source; raises MethodError if there is none."""
     if name not in _METHODS:
         raise MethodError(f"Unknown method {name!r}; use one of {', '.join(names())}, or register your own.")
     return _METHODS[name]
@@ -154,7 +159,7 @@ def configurations(name: str, budget: int, seed: int = 0) -> list[dict[str, Any]
 
     A method without a grid has the one empty setting.
     """
-    space = _registered(name).space
+    space = registered(name).space
     grid = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
     keep = np.random.default_rng(seed).permutation(len(grid))[:budget]
     return [grid[i] for i in sorted(keep)]
