@@ -135,6 +135,7 @@ def _stage(notebook: Path, out: Path, parameters: dict[str, Any], force: bool) -
         os.replace(unfinished, failed)
         raise DmmError(f"{notebook.stem} failed: {error} Everything trained is kept; see {failed}.")
     os.replace(unfinished, target)
+    target.with_name(f"{notebook.stem}-failed.ipynb").unlink(missing_ok=True)
     write_json(record, {"key": key, "seconds": round(time.monotonic() - start, 1)})
     typer.secho(f"{notebook.stem}: done in {time.monotonic() - start:.0f} s", fg=typer.colors.GREEN)
 
@@ -142,7 +143,6 @@ def _stage(notebook: Path, out: Path, parameters: dict[str, Any], force: bool) -
 def _execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> str:
     """Run a notebook; the error's last line, or nothing."""
     import papermill
-    from traitlets.config import Config
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -155,8 +155,7 @@ def _execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> str:
                 kernel_name="python3",
                 progress_bar=False,
                 cwd=str(NOTEBOOKS),
-                # Over TCP a kernel warns that others may listen, which belongs on nobody's terminal.
-                config=Config({"KernelManager": {"transport": "tcp" if os.name == "nt" else "ipc"}}),
+                extra_arguments=["--IPKernelApp.log_level=50"],  # its chatter is not for the terminal
             )
         except papermill.PapermillExecutionError as error:
             return f"{error.ename}: {error.evalue}"

@@ -4,6 +4,7 @@ who knows the finding.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -36,7 +37,7 @@ COLOURS = {
     "ga_gd": _PALETTE[4],
     "scrub": _PALETTE[5],
     "oracle_matching": _PALETTE[9],
-    "dm_direct": _PALETTE[8],
+    "dm_direct": _PALETTE[2],
     "dmm": _PALETTE[3],
 }
 MARKERS = {
@@ -78,9 +79,10 @@ def style() -> None:
 
 
 def titled(figure: Figure, title: str, caption: str) -> Figure:
-    """Title above, caption (what, n) below, both outside the axes."""
-    figure.suptitle(title, x=0.01, ha="left", y=1.0, va="bottom", fontweight="bold", wrap=True)
-    figure.text(0.01, 0.0, caption, ha="left", va="top", fontsize=9, color="0.35", wrap=True)
+    """Title above, caption (what, n) below, both outside the axes and wrapped to the figure's width."""
+    width = figure.get_figwidth()
+    figure.suptitle(textwrap.fill(title, int(9 * width)), x=0.01, ha="left", y=1.02, va="bottom", fontweight="bold")
+    figure.text(0.01, -0.01, textwrap.fill(caption, int(15 * width)), ha="left", va="top", fontsize=9, color="0.35")
     return figure
 
 

@@ -46,6 +46,33 @@ def medians(results: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
+def complete(results: pd.DataFrame) -> pd.DataFrame:
+    """Everything on one line a forget set and method: KLoM mean and p95 and accuracy gap a split, and cost."""
+    parts = []
+    for statistic, name in (("klom_p95", "KLoM p95"), ("klom_mean", "KLoM mean"), ("accuracy_gap", "accuracy gap")):
+        table = main_table(results, statistic)
+        parts.append(table[list(SPLITS)].add_suffix(f" {name}"))
+    return pd.concat([main_table(results)[["cost"]], *parts], axis=1)
+
+
+def readme(results: pd.DataFrame) -> str:
+    """The results as the README shows them: medians over forget sets, and every number folded away."""
+    n_sets, n_models = results["forget_set"].nunique(), int(results["n_models"].max())
+    return "\n".join(
+        [
+            f"Medians over the {n_sets} forget sets of the laptop preset, N = {n_models} models of each kind:",
+            "",
+            markdown(medians(results)),
+            "",
+            f"<details><summary>Every number: {n_sets} forget sets, with 95 % intervals over models</summary>",
+            "",
+            markdown(complete(results)),
+            "",
+            "</details>",
+        ]
+    )
+
+
 def _named(table: pd.DataFrame) -> pd.DataFrame:
     table.index = pd.MultiIndex.from_tuples(
         [(name, label(method)) for name, method in table.index], names=["forget set", "method"]
@@ -55,8 +82,8 @@ def _named(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A table in Markdown, index included, floats with two digits."""
+    """A table in Markdown, index included, floats with three significant digits."""
     flat = table.reset_index()
-    cells = [[f"{v:.2f}" if isinstance(v, float) else str(v) for v in row] for row in flat.to_numpy()]
+    cells = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row] for row in flat.to_numpy()]
     lines = [list(map(str, flat.columns)), ["---"] * flat.shape[1], *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,37 +1,56 @@
-"""Copy a run's executed notebooks over the ones in notebooks/, with their own default parameters.
+"""Put a run's results where a reader of the repository finds them.
 
-python scripts/publish.py laptop
+    python scripts/publish.py laptop
+
+Executed notebooks go over those in notebooks/ (with their own default parameters), results.csv beside the
+figures, and the tables into the README.
 """
 
+import re
+import shutil
 import sys
 from pathlib import Path
 
 import nbformat
+import pandas as pd
+
+from dmmlib import tables
 
 ROOT = Path(__file__).parents[1]
 
 
+def publish_notebook(path: Path) -> None:
+    """The executed notebook, without injected parameters and with stable ids and counts."""
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells = [c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])]
+    count = 0
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{number:02d}"
+        if cell.cell_type == "code":
+            count += 1
+            cell.execution_count = count
+            for output in cell.outputs:
+                if "execution_count" in output:
+                    output.execution_count = count
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    nbformat.write(notebook, ROOT / "notebooks" / path.name)
+
+
 def main(preset: str) -> int:
-    executed = sorted((ROOT / "runs" / preset / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    if not executed:
-        sys.stderr.write(f"No executed notebooks of preset {preset!r}; run `dmm run {preset}` first.\n")
+    run = ROOT / "runs" / preset
+    executed = sorted((run / "notebooks").glob("[0-9][0-9]_*[!d].ipynb"))
+    if not executed or not (run / "results.csv").exists():
+        sys.stderr.write(f"Preset {preset!r} has no complete run; use `dmm run {preset}` first.\n")
         return 1
     for path in executed:
-        notebook = nbformat.read(path, as_version=4)
-        notebook.cells = [c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])]
-        for number, cell in enumerate(notebook.cells):
-            cell.id = f"cell-{number:02d}"
-        count = 0
-        for cell in notebook.cells:
-            if cell.cell_type == "code":
-                count += 1
-                cell.execution_count = count
-                for output in cell.outputs:
-                    if "execution_count" in output:
-                        output.execution_count = count
-        notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
-        nbformat.write(notebook, ROOT / "notebooks" / path.name)
-        sys.stdout.write(f"notebooks/{path.name}\n")
+        publish_notebook(path)
+    shutil.copy(run / "results.csv", ROOT / "figures" / preset / "results.csv")
+    readme = ROOT / "README.md"
+    block = f"\\1\n{tables.readme(pd.read_csv(run / 'results.csv'))}\n\\2"
+    text = re.sub(r"(<!-- results[^>]*-->).*(<!-- /results -->)", block, readme.read_text(), flags=re.DOTALL)
+    readme.write_text(text)
+    sys.stdout.write(f"{len(executed)} notebooks, results.csv and the README's tables are those of {preset!r}.\n")
     return 0
 
 

@@ -34,8 +34,8 @@ def draw(settings: ConvexSettings, condition: float, forget_size: int, relative_
         methods,
         20,
         f"F's largest leverage: {leverage(problem, case.forget):.3g}",
-        f"n = {settings.n}, d = {settings.dim}, condition number {condition:.3g}, |F| = {forget_size} ({span} directions), "
-        f"step {relative_step:g} / L",
+        f"n = {settings.n:,}, d = {settings.dim}, condition number {condition:,.0f}, "
+        f"|F| = {forget_size} ({span} directions), step {relative_step:g} / L",
     )
 
 

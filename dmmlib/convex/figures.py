@@ -67,7 +67,8 @@ def _finished(figure: Figure, title: str, caption: str, legend: Axes | None = No
         ax.minorticks_off()  # on logarithmic axes they take most of the time to draw
     if legend is not None:
         figure.legend(*legend.get_legend_handles_labels(), loc="outside right center", fontsize=9)
-    return titled(figure, title, caption)
+    titled(figure, title, caption)
+    return figure
 
 
 def _step_axis(ax: Axes, steps: np.ndarray) -> None:
@@ -206,7 +207,7 @@ def trade_off(points: Mapping[str, Sequence[tuple[float, float, float]]], title:
     """Speed-up of matching and error of first-order influence against leverage, with their bounds."""
     figure, axes = _panels(1, 2, size=(4.8, 3.5), share=False)
     speed, loss = axes[0]
-    remaining = np.logspace(-4, 0, 200)
+    remaining = np.logspace(-5, 0, 200)
     speed.plot(remaining, 1 / remaining, "--", color="0.4", label="bound 1 / (1 - h)")
     loss.plot(remaining, 1 - remaining, "--", color="0.4", label="bound h")
     for tint, marker, (name, rows) in zip(_PALETTE, "os", points.items(), strict=False):
@@ -216,7 +217,8 @@ def trade_off(points: Mapping[str, Sequence[tuple[float, float, float]]], title:
     for ax in axes[0]:
         ax.set(xscale="log", xlabel="1 - h, where h is F's largest leverage")
         ax.set_xlim(2, remaining[0])  # harder sets to the right
-        ax.legend(fontsize=9, loc="upper left")
+    speed.legend(fontsize=9, loc="upper left")
+    loss.legend(fontsize=9, loc="lower right")
     speed.set(yscale="log", ylabel="speed-up of OM on S over GD on R")
     loss.set(ylabel="error of first-order influence", ylim=(-0.02, 1.25))
     return _finished(figure, title, caption)
