@@ -9,12 +9,21 @@ lambda on A^T A / M,
 so that the sum of W_i over any forget set F, or the prediction for any mask, is one combination of the
 *stored outputs*, Y^T v, with v = A (A^T A / M + lambda I)^-1 1_F / M; the same v is
 (A A^T / M + lambda I)^-1 A 1_F / M, which is cheaper when M < n.
+
+**Own weights.** What a training point does to itself is far more than what others do to it, so one penalty for
+all shrinks just the weights that matter most on F. With penalty s lambda on the own weight W_jj of training
+point j, 0 <= s <= 1, and lambda on all others, Sherman-Morrison gives, with H = (A^T A / M + lambda I)^-1 and W
+the solution for s = 1,
+
+    W'_j = W_j + H e_j c_j,    c_j = delta W_jj / (1 - delta H_jj),    delta = (1 - s) lambda,
+
+so the sum over F gains (H 1_F)_j c_j at training point j, and nothing else changes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -45,6 +54,7 @@ class RidgeDatamodel:
             along its first axis, in memory or on disk.
         mean_mask: share of subsets that hold each training point (n_train,).
         lam: ridge penalty on A^T A / M.
+        own_share: s, the share of it on a training point's weight for itself.
     """
 
     outputs: Any
@@ -52,15 +62,26 @@ class RidgeDatamodel:
     lam: float
     _masks: Tensor  # centred (M, n_train)
     _factor: Tensor  # Cholesky factor of A^T A / M + lam I, or of A A^T / M + lam I where M < n_train
+    own_share: float = 1.0
+    _own: np.ndarray | None = None  # c (n_train, n_classes), where own_share < 1
 
     @classmethod
-    def fit(cls, masks: np.ndarray, outputs: Any, lam: float, device: torch.device | str = "cpu") -> RidgeDatamodel:
+    def fit(
+        cls,
+        masks: np.ndarray,
+        outputs: Any,
+        lam: float,
+        device: torch.device | str = "cpu",
+        own_share: float = 1.0,
+    ) -> RidgeDatamodel:
         """Factorise once: O(min(M, n_train)^3); after that an effect costs one solve and one pass over Y.
 
         Args:
             masks: training sets of the subset models, bool (M, n_train).
             outputs: their logits (M, n_points, n_classes).
             lam: ridge penalty on A^T A / M, positive.
+            own_share: s in [0, 1]; below 1 the first n_train points of the outputs must be the training
+                points, and fitting takes O(M n_train^2) more.
 
         Raises:
             DataError: for counts of models that differ or a penalty that is not positive.
@@ -74,7 +95,16 @@ class RidgeDatamodel:
         a -= mean
         gram = (a @ a.T if len(a) < a.shape[1] else a.T @ a) / len(a)
         gram.diagonal().add_(lam)
-        return cls(outputs, mean, lam, a, torch.linalg.cholesky(gram))
+        if not 0 <= own_share <= 1:
+            raise DataError(f"own_share is {own_share}; give a number from 0 to 1 (1 is plain ridge).")
+        plain = cls(outputs, mean, lam, a, torch.linalg.cholesky(gram))
+        if own_share == 1:
+            return plain
+        delta = (1 - own_share) * lam
+        every = np.eye(plain.n_train, dtype=np.float32)
+        own_weights = plain._own_weights(plain.weights(every))
+        own = delta * own_weights / (1 - delta * np.diag(plain._inverse(every)))[:, None]
+        return replace(plain, own_share=own_share, _own=own)
 
     @property
     def n_train(self) -> int:
@@ -97,6 +127,23 @@ class RidgeDatamodel:
             v = self._masks @ torch.cholesky_solve(d, self._factor) / m
         return v.cpu().numpy()
 
+    def _inverse(self, directions: np.ndarray) -> np.ndarray:
+        """(A^T A / M + lambda I)^-1 d for each row d of (k, n_train)."""
+        d = torch.from_numpy(np.asarray(directions, np.float32)).to(self._masks.device).T
+        m = len(self._masks)
+        if m < self.n_train:
+            solved = (d - self._masks.T @ torch.cholesky_solve(self._masks @ d, self._factor) / m) / self.lam
+        else:
+            solved = torch.cholesky_solve(d, self._factor)
+        return solved.T.cpu().numpy()
+
+    def _own_weights(self, weights: np.ndarray) -> np.ndarray:
+        """W_jj (n_train, n_classes), for the weights v (M, n_train) of every single point."""
+        total = np.zeros((self.n_train, self.outputs.shape[2]), np.float32)
+        for rows, outputs in self._blocks():
+            total += np.einsum("mj,mjc->jc", weights[rows], outputs[:, : self.n_train])
+        return total
+
     def adjoint(self, u: np.ndarray) -> np.ndarray:
         """The transpose of `weights`: (k, n_train) for u (k, M)."""
         v = torch.from_numpy(np.asarray(u, np.float32)).to(self._masks.device).T
@@ -109,13 +156,26 @@ class RidgeDatamodel:
 
     def combine(self, weights: np.ndarray) -> np.ndarray:
         """Y^T v (k, n_points, n_classes) for weights v (M, k): one pass over the stored outputs."""
-        m, *row = self.outputs.shape
+        row = self.outputs.shape[1:]
         total = np.zeros((weights.shape[1], int(np.prod(row))), np.float32)
+        for rows, outputs in self._blocks():
+            total += weights[rows].T @ outputs.reshape(len(outputs), -1)
+        return total.reshape(-1, *row)
+
+    def _blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """The outputs, all at once where they are in memory, else some models at a time."""
+        m = self.outputs.shape[0]
         block = m if isinstance(self.outputs, np.ndarray) else 500
         for first in range(0, m, block):
-            rows = np.asarray(self.outputs[first : first + block], np.float32)
-            total += weights[first : first + block].T @ rows.reshape(len(rows), -1)
-        return total.reshape(-1, *row)
+            rows = slice(first, first + block)
+            yield rows, np.asarray(self.outputs[rows], np.float32)
+
+    def respond(self, directions: np.ndarray, mean: float = 0.0) -> np.ndarray:
+        """W^T d (k, n_points, n_classes) for each row d of (k, n_train), plus `mean` times the mean output."""
+        total = self.combine(self.weights(directions) + mean / len(self._masks))
+        if self._own is not None:
+            total[:, : self.n_train] += self._inverse(directions)[:, :, None] * self._own
+        return total
 
     def effect(self, forget: Sequence[int] | np.ndarray) -> np.ndarray:
         """Predicted change of logits (n_points, n_classes) on retraining without F: minus the sum of W_i.
@@ -130,12 +190,11 @@ class RidgeDatamodel:
         indicators = np.zeros((len(forget_sets), self.n_train), np.float32)
         for row, forget in zip(indicators, forget_sets, strict=True):
             row[check_forget_indices(forget, self.n_train)] = 1
-        return -self.combine(self.weights(indicators))
+        return -self.respond(indicators)
 
     def predict(self, masks: np.ndarray) -> np.ndarray:
         """Predicted logits (k, n_points, n_classes) of models trained on the given masks (k, n_train)."""
-        v = self.weights(np.asarray(masks, np.float32) - self.mean_mask.cpu().numpy())
-        return self.combine(v + 1 / len(v))  # adding 1/M adds the mean output
+        return self.respond(np.asarray(masks, np.float32) - self.mean_mask.cpu().numpy(), mean=1.0)
 
 
 def lds(predicted: np.ndarray, actual: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 from dmmlib.convex import ConvexSettings
 from dmmlib.ensemble import Training
 from dmmlib.errors import PresetError
+from dmmlib.exact.settings import ExactSettings
 
 PRESETS_DIR = Path(__file__).parents[1] / "presets"
 
@@ -64,6 +65,7 @@ class DatamodelsSection(Section):
     fraction: float = Field(default=0.5, gt=0, lt=1)
     n_held_out: int = Field(default=200, ge=8)  # half to choose lambda, half to report the LDS
     lambdas: tuple[PositiveFloat, ...] = (0.02, 0.05, 0.1, 0.2, 0.5)
+    own_shares: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (1.0, 0.3, 0.1)
     sizes: tuple[PositiveInt, ...] = (250, 500, 1000, 2000, 4000)  # of M, for the LDS curve
 
 
@@ -114,6 +116,7 @@ class Preset(Section):
     tuning: TuningSection
     unlearning: UnlearningSection = UnlearningSection()
     convex: ConvexSettings = ConvexSettings()
+    exact: ExactSettings = ExactSettings()
 
 
 def names() -> tuple[str, ...]:

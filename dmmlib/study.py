@@ -7,6 +7,7 @@ changed number recomputes only what it touches, and runs share what they have in
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import zipfile
 import zlib
@@ -284,9 +285,33 @@ class Study:
         return datamodels.RidgeDatamodel.fit(masks, logits, lam, self.device), scores
 
     @cached_property
-    def datamodel(self) -> datamodels.RidgeDatamodel:
-        """The ridge datamodel on all M subset models."""
+    def _plain_datamodel(self) -> datamodels.RidgeDatamodel:
+        """Plain ridge on all M subset models, lambda chosen by LDS: what forget sets are selected with."""
         return self.datamodel_of(self.preset.datamodels.n_subsets)[0]
+
+    def search_datamodel(self) -> pd.DataFrame:
+        """Every ridge penalty and share of it on own weights, scored on the tuning sets; kept on disk.
+
+        The LDS is a rank correlation and blind to scale; what matters here is whether predicted oracles lie
+        on true ones. So the score is that of `search`, of DM-direct.
+        """
+        section = self.preset.datamodels
+        settings = [{"lam": lam, "own_share": s} for lam in section.lambdas for s in section.own_shares]
+        masks, logits = self.subsets
+
+        def dm_direct(problem: Problem, **setting: float) -> Unlearned:
+            fitted = datamodels.RidgeDatamodel.fit(masks, logits, device=self.device, **setting)
+            return unlearn.get("dm_direct")(dataclasses.replace(problem, attributor=fitted))
+
+        return self._search("datamodel", dm_direct, settings, "ridge")
+
+    @cached_property
+    def datamodel(self) -> datamodels.RidgeDatamodel:
+        """The ridge datamodel on all M subset models, with the setting that did best on the tuning sets."""
+        best = self.search_datamodel().iloc[0]
+        return datamodels.RidgeDatamodel.fit(
+            *self.subsets, float(best["lam"]), self.device, own_share=float(best["own_share"])
+        )
 
     def lds(self, model: datamodels.RidgeDatamodel) -> np.ndarray:
         """Predicted and actual margins (2, n_held_out / 2, n_points) on subsets that chose nothing."""
@@ -303,7 +328,7 @@ class Study:
         wanted = max((p.component for p in every if p.kind in ("pc", "pc_both")), default=2)
         n = self.data.n_train
         train_margins = metrics.margins(self.subsets[1][:, :n], self.data.y_train)
-        return datamodels.principal_loadings(self.datamodel, train_margins, max(wanted, 2))
+        return datamodels.principal_loadings(self._plain_datamodel, train_margins, max(wanted, 2))
 
     @cached_property
     def forget_sets(self) -> dict[str, ForgetSet]:
@@ -343,7 +368,7 @@ class Study:
 
     # --- unlearning ------------------------------------------------------------------------------------
 
-    def problem(self, forget_set: ForgetSet, tuning: bool = False) -> Problem:
+    def problem(self, forget_set: ForgetSet, tuning: bool = False, attribute: bool = True) -> Problem:
         """The unlearning problem of a forget set, with fewer models and no trajectory for tuning."""
         n = self.preset.tuning.n_models if tuning else self.preset.ensembles.n_models
         return Problem(
@@ -354,7 +379,7 @@ class Study:
             n_train=self.data.n_train,
             forget=forget_set.indices,
             training=self.training,
-            attributor=self.datamodel,
+            attributor=self.datamodel if attribute else None,
             oracle_logits=self.oracles(forget_set, floor=True, n=n),
             checkpoints=0 if tuning else self.preset.unlearning.checkpoints,
             seed=self.seeds(f"unlearn:{forget_set.name}", 1)[0],
@@ -369,36 +394,40 @@ class Study:
         The score is KLoM's 95th percentile against oracles, averaged over forget, retain and validation
         points and over the tuning sets.
         """
+        settings = unlearn.configurations(method, self.preset.tuning.budget, self.preset.seed)
+        return self._search(method, unlearn.get(method), settings, unlearn.registered(method).source)
+
+    def _search(self, name: str, method: unlearn.Method, settings: list[dict[str, Any]], source: str) -> pd.DataFrame:
         section = self.preset.tuning
-        settings = unlearn.configurations(method, section.budget, self.preset.seed)
         config = {
             **self._identity(),
-            "method": method,
-            "code": unlearn.registered(method).source,
+            "method": name,
+            "code": source,
             "settings": settings,
             "tuning": section.model_dump(),
-            "sets": {name: f.indices.tolist() for name, f in self.tuning_sets.items()},
+            "sets": {tuning: f.indices.tolist() for tuning, f in self.tuning_sets.items()},
             "datamodels": self._datamodel_config(),
             "seed": self.preset.seed,
         }
-        path = self.runs / "store" / f"search-{method}-{config_hash(config)}.json"
+        path = self.runs / "store" / f"search-{name}-{config_hash(config)}.json"
         if path.exists():
             return pd.DataFrame(read_json(path))
         rows = []
-        for name, forget_set in self.tuning_sets.items():
-            problem = self.problem(forget_set, tuning=True)
+        for tuning, forget_set in self.tuning_sets.items():
+            problem = self.problem(forget_set, tuning=True, attribute=name != "datamodel")
             reference = metrics.margins(self.oracles(forget_set, n=section.n_models), self.data.y)
             splits = forget_set.splits(self.data.n_train, self.data.n_val)
+            task = f"search {name} on {tuning}"
             for i, setting in enumerate(settings):
-                self.progress(f"search {method} on {name}", i, len(settings))
-                result = unlearn.get(method)(problem, **setting)
-                row = {"setting": i, "forget_set": name, "cost": result.cost, **setting}
+                self.progress(task, i, len(settings))
+                result = method(problem, **setting)
+                row = {"setting": i, "forget_set": tuning, "cost": result.cost, **setting}
                 for split, indices in splits.items():
                     values = _klom_or_worst(result.margins[:, indices], reference[:, indices])
                     row[split] = float(np.percentile(values, 95))
                 row["score"] = float(np.mean([row[split] for split in splits]))
                 rows.append(row)
-            self.progress(f"search {method} on {name}", len(settings), len(settings))
+            self.progress(task, len(settings), len(settings))
         table = pd.DataFrame(rows)
         table["mean_score"] = table.groupby("setting")["score"].transform("mean")
         table = table.sort_values(["mean_score", "setting", "forget_set"], ignore_index=True)

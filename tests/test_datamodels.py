@@ -40,6 +40,26 @@ def test_effect_equals_the_explicit_solve(m, lam):
     np.testing.assert_allclose(model.predict(new), predicted, atol=1e-4)
 
 
+@pytest.mark.parametrize("m", [8, 40], ids=["fewer subsets than points", "more"])
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_own_weights_may_be_penalised_less(m, share):
+    masks, outputs, _ = subsets(m, points=15, noise=0.5)  # 12 training points, 3 more
+    lam = 0.2
+    model = RidgeDatamodel.fit(masks, outputs, lam, own_share=share)
+    a, y = masks - masks.mean(0), outputs
+    w = np.empty((12, 15, 3))
+    for target in range(15):
+        penalty = np.full(12, lam)
+        if target < 12:
+            penalty[target] = share * lam
+        w[:, target] = np.linalg.solve(a.T @ a / m + np.diag(penalty), a.T @ y[:, target] / m)
+    for f in ([3], [0, 5, 7]):
+        np.testing.assert_allclose(model.effect(f), -w[f].sum(0), atol=1e-3)
+    new = subsets(6, seed=9)[0]
+    predicted = outputs.mean(0) + np.einsum("mn,npc->mpc", new - masks.mean(0), w)
+    np.testing.assert_allclose(model.predict(new), predicted, atol=1e-3)
+
+
 def test_outputs_may_be_streamed(monkeypatch):
     masks, outputs, _ = subsets(1200, noise=0.5)
 
@@ -105,6 +125,8 @@ def test_bad_input():
         RidgeDatamodel.fit(masks, outputs[:19], 0.1)
     with pytest.raises(DataError, match="penalty is 0; give a positive number"):
         RidgeDatamodel.fit(masks, outputs, 0)
+    with pytest.raises(DataError, match="own_share is 2; give a number from 0 to 1"):
+        RidgeDatamodel.fit(masks, outputs, 0.1, own_share=2)
     model = RidgeDatamodel.fit(masks, outputs, 0.1)
     with pytest.raises(ForgetSetError, match="index 12 is outside the training set of 12"):
         model.effect([12])

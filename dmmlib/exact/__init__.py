@@ -10,21 +10,6 @@ from dmmlib.exact.settings import ExactSettings
 from dmmlib.exact.state import Request, load, save, serve
 
 __all__ = [
-    "LOGISTIC",
-    "SGD",
-    "Chains",
-    "ExactSettings",
-    "Loss",
-    "Problem",
-    "Receipt",
-    "Request",
-    "delete",
-    "from_images",
-    "insert",
-    "learn",
-    "load",
-    "recomputation_bound",
-    "save",
-    "serve",
-    "tv_bound",
-]
+    "LOGISTIC", "SGD", "Chains", "ExactSettings", "Loss", "Problem", "Receipt", "Request", "delete", "from_images",
+    "insert", "learn", "load", "recomputation_bound", "save", "serve", "tv_bound",
+]  # fmt: skip

@@ -75,6 +75,9 @@ class SGD:
         for key in ("n_steps", "batch_size", "lr", "radius"):
             if not (getattr(self, key) > 0 and np.isfinite(getattr(self, key))):
                 raise PresetError(f"SGD has {key}={getattr(self, key)}; give a positive number.")
+        for key in ("n_steps", "batch_size"):
+            if getattr(self, key) != int(getattr(self, key)):
+                raise PresetError(f"SGD has {key}={getattr(self, key)}; give a whole number.")
         if self.variant not in ("noisy", "subsample"):
             raise PresetError(f"Unknown variant {self.variant!r}; use 'noisy' or 'subsample'.")
         if self.variant == "noisy" and not (self.noise > 0 and np.isfinite(self.noise)):

@@ -34,7 +34,7 @@ class Verdict:
         return min(1.0, 2 * min(self.energy_p, self.ks_p))
 
 
-def compare(a: np.ndarray, b: np.ndarray, rng: np.random.Generator, n_permutations: int = 199) -> Verdict:
+def same_law(a: np.ndarray, b: np.ndarray, rng: np.random.Generator, n_permutations: int = 199) -> Verdict:
     """Test that runs a and b, (n_a, ...) and (n_b, ...), have the same distribution.
 
     Coordinates that are constant in both are left out; the others are brought to one scale.

@@ -11,10 +11,10 @@ from scipy.stats import binomtest
 
 from dmmlib import ensemble
 from dmmlib.data import Dataset
+from dmmlib.errors import PresetError
 from dmmlib.exact import compare
 from dmmlib.exact.chains import SGD, delete, insert, learn, recomputation_bound, tv_bound
-from dmmlib.exact.evidence import Verdict, keep_refused, never_refuse, redraw_refused
-from dmmlib.exact.evidence import compare as compare_samples
+from dmmlib.exact.evidence import Verdict, keep_refused, never_refuse, redraw_refused, same_law
 from dmmlib.exact.problem import Problem, from_images, optimum
 from dmmlib.exact.settings import ExactSettings
 
@@ -79,7 +79,7 @@ def exactness(data: Dataset, s: ExactSettings) -> Exactness:
     }
     paths = {name: chains.iterates[:, 1:] for name, chains in runs.items()}
     verdicts = {
-        name: compare_samples(path, references.get(name, runs["retrained"]).iterates[:, 1:], rng, s.n_permutations)
+        name: same_law(path, references.get(name, runs["retrained"]).iterates[:, 1:], rng, s.n_permutations)
         for name, path in paths.items()
         if name != "retrained"
     }
@@ -105,7 +105,8 @@ def _recomputed(problem: Problem, sgd: SGD, n_runs: int, rng: np.random.Generato
 def price(data: Dataset, s: ExactSettings) -> pd.DataFrame:
     """Probability of recomputation while noise, batch size, n or steps vary, one at a time, a row a setting."""
     train, _ = from_images(data, s.small_side, s.positive)
-    sweeps = {"noise": s.price_noise, "batch": s.price_batch, "n": s.price_n, "steps": s.price_steps}
+    sizes = tuple(n for n in s.price_n if n <= train.n) or (train.n,)
+    sweeps = {"noise": s.price_noise, "batch": s.price_batch, "n": sizes, "steps": s.price_steps}
     middle = {key: values[len(values) // 2] for key, values in sweeps.items()}
     rng = np.random.default_rng([s.seed, 1])
 
@@ -113,7 +114,7 @@ def price(data: Dataset, s: ExactSettings) -> pd.DataFrame:
         for key, values in sweeps.items():
             for value in values:
                 at = middle | {key: value}
-                problem = train.part(np.arange(min(int(at["n"]), train.n)))
+                problem = train.part(np.arange(int(at["n"])))
                 for variant in ("noisy", "subsample") if key != "noise" else ("noisy",):
                     noise = float(at["noise"]) if variant == "noisy" else 0.0
                     sgd = SGD(int(at["steps"]), int(at["batch"]), s.lr, s.radius, noise, variant)
@@ -130,6 +131,8 @@ def risk(data: Dataset, s: ExactSettings) -> pd.DataFrame:
     Theory: projected SGD from 0 on a loss of smoothness 1/4, with lr < 4 and gradients whose variance is at most
     s^2 = L^2 / m + d sigma^2, has an expected excess risk of at most ||w*||^2 / (2 lr T) + lr s^2 / (2 - lr / 2).
     """
+    if not s.lr < 4:
+        raise PresetError(f"exact.lr={s.lr:g}, but the bound on the risk needs a step below 4; lower it.")
     problem, _ = from_images(data, s.side, s.positive)
     best = optimum(problem, s.radius)
     lowest = float(problem.risk(best)[0])

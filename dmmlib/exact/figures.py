@@ -51,7 +51,7 @@ def exactness(found: Exactness, title: str, caption: str, level: float) -> Figur
     right.axvline(level / 2, color="black", lw=1, ls="--")
     right.set_title(f"left of the line: rejected at {level:g}", fontsize=9)
     right.set(xscale="log", xlim=(_SMALLEST, 2), ylim=(-0.6, len(names) - 0.4))
-    right.set_xlabel("p-value    ● Kolmogorov–Smirnov, Holm    ◆ energy distance    ◀ smaller")
+    right.set_xlabel("p-value    ● Kolmogorov–Smirnov, Holm    ◆ energy distance    ◀ off scale", fontsize=10)
     right.set_yticks(range(len(names)), names)
     right.grid(axis="x", color="0.92")
     return titled(figure, title, caption)
@@ -121,7 +121,7 @@ def trade_off(table: pd.DataFrame, title: str, caption: str) -> Figure:
     right.set(ylabel="validation accuracy, unlearned", xlabel="cost / retraining")
     _plain_log(right)
     for axis in (left, right):
-        axis.axvline(1, color="black", lw=0.8, zorder=0)
+        axis.axvline(1, color="black", lw=0.8, zorder=0, label="retraining")
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=9)
     return titled(figure, title, caption)

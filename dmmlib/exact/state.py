@@ -88,7 +88,9 @@ def load(path: Path, problem: Problem, sgd: SGD) -> Chains:
         if header[key] != value:
             raise StoreError(f"{path} is of another model: its {key} is {header[key]}, expected {value}; open its own.")
     if not fitting:
-        raise StoreError(f"{path} is of other data: {arrays['present'].shape[1:]} points, expected {problem.n}.")
+        raise StoreError(
+            f"{path} is of other data: {arrays['present'].shape[-1]} points, expected {problem.n}; open its own."
+        )
     chains = Chains(sgd, **arrays)
     _check_consistent(path, problem, chains)
     return chains
