@@ -99,14 +99,16 @@ class _Histograms:
     oracle: np.ndarray
 
     def klom(self, weight_u: np.ndarray, weight_o: np.ndarray, renormalise: bool = False) -> np.ndarray:
-        """KLoM (n_points,) where each model counts with its weight (n_models,); weights sum to 1."""
-        p = (weight_u @ self.unlearned).reshape(-1, N_BINS)
-        q = (weight_o @ self.oracle).reshape(-1, N_BINS)
+        """KLoM (..., n_points) where each model counts with its weight (..., n_models); weights sum to 1."""
+        p, q = (
+            (weight @ hot).reshape(*weight.shape[:-1], -1, N_BINS)
+            for weight, hot in ((weight_u, self.unlearned), (weight_o, self.oracle))
+        )
         if renormalise:
-            p, q = (h / np.maximum(h.sum(1, keepdims=True), FLOOR) for h in (p, q))
+            p, q = (h / np.maximum(h.sum(-1, keepdims=True), FLOOR) for h in (p, q))
         with np.errstate(divide="ignore", invalid="ignore"):
-            terms = np.where(p > 0, p * np.log(p / np.maximum(q, FLOOR)), 0.0)
-        return terms.sum(1)
+            terms = np.where(p > 0, p * np.log(p / np.maximum(q, FLOOR)), 0)
+        return terms.sum(-1)
 
 
 def _histograms(unlearned: np.ndarray, oracle: np.ndarray, convention: Convention) -> _Histograms:
@@ -205,11 +207,13 @@ def klom_summary(
     n_u, n_o = len(unlearned), len(oracle)
     point = histograms.klom(_uniform(n_u), _uniform(n_o))
     rng = np.random.default_rng(seed)
-    resampled = np.stack(
-        [
-            histograms.klom(rng.multinomial(n_u, _uniform(n_u)) / n_u, rng.multinomial(n_o, _uniform(n_o)) / n_o)
-            for _ in range(n_bootstrap)
-        ]
+    draws = [(rng.multinomial(n_u, _uniform(n_u)), rng.multinomial(n_o, _uniform(n_o))) for _ in range(n_bootstrap)]
+    weight_u, weight_o = (
+        np.stack(counts).astype(np.float32) / n for counts, n in zip(zip(*draws, strict=True), (n_u, n_o), strict=True)
+    )
+    block = 10  # resamples at a time, to bound memory
+    resampled = np.concatenate(
+        [histograms.klom(weight_u[i : i + block], weight_o[i : i + block]) for i in range(0, n_bootstrap, block)]
     )
     summary: dict[str, dict[str, Estimate]] = {}
     for split, indices in splits.items():
