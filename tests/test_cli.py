@@ -61,7 +61,8 @@ def test_a_failing_notebook_keeps_what_was_done(dmm, tiny_file, tmp_path, monkey
         nbformat.v4.new_code_cell("preset = None", metadata={"tags": ["parameters"]}),
         nbformat.v4.new_code_cell("1 / 0"),
     ]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), bad)
+    metadata = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), bad)
     monkeypatch.setattr(cli, "NOTEBOOKS", bad.parent)
     result = dmm("run", tiny_file)
     assert result.exit_code == 2
