@@ -154,7 +154,7 @@ def test_a_users_own_method_and_unknown_names(problem):
         assert unlearn.get("halve")(problem, by=0.25).cost == 0
     finally:
         unlearn.base._METHODS.pop("halve")
-    with pytest.raises(MethodError, match=r"^Unknown method 'halve'; use one of gd, ga"):
+    with pytest.raises(MethodError, match=r"^Unknown method 'halve'; use one of do_nothing, retrain"):
         unlearn.get("halve")
 
 
