@@ -241,6 +241,7 @@ def klom_against_cost(
             )
         axis.set_title(name)
         axis.set_yscale("log")
+        axis.set_ylim(0.25, 14)  # an interval may reach down to 0
         axis.set_yticks([0.5, 1, 2, 5, 10], ["0.5", "1", "2", "5", "10"])
         axis.minorticks_off()
     for axis in axes[:, 0]:
