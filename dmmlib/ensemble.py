@@ -1,16 +1,19 @@
 """Train many independent models at once.
 
 The parameters of `n_models` copies of one `nn.Module` are stacked along a first axis, the forward pass is
-mapped over it with `torch.func.vmap`, and an elementwise optimizer (SGD, Adam) over the stacked tensors is
-then exactly one optimizer a model. Models whose training sets have the same size share every step; nothing
-that one model computes enters another's, so a model is determined by its seed and its training indices.
+mapped over it with `torch.func.vmap`, and an elementwise optimizer over the stacked tensors is then exactly
+one optimizer a model. Models whose training sets have the same size share every step; nothing that one model
+computes enters another's, so a model is determined by its seed and its training indices. How many share a
+step, on how many cores, compiled or not, is an `Execution`: it changes speed and memory, not the models.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +26,10 @@ from torch.func import functional_call, stack_module_state
 from torch.nn import functional as F
 
 from dmmlib.errors import DataError, StoreError
+from dmmlib.execution import Execution, compiled
 from dmmlib.files import replacing
+from dmmlib.optim import SGD, Optimizer, Tensors
 from dmmlib.progress import Progress, silent
-
-Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,14 @@ class Training:
         """Learning rate after the share `progress` of all steps, in [0, 1]."""
         rising = progress / self.warmup if self.warmup > 0 else 1.0
         return self.lr * min(rising, (1.0 - progress) / (1.0 - self.warmup))
+
+    def steps(self, size: int) -> int:
+        """Optimizer steps of a training on `size` examples."""
+        return self.epochs * math.ceil(size / self.batch_size)
+
+    @property
+    def optimizer(self) -> SGD:
+        return SGD(self.lr, self.momentum, self.weight_decay, nesterov=self.momentum > 0)
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,7 @@ class Ensemble:
     def clone(self) -> Ensemble:
         """An independent copy."""
         return Ensemble(
-            self.module,
+            copy.deepcopy(self.module),
             {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in self.params.items()},
             {k: v.clone() for k, v in self.buffers.items()},
         )
@@ -94,11 +105,7 @@ class Ensemble:
         With `training`, batch norm uses the batch and updates `buffers` in place.
         """
         self.module.train(training)
-
-        def one(params: Tensors, buffers: Tensors, batch: Tensor) -> Tensor:
-            return functional_call(self.module, (params, buffers), (batch,))
-
-        return torch.vmap(one)(self.params, self.buffers, x)
+        return _forward(self.module, self.params, self.buffers, x)
 
     @torch.no_grad()
     def logits(self, x: Tensor, batch_size: int = 1000) -> Tensor:
@@ -107,15 +114,13 @@ class Ensemble:
         Points are evaluated `batch_size` at a time, models as many at a time as keep that bounded.
         """
         self.module.eval()
-
-        def one(params: Tensors, buffers: Tensors, batch: Tensor) -> Tensor:
-            return functional_call(self.module, (params, buffers), (batch,))
-
-        many = torch.vmap(one, in_dims=(0, 0, None))
         parts = []
         for first in range(0, self.n_models, 16):
             few = self[first : first + 16]
-            rows = [many(few.params, few.buffers, b.to(self.device)) for b in x.split(batch_size)]
+            rows = [
+                _forward(few.module, few.params, few.buffers, b.to(self.device), shared=True)
+                for b in x.split(batch_size)
+            ]
             parts.append(torch.cat(rows, 1).float().cpu())
         return torch.cat(parts)
 
@@ -150,6 +155,18 @@ class Ensemble:
         return cls(_template(module), groups["params"], groups["buffers"])
 
 
+def _forward(module: nn.Module, params: Tensors, buffers: Tensors, x: Tensor, shared: bool = False) -> Tensor:
+    """Logits of stacked models, each on its own batch x[i], or all on x where it is `shared`."""
+
+    def one(params: Tensors, buffers: Tensors, batch: Tensor) -> Tensor:
+        return functional_call(module, (params, buffers), (batch,))
+
+    if len(next(iter(params.values()))) == 1:  # as it would be alone: batched convolutions are slower
+        first, its = ({k: v[0] for k, v in tensors.items()} for tensors in (params, buffers))
+        return one(first, its, x if shared else x[0])[None]
+    return torch.vmap(one, in_dims=(0, 0, None if shared else 0))(params, buffers, x)
+
+
 def _template(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).to("meta")
 
@@ -164,10 +181,13 @@ def concatenate(parts: Sequence[Ensemble]) -> Ensemble:
     )
 
 
+_DRAWING = threading.Lock()  # modules draw from torch's global generator, and chunks train in threads
+
+
 def initialise(factory: Callable[[], nn.Module], seeds: Sequence[int], device: torch.device | str = "cpu") -> Ensemble:
     """Fresh models, one a seed; drawn on the CPU, so that a seed means the same weights on any device."""
     modules = []
-    with torch.random.fork_rng(devices=[]):
+    with _DRAWING, torch.random.fork_rng(devices=[]):
         for seed in seeds:
             torch.manual_seed(seed)
             modules.append(factory())
@@ -193,8 +213,9 @@ def epoch_batches(
         yield from np.array_split(order, n_batches, axis=1)
 
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""(logits (n_models, batch, n_classes), indices (n_models, batch)) -> loss of each model (n_models,)."""
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Loss of each model, (n_models,), of its logits (n_models, batch, n_classes), the indices (n_models, batch) of
+the points they answer, and the numbers (n_models,) of the models in the ensemble that is being trained."""
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -203,55 +224,80 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return losses.view(labels.shape).mean(1)
 
 
+def classification(y: Tensor, sign: float = 1.0) -> Loss:
+    """Cross-entropy against the labels y (n_points,), to be raised instead of lowered with sign -1."""
+    return lambda logits, indices, models: sign * cross_entropy(logits, y[indices])
+
+
+_COMPILING = threading.Lock()
+
+
 def descend(
     ensemble: Ensemble,
     x: Tensor,
-    batches: Iterator[np.ndarray],
+    batches: Iterable[np.ndarray],
     loss: Loss,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
+    state: dict[str, Tensors],
+    *,
+    models: Sequence[int] | np.ndarray | None = None,
     rate: Callable[[int], float] | None = None,
     precision: str = "float32",
+    compile: bool = False,
     after: Callable[[int], None] | None = None,
 ) -> None:
     """Take one optimizer step of every model a batch, in place.
 
     Args:
-        ensemble: models whose params are leaves that require gradients and belong to `optimizer`.
+        ensemble: models to be trained.
         x: points (n_points, ...) that the indices in `batches` refer to, on the ensemble's device.
         batches: index arrays (n_models, batch).
         loss: of each model; the models' losses are summed, which keeps their gradients apart.
+        optimizer: moves the parameters.
+        state: its memory, from `optimizer.start`; moves on as well.
+        models: the models' numbers, as the loss is told them; 0, 1, ... if None.
         rate: learning rate of step t = 0, 1, ...; the optimizer's own if None.
         precision: "float32", or "bfloat16" for matrix products under autocast.
+        compile: run the step through torch.compile.
         after: called with the number of steps taken so far after each step.
     """
-    autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bfloat16")
-    for step, numbers in enumerate(batches):
-        indices = torch.from_numpy(numbers).to(x.device)
-        if rate is not None:
-            for group in optimizer.param_groups:
-                group["lr"] = rate(step)
-        with autocast:
-            logits = ensemble.forward(x[indices], training=True)
-        optimizer.zero_grad(set_to_none=True)
-        loss(logits.float(), indices).sum().backward()
-        optimizer.step()
+    step = compiled(_step) if compile else _step
+    numbers = torch.as_tensor(np.arange(ensemble.n_models) if models is None else np.asarray(models), device=x.device)
+    ensemble.module.train()
+    fixed = (ensemble.module, loss, optimizer, ensemble.params, ensemble.buffers, state, x, numbers)
+    for t, batch in enumerate(batches):
+        indices = torch.from_numpy(batch).to(x.device)
+        lr = torch.tensor(optimizer.lr if rate is None else rate(t))
+        with _COMPILING if compile and t == 0 else nullcontext():  # one thread compiles, the others then find it done
+            step(*fixed, indices, lr, precision == "bfloat16")
         if after is not None:
-            after(step + 1)
+            after(t + 1)
+            ensemble.module.train()
 
 
-def trainable(ensemble: Ensemble) -> tuple[Ensemble, list[Tensor]]:
-    """A copy to be trained, and the leaves that an optimizer moves.
+def _step(
+    module: nn.Module,
+    loss: Loss,
+    optimizer: Optimizer,
+    params: Tensors,
+    buffers: Tensors,
+    state: dict[str, Tensors],
+    x: Tensor,
+    models: Tensor,
+    indices: Tensor,
+    rate: Tensor,
+    bfloat16: bool,
+) -> None:
+    def total(params: Tensors) -> tuple[Tensor, Tensors]:
+        moved = {k: v.clone() for k, v in buffers.items()}  # a function being differentiated may change its own only
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
+            logits = _forward(module, params, moved, x[indices])
+        return loss(logits.float(), indices, models).sum(), moved
 
-    Stacked matrices (n_models, out, in) are views of leaves (n_models, in, out): batched products deliver
-    their gradients in that layout, and gradients of another would be copied at every step.
-    """
-    leaves, params = [], {}
-    for name, tensor in ensemble.params.items():
-        matrix = tensor.ndim == 3
-        leaf = (tensor.detach().mT if matrix else tensor.detach()).clone(memory_format=torch.contiguous_format)
-        leaves.append(leaf.requires_grad_(True))
-        params[name] = leaf.mT if matrix else leaf
-    return Ensemble(ensemble.module, params, {k: v.clone() for k, v in ensemble.buffers.items()}), leaves
+    gradients, moved = torch.func.grad(total, has_aux=True)(params)
+    optimizer.update(params, gradients, state, rate)
+    for name, value in moved.items():
+        buffers[name].copy_(value)
 
 
 def check_masks(masks: np.ndarray, n_train: int) -> None:
@@ -272,7 +318,7 @@ def train(
     masks: np.ndarray,
     seeds: Sequence[int],
     training: Training,
-    chunk: int = 32,
+    execution: Execution | None = None,
     progress: Progress = silent,
 ) -> Ensemble:
     """Train one model a mask, from scratch.
@@ -283,7 +329,9 @@ def train(
         y: labels (n_train,).
         masks: which points each model is trained on, bool (n_models, n_train).
         seeds: one a model, for its initial weights and the order of its batches.
-        chunk: how many models to train together; changes speed and memory, not the result.
+        training: the recipe.
+        execution: how many models share a step, and how it is carried out; changes speed and memory, not
+            the result.
         progress: called with the models done so far.
 
     Returns:
@@ -297,48 +345,36 @@ def train(
         raise DataError(f"{len(masks)} masks but {len(seeds)} seeds; give one seed a model.")
     if len(masks) == 0:
         raise DataError("No masks were given; ask for at least one model.")
+    execution = execution or Execution()
+
+    def train_chunk(members: np.ndarray) -> Ensemble:
+        pools = [np.flatnonzero(masks[i]) for i in members]
+        rngs = [np.random.default_rng(seeds[i]) for i in members]
+        n_steps = training.steps(len(pools[0]))
+        models = initialise(factory, [seeds[i] for i in members], x.device)
+        descend(
+            models,
+            x,
+            epoch_batches(pools, training.batch_size, training.epochs, rngs),
+            classification(y),
+            training.optimizer,
+            training.optimizer.start(models.params),
+            rate=lambda step: training.rate((step + 0.5) / n_steps),
+            precision=training.precision,
+            compile=execution.compile,
+        )
+        return models
+
     sizes = masks.sum(1)
     order = np.argsort(sizes, kind="stable")  # models of one size train together
     same = np.split(order, np.flatnonzero(np.diff(sizes[order])) + 1)
-    chunks = [group[i : i + chunk] for group in same for i in range(0, len(group), chunk)]
+    chunks = [group[i : i + execution.chunk] for group in same for i in range(0, len(group), execution.chunk)]
     parts: list[Ensemble] = []
     done = 0
     progress("train", 0, len(masks))
-    for members in chunks:
-        parts.append(_train_chunk(factory, x, y, masks[members], [seeds[i] for i in members], training))
-        done += len(members)
+    for part in execution.run(train_chunk, chunks):
+        parts.append(part)
+        done += part.n_models
         progress("train", done, len(masks))
     back = np.argsort(np.concatenate(chunks), kind="stable")
     return concatenate(parts)[back.tolist()]
-
-
-def _train_chunk(
-    factory: Callable[[], nn.Module],
-    x: Tensor,
-    y: Tensor,
-    masks: np.ndarray,
-    seeds: Sequence[int],
-    training: Training,
-) -> Ensemble:
-    ensemble, leaves = trainable(initialise(factory, seeds, x.device))
-    pools = [np.flatnonzero(mask) for mask in masks]
-    rngs = [np.random.default_rng(seed) for seed in seeds]
-    n_steps = training.epochs * math.ceil(len(pools[0]) / training.batch_size)
-    optimizer = torch.optim.SGD(
-        leaves,
-        lr=training.lr,
-        momentum=training.momentum,
-        weight_decay=training.weight_decay,
-        nesterov=training.momentum > 0,
-        fused=True,
-    )
-    descend(
-        ensemble,
-        x,
-        epoch_batches(pools, training.batch_size, training.epochs, rngs),
-        lambda logits, indices: cross_entropy(logits, y[indices]),
-        optimizer,
-        rate=lambda step: training.rate((step + 0.5) / n_steps),
-        precision=training.precision,
-    )
-    return ensemble.clone()

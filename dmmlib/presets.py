@@ -56,7 +56,8 @@ class TrainingSection(Section):
 
 class EnsemblesSection(Section):
     n_models: int = Field(default=100, ge=4)  # N: originals, oracles, and floor oracles a forget set
-    chunk: PositiveInt = 100  # models trained together
+    chunk: PositiveInt | Literal["auto"] = "auto"  # models that share a training step; auto measures
+    compile: bool | Literal["auto"] = "auto"  # run steps through torch.compile; auto measures where it can pay
     shard: PositiveInt = 100  # models committed to disk together
 
 

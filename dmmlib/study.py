@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from dmmlib import data as datasets
-from dmmlib import datamodels, ensemble, forget_sets, metrics, models, presets, unlearn
+from dmmlib import datamodels, ensemble, execution, forget_sets, metrics, models, presets, unlearn
 from dmmlib.errors import ForgetSetError, MethodError, PresetError, StoreError
+from dmmlib.execution import Execution
 from dmmlib.files import read_json, replacing, write_json
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.hashing import config_hash, short
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
-VERSION = 1  # of everything in runs/store: raise it when the same configuration gives other numbers
+MANY_STEPS = 200_000  # model-steps from which on compilation can pay
+VERSION = 2  # of everything in runs/store: raise it when the same configuration gives other numbers
 
 
 class Study:
@@ -140,6 +142,63 @@ class Study:
     def training(self) -> ensemble.Training:
         return self.preset.training.training()
 
+    @cached_property
+    def execution(self) -> Execution:
+        """How training is carried out here: measured once a machine and model, and kept, unless the preset says.
+
+        Compiling takes some seconds for each kind of step, so it is tried only where many steps are planned.
+        """
+        section = self.preset.ensembles
+        chunk = None if section.chunk == "auto" else section.chunk
+        worthwhile = None if self._planned_steps() >= MANY_STEPS else False
+        allowed = worthwhile if section.compile == "auto" else section.compile
+        options = execution.candidates(self.device, chunk, allowed)
+        if len(options) == 1:
+            return options[0]
+        config = {
+            "machine": execution.machine(self.device),
+            "model": self.preset.model.model_dump(),
+            "source": self._spec.source,
+            "shape": list(self.x.shape[1:]),
+            "batch": self.preset.training.batch_size,
+            "precision": self.preset.training.precision,
+            "options": [dataclasses.asdict(o) for o in options],
+        }
+        path = self.runs / "store" / f"execution-{config_hash(config)}.json"
+        if not path.exists():
+            self.progress("measure how to train fastest", 0, 1)
+            options = tuple(o for o in options if not o.compile or execution.can_compile())
+            rates = execution.measure(options, self._steps)
+            table = [dataclasses.asdict(o) | {"model_steps_per_second": round(r, 1)} for o, r in rates.items()]
+            write_json(path, table)
+            self.progress("measure how to train fastest", 1, 1)
+        best = max(read_json(path), key=lambda row: row.pop("model_steps_per_second"))
+        return Execution(**best)
+
+    def _planned_steps(self) -> int:
+        """Model-steps of all the training that the preset asks for."""
+        p, n = self.preset, self.data.n_train
+        subsets = p.datamodels.n_subsets + p.datamodels.n_held_out
+        others = p.ensembles.n_models * (1 + 2 * len(p.forget_sets))
+        return subsets * self.training.steps(round(p.datamodels.fraction * n)) + others * self.training.steps(n)
+
+    def _steps(self, execution: Execution, n: int) -> None:
+        """Take n training steps of `execution.chunk` models, to be timed."""
+        rng, size = np.random.default_rng(0), self.training.batch_size
+        models = ensemble.initialise(self.module, range(execution.chunk), self.device)
+        ensemble.descend(
+            models,
+            self.x,
+            (rng.integers(0, self.data.n_train, (execution.chunk, size)) for _ in range(n)),
+            ensemble.classification(self.y),
+            self.training.optimizer,
+            self.training.optimizer.start(models.params),
+            precision=self.training.precision,
+            compile=execution.compile,
+        )
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
     def _identity(self) -> dict[str, Any]:
         """What every trained model depends on besides its mask and seed."""
         return {
@@ -195,7 +254,7 @@ class Study:
                 masks[rows.start : rows.stop],
                 seeds[rows.start : rows.stop],
                 self.training,
-                self.preset.ensembles.chunk,
+                self.execution,
             )
             logits = trained.logits(self.x).numpy()
             if not np.isfinite(logits).all():
@@ -383,6 +442,7 @@ class Study:
             oracle_logits=self.oracles(forget_set, floor=True, n=n),
             checkpoints=0 if tuning else self.preset.unlearning.checkpoints,
             seed=self.seeds(f"unlearn:{forget_set.name}", 1)[0],
+            execution=self.execution,
         )
 
     def _datamodel_config(self) -> dict[str, Any]:

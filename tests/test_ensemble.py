@@ -2,6 +2,7 @@
 
 import copy
 import math
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from torch.nn import functional as F
 from dmmlib import data, ensemble, models
 from dmmlib.ensemble import Ensemble, Training
 from dmmlib.errors import DataError, DeviceError, MethodError, StoreError
+from dmmlib.execution import Execution, can_compile, candidates, measure
+from dmmlib.optim import SGD, Adam
 from tests.conftest import SHARED, needs_cuda
 
 TRAINING = Training(epochs=3, batch_size=16, lr=0.05)
@@ -88,11 +91,81 @@ def test_result_depends_on_seed_and_mask_not_on_neighbours(points):
     seeds = [1, 2, 3, 4, 5, 6]
     whole = ensemble.train(factory, x[:90], y[:90], masks, seeds, TRAINING).logits(x)
     for chunk in (1, 2):
-        again = ensemble.train(factory, x[:90], y[:90], masks, seeds, TRAINING, chunk=chunk).logits(x)
+        again = ensemble.train(factory, x[:90], y[:90], masks, seeds, TRAINING, Execution(chunk)).logits(x)
         torch.testing.assert_close(again, whole, rtol=1e-4, atol=1e-4)
     last = ensemble.train(factory, x[:90], y[:90], masks[3:], seeds[3:], TRAINING).logits(x)
     torch.testing.assert_close(last, whole[3:], rtol=1e-4, atol=1e-4)
     assert (whole[0] - whole[2]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("execution", [Execution(2, 2), Execution(2, 2, compile=True), Execution(1, 1, compile=True)])
+def test_threads_and_compilation_change_no_model(points, execution):
+    if execution.compile and not can_compile():
+        pytest.skip("no C++ compiler on this machine")
+    d, _, y = points
+    x = models.pooled(d, d.x).double()
+
+    def factory():
+        return models.build("mlp", tuple(x.shape[1:]), 10, hidden=8).double()
+
+    masks = masks_of_sizes([45, 30, 45, 45, 45, 30])  # 3 batches of 15, or 2 of 15
+    threads = torch.get_num_threads()
+    plain = ensemble.train(factory, x[:90], y[:90], masks, range(6), TRAINING, Execution(6)).logits(x)
+    other = ensemble.train(factory, x[:90], y[:90], masks, range(6), TRAINING, execution).logits(x)
+    torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-4)
+    assert torch.get_num_threads() == threads
+
+
+def test_a_failure_in_a_thread_is_raised_and_leaves_the_threads_as_they_were():
+    threads = torch.get_num_threads()
+
+    def fails(chunk):
+        raise ValueError(f"chunk {chunk}")
+
+    with pytest.raises(ValueError, match="chunk 0"):
+        list(Execution(1, 2).run(fails, [0, 1, 2]))
+    assert torch.get_num_threads() == threads
+
+
+def test_measuring_prefers_what_is_fast_and_leaves_out_what_would_take_ages():
+    seconds = {1: 0.02, 4: 0.002, 32: 0.3}
+
+    def steps(execution, n):
+        time.sleep(seconds[execution.chunk] * n)
+
+    rates = measure([Execution(1), Execution(4), Execution(32)], steps)
+    assert max(rates, key=rates.get) == Execution(4)
+    assert rates[Execution(4)] == pytest.approx(4 / 0.002, rel=0.5)
+
+
+def test_what_a_preset_settles_is_not_tried():
+    cpu = torch.device("cpu")
+    assert {e.chunk for e in candidates(cpu, chunk=7)} == {7}
+    assert not any(e.compile for e in candidates(cpu, compile=False))
+    assert all(e.compile for e in candidates(cpu, compile=True))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (SGD(0.1, 0.9, 5e-4, nesterov=True), lambda p: torch.optim.SGD(p, 0.1, 0.9, weight_decay=5e-4, nesterov=True)),
+        (SGD(0.1, 0.0), lambda p: torch.optim.SGD(p, 0.1)),
+        (Adam(0.03), lambda p: torch.optim.Adam(p, 0.03)),
+    ],
+)
+def test_optimizers_are_those_of_torch(ours, theirs):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    params = {"w": start.clone()}
+    leaf = start.clone().requires_grad_()
+    state, reference = ours.start(params), theirs([leaf])
+    for step in range(5):
+        leaf.grad = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+        rate = ours.lr / (step + 1)
+        reference.param_groups[0]["lr"] = rate
+        reference.step()
+        ours.update(params, {"w": leaf.grad}, state, torch.tensor(rate, dtype=torch.float64))
+        torch.testing.assert_close(params["w"], leaf.detach(), rtol=1e-12, atol=1e-12)
 
 
 def test_every_example_of_a_mask_is_used_each_epoch():

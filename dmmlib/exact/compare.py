@@ -17,6 +17,7 @@ from dmmlib.datamodels import RidgeDatamodel
 from dmmlib.errors import DataError
 from dmmlib.exact.chains import SGD, delete, learn
 from dmmlib.exact.problem import Problem
+from dmmlib.execution import Execution
 from dmmlib.forget_sets import check_forget_indices
 
 CURVATURE_SLOPE = 1 / (6 * np.sqrt(3))  # the logistic loss's largest third derivative
@@ -249,7 +250,9 @@ def dmm(
 
     def train(masks: np.ndarray) -> tuple[ensemble.Ensemble, np.ndarray]:
         seeds = rng.integers(0, 2**31, len(masks)).tolist()
-        models = ensemble.train(lambda: torch.nn.Linear(x.shape[1], 2), x[:n], y[:n], masks, seeds, training, 100)
+        models = ensemble.train(
+            lambda: torch.nn.Linear(x.shape[1], 2), x[:n], y[:n], masks, seeds, training, Execution(100)
+        )
         return models, models.logits(x).numpy()
 
     (originals, logits), (_, subsets) = train(np.ones((n_models, n), bool)), train(half)

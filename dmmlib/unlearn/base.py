@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from dmmlib.datamodels import Attributor
-from dmmlib.ensemble import Ensemble, Loss, Training, descend, trainable
+from dmmlib.ensemble import Ensemble, Loss, Training, descend
 from dmmlib.errors import DataError, MethodError
+from dmmlib.execution import Execution
 from dmmlib.forget_sets import check_forget_indices
 from dmmlib.hashing import source_hash
 from dmmlib.metrics import correct, margins
+from dmmlib.optim import Optimizer
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Problem:
             the floor); independent of the oracles that a result is measured against.
         checkpoints: at how many moments to record the trajectory.
         seed: of batches and samples.
+        execution: how fine-tuning is carried out; changes speed and memory only.
     """
 
     originals: Ensemble
@@ -49,6 +51,7 @@ class Problem:
     oracle_logits: np.ndarray | None = None
     checkpoints: int = 0
     seed: int = 0
+    execution: Execution = field(default_factory=Execution)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "forget", check_forget_indices(self.forget, self.n_train))
@@ -108,7 +111,6 @@ class Unlearned:
 
 
 Method = Callable[..., Unlearned]
-OptimizerMaker = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ class Phase:
 def finetune(
     problem: Problem,
     phases: Sequence[Phase],
-    optimizer: OptimizerMaker,
+    optimizer: Optimizer,
     rate: Callable[[float], float] | None = None,
 ) -> Unlearned:
     """Fine-tune all originals through the phases and record their margins on the way.
@@ -189,48 +191,51 @@ def finetune(
     Args:
         problem: what to unlearn, from which models.
         phases: gone through in order, with one optimizer.
-        optimizer: makes the optimizer for the stacked parameters; it must act element by element, as SGD
-            and Adam do, so that models stay independent.
-        rate: learning rate after a share, in [0, 1), of all steps; constant if None.
+        optimizer: moves the stacked parameters; it keeps its memory from phase to phase.
+        rate: learning rate after a share, in [0, 1), of all steps; the optimizer's own if None.
     """
-    models, leaves = trainable(problem.originals)
-    stepper = optimizer(leaves)
-    n_steps = sum(len(phase.batches) for phase in phases)
-    checkpoints = set(np.unique(np.linspace(0, n_steps, problem.checkpoints + 1).round().astype(int)[1:]))
-    labels = problem.labels
-    spent, steps = 0, 0
-    costs: list[float] = []
-    trajectory: list[np.ndarray] = []
+    spent = np.cumsum([batch.shape[1] for phase in phases for batch in phase.batches])
+    n_steps = len(spent)
+    checkpoints = np.unique(np.linspace(0, n_steps, problem.checkpoints + 1).round().astype(int)[1:])
 
-    def watched(batches: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-        nonlocal spent
-        for batch in batches:
-            spent += batch.shape[1]
-            yield batch
+    def tune_chunk(members: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        models = problem.originals[members.tolist()].clone()
+        state = optimizer.start(models.params)
+        trajectory: list[np.ndarray] = []
 
-    def record(_: int) -> None:
-        nonlocal steps
-        steps += 1
-        if steps in checkpoints:
-            costs.append(spent / problem.retraining)
-            trajectory.append(margins(models.logits(problem.x).numpy(), labels))
+        def run(phase: Phase, before: int) -> None:
+            def record(taken: int) -> None:
+                if before + taken in checkpoints:
+                    trajectory.append(margins(models.logits(problem.x).numpy(), problem.labels))
 
-    for phase in phases:
-        descend(
-            models,
-            problem.x,
-            watched(phase.batches),
-            phase.loss,
-            stepper,
-            rate=None if rate is None else lambda _: rate(steps / n_steps),
-            precision=problem.training.precision,
-            after=record,
-        )
-    logits = models.logits(problem.x).numpy()
+            descend(
+                models,
+                problem.x,
+                (batch[members] for batch in phase.batches),
+                phase.loss,
+                optimizer,
+                state,
+                models=members,
+                rate=None if rate is None else lambda t: rate((before + t) / n_steps),
+                precision=problem.training.precision,
+                compile=problem.execution.compile,
+                after=record,
+            )
+
+        before = 0
+        for phase in phases:
+            run(phase, before)
+            before += len(phase.batches)
+        return models.logits(problem.x).numpy(), trajectory
+
+    chunks = np.array_split(np.arange(problem.n_models), -(-problem.n_models // problem.execution.chunk))
+    logits, trajectories = zip(*problem.execution.run(tune_chunk, chunks), strict=True)
+    answers = np.concatenate(logits)
+    moments = [np.concatenate(moment) for moment in zip(*trajectories, strict=True)]
     return Unlearned(
-        margins(logits, labels),
-        correct(logits, labels),
-        spent / problem.retraining,
-        np.asarray(costs),
-        np.stack(trajectory) if trajectory else np.zeros((0, *logits.shape[:2]), np.float32),
+        margins(answers, problem.labels),
+        correct(answers, problem.labels),
+        int(spent[-1]) / problem.retraining,
+        spent[checkpoints - 1] / problem.retraining,
+        np.stack(moments) if moments else np.zeros((0, *answers.shape[:2]), np.float32),
     )

@@ -8,16 +8,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from dmmlib.ensemble import Loss, cross_entropy, epoch_batches
-from dmmlib.unlearn.base import OptimizerMaker, Phase, Problem, Unlearned, finetune, register
-
-
-def sgd(lr: float, momentum: float = 0.9) -> OptimizerMaker:
-    """Maker of SGD for stacked parameters, as `finetune` takes it."""
-    return lambda leaves: torch.optim.SGD(leaves, lr=lr, momentum=momentum, fused=True)
+from dmmlib.ensemble import Loss, classification, epoch_batches
+from dmmlib.optim import SGD
+from dmmlib.unlearn.base import Phase, Problem, Unlearned, finetune, register
 
 
 def passes(problem: Problem, pool: np.ndarray, epochs: float, batch_size: int) -> list[np.ndarray]:
@@ -32,25 +26,21 @@ def passes(problem: Problem, pool: np.ndarray, epochs: float, batch_size: int) -
 
 def descent(problem: Problem, sign: float = 1.0) -> Loss:
     """Cross-entropy as a `Loss`; ascent with sign -1."""
-
-    def loss(logits: Tensor, indices: Tensor) -> Tensor:
-        return sign * cross_entropy(logits, problem.y[indices])
-
-    return loss
+    return classification(problem.y, sign)
 
 
 @register("gd", space={"epochs": [1.0, 3.0, 6.0], "lr": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1], "batch_size": [64]})
 def gd(problem: Problem, *, epochs: float = 3.0, lr: float = 1e-2, batch_size: int = 64) -> Unlearned:
     """Gradient descent on R: train on, without F."""
     phase = Phase(passes(problem, problem.retain, epochs, batch_size), descent(problem))
-    return finetune(problem, [phase], sgd(lr))
+    return finetune(problem, [phase], SGD(lr))
 
 
 @register("ga", space={"epochs": [1.0, 3.0, 5.0, 10.0], "lr": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2], "batch_size": [64]})
 def ga(problem: Problem, *, epochs: float = 5.0, lr: float = 1e-3, batch_size: int = 64) -> Unlearned:
     """Gradient ascent on F: raise the loss of what is to be forgotten."""
     phase = Phase(passes(problem, problem.forget, epochs, batch_size), descent(problem, sign=-1.0))
-    return finetune(problem, [phase], sgd(lr))
+    return finetune(problem, [phase], SGD(lr))
 
 
 @register(
@@ -75,4 +65,4 @@ def ga_gd(
         Phase(passes(problem, problem.forget, ascent_epochs, batch_size), descent(problem, sign=-1.0)),
         Phase(passes(problem, problem.retain, descent_epochs, batch_size), descent(problem)),
     ]
-    return finetune(problem, phases, sgd(lr))
+    return finetune(problem, phases, SGD(lr))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dmmlib.errors import DataError
+from dmmlib.optim import Adam
 from dmmlib.unlearn.base import Phase, Problem, Unlearned, finetune, register
 
 SPACE: dict[str, list[Any]] = {
@@ -85,10 +86,9 @@ def match(
         forget_share: share of a batch that comes from F.
     """
     goal = torch.from_numpy(targets).to(problem.x.device)
-    rows = torch.arange(problem.n_models, device=problem.x.device)[:, None]
 
-    def loss(logits: Tensor, indices: Tensor) -> Tensor:
-        return ((logits - goal[rows, indices]) ** 2).mean((1, 2))
+    def loss(logits: Tensor, indices: Tensor, models: Tensor) -> Tensor:
+        return ((logits - goal[models[:, None], indices]) ** 2).mean((1, 2))
 
     n_steps = max(1, round(cost * problem.retraining / batch_size))
     from_forget = min(max(1, round(forget_share * batch_size)), batch_size - 1)
@@ -102,7 +102,7 @@ def match(
     return finetune(
         problem,
         [Phase(list(batches), loss)],
-        lambda leaves: torch.optim.Adam(leaves, lr=lr, fused=True),
+        Adam(lr),
         rate=lambda share: lr * (1 - share),
     )
 

@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dmmlib.ensemble import cross_entropy
+from dmmlib.optim import SGD
 from dmmlib.unlearn.base import Phase, Problem, Unlearned, finetune, register
-from dmmlib.unlearn.gradient import passes, sgd
+from dmmlib.unlearn.gradient import passes
 
 
 @register(
@@ -36,19 +37,19 @@ def scrub(
     alpha KL(teacher || student) + gamma cross-entropy on R. The teacher is the original.
     """
     teacher = torch.from_numpy(problem.original_logits).to(problem.x.device)
-    rows = torch.arange(problem.n_models, device=problem.x.device)[:, None]
+    y = problem.y
 
-    def distance(logits: Tensor, indices: Tensor) -> Tensor:
+    def distance(logits: Tensor, indices: Tensor, models: Tensor) -> Tensor:
         """KL(teacher || student) of softened answers, averaged over the batch: (n_models,)."""
         student = F.log_softmax(logits / temperature, -1)
-        soft = F.log_softmax(teacher[rows, indices] / temperature, -1)
+        soft = F.log_softmax(teacher[models[:, None], indices] / temperature, -1)
         return F.kl_div(student, soft, reduction="none", log_target=True).sum(-1).mean(1) * temperature**2
 
-    def ascend(logits: Tensor, indices: Tensor) -> Tensor:
-        return -distance(logits, indices)
+    def ascend(logits: Tensor, indices: Tensor, models: Tensor) -> Tensor:
+        return -distance(logits, indices, models)
 
-    def descend(logits: Tensor, indices: Tensor) -> Tensor:
-        return alpha * distance(logits, indices) + gamma * cross_entropy(logits, problem.y[indices])
+    def descend(logits: Tensor, indices: Tensor, models: Tensor) -> Tensor:
+        return alpha * distance(logits, indices, models) + gamma * cross_entropy(logits, y[indices])
 
     forget = passes(problem, problem.forget, max_epochs, forget_batch_size)
     retain = passes(problem, problem.retain, epochs, batch_size)
@@ -57,7 +58,7 @@ def scrub(
         if epoch < max_epochs:
             phases.append(Phase(_epoch(forget, epoch, max_epochs), ascend))
         phases.append(Phase(_epoch(retain, epoch, epochs), descend))
-    return finetune(problem, phases, sgd(lr))
+    return finetune(problem, phases, SGD(lr))
 
 
 def _epoch(batches: list, epoch: int, epochs: int) -> list:
