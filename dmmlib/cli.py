@@ -57,12 +57,17 @@ def run(
         Path | None, typer.Option(help="A forget set's JSON file, in the preset's sets' place.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "",
+    scheduler: Annotated[
+        str, typer.Option(help="Who trains: local, local-cluster, cluster (the preset's), or a Dask address.")
+    ] = "",
+    store: Annotated[str, typer.Option(help="Where trained outputs go: a directory or fsspec address.")] = "",
     force: Annotated[bool, typer.Option(help="Run stages again that are done.")] = False,
     runs: Annotated[Path | None, typer.Option(help="Directory for everything computed (default: runs/).")] = None,
 ) -> None:
     """Run notebooks through papermill; stages already done for the same configuration are skipped."""
     try:
-        overrides = _parse(set_ or []) | ({"device": device} if device else {})
+        places = {"device": device, "scheduler": scheduler, "store": store}
+        overrides = _parse(set_ or []) | {key: value for key, value in places.items() if value}
         _run(preset, stage or [], overrides, forget_set, force, runs)
     except DmmError as error:
         typer.secho(f"dmm: {error}", fg=typer.colors.RED, err=True)
@@ -70,6 +75,30 @@ def run(
     except KeyboardInterrupt:
         typer.secho("dmm: interrupted; finished shards and stages are kept, run again to go on.", err=True)
         raise typer.Exit(130) from None
+
+
+@app.command()
+def status(
+    preset: Annotated[str, typer.Argument(help="A name in presets/, or the path of a YAML file.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="As for `dmm run`.")] = None,
+    store: Annotated[str, typer.Option(help="As for `dmm run`.")] = "",
+    runs: Annotated[Path | None, typer.Option(help="As for `dmm run`.")] = None,
+) -> None:
+    """Show what is trained, missing and damaged; trains nothing."""
+    from dmmlib.progress import silent
+    from dmmlib.study import Study
+
+    try:
+        overrides = _parse(set_ or []) | ({"store": store} if store else {})
+        table = Study(preset, overrides, runs=runs, progress=silent).status()
+    except DmmError as error:
+        typer.secho(f"dmm: {error}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(2) from None
+    typer.echo(table.to_string(index=False))
+    done, planned = int(table["done"].sum()), int(table["planned"].sum())
+    typer.echo(f"{done:,} of {planned:,} models trained, {int(table['damaged'].sum()):,} damaged")
+    if table["damaged"].any():
+        typer.echo("the next run trains the damaged shards again")
 
 
 def _parse(settings: list[str]) -> dict[str, Any]:

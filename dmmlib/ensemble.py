@@ -12,22 +12,18 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 from torch.nn import functional as F
 
-from dmmlib.errors import DataError, StoreError
+from dmmlib.errors import DataError
 from dmmlib.execution import Execution, compiled
-from dmmlib.files import replacing
 from dmmlib.optim import SGD, Optimizer, Tensors
 from dmmlib.progress import Progress, silent
 
@@ -124,34 +120,20 @@ class Ensemble:
             parts.append(torch.cat(rows, 1).float().cpu())
         return torch.cat(parts)
 
-    def save(self, path: Path) -> None:
-        """Write the weights as safetensors, atomically."""
-        tensors = {f"params/{k}": v for k, v in self.params.items()}
-        tensors |= {f"buffers/{k}": v for k, v in self.buffers.items()}
-        with replacing(path) as temporary:
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary)
+    def state(self) -> dict[str, np.ndarray]:
+        """All weights and buffers by name, (n_models, ...), as `from_state` takes them."""
+        groups = {"params": self.params, "buffers": self.buffers}
+        return {f"{group}.{k}": v.detach().cpu().numpy() for group, named in groups.items() for k, v in named.items()}
 
     @classmethod
-    def load(cls, path: Path, module: nn.Module, device: torch.device | str = "cpu") -> Ensemble:
-        """Read what `save` wrote for the same architecture.
-
-        Raises:
-            StoreError: if the file is missing, damaged, or of another architecture.
-        """
-        try:
-            tensors = load_file(path, device=str(device))
-        except (SafetensorError, OSError) as error:
-            raise StoreError(
-                f"{path} cannot be read as saved models ({error}); delete it to train them again."
-            ) from error
+    def from_state(
+        cls, module: nn.Module, state: Mapping[str, np.ndarray], device: torch.device | str = "cpu"
+    ) -> Ensemble:
+        """The models of a `state`, for the architecture that it came from."""
         groups: dict[str, Tensors] = {"params": {}, "buffers": {}}
-        for key, tensor in tensors.items():
-            kind, _, name = key.partition("/")
-            groups.setdefault(kind, {})[name] = tensor
-        own = {k: tuple(v.shape) for k, v in module.named_parameters()}
-        found = {k: tuple(v.shape[1:]) for k, v in groups["params"].items()}
-        if own != found:
-            raise StoreError(f"{path} holds models of another architecture: {found}, expected {own}.")
+        for key, array in state.items():
+            kind, _, name = key.partition(".")
+            groups[kind][name] = torch.from_numpy(array).to(device)
         return cls(_template(module), groups["params"], groups["buffers"])
 
 
@@ -240,6 +222,7 @@ def descend(
     optimizer: Optimizer,
     state: dict[str, Tensors],
     *,
+    moving: Collection[str] | None = None,
     models: Sequence[int] | np.ndarray | None = None,
     rate: Callable[[int], float] | None = None,
     precision: str = "float32",
@@ -255,6 +238,7 @@ def descend(
         loss: of each model; the models' losses are summed, which keeps their gradients apart.
         optimizer: moves the parameters.
         state: its memory, from `optimizer.start`; moves on as well.
+        moving: names of the parameters that the state is of and that move; all if None.
         models: the models' numbers, as the loss is told them; 0, 1, ... if None.
         rate: learning rate of step t = 0, 1, ...; the optimizer's own if None.
         precision: "float32", or "bfloat16" for matrix products under autocast.
@@ -264,7 +248,9 @@ def descend(
     step = compiled(_step) if compile else _step
     numbers = torch.as_tensor(np.arange(ensemble.n_models) if models is None else np.asarray(models), device=x.device)
     ensemble.module.train()
-    fixed = (ensemble.module, loss, optimizer, ensemble.params, ensemble.buffers, state, x, numbers)
+    moves = {k: v for k, v in ensemble.params.items() if moving is None or k in moving}
+    stays = {k: v for k, v in ensemble.params.items() if k not in moves}
+    fixed = (ensemble.module, loss, optimizer, moves, stays, ensemble.buffers, state, x, numbers)
     for t, batch in enumerate(batches):
         indices = torch.from_numpy(batch).to(x.device)
         lr = torch.tensor(optimizer.lr if rate is None else rate(t))
@@ -279,7 +265,8 @@ def _step(
     module: nn.Module,
     loss: Loss,
     optimizer: Optimizer,
-    params: Tensors,
+    moves: Tensors,
+    stays: Tensors,
     buffers: Tensors,
     state: dict[str, Tensors],
     x: Tensor,
@@ -288,14 +275,14 @@ def _step(
     rate: Tensor,
     bfloat16: bool,
 ) -> None:
-    def total(params: Tensors) -> tuple[Tensor, Tensors]:
+    def total(moves: Tensors) -> tuple[Tensor, Tensors]:
         moved = {k: v.clone() for k, v in buffers.items()}  # a function being differentiated may change its own only
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
-            logits = _forward(module, params, moved, x[indices])
+            logits = _forward(module, moves | stays, moved, x[indices])
         return loss(logits.float(), indices, models).sum(), moved
 
-    gradients, moved = torch.func.grad(total, has_aux=True)(params)
-    optimizer.update(params, gradients, state, rate)
+    gradients, moved = torch.func.grad(total, has_aux=True)(moves)
+    optimizer.update(moves, gradients, state, rate)
     for name, value in moved.items():
         buffers[name].copy_(value)
 

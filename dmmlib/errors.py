@@ -32,5 +32,17 @@ class StoreError(DmmError, OSError):
     """A store on disk that is foreign, truncated, damaged or cannot be written."""
 
 
+class DamageError(StoreError):
+    """Shards of a store that are marked done but cannot be read back; `shards` holds their numbers."""
+
+    def __init__(self, message: str, shards: list[int]) -> None:
+        super().__init__(message)
+        self.shards = shards
+
+
+class SchedulerError(DmmError, RuntimeError):
+    """A scheduler that cannot be reached, or workers that keep dying."""
+
+
 class DeviceError(DmmError, RuntimeError):
     """A device that this machine does not have."""

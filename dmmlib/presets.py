@@ -80,6 +80,14 @@ class ForgetSetSection(Section):
     share: float = Field(default=0.5, gt=0, le=1)
 
 
+class ClusterSection(Section):
+    """A Dask cluster to start, for `scheduler: cluster`."""
+
+    type: str = "distributed.LocalCluster"  # or dask_jobqueue.SLURMCluster, dask_cuda.LocalCUDACluster, ...
+    options: dict[str, Any] = {}  # of that class
+    jobs: PositiveInt = 1  # how many workers to ask for
+
+
 class TuningSection(Section):
     forget_sets: tuple[ForgetSetSection, ...]
     n_models: int = Field(default=50, ge=4)
@@ -108,6 +116,9 @@ class Preset(Section):
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: PositiveInt | None = None
+    scheduler: str = "local"  # local, local-cluster, cluster, or a Dask scheduler's address
+    cluster: ClusterSection = ClusterSection()
+    store: str | None = None  # where trained models' outputs go: a directory or fsspec address, runs/store if None
     data: DataSection = DataSection()
     model: ModelSection = ModelSection()
     training: TrainingSection = TrainingSection()
@@ -118,6 +129,9 @@ class Preset(Section):
     unlearning: UnlearningSection = UnlearningSection()
     convex: ConvexSettings = ConvexSettings()
     exact: ExactSettings = ExactSettings()
+
+
+PLACES = ("device", "threads", "scheduler", "cluster", "store")  # where things run and lie, not what is computed
 
 
 def names() -> tuple[str, ...]:
@@ -139,7 +153,7 @@ def load(preset: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | 
     content = dict(preset) if isinstance(preset, Mapping) else _read(str(preset))
     for key, value in (overrides or {}).items():
         _set(content, key, value)
-    named = {k: v for k, v in (overrides or {}).items() if k not in ("device", "threads")}
+    named = {k: v for k, v in (overrides or {}).items() if k.split(".")[0] not in PLACES}
     if named:  # where it runs is not what it computes
         settings = ",".join(f"{k.split('.')[-1]}={v}" for k, v in sorted(named.items()))
         suffix = "".join(c if c.isalnum() or c in "=.-," else "_" for c in settings).replace(",", "+")

@@ -1,26 +1,27 @@
 """Outputs of trained models on disk: zarr arrays, a chunk a shard of models, resumable and checked.
 
-A store belongs to one configuration, whose hash it carries. A shard counts as done when its flag is set,
-which happens after all its chunks are in place; chunks and flags appear under their names only when
-complete, and every chunk carries a CRC32C. A run that dies at any moment therefore loses at most the shards
-in flight, and damage is found when it is read.
+A store belongs to one configuration, whose hash it carries, and lies in a directory or at any fsspec address
+(s3://..., gs://..., memory://...). A shard counts as done when its flag is set, which happens after all its
+chunks are in place and have been read back; chunks and flags appear under their names only when complete,
+and every chunk carries a CRC32C. A run that dies at any moment therefore loses at most the shards in flight,
+and damage is found when it is read. Runs at the same time write the same content, so they do no harm.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec
-from zarr.errors import GroupNotFoundError
+from zarr.core.sync import sync
+from zarr.errors import ContainsArrayError, ContainsGroupError, GroupNotFoundError
+from zarr.storage import FsspecStore, LocalStore
 
-from dmmlib.errors import StoreError
+from dmmlib.errors import DamageError, StoreError
 from dmmlib.hashing import config_hash
 
 FORMAT = 1
@@ -32,8 +33,8 @@ class Store:
     Open or create one with `Store.open`; then `missing()`, `write(shard, arrays)` and `read(name)`.
     """
 
-    def __init__(self, path: Path, group: zarr.Group) -> None:
-        self.path = path
+    def __init__(self, address: str, group: zarr.Group) -> None:
+        self.address = address
         self._group = group
         attributes: Any = group.attrs
         self.n_models = int(attributes["n_models"])
@@ -42,16 +43,16 @@ class Store:
     @classmethod
     def open(
         cls,
-        path: Path,
+        place: str | Path,
         config: Mapping[str, Any],
         n_models: int,
         arrays: Mapping[str, tuple[Sequence[int], str]],
         shard_size: int = 100,
     ) -> Store:
-        """Open the store at `path`, or create it there.
+        """Open the store at `place`, or create it there.
 
         Args:
-            path: a directory.
+            place: a directory, or an fsspec address.
             config: everything that the content depends on, JSON-serialisable.
             n_models: rows of every array.
             arrays: name -> (shape of a row, dtype).
@@ -59,39 +60,46 @@ class Store:
 
         Raises:
             StoreError: if the store is of another configuration (both hashes are named), is no store, or
-                cannot be written.
+                cannot be reached or written.
         """
-        path, wanted = Path(path), config_hash(config)
-        if not path.exists():
-            cls._create(path, config, n_models, arrays, shard_size)
+        address, wanted = str(place), config_hash(config)
         try:
-            store = cls(path, zarr.open_group(path, mode="r+"))
+            remote = "://" in address and not address.startswith("file://")
+            files = FsspecStore.from_url(address) if remote else LocalStore(address.removeprefix("file://"))
+        except (ImportError, ValueError, OSError) as error:
+            raise StoreError(f"The store {address} cannot be reached ({error}); give another place.") from error
+        try:
+            group = cls._describe(files, config, n_models, arrays, shard_size)
+            store = cls(address, group)
+        except PermissionError as error:
+            raise StoreError(f"The store {address} cannot be created ({error}); choose another place.") from error
         except (KeyError, ValueError, TypeError, GroupNotFoundError, OSError) as error:
             raise StoreError(
-                f"{path} is no store of this library, or its description is damaged ({error}); choose another "
+                f"{address} is no store of this library, or its description is damaged ({error}); choose another "
                 "directory, or delete it to train again."
             ) from error
-        if store._group.attrs.get("format") != FORMAT:
+        if group.attrs.get("format") != FORMAT:
             raise StoreError(
-                f"The store {path} has format {store._group.attrs.get('format')}, this version reads {FORMAT}; "
+                f"The store {address} has format {group.attrs.get('format')}, this version reads {FORMAT}; "
                 "delete it to train again."
             )
-        found = store._group.attrs.get("config_hash")
+        found = group.attrs.get("config_hash")
         if found != wanted:
             raise StoreError(
-                f"The store {path} was made with configuration {found}, but this run has {wanted}; choose "
+                f"The store {address} was made with configuration {found}, but this run has {wanted}; choose "
                 "another directory, or delete the store to train again."
             )
         return store
 
     @staticmethod
-    def _create(
-        path: Path,
+    def _describe(
+        files: LocalStore | FsspecStore,
         config: Mapping[str, Any],
         n_models: int,
         arrays: Mapping[str, tuple[Sequence[int], str]],
         shard_size: int,
-    ) -> None:
+    ) -> zarr.Group:
+        """The group with all its arrays; what an interrupted creation left out is added."""
         attributes = {
             "format": FORMAT,
             "config_hash": config_hash(config),
@@ -99,11 +107,19 @@ class Store:
             "n_models": n_models,
             "shard_size": shard_size,
         }
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            group = zarr.create_group(temporary, attributes=attributes)
-            for name, (row, dtype) in arrays.items():
+            group = zarr.open_group(files, mode="r+")
+        except GroupNotFoundError:
+            if not sync(files.is_empty("")):
+                raise
+            try:
+                group = zarr.create_group(files, attributes=attributes)
+            except ContainsGroupError:  # another run was faster
+                group = zarr.open_group(files, mode="r+")
+        if group.attrs.get("config_hash") != attributes["config_hash"] or "done" in group:
+            return group
+        for name, (row, dtype) in arrays.items():
+            with suppress(ContainsArrayError):
                 group.create_array(
                     name,
                     shape=(n_models, *row),
@@ -112,15 +128,10 @@ class Store:
                     compressors=[Crc32cCodec()],  # logits are noise to a compressor; damage must not pass
                     fill_value=0,
                 )
+        with suppress(ContainsArrayError):
             n_shards = -(-n_models // shard_size)
             group.create_array("done", shape=(n_shards,), chunks=(1,), dtype="uint8", fill_value=0)
-            os.rename(temporary, path)  # a store exists whole or not at all
-        except OSError as error:
-            if path.exists():  # another run created it first
-                return
-            raise StoreError(f"The store {path} cannot be created ({error}); choose another place.") from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        return group
 
     @property
     def n_shards(self) -> int:
@@ -135,20 +146,28 @@ class Store:
         return np.flatnonzero(self._array("done")[:] == 0).tolist()
 
     def write(self, shard: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """Write a shard's rows of every array, then its flag.
+        """Write a shard's rows of every array, read them back, and set its flag.
 
         Raises:
-            StoreError: if the disk is full or read-only; earlier shards are untouched.
+            StoreError: if the disk is full or read-only, or does not give back what was written; earlier
+                shards are untouched.
         """
         rows = self.models(shard)
         try:
             with zarr.config.set({"array.write_empty_chunks": True}):  # a missing chunk must mean damage
                 for name, values in arrays.items():
                     self._array(name)[rows.start : rows.stop] = values
+            for name, values in arrays.items():
+                try:
+                    same = np.array_equal(self._array(name)[rows.start : rows.stop], values, equal_nan=True)
+                except (ValueError, RuntimeError):
+                    same = False
+                if not same:
+                    raise OSError(f"{name} does not read back as it was written")
             self._array("done")[shard] = 1
         except OSError as error:
             raise StoreError(
-                f"Shard {shard} of {self.path} cannot be written ({error.strerror or error}); free space and "
+                f"Shard {shard} of {self.address} cannot be written ({error.strerror or error}); free space and "
                 "run again: finished shards are kept."
             ) from error
 
@@ -156,13 +175,14 @@ class Store:
         """Rows `start` to `stop` of an array: (models, ...).
 
         Raises:
-            StoreError: if the array is unknown, or a shard of these rows is not done or is damaged.
+            StoreError: if the array is unknown, or a shard of these rows is not done.
+            DamageError: if a shard is damaged; it holds the numbers of all that are.
         """
         stop = self.n_models if stop is None else stop
         undone = [s for s in self.missing() if self.models(s).start < stop and self.models(s).stop > start]
         if undone:
             raise StoreError(
-                f"{self.path} lacks {len(undone)} of {self.n_shards} shards (first: {undone[0]}); train again "
+                f"{self.address} lacks {len(undone)} of {self.n_shards} shards (first: {undone[0]}); train again "
                 "to complete it."
             )
         array = self._array(name)
@@ -172,9 +192,11 @@ class Store:
                 return values
         except (ValueError, OSError, RuntimeError):
             pass  # what is wrong is said below
-        raise StoreError(
-            f"{self.path} is damaged in shards {self.damaged()}; train again to replace just these, after "
-            "`Store.drop`, or delete the store."
+        damaged = self.damaged()
+        raise DamageError(
+            f"{self.address} is damaged in shards {damaged}; train again to replace just these, after "
+            "`Store.drop`, or delete the store.",
+            damaged,
         )
 
     def damaged(self) -> list[int]:
@@ -200,11 +222,12 @@ class Store:
 
     def _array(self, name: str) -> Any:  # zarr's own types do not say that an array indexes to numpy
         if name not in self._group:
-            raise StoreError(f"{self.path} holds no array {name!r}; it has {sorted(self._group.array_keys())}.")
+            raise StoreError(f"{self.address} holds no array {name!r}; it has {sorted(self._group.array_keys())}.")
         return self._group[name]
 
     def _absent(self, name: str) -> list[int]:
         """Done shards whose chunk file is gone: zarr would read them as zeros."""
         row_chunks = "/0" * (self._array(name).ndim - 1)
         done = set(range(self.n_shards)) - set(self.missing())
-        return [s for s in sorted(done) if not (self.path / name / "c" / f"{s}{row_chunks}").exists()]
+        files = self._group.store
+        return [s for s in sorted(done) if not sync(files.exists(f"{name}/c/{s}{row_chunks}"))]

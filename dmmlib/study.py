@@ -11,7 +11,8 @@ import dataclasses
 import os
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
+from fsspec.core import url_to_fs
 from torch import Tensor
 
+from dmmlib import cluster, datamodels, ensemble, execution, forget_sets, metrics, models, presets, unlearn
 from dmmlib import data as datasets
-from dmmlib import datamodels, ensemble, execution, forget_sets, metrics, models, presets, unlearn
-from dmmlib.errors import ForgetSetError, MethodError, PresetError, StoreError
+from dmmlib.errors import DamageError, ForgetSetError, MethodError, PresetError, StoreError
 from dmmlib.execution import Execution
 from dmmlib.files import read_json, replacing, write_json
 from dmmlib.forget_sets import ForgetSet
@@ -39,6 +41,36 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 MANY_STEPS = 200_000  # model-steps from which on compilation can pay
 VERSION = 2  # of everything in runs/store: raise it when the same configuration gives other numbers
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Models to train: their name determines the seeds, and with the masks their place on disk.
+
+    Attributes:
+        name: e.g. "originals", or "oracles:<forget set>:<hash>".
+        masks: which training points each model sees, bool (n_models, n_train).
+        keep_models: keep the weights as well.
+    """
+
+    name: str
+    masks: np.ndarray
+    keep_models: bool = False
+
+
+@dataclass(frozen=True)
+class _Job:
+    stream: Stream
+    seeds: list[int]
+    store: Store
+
+
+def _arguments(task: tuple[_Job, int]) -> tuple[np.ndarray, list[int], bool]:
+    """What `train_shard` needs to know of a shard."""
+    job, shard = task
+    rows = job.store.models(shard)
+    part = slice(rows.start, rows.stop)
+    return job.stream.masks[part], job.seeds[part], job.stream.keep_models
 
 
 class Study:
@@ -214,83 +246,140 @@ class Study:
         sequence = np.random.SeedSequence([self.preset.seed, zlib.crc32(stream.encode())])
         return sequence.generate_state(n).tolist()
 
-    def train(self, stream: str, masks: np.ndarray, keep_models: bool = False) -> Store:
-        """Train a model a mask, unless that is done; logits and masks go to a store.
+    def train(self, *streams: Stream) -> list[Store]:
+        """Train the models of some streams, unless that is done; their outputs go to a store each.
 
-        Args:
-            stream: names the models: their seeds, and their place on disk.
-            masks: bool (n_models, n_train).
-            keep_models: also keep the weights, a safetensors file a shard.
+        Shards of all streams are sent to the workers of the preset's scheduler, or trained here one by one.
         """
-        seeds = self.seeds(stream, len(masks))
-        config = {
-            **self._identity(),
-            "stream": stream,
-            "seed": self.preset.seed,
-            "masks": short(np.packbits(masks).tobytes()),
-        }
-        store = Store.open(
-            self.runs / "store" / f"{stream.split(':')[0]}-{config_hash(config)}" / "outputs.zarr",
-            config,
-            len(masks),
-            {
-                "logits": ((len(self.x), self.data.n_classes), "float32"),
-                "masks": ((self.data.n_train,), "bool"),
-            },
-            self.preset.ensembles.shard,
-        )
-        missing = store.missing()
-        for damaged in store.damaged() if not missing else []:
-            store.drop(damaged)
-            missing.append(damaged)
-        n_done = sum(len(store.models(s)) for s in set(range(store.n_shards)) - set(missing))
-        for shard in missing:
-            rows = store.models(shard)
-            self.progress(f"train {stream}", n_done, len(masks))
-            trained = ensemble.train(
-                self.module,
-                self.x[: self.data.n_train],
-                self.y[: self.data.n_train],
-                masks[rows.start : rows.stop],
-                seeds[rows.start : rows.stop],
-                self.training,
-                self.execution,
-            )
-            logits = trained.logits(self.x).numpy()
-            if not np.isfinite(logits).all():
+        jobs = [_Job(stream, self.seeds(stream.name, len(stream.masks)), self._store(stream)) for stream in streams]
+        tasks = [(job, shard) for job in jobs for shard in job.store.missing()]
+        if not tasks:
+            return [job.store for job in jobs]
+        names = {job.stream.name.split(":")[0] for job, _ in tasks}
+        task = f"train {tasks[0][0].stream.name if len(jobs) == 1 else ' and '.join(sorted(names))}"
+        total = sum(len(job.stream.masks) for job in jobs)
+        done = total - sum(len(job.store.models(shard)) for job, shard in tasks)
+        self.progress(task, done, total)
+        for (job, shard), arrays in self._workers.map(_arguments, tasks):
+            if not np.isfinite(arrays["logits"]).all():
                 raise StoreError(
-                    f"Models of {stream!r} diverged (NaN logits in shard {shard}); lower training.lr. Finished "
-                    "shards are kept."
+                    f"Models of {job.stream.name!r} diverged (NaN logits in shard {shard}); lower training.lr. "
+                    "Finished shards are kept."
                 )
-            if keep_models:
-                trained.save(self._weights(store, shard))
-            store.write(shard, {"logits": logits, "masks": masks[rows.start : rows.stop]})
-            n_done += len(rows)
-            self.progress(f"train {stream}", n_done, len(masks))
-        return store
+            job.store.write(shard, arrays)
+            done += len(job.store.models(shard))
+            self.progress(task, done, total)
+        return [job.store for job in jobs]
 
-    @staticmethod
-    def _weights(store: Store, shard: int) -> Path:
-        return store.path.with_name(f"weights-{shard}.safetensors")
+    def status(self) -> pd.DataFrame:
+        """What is trained of everything that the preset asks for; nothing is trained or changed.
+
+        Returns:
+            A row a stream: models planned, done, missing and damaged. Forget sets chosen by the datamodel are
+            known only once the subset models are trained; until then their oracles stand in one row.
+        """
+        rows = []
+
+        def look(stream: Stream) -> bool:
+            planned = len(stream.masks)
+            done = damaged = 0
+            if self._exists(stream):
+                store = self._store(stream)
+                bad = store.damaged()
+                damaged = sum(len(store.models(s)) for s in bad)
+                done = planned - damaged - sum(len(store.models(s)) for s in store.missing())
+            missing = planned - done - damaged
+            name = ":".join(stream.name.split(":")[:2])
+            rows.append({"models": name, "planned": planned, "done": done, "missing": missing, "damaged": damaged})
+            return done == planned
+
+        known = look(self._subset_stream)
+        look(self._original_stream)
+        n, n_tuning = self.preset.ensembles.n_models, self.preset.tuning.n_models
+        if known:
+            for forget_set in self.forget_sets.values():
+                look(self._oracle_stream(forget_set))
+                look(self._oracle_stream(forget_set, floor=True))
+            for forget_set in self.tuning_sets.values():
+                look(self._oracle_stream(forget_set, n=n_tuning))
+                look(self._oracle_stream(forget_set, floor=True, n=n_tuning))
+        else:
+            planned = 2 * (n * len(self.preset.forget_sets) + n_tuning * len(self.preset.tuning.forget_sets))
+            name = "oracles of forget sets not chosen yet"
+            rows.append({"models": name, "planned": planned, "done": 0, "missing": planned, "damaged": 0})
+        return pd.DataFrame(rows)
+
+    def _exists(self, stream: Stream) -> bool:
+        files, path = url_to_fs(self._place(stream)[0])
+        return bool(files.exists(path))
 
     @cached_property
-    def _originals(self) -> tuple[ensemble.Ensemble, np.ndarray]:
-        masks = np.ones((self.preset.ensembles.n_models, self.data.n_train), bool)
-        store = self.train("originals", masks, keep_models=True)
-        parts = [
-            ensemble.Ensemble.load(self._weights(store, s), self.module(), self.device) for s in range(store.n_shards)
-        ]
-        return ensemble.concatenate(parts), store.read("logits")
+    def _workers(self) -> cluster.Workers:
+        return cluster.connect(self)
 
-    @property
+    def train_shard(self, masks: np.ndarray, seeds: Sequence[int], keep_models: bool) -> dict[str, np.ndarray]:
+        """What a store keeps of models trained with these masks and seeds: logits, masks, perhaps weights."""
+        n = self.data.n_train
+        x, y = self.x[:n], self.y[:n]
+        trained = ensemble.train(self.module, x, y, masks, seeds, self.training, self.execution)
+        kept = trained.state() if keep_models else {}
+        return {"logits": trained.logits(self.x).numpy(), "masks": masks, **kept}
+
+    def _place(self, stream: Stream) -> tuple[str, dict[str, Any]]:
+        """Where a stream's store is, and the configuration that it belongs to."""
+        config = {
+            **self._identity(),
+            "stream": stream.name,
+            "seed": self.preset.seed,
+            "masks": short(np.packbits(stream.masks).tobytes()),
+        }
+        root = self.preset.store or (self.runs / "store").as_posix()
+        return f"{root.rstrip('/')}/{stream.name.split(':')[0]}-{config_hash(config)}.zarr", config
+
+    def _store(self, stream: Stream) -> Store:
+        place, config = self._place(stream)
+        arrays: dict[str, tuple[Sequence[int], str]] = {
+            "logits": ((len(self.x), self.data.n_classes), "float32"),
+            "masks": ((self.data.n_train,), "bool"),
+        }
+        if stream.keep_models:
+            state = ensemble.initialise(self.module, [0]).state()
+            arrays |= {name: (array.shape[1:], str(array.dtype)) for name, array in state.items()}
+        return Store.open(place, config, len(stream.masks), arrays, self.preset.ensembles.shard)
+
+    def _read(self, stream: Stream, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows of an array of a stream; what is missing or damaged is trained first."""
+        (store,) = self.train(stream)
+        try:
+            return store.read(name, start, stop)
+        except DamageError as error:
+            for shard in error.shards:
+                store.drop(shard)
+            return self.train(stream)[0].read(name, start, stop)
+
+    @cached_property
+    def _original_stream(self) -> Stream:
+        masks = np.ones((self.preset.ensembles.n_models, self.data.n_train), bool)
+        return Stream("originals", masks, keep_models=True)
+
+    @cached_property
     def originals(self) -> ensemble.Ensemble:
         """N models trained on S."""
-        return self._originals[0]
+        module = self.module()
+        names = ensemble.initialise(lambda: module, [0]).state()
+        state = {name: self._read(self._original_stream, name) for name in names}
+        return ensemble.Ensemble.from_state(module, state, self.device)
 
-    @property
+    @cached_property
     def original_logits(self) -> np.ndarray:
         """Their logits (N, n_points, n_classes), training points first."""
-        return self._originals[1]
+        return self._read(self._original_stream, "logits")
+
+    def _oracle_stream(self, forget_set: ForgetSet, floor: bool = False, n: int | None = None) -> Stream:
+        content = short(forget_set.indices.tobytes())[:8]
+        name = f"{'floor' if floor else 'oracles'}:{forget_set.name}:{content}"
+        n = n or self.preset.ensembles.n_models
+        return Stream(name, np.tile(forget_set.mask(self.data.n_train), (n, 1)))
 
     def oracles(self, forget_set: ForgetSet, floor: bool = False, n: int | None = None) -> np.ndarray:
         """Logits (n, n_points, n_classes) of models trained on R.
@@ -300,33 +389,34 @@ class Study:
             floor: the second, independent set (the floor, and oracle matching's teachers).
             n: how many, N by default.
         """
-        n = n or self.preset.ensembles.n_models
-        content = short(forget_set.indices.tobytes())[:8]
-        stream = f"{'floor' if floor else 'oracles'}:{forget_set.name}:{content}"
-        return self.train(stream, np.tile(forget_set.mask(self.data.n_train), (n, 1))).read("logits")
+        return self._read(self._oracle_stream(forget_set, floor, n), "logits")
+
+    def train_oracles(self) -> None:
+        """Train the oracles of all forget sets, at once where there are workers for it."""
+        self.train(*(self._oracle_stream(f, floor) for f in self.forget_sets.values() for floor in (False, True)))
 
     # --- datamodels ------------------------------------------------------------------------------------
 
     @cached_property
-    def _subset_store(self) -> Store:
+    def _subset_stream(self) -> Stream:
         section = self.preset.datamodels
         total, size = section.n_subsets + section.n_held_out, round(section.fraction * self.data.n_train)
         masks = np.zeros((total, self.data.n_train), bool)
         for mask, seed in zip(masks, self.seeds("masks", total), strict=True):
             mask[np.random.default_rng(seed).permutation(self.data.n_train)[:size]] = True
-        return self.train("subsets", masks)
+        return Stream("subsets", masks)
 
     @cached_property
     def subsets(self) -> tuple[np.ndarray, np.ndarray]:
         """Masks (M, n_train) and logits (M, n_points, n_classes) of the subset models to fit on."""
         m = self.preset.datamodels.n_subsets
-        return self._subset_store.read("masks", 0, m), self._subset_store.read("logits", 0, m)
+        return self._subset_stream.masks[:m], self._read(self._subset_stream, "logits", 0, m)
 
     @cached_property
     def held_out(self) -> tuple[np.ndarray, np.ndarray]:
         """Masks and logits of the further subset models: the first half chooses lambda, the second reports."""
         m = self.preset.datamodels.n_subsets
-        return self._subset_store.read("masks", m), self._subset_store.read("logits", m)
+        return self._subset_stream.masks[m:], self._read(self._subset_stream, "logits", m)
 
     def datamodel_of(self, n_subsets: int) -> tuple[datamodels.RidgeDatamodel, dict[float, float]]:
         """A ridge datamodel on the first `n_subsets` subset models, and the LDS of each lambda tried."""
@@ -562,6 +652,7 @@ class Study:
 
     def results(self) -> pd.DataFrame:
         """All methods on all forget sets, tidy: a row a forget set, method, split and statistic."""
+        self.train_oracles()
         rows: list[dict[str, Any]] = []
         pairs = [(f, m) for f in self.forget_sets.values() for m in self.preset.unlearning.methods]
         for i, (forget_set, method) in enumerate(pairs):

@@ -2,17 +2,20 @@
 
 import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
+import zarr
 
 from dmmlib.errors import StoreError
 from dmmlib.hashing import config_hash
+from dmmlib.progress import silent
 from dmmlib.store import Store
+from dmmlib.study import Study
+from tests.conftest import TINY
 
 ARRAYS = {"logits": ((5, 2), "float32"), "masks": ((7,), "bool")}
 
@@ -32,6 +35,11 @@ def full(tmp_path):
     for shard in store.missing():
         store.write(shard, values(store.models(shard)))
     return store
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "s"
 
 
 def test_what_is_written_is_read_in_any_order(tmp_path):
@@ -55,9 +63,9 @@ def test_zeros_are_content_not_damage(tmp_path):
     assert store.damaged() == []
 
 
-def test_another_configuration_is_refused_with_both_hashes(full):
+def test_another_configuration_is_refused_with_both_hashes(full, folder):
     with pytest.raises(StoreError) as error:
-        make(full.path, config={"lr": 0.2})
+        make(folder, config={"lr": 0.2})
     assert config_hash({"lr": 0.1}) in str(error.value)
     assert config_hash({"lr": 0.2}) in str(error.value)
 
@@ -70,24 +78,24 @@ def test_a_foreign_directory_is_refused(tmp_path):
     assert (tmp_path / "s" / "photo.jpg").exists()
 
 
-def test_a_truncated_description_is_refused(full):
-    description = full.path / "zarr.json"
+def test_a_truncated_description_is_refused(full, folder):
+    description = folder / "zarr.json"
     description.write_text(description.read_text()[:40])
     with pytest.raises(StoreError, match="description is damaged"):
-        make(full.path)
+        make(folder)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_damage_is_named_and_only_that_shard_repaired(full, damage):
+def test_damage_is_named_and_only_that_shard_repaired(full, folder, damage):
     before = full.read("logits")
-    chunk = full.path / "logits" / "c" / "1" / "0" / "0"
+    chunk = folder / "logits" / "c" / "1" / "0" / "0"
     raw = bytearray(chunk.read_bytes())
     raw[17] ^= 4
     if damage == "remove":
         chunk.unlink()
     else:
         chunk.write_bytes(bytes(raw) if damage == "flip" else bytes(raw[:50]))
-    store = make(full.path)
+    store = make(folder)
     with pytest.raises(StoreError, match=r"damaged in shards \[1\]"):
         store.read("logits")
     assert store.damaged() == [1]
@@ -98,7 +106,7 @@ def test_damage_is_named_and_only_that_shard_repaired(full, damage):
     np.testing.assert_array_equal(store.read("logits"), before)
 
 
-def test_a_full_disk_loses_nothing(full, monkeypatch):
+def test_a_full_disk_loses_nothing(full, folder, monkeypatch):
     before = full.read("logits")
     full.drop(2)
 
@@ -109,7 +117,7 @@ def test_a_full_disk_loses_nothing(full, monkeypatch):
         patch.setattr("zarr.storage._local._put", no_space)
         with pytest.raises(StoreError, match=r"Shard 2 .*No space left on device.*finished shards are kept"):
             full.write(2, values(full.models(2)))
-    store = make(full.path)
+    store = make(folder)
     assert store.missing() == [2]
     np.testing.assert_array_equal(store.read("logits", 0, 20), before[:20])
 
@@ -119,49 +127,137 @@ def test_unknown_array(full):
         full.read("margins")
 
 
+def test_a_disk_that_is_really_full(tmp_path):
+    """A file may not grow beyond 1 kB in this process, as on a full disk."""
+    script = """
+import resource, signal, sys
+from pathlib import Path
+from tests.test_store import make, values
+store = make(Path(sys.argv[1]), n=400, shard_size=100)
+store.write(0, values(store.models(0)))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+store.write(1, values(store.models(1)))
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "s")]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=os.getcwd())
+    assert "StoreError: Shard 1 of" in process.stderr
+    assert "cannot be written (File too large); free space and run again" in process.stderr
+    store = make(tmp_path / "s", n=400, shard_size=100)
+    assert store.missing() == [1, 2, 3]
+    np.testing.assert_array_equal(store.read("logits", 0, 100), values(range(100))["logits"])
+
+
+def test_a_disk_that_gives_back_something_else(full, monkeypatch):
+    full.drop(0)
+    put = zarr.storage._local._put
+
+    def flips(path, value, exclusive=False):
+        written = put(path, value, exclusive)
+        if "logits" in str(path):
+            raw = bytearray(path.read_bytes())
+            raw[3] ^= 1
+            path.write_bytes(bytes(raw))
+        return written
+
+    with monkeypatch.context() as patch:
+        patch.setattr("zarr.storage._local._put", flips)
+        with pytest.raises(StoreError, match=r"Shard 0 .*cannot be written"):
+            full.write(0, values(full.models(0)))
+    assert full.missing() == [0]
+
+
+def test_a_store_at_an_fsspec_address():
+    place = "memory://bucket/runs/s.zarr"
+    store = make(place)
+    for shard in store.missing():
+        store.write(shard, values(store.models(shard)))
+    again = make(place)
+    assert again.missing() == again.damaged() == []
+    np.testing.assert_array_equal(again.read("logits", 10, 20), values(range(10, 20))["logits"])
+    with pytest.raises(StoreError, match="choose another directory"):
+        make(place, config={"lr": 0.2})
+    with pytest.raises(StoreError, match="cannot be reached"):
+        make("nosuch://bucket/s")
+
+
+def test_a_creation_that_was_interrupted_is_completed(tmp_path):
+    make(tmp_path / "s")
+    shutil.rmtree(tmp_path / "s" / "done")
+    shutil.rmtree(tmp_path / "s" / "masks")
+    store = make(tmp_path / "s")
+    store.write(1, values(store.models(1)))
+    assert store.missing() == [0, 2]
+
+
+KILLER = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+from dmmlib.ensemble import train
+from dmmlib.progress import silent
+from dmmlib.study import Study
+from tests.conftest import TINY
+
+def train_all(runs):
+    torch.set_num_threads(1)
+    Study(TINY | {"device": "cpu"}, runs=runs, progress=silent).subsets
+
+def shards(runs):
+    return len(list(Path(runs).glob("store/subsets-*/done/c/*")))
+
+random.seed(0)
+kills = finished = 0
+while kills < 50:
+    runs = f"{sys.argv[1]}/{finished}"
+    child = os.fork()  # torch and zarr are imported once; neither has started threads here
+    if child == 0:
+        train_all(runs)
+        os._exit(0)
+    time.sleep(random.uniform(0.03, 0.45))
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    kills += os.WIFSIGNALED(status)
+    finished += not os.WIFSIGNALED(status)
+print(kills, finished, shards(f"{sys.argv[1]}/{finished}"))
+"""
+
+
+@pytest.mark.slow
+def test_training_killed_fifty_times_ends_as_if_undisturbed(tmp_path, tiny):
+    command = [sys.executable, "-c", KILLER, str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    output = subprocess.run(command, capture_output=True, text=True, cwd=os.getcwd(), env=environment, check=True)
+    kills, finished, _ = map(int, output.stdout.split())
+    assert kills == 50
+    for run in range(finished + 1):  # the last one is completed here
+        resumed = Study(TINY, runs=tmp_path / str(run), progress=silent)
+        np.testing.assert_allclose(resumed.subsets[1], tiny.subsets[1], atol=1e-4)
+        np.testing.assert_array_equal(resumed.subsets[0], tiny.subsets[0])
+
+
 WRITER = """
 import sys
 from pathlib import Path
 from tests.test_store import make, values
 store = make(Path(sys.argv[1]), n=400, shard_size=4)
-print("ready", flush=True)
 for shard in store.missing():
     store.write(shard, values(store.models(shard)))
 """
 
 
-@pytest.mark.slow
-def test_killed_at_random_moments_it_ends_with_the_same_content(tmp_path):
-    rng = np.random.default_rng(0)
-    path = tmp_path / "s"
-    kills = 0
-    for _ in range(25):
-        process = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(path)],
-            stdout=subprocess.PIPE,
-            cwd=os.getcwd(),
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        process.stdout.readline()
-        time.sleep(rng.uniform(0, 0.04))
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait()
-        process.stdout.close()
-        if not make(path, n=400, shard_size=4).missing():
-            break
-    store = make(path, n=400, shard_size=4)
-    for shard in store.missing():
-        store.write(shard, values(store.models(shard)))
-    assert kills >= 3
-    assert store.damaged() == []
-    for shard in range(store.n_shards):
+def test_two_runs_on_one_store_do_no_harm(tmp_path):
+    command = [sys.executable, "-c", WRITER, str(tmp_path / "s")]
+    runs = [subprocess.Popen(command, cwd=os.getcwd(), stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [run.communicate()[1] for run in runs] == ["", ""]
+    store = make(tmp_path / "s", n=400, shard_size=4)
+    assert store.missing() == store.damaged() == []
+    for shard in (0, 50, 99):
         rows = store.models(shard)
         np.testing.assert_array_equal(store.read("logits", rows.start, rows.stop), values(rows)["logits"])
 
 
-def test_description_says_what_it_holds(full):
-    attributes = json.loads((full.path / "zarr.json").read_text())["attributes"]
+def test_description_says_what_it_holds(full, folder):
+    attributes = json.loads((folder / "zarr.json").read_text())["attributes"]
     assert attributes["config"] == {"lr": 0.1}
     assert attributes["n_models"] == 25

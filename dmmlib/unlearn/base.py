@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -185,6 +185,7 @@ def finetune(
     phases: Sequence[Phase],
     optimizer: Optimizer,
     rate: Callable[[float], float] | None = None,
+    moving: Collection[str] | None = None,
 ) -> Unlearned:
     """Fine-tune all originals through the phases and record their margins on the way.
 
@@ -193,14 +194,15 @@ def finetune(
         phases: gone through in order, with one optimizer.
         optimizer: moves the stacked parameters; it keeps its memory from phase to phase.
         rate: learning rate after a share, in [0, 1), of all steps; the optimizer's own if None.
+        moving: names of the parameters that are tuned; all if None.
     """
     spent = np.cumsum([batch.shape[1] for phase in phases for batch in phase.batches])
     n_steps = len(spent)
-    checkpoints = np.unique(np.linspace(0, n_steps, problem.checkpoints + 1).round().astype(int)[1:])
+    checkpoints = np.unique(np.linspace(0, n_steps, problem.checkpoints + 1).round().astype(int))[1:]
 
     def tune_chunk(members: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         models = problem.originals[members.tolist()].clone()
-        state = optimizer.start(models.params)
+        state = optimizer.start({k: v for k, v in models.params.items() if moving is None or k in moving})
         trajectory: list[np.ndarray] = []
 
         def run(phase: Phase, before: int) -> None:
@@ -215,6 +217,7 @@ def finetune(
                 phase.loss,
                 optimizer,
                 state,
+                moving=moving,
                 models=members,
                 rate=None if rate is None else lambda t: rate((before + t) / n_steps),
                 precision=problem.training.precision,

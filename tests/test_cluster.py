@@ -1,0 +1,81 @@
+"""Shards sent to other processes come back the same, and a dead worker loses nothing."""
+
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from dmmlib.errors import PresetError, SchedulerError
+from dmmlib.progress import silent
+from dmmlib.study import Study
+from tests.conftest import TINY
+
+distributed = pytest.importorskip("distributed", reason="the extra `cluster` (Dask) is not installed")
+
+
+@pytest.fixture(scope="module")
+def workers():
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        yield cluster
+
+
+def study(runs, **places):
+    return Study(TINY | {"device": "cpu"}, places, runs=runs, progress=silent)
+
+
+def test_results_equal_the_serial_ones(tmp_path, workers, tiny):
+    far = study(tmp_path, scheduler=workers.scheduler_address)
+    np.testing.assert_allclose(far.subsets[1], tiny.subsets[1], atol=1e-5)
+    np.testing.assert_array_equal(far.subsets[0], tiny.subsets[0])
+    np.testing.assert_allclose(far.originals.logits(far.x).numpy(), tiny.original_logits, atol=1e-5)
+    forget_set = far.forget_sets["random_6"]
+    far.train_oracles()
+    np.testing.assert_allclose(far.oracles(forget_set), tiny.oracles(forget_set), atol=1e-5)
+    assert far.preset.name == "tiny", "where it runs is not part of what it is"
+
+
+def test_a_worker_killed_in_the_middle_of_a_shard_loses_nothing(tmp_path, workers, tiny):
+    far = study(tmp_path, scheduler=workers.scheduler_address)
+    killed = []
+
+    def kill_one():
+        with distributed.Client(workers.scheduler_address, set_as_default=False) as client:
+            while not killed:
+                for worker, tasks in client.processing().items():
+                    if tasks:
+                        pid = client.run(os.getpid, workers=[worker])[worker]
+                        os.kill(pid, signal.SIGKILL)
+                        killed.append(pid)
+                        break
+                time.sleep(0.005)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    subsets = far.subsets[1]
+    killed.append(None)
+    killer.join()
+    assert killed[0] is not None, "nothing was killed"
+    np.testing.assert_allclose(subsets, tiny.subsets[1], atol=1e-5)
+
+
+def test_a_store_elsewhere(tmp_path, tiny):
+    for place in ("memory://bucket/runs", (tmp_path / "elsewhere").as_uri()):
+        far = study(tmp_path / "runs", store=place)
+        np.testing.assert_allclose(far.subsets[1], tiny.subsets[1], atol=1e-5)
+        status = far.status().set_index("models")
+        assert status.loc["subsets", "done"] == 120
+        assert status.loc["originals", "done"] == 0
+    assert list((tmp_path / "elsewhere").glob("subsets-*.zarr"))
+    assert not list((tmp_path / "runs").glob("store/subsets-*"))
+
+
+def test_what_cannot_be_reached_is_said_at_once(tmp_path):
+    with pytest.raises(SchedulerError, match="No Dask scheduler answers at 'nonsense'"):
+        _ = study(tmp_path, scheduler="nonsense").subsets
+    with pytest.raises(PresetError, match="give a class of distributed, dask_jobqueue"):
+        _ = study(tmp_path, **{"scheduler": "cluster", "cluster.type": "os.system"}).subsets
+    with pytest.raises(SchedulerError, match="cannot be started"):
+        _ = study(tmp_path, **{"scheduler": "cluster", "cluster.type": "distributed.NoSuch"}).subsets
