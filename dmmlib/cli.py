@@ -59,11 +59,15 @@ def run(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "",
     force: Annotated[bool, typer.Option(help="Run stages again that are done.")] = False,
     runs: Annotated[Path | None, typer.Option(help="Directory for everything computed (default: runs/).")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Only say what there is to do, how long it takes, what it leaves.")] = False,
 ) -> None:
     """Run notebooks through papermill; stages already done for the same configuration are skipped."""
     try:
         overrides = _parse(set_ or []) | ({"device": device} if device else {})
-        _run(preset, stage or [], overrides, forget_set, force, runs)
+        if dry_run:
+            _dry_run(preset, overrides, runs)
+        else:
+            _run(preset, stage or [], overrides, forget_set, force, runs)
     except DmmError as error:
         typer.secho(f"dmm: {error}", fg=typer.colors.RED, err=True)
         raise typer.Exit(2) from None
@@ -117,6 +121,13 @@ def _run(
     if tables:
         typer.echo("tables:             " + ", ".join(str(t) for t in tables))
     typer.echo(f"figures:            {study.figures / study.preset.name}")
+
+
+def _dry_run(preset: str, overrides: dict[str, Any], runs: Path | None) -> None:
+    from dmmlib import plan
+
+    typer.echo(plan.plan(presets.load(preset, overrides), runs))
+    typer.echo("  stages: " + ", ".join(f"{number} {path.stem[3:].replace('_', ' ')}" for number, path in stages().items()))
 
 
 def _stage(notebook: Path, out: Path, parameters: dict[str, Any], force: bool) -> None:

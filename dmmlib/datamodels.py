@@ -165,7 +165,8 @@ class RidgeDatamodel:
     def _blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
         """The outputs, all at once where they are in memory, else some models at a time."""
         m = self.outputs.shape[0]
-        block = m if isinstance(self.outputs, np.ndarray) else 500
+        in_memory = isinstance(self.outputs, np.ndarray) and not isinstance(self.outputs, np.memmap)
+        block = m if in_memory else 500
         for first in range(0, m, block):
             rows = slice(first, first + block)
             yield rows, np.asarray(self.outputs[rows], np.float32)
