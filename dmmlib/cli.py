@@ -59,7 +59,9 @@ def run(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "",
     force: Annotated[bool, typer.Option(help="Run stages again that are done.")] = False,
     runs: Annotated[Path | None, typer.Option(help="Directory for everything computed (default: runs/).")] = None,
-    dry_run: Annotated[bool, typer.Option(help="Only say what there is to do, how long it takes, what it leaves.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Only say what would be trained, for how long, and what it leaves.")
+    ] = False,
 ) -> None:
     """Run notebooks through papermill; stages already done for the same configuration are skipped."""
     try:
@@ -74,6 +76,49 @@ def run(
     except KeyboardInterrupt:
         typer.secho("dmm: interrupted; finished shards and stages are kept, run again to go on.", err=True)
         raise typer.Exit(130) from None
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Say what is wrong in one line."""
+    try:
+        yield
+    except DmmError as error:
+        typer.secho(f"dmm: {error}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def report(
+    name: Annotated[str, typer.Argument(metavar="PRESET", help="A preset that was run, or the directory of a run.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Numbers that were replaced, as for `run`.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The page (default: report.html in the run's directory).")] = None,
+    runs: Annotated[Path | None, typer.Option(help="Directory of runs (default: runs/).")] = None,
+) -> None:
+    """Write a run as one self-contained HTML page: claims with verdicts, tables, figures, settings."""
+    from dmmlib import report as pages
+
+    with _one_line():
+        run = pages.open_run(pages.preset_name(name, _parse(set_ or [])), runs)
+        typer.echo(pages.write(pages.html(run), out or run.directory / "report.html"))
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(help="A preset that was run, or the directory of a run.")],
+    b: Annotated[str, typer.Argument(help="Another.")],
+    statistic: Annotated[str, typer.Option(help="klom_p95, klom_mean, accuracy_gap, u_lira or cost.")] = "klom_p95",
+    html: Annotated[Path | None, typer.Option(help="Also write a page with every statistic.")] = None,
+    runs: Annotated[Path | None, typer.Option(help="Directory of runs (default: runs/).")] = None,
+) -> None:
+    """Set two runs side by side: which settings differ, and by how much the results do, with intervals."""
+    from dmmlib import report as pages
+
+    with _one_line():
+        left, right = pages.open_run(a, runs), pages.open_run(b, runs)
+        typer.echo(pages.comparison_text(left, right, statistic))
+        if html:
+            typer.echo(pages.write(pages.comparison_html(left, right), html))
 
 
 def _parse(settings: list[str]) -> dict[str, Any]:
@@ -97,6 +142,7 @@ def _run(
     force: bool,
     runs: Path | None,
 ) -> None:
+    from dmmlib.report import record
     from dmmlib.study import Study  # imports torch: only once the arguments have been read
 
     known = stages()
@@ -113,6 +159,7 @@ def _run(
         "forget_set": own,
     }
     out = study.directory if own is None else study.directory / f"forget_set-{Path(own).stem}"
+    record(study, out)
     for number, notebook in known.items():
         if not wanted or number in wanted:
             _stage(notebook, out, parameters, force)
@@ -127,7 +174,7 @@ def _dry_run(preset: str, overrides: dict[str, Any], runs: Path | None) -> None:
     from dmmlib import plan
 
     typer.echo(plan.plan(presets.load(preset, overrides), runs))
-    typer.echo("  stages: " + ", ".join(f"{number} {path.stem[3:].replace('_', ' ')}" for number, path in stages().items()))
+    typer.echo("  stages: " + ", ".join(path.stem.replace("_", " ") for path in stages().values()))
 
 
 def _stage(notebook: Path, out: Path, parameters: dict[str, Any], force: bool) -> None:

@@ -48,7 +48,9 @@ def image_folder(
     root = Path(root).expanduser()
     for part in ("train", "val"):
         if not (root / part).is_dir():
-            raise DataError(f"{root} holds no directory {part!r}; give a directory with train/ and val/, a folder a class.")
+            raise DataError(
+                f"{root} holds no directory {part!r}; give a directory with train/ and val/, a folder a class."
+            )
     if classes is None:
         classes = {path.name: [path.name] for path in sorted((root / "train").iterdir()) if path.is_dir()}
     if len(classes) < 2:
@@ -71,7 +73,9 @@ def _files(root: Path, classes: Mapping[str, Sequence[str]]) -> list[tuple[Path,
         for folder in folders:
             here = [p for p in sorted((root / folder).glob("*")) if p.suffix.lower() in SUFFIXES]
             if not here:
-                raise DataError(f"{root / folder}, of class {name!r}, holds no images; complete it or correct the classes.")
+                raise DataError(
+                    f"{root / folder}, of class {name!r}, holds no images; complete it or correct the classes."
+                )
             files += [(path, label) for path in here]
     return files
 

@@ -124,13 +124,14 @@ class Plan:
             f"{p.model.name} with {self.n_parameters:,} parameters{where}",
             f"  {'models':{width}}  {'asked for':>9}  {'in stores':>9}  {'to train':>9}  {'sample gradients':>16}",
             *(
-                f"  {job.what:{width}}  {job.n_models:>9,}  {job.done:>9,}  {job.n_models - job.done:>9,}  {job.missing:>16.2e}"
+                f"  {job.what:{width}}  {job.n_models:>9,}  {job.done:>9,}  {job.n_models - job.done:>9,}  "
+                f"{job.missing:>16.2e}"
                 for job in (*self.jobs, self.total)
             ),
             f"  rate: {r.per_second:,.0f} sample gradients/s, measured just now on this machine ({r.device}; "
             f"{r.n_models} model{'s' * (r.n_models > 1)} with {r.batch} examples a step)",
-            f"  time: {_duration(self.hours)} to train what is missing, about {_duration(self.unlearning_hours)} more to "
-            "search hyperparameters and to unlearn",
+            f"  time: {_duration(self.hours)} to train what is missing, about {_duration(self.unlearning_hours)} more "
+            "to search hyperparameters and to unlearn",
             "  disk: " + ", ".join(f"{name} {_size(n)}" for name, n in self.bytes.items() if n)
             + f"; {_size(sum(self.bytes.values()))} when complete",
             "  not counted: fitting datamodels, KLoM, and the small models of stages 01 and 06 (minutes).",
