@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import jinja2
 import numpy as np
@@ -249,7 +249,9 @@ def _cell(value: Any) -> Cell:
     if isinstance(value, (int, np.integer)):
         return Cell(f"{value:,}", float(value))
     if isinstance(value, (float, np.floating)):
-        return Cell("" if np.isnan(value) else f"{value:.3g}", None if np.isnan(value) else float(value))
+        if np.isnan(value):
+            return Cell("")
+        return Cell(f"{value:.2f}" if 0.1 <= abs(value) < 1000 else f"{value:.3g}", float(value))
     text = str(value)
     leading = re.match(r"[+-]?\d+(\.\d+)?(?=$| \[)", text)
     return Cell(text, float(leading[0]) if leading else None)
@@ -271,11 +273,13 @@ def html(run: Run) -> str:
                 shown.append(_table(title, frame, f"{over}; 95 % intervals."))
     others = [n for n in run.tables if n not in ("results", "trajectories")]
     shown += [_table(f"{name}.csv", run.tables[name]) for name in others]
+    judged = claims.judge(run.tables)
     return _page(
         "report.html",
         title=run.name,
         summary=_summary(run),
-        claims=claims.judge(run.tables),
+        claims=judged,
+        counts=[(v, n) for v in get_args(claims.Verdict) if (n := sum(c.verdict == v for c in judged))],
         tables=shown,
         figures=[_figure(path) for path in run.figures],
         settings=[(k, _plain(v)) for k, v in run.settings.items()],
@@ -338,5 +342,5 @@ def _figure(path: Path) -> dict[str, str]:
 
 
 def preset_name(preset: str, overrides: Mapping[str, Any]) -> str:
-    """The run of a preset with numbers replaced, as `presets.load` names it."""
-    return presets.load(preset, overrides).name if overrides else preset
+    """The run of a preset, from a file or with numbers replaced, as `presets.load` names it."""
+    return presets.load(preset, overrides).name if overrides or preset.endswith((".yaml", ".yml")) else preset

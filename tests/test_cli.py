@@ -54,6 +54,31 @@ def test_run_then_skip_then_run_again_where_a_number_changed(dmm, tiny_file, tmp
 
 
 @pytest.mark.slow
+def test_a_run_is_recorded_reported_and_compared(dmm, tiny_file, tmp_path):
+    for arguments in ([], ["--set", "ensembles.n_models=9"]):
+        assert dmm("run", tiny_file, "--stage", "04", *arguments).exit_code == 0
+    said = dmm("report", "tiny")
+    assert said.exit_code == 0, said.output
+    page = (tmp_path / "runs" / "tiny" / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "tiny" in page
+    assert "ensembles.n_models=9" not in dmm("report", tiny_file, "--set", "ensembles.n_models=9").output
+    assert (tmp_path / "runs" / "tiny+n_models-9" / "report.html").exists()
+    pair = dmm("compare", "tiny", "tiny+n_models-9", "--html", tmp_path / "pair.html")
+    assert "ensembles.n_models 8 9" in " ".join(pair.output.split())
+    assert "clear differences" in pair.output
+    assert "tiny+n_models-9" in (tmp_path / "pair.html").read_text()
+
+
+def test_a_dry_run_trains_nothing(dmm, tiny_file, tmp_path):
+    said = dmm("run", tiny_file, "--dry-run", "--set", "ensembles.n_models=9")
+    assert said.exit_code == 0, said.output
+    assert "tiny+n_models-9: digits, 120 training" in said.output
+    assert "stages: 01 convex setting" in said.output
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
 def test_a_failing_notebook_keeps_what_was_done(dmm, tiny_file, tmp_path, monkeypatch):
     bad = tmp_path / "notebooks" / "03_bad.ipynb"
     bad.parent.mkdir()
@@ -81,6 +106,9 @@ def test_a_failing_notebook_keeps_what_was_done(dmm, tiny_file, tmp_path, monkey
         (["run", "smoke", "--set", "unlearning.methods=[dmmm]"], "Unknown method 'dmmm'"),
         (["run", "smoke", "--forget-set", "nowhere.json"], "cannot be read as JSON"),
         (["run", "smoke", "--device", "tpu"], "given 'tpu'"),
+        (["run", "labtop", "--dry-run"], "Unknown preset 'labtop'"),
+        (["report", "labtop"], "No run 'labtop' with tables"),
+        (["compare", "smoke", "laptop"], "use `dmm run smoke` first"),
     ],
 )
 def test_mistakes_get_one_clear_line_and_leave_nothing(dmm, tmp_path, arguments, message):
