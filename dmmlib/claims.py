@@ -290,7 +290,7 @@ def linear(tables: Tables) -> Judgement:
     holds, parts = {}, []
     for problem in cost.index.get_level_values("problem").unique():
         here = growth[problem]
-        best = here[matchers].idxmin()
+        best = here.reindex(matchers).fillna(np.inf).idxmin()
         holds[problem] = here[best] <= 2
         parts.append(f"{problem}: {best} x {here[best]:,.3g}, GD on R x {here['GD on R']:,.3g}")
     verdict = _verdict(pd.Series(holds))

@@ -90,7 +90,7 @@ class RidgeDatamodel:
             raise DataError(f"{len(masks)} masks but outputs of {outputs.shape[0]} models; give one mask a model.")
         if not lam > 0:
             raise DataError(f"The ridge penalty is {lam}; give a positive number, such as 0.1.")
-        a = torch.from_numpy(np.ascontiguousarray(masks)).to(device, torch.float32)
+        a = torch.from_numpy(np.array(masks, np.float32)).to(device)
         mean = a.mean(0)
         a -= mean
         gram = (a @ a.T if len(a) < a.shape[1] else a.T @ a) / len(a)

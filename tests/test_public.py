@@ -108,7 +108,7 @@ def test_nothing_is_unpickled(tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
         public.datamodel_data(tmp_path)
     bad = tmp_path / "test_50pct.pt"
-    bad.write_bytes(pickle.dumps(Bomb()))
+    bad.write_bytes(pickle.dumps(Bomb(), protocol=2))
     with pytest.raises(DataError, match="cannot be read as tensors"):
         public.datamodel_weights(bad)
     torch.save({"weight": Bomb()}, bad)

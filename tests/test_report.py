@@ -102,13 +102,14 @@ def test_prediction_and_attribution():
 
 
 def convex_table(random_growth):
-    rows = [
-        ("F weak", c, m, x)
-        for c, on_f, gd in ((10, 5, 100), (1000, 6, 9000))
-        for m, x in (("OM on F", on_f), ("GD on R", gd))
-    ]
-    rows += [("F random", c, m, x) for c, s, f in ((10, 10, np.inf), (1000, 10 * random_growth, np.inf))
-             for m, x in (("OM on S", s), ("OM on F", f), ("GD on R", 11 * s))]  # fmt: skip
+    """F in weak directions, where matching on F costs the same, and F drawn like R, where it never arrives."""
+    costs = {
+        ("F weak", 10): {"OM on F": 5, "OM on S": 50, "GD on R": 100},
+        ("F weak", 1000): {"OM on F": 6, "OM on S": 4000, "GD on R": 9000},
+        ("F random", 10): {"OM on F": np.inf, "OM on S": 10, "GD on R": 11},
+        ("F random", 1000): {"OM on F": np.inf, "OM on S": 10 * random_growth, "GD on R": 11 * random_growth},
+    }
+    rows = [(problem, c, m, x) for (problem, c), row in costs.items() for m, x in row.items()]
     return pd.DataFrame(rows, columns=["problem", "condition", "method", "cost"])
 
 
