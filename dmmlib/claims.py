@@ -117,7 +117,7 @@ def _need(frames: dict[str, pd.DataFrame], *methods: str) -> None:
 
 
 def _baselines(frames: dict[str, pd.DataFrame]) -> list[str]:
-    found = [m for m in frames["value"] if is_baseline(m)]
+    found = [m for m in map(str, frames["value"]) if is_baseline(m)]
     if not found:
         raise _Absent("the run has no gradient baseline")
     return found
@@ -217,7 +217,7 @@ def direct(tables: Tables) -> Judgement:
     value = p95["value"]
     holds = p95["low"]["dm_direct"] <= NEAR * value["retrain"]
     better = p95["high"]["dm_direct"] < p95["low"]["do_nothing"]
-    worst = value["dm_direct"].idxmax()
+    worst = str(value["dm_direct"].idxmax())
     return _verdict(holds), (
         f"Near on {_of(holds)}, ahead of doing nothing on {_of(better)}: median forget p95 "
         f"{over_sets(value['dm_direct'])}, retraining {over_sets(value['retrain'])}, doing nothing "

@@ -153,7 +153,8 @@ def compare(a: Run, b: Run) -> pd.DataFrame:
             f"Runs {a.name!r} and {b.name!r} share no forget set, method and statistic; compare runs of the same sets."
         )
     left, right = left.loc[common], right.loc[common]
-    half = np.hypot(*(run["high"] - run["value"] for run in (left, right)))  # a lower end may be cut off at 0
+    widths = [run["high"] - run["value"] for run in (left, right)]  # not value - low, which may be cut off at 0
+    half = np.hypot(widths[0], widths[1])
     difference = right["value"] - left["value"]
     table = pd.DataFrame(
         {
@@ -249,9 +250,10 @@ def _cell(value: Any) -> Cell:
     if isinstance(value, (int, np.integer)):
         return Cell(f"{value:,}", float(value))
     if isinstance(value, (float, np.floating)):
-        if np.isnan(value):
+        number = float(value)
+        if np.isnan(number):
             return Cell("")
-        return Cell(f"{value:.2f}" if 0.1 <= abs(value) < 1000 else f"{value:.3g}", float(value))
+        return Cell(f"{number:.2f}" if 0.1 <= abs(number) < 1000 else f"{number:.3g}", number)
     text = str(value)
     leading = re.match(r"[+-]?\d+(\.\d+)?(?=$| \[)", text)
     return Cell(text, float(leading[0]) if leading else None)
@@ -261,8 +263,9 @@ def html(run: Run) -> str:
     """The page of a run."""
     results = run.tables.get("results")
     shown: list[Table] = []
+    n_models = 0 if results is None else int(results["n_models"].max())
     if results is not None:
-        n_sets, n_models = results["forget_set"].nunique(), int(results["n_models"].max())
+        n_sets = results["forget_set"].nunique()
         over = f"{n_sets} forget set{'s' * (n_sets > 1)}, N = {n_models} models of each kind"
         medians = tables.medians(results).reset_index()
         shown.append(_table("Medians over forget sets", medians, f"{over}. Cost is in retrainings.", open=True))
@@ -280,6 +283,7 @@ def html(run: Run) -> str:
         summary=_summary(run),
         claims=judged,
         counts=[(v, n) for v in get_args(claims.Verdict) if (n := sum(c.verdict == v for c in judged))],
+        few=n_models if 0 < n_models < 50 else 0,
         tables=shown,
         figures=[_figure(path) for path in run.figures],
         settings=[(k, _plain(v)) for k, v in run.settings.items()],
