@@ -115,12 +115,12 @@ def test_colour_images_train_a_narrow_resnet9(tmp_path):
     from dmmlib.study import Study
 
     overrides = {
-        "data.path": str(CIFAR), "data.n_train": 60, "data.n_val": 20, "training.epochs": 1,
+        "data.path": str(CIFAR), "data.n_train": 200, "data.n_val": 20, "training.epochs": 1,
         "ensembles.n_models": 4, "tuning.n_models": 4, "model.options.width": 4,
     }  # fmt: skip
     study = Study("cifar10-images", overrides, runs=tmp_path, progress=silent)
-    assert study.data.x_train.shape == (60, 32, 32, 3)
-    assert study.original_logits.shape == (4, 80, 10)
+    assert study.data.x_train.shape == (200, 32, 32, 3)
+    assert study.original_logits.shape == (4, 220, 10)
     assert np.isfinite(study.original_logits).all()
 
 
