@@ -66,6 +66,8 @@ def run(
     """Run notebooks through papermill; stages already done for the same configuration are skipped."""
     try:
         overrides = _parse(set_ or []) | ({"device": device} if device else {})
+        if dry_run and forget_set:
+            raise PresetError("--dry-run plans the preset's own forget sets; leave --forget-set out.")
         if dry_run:
             _dry_run(preset, overrides, runs)
         else:

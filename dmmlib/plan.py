@@ -189,7 +189,7 @@ def _size_of(section: DataSection, study: Study | None) -> Size:
     if study is not None:
         d = study.data
         return Size(tuple(d.x_train.shape[1:]), d.n_classes, d.n_train, d.n_val)
-    if section.name not in PUBLISHED:
+    if section.path or section.name not in PUBLISHED:
         raise DataError(f"{section.path} does not exist; correct data.path.")
     shape, n_classes, n_train, n_val = PUBLISHED[section.name]
     if "side" in section.options:

@@ -113,6 +113,8 @@ def test_a_failing_notebook_keeps_what_was_done(dmm, tiny_file, tmp_path, monkey
         (["run", "smoke", "--forget-set", "nowhere.json"], "cannot be read as JSON"),
         (["run", "smoke", "--device", "tpu"], "given 'tpu'"),
         (["run", "labtop", "--dry-run"], "Unknown preset 'labtop'"),
+        (["run", "smoke", "--dry-run", "--forget-set", "mine.json"], "leave --forget-set out"),
+        (["run", "cifar10", "--dry-run", "--set", "data.path=nowhere"], "nowhere does not exist; correct data.path"),
         (["report", "labtop"], "No run 'labtop' with tables"),
         (["compare", "smoke", "laptop"], "use `dmm run smoke` first"),
     ],
