@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,7 @@ class Plan:
                 for job in (*self.jobs, self.total)
             ),
             f"  rate: {r.per_second:,.0f} sample gradients/s, measured just now on this machine ({r.device}; "
-            f"{r.n_models} model{'s' * (r.n_models > 1)} with {r.batch} examples a step)",
+            f"{r.n_models} model{'s' * (r.n_models > 1)} with {r.batch} examples a plain step)",
             f"  time: {_duration(self.hours)} to train what is missing, about {_duration(self.unlearning_hours)} more "
             "to search hyperparameters and to unlearn",
             "  disk: " + ", ".join(f"{name} {_size(n)}" for name, n in self.bytes.items() if n)
@@ -261,53 +261,54 @@ def _unlearning(preset: Preset, size: Size) -> float:
 
 
 def measure(
-    module: Any, shape: tuple[int, ...], n_classes: int, preset: Preset, device: torch.device, budget: float = 3.0
+    module: Callable[[], torch.nn.Module],
+    shape: tuple[int, ...],
+    n_classes: int,
+    preset: Preset,
+    device: torch.device,
+    budget: float = 3.0,
 ) -> Rate:
-    """Time training steps on random points, of as many models and examples as fit the budget in seconds.
+    """Time plain training steps on random points, of as many models and examples as fit the budget in seconds.
 
-    It starts with one model and few examples and grows towards the preset's chunk and batch; a step that would take
-    longer than the budget is not tried, which understates what larger batches can reach.
+    It starts with one model and few examples and grows towards the preset's batch and 32 models at a time; what would
+    take longer than the budget is not tried. So it errs on the slow side: larger steps, threads and compilation gain.
     """
-    training, chunk, batch = preset.training.training(), preset.ensembles.chunk, preset.training.batch_size
-    sizes = [(1, min(batch, 8)), (1, batch), *((k, batch) for k in (4, 16, 64) if k < chunk), (chunk, batch)]
+    batch, chunk = preset.training.batch_size, preset.ensembles.chunk
+    most = min(chunk, 32) if isinstance(chunk, int) else 32
+    sizes = [(1, min(batch, 8)), (1, batch), *((k, batch) for k in (4, 16, 32) if k < most), (most, batch)]
     best, spent = Rate(0.0, 1, 1, device.type), 0.0
     for n_models, examples in dict.fromkeys(sizes):
-        needed = n_models * examples / best.per_second if best.per_second else 0.0
-        if 3 * needed > budget - spent:
+        expected = 4 * n_models * examples / best.per_second if best.per_second else 0.0
+        if expected > budget - spent:
             break
-        seconds = _step(module, shape, n_classes, training, n_models, examples, device)
-        spent += 3 * seconds
+        start = time.perf_counter()
+        seconds = _step(module, shape, n_classes, preset, n_models, examples, device)
+        spent += time.perf_counter() - start
         best = Rate(n_models * examples / seconds, n_models, examples, device.type)
     return best
 
 
 def _step(
-    module: Any,
+    module: Callable[[], torch.nn.Module],
     shape: tuple[int, ...],
     n_classes: int,
-    training: ensemble.Training,
+    preset: Preset,
     n_models: int,
     examples: int,
     device: torch.device,
 ) -> float:
-    """Seconds of one step: of the two after the first, which warms up, the faster."""
-    x = torch.randn(3 * examples, *shape, device=device)
-    y = torch.arange(len(x), device=device) % n_classes
-    ends: list[float] = []
-
-    def tick(_: int) -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        ends.append(time.perf_counter())
-
-    trained, leaves = ensemble.trainable(ensemble.initialise(module, list(range(n_models)), device))
-    optimizer = torch.optim.SGD(leaves, lr=1e-3, momentum=training.momentum, nesterov=training.momentum > 0, fused=True)
-    batches = ensemble.epoch_batches([np.arange(len(x))] * n_models, examples, 1, [np.random.default_rng(0)] * n_models)
-    ensemble.descend(
-        trained, x, batches, lambda z, i: ensemble.cross_entropy(z, y[i]), optimizer,
-        precision=training.precision, after=tick,
-    )  # fmt: skip
-    return float(min(np.diff(ends)))
+    """Seconds of a training step: what three take more than one, which pays for starting."""
+    x = torch.randn(examples, *shape, device=device)
+    y = torch.arange(examples, device=device) % n_classes
+    masks = np.ones((n_models, examples), bool)
+    seconds = []
+    for epochs in (1, 3):
+        training = replace(preset.training.training(), epochs=epochs, batch_size=examples, lr=1e-3)
+        start = time.perf_counter()
+        models = ensemble.train(module, x, y, masks, range(n_models), training)
+        next(iter(models.params.values())).sum().item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return max((seconds[1] - seconds[0]) / 2, seconds[1] / 100)
 
 
 def _duration(hours: float) -> str:
