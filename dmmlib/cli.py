@@ -63,18 +63,36 @@ def run(
     store: Annotated[str, typer.Option(help="Where trained outputs go: a directory or fsspec address.")] = "",
     force: Annotated[bool, typer.Option(help="Run stages again that are done.")] = False,
     runs: Annotated[Path | None, typer.Option(help="Directory for everything computed (default: runs/).")] = None,
+    dry_run: Annotated[
+        bool, typer.Option(help="Only say what would be trained, for how long, and what it leaves.")
+    ] = False,
 ) -> None:
     """Run notebooks through papermill; stages already done for the same configuration are skipped."""
     try:
         places = {"device": device, "scheduler": scheduler, "store": store}
         overrides = _parse(set_ or []) | {key: value for key, value in places.items() if value}
-        _run(preset, stage or [], overrides, forget_set, force, runs)
+        if dry_run and forget_set:
+            raise PresetError("--dry-run plans the preset's own forget sets; leave --forget-set out.")
+        if dry_run:
+            _dry_run(preset, overrides, runs)
+        else:
+            _run(preset, stage or [], overrides, forget_set, force, runs)
     except DmmError as error:
         typer.secho(f"dmm: {error}", fg=typer.colors.RED, err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         typer.secho("dmm: interrupted; finished shards and stages are kept, run again to go on.", err=True)
         raise typer.Exit(130) from None
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Say what is wrong in one line."""
+    try:
+        yield
+    except DmmError as error:
+        typer.secho(f"dmm: {error}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(2) from None
 
 
 @app.command()
@@ -88,17 +106,47 @@ def status(
     from dmmlib.progress import silent
     from dmmlib.study import Study
 
-    try:
+    with _one_line():
         overrides = _parse(set_ or []) | ({"store": store} if store else {})
         table = Study(preset, overrides, runs=runs, progress=silent).status()
-    except DmmError as error:
-        typer.secho(f"dmm: {error}", fg=typer.colors.RED, err=True)
-        raise typer.Exit(2) from None
     typer.echo(table.to_string(index=False))
     done, planned = int(table["done"].sum()), int(table["planned"].sum())
     typer.echo(f"{done:,} of {planned:,} models trained, {int(table['damaged'].sum()):,} damaged")
     if table["damaged"].any():
         typer.echo("the next run trains the damaged shards again")
+
+
+@app.command()
+def report(
+    name: Annotated[str, typer.Argument(metavar="PRESET", help="A preset that was run, or the directory of a run.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Numbers that were replaced, as for `run`.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The page (default: report.html in the run's directory).")] = None,
+    runs: Annotated[Path | None, typer.Option(help="Directory of runs (default: runs/).")] = None,
+) -> None:
+    """Write a run as one self-contained HTML page: claims with verdicts, tables, figures, settings."""
+    from dmmlib import report as pages
+
+    with _one_line():
+        run = pages.open_run(pages.preset_name(name, _parse(set_ or [])), runs)
+        typer.echo(pages.write(pages.html(run), out or run.directory / "report.html"))
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(help="A preset that was run, or the directory of a run.")],
+    b: Annotated[str, typer.Argument(help="Another.")],
+    statistic: Annotated[str, typer.Option(help="klom_p95, klom_mean, accuracy_gap, u_lira or cost.")] = "klom_p95",
+    html: Annotated[Path | None, typer.Option(help="Also write a page with every statistic.")] = None,
+    runs: Annotated[Path | None, typer.Option(help="Directory of runs (default: runs/).")] = None,
+) -> None:
+    """Set two runs side by side: which settings differ, and by how much the results do, with intervals."""
+    from dmmlib import report as pages
+
+    with _one_line():
+        left, right = pages.open_run(a, runs), pages.open_run(b, runs)
+        typer.echo(pages.comparison_text(left, right, statistic))
+        if html:
+            typer.echo(pages.write(pages.comparison_html(left, right), html))
 
 
 def _parse(settings: list[str]) -> dict[str, Any]:
@@ -122,6 +170,7 @@ def _run(
     force: bool,
     runs: Path | None,
 ) -> None:
+    from dmmlib.report import record
     from dmmlib.study import Study  # imports torch: only once the arguments have been read
 
     known = stages()
@@ -138,6 +187,7 @@ def _run(
         "forget_set": own,
     }
     out = study.directory if own is None else study.directory / f"forget_set-{Path(own).stem}"
+    record(study, out)
     for number, notebook in known.items():
         if not wanted or number in wanted:
             _stage(notebook, out, parameters, force)
@@ -146,6 +196,13 @@ def _run(
     if tables:
         typer.echo("tables:             " + ", ".join(str(t) for t in tables))
     typer.echo(f"figures:            {study.figures / study.preset.name}")
+
+
+def _dry_run(preset: str, overrides: dict[str, Any], runs: Path | None) -> None:
+    from dmmlib import plan
+
+    typer.echo(plan.plan(presets.load(preset, overrides), runs))
+    typer.echo("  stages: " + ", ".join(path.stem.replace("_", " ") for path in stages().values()))
 
 
 def _stage(notebook: Path, out: Path, parameters: dict[str, Any], force: bool) -> None:

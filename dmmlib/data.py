@@ -193,7 +193,7 @@ def load(name: str, n_train: int | None = None, n_val: int | None = None, seed: 
         if n is not None and not 0 < n <= len(x):
             raise DataError(f"n_{part}={n} was asked of {name!r}, which has {len(x)}; ask for 1 to {len(x)}.")
         keep = np.sort(rng.permutation(len(x))[: len(x) if n is None else n])
-        parts += [x[keep], y[keep]]
+        parts += [x, y] if len(keep) == len(x) else [x[keep], y[keep]]  # arrays on disk stay there
     return from_arrays(
         *parts, name=full.name, class_names=full.class_names, mean=full.mean, std=full.std
     )  # fmt: skip
@@ -267,6 +267,14 @@ def _cifar10(path: str | Path | None = None) -> Dataset:
 
     train = sorted(k for k in batches if k.startswith("data_batch"))
     return from_arrays(*stack(train), *stack(["test_batch"]), **constants)
+
+
+@register("living17")
+def _living17(path: str | None = None, side: int = 160, classes: str | None = None) -> Dataset:
+    """ImageNet Living-17 from a directory of ImageNet; see `images.living17`."""
+    from dmmlib import images  # which builds on this module
+
+    return images.living17(path, side, classes)
 
 
 def _from_npz(path: Path, **options: Any) -> Dataset:

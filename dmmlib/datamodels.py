@@ -90,7 +90,7 @@ class RidgeDatamodel:
             raise DataError(f"{len(masks)} masks but outputs of {outputs.shape[0]} models; give one mask a model.")
         if not lam > 0:
             raise DataError(f"The ridge penalty is {lam}; give a positive number, such as 0.1.")
-        a = torch.from_numpy(np.ascontiguousarray(masks)).to(device, torch.float32)
+        a = torch.from_numpy(np.array(masks, np.float32)).to(device)
         mean = a.mean(0)
         a -= mean
         gram = (a @ a.T if len(a) < a.shape[1] else a.T @ a) / len(a)
@@ -165,7 +165,8 @@ class RidgeDatamodel:
     def _blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
         """The outputs, all at once where they are in memory, else some models at a time."""
         m = self.outputs.shape[0]
-        block = m if isinstance(self.outputs, np.ndarray) else 500
+        in_memory = isinstance(self.outputs, np.ndarray) and not isinstance(self.outputs, np.memmap)
+        block = m if in_memory else 500
         for first in range(0, m, block):
             rows = slice(first, first + block)
             yield rows, np.asarray(self.outputs[rows], np.float32)

@@ -34,6 +34,7 @@ class DataSection(Section):
     n_val: PositiveInt | None = 500
     seed: int = 0
     path: str | None = None
+    options: dict[str, Any] = {}  # of the loader
 
 
 class ModelSection(Section):

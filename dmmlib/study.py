@@ -31,6 +31,7 @@ from dmmlib.files import read_json, replacing, write_json
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.hashing import config_hash, short
 from dmmlib.progress import Progress, Reporter
+from dmmlib.resnet18 import resnet18  # noqa: F401 (registers itself)
 from dmmlib.store import Store
 from dmmlib.unlearn import Problem, Unlearned
 
@@ -109,7 +110,7 @@ class Study:
         self.progress = progress or Reporter()
         self._spec = models.get(self.preset.model.name)
         section = self.preset.data
-        options = {"path": section.path} if section.path else {}
+        options = section.options | ({"path": section.path} if section.path else {})
         self.data = datasets.load(section.name, section.n_train, section.n_val, section.seed, **options)
         self._check_preset()
         self._own = forget_sets.load(Path(forget_set), self.data) if forget_set else None
@@ -397,14 +398,18 @@ class Study:
 
     # --- datamodels ------------------------------------------------------------------------------------
 
-    @cached_property
-    def _subset_stream(self) -> Stream:
+    def subset_masks(self) -> np.ndarray:
+        """Which points each subset model is trained on: bool (n_subsets + n_held_out, n_train)."""
         section = self.preset.datamodels
         total, size = section.n_subsets + section.n_held_out, round(section.fraction * self.data.n_train)
         masks = np.zeros((total, self.data.n_train), bool)
         for mask, seed in zip(masks, self.seeds("masks", total), strict=True):
             mask[np.random.default_rng(seed).permutation(self.data.n_train)[:size]] = True
-        return Stream("subsets", masks)
+        return masks
+
+    @cached_property
+    def _subset_stream(self) -> Stream:
+        return Stream("subsets", self.subset_masks())
 
     @cached_property
     def subsets(self) -> tuple[np.ndarray, np.ndarray]:
@@ -662,19 +667,26 @@ class Study:
         return pd.DataFrame(rows)
 
     def trajectories(self) -> pd.DataFrame:
-        """KLoM's 95th percentile along the way: forget_set, method, split, cost, p95."""
+        """What happens along the way, a row a forget set, method, moment and split.
+
+        Columns: forget_set, method, split, cost, p95 (KLoM's 95th percentile), and under and over: the share of
+        points whose mean margin is more than one of the oracles' standard deviations above, or below, theirs.
+        """
         rows = []
         for forget_set in self.forget_sets.values():
             margins, _ = self.reference(forget_set)
+            sd = margins.std(0)
             splits = forget_set.splits(self.data.n_train, self.data.n_val)
             for method in self.preset.unlearning.methods:
                 result = self.unlearned(method, forget_set)
                 for cost, at in zip(result.costs, result.trajectory, strict=True):
                     values = metrics.klom(at, margins)
+                    gaps = at.mean(0) - margins.mean(0)
                     for split, indices in splits.items():
                         p95 = float(np.percentile(values[indices], 95))
-                        rows.append((forget_set.name, method, split, float(cost), p95))
-        return pd.DataFrame(rows, columns=["forget_set", "method", "split", "cost", "p95"])
+                        under, over = ((sign * gaps > sd)[indices].mean() for sign in (1, -1))
+                        rows.append((forget_set.name, method, split, float(cost), p95, under, over))
+        return pd.DataFrame(rows, columns=["forget_set", "method", "split", "cost", "p95", "under", "over"])
 
     def save_table(self, table: pd.DataFrame, name: str) -> Path:
         """Write a table to the run's directory as CSV, atomically."""

@@ -2,8 +2,8 @@
 
     python scripts/publish.py laptop
 
-Executed notebooks go over those in notebooks/ (with their own default parameters), results.csv beside the
-figures, and the tables into the README.
+Executed notebooks go over those in notebooks/ (with their own default parameters), the run's tables and record
+beside the figures, and the main tables into the README.
 """
 
 import re
@@ -45,7 +45,9 @@ def main(preset: str) -> int:
         return 1
     for path in executed:
         publish_notebook(path)
-    shutil.copy(run / "results.csv", ROOT / "figures" / preset / "results.csv")
+    for name in ("results.csv", "trajectories.csv", "datamodels.csv", "convex.csv", "run.json"):  # for `dmm report`
+        if (run / name).exists():
+            shutil.copy(run / name, ROOT / "figures" / preset / name)
     readme = ROOT / "README.md"
     block = f"\\1\n{tables.readme(pd.read_csv(run / 'results.csv'))}\n\\2"
     text = re.sub(r"(<!-- results[^>]*-->).*(<!-- /results -->)", block, readme.read_text(), flags=re.DOTALL)

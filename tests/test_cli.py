@@ -9,6 +9,8 @@ import yaml
 from typer.testing import CliRunner
 
 from dmmlib import cli
+from dmmlib.progress import silent
+from dmmlib.study import Study
 from tests.conftest import TINY
 
 
@@ -54,6 +56,35 @@ def test_run_then_skip_then_run_again_where_a_number_changed(dmm, tiny_file, tmp
 
 
 @pytest.mark.slow
+def test_a_run_is_recorded_reported_and_compared(dmm, tiny_file, tmp_path):
+    for arguments, overrides in (([], {}), (["--set", "ensembles.n_models=9"], {"ensembles.n_models": 9})):
+        assert dmm("run", tiny_file, "--stage", "03", *arguments).exit_code == 0
+        study = Study(
+            str(tiny_file), overrides, progress=silent
+        )  # stage 04 asserts more than models this small can show
+        study.save_table(study.results(), "results.csv")
+    said = dmm("report", "tiny")
+    assert said.exit_code == 0, said.output
+    page = (tmp_path / "runs" / "tiny" / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "tiny" in page
+    assert dmm("report", tiny_file, "--set", "ensembles.n_models=9").exit_code == 0
+    assert (tmp_path / "runs" / "tiny+n_models-9" / "report.html").exists()
+    pair = dmm("compare", "tiny", "tiny+n_models-9", "--html", tmp_path / "pair.html")
+    assert "ensembles.n_models 8 9" in " ".join(pair.output.split())
+    assert "clear differences" in pair.output
+    assert "tiny+n_models-9" in (tmp_path / "pair.html").read_text()
+
+
+def test_a_dry_run_trains_nothing(dmm, tiny_file, tmp_path):
+    said = dmm("run", tiny_file, "--dry-run", "--set", "ensembles.n_models=9")
+    assert said.exit_code == 0, said.output
+    assert "tiny+n_models-9: digits, 120 training" in said.output
+    assert "stages: 01 convex setting" in said.output
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
 def test_a_failing_notebook_keeps_what_was_done(dmm, tiny_file, tmp_path, monkeypatch):
     bad = tmp_path / "notebooks" / "03_bad.ipynb"
     bad.parent.mkdir()
@@ -81,6 +112,11 @@ def test_a_failing_notebook_keeps_what_was_done(dmm, tiny_file, tmp_path, monkey
         (["run", "smoke", "--set", "unlearning.methods=[dmmm]"], "Unknown method 'dmmm'"),
         (["run", "smoke", "--forget-set", "nowhere.json"], "cannot be read as JSON"),
         (["run", "smoke", "--device", "tpu"], "given 'tpu'"),
+        (["run", "labtop", "--dry-run"], "Unknown preset 'labtop'"),
+        (["run", "smoke", "--dry-run", "--forget-set", "mine.json"], "leave --forget-set out"),
+        (["run", "cifar10", "--dry-run", "--set", "data.path=nowhere"], "nowhere does not exist; correct data.path"),
+        (["report", "labtop"], "No run 'labtop' with tables"),
+        (["compare", "smoke", "laptop"], "use `dmm run smoke` first"),
     ],
 )
 def test_mistakes_get_one_clear_line_and_leave_nothing(dmm, tmp_path, arguments, message):

@@ -1,12 +1,13 @@
 """What the README shows is true: its table is the run's, its example runs, its files exist."""
 
 import re
+import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from dmmlib import data, models, tables, unlearn
+from dmmlib import tables, unlearn
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -26,15 +27,24 @@ def test_links_lead_somewhere():
             assert (ROOT / target).exists(), target
 
 
+@pytest.fixture
+def registries(monkeypatch):
+    """What a test registers is forgotten after it."""
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "dmmlib":
+            for attribute, value in list(vars(module).items()):
+                if re.fullmatch("_[A-Z]+", attribute) and isinstance(value, dict):
+                    monkeypatch.setattr(module, attribute, dict(value))
+
+
 @pytest.mark.slow
-def test_the_example_of_adding_your_own_runs(tmp_path, monkeypatch):
+def test_every_python_block_runs_in_order(tmp_path, monkeypatch, registries):
+    """In one namespace, as a reader would who pastes them one after the other."""
     monkeypatch.setenv("DMM_RUNS", str(tmp_path))
-    code = re.search(r"## Add your own\n+```python\n(.*?)```", README, re.DOTALL)[1]
     namespace = {"__name__": "readme"}
-    try:
-        exec(compile(code, "README.md", "exec"), namespace)
-        assert set(namespace["table"]["method"]) == {"do_nothing", "retrain", "dmm", "last_layer"}
-    finally:
-        unlearn.base._METHODS.pop("last_layer", None)
-        models._MODELS.pop("wide", None)
-        data._LOADERS.pop("mine", None)
+    blocks = list(re.finditer(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE))
+    for block in blocks:
+        line = README[: block.start(1)].count("\n")
+        exec(compile("\n" * line + block[1], "README.md", "exec"), namespace)  # errors name README.md's line
+    assert set(namespace["table"]["method"]) == {"do_nothing", "retrain", "dmm", "last_layer"}
+    assert {"last_layer"} <= set(unlearn.names())

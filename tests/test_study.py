@@ -21,6 +21,7 @@ def test_results_are_complete_and_tidy(tiny):
     assert set(table["forget_set"]) == sets
     per_pair = 3 * (2 + 1 + 1) + 1  # splits x (KLoM mean, p95, accuracy gap, U-LiRA), and the cost
     assert len(table) == len(methods) * len(sets) * per_pair
+    assert not table.duplicated(["forget_set", "method", "split", "statistic"]).any()
     assert (table["low"] <= table["value"]).all()
     assert (table["value"] <= table["high"]).all()
     cost = table[table["statistic"] == "cost"].groupby("method")["value"].mean()

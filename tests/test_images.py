@@ -1,0 +1,130 @@
+"""Images in folders become arrays once; Living-17 and ResNet-18 are wired to them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dmmlib import data, images, models, presets
+from dmmlib.errors import DataError
+from dmmlib.resnet18 import resnet18
+from tests.conftest import SHARED
+
+CIFAR = SHARED / "data" / "cifar10_jpeg_12k.npz"
+
+
+def draw(path, colour, size=(40, 30)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """ImageNet's layout, 34 folders, a colour a folder."""
+    for k in range(34):
+        for part, n in (("train", 3), ("val", 1)):
+            for i in range(n):
+                draw(tmp_path / "imagenet" / part / f"n{k:08d}" / f"{i}.JPEG", (7 * k, 100, 200 - 5 * k))
+    return tmp_path / "imagenet"
+
+
+def test_each_image_lies_under_its_label(tree, tmp_path):
+    classes = {"first": ["n00000000", "n00000001"], "last": ["n00000033"]}
+    d = images.image_folder(tree, classes, side=16, cache=tmp_path / "cache")
+    assert (d.x_train.shape, d.x_val.shape) == ((9, 16, 16, 3), (3, 16, 16, 3))
+    assert d.y_train.tolist() == [0] * 6 + [1] * 3
+    assert d.class_names == ("first", "last")
+    assert np.abs(d.x_train[-1].astype(int) - [7 * 33, 100, 200 - 5 * 33]).max() <= 3
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_arrays_are_decoded_once_and_mapped(tree, tmp_path, monkeypatch):
+    first = images.image_folder(tree, side=8, cache=tmp_path / "cache")
+    monkeypatch.setattr(images, "_decode", lambda *a: pytest.fail("decoded again"))
+    again = images.image_folder(tree, side=8, cache=tmp_path / "cache")
+    assert again.sha256 == first.sha256
+    assert again.n_classes == 34
+    assert isinstance(again.x_train.base, np.memmap), "images stay on disk until they are used"
+    monkeypatch.undo()
+    draw(tree / "train" / "n00000000" / "new.png", (0, 0, 0))
+    assert images.image_folder(tree, side=8, cache=tmp_path / "cache").n_train == first.n_train + 1
+
+
+def test_the_crop_is_central(tmp_path):
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, 20:40] = 255
+    for part in ("train", "val"):
+        for name in ("a", "b"):
+            path = tmp_path / part / name / "x.png"
+            path.parent.mkdir(parents=True)
+            Image.fromarray(wide).save(path)
+    d = images.image_folder(tmp_path, side=10, crop=1.0, cache=tmp_path / "cache")
+    assert (d.x_train[:, :, 1:-1] == 255).all()
+
+
+def test_what_is_wrong_is_named(tree, tmp_path):
+    cache = tmp_path / "cache"
+    with pytest.raises(DataError, match="holds no directory 'train'"):
+        images.image_folder(tmp_path / "nowhere", cache=cache)
+    with pytest.raises(DataError, match="of class 'x', holds no images"):
+        images.image_folder(tree, {"x": ["n99"], "y": ["n00000001"]}, cache=cache)
+    with pytest.raises(DataError, match="gives 1 classes"):
+        images.image_folder(tree, {"x": ["n00000001"]}, cache=cache)
+    (tree / "val" / "n00000001" / "0.JPEG").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"0\.JPEG cannot be decoded"):
+        images.image_folder(tree, cache=cache)
+    assert not list(cache.glob("*-val-*")), "a cache that was not finished is not left behind"
+
+
+def test_living17_reads_its_classes_from_the_users_file(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "user_cache_dir", lambda _: str(tmp_path / "user"))
+    with pytest.raises(DataError, match=r"set data\.path"):
+        data.load("living17")
+    with pytest.raises(DataError, match=r"living17\.json does not exist; write Living-17's superclasses"):
+        data.load("living17", path=str(tree))
+    (tree / "living17.json").write_text(json.dumps({"one": ["n00000000"]}))
+    with pytest.raises(DataError, match="no mapping of 17 superclasses"):
+        data.load("living17", path=str(tree))
+    mapping = {f"class {k}": [f"n{2 * k:08d}", f"n{2 * k + 1:08d}"] for k in range(17)}
+    (tree / "living17.json").write_text(json.dumps(mapping))
+    d = data.load("living17", path=str(tree), side=12)
+    assert (d.n_train, d.n_val, d.n_classes) == (102, 34, 17)
+    assert np.bincount(d.y_train).tolist() == [6] * 17
+
+
+def test_resnet18_is_the_published_size_and_trains_as_an_ensemble():
+    published = resnet18((3, 224, 224), 1000)
+    assert sum(p.numel() for p in published.parameters()) == 11_689_512
+    from dmmlib import ensemble
+
+    x, y = torch.randn(8, 3, 32, 32), torch.arange(8) % 2
+    training = ensemble.Training(epochs=4, batch_size=8, lr=0.05, warmup=0.0)
+    trained = ensemble.train(lambda: models.build("resnet18", (3, 32, 32), 2, width=4), x, y,
+                             np.ones((2, 8), bool), [0, 1], training)  # fmt: skip
+    logits = trained.logits(x)
+    assert logits.shape == (2, 8, 2)
+    assert torch.isfinite(logits).all()
+    assert not torch.equal(logits[0], logits[1])
+
+
+@pytest.mark.skipif(not CIFAR.exists(), reason="shared/data is not beside this checkout")
+def test_colour_images_train_a_narrow_resnet9(tmp_path):
+    from dmmlib.progress import silent
+    from dmmlib.study import Study
+
+    overrides = {
+        "data.path": str(CIFAR), "data.n_train": 200, "data.n_val": 20, "training.epochs": 1,
+        "ensembles.n_models": 4, "tuning.n_models": 4, "model.options.width": 4,
+    }  # fmt: skip
+    study = Study("cifar10-images", overrides, runs=tmp_path, progress=silent)
+    assert study.data.x_train.shape == (200, 32, 32, 3)
+    assert study.original_logits.shape == (4, 220, 10)
+    assert np.isfinite(study.original_logits).all()
+
+
+def test_living17_is_the_papers_setting():
+    p = presets.load("living17")
+    assert (p.model.name, p.data.name) == ("resnet18", "living17")
+    assert [f.size for f in p.forget_sets] == [500, 200, 200]

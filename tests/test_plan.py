@@ -1,0 +1,80 @@
+"""A plan counts what a run trains, finds what is there, and writes nothing."""
+
+import pytest
+import torch
+
+from dmmlib import plan, presets
+from dmmlib.errors import DataError, MethodError
+from dmmlib.progress import silent
+from dmmlib.study import Study
+from tests.conftest import TINY
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(plan, "measure", lambda *a, **k: plan.Rate(1000.0, 2, 8, "cpu"))
+
+
+def test_a_plan_counts_what_a_run_trains(tmp_path, quick, monkeypatch):
+    preset = presets.load(TINY)
+    before = plan.plan(preset, tmp_path)
+    assert not list(tmp_path.iterdir()), "a plan leaves nothing"
+    assert before.total.done == 0
+    study = Study(TINY, runs=tmp_path, progress=silent)
+    trained = {}
+    original = Study.train
+
+    def counted(self, *streams):
+        for stream in streams:
+            trained[stream.name] = int(stream.masks.sum()) * self.training.epochs
+        return original(self, *streams)
+
+    monkeypatch.setattr(Study, "train", counted)
+    study.results()
+    assert before.total.n_models == 8 + 120 + 2 * 2 * 8 + 2 * 8
+    assert before.total.missing == sum(trained.values()), "to the sample gradient"
+    after = plan.plan(preset, tmp_path)
+    assert after.total.done == after.total.n_models
+    assert after.hours == 0
+    stores = sum(f.stat().st_size for f in tmp_path.rglob("*.zarr/**/*") if f.is_file())
+    assert before.bytes["outputs of models"] == pytest.approx(stores, rel=0.3)
+
+
+def test_stores_of_another_configuration_do_not_count(tmp_path, quick):
+    study = Study(TINY, runs=tmp_path, progress=silent)
+    study.original_logits  # noqa: B018 (trains)
+    assert plan.plan(presets.load(TINY), tmp_path).jobs[0].done == 8
+    for change in ({"training.lr": 0.2}, {"seed": 1}, {"data.seed": 1}, {"ensembles.n_models": 9}):
+        assert plan.plan(presets.load(TINY, change), tmp_path).total.done == 0, change
+
+
+@pytest.mark.parametrize("name", ["cifar10", "living17", "digits", "cifar10-images", "laptop", "smoke"])
+def test_every_preset_can_be_planned(name, tmp_path, quick, monkeypatch):
+    monkeypatch.setattr(plan, "user_cache_dir", lambda _: str(tmp_path))  # as if nothing was ever downloaded
+    found = plan.plan(presets.load(name), tmp_path)
+    text = str(found)
+    assert f"{name}: " in text
+    assert "measured just now on this machine" in text
+    if name == "cifar10":
+        assert found.n_parameters == 2_274_880
+        assert found.total.n_models == 200 + 20_200 + 10 * 400 + 2 * 100
+        assert "random images stand in" in text
+    if name == "living17":
+        assert (found.size.n_train, found.size.n_classes) == (88_400, 17)
+
+
+def test_a_rate_is_measured_with_what_fits_the_budget():
+    preset = presets.load("smoke")
+    module = lambda: torch.nn.Linear(12, 3)  # noqa: E731
+    quick = plan.measure(module, (12,), 3, preset, torch.device("cpu"), budget=2.0)
+    assert (quick.n_models, quick.batch) == (32, 50)
+    assert quick.per_second > 1000
+    slow = plan.measure(module, (12,), 3, preset, torch.device("cpu"), budget=1e-9)
+    assert (slow.n_models, slow.batch) == (1, 8)
+
+
+def test_mistakes_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere\.npz does not exist"):
+        plan.plan(presets.load("smoke", {"data.path": str(tmp_path / "nowhere.npz")}), tmp_path)
+    with pytest.raises(MethodError, match="Unknown method 'dmmm'"):
+        plan.plan(presets.load("smoke", {"unlearning.methods": ["dmmm"]}), tmp_path)

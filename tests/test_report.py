@@ -1,0 +1,286 @@
+"""Claims follow from the tables alone; a page shows them and loads nothing; two runs are told apart honestly."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dmmlib import claims, evidence, report
+from dmmlib.errors import PresetError, StoreError
+
+ROOT = Path(__file__).parents[1]
+SETS = ["one", "two", "three", "four"]
+
+
+def results(klom, u_lira=None, cost=0.1, half=0.1, sets=SETS):
+    """A tidy table: the same forget p95 of each method on every set (or a number a set)."""
+    rows = []
+    for method, values in klom.items():
+        for forget_set, value in zip(sets, np.broadcast_to(values, len(sets)), strict=True):
+            head = {"forget_set": forget_set, "size": 5, "method": method, "n_models": 20}
+            for split in ("forget", "retain", "validation"):
+                for statistic in ("klom_p95", "klom_mean", "accuracy_gap"):
+                    row = {"split": split, "statistic": statistic, "value": value, "low": value - half}
+                    rows.append(head | row | {"high": value + half})
+                lira = (u_lira or {}).get(method, 0.5)
+                rows.append(head | {"split": split, "statistic": "u_lira", "value": lira, "low": lira, "high": lira})
+            rows.append(head | {"split": "all", "statistic": "cost", "value": cost, "low": cost, "high": cost})
+    return pd.DataFrame(rows)
+
+
+GOOD = {"do_nothing": 10, "retrain": 0.7, "gd": 8, "scrub": 9, "oracle_matching": 0.8, "dm_direct": 0.9, "dmm": 1.0}
+
+
+def verdicts(**tables):
+    return {c.number: c.verdict for c in claims.judge(tables)}
+
+
+def test_claims_that_hold_everywhere_are_shown():
+    found = verdicts(results=results(GOOD))
+    assert [found[n] for n in (1, 2, 4, 5, 8)] == ["shown"] * 5
+
+
+@pytest.mark.parametrize(
+    ("number", "change"),
+    [
+        (1, {"gd": 0.7}),  # a baseline that reaches the floor
+        (2, {"oracle_matching": 3.0}),
+        (4, {"dm_direct": 2.0}),
+        (5, {"dmm": 8.0}),
+        (5, {"dmm": 9.5}),
+    ],
+)
+def test_claims_that_fail_everywhere_are_refuted(number, change):
+    assert verdicts(results=results(GOOD | change))[number] == "refuted"
+
+
+def test_a_claim_that_holds_on_some_sets_is_shown_in_part_from_half_on():
+    assert verdicts(results=results(GOOD | {"dm_direct": [0.8, 0.8, 5, 5]}))[4] == "in part"
+    assert verdicts(results=results(GOOD | {"dm_direct": [0.8, 5, 5, 5]}))[4] == "refuted"
+
+
+def test_an_interval_that_touches_is_not_ahead():
+    close = GOOD | {"dmm": 7.9}
+    assert verdicts(results=results(close, half=0.04))[5] == "in part", "ahead, though not near oracle matching"
+    assert verdicts(results=results(close, half=0.06))[5] == "refuted"
+
+
+def test_cost_counts_and_the_attacker_counts():
+    dear = claims.judge({"results": results(GOOD, cost=0.6)})[4]
+    assert dear.verdict == "in part"
+    assert "a median 0.60 of a retraining" in dear.finding
+    assert verdicts(results=results(GOOD, {"dmm": 0.7}))[8] == "refuted"
+
+
+def test_a_moment_on_the_way_counts_for_stopping_times():
+    path = pd.DataFrame(
+        [(s, "gd", "forget", c, p, 0.25, 0.5) for s in SETS for c, p in ((0.1, 5.0), (0.2, 0.7))],
+        columns=["forget_set", "method", "split", "cost", "p95", "under", "over"],
+    )
+    found = claims.judge({"results": results(GOOD), "trajectories": path})[0]
+    assert found.verdict == "refuted"
+    assert "25% of F under- and 50% over-unlearned" in found.finding
+
+
+def datamodel_table(correlation=0.8, few=6.0, many=1.0):
+    rows = []
+    for s in SETS:
+        rows += [(400, s, "forget", k, v, v - 0.1, v + 0.1) for k, v in (("correlation", correlation), ("slope", 0.9))]
+        rows += [(m, s, "forget", "klom_p95", v, v - 0.5, v + 0.5) for m, v in ((100, few), (400, many))]
+    rows += [(m, "every", "train", "lds", v, v, v) for m, v in ((100, 0.2), (400, 0.5))]
+    return pd.DataFrame(rows, columns=evidence.COLUMNS)
+
+
+def test_prediction_and_attribution():
+    assert [verdicts(datamodels=datamodel_table())[n] for n in (3, 6)] == ["shown", "shown"]
+    bad = datamodel_table(correlation=0.3, many=5.5)
+    assert [verdicts(datamodels=bad)[n] for n in (3, 6)] == ["refuted", "refuted"]
+
+
+def convex_table(random_growth):
+    """F in weak directions, where matching on F costs the same, and F drawn like R, where it never arrives."""
+    costs = {
+        ("F weak", 10): {"OM on F": 5, "OM on S": 50, "GD on R": 100},
+        ("F weak", 1000): {"OM on F": 6, "OM on S": 4000, "GD on R": 9000},
+        ("F random", 10): {"OM on F": np.inf, "OM on S": 10, "GD on R": 11},
+        ("F random", 1000): {"OM on F": np.inf, "OM on S": 10 * random_growth, "GD on R": 11 * random_growth},
+    }
+    rows = [(problem, c, m, x) for (problem, c), row in costs.items() for m, x in row.items()]
+    return pd.DataFrame(rows, columns=["problem", "condition", "method", "cost"])
+
+
+def test_the_linear_setting_depends_on_where_f_lies():
+    assert verdicts(convex=convex_table(1.5))[7] == "shown"
+    assert verdicts(convex=convex_table(90))[7] == "in part"
+
+
+def test_what_a_run_lacks_is_not_run_and_said():
+    found = claims.judge({})
+    assert [c.verdict for c in found] == ["not run"] * 8
+    assert found[2].finding == "Not run: the run has no datamodels.csv."
+    few = results({k: v for k, v in GOOD.items() if k not in ("dmm", "gd", "scrub")})
+    said = claims.judge({"results": few})
+    assert said[0].finding == "Not run: the run has no gradient baseline."
+    assert said[7].finding == "Not run: the run has no DMM."
+    broken = claims.judge({"results": results(GOOD).drop(columns="low")})
+    assert "lacks the column 'low'" in broken[0].finding
+
+
+def test_the_published_run_is_judged():
+    table = pd.read_csv(ROOT / "figures" / "laptop" / "results.csv")
+    judged = claims.judge({"results": table})
+    assert judged[0].verdict == "shown"
+    assert f"of {table['forget_set'].nunique()} forget sets" in judged[4].finding
+
+
+def test_agreement_is_one_for_a_perfect_prediction():
+    rng = np.random.default_rng(0)
+    level = rng.normal(size=30) * 3
+    originals = 5 + rng.normal(size=(40, 30)) * 0.1
+    oracles = 5 + level + rng.normal(size=(40, 30)) * 0.1
+    found = evidence.agreement(originals, originals + 0.5 * level, oracles)
+    assert found["correlation"].value > 0.99
+    assert found["slope"].low < 0.5 < found["slope"].high
+    assert found["correlation"].high - found["correlation"].low < 0.05
+    unrelated = evidence.agreement(originals, originals + rng.permutation(level), oracles)
+    assert unrelated["correlation"].value < 0.6
+
+
+def test_evidence_of_a_study_is_tidy_and_feeds_the_claims(tiny):
+    fitted = {m: tiny.datamodel_of(m)[0] for m in (50, 100)}
+    table = evidence.predictions(tiny, fitted, n_bootstrap=20)
+    assert not table.duplicated(["n_subsets", "forget_set", "split", "statistic"]).any()
+    assert (table["low"] <= table["value"]).all()
+    assert (table["value"] <= table["high"]).all()
+    assert len(table) == 2 * (2 + len(tiny.forget_sets)) + 2 * len(tiny.forget_sets)
+    assert all(v != "not run" for n, v in verdicts(datamodels=table).items() if n in (3, 6))
+
+
+# --- runs on disk ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.setenv("DMM_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("DMM_FIGURES", str(tmp_path / "figures"))
+
+    def make(name, table, record=None):
+        directory = tmp_path / "runs" / name
+        directory.mkdir(parents=True)
+        table.to_csv(directory / "results.csv", index=False)
+        if record is not None:
+            (directory / "run.json").write_text(json.dumps(record))
+        return report.open_run(name)
+
+    return make
+
+
+class Page(HTMLParser):
+    """What a page refers to, its text, and whether its tags close."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.links, self.text, self.stack = [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.links += [value for key, value in attributes if key in ("src", "href", "srcset", "action")]
+        if tag not in ("meta", "img", "link", "br", "input"):
+            self.stack.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_a_page_is_whole_and_loads_nothing(tiny, tmp_path):
+    table = tiny.results()
+    tiny.save_table(table, "results.csv")
+    tiny.save_table(tiny.trajectories(), "trajectories.csv")
+    report.record(tiny, tiny.directory)
+    run = report.open_run(tiny.directory)
+    page = report.html(run)
+    parsed = Page(page)
+    assert parsed.stack == []
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in parsed.links)
+    assert not re.search(r"https?://|@import|url\(", page)
+    text = " ".join(parsed.text)
+    assert tiny.data.sha256 in text
+    for claim in claims.judge(run.tables):
+        assert claim.finding in text
+    assert "datamodels.n_subsets" in text
+    best = table[(table["method"] == "dmm") & (table["statistic"] == "klom_p95") & (table["split"] == "forget")]
+    assert all(f"{v:.2f} [" in text for v in best["value"])
+
+
+def test_trajectories_share_points_out(tiny):
+    path = tiny.trajectories()
+    assert not path.duplicated(["forget_set", "method", "split", "cost"]).any()
+    assert path[["under", "over"]].min().min() >= 0
+    assert (path["under"] + path["over"]).max() <= 1
+    assert path["under"].max() > 0
+
+
+def test_what_a_file_says_is_escaped(place):
+    hostile = "<script>alert(1)</script>"
+    run = place("hostile", results({hostile: 1.0, "do_nothing": 2.0}, sets=[hostile, "b", "c", "d"]))
+    for page in (report.html(run), report.comparison_html(run, run)):
+        assert hostile not in page
+        assert "&lt;script&gt;" in page
+
+
+def test_a_run_without_a_record_says_so(place):
+    run = place("plain", results(GOOD))
+    assert "This run recorded none" in report.html(run)
+    assert "recorded no settings" in report.comparison_text(run, run)
+
+
+def test_runs_are_found_or_missed_clearly(place, tmp_path):
+    place("plain", results(GOOD))
+    with pytest.raises(PresetError, match=r"No run 'plane' .*\(there are plain\); use `dmm run plane` first"):
+        report.open_run("plane")
+    (tmp_path / "runs" / "plain" / "run.json").write_text("{")
+    with pytest.raises(StoreError, match="cannot be read as JSON"):
+        report.open_run("plain")
+    (tmp_path / "runs" / "plain" / "results.csv").write_bytes(b"")
+    with pytest.raises(StoreError, match="cannot be read as a table"):
+        report.open_run("plain")
+
+
+def test_differences_carry_the_interval_of_both(place):
+    a, b = place("a", results(GOOD, half=0.3)), place("b", results(GOOD | {"dmm": 1.45, "gd": 9}, half=0.4))
+    table = report.compare(a, b)
+    here = table[(table["statistic"] == "klom_p95") & (table["split"] == "forget")].set_index(["forget_set", "method"])
+    dmm, gd = here.loc[("one", "dmm")], here.loc[("one", "gd")]
+    assert dmm["difference"] == pytest.approx(0.45)
+    assert (dmm["low"], dmm["high"]) == pytest.approx((-0.05, 0.95))
+    assert not dmm["clear"]
+    assert gd["clear"]
+    text = report.comparison_text(a, b)
+    assert "+0.45 [-0.05, +0.95]" in text
+    assert "clear differences: forget 4 of 28" in text
+    with pytest.raises(PresetError, match="Unknown statistic 'klom'; these runs share klom_p95"):
+        report.comparison_text(a, b, "klom")
+    with pytest.raises(PresetError, match="share no forget set"):
+        report.compare(a, place("c", results(GOOD, sets=["w", "x", "y", "z"])))
+
+
+def test_settings_that_differ_are_named(place):
+    def record(n, sha):
+        preset = {"name": str(n), "ensembles": {"n_models": n}, "forget_sets": [{"name": "one", "size": n}]}
+        return {"preset": preset, "data": {"sha256": sha}, "device": "cpu", "versions": {"torch": "2"}}
+
+    a, b = place("a", results(GOOD), record(5, "x")), place("b", results(GOOD), record(6, "y"))
+    table = report.differing(a, b).set_index("what")
+    assert table.to_dict("index") == {
+        "ensembles.n_models": {"a": "5", "b": "6"},
+        "forget_sets.one.size": {"a": "5", "b": "6"},
+        "data.sha256": {"a": "x", "b": "y"},
+    }
+    assert "ensembles.n_models" in report.comparison_text(a, b)
