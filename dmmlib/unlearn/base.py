@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmmlib.datamodels import Attributor
-from dmmlib.ensemble import Ensemble, Loss, Training, descend, trainable
-from dmmlib.errors import DataError, MethodError
+from dmmlib.ensemble import Ensemble, Loss, Training, descend, initialise, trainable
+from dmmlib.errors import DataError, MethodError, OptionError
 from dmmlib.forget_sets import check_forget_indices
 from dmmlib.hashing import source_hash
 from dmmlib.metrics import correct, margins
@@ -77,9 +80,14 @@ class Problem:
     def labels(self) -> np.ndarray:
         return self.y.cpu().numpy()
 
-    def rngs(self) -> list[np.random.Generator]:
-        """One generator a model, so that each original meets its own batches."""
-        return [np.random.default_rng([self.seed, i]) for i in range(self.n_models)]
+    def rngs(self, stream: int | None = None) -> list[np.random.Generator]:
+        """One generator a model, so that each original meets its own batches.
+
+        Args:
+            stream: 1, 2, ... for a further use of chance, independent of the batches' and of other streams.
+        """
+        key = [] if stream is None else [stream]
+        return [np.random.default_rng([self.seed, i, *key]) for i in range(self.n_models)]
 
 
 @dataclass(frozen=True)
@@ -113,21 +121,46 @@ OptimizerMaker = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 @dataclass(frozen=True)
 class Registered:
-    """A method, the grid its hyperparameters are searched on, and the hash of its source."""
+    """A method, and what is to be known of it.
+
+    Attributes:
+        run: the method.
+        space: the grid that its hyperparameters are searched on.
+        source: hash of its source.
+        paper: who proposed it.
+        cost: sample gradients that it spends a model, as a formula.
+        elsewhere: public code that implements it.
+    """
 
     run: Method
     space: Mapping[str, Sequence[Any]]
     source: str
+    paper: str = ""
+    cost: str = ""
+    elsewhere: str = ""
 
 
 _METHODS: dict[str, Registered] = {}
 
 
-def register(name: str, space: Mapping[str, Sequence[Any]] | None = None) -> Callable[[Method], Method]:
-    """Register a method by name, with the grid on which its hyperparameters are searched (none if None)."""
+def register(
+    name: str,
+    space: Mapping[str, Sequence[Any]] | None = None,
+    *,
+    paper: str = "",
+    cost: str = "",
+    elsewhere: str = "",
+) -> Callable[[Method], Method]:
+    """Register a method by name.
+
+    Args:
+        name: what presets call it.
+        space: the grid on which its hyperparameters are searched; none if None.
+        paper, cost, elsewhere: for `tables.catalogue`; see `Registered`.
+    """
 
     def add(method: Method) -> Method:
-        _METHODS[name] = Registered(method, dict(space or {}), source_hash(method))
+        _METHODS[name] = Registered(method, dict(space or {}), source_hash(method), paper, cost, elsewhere)
         return method
 
     return add
@@ -165,6 +198,40 @@ def configurations(name: str, budget: int, seed: int = 0) -> list[dict[str, Any]
     return [grid[i] for i in sorted(keep)]
 
 
+def check_options(low: float = 0.0, high: float = math.inf, *, whole: bool = False, **options: float) -> None:
+    """Raise OptionError unless every option is a (whole) number above `low` and at most `high`."""
+    for name, value in options.items():
+        if not isinstance(value, Integral if whole else Real) or not low < value <= high:
+            limit = "" if high == math.inf else f" and at most {high:g}"
+            kind = "whole number" if whole else "number"
+            raise OptionError(f"Option {name}={value!r} was given; use a {kind} above {low:g}{limit}.")
+
+
+def fresh(problem: Problem) -> Ensemble:
+    """As many untrained models as there are originals, of their architecture, one seed each.
+
+    Raises:
+        MethodError: if a part of the module has weights that it cannot draw anew (no `reset_parameters`).
+    """
+    template = problem.originals.module
+
+    def draw() -> nn.Module:
+        module = copy.deepcopy(template).to_empty(device="cpu")
+        for name, part in module.named_modules():
+            reset = getattr(part, "reset_parameters", None)
+            if reset is not None:
+                reset()
+            elif next(part.parameters(recurse=False), None) is not None:
+                raise MethodError(
+                    f"Part {name!r} of the model, a {type(part).__name__}, cannot be initialised anew; give it a "
+                    "method reset_parameters()."
+                )
+        return module
+
+    seeds = [int(rng.integers(2**32)) for rng in problem.rngs(stream=1)]
+    return initialise(draw, seeds, problem.originals.device)
+
+
 @dataclass(frozen=True)
 class Phase:
     """A stretch of fine-tuning: which batches, which loss.
@@ -174,7 +241,7 @@ class Phase:
         loss: of each model.
     """
 
-    batches: list[np.ndarray]
+    batches: Sequence[np.ndarray]
     loss: Loss
 
 
@@ -183,6 +250,8 @@ def finetune(
     phases: Sequence[Phase],
     optimizer: OptimizerMaker,
     rate: Callable[[float], float] | None = None,
+    only: Collection[str] | None = None,
+    spent: int = 0,
 ) -> Unlearned:
     """Fine-tune all originals through the phases and record their margins on the way.
 
@@ -192,13 +261,19 @@ def finetune(
         optimizer: makes the optimizer for the stacked parameters; it must act element by element, as SGD
             and Adam do, so that models stay independent.
         rate: learning rate after a share, in [0, 1), of all steps; constant if None.
+        only: names of the parameters to move, the others being frozen; all if None.
+        spent: sample gradients a model that were spent before, to be counted in the cost.
     """
     models, leaves = trainable(problem.originals)
+    if only is not None:
+        leaves = [leaf for name, leaf in zip(models.params, leaves, strict=True) if name in only]
+        params = {name: p if name in only else p.detach() for name, p in models.params.items()}
+        models = Ensemble(models.module, params, models.buffers)
     stepper = optimizer(leaves)
     n_steps = sum(len(phase.batches) for phase in phases)
     checkpoints = set(np.unique(np.linspace(0, n_steps, problem.checkpoints + 1).round().astype(int)[1:]))
     labels = problem.labels
-    spent, steps = 0, 0
+    steps = 0
     costs: list[float] = []
     trajectory: list[np.ndarray] = []
 

@@ -1,0 +1,117 @@
+"""Random labels: teach wrong answers on F; with SalUn, to the weights that matter to F only.
+
+SGD with momentum 0.9 at a constant rate, no weight decay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmmlib.ensemble import Loss, cross_entropy, trainable
+from dmmlib.unlearn.base import OptimizerMaker, Phase, Problem, Unlearned, check_options, finetune, register
+from dmmlib.unlearn.gradient import by_epoch, descent, mean_gradient, passes, sgd
+
+
+def wrong_labels(problem: Problem, rngs: Sequence[np.random.Generator]) -> Tensor:
+    """Labels (n_models, n_train): another class than the right one, at random, on F; the right one on R."""
+    n_classes = problem.original_logits.shape[2]
+    labels = np.tile(problem.labels[: problem.n_train], (problem.n_models, 1))
+    shift = np.stack([rng.integers(1, n_classes, len(problem.forget)) for rng in rngs])
+    labels[:, problem.forget] = (labels[:, problem.forget] + shift) % n_classes
+    return torch.from_numpy(labels).to(problem.x.device)
+
+
+def relabelling(problem: Problem, epochs: int, batch_size: int) -> list[Phase]:
+    """A pass over F with wrong labels, drawn anew, then one over R with the right ones, so many times."""
+    check_options(epochs=epochs, whole=True)
+    rngs = problem.rngs(stream=1)
+    rows = torch.arange(problem.n_models, device=problem.x.device)[:, None]
+
+    def towards(labels: Tensor) -> Loss:
+        return lambda logits, indices: cross_entropy(logits, labels[rows, indices])
+
+    phases = []
+    forget = by_epoch(passes(problem, problem.forget, epochs, batch_size), epochs)
+    retain = by_epoch(passes(problem, problem.retain, epochs, batch_size), epochs)
+    for wrong, right in zip(forget, retain, strict=True):
+        phases += [Phase(wrong, towards(wrong_labels(problem, rngs))), Phase(right, descent(problem))]
+    return phases
+
+
+@register(
+    "random_labels",
+    space={"epochs": [1, 3, 6], "lr": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1], "batch_size": [64]},
+    paper="Golatkar et al., CVPR 2020; Graves et al., AAAI 2021 (amnesiac unlearning)",
+    cost="epochs (|F| + |R|)",
+    elsewhere="OPTML-Group/Unlearn-Saliency, vikram2000b/bad-teaching-unlearning, xcadet/deepunlearn",
+)
+def random_labels(problem: Problem, *, epochs: int = 3, lr: float = 1e-2, batch_size: int = 64) -> Unlearned:
+    """Learn random wrong labels on F, and go on with the right ones on R.
+
+    Sources differ in three ways. The readings taken: a label is another class than the right one (SalUn's
+    equation 3, Graves et al.; SalUn's code draws from all classes); labels are drawn anew at every pass, and
+    each pass goes through F first and R then (SalUn's code on CIFAR-10; Graves et al. draw once and mix).
+    """
+    check_options(lr=lr)
+    return finetune(problem, relabelling(problem, epochs, batch_size), sgd(lr))
+
+
+def saliency(problem: Problem, share: float) -> list[Tensor]:
+    """SalUn's masks: True for the share of each model's weights with the largest |gradient of the loss on F|.
+
+    Returns:
+        Booleans (n_models, ...) in the order and layout of the leaves of `ensemble.trainable`.
+    """
+    check_options(share=share, high=1.0)
+    models, leaves = trainable(problem.originals)
+    gradients = mean_gradient(problem, models, leaves, problem.forget)
+    flat = torch.cat([g.abs().flatten(1) for g in gradients], 1)
+    top = flat.topk(max(1, round(share * flat.shape[1])), dim=1).indices
+    mask = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, top, True)
+    parts = mask.split([g[0].numel() for g in gradients], dim=1)
+    return [part.reshape(g.shape) for part, g in zip(parts, gradients, strict=True)]
+
+
+def masked(maker: OptimizerMaker, masks: Sequence[Tensor]) -> OptimizerMaker:
+    """An optimizer that sees no gradient where a mask (as of `saliency`) is False."""
+
+    def make(leaves: list[Tensor]) -> torch.optim.Optimizer:
+        optimizer = maker(leaves)
+
+        def hide(*_: Any) -> None:
+            for leaf, mask in zip(leaves, masks, strict=True):
+                if leaf.grad is not None:
+                    leaf.grad.mul_(mask)
+
+        optimizer.register_step_pre_hook(hide)
+        return optimizer
+
+    return make
+
+
+@register(
+    "salun",
+    space={"epochs": [1, 3, 6], "lr": [3e-3, 1e-2, 3e-2, 1e-1], "share": [0.1, 0.3, 0.5]},
+    paper="SalUn; Fan et al., ICLR 2024",
+    cost="epochs (|F| + |R|) + |F|",
+    elsewhere="OPTML-Group/Unlearn-Saliency, xcadet/deepunlearn",
+)
+def salun(
+    problem: Problem, *, epochs: int = 3, lr: float = 1e-2, share: float = 0.5, batch_size: int = 64
+) -> Unlearned:
+    """`random_labels`, moving only the weights that are salient for F.
+
+    Salient are the `share` of a model's weights, ranked over all layers, with the largest absolute gradient
+    of the loss on F at the original. The paper's threshold is the median, share 0.5. Its authors' code adds
+    up batches' mean gradients, in evaluation mode; here it is the gradient of the mean over F, the same where
+    batches are of one size.
+    """
+    check_options(lr=lr)
+    masks = saliency(problem, share)
+    phases = relabelling(problem, epochs, batch_size)
+    return finetune(problem, phases, masked(sgd(lr), masks), spent=len(problem.forget))

@@ -1,0 +1,50 @@
+"""Fine-tuning towards sparse weights (Jia et al., "Model Sparsity Can Simplify Machine Unlearning", NeurIPS 2023)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmmlib.unlearn.base import Phase, Problem, Unlearned, check_options, finetune, register
+from dmmlib.unlearn.gradient import descent, passes, sgd
+
+
+@register(
+    "l1_sparse",
+    space={
+        "epochs": [1.0, 3.0, 6.0],
+        "lr": [3e-3, 1e-2, 3e-2, 1e-1],
+        "gamma": [3e-5, 1e-4, 3e-4, 1e-3],
+    },
+    paper="l1-sparse MU; Jia et al., NeurIPS 2023",
+    cost="epochs |R|",
+    elsewhere="OPTML-Group/Unlearn-Sparse, OPTML-Group/Unlearn-Saliency",
+)
+def l1_sparse(
+    problem: Problem, *, epochs: float = 3.0, lr: float = 1e-2, gamma: float = 1e-4, batch_size: int = 64
+) -> Unlearned:
+    """Descend cross-entropy on R + gamma_t |theta|_1, over all parameters, biases and norms included.
+
+    The paper tries a constant, a growing and a falling gamma_t and recommends the last; the reading taken is
+    a linear fall to 0 over all steps (its authors' code lowers it epoch by epoch, and can end with epochs
+    without penalty). The subgradient is gamma_t sign(theta), as there.
+    """
+    check_options(lr=lr, gamma=gamma)
+    batches = passes(problem, problem.retain, epochs, batch_size)
+
+    def penalised(leaves: list[Tensor]) -> torch.optim.Optimizer:
+        optimizer = sgd(lr)(leaves)
+        weights = iter(gamma * (1 - step / len(batches)) for step in range(len(batches)))
+
+        def add_penalty(*_: Any) -> None:
+            weight = next(weights)
+            for leaf in leaves:
+                if leaf.grad is not None:
+                    leaf.grad.add_(leaf.detach().sign(), alpha=weight)
+
+        optimizer.register_step_pre_hook(add_penalty)
+        return optimizer
+
+    return finetune(problem, [Phase(batches, descent(problem))], penalised)
