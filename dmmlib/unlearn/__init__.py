@@ -7,7 +7,10 @@ grid that its hyperparameters are searched on:
     def my_method(problem, *, lr=1e-3): ...
 """
 
-from dmmlib.unlearn import bad_teacher, dampening, last_layers, newton, reference, relabel, scrub, sparse
+from dmmlib.unlearn import reference  # methods are listed in the order of their registration
+
+# isort: split
+from dmmlib.unlearn import bad_teacher, dampening, last_layers, newton, relabel, scrub, sparse
 from dmmlib.unlearn.base import (
     Method,
     Phase,

@@ -94,7 +94,7 @@ def dense_squares(models: Ensemble, x: Tensor, y: Tensor) -> Tensors:
 def dampen(params: Tensors, forget: Tensors, everything: Tensors, alpha: float, strength: float) -> Tensors:
     """Weights with importance I_F > alpha I_S, multiplied by min(strength I_S / I_F, 1); the others as they are.
 
-    Equations 4 and 5 of the paper, where `strength` is called lambda.
+    The paper's selection and dampening, where `strength` is called lambda.
 
     Args:
         params: name -> (n_models, ...).

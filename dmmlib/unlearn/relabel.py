@@ -54,7 +54,7 @@ def random_labels(problem: Problem, *, epochs: int = 3, lr: float = 1e-2, batch_
     """Learn random wrong labels on F, and go on with the right ones on R.
 
     Sources differ in three ways. The readings taken: a label is another class than the right one (SalUn's
-    equation 3, Graves et al.; SalUn's code draws from all classes); labels are drawn anew at every pass, and
+    equations, Graves et al.; SalUn's code draws from all classes); labels are drawn anew at every pass, and
     each pass goes through F first and R then (SalUn's code on CIFAR-10; Graves et al. draw once and mix).
     """
     check_options(lr=lr)
