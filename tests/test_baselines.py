@@ -17,7 +17,7 @@ FORGET = np.array([1, 20, 33, 50, 64, 90])
 FINE_TUNED = ["neggrad_plus", "random_labels", "salun", "bad_teacher", "l1_sparse", "cf_k", "eu_k"]
 BASELINES = [*FINE_TUNED, "ssd", "newton"]
 STRONG = {  # settings under which this small problem shows a method's direction
-    "neggrad_plus": {"epochs": 3.0, "lr": 1e-2, "beta": 0.5, "batch_size": 30},
+    "neggrad_plus": {"epochs": 3.0, "lr": 3e-2, "beta": 0.5, "batch_size": 30},
     "random_labels": {"epochs": 3, "lr": 3e-2, "batch_size": 30},
     "salun": {"epochs": 3, "lr": 3e-2, "batch_size": 30, "share": 0.3},
     "bad_teacher": {"epochs": 5.0, "lr": 3e-3, "retain_share": 0.3, "batch_size": 20},

@@ -17,8 +17,8 @@ from dmmlib.unlearn.gradient import passes
 @register(
     "bad_teacher",
     space={
-        "epochs": [1.0, 3.0, 5.0],
-        "lr": [1e-4, 3e-4, 1e-3, 3e-3],
+        "epochs": [1.0, 5.0],
+        "lr": [1e-4, 3e-4, 1e-3],
         "retain_share": [0.3, 1.0],
         "temperature": [1.0, 4.0],
     },

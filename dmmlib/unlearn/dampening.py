@@ -113,7 +113,7 @@ def dampen(params: Tensors, forget: Tensors, everything: Tensors, alpha: float, 
 
 @register(
     "ssd",
-    space={"alpha": [0.5, 1.0, 2.0, 5.0, 10.0, 25.0], "strength": [0.1, 0.3, 1.0, 3.0]},
+    space={"alpha": [2.0, 5.0, 10.0, 25.0], "strength": [0.3, 1.0, 3.0, 10.0]},
     paper="SSD; Foster et al., AAAI 2024",
     cost="|F| + |S|",
     elsewhere="if-loops/selective-synaptic-dampening, pedroandreou/supreme-unlearning",

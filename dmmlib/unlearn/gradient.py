@@ -113,6 +113,7 @@ def ga(problem: Problem, *, epochs: float = 5.0, lr: float = 1e-3, batch_size: i
     },
     paper="GA then GD; baseline of Georgiev et al., ICLR 2025",
     cost="ascent_epochs |F| + descent_epochs |R|",
+    elsewhere="easydub/EasyDUB-code",
 )
 def ga_gd(
     problem: Problem,
@@ -133,9 +134,9 @@ def ga_gd(
 @register(
     "neggrad_plus",
     space={
-        "epochs": [1.0, 3.0, 5.0],
-        "lr": [1e-3, 3e-3, 1e-2, 3e-2],
-        "beta": [0.8, 0.9, 0.95, 0.99],
+        "epochs": [1.0, 3.0],
+        "lr": [1e-2, 3e-2, 1e-1],
+        "beta": [0.9, 0.95, 0.99],
     },
     paper="NegGrad+; Kurmanji et al., NeurIPS 2023",
     cost="epochs |R| (1 + min(batch_size, |F|) / batch_size)",

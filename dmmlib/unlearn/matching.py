@@ -32,10 +32,15 @@ def predicted_oracle(problem: Problem) -> np.ndarray:
     return problem.original_logits + problem.attributor.effect(problem.forget)
 
 
-GEORGIEV = "Georgiev et al., ICLR 2025"
+GEORGIEV, ELSEWHERE = "Georgiev et al., ICLR 2025", "RoyRin/data-unlearning-bench"
 
 
-@register("dm_direct", paper=f"DM-direct; {GEORGIEV}", cost="none (the datamodel's subset models are paid once)")
+@register(
+    "dm_direct",
+    paper=f"DM-direct; {GEORGIEV}",
+    cost="none (the datamodel's subset models are paid once)",
+    elsewhere=ELSEWHERE,
+)
 def dm_direct(problem: Problem) -> Unlearned:
     """Answer with the predicted logits: what matching could reach; not a model, so of no cost in gradients."""
     return Unlearned.from_logits(predicted_oracle(problem), problem.labels, cost=0.0)

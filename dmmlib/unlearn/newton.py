@@ -59,7 +59,7 @@ def gauss_newton(models: Ensemble, x: Tensor, damping: float) -> Product:
 
 @register(
     "newton",
-    space={"damping": [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1], "iterations": [3, 10], "points": [200, 500]},
+    space={"damping": [3e-4, 1e-3, 3e-3], "iterations": [5, 10], "points": [250, 500, 1000]},
     paper="Koh and Liang, ICML 2017; Guo et al., ICML 2020; Izzo et al., AISTATS 2021",
     cost="|F| + 2 iterations points",
     elsewhere="OPTML-Group/Unlearn-Sparse, xcadet/deepunlearn (both with WoodFisher)",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dmmlib.ensemble import Loss, cross_entropy, trainable
 from dmmlib.unlearn.base import OptimizerMaker, Phase, Problem, Unlearned, check_options, finetune, register
-from dmmlib.unlearn.gradient import by_epoch, descent, mean_gradient, passes, sgd
+from dmmlib.unlearn.gradient import by_epoch, mean_gradient, passes, sgd
 
 
 def wrong_labels(problem: Problem, rngs: Sequence[np.random.Generator]) -> Tensor:
@@ -27,7 +27,7 @@ def wrong_labels(problem: Problem, rngs: Sequence[np.random.Generator]) -> Tenso
 
 
 def relabelling(problem: Problem, epochs: int, batch_size: int) -> list[Phase]:
-    """A pass over F with wrong labels, drawn anew, then one over R with the right ones, so many times."""
+    """So many passes over S, shuffled, with wrong labels on F that are drawn anew for every pass."""
     check_options(epochs=epochs, whole=True)
     rngs = problem.rngs(stream=1)
     rows = torch.arange(problem.n_models, device=problem.x.device)[:, None]
@@ -35,17 +35,13 @@ def relabelling(problem: Problem, epochs: int, batch_size: int) -> list[Phase]:
     def towards(labels: Tensor) -> Loss:
         return lambda logits, indices: cross_entropy(logits, labels[rows, indices])
 
-    phases = []
-    forget = by_epoch(passes(problem, problem.forget, epochs, batch_size), epochs)
-    retain = by_epoch(passes(problem, problem.retain, epochs, batch_size), epochs)
-    for wrong, right in zip(forget, retain, strict=True):
-        phases += [Phase(wrong, towards(wrong_labels(problem, rngs))), Phase(right, descent(problem))]
-    return phases
+    batches = by_epoch(passes(problem, np.arange(problem.n_train), epochs, batch_size), epochs)
+    return [Phase(epoch, towards(wrong_labels(problem, rngs))) for epoch in batches]
 
 
 @register(
     "random_labels",
-    space={"epochs": [1, 3, 6], "lr": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1], "batch_size": [64]},
+    space={"epochs": [1, 3], "lr": [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]},
     paper="Golatkar et al., CVPR 2020; Graves et al., AAAI 2021 (amnesiac unlearning)",
     cost="epochs (|F| + |R|)",
     elsewhere="OPTML-Group/Unlearn-Saliency, vikram2000b/bad-teaching-unlearning, xcadet/deepunlearn",
@@ -54,8 +50,9 @@ def random_labels(problem: Problem, *, epochs: int = 3, lr: float = 1e-2, batch_
     """Learn random wrong labels on F, and go on with the right ones on R.
 
     Sources differ in three ways. The readings taken: a label is another class than the right one (SalUn's
-    equations, Graves et al.; SalUn's code draws from all classes); labels are drawn anew at every pass, and
-    each pass goes through F first and R then (SalUn's code on CIFAR-10; Graves et al. draw once and mix).
+    equations, Graves et al.; SalUn's code draws from all classes); labels are drawn anew for every pass
+    (SalUn's code; Graves et al. draw once); and F is shuffled among R (Graves et al., SalUn's code on
+    CIFAR-100), where SalUn's code on CIFAR-10 goes through F first and then R in every pass.
     """
     check_options(lr=lr)
     return finetune(problem, relabelling(problem, epochs, batch_size), sgd(lr))
@@ -96,7 +93,7 @@ def masked(maker: OptimizerMaker, masks: Sequence[Tensor]) -> OptimizerMaker:
 
 @register(
     "salun",
-    space={"epochs": [1, 3, 6], "lr": [3e-3, 1e-2, 3e-2, 1e-1], "share": [0.1, 0.3, 0.5]},
+    space={"epochs": [1, 3], "lr": [1e-3, 3e-3, 1e-2], "share": [0.1, 0.3, 0.5]},
     paper="SalUn; Fan et al., ICLR 2024",
     cost="epochs (|F| + |R|) + |F|",
     elsewhere="OPTML-Group/Unlearn-Saliency, xcadet/deepunlearn",
