@@ -48,6 +48,15 @@ COLOURS = {
     "oracle_matching": _PALETTE[9],
     "dm_direct": _PALETTE[2],
     "dmm": _PALETTE[3],
+    "neggrad_plus": _PALETTE[6],
+    "random_labels": _PALETTE[8],
+    "salun": _PALETTE[8],
+    "bad_teacher": (0.55, 0.65, 0.75),
+    "l1_sparse": (0.45, 0.30, 0.60),
+    "cf_k": (0.30, 0.45, 0.30),
+    "eu_k": (0.30, 0.45, 0.30),
+    "ssd": _PALETTE[7],
+    "newton": (0.65, 0.05, 0.25),
 }
 MARKERS = {
     "gd": "s",
@@ -57,6 +66,15 @@ MARKERS = {
     "oracle_matching": "P",
     "dmm": "o",
     "dm_direct": "*",
+    "neggrad_plus": "X",
+    "random_labels": "<",
+    "salun": ">",
+    "bad_teacher": "d",
+    "l1_sparse": "8",
+    "cf_k": "p",
+    "eu_k": "h",
+    "ssd": "H",
+    "newton": "o",
 }
 SPLITS = ("forget", "retain", "validation")
 

@@ -23,7 +23,7 @@ from dmmlib.unlearn.gradient import passes
         "temperature": [1.0, 4.0],
     },
     paper="bad teacher; Chundawat et al., AAAI 2023",
-    cost="epochs (|F| + retain_share |R|) + |F|",
+    cost="epochs (n_F + retain_share n_R) + n_F",
     elsewhere="vikram2000b/bad-teaching-unlearning, if-loops/selective-synaptic-dampening, xcadet/deepunlearn",
 )
 def bad_teacher(

@@ -109,10 +109,10 @@ class Unlearned:
     trajectory: np.ndarray
 
     @classmethod
-    def from_logits(cls, logits: np.ndarray, labels: np.ndarray, cost: float) -> Unlearned:
-        """A result without a trajectory, of logits (N, n_points, n_classes)."""
+    def from_logits(cls, logits: np.ndarray, labels: np.ndarray, cost: float, one_step: bool = False) -> Unlearned:
+        """A result of logits (N, n_points, n_classes), without a trajectory, or with one of a single step."""
         m = margins(logits, labels)
-        return cls(m, correct(logits, labels), cost, np.zeros(0), np.zeros((0, *m.shape), np.float32))
+        return cls(m, correct(logits, labels), cost, np.full(int(one_step), cost), m[None][: int(one_step)])
 
 
 Method = Callable[..., Unlearned]
@@ -128,7 +128,7 @@ class Registered:
         space: the grid that its hyperparameters are searched on.
         source: hash of its source.
         paper: who proposed it.
-        cost: sample gradients that it spends a model, as a formula.
+        cost: sample gradients that it spends a model, as a formula of options and of the sizes n_S, n_F, n_R.
         elsewhere: public code that implements it.
     """
 

@@ -115,7 +115,7 @@ def dampen(params: Tensors, forget: Tensors, everything: Tensors, alpha: float, 
     "ssd",
     space={"alpha": [2.0, 5.0, 10.0, 25.0], "strength": [0.3, 1.0, 3.0, 10.0]},
     paper="SSD; Foster et al., AAAI 2024",
-    cost="|F| + |S|",
+    cost="n_F + n_S",
     elsewhere="if-loops/selective-synaptic-dampening, pedroandreou/supreme-unlearning",
 )
 def ssd(problem: Problem, *, alpha: float = 10.0, strength: float = 1.0) -> Unlearned:
@@ -132,4 +132,4 @@ def ssd(problem: Problem, *, alpha: float = 10.0, strength: float = 1.0) -> Unle
     models = problem.originals
     dampened = Ensemble(models.module, dampen(models.params, forget, everything, alpha, strength), models.buffers)
     cost = (problem.n_train + len(problem.forget)) / problem.retraining
-    return Unlearned.from_logits(dampened.logits(problem.x).numpy(), problem.labels, cost)
+    return Unlearned.from_logits(dampened.logits(problem.x).numpy(), problem.labels, cost, one_step=True)

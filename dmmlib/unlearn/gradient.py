@@ -81,7 +81,7 @@ def mean_gradient(problem: Problem, models: Ensemble, leaves: Sequence[Tensor], 
     "gd",
     space={"epochs": [1.0, 3.0, 6.0], "lr": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1], "batch_size": [64]},
     paper="fine-tuning on R; Warnecke et al., NDSS 2023, Golatkar et al., CVPR 2020",
-    cost="epochs |R|",
+    cost="epochs n_R",
     elsewhere="OPTML-Group/Unlearn-Sparse, xcadet/deepunlearn",
 )
 def gd(problem: Problem, *, epochs: float = 3.0, lr: float = 1e-2, batch_size: int = 64) -> Unlearned:
@@ -94,7 +94,7 @@ def gd(problem: Problem, *, epochs: float = 3.0, lr: float = 1e-2, batch_size: i
     "ga",
     space={"epochs": [1.0, 3.0, 5.0, 10.0], "lr": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2], "batch_size": [64]},
     paper="NegGrad; Golatkar et al., CVPR 2020, Thudi et al., EuroS&P 2022",
-    cost="epochs |F|",
+    cost="epochs n_F",
     elsewhere="OPTML-Group/Unlearn-Sparse, xcadet/deepunlearn",
 )
 def ga(problem: Problem, *, epochs: float = 5.0, lr: float = 1e-3, batch_size: int = 64) -> Unlearned:
@@ -112,7 +112,7 @@ def ga(problem: Problem, *, epochs: float = 5.0, lr: float = 1e-3, batch_size: i
         "batch_size": [64],
     },
     paper="GA then GD; baseline of Georgiev et al., ICLR 2025",
-    cost="ascent_epochs |F| + descent_epochs |R|",
+    cost="ascent_epochs n_F + descent_epochs n_R",
     elsewhere="easydub/EasyDUB-code",
 )
 def ga_gd(
@@ -139,7 +139,7 @@ def ga_gd(
         "beta": [0.9, 0.95, 0.99],
     },
     paper="NegGrad+; Kurmanji et al., NeurIPS 2023",
-    cost="epochs |R| (1 + min(batch_size, |F|) / batch_size)",
+    cost="epochs n_R (1 + min(batch_size, n_F) / batch_size)",
     elsewhere="meghdadk/SCRUB, xcadet/deepunlearn",
 )
 def neggrad_plus(

@@ -38,7 +38,7 @@ def last_layers(models: Ensemble, k: int) -> set[str]:
     "cf_k",
     space={"epochs": [1.0, 3.0, 6.0], "lr": [3e-3, 1e-2, 3e-2, 1e-1, 3e-1], "k": [1]},
     paper=f"CF-k; {PAPER}",
-    cost="epochs |R|",
+    cost="epochs n_R",
     elsewhere=ELSEWHERE,
 )
 def cf_k(problem: Problem, *, k: int = 1, epochs: float = 3.0, lr: float = 3e-2, batch_size: int = 64) -> Unlearned:
@@ -55,9 +55,9 @@ def cf_k(problem: Problem, *, k: int = 1, epochs: float = 3.0, lr: float = 3e-2,
 
 @register(
     "eu_k",
-    space={"epochs": [3.0, 6.0, 10.0], "lr": [5e-2, 1e-1, 1.5e-1, 2e-1], "k": [1]},
+    space={"epochs": [3.0, 6.0, 10.0], "lr": [5e-2, 7e-2, 1e-1, 1.5e-1], "k": [1]},
     paper=f"EU-k; {PAPER}",
-    cost="epochs |R|",
+    cost="epochs n_R",
     elsewhere=ELSEWHERE,
 )
 def eu_k(problem: Problem, *, k: int = 1, epochs: float = 6.0, lr: float = 1e-1, batch_size: int = 64) -> Unlearned:

@@ -47,7 +47,11 @@ def dm_direct(problem: Problem) -> Unlearned:
 
 
 @register(
-    "dmm", space=SPACE, paper=f"DMM; {GEORGIEV}", cost="cost x retraining", elsewhere="RoyRin/data-unlearning-bench"
+    "dmm",
+    space=SPACE,
+    paper=f"DMM; {GEORGIEV}",
+    cost="cost n_R training epochs",
+    elsewhere="RoyRin/data-unlearning-bench",
 )
 def dmm(problem: Problem, **hyperparameters: float) -> Unlearned:
     """Datamodel matching: `match` with predicted oracle logits as targets."""
@@ -58,7 +62,8 @@ def dmm(problem: Problem, **hyperparameters: float) -> Unlearned:
     "oracle_matching",
     space=SPACE,
     paper=f"OM; {GEORGIEV}",
-    cost="cost x retraining (n_oracles retrainings not counted)",
+    cost="cost n_R training epochs (and not counted: n_oracles retrainings)",
+    elsewhere=ELSEWHERE,
 )
 def oracle_matching(
     problem: Problem,

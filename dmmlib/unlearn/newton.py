@@ -59,24 +59,26 @@ def gauss_newton(models: Ensemble, x: Tensor, damping: float) -> Product:
 
 @register(
     "newton",
-    space={"damping": [3e-4, 1e-3, 3e-3], "iterations": [5, 10], "points": [250, 500, 1000]},
+    space={"damping": [3e-4, 1e-3, 3e-3, 1e-2], "iterations": [5, 10], "cost": [0.1, 0.25]},
     paper="Koh and Liang, ICML 2017; Guo et al., ICML 2020; Izzo et al., AISTATS 2021",
-    cost="|F| + 2 iterations points",
+    cost="cost n_R training epochs",
     elsewhere="OPTML-Group/Unlearn-Sparse, xcadet/deepunlearn (both with WoodFisher)",
 )
-def newton(problem: Problem, *, damping: float = 1e-2, iterations: int = 10, points: int = 500) -> Unlearned:
+def newton(problem: Problem, *, damping: float = 1e-3, iterations: int = 10, cost: float = 0.25) -> Unlearned:
     """theta + (G_R + (w + damping) I)^-1 (sum over F of grad loss + |F| w theta) / |R|, w the weight decay.
 
     The Newton step of the loss on R from a minimum of that on S, where the gradient on R is what leaving F
     out left over (Guo et al., section 3). The originals are not quite at a minimum; using R's own gradient
-    instead would train them on, too. G_R is the Gauss-Newton matrix over *all* weights, on a random sample of
-    `points` of R for each model, and the system is solved by so many conjugate-gradient iterations: with
-    early stopping and damping the step stays short where the loss is flat. A product with G_R is counted as
-    two sample gradients a point. On a linear model and with all of R the step is exact.
+    instead would train them on, too. G_R is the Gauss-Newton matrix over *all* weights, and the system is
+    solved by so many conjugate-gradient iterations: with early stopping and damping the step stays short
+    where the loss is flat. A product with G_R is counted as two sample gradients a point; each model takes as
+    large a random sample of R as the `cost`, relative to one retraining, then allows. On a linear model and
+    with all of R the step is exact.
     """
-    check_options(damping=damping)
-    check_options(iterations=iterations, points=points, whole=True)
-    size = min(points, len(problem.retain))
+    check_options(damping=damping, cost=cost)
+    check_options(iterations=iterations, whole=True)
+    affordable = round((cost * problem.retraining - len(problem.forget)) / (2 * iterations))
+    size = min(max(1, affordable), len(problem.retain))
     sample = np.stack([rng.choice(problem.retain, size, replace=False) for rng in problem.rngs(stream=1)])
     parts = [
         _step(problem, first, sample[first : first + 16], damping, iterations)  # a few models, to bound memory
@@ -85,9 +87,9 @@ def newton(problem: Problem, *, damping: float = 1e-2, iterations: int = 10, poi
     models = problem.originals
     step = _like(models.params, torch.cat(parts))
     moved = {name: p + step[name] for name, p in models.params.items()}
-    cost = (len(problem.forget) + 2 * iterations * size) / problem.retraining
+    spent = (len(problem.forget) + 2 * iterations * size) / problem.retraining
     logits = Ensemble(models.module, moved, models.buffers).logits(problem.x)
-    return Unlearned.from_logits(logits.numpy(), problem.labels, cost)
+    return Unlearned.from_logits(logits.numpy(), problem.labels, spent, one_step=True)
 
 
 def _step(problem: Problem, first: int, sample: np.ndarray, damping: float, iterations: int) -> Tensor:

@@ -20,7 +20,7 @@ from dmmlib.unlearn.gradient import by_epoch, passes, sgd
         "alpha": [0.1, 0.5],
     },
     paper="SCRUB; Kurmanji et al., NeurIPS 2023",
-    cost="epochs |R| + max_epochs |F|",
+    cost="epochs n_R + max_epochs n_F",
     elsewhere="meghdadk/SCRUB, xcadet/deepunlearn",
 )
 def scrub(

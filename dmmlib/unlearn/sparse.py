@@ -15,7 +15,7 @@ from dmmlib.unlearn.gradient import descent, passes, sgd
     "l1_sparse",
     space={"epochs": [1.0, 3.0], "lr": [1e-2, 3e-2, 1e-1], "gamma": [3e-5, 1e-4, 3e-4]},
     paper="l1-sparse MU; Jia et al., NeurIPS 2023",
-    cost="epochs |R|",
+    cost="epochs n_R",
     elsewhere="OPTML-Group/Unlearn-Sparse, OPTML-Group/Unlearn-Saliency",
 )
 def l1_sparse(
