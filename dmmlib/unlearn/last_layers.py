@@ -55,7 +55,7 @@ def cf_k(problem: Problem, *, k: int = 1, epochs: float = 3.0, lr: float = 3e-2,
 
 @register(
     "eu_k",
-    space={"epochs": [3.0, 6.0, 10.0], "lr": [5e-2, 7e-2, 1e-1, 1.5e-1], "k": [1]},
+    space={"epochs": [3.0, 6.0, 10.0], "lr": [3e-2, 5e-2, 7e-2, 1e-1], "k": [1]},
     paper=f"EU-k; {PAPER}",
     cost="epochs n_R",
     elsewhere=ELSEWHERE,

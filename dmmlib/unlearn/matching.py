@@ -17,6 +17,7 @@ from dmmlib.errors import DataError, OptionError
 from dmmlib.unlearn.base import Phase, Problem, Unlearned, finetune, register
 from dmmlib.unlearn.gradient import stream
 
+GEORGIEV, ELSEWHERE = "Georgiev et al., ICLR 2025", "RoyRin/data-unlearning-bench"
 SPACE: dict[str, list[Any]] = {
     "cost": [0.1, 0.2],
     "lr": [1e-3, 3e-3, 1e-2],
@@ -30,9 +31,6 @@ def predicted_oracle(problem: Problem) -> np.ndarray:
     if problem.attributor is None:
         raise DataError("Datamodel methods need an attributor; give Problem(attributor=...).")
     return problem.original_logits + problem.attributor.effect(problem.forget)
-
-
-GEORGIEV, ELSEWHERE = "Georgiev et al., ICLR 2025", "RoyRin/data-unlearning-bench"
 
 
 @register(
@@ -51,7 +49,7 @@ def dm_direct(problem: Problem) -> Unlearned:
     space=SPACE,
     paper=f"DMM; {GEORGIEV}",
     cost="cost n_R training epochs",
-    elsewhere="RoyRin/data-unlearning-bench",
+    elsewhere=ELSEWHERE,
 )
 def dmm(problem: Problem, **hyperparameters: float) -> Unlearned:
     """Datamodel matching: `match` with predicted oracle logits as targets."""
