@@ -222,7 +222,8 @@ def descend(
     optimizer: Optimizer,
     state: dict[str, Tensors],
     *,
-    moving: Collection[str] | None = None,
+    only: Collection[str] | None = None,
+    masks: Tensors | None = None,
     models: Sequence[int] | np.ndarray | None = None,
     rate: Callable[[int], float] | None = None,
     precision: str = "float32",
@@ -238,7 +239,8 @@ def descend(
         loss: of each model; the models' losses are summed, which keeps their gradients apart.
         optimizer: moves the parameters.
         state: its memory, from `optimizer.start`; moves on as well.
-        moving: names of the parameters that the state is of and that move; all if None.
+        only: names of the parameters that the state is of and that move; all if None.
+        masks: name -> (n_models, ...), what gradients are multiplied with, if given.
         models: the models' numbers, as the loss is told them; 0, 1, ... if None.
         rate: learning rate of step t = 0, 1, ...; the optimizer's own if None.
         precision: "float32", or "bfloat16" for matrix products under autocast.
@@ -248,9 +250,9 @@ def descend(
     step = compiled(_step) if compile else _step
     numbers = torch.as_tensor(np.arange(ensemble.n_models) if models is None else np.asarray(models), device=x.device)
     ensemble.module.train()
-    moves = {k: v for k, v in ensemble.params.items() if moving is None or k in moving}
+    moves = {k: v for k, v in ensemble.params.items() if only is None or k in only}
     stays = {k: v for k, v in ensemble.params.items() if k not in moves}
-    fixed = (ensemble.module, loss, optimizer, moves, stays, ensemble.buffers, state, x, numbers)
+    fixed = (ensemble.module, loss, optimizer, moves, stays, ensemble.buffers, state, masks, x, numbers)
     for t, batch in enumerate(batches):
         indices = torch.from_numpy(batch).to(x.device)
         lr = torch.tensor(optimizer.lr if rate is None else rate(t))
@@ -269,6 +271,7 @@ def _step(
     stays: Tensors,
     buffers: Tensors,
     state: dict[str, Tensors],
+    masks: Tensors | None,
     x: Tensor,
     models: Tensor,
     indices: Tensor,
@@ -282,6 +285,8 @@ def _step(
         return loss(logits.float(), indices, models).sum(), moved
 
     gradients, moved = torch.func.grad(total, has_aux=True)(moves)
+    if masks is not None:
+        gradients = {name: gradient * masks[name] for name, gradient in gradients.items()}
     optimizer.update(moves, gradients, state, rate)
     for name, value in moved.items():
         buffers[name].copy_(value)

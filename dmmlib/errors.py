@@ -28,6 +28,10 @@ class MethodError(DmmError, KeyError):
         return str(self.args[0])
 
 
+class OptionError(DmmError, ValueError):
+    """A method's option with a value that the method does not allow."""
+
+
 class StoreError(DmmError, OSError):
     """A store on disk that is foreign, truncated, damaged or cannot be written."""
 

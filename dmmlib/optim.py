@@ -32,6 +32,12 @@ class Optimizer(Protocol):
         ...
 
 
+def counter(params: Tensors) -> dict[str, Tensors]:
+    """Memory of how many steps were taken: a tensor, so that a compiled step serves them all."""
+    some = next(iter(params.values()))
+    return {"steps": {"taken": torch.zeros((), dtype=torch.float64, device=some.device)}}
+
+
 @dataclass(frozen=True)
 class SGD:
     """Stochastic gradient descent with (Nesterov) momentum and L2 weight decay."""
@@ -62,9 +68,7 @@ class Adam:
 
     def start(self, params: Tensors) -> dict[str, Tensors]:
         zeros = {k: torch.zeros_like(v) for k, v in params.items()}
-        some = next(iter(params.values()))
-        steps = {"taken": torch.zeros((), dtype=torch.float64, device=some.device)}
-        return {"mean": zeros, "square": {k: v.clone() for k, v in zeros.items()}, "steps": steps}
+        return {"mean": zeros, "square": {k: v.clone() for k, v in zeros.items()}, **counter(params)}
 
     def update(self, params: Tensors, gradients: Tensors, state: dict[str, Tensors], rate: Tensor) -> None:
         t = state["steps"]["taken"].add_(1)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pandas as pd
 
+from dmmlib import unlearn
 from dmmlib.plots import SPLITS, label
 
 
@@ -53,6 +56,26 @@ def complete(results: pd.DataFrame) -> pd.DataFrame:
         table = main_table(results, statistic)
         parts.append(table[list(SPLITS)].add_suffix(f" {name}"))
     return pd.concat([main_table(results)[["cost"]], *parts], axis=1)
+
+
+def catalogue(methods: Iterable[str] | None = None) -> pd.DataFrame:
+    """What is to be known of methods before they run: a line a method, in the order given.
+
+    Args:
+        methods: registered names; all of them if None.
+
+    Returns:
+        Columns source, cost (sample gradients a model, as a formula), searched (the grid), elsewhere; text.
+    """
+    names = tuple(methods or unlearn.names())
+    rows = []
+    for name in names:
+        entry = unlearn.registered(name)
+        grid = {option: values for option, values in entry.space.items() if len(values) > 1}
+        searched = "; ".join(f"{option} {', '.join(f'{v:g}' for v in values)}" for option, values in grid.items())
+        rows.append([entry.paper, entry.cost, searched or "nothing", entry.elsewhere or "not known"])
+    index = pd.Index([label(name) for name in names], name="method")
+    return pd.DataFrame(rows, columns=["source", "cost", "searched", "elsewhere"], index=index)
 
 
 def readme(results: pd.DataFrame) -> str:

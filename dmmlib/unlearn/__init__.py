@@ -7,14 +7,19 @@ grid that its hyperparameters are searched on:
     def my_method(problem, *, lr=1e-3): ...
 """
 
-from dmmlib.unlearn import reference, scrub
+from dmmlib.unlearn import reference  # methods are listed in the order of their registration
+
+# isort: split
+from dmmlib.unlearn import bad_teacher, dampening, last_layers, newton, relabel, scrub, sparse
 from dmmlib.unlearn.base import (
     Method,
     Phase,
     Problem,
     Unlearned,
+    check_options,
     configurations,
     finetune,
+    fresh,
     get,
     names,
     register,
@@ -28,16 +33,24 @@ __all__ = [
     "Phase",
     "Problem",
     "Unlearned",
+    "bad_teacher",
+    "check_options",
     "configurations",
+    "dampening",
     "descent",
     "finetune",
+    "fresh",
     "get",
+    "last_layers",
     "match",
     "names",
+    "newton",
     "passes",
     "predicted_oracle",
     "reference",
     "register",
     "registered",
+    "relabel",
     "scrub",
+    "sparse",
 ]

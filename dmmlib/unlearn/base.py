@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmmlib.datamodels import Attributor
-from dmmlib.ensemble import Ensemble, Loss, Training, descend
-from dmmlib.errors import DataError, MethodError
+from dmmlib.ensemble import Ensemble, Loss, Training, descend, initialise
+from dmmlib.errors import DataError, MethodError, OptionError
 from dmmlib.execution import Execution
 from dmmlib.forget_sets import check_forget_indices
 from dmmlib.hashing import source_hash
 from dmmlib.metrics import correct, margins
-from dmmlib.optim import Optimizer
+from dmmlib.optim import Optimizer, Tensors
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,14 @@ class Problem:
     def labels(self) -> np.ndarray:
         return self.y.cpu().numpy()
 
-    def rngs(self) -> list[np.random.Generator]:
-        """One generator a model, so that each original meets its own batches."""
-        return [np.random.default_rng([self.seed, i]) for i in range(self.n_models)]
+    def rngs(self, stream: int | None = None) -> list[np.random.Generator]:
+        """One generator a model, so that each original meets its own batches.
+
+        Args:
+            stream: 1, 2, ... for a further use of chance, independent of the batches' and of other streams.
+        """
+        key = [] if stream is None else [stream]
+        return [np.random.default_rng([self.seed, i, *key]) for i in range(self.n_models)]
 
 
 @dataclass(frozen=True)
@@ -104,10 +112,10 @@ class Unlearned:
     trajectory: np.ndarray
 
     @classmethod
-    def from_logits(cls, logits: np.ndarray, labels: np.ndarray, cost: float) -> Unlearned:
-        """A result without a trajectory, of logits (N, n_points, n_classes)."""
+    def from_logits(cls, logits: np.ndarray, labels: np.ndarray, cost: float, one_step: bool = False) -> Unlearned:
+        """A result of logits (N, n_points, n_classes), without a trajectory, or with one of a single step."""
         m = margins(logits, labels)
-        return cls(m, correct(logits, labels), cost, np.zeros(0), np.zeros((0, *m.shape), np.float32))
+        return cls(m, correct(logits, labels), cost, np.full(int(one_step), cost), m[None][: int(one_step)])
 
 
 Method = Callable[..., Unlearned]
@@ -115,21 +123,46 @@ Method = Callable[..., Unlearned]
 
 @dataclass(frozen=True)
 class Registered:
-    """A method, the grid its hyperparameters are searched on, and the hash of its source."""
+    """A method, and what is to be known of it.
+
+    Attributes:
+        run: the method.
+        space: the grid that its hyperparameters are searched on.
+        source: hash of its source.
+        paper: who proposed it.
+        cost: sample gradients that it spends a model, as a formula of options and of the sizes n_S, n_F, n_R.
+        elsewhere: public code that implements it.
+    """
 
     run: Method
     space: Mapping[str, Sequence[Any]]
     source: str
+    paper: str = ""
+    cost: str = ""
+    elsewhere: str = ""
 
 
 _METHODS: dict[str, Registered] = {}
 
 
-def register(name: str, space: Mapping[str, Sequence[Any]] | None = None) -> Callable[[Method], Method]:
-    """Register a method by name, with the grid on which its hyperparameters are searched (none if None)."""
+def register(
+    name: str,
+    space: Mapping[str, Sequence[Any]] | None = None,
+    *,
+    paper: str = "",
+    cost: str = "",
+    elsewhere: str = "",
+) -> Callable[[Method], Method]:
+    """Register a method by name.
+
+    Args:
+        name: what presets call it.
+        space: the grid on which its hyperparameters are searched; none if None.
+        paper, cost, elsewhere: for `tables.catalogue`; see `Registered`.
+    """
 
     def add(method: Method) -> Method:
-        _METHODS[name] = Registered(method, dict(space or {}), source_hash(method))
+        _METHODS[name] = Registered(method, dict(space or {}), source_hash(method), paper, cost, elsewhere)
         return method
 
     return add
@@ -167,6 +200,40 @@ def configurations(name: str, budget: int, seed: int = 0) -> list[dict[str, Any]
     return [grid[i] for i in sorted(keep)]
 
 
+def check_options(low: float = 0.0, high: float = math.inf, *, whole: bool = False, **options: float) -> None:
+    """Raise OptionError unless every option is a (whole) number above `low` and at most `high`."""
+    for name, value in options.items():
+        if not isinstance(value, Integral if whole else Real) or not low < value <= high:
+            limit = "" if high == math.inf else f" and at most {high:g}"
+            kind = "whole number" if whole else "number"
+            raise OptionError(f"Option {name}={value!r} was given; use a {kind} above {low:g}{limit}.")
+
+
+def fresh(problem: Problem) -> Ensemble:
+    """As many untrained models as there are originals, of their architecture, one seed each.
+
+    Raises:
+        MethodError: if a part of the module has weights that it cannot draw anew (no `reset_parameters`).
+    """
+    template = problem.originals.module
+
+    def draw() -> nn.Module:
+        module = copy.deepcopy(template).to_empty(device="cpu")
+        for name, part in module.named_modules():
+            reset = getattr(part, "reset_parameters", None)
+            if reset is not None:
+                reset()
+            elif next(part.parameters(recurse=False), None) is not None:
+                raise MethodError(
+                    f"Part {name!r} of the model, a {type(part).__name__}, cannot be initialised anew; give it a "
+                    "method reset_parameters()."
+                )
+        return module
+
+    seeds = [int(rng.integers(2**32)) for rng in problem.rngs(stream=1)]
+    return initialise(draw, seeds, problem.originals.device)
+
+
 @dataclass(frozen=True)
 class Phase:
     """A stretch of fine-tuning: which batches, which loss.
@@ -176,7 +243,7 @@ class Phase:
         loss: of each model.
     """
 
-    batches: list[np.ndarray]
+    batches: Sequence[np.ndarray]
     loss: Loss
 
 
@@ -185,7 +252,9 @@ def finetune(
     phases: Sequence[Phase],
     optimizer: Optimizer,
     rate: Callable[[float], float] | None = None,
-    moving: Collection[str] | None = None,
+    only: Collection[str] | None = None,
+    masks: Tensors | None = None,
+    spent: int = 0,
 ) -> Unlearned:
     """Fine-tune all originals through the phases and record their margins on the way.
 
@@ -194,15 +263,17 @@ def finetune(
         phases: gone through in order, with one optimizer.
         optimizer: moves the stacked parameters; it keeps its memory from phase to phase.
         rate: learning rate after a share, in [0, 1), of all steps; the optimizer's own if None.
-        moving: names of the parameters that are tuned; all if None.
+        only: names of the parameters to move, the others being frozen; all if None.
+        masks: name -> (N, ...), what gradients are multiplied with, if given.
+        spent: sample gradients a model that were spent before, to be counted in the cost.
     """
-    spent = np.cumsum([batch.shape[1] for phase in phases for batch in phase.batches])
-    n_steps = len(spent)
+    gradients = spent + np.cumsum([batch.shape[1] for phase in phases for batch in phase.batches])
+    n_steps = len(gradients)
     checkpoints = np.unique(np.linspace(0, n_steps, problem.checkpoints + 1).round().astype(int))[1:]
 
     def tune_chunk(members: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         models = problem.originals[members.tolist()].clone()
-        state = optimizer.start({k: v for k, v in models.params.items() if moving is None or k in moving})
+        state = optimizer.start({k: v for k, v in models.params.items() if only is None or k in only})
         trajectory: list[np.ndarray] = []
 
         def run(phase: Phase, before: int) -> None:
@@ -217,7 +288,8 @@ def finetune(
                 phase.loss,
                 optimizer,
                 state,
-                moving=moving,
+                only=only,
+                masks=None if masks is None else {k: v[members] for k, v in masks.items()},
                 models=members,
                 rate=None if rate is None else lambda t: rate((before + t) / n_steps),
                 precision=problem.training.precision,
@@ -238,7 +310,7 @@ def finetune(
     return Unlearned(
         margins(answers, problem.labels),
         correct(answers, problem.labels),
-        int(spent[-1]) / problem.retraining,
-        spent[checkpoints - 1] / problem.retraining,
+        int(gradients[-1]) / problem.retraining,
+        gradients[checkpoints - 1] / problem.retraining,
         np.stack(moments) if moments else np.zeros((0, *answers.shape[:2]), np.float32),
     )

@@ -1,4 +1,4 @@
-"""Gradient baselines: descent on R, ascent on F, and one after the other.
+"""Gradient baselines: descent on R, ascent on F, one after the other, and both at once.
 
 SGD with momentum 0.9 at a constant rate, no weight decay.
 """
@@ -6,22 +6,45 @@ SGD with momentum 0.9 at a constant rate, no weight decay.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from dmmlib.ensemble import Loss, classification, epoch_batches
-from dmmlib.optim import SGD
-from dmmlib.unlearn.base import Phase, Problem, Unlearned, finetune, register
+from dmmlib.ensemble import Ensemble, Loss, classification, cross_entropy, epoch_batches
+from dmmlib.optim import SGD, Tensors
+from dmmlib.unlearn.base import Phase, Problem, Unlearned, check_options, finetune, register
 
 
 def passes(problem: Problem, pool: np.ndarray, epochs: float, batch_size: int) -> list[np.ndarray]:
     """Batches (n_models, batch) of so many passes over a pool, in an order of each model's own.
 
-    Half a pass is the first half of a pass's batches.
+    The pool is one for all models (size,), or one a model (n_models, size). Half a pass is the first half of
+    a pass's batches.
     """
+    check_options(epochs=epochs)
+    check_options(batch_size=batch_size, whole=True)
     whole = math.ceil(epochs)
-    batches = list(epoch_batches([pool] * problem.n_models, batch_size, whole, problem.rngs()))
+    pools = list(np.broadcast_to(pool, (problem.n_models, pool.shape[-1])))
+    batches = list(epoch_batches(pools, batch_size, whole, problem.rngs()))
     return batches[: max(1, round(len(batches) * epochs / whole))]
+
+
+def by_epoch(batches: Sequence[np.ndarray], epochs: int) -> list[Sequence[np.ndarray]]:
+    """The batches of each of so many whole passes."""
+    size = len(batches) // epochs
+    return [batches[i * size : (i + 1) * size] for i in range(epochs)]
+
+
+def stream(problem: Problem, pool: np.ndarray, n_steps: int, size: int) -> np.ndarray:
+    """`size` points of a pool a step, pass after pass without replacement: (n_steps, n_models, size)."""
+    n_passes = -(-n_steps * size // len(pool))
+    orders = []
+    for rng in problem.rngs():
+        order = np.concatenate([rng.permutation(pool) for _ in range(n_passes)])
+        orders.append(order[: n_steps * size].reshape(n_steps, size))
+    return np.stack(orders, axis=1)
 
 
 def descent(problem: Problem, sign: float = 1.0) -> Loss:
@@ -29,14 +52,39 @@ def descent(problem: Problem, sign: float = 1.0) -> Loss:
     return classification(problem.y, sign)
 
 
-@register("gd", space={"epochs": [1.0, 3.0, 6.0], "lr": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1], "batch_size": [64]})
+def mean_gradient(problem: Problem, models: Ensemble, indices: np.ndarray) -> Tensors:
+    """Gradient of each model's mean cross-entropy on points (indices,), in evaluation mode: name -> (n_models, ...)."""
+
+    def loss(params: Tensors, part: Tensor) -> Tensor:
+        few = Ensemble(models.module, params, models.buffers)
+        logits = few.forward(problem.x[part].expand(models.n_models, *(-1,) * problem.x.ndim))
+        return cross_entropy(logits, problem.y[part].expand(models.n_models, -1)).sum() * (len(part) / len(indices))
+
+    parts = torch.from_numpy(indices).to(problem.x.device).split(100)
+    gradients = [torch.func.grad(loss)(models.params, part) for part in parts]
+    return {name: sum(g[name] for g in gradients) for name in models.params}
+
+
+@register(
+    "gd",
+    space={"epochs": [1.0, 3.0, 6.0], "lr": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1], "batch_size": [64]},
+    paper="fine-tuning on R; Warnecke et al., NDSS 2023, Golatkar et al., CVPR 2020",
+    cost="epochs n_R",
+    elsewhere="OPTML-Group/Unlearn-Sparse, xcadet/deepunlearn",
+)
 def gd(problem: Problem, *, epochs: float = 3.0, lr: float = 1e-2, batch_size: int = 64) -> Unlearned:
     """Gradient descent on R: train on, without F."""
     phase = Phase(passes(problem, problem.retain, epochs, batch_size), descent(problem))
     return finetune(problem, [phase], SGD(lr))
 
 
-@register("ga", space={"epochs": [1.0, 3.0, 5.0, 10.0], "lr": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2], "batch_size": [64]})
+@register(
+    "ga",
+    space={"epochs": [1.0, 3.0, 5.0, 10.0], "lr": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2], "batch_size": [64]},
+    paper="NegGrad; Golatkar et al., CVPR 2020, Thudi et al., EuroS&P 2022",
+    cost="epochs n_F",
+    elsewhere="OPTML-Group/Unlearn-Sparse, xcadet/deepunlearn",
+)
 def ga(problem: Problem, *, epochs: float = 5.0, lr: float = 1e-3, batch_size: int = 64) -> Unlearned:
     """Gradient ascent on F: raise the loss of what is to be forgotten."""
     phase = Phase(passes(problem, problem.forget, epochs, batch_size), descent(problem, sign=-1.0))
@@ -51,6 +99,9 @@ def ga(problem: Problem, *, epochs: float = 5.0, lr: float = 1e-3, batch_size: i
         "lr": [3e-4, 1e-3, 3e-3, 1e-2],
         "batch_size": [64],
     },
+    paper="GA then GD; baseline of Georgiev et al., ICLR 2025",
+    cost="ascent_epochs n_F + descent_epochs n_R",
+    elsewhere="easydub/EasyDUB-code",
 )
 def ga_gd(
     problem: Problem,
@@ -66,3 +117,40 @@ def ga_gd(
         Phase(passes(problem, problem.retain, descent_epochs, batch_size), descent(problem)),
     ]
     return finetune(problem, phases, SGD(lr))
+
+
+@register(
+    "neggrad_plus",
+    space={
+        "epochs": [1.0, 3.0],
+        "lr": [1e-2, 3e-2, 1e-1],
+        "beta": [0.9, 0.95, 0.99],
+    },
+    paper="NegGrad+; Kurmanji et al., NeurIPS 2023",
+    cost="epochs n_R (1 + min(batch_size, n_F) / batch_size)",
+    elsewhere="meghdadk/SCRUB, xcadet/deepunlearn",
+)
+def neggrad_plus(
+    problem: Problem, *, epochs: float = 3.0, lr: float = 1e-2, beta: float = 0.95, batch_size: int = 64
+) -> Unlearned:
+    """Descent on R and ascent on F in every step: beta L(R) - (1 - beta) L(F).
+
+    The paper writes the two losses over whole sets. The reading taken is its authors' code: a step's batch of
+    R meets a batch of F of the same size (all of F if that is smaller), F starting over whenever it has been
+    gone through. So F is seen far more often than R, and beta has to be near 1.
+    """
+    check_options(lr=lr)
+    check_options(beta=beta, high=1.0)
+    retain = passes(problem, problem.retain, epochs, batch_size)
+    n_forget = min(batch_size, len(problem.forget))
+    forget = stream(problem, problem.forget, len(retain), n_forget)
+
+    y = problem.y
+
+    def loss(logits: Tensor, indices: Tensor, models: Tensor) -> Tensor:
+        labels = y[indices]
+        ascent = cross_entropy(logits[:, -n_forget:], labels[:, -n_forget:])
+        return beta * cross_entropy(logits[:, :-n_forget], labels[:, :-n_forget]) - (1 - beta) * ascent
+
+    batches = [np.concatenate(both, axis=1) for both in zip(retain, forget, strict=True)]
+    return finetune(problem, [Phase(batches, loss)], SGD(lr))

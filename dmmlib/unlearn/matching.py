@@ -7,16 +7,18 @@ Each original keeps its own randomness: its target is its own answer plus the pr
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dmmlib.errors import DataError
+from dmmlib.errors import DataError, OptionError
 from dmmlib.optim import Adam
 from dmmlib.unlearn.base import Phase, Problem, Unlearned, finetune, register
+from dmmlib.unlearn.gradient import stream
 
+GEORGIEV, ELSEWHERE = "Georgiev et al., ICLR 2025", "RoyRin/data-unlearning-bench"
 SPACE: dict[str, list[Any]] = {
     "cost": [0.1, 0.2],
     "lr": [1e-3, 3e-3, 1e-2],
@@ -32,33 +34,68 @@ def predicted_oracle(problem: Problem) -> np.ndarray:
     return problem.original_logits + problem.attributor.effect(problem.forget)
 
 
-@register("dm_direct")
+@register(
+    "dm_direct",
+    paper=f"DM-direct; {GEORGIEV}",
+    cost="none (the datamodel's subset models are paid once)",
+    elsewhere=ELSEWHERE,
+)
 def dm_direct(problem: Problem) -> Unlearned:
     """Answer with the predicted logits: what matching could reach; not a model, so of no cost in gradients."""
     return Unlearned.from_logits(predicted_oracle(problem), problem.labels, cost=0.0)
 
 
-@register("dmm", space=SPACE)
+@register(
+    "dmm",
+    space=SPACE,
+    paper=f"DMM; {GEORGIEV}",
+    cost="cost n_R training epochs",
+    elsewhere=ELSEWHERE,
+)
 def dmm(problem: Problem, **hyperparameters: float) -> Unlearned:
     """Datamodel matching: `match` with predicted oracle logits as targets."""
     return match(problem, predicted_oracle(problem)[:, : problem.n_train], **hyperparameters)  # type: ignore[arg-type]
 
 
-@register("oracle_matching", space=SPACE)
-def oracle_matching(problem: Problem, *, n_oracles: int = 1, **hyperparameters: float) -> Unlearned:
-    """Oracle matching: `match` with the mean logits of `n_oracles` true oracles as targets.
+@register(
+    "oracle_matching",
+    space=SPACE,
+    paper=f"OM; {GEORGIEV}",
+    cost="cost n_R training epochs (and not counted: n_oracles retrainings)",
+    elsewhere=ELSEWHERE,
+)
+def oracle_matching(
+    problem: Problem,
+    *,
+    n_oracles: int = 1,
+    targets: Literal["oracle", "shifted"] = "oracle",
+    **hyperparameters: float,
+) -> Unlearned:
+    """Oracle matching: `match` with targets made of the mean logits of `n_oracles` true oracles.
 
-    Original i takes oracles i, i + 1, ..., so with one oracle each the targets are distributed as oracles
-    are; a mean of several is less spread than they are.
+    Original i takes oracles i, i + 1, ... With targets "oracle" that mean is the target: one oracle each
+    gives targets that are distributed as oracles are, a mean of several is less spread than they are. With
+    "shifted" the target is z_original + mean oracle - mean original, the mean original over all N: what DMM
+    approaches as its datamodel gets better. Each original then keeps its own randomness, and it is few
+    oracles that spread the targets more than oracles are.
+
+    Raises:
+        DataError: without oracles, or for more of them than there are.
+        OptionError: for unknown targets.
     """
+    if targets not in ("oracle", "shifted"):
+        raise OptionError(f"Option targets={targets!r} was given; use 'oracle' or 'shifted'.")
     if problem.oracle_logits is None:
         raise DataError("oracle_matching needs the logits of retrained models; give Problem(oracle_logits=...).")
     oracles = problem.oracle_logits[:, : problem.n_train]
     if not 1 <= n_oracles <= len(oracles):
         raise DataError(f"n_oracles={n_oracles}, but there are {len(oracles)} oracles; use 1 to {len(oracles)}.")
     chosen = (np.arange(problem.n_models)[:, None] + np.arange(n_oracles)) % len(oracles)
-    targets = sum(oracles[chosen[:, j]] for j in range(n_oracles)) / n_oracles
-    return match(problem, np.asarray(targets, np.float32), **hyperparameters)  # type: ignore[arg-type]
+    goal = np.asarray(sum(oracles[chosen[:, j]] for j in range(n_oracles)) / n_oracles, np.float32)
+    if targets == "shifted":
+        originals = problem.original_logits[:, : problem.n_train]
+        goal = goal + originals - originals.mean(0)
+    return match(problem, goal, **hyperparameters)  # type: ignore[arg-type]
 
 
 def match(
@@ -94,8 +131,8 @@ def match(
     from_forget = min(max(1, round(forget_share * batch_size)), batch_size - 1)
     batches = np.concatenate(
         [
-            _stream(problem, problem.forget, n_steps, from_forget),
-            _stream(problem, problem.retain, n_steps, batch_size - from_forget),
+            stream(problem, problem.forget, n_steps, from_forget),
+            stream(problem, problem.retain, n_steps, batch_size - from_forget),
         ],
         axis=2,
     )
@@ -105,13 +142,3 @@ def match(
         Adam(lr),
         rate=lambda share: lr * (1 - share),
     )
-
-
-def _stream(problem: Problem, pool: np.ndarray, n_steps: int, size: int) -> np.ndarray:
-    """`size` points of a pool a step, pass after pass without replacement: (n_steps, n_models, size)."""
-    n_passes = -(-n_steps * size // len(pool))
-    orders = []
-    for rng in problem.rngs():
-        order = np.concatenate([rng.permutation(pool) for _ in range(n_passes)])
-        orders.append(order[: n_steps * size].reshape(n_steps, size))
-    return np.stack(orders, axis=1)

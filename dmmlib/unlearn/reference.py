@@ -6,13 +6,13 @@ from dmmlib.errors import DataError
 from dmmlib.unlearn.base import Problem, Unlearned, register
 
 
-@register("do_nothing")
+@register("do_nothing", paper="the original, unchanged", cost="none")
 def do_nothing(problem: Problem) -> Unlearned:
     """The originals as they are: the ceiling of KLoM, at no cost."""
     return Unlearned.from_logits(problem.original_logits, problem.labels, cost=0.0)
 
 
-@register("retrain")
+@register("retrain", paper="retraining on R: what unlearning is to equal", cost="training epochs n_R")
 def retrain(problem: Problem) -> Unlearned:
     """Fresh oracles, independent of those measured against: the floor of KLoM, at the cost of 1."""
     if problem.oracle_logits is None:

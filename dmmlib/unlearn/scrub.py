@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from dmmlib.ensemble import cross_entropy
 from dmmlib.optim import SGD
 from dmmlib.unlearn.base import Phase, Problem, Unlearned, finetune, register
-from dmmlib.unlearn.gradient import passes
+from dmmlib.unlearn.gradient import by_epoch, passes
 
 
 @register(
@@ -20,6 +20,9 @@ from dmmlib.unlearn.gradient import passes
         "lr": [1e-3, 3e-3, 1e-2, 3e-2],
         "alpha": [0.1, 0.5],
     },
+    paper="SCRUB; Kurmanji et al., NeurIPS 2023",
+    cost="epochs n_R + max_epochs n_F",
+    elsewhere="meghdadk/SCRUB, xcadet/deepunlearn",
 )
 def scrub(
     problem: Problem,
@@ -51,16 +54,11 @@ def scrub(
     def descend(logits: Tensor, indices: Tensor, models: Tensor) -> Tensor:
         return alpha * distance(logits, indices, models) + gamma * cross_entropy(logits, y[indices])
 
-    forget = passes(problem, problem.forget, max_epochs, forget_batch_size)
-    retain = passes(problem, problem.retain, epochs, batch_size)
+    forget = by_epoch(passes(problem, problem.forget, max_epochs, forget_batch_size), max_epochs)
+    retain = by_epoch(passes(problem, problem.retain, epochs, batch_size), epochs)
     phases = []
     for epoch in range(epochs):
         if epoch < max_epochs:
-            phases.append(Phase(_epoch(forget, epoch, max_epochs), ascend))
-        phases.append(Phase(_epoch(retain, epoch, epochs), descend))
+            phases.append(Phase(forget[epoch], ascend))
+        phases.append(Phase(retain[epoch], descend))
     return finetune(problem, phases, SGD(lr))
-
-
-def _epoch(batches: list, epoch: int, epochs: int) -> list:
-    size = len(batches) // epochs
-    return batches[epoch * size : (epoch + 1) * size]
