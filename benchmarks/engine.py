@@ -1,0 +1,232 @@
+"""How fast models train, against how peers do it and against the machine's own product rate.
+
+    python benchmarks/engine.py [--models mlp convnet resnet9] [--rounds 5] [--out engine.json]
+
+Everything is measured in one run, interleaved round by round; medians over rounds, and ratios to the plain
+loop. A model is one of the laptop preset's subset models: 1,000 of 2,000 images, 20 epochs, batches of 50.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing as mp
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dmmlib import data, ensemble, execution, models
+from dmmlib.execution import Execution
+from dmmlib.models import resolve_device
+
+BATCH, STEPS = 50, 400  # a half model takes 20 epochs of 20 steps
+OPTIONS = {"mlp": {}, "convnet": {}, "resnet9": {"width": 16}}
+SIZE = {"mlp": 40, "convnet": 12, "resnet9": 2}  # steps a measurement
+TRAINING = ensemble.Training()
+
+
+def task(name: str, device: torch.device) -> tuple[Callable[[], nn.Module], Tensor, Tensor]:
+    """Factory, points and labels."""
+    d = data.load("fashion-mnist", 2000, 500, 0)
+    spec = models.get(name)
+    x = spec.prepare(d, d.x)[:2000]
+    if name == "resnet9":
+        x = F.interpolate(x, size=32).expand(-1, 3, -1, -1).contiguous()
+    factory = lambda: spec.factory(tuple(x.shape[1:]), 10, **OPTIONS[name])  # noqa: E731
+    return factory, x.to(device), torch.from_numpy(d.y)[:2000].to(device)
+
+
+Contender = Callable[[int], int]
+"""Take n steps; returns the model-steps taken."""
+
+
+def loop(name: str, device: torch.device, threads: int | None = None) -> Contender:
+    """One model after the other, as any tutorial trains it."""
+    if threads:
+        torch.set_num_threads(threads)
+    factory, x, y = task(name, device)
+    model = factory().to(device)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, 0.9, weight_decay=5e-4, nesterov=True)
+
+    def steps(n: int) -> int:
+        for indices in torch.randint(0, len(x), (n, BATCH), device=device):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[indices]), y[indices]).backward()
+            optimizer.step()
+        return n
+
+    return steps
+
+
+def _serve(name: str, pipe: mp.connection.Connection) -> None:
+    steps = loop(name, torch.device("cpu"), threads=1)
+    while (n := pipe.recv()) is not None:
+        pipe.send(steps(n))
+
+
+def two_processes(name: str) -> tuple[Contender, Callable[[], None]]:
+    """The same loop in as many processes as there are cores, one thread each."""
+    context, pipes = mp.get_context("spawn"), []
+    for _ in range(torch.get_num_threads()):
+        here, there = context.Pipe()
+        context.Process(target=_serve, args=(name, there), daemon=True).start()
+        pipes.append(here)
+
+    def steps(n: int) -> int:
+        for pipe in pipes:
+            pipe.send(n)
+        return sum(pipe.recv() for pipe in pipes)
+
+    return steps, lambda: [pipe.send(None) for pipe in pipes] and None
+
+
+def by_hand(name: str, device: torch.device, chunk: int) -> Contender | None:
+    """Layers written for many models: batched products for dense layers, grouped convolutions otherwise."""
+    factory, x, y = task(name, device)
+    stacked = ensemble.initialise(factory, range(chunk), device)
+    w = {k: v.clone().requires_grad_() for k, v in stacked.params.items()}
+    if name == "resnet9":
+        return None  # residual blocks and batch norm by hand are another project
+    optimizer = torch.optim.SGD(list(w.values()), 0.05, 0.9, weight_decay=5e-4, nesterov=True)
+
+    def mlp(batch: Tensor) -> Tensor:
+        hidden = torch.baddbmm(w["0.bias"][:, None], batch, w["0.weight"].mT).relu()
+        return torch.baddbmm(w["2.bias"][:, None], hidden, w["2.weight"].mT)
+
+    def convnet(batch: Tensor) -> Tensor:
+        h = batch.transpose(0, 1).flatten(1, 2)
+        for layer in ("0", "2"):
+            weight, bias = w[f"{layer}.weight"].flatten(0, 1), w[f"{layer}.bias"].flatten()
+            h = F.conv2d(h, weight, bias, stride=2, padding=1, groups=chunk).relu()
+        flat = h.unflatten(1, (chunk, -1)).transpose(0, 1).flatten(2)
+        return torch.baddbmm(w["5.bias"][:, None], flat, w["5.weight"].mT)
+
+    forward = {"mlp": mlp, "convnet": convnet}[name]
+
+    def steps(n: int) -> int:
+        for indices in torch.randint(0, len(x), (n, chunk, BATCH), device=device):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(forward(x[indices]).flatten(0, 1), y[indices].flatten(), reduction="sum") / BATCH
+            loss.backward()
+            optimizer.step()
+        return n * chunk
+
+    return steps
+
+
+def ours(name: str, device: torch.device, way: Execution, precision: str = "float32") -> Contender:
+    """`ensemble.train` on masks of one size, its set-up included."""
+    factory, x, y = task(name, device)
+    training = ensemble.Training(epochs=1, precision=precision)
+    n_models = way.chunk * way.workers
+
+    def steps(n: int) -> int:
+        masks = np.zeros((n_models, len(x)), bool)
+        masks[:, : n * BATCH] = True  # one epoch of n steps
+        ensemble.train(factory, x, y, masks, range(n_models), training, way)
+        return n * n_models
+
+    return steps
+
+
+def measure(contenders: dict[str, Contender], size: int, rounds: int) -> dict[str, list[float]]:
+    """Model-steps a second of each, a number a round; the first round warms up and does not count."""
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds + 1):
+        for name, steps in contenders.items():
+            start = time.perf_counter()
+            done = steps(size)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if number:
+                rates[name].append(done / (time.perf_counter() - start))
+    return rates
+
+
+def products(chunk: int, device: torch.device, repeats: int = 30) -> dict[str, float]:
+    """FLOP/s of plain products: large ones, and the mlp's own at a batch, in all threads."""
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        shapes = {
+            "large": ((1, 2048, 2048), (1, 2048, 2048)),
+            "of the mlp": ((chunk, BATCH, 196), (chunk, 196, 128)),
+        }
+        for what, (left, right) in shapes.items():
+            a, b = (torch.randn(shape, device=device, dtype=dtype) for shape in (left, right))
+            times = []
+            for _ in range(repeats):
+                start = time.perf_counter()
+                torch.bmm(a, b)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                times.append(time.perf_counter() - start)
+            flop = 2 * math.prod(left) * right[-1]
+            rates[f"{what}, {str(dtype).removeprefix('torch.')}"] = flop / statistics.median(times)
+    return rates
+
+
+def mlp_flop() -> float:
+    """Of a model-step: products forward, and backward but for the gradient of the data."""
+    forward = 2 * BATCH * (196 * 128 + 128 * 10)
+    return forward + 2 * BATCH * (196 * 128 + 2 * 128 * 10)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(OPTIONS), choices=list(OPTIONS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "engine.json")
+    arguments = parser.parse_args()
+    device = resolve_device(arguments.device)
+    report: dict = {"machine": execution.machine(device) | {"platform": platform.platform()}, "models": {}}
+    for name in arguments.models:
+        best = {"mlp": 16}.get(name, 1)
+        threads = 1 if device.type == "cuda" else torch.get_num_threads()
+        plain, fast = Execution(32 if name == "mlp" else 1, threads), Execution(best, threads, compile=True)
+        contenders: dict[str, Contender] = {"loop": loop(name, device)}
+        stop = None
+        if device.type == "cpu":
+            contenders["loop in a process a core"], stop = two_processes(name)
+        hand = by_hand(name, device, 32 if name == "mlp" else 4)
+        if hand:
+            contenders["layers by hand"] = hand
+        contenders["dmmlib, not compiled"] = ours(name, device, plain)
+        contenders["dmmlib"] = ours(name, device, fast)
+        contenders["dmmlib, bfloat16"] = ours(name, device, fast, "bfloat16")
+        rates = measure(contenders, SIZE[name], arguments.rounds)
+        if stop:
+            stop()
+        medians = {k: statistics.median(v) for k, v in rates.items()}
+        ratios = {k: statistics.median(a / b for a, b in zip(v, rates["loop"], strict=True)) for k, v in rates.items()}
+        report["models"][name] = {
+            k: {"models_per_second": medians[k] / STEPS, "ratio_to_loop": ratios[k], "rounds": len(v)}
+            for k, v in rates.items()
+        }
+        print(f"\n{name} ({arguments.rounds} rounds; models a second, half-size training)")
+        for k in rates:
+            print(f"  {k:26s} {medians[k] / STEPS:8.2f}   {ratios[k]:5.1f} x loop")
+        if name == "mlp":
+            peak = products(best * threads, device)
+            achieved = {k: medians[k] * mlp_flop() for k in medians}
+            report["products_flops"] = peak
+            report["mlp_flops"] = achieved
+            for what, rate in peak.items():
+                print(f"  products {what:24s} {rate / 1e9:8.0f} GFLOP/s")
+            for k in ("dmmlib", "dmmlib, bfloat16"):
+                share = achieved[k] / peak["of the mlp, float32"]
+                print(f"  {k}: {achieved[k] / 1e9:.0f} GFLOP/s, {share:.2f} of the float32 products of its own shape")
+    arguments.out.write_text(json.dumps(report, indent=1))
+    print(f"\nsaved: {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
