@@ -25,8 +25,8 @@ class MetaSettings:
         weak_lams: lambda of the weakly convex problem, whose modulus is 2.
         broken_ns, broken_etas: sweeps in which an assumption is broken.
         side: pooled image side.
-        tasks: m of the forgetting study, class pairs of images.
-        shots, queries_per_task: support and query examples a task there.
+        tasks: m of the forgetting study, class pairs of images; the other pairs are validation tasks.
+        shots: examples a task there, and of the fresh support set that models adapt to when asked.
         n_models: N, meta-learners of each kind there.
         init: standard deviation of an initialisation's coordinates there.
         forget_step, forget_steps, tasks_per_step: of its stochastic meta-learner.
@@ -65,9 +65,8 @@ class MetaSettings:
     broken_ns: tuple[int, ...] = (8, 32, 128, 512)
     broken_etas: tuple[float, ...] = (0.25, 0.5, 1.0, 1.5, 2.0, 2.25, 2.5, 3.0)
     side: int = 5
-    tasks: int = 24
+    tasks: int = 18
     shots: int = 10
-    queries_per_task: int = 10
     n_models: int = 100
     init: float = 0.1
     forget_step: float = 0.3

@@ -103,7 +103,7 @@ def images(data: Dataset, side: int, loss: Loss = LOGISTIC, first: Sequence[int]
         pair = pairs[torch.randint(len(pairs), tuple(shape), generator=rng)]
         side_of = torch.arange(n) % 2
         label = pair[..., side_of]
-        which = (torch.rand(label.shape, generator=rng) * sizes[label]).long()
+        which = (torch.rand(label.shape, generator=rng, dtype=torch.float64) * sizes[label]).long()
         return x[table[label, which]], (1.0 - 2.0 * side_of).double().expand(label.shape)
 
     return Environment(f"{data.name}, class pairs", loss, draw, torch.zeros(x.shape[1], dtype=torch.float64))
@@ -124,21 +124,28 @@ def features(data: Dataset, side: int) -> tuple[Tensor, list[Tensor]]:
     return x, members
 
 
-def pair_task(
-    x: Tensor, members: Sequence[Tensor], pair: tuple[int, int], n: int, rng: torch.Generator
+def disjoint_tasks(
+    data: Dataset, side: int, n: int, rng: torch.Generator, first: Sequence[int] = CLOTHES
 ) -> tuple[Tensor, Tensor]:
-    """n examples (n, d), (n,) of one pair of classes, alternating, without replacement.
+    """One task of n examples for every pair of classes, no image in two of them: x (n_pairs, n, d), y (n_pairs, n).
+
+    Pairs come in random order; the examples of a task alternate between its classes.
 
     Raises:
-        DataError: if a class has too few images.
+        DataError: if a class has too few images, or n is odd.
     """
-    half = -(-n // 2)
-    few = min(len(members[c]) for c in pair)
-    if few < half:
-        raise DataError(f"A task asks for {half} images of a class that has {few}; ask for fewer shots, or load more.")
-    chosen = [members[c][torch.randperm(len(members[c]), generator=rng)[:half]] for c in pair]
-    rows = torch.stack(chosen, 1).flatten()[:n]
-    return x[rows], (1.0 - 2.0 * (torch.arange(n) % 2)).double()
-
-
-__all__ = ["CLOTHES", "LOGISTIC", "PHASE", "SQUARED", "Environment", "class_pairs", "features", "images", "pair_task", "synthetic"]
+    x, members = features(data, side)
+    pairs = class_pairs(data, [c for c in first if c < data.n_classes])
+    if n % 2 or n < 2:
+        raise DataError(f"A task of two classes asks for n={n} examples; give an even number, at least 2.")
+    for c in range(data.n_classes):
+        needed = sum(c in pair for pair in pairs) * n // 2
+        if needed > len(members[c]):
+            raise DataError(
+                f"{len(pairs)} tasks of {n} examples need {needed} images of {data.class_names[c]!r}, but there are "
+                f"{len(members[c])}; ask for fewer shots, or load more images."
+            )
+    left = [iter(member[torch.randperm(len(member), generator=rng)].tolist()) for member in members]
+    order = torch.randperm(len(pairs), generator=rng).tolist()
+    rows = torch.tensor([[next(left[pairs[p][k % 2]]) for k in range(n)] for p in order])
+    return x[rows], (1.0 - 2.0 * (torch.arange(n) % 2)).double().expand(rows.shape)
