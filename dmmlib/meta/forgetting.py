@@ -102,7 +102,7 @@ class Setting:
             x, y = x[task, pick], y[task, pick]
         matrix, offset = affine(self.learner.lam, x, y)
         a = self.asked_x @ matrix
-        b = (self.asked_x @ offset[..., None]) if resample is None else self.asked_x @ offset[..., None]
+        b = self.asked_x @ offset[..., None]
         return torch.cat([a, b], -1).flatten(-3, -2).float()
 
     def without(self, task: int, n_models: int) -> Tensor:

@@ -23,7 +23,7 @@ class MetaSettings:
         gap_repeats, gap_tasks: meta-samples, and fresh tasks each, of transfer risk minus empirical risk.
         epsilons: of the adversary; the data have norm 1.
         weak_lams: lambda of the weakly convex problem, whose modulus is 2.
-        broken_ns, broken_etas: sweeps in which an assumption is broken.
+        broken_etas, broken_labels, broken_ns: sweeps in which an assumption is broken.
         side: pooled image side.
         tasks: m of the forgetting study, class pairs of images; the other pairs are validation tasks.
         shots: examples a task there, and of the fresh support set that models adapt to when asked.
@@ -58,11 +58,12 @@ class MetaSettings:
     probes: int = 16
     queries: int = 64
     seeds: int = 16
-    gap_repeats: int = 200
+    gap_repeats: int = 100
     gap_tasks: int = 50
     epsilons: tuple[float, ...] = (0.0, 0.1, 0.2, 0.4, 0.8)
     weak_lams: tuple[float, ...] = (2.5, 4.0, 8.0, 16.0)
-    broken_ns: tuple[int, ...] = (8, 32, 128, 512)
+    broken_ns: tuple[int, ...] = (8, 32, 128)
+    broken_labels: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0, 20.0)
     broken_etas: tuple[float, ...] = (0.25, 0.5, 1.0, 1.5, 2.0, 2.25, 2.5, 3.0)
     side: int = 5
     tasks: int = 18
@@ -74,7 +75,7 @@ class MetaSettings:
     tasks_per_step: int = 4
     forget_lam: float = 0.3
     forget_lams: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-    n_forget: int = 5
+    n_forget: int = 8
     n_tuning: int = 2
     n_subsets: int = 1000
     fraction: float = 0.9
