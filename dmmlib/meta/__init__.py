@@ -5,7 +5,7 @@ what is proven of them, `stability` what is measured, `forgetting` unlearning a 
 notebook 10, `figures` its pictures.
 """
 
-from dmmlib.meta.bounds import KINDS, bounds, constants
+from dmmlib.meta.bounds import KINDS, constants, stability_bounds
 from dmmlib.meta.learner import Learner, Meta, adapt, affine, learn
 from dmmlib.meta.losses import LOGISTIC, PHASE, SQUARED, Loss, attacked
 from dmmlib.meta.settings import MetaSettings
@@ -14,5 +14,5 @@ from dmmlib.meta.tasks import Environment, images, synthetic
 
 __all__ = [
     "KINDS", "LOGISTIC", "PHASE", "SQUARED", "Environment", "Learner", "Loss", "Meta", "MetaSettings", "Sizes",
-    "adapt", "affine", "attacked", "bounds", "constants", "gap", "images", "learn", "measure", "synthetic",
+    "adapt", "affine", "attacked", "constants", "gap", "images", "learn", "measure", "stability_bounds", "synthetic",
 ]  # fmt: skip

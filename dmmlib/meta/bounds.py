@@ -108,7 +108,7 @@ def meta(c: Constants, learner: Learner, whole_task: bool) -> float:
     return distance
 
 
-def bounds(c: Constants, learner: Learner) -> dict[str, float]:
+def stability_bounds(c: Constants, learner: Learner) -> dict[str, float]:
     """The largest change of any loss, for each of `KINDS`."""
     task, example = meta(c, learner, whole_task=True), meta(c, learner, whole_task=False)
     far = {
@@ -122,4 +122,4 @@ def bounds(c: Constants, learner: Learner) -> dict[str, float]:
 
 def as_if_met(c: Constants, learner: Learner) -> dict[str, float]:
     """The bounds for convex smooth losses and allowed steps, whether or not that is so: kappa = 1."""
-    return bounds(replace(c, curvature=0.0, smooth=True), replace(learner, inner="prox"))
+    return stability_bounds(replace(c, curvature=0.0, smooth=True), replace(learner, inner="prox"))

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dmmlib.data import Dataset
 from dmmlib.meta import forgetting
-from dmmlib.meta.bounds import KINDS, as_if_met, bounds, constants
+from dmmlib.meta.bounds import KINDS, as_if_met, constants, stability_bounds
 from dmmlib.meta.learner import Learner, adapt
-from dmmlib.meta.losses import LOGISTIC, PHASE, SQUARED
+from dmmlib.meta.losses import LOGISTIC, PHASE, SQUARED, Loss
 from dmmlib.meta.settings import MetaSettings
 from dmmlib.meta.stability import Sizes, Stability, gap, mean_estimate, measure, slope
 from dmmlib.meta.tasks import Environment, images, synthetic
@@ -54,13 +54,19 @@ def _rows(found: Stability, **named: Any) -> Iterator[dict[str, Any]]:
         }
 
 
+def learner_with(base: Learner, name: str, value: float) -> Learner:
+    """The learner with one quantity changed; whole numbers stay whole."""
+    change: dict[str, Any] = {name: int(value) if isinstance(getattr(base, name), int) else value}
+    return replace(base, **change)
+
+
 def _sweep(
     env: Environment, base: Learner, s: MetaSettings, varied: dict[str, Sequence[float]], stream: int
 ) -> Iterator[dict[str, Any]]:
     for varies, values in varied.items():
         for value in values:
             m, n = (int(value) if varies == key else getattr(s, key) for key in ("m", "n"))
-            at = base if varies in ("m", "n") else replace(base, **{varies: value})
+            at = base if varies in ("m", "n") else learner_with(base, varies, value)
             found = measure(env, at, m, n, sizes(s), s.seed + stream)
             yield from _rows(found, tasks=env.name, inner=at.inner, varies=varies, value=value)
 
@@ -106,7 +112,7 @@ def slopes(table: pd.DataFrame) -> pd.DataFrame:
             {
                 "tasks": tasks,
                 "inner": inner,
-                "varies": SYMBOLS[varies],
+                "varies": SYMBOLS[str(varies)],
                 "replaced": kind,
                 "slope": fitted.value,
                 "low": fitted.low,
@@ -127,7 +133,7 @@ def stochastic(s: MetaSettings) -> pd.DataFrame:
         "one example a step": {"examples_per_step": 1},
         "one task, one example": {"tasks_per_step": 1, "examples_per_step": 1},
     }
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, changes in variants.items():
         found = measure(env, learner(s, inner="gd", **changes), s.m, s.n, sizes(s), s.seed)
         rows += _rows(found, variant=name)
@@ -161,7 +167,7 @@ def _gap(env: Environment, at: Learner, m: int, n: int, s: MetaSettings, found: 
         "low": estimate.low,
         "high": estimate.high,
         "stability": found["stability"],
-        "bound": bounds(c, at)["meta"],
+        "bound": stability_bounds(c, at)["meta"],
     }
 
 
@@ -188,6 +194,11 @@ def robust(s: MetaSettings) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _heavy(size: float) -> Loss:
+    """The squared loss with adverse labels of that size."""
+    return replace(SQUARED, flip=lambda y: -size * torch.sign(y))
+
+
 def broken(s: MetaSettings) -> pd.DataFrame:
     """Where an assumption does not hold, against the bound as if it did (convex, smooth, |y| <= 1, allowed steps).
 
@@ -211,8 +222,7 @@ def broken(s: MetaSettings) -> pd.DataFrame:
         add("step", synthetic(LOGISTIC, s.dim, s.spread), at, s.n, eta)
     linear = synthetic(SQUARED, s.dim, s.spread)
     for size in s.broken_labels:
-        heavy = replace(linear.loss, flip=lambda y, size=size: -size * torch.sign(y))
-        add("Lipschitz", replace(linear, loss=heavy), learner(s, inner="gd"), s.n, size)
+        add("Lipschitz", replace(linear, loss=_heavy(size)), learner(s, inner="gd"), s.n, size)
     phase = synthetic(PHASE, s.dim, s.spread)
     saddle = replace(phase, start=torch.full((s.dim,), 1e-3, dtype=torch.float64))
     for n in s.broken_ns:

@@ -75,7 +75,7 @@ def slopes(table: pd.DataFrame, title: str, caption: str) -> Figure:
             row = np.array([names.index(v) for v in part["varies"]]) + 0.14 * (k - (len(cases) - 1) / 2)
             error = [part["slope"] - part["low"], part["high"] - part["slope"]]
             look = {"color": _PALETTE[k], "fmt": "osD^v"[k], "ms": 4.5}
-            axis.errorbar(part["slope"], row, xerr=error, label=f"{tasks}, {inner}", **look)  # type: ignore[arg-type]
+            axis.errorbar(part["slope"], row, xerr=error, label=f"{tasks}, {inner}", **look)
             axis.plot(part["bound's slope"].clip(-2, 2), row, "|", color="black", ms=9, mew=1.4)
         axis.axvline(0, color="0.8", lw=0.8, zorder=0)
         axis.set(title=f"replaced: {LOOKS[kind][0]}", xlabel="log-log slope", xlim=(-2.1, 1.5))
@@ -141,7 +141,8 @@ def broken(table: pd.DataFrame, title: str, caption: str) -> Figure:
         axis.plot(part["value"], part["bound"], color="0.25", ls="--", label="bound, if the assumption held")
         _measured(axis, part[~fails], "value", "measured", color=_PALETTE[0], fmt="o", label="measured, below it")
         _measured(axis, part[fails], "value", "measured", color=_PALETTE[3], fmt="X", label="measured, above it")
-        _log(axis, np.unique(part["value"]))
+        values = np.unique(part["value"])
+        _log(axis, values[np.r_[True, np.diff(np.log(values)) > 0.25]])
         axis.set(xlabel=name, title=f"{part['tasks'].iloc[0]}: {case}")
     axes[0].set_ylabel("largest change of loss")
     handles, labels = axes[0].get_legend_handles_labels()

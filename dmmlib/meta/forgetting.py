@@ -111,7 +111,9 @@ class Setting:
         masks[:, task] = False
         return masks
 
-    def train(self, masks: Tensor, seed: Sequence[int], start: Tensor | None = None, steps: int | None = None) -> Tensor:
+    def train(
+        self, masks: Tensor, seed: Sequence[int], start: Tensor | None = None, steps: int | None = None
+    ) -> Tensor:
         """Meta-models (n_models, d), one a mask (n_models, m), from `start` or fresh initialisations."""
         rng = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
         if start is None:
@@ -258,9 +260,7 @@ def choose_rates(at: Setting, s: MetaSettings, attributor: TaskAttributor, origi
         )
         p95 = rows[rows["statistic"] == "klom_p95"].groupby("method")["value"].mean()
         scores |= {(method, lr): float(p95[method]) for method in ("oracle_matching", "dmm")}
-    return {
-        method: min(s.matching_lrs, key=lambda lr: scores[method, lr]) for method in ("oracle_matching", "dmm")
-    }
+    return {method: min(s.matching_lrs, key=lambda lr: scores[method, lr]) for method in ("oracle_matching", "dmm")}
 
 
 def compare(data: Dataset, s: MetaSettings) -> tuple[pd.DataFrame, dict[str, float]]:

@@ -173,7 +173,9 @@ def learn(
 def _take(values: Tensor, chosen: Tensor, trailing: int) -> Tensor:
     """values (..., m, *trailing) at tasks chosen (..., k): (..., k, *trailing), leading dimensions broadcast."""
     values = values.expand(*chosen.shape[:-1], *values.shape[-1 - trailing :])
-    index = chosen.reshape(*chosen.shape, *[1] * trailing).expand(*chosen.shape, *values.shape[values.ndim - trailing :])
+    index = chosen.reshape(*chosen.shape, *[1] * trailing).expand(
+        *chosen.shape, *values.shape[values.ndim - trailing :]
+    )
     return values.gather(chosen.ndim - 1, index)
 
 
@@ -311,7 +313,9 @@ def _dual_margin(lam: float, loss: Loss) -> float:
 
 
 def _dual(lam: float, loss: Loss, w: Tensor, x: Tensor, y: Tensor, n_steps: int = 150) -> Tensor:
-    """Prox of robust phase retrieval: max over |a_i| <= 1 of min_u (1/n) sum_i a_i ((x_i.u)^2 - y_i) + lam/2 ||u - w||^2.
+    """Prox of robust phase retrieval as a saddle point, over |a_i| <= 1:
+
+        max_a min_u (1/n) sum_i a_i ((x_i . u)^2 - y_i) + lam / 2 ||u - w||^2.
 
     For lam > 2 the inner minimum is a linear system and the outer problem concave with a smooth objective:
     accelerated projected gradient ascent, restarted where it turns.
@@ -344,7 +348,7 @@ def _dual(lam: float, loss: Loss, w: Tensor, x: Tensor, y: Tensor, n_steps: int 
 
 
 def sensitivity(learner: Learner, u: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """du/dw = lam (H + lam I)^-1 (..., d, d) of prox logistic regression at its answer u (implicit function theorem)."""
+    """du/dw = lam (H + lam I)^-1 (..., d, d) of prox logistic regression at its answer u (implicitly)."""
     bend = LOGISTIC.bend(scores(u, x), y)
     eye = torch.eye(x.shape[-1], dtype=x.dtype)
     return learner.lam * torch.linalg.inv(x.mT @ (bend[..., None] * x) / x.shape[-2] + learner.lam * eye)

@@ -89,22 +89,22 @@ def check_adversary(eps: float) -> None:
         raise PresetError(f"The adversary has eps={eps:g}, but the data have norm 1; give 0 <= eps < 1.")
 
 
-def pgd(loss: Loss, u: Tensor, x: Tensor, y: Tensor, eps: float, n_steps: int = 10) -> Tensor:
-    """Projected gradient ascent on the loss in x + delta, ||delta|| <= eps, from both ends along u.
+def pgd(loss: Loss, u: Tensor, x: Tensor, y: Tensor, eps: float, n_steps: int = 15) -> Tensor:
+    """Projected gradient ascent on the loss in x + delta, ||delta|| <= eps; the best example met counts.
 
-    Each step has length eps / 2 along the normalised gradient; the better end counts.
+    From three starts (both ends along u, and beside x), as the loss may have several maxima. Steps go along the
+    normalised gradient and shrink from eps / 2 by 0.7 each.
     """
     unit = torch.nn.functional.normalize(u, dim=-1)[..., None, :]
     best, worst = x, loss.value(scores(u, x), y)
-    for sign in (-1.0, 1.0):
-        delta = torch.zeros_like(x) + 0.01 * sign * eps * unit
-        for _ in range(n_steps):
-            uphill = torch.sign(loss.slope(scores(u, x + delta), y))[..., None] * unit
-            delta = delta + eps / 2 * uphill
+    for begin in (-1.0, 0.01, 1.0):
+        delta = begin * eps * unit + torch.zeros_like(x)
+        for k in range(n_steps):
+            found = loss.value(scores(u, x + delta), y)
+            best = torch.where((found > worst)[..., None], x + delta, best)
+            worst = torch.maximum(found, worst)
+            delta = delta + eps / 2 * 0.7**k * torch.sign(loss.slope(scores(u, x + delta), y))[..., None] * unit
             delta = delta * (eps / torch.linalg.vector_norm(delta, dim=-1, keepdim=True).clamp(min=eps))
-        found = loss.value(scores(u, x + delta), y)
-        best = torch.where((found > worst)[..., None], x + delta, best)
-        worst = torch.maximum(found, worst)
     return best
 
 

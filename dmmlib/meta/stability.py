@@ -9,7 +9,8 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor
 
-from dmmlib.meta.bounds import KINDS, bounds, constants
+from dmmlib.errors import DataError
+from dmmlib.meta.bounds import KINDS, constants, stability_bounds
 from dmmlib.meta.learner import Learner, adapt, learn
 from dmmlib.meta.tasks import Environment
 from dmmlib.metrics import Estimate
@@ -41,7 +42,13 @@ class Sizes:
 
 
 def mean_estimate(values: np.ndarray) -> Estimate:
-    """Mean with a 95 % t interval over independent values (k,)."""
+    """Mean with a 95 % t interval over independent values (k,).
+
+    Raises:
+        DataError: for fewer than two.
+    """
+    if len(values) < 2:
+        raise DataError(f"An interval over {len(values)} value was asked for; repeat at least twice.")
     centre = float(np.mean(values))
     half = float(student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
     return Estimate(centre, centre - half, centre + half)
@@ -110,8 +117,8 @@ def measure(env: Environment, learner: Learner, m: int, n: int, sizes: Sizes, se
     }
     worst = {kind: (after[kind] - before).abs().amax((1, 2)).numpy() for kind in KINDS}
     limit = {kind: float("nan") for kind in KINDS}
-    if learner.lam + env.loss.curvature > 0 and not learner.unchecked:
-        limit = bounds(constants(env.loss, learner, m, n, radius), learner)
+    if not learner.unchecked:
+        limit = stability_bounds(constants(env.loss, learner, m, n, radius), learner)
     return Stability(worst, limit, radius)
 
 

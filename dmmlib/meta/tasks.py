@@ -12,7 +12,7 @@ from torch import Tensor
 from dmmlib.convex.images import image_features
 from dmmlib.data import Dataset
 from dmmlib.errors import DataError
-from dmmlib.meta.losses import LOGISTIC, PHASE, SQUARED, Loss
+from dmmlib.meta.losses import LOGISTIC, PHASE, Loss
 
 Draw = Callable[[Sequence[int], int, torch.Generator], tuple[Tensor, Tensor]]
 
@@ -24,7 +24,7 @@ class Environment:
     Attributes:
         name: what figures call it.
         loss: of every task.
-        draw: (shape, n, rng) -> x (*shape, n, d) in the unit ball and y (*shape, n): independent tasks, n examples each.
+        draw: (shape, n, rng) -> x (*shape, n, d) in the unit ball and y (*shape, n): independent tasks.
         start: where meta-learning starts from (d,).
     """
 
@@ -52,7 +52,9 @@ def synthetic(loss: Loss, dim: int, spread: float) -> Environment:
         spread: how much tasks differ; at 0 all are the same.
     """
     if spread < 0 or dim < 1:
-        raise DataError(f"Tasks of spread {spread:g} in {dim} dimensions were asked for; give 0 or more, and 1 or more.")
+        raise DataError(
+            f"Tasks have spread {spread:g} and {dim} features; give a spread of 0 or more, and 1 or more features."
+        )
     centre = torch.zeros(dim, dtype=torch.float64)
     centre[0] = 0.7
 
