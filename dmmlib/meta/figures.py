@@ -76,9 +76,9 @@ def slopes(table: pd.DataFrame, title: str, caption: str) -> Figure:
             error = [part["slope"] - part["low"], part["high"] - part["slope"]]
             look = {"color": _PALETTE[k], "fmt": "osD^v"[k], "ms": 4.5}
             axis.errorbar(part["slope"], row, xerr=error, label=f"{tasks}, {inner}", **look)
-            axis.plot(part["bound's slope"].clip(-2, 2), row, "|", color="black", ms=9, mew=1.4)
+            axis.plot(part["bound's slope"], row, "|", color="black", ms=9, mew=1.4)
         axis.axvline(0, color="0.8", lw=0.8, zorder=0)
-        axis.set(title=f"replaced: {LOOKS[kind][0]}", xlabel="log-log slope", xlim=(-2.1, 1.5))
+        axis.set(title=f"replaced: {LOOKS[kind][0]}", xlabel="log-log slope", xlim=(-3, 1.5))
         axis.grid(axis="x", color="0.93")
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
@@ -151,7 +151,7 @@ def broken(table: pd.DataFrame, title: str, caption: str) -> Figure:
 
 
 def forgetting(table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Left: KLoM of doing nothing and stability against lambda; right: one against the other."""
+    """Left: KLoM of doing nothing, middle: stability, against lambda; right: one against the other."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.9), layout="constrained")
     supports = {
         "do nothing": ("do nothing, same support", _PALETTE[3], "o"),
@@ -170,15 +170,21 @@ def forgetting(table: pd.DataFrame, title: str, caption: str) -> Figure:
         middle.errorbar(table["lam"], table[kind], bars(kind), color=tint, marker=mark, capsize=2, label=text)
     for kind in ("task", "meta"):
         text, tint, mark = LOOKS[kind]
-        error = {"xerr": bars(kind), "yerr": bars("do nothing")}
-        right.errorbar(table[kind], table["do nothing"], color=tint, marker=mark, lw=1.2, label=text, **error)
+        right.errorbar(
+            table[kind], table["do nothing"], xerr=bars(kind), color=tint, marker=mark, capsize=2, label=text
+        )
+        ends = table[kind].iloc[[0, -1]]
+        for lam, x, y in zip(table["lam"].iloc[[0, -1]], ends, table["do nothing"].iloc[[0, -1]], strict=True):
+            place = {"xytext": (4, -12), "textcoords": "offset points", "fontsize": 8, "color": tint}
+            right.annotate(f"λ = {lam:g}", (x, y), **place)  # type: ignore[arg-type]
     for axis in (left, middle):
         _log(axis, table["lam"].to_numpy())
         axis.set_xlabel("regularisation λ")
-    left.set(yscale="linear", ylim=(0, None), ylabel="forget KLoM, p95")
+    left.set(yscale="linear", ylim=(0, 1.3 * table["do nothing high"].max()), ylabel="forget KLoM, p95")
     middle.set_ylabel("largest change of loss")
     right.set(xscale="log", xlabel="measured stability (left: more stable)", ylabel="forget KLoM of doing nothing, p95")
-    right.set_ylim(0)
-    for axis in (left, middle, right):
-        axis.legend(fontsize=8, title="replaced" if axis is not left else None, title_fontsize=8)
+    right.set_ylim(0, 1.4 * table["do nothing"].max())
+    left.legend(fontsize=8, loc="upper left")
+    middle.legend(fontsize=8, loc="best", title="what is replaced", title_fontsize=8)
+    right.legend(fontsize=8, loc="upper left", title="what is replaced", title_fontsize=8)
     return titled(figure, title, caption)
