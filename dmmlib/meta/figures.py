@@ -39,7 +39,7 @@ def sweeps(table: pd.DataFrame, title: str, caption: str, columns: int = 4) -> F
     names = list(dict.fromkeys(table["varies"]))
     n_rows = -(-len(names) // columns)
     figure, axes = plt.subplots(
-        n_rows, columns, figsize=(3.3 * columns, 3.1 * n_rows), sharey=True, layout="constrained", squeeze=False
+        n_rows, columns, figsize=(2.9 * columns, 3.1 * n_rows + 0.4), sharey=True, layout="constrained", squeeze=False
     )
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
@@ -56,7 +56,7 @@ def sweeps(table: pd.DataFrame, title: str, caption: str, columns: int = 4) -> F
     handles, labels = axes[0, 0].get_legend_handles_labels()
     handles.append(plt.Line2D([], [], color="0.3", ls="--"))
     figure.legend(
-        handles, [*labels, "bounds"], loc="outside lower center", ncols=3, fontsize=9, title="what is replaced"
+        handles, [*(f"replaced: {text}" for text in labels), "bounds"], loc="outside upper center", ncols=5, fontsize=9
     )
     return titled(figure, title, caption)
 
@@ -84,7 +84,7 @@ def slopes(table: pd.DataFrame, title: str, caption: str) -> Figure:
     axes[0].invert_yaxis()
     handles, labels = axes[0].get_legend_handles_labels()
     handles.append(plt.Line2D([], [], color="black", marker="|", ls="", ms=9, mew=1.4))
-    figure.legend(handles, [*labels, "slope of the bound"], loc="outside lower center", ncols=3, fontsize=9)
+    figure.legend(handles, [*labels, "slope of the bound"], loc="outside upper center", ncols=3, fontsize=9)
     return titled(figure, title, caption)
 
 
@@ -107,7 +107,7 @@ def gaps(table: pd.DataFrame, title: str, caption: str) -> Figure:
     handles, labels = axes[0].get_legend_handles_labels()
     handles += [plt.Line2D([], [], color="0.3", ls=ls) for ls in ("-", "--")]
     names_ = [*(f"gap: {label}" for label in labels), "measured stability", "its bound"]
-    figure.legend(handles, names_, loc="outside lower center", ncols=3, fontsize=9)
+    figure.legend(handles, names_, loc="outside upper center", ncols=3, fontsize=9)
     return titled(figure, title, caption)
 
 
@@ -146,13 +146,15 @@ def broken(table: pd.DataFrame, title: str, caption: str) -> Figure:
         axis.set(xlabel=name, title=f"{part['tasks'].iloc[0]}: {case}")
     axes[0].set_ylabel("largest change of loss")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=9)
     return titled(figure, title, caption)
 
 
 def forgetting(table: pd.DataFrame, title: str, caption: str) -> Figure:
     """Left: KLoM of doing nothing, middle: stability, against lambda; right: one against the other."""
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.9), layout="constrained")
+    figure, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(13, 4.2), layout="constrained", gridspec_kw={"wspace": 0.06}
+    )
     supports = {
         "do nothing": ("do nothing, same support", _PALETTE[3], "o"),
         "do nothing, own support": ("do nothing, own support", _PALETTE[1], "s"),
@@ -173,9 +175,10 @@ def forgetting(table: pd.DataFrame, title: str, caption: str) -> Figure:
         right.errorbar(
             table[kind], table["do nothing"], xerr=bars(kind), color=tint, marker=mark, capsize=2, label=text
         )
-        ends = table[kind].iloc[[0, -1]]
-        for lam, x, y in zip(table["lam"].iloc[[0, -1]], ends, table["do nothing"].iloc[[0, -1]], strict=True):
-            place = {"xytext": (4, -12), "textcoords": "offset points", "fontsize": 8, "color": tint}
+        for row in (0, -1):
+            lam, x, y = (float(table[key].iloc[row]) for key in ("lam", kind, "do nothing"))
+            shift = (-40, 2) if kind == "task" else (-12, 9) if row == 0 else (10, 2)
+            place = {"xytext": shift, "textcoords": "offset points", "fontsize": 8, "color": tint}
             right.annotate(f"λ = {lam:g}", (x, y), **place)  # type: ignore[arg-type]
     for axis in (left, middle):
         _log(axis, table["lam"].to_numpy())
