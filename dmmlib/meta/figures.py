@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -27,6 +29,10 @@ def _log(axis: Axes, values: np.ndarray) -> None:
     axis.set_xticks(values, [f"{v:g}" for v in values])
     axis.minorticks_off()
     axis.grid(axis="y", color="0.93")
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 22)
 
 
 def _measured(axis: Axes, part: pd.DataFrame, x: str, y: str, **look: object) -> None:
@@ -56,7 +62,11 @@ def sweeps(table: pd.DataFrame, title: str, caption: str, columns: int = 4) -> F
     handles, labels = axes[0, 0].get_legend_handles_labels()
     handles.append(plt.Line2D([], [], color="0.3", ls="--"))
     figure.legend(
-        handles, [*(f"replaced: {text}" for text in labels), "bounds"], loc="outside upper center", ncols=5, fontsize=9
+        handles,
+        [*(_wrapped(text) for text in labels), "bounds"],
+        loc="outside right center",
+        fontsize=9,
+        title="replaced",
     )
     return titled(figure, title, caption)
 
@@ -84,7 +94,9 @@ def slopes(table: pd.DataFrame, title: str, caption: str) -> Figure:
     axes[0].invert_yaxis()
     handles, labels = axes[0].get_legend_handles_labels()
     handles.append(plt.Line2D([], [], color="black", marker="|", ls="", ms=9, mew=1.4))
-    figure.legend(handles, [*labels, "slope of the bound"], loc="outside upper center", ncols=3, fontsize=9)
+    figure.legend(
+        handles, [*(_wrapped(text) for text in labels), "slope of the bound"], loc="outside right center", fontsize=9
+    )
     return titled(figure, title, caption)
 
 
@@ -106,8 +118,8 @@ def gaps(table: pd.DataFrame, title: str, caption: str) -> Figure:
     axes[0].set_ylabel("loss")
     handles, labels = axes[0].get_legend_handles_labels()
     handles += [plt.Line2D([], [], color="0.3", ls=ls) for ls in ("-", "--")]
-    names_ = [*(f"gap: {label}" for label in labels), "measured stability", "its bound"]
-    figure.legend(handles, names_, loc="outside upper center", ncols=3, fontsize=9)
+    names_ = [*(_wrapped(f"gap: {label}") for label in labels), "measured stability", "its bound"]
+    figure.legend(handles, names_, loc="outside right center", fontsize=9)
     return titled(figure, title, caption)
 
 
@@ -132,7 +144,7 @@ def broken(table: pd.DataFrame, title: str, caption: str) -> Figure:
     quantities = {
         "step": "task-step ηλ (allowed: ≤ 1 / (1 + β/λ))",
         "Lipschitz": "size of adverse labels (assumed: ≤ 1)",
-        "convexity": "examples n (λ far below the modulus)",
+        "convexity": "examples n (λ below the modulus)",
     }
     figure, axes = plt.subplots(1, 3, figsize=(12.5, 3.5), layout="constrained")
     for axis, (case, name) in zip(axes, quantities.items(), strict=True):
@@ -146,7 +158,7 @@ def broken(table: pd.DataFrame, title: str, caption: str) -> Figure:
         axis.set(xlabel=name, title=f"{part['tasks'].iloc[0]}: {case}")
     axes[0].set_ylabel("largest change of loss")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=9)
+    figure.legend(handles, [_wrapped(text) for text in labels], loc="outside right center", fontsize=9)
     return titled(figure, title, caption)
 
 
@@ -177,9 +189,9 @@ def forgetting(table: pd.DataFrame, title: str, caption: str) -> Figure:
         )
         for row in (0, -1):
             lam, x, y = (float(table[key].iloc[row]) for key in ("lam", kind, "do nothing"))
-            shift = (-40, 2) if kind == "task" else (-12, 9) if row == 0 else (10, 2)
+            shift = (-8, -14) if row == 0 else (-40, 2) if kind == "task" else (10, 2)
             place = {"xytext": shift, "textcoords": "offset points", "fontsize": 8, "color": tint}
-            right.annotate(f"λ = {lam:g}", (x, y), **place)  # type: ignore[arg-type]
+            right.annotate(f"λ = {lam:g}", (x, y), **place)
     for axis in (left, middle):
         _log(axis, table["lam"].to_numpy())
         axis.set_xlabel("regularisation λ")
