@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dmmlib import data, meta, presets, unlearn
 from dmmlib.errors import DataError, PresetError
-from dmmlib.meta import bounds, experiments, forgetting, learner, losses, stability, tasks
+from dmmlib.meta import bounds, experiments, forgetting, losses, stability, tasks
 from dmmlib.meta.losses import LOGISTIC, PHASE, SQUARED, Loss
 
 SMALL = meta.Sizes(repeats=3, probes=6, queries=16, seeds=8)
@@ -131,17 +131,6 @@ def test_descent_ends_at_the_prox(loss: Loss) -> None:
     prox = meta.adapt(meta.Learner(), loss, w, x, y)
     gd = meta.adapt(meta.Learner(inner="gd", inner_steps=200), loss, w, x, y)
     torch.testing.assert_close(gd, prox, rtol=0, atol=1e-8)
-
-
-def test_derivative_of_the_adapted_model() -> None:
-    w, x, y = problem(LOGISTIC)
-    at = meta.Learner(lam=0.4)
-    jacobian = learner.sensitivity(at, meta.adapt(at, LOGISTIC, w, x, y), x, y)
-    for k in range(4):
-        step = torch.zeros(4, dtype=torch.float64)
-        step[k] = 1e-5
-        there, here = (meta.adapt(at, LOGISTIC, v, x, y) for v in (w + step, w - step))
-        torch.testing.assert_close((there - here) / 2e-5, jacobian[..., k], rtol=0, atol=1e-6)
 
 
 def test_batched_runs_are_single_runs() -> None:

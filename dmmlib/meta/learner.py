@@ -345,10 +345,3 @@ def _dual(lam: float, loss: Loss, w: Tensor, x: Tensor, y: Tensor, n_steps: int 
         ahead = torch.where(turned, new, new + (momentum - 1) / following * (new - a))
         a, momentum = new, following
     return solve(a)
-
-
-def sensitivity(learner: Learner, u: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """du/dw = lam (H + lam I)^-1 (..., d, d) of prox logistic regression at its answer u (implicitly)."""
-    bend = LOGISTIC.bend(scores(u, x), y)
-    eye = torch.eye(x.shape[-1], dtype=x.dtype)
-    return learner.lam * torch.linalg.inv(x.mT @ (bend[..., None] * x) / x.shape[-2] + learner.lam * eye)
