@@ -18,6 +18,7 @@ from dmmlib.convex import ConvexSettings
 from dmmlib.ensemble import Training
 from dmmlib.errors import PresetError
 from dmmlib.exact.settings import ExactSettings
+from dmmlib.meta.settings import MetaSettings
 
 PRESETS_DIR = Path(__file__).parents[1] / "presets"
 
@@ -130,6 +131,7 @@ class Preset(Section):
     unlearning: UnlearningSection = UnlearningSection()
     convex: ConvexSettings = ConvexSettings()
     exact: ExactSettings = ExactSettings()
+    meta: MetaSettings = MetaSettings()
 
 
 PLACES = ("device", "threads", "scheduler", "cluster", "store")  # where things run and lie, not what is computed
