@@ -29,8 +29,7 @@ from dmmlib.models import resolve_device
 
 BATCH, STEPS = 50, 400  # a half model takes 20 epochs of 20 steps
 OPTIONS = {"mlp": {}, "convnet": {}, "resnet9": {"width": 16}}
-SIZE = {"mlp": 40, "convnet": 12, "resnet9": 2}  # steps a measurement
-TRAINING = ensemble.Training()
+SIZE = {"mlp": 400, "convnet": 80, "resnet9": 6}  # steps a measurement
 
 
 def task(name: str, device: torch.device) -> tuple[Callable[[], nn.Module], Tensor, Tensor]:
@@ -125,14 +124,15 @@ def by_hand(name: str, device: torch.device, chunk: int) -> Contender | None:
 def ours(name: str, device: torch.device, way: Execution, precision: str = "float32") -> Contender:
     """`ensemble.train` on masks of one size, its set-up included."""
     factory, x, y = task(name, device)
-    training = ensemble.Training(epochs=1, precision=precision)
     n_models = way.chunk * way.workers
 
     def steps(n: int) -> int:
+        an_epoch = min(n, len(x) // BATCH)
         masks = np.zeros((n_models, len(x)), bool)
-        masks[:, : n * BATCH] = True  # one epoch of n steps
+        masks[:, : an_epoch * BATCH] = True
+        training = ensemble.Training(epochs=n // an_epoch, precision=precision)
         ensemble.train(factory, x, y, masks, range(n_models), training, way)
-        return n * n_models
+        return training.steps(an_epoch * BATCH) * n_models
 
     return steps
 
