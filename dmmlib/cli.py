@@ -56,6 +56,7 @@ def run(
     forget_set: Annotated[
         Path | None, typer.Option(help="A forget set's JSON file, in the preset's sets' place.")
     ] = None,
+    beside: Annotated[bool, typer.Option(help="That set beside the preset's, not in their place.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "",
     force: Annotated[bool, typer.Option(help="Run stages again that are done.")] = False,
     runs: Annotated[Path | None, typer.Option(help="Directory for everything computed (default: runs/).")] = None,
@@ -63,7 +64,7 @@ def run(
     """Run notebooks through papermill; stages already done for the same configuration are skipped."""
     try:
         overrides = _parse(set_ or []) | ({"device": device} if device else {})
-        _run(preset, stage or [], overrides, forget_set, force, runs)
+        _run(preset, stage or [], overrides, forget_set, beside, force, runs)
     except DmmError as error:
         typer.secho(f"dmm: {error}", fg=typer.colors.RED, err=True)
         raise typer.Exit(2) from None
@@ -90,6 +91,7 @@ def _run(
     wanted: list[str],
     overrides: dict[str, Any],
     forget_set: Path | None,
+    beside: bool,
     force: bool,
     runs: Path | None,
 ) -> None:
@@ -102,13 +104,15 @@ def _run(
     if runs:
         os.environ["DMM_RUNS"] = str(runs.resolve())
     own = str(forget_set.resolve()) if forget_set else None
-    study = Study(preset, overrides, forget_set=own)  # everything that can be wrong is said here
+    study = Study(preset, overrides, forget_set=own, beside=beside)  # everything that can be wrong is said here
     parameters = {
         "preset": study.preset.model_dump(mode="json", exclude_defaults=False),
         "overrides": {},
         "forget_set": own,
+        "beside": beside,
     }
-    out = study.directory if own is None else study.directory / f"forget_set-{Path(own).stem}"
+    suffix = "-beside" if beside else ""
+    out = study.directory if own is None else study.directory / f"forget_set-{Path(own).stem}{suffix}"
     for number, notebook in known.items():
         if not wanted or number in wanted:
             _stage(notebook, out, parameters, force)
@@ -184,6 +188,9 @@ def _progress(name: str) -> Iterator[None]:
     """Show on the terminal what the notebook's kernel reports."""
     from tqdm import tqdm
 
+    if PROGRESS_FILE in os.environ:  # whoever started this command shows it
+        yield
+        return
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "progress.json"
         os.environ[PROGRESS_FILE] = str(file)

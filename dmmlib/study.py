@@ -46,6 +46,7 @@ class Study:
         preset: a name in presets/, a path, or a mapping.
         overrides: dotted key -> value; see `presets.load`.
         forget_set: a JSON file of a forget set to study instead of the preset's.
+        beside: study that set beside the preset's, not instead of them.
         runs: directory for everything computed; `runs/` of the repository, or $DMM_RUNS.
         figures: directory for figures; `figures/` of the repository, or $DMM_FIGURES.
         progress: hook that is told of progress.
@@ -60,6 +61,7 @@ class Study:
         overrides: Mapping[str, Any] | None = None,
         *,
         forget_set: str | Path | None = None,
+        beside: bool = False,
         runs: str | Path | None = None,
         figures: str | Path | None = None,
         progress: Progress | None = None,
@@ -79,6 +81,13 @@ class Study:
         self.data = datasets.load(section.name, section.n_train, section.n_val, section.seed, **options)
         self._check_preset()
         self._own = forget_sets.load(Path(forget_set), self.data) if forget_set else None
+        self._beside = beside
+        taken = [part.name for part in (*self.preset.forget_sets, *self.preset.tuning.forget_sets)]
+        if beside and self._own is not None and self._own.name in taken:
+            raise ForgetSetError(
+                f"The preset has a forget set {self._own.name!r} already; save yours under another name to study it "
+                "beside."
+            )
 
     def _check_preset(self) -> None:
         for part in (*self.preset.forget_sets, *self.preset.tuning.forget_sets):
@@ -155,6 +164,16 @@ class Study:
         sequence = np.random.SeedSequence([self.preset.seed, zlib.crc32(stream.encode())])
         return sequence.generate_state(n).tolist()
 
+    def _place(self, stream: str, masks: np.ndarray) -> tuple[Path, dict[str, Any]]:
+        """Where the outputs of a stream's models lie, and everything that they depend on."""
+        config = {
+            **self._identity(),
+            "stream": stream,
+            "seed": self.preset.seed,
+            "masks": short(np.packbits(masks).tobytes()),
+        }
+        return self.runs / "store" / f"{stream.split(':')[0]}-{config_hash(config)}" / "outputs.zarr", config
+
     def train(self, stream: str, masks: np.ndarray, keep_models: bool = False) -> Store:
         """Train a model a mask, unless that is done; logits and masks go to a store.
 
@@ -164,14 +183,9 @@ class Study:
             keep_models: also keep the weights, a safetensors file a shard.
         """
         seeds = self.seeds(stream, len(masks))
-        config = {
-            **self._identity(),
-            "stream": stream,
-            "seed": self.preset.seed,
-            "masks": short(np.packbits(masks).tobytes()),
-        }
+        path, config = self._place(stream, masks)
         store = Store.open(
-            self.runs / "store" / f"{stream.split(':')[0]}-{config_hash(config)}" / "outputs.zarr",
+            path,
             config,
             len(masks),
             {
@@ -241,10 +255,19 @@ class Study:
             floor: the second, independent set (the floor, and oracle matching's teachers).
             n: how many, N by default.
         """
-        n = n or self.preset.ensembles.n_models
+        return self.train(*self._retraining(forget_set, floor, n)).read("logits")
+
+    def has_oracles(self, forget_set: ForgetSet) -> bool:
+        """Whether the oracles that a forget set's results are measured against lie on disk."""
+        path, config = self._place(*self._retraining(forget_set))
+        return path.exists() and not Store.open(path, config, 0, {}).missing()
+
+    def _retraining(
+        self, forget_set: ForgetSet, floor: bool = False, n: int | None = None
+    ) -> tuple[str, np.ndarray]:
         content = short(forget_set.indices.tobytes())[:8]
         stream = f"{'floor' if floor else 'oracles'}:{forget_set.name}:{content}"
-        return self.train(stream, np.tile(forget_set.mask(self.data.n_train), (n, 1))).read("logits")
+        return stream, np.tile(forget_set.mask(self.data.n_train), (n or self.preset.ensembles.n_models, 1))
 
     # --- datamodels ------------------------------------------------------------------------------------
 
@@ -330,12 +353,18 @@ class Study:
         train_margins = metrics.margins(self.subsets[1][:, :n], self.data.y_train)
         return datamodels.principal_loadings(self._plain_datamodel, train_margins, max(wanted, 2))
 
+    def influences(self, point: int) -> np.ndarray:
+        """How every training point acts on the margin of one point: its row (n_train,) of the datamodel matrix."""
+        margins = metrics.margins(self.subsets[1][:, [point]], self.data.y[[point]])
+        return self._plain_datamodel.adjoint(margins.T)[0]
+
     @cached_property
     def forget_sets(self) -> dict[str, ForgetSet]:
         """The reported forget sets by name; also saved as JSON in the run's directory."""
-        if self._own is not None:
-            return {self._own.name: self._own}
-        return self._make_forget_sets(self.preset.forget_sets, exclude=None)
+        own = {} if self._own is None else {self._own.name: self._own}
+        if own and not self._beside:
+            return own
+        return self._make_forget_sets(self.preset.forget_sets, exclude=None) | own
 
     @cached_property
     def tuning_sets(self) -> dict[str, ForgetSet]:
