@@ -262,9 +262,7 @@ class Study:
         path, config = self._place(*self._retraining(forget_set))
         return path.exists() and not Store.open(path, config, 0, {}).missing()
 
-    def _retraining(
-        self, forget_set: ForgetSet, floor: bool = False, n: int | None = None
-    ) -> tuple[str, np.ndarray]:
+    def _retraining(self, forget_set: ForgetSet, floor: bool = False, n: int | None = None) -> tuple[str, np.ndarray]:
         content = short(forget_set.indices.tobytes())[:8]
         stream = f"{'floor' if floor else 'oracles'}:{forget_set.name}:{content}"
         return stream, np.tile(forget_set.mask(self.data.n_train), (n or self.preset.ensembles.n_models, 1))

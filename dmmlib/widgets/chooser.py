@@ -65,8 +65,9 @@ class Chooser(w.VBox):
         self.gallery = Gallery(images, self._caption, self._heard, rows=4)
         self.scatter = Scatter(data, self._caption, self._heard)
         self.changed = Gallery(
-            images, self._caption, rows=2, selectable=False, empty="No prediction changes.", label="Changed predictions"
-        )
+            images, self._caption, rows=2, width=104, selectable=False, label="Answers that change most",
+            empty="No answer changes.",
+        )  # fmt: skip
         self._build(start)
         self.selection.on_change.append(self._show_selection)
         for view in (self.gallery, self.changed, self.scatter):
@@ -84,8 +85,8 @@ class Chooser(w.VBox):
         self.clear = _button("Clear", self.selection.clear, "Choose nothing", icon="times")
 
         self.part = w.Dropdown(options=["training", "chosen", "validation"], description="Show", **WARM)
-        self.label = w.Dropdown(options=[("all classes", None), *zip(data.class_names, range(data.n_classes))],
-                                description="Class", **WARM)  # fmt: skip
+        classes = [(name, c) for c, name in enumerate(data.class_names)]
+        self.label = w.Dropdown(options=[("all classes", None), *classes], description="Class", **WARM)
         sortable = ["memorisation", "margin", "confidence", "loss", "index"]
         self.sort = w.Dropdown(
             options=[(f"{name}, {way}", (name, way == "high to low")) for name in sortable
@@ -102,7 +103,7 @@ class Chooser(w.VBox):
             w.Dropdown(options=columns, value=f"PC {k}", description=name, **WARM)
             for k, name in ((1, "Across"), (2, "Up"))
         ]
-        self.lasso = w.ToggleButtons(options=["include", "exclude"], description="Lasso", **WARM)
+        self.lasso = w.ToggleButtons(options=["include", "exclude"], tooltips=["A lasso adds", "A lasso takes out"])
         for axis in self.axes:
             axis.observe(self._replot, names="value")
 
@@ -116,7 +117,9 @@ class Chooser(w.VBox):
         ]
         self.paste = w.Text(placeholder="indices, e.g. 3, 14, 15", description="Indices", **WARM)
         self.paste_button = _button("Include", self._paste, "Add these indices")
-        self.upload = w.FileUpload(accept=".json,.txt,.csv", description="Upload", tooltip="A saved set, or indices")
+        self.upload = w.FileUpload(
+            accept=".json,.txt,.csv", description="Upload", multiple=True, tooltip="A saved set, or indices"
+        )
         self.upload.observe(self._uploaded, names="value")
         self.load = w.Dropdown(description="Start from", **WARM)
         self.load_button = _button("Load", self._load, "Put this set in the place of what is chosen")
@@ -125,8 +128,11 @@ class Chooser(w.VBox):
         self.which.observe(self._show_changes, names="value")
 
         self.name = w.Text(value=start.name if start else "my_set", description="Name", **WARM)
-        self.save_button = _button("Save", self.save, "Write this set to the run's forget_sets directory", icon="save")
-        self.overwrite = _button("Overwrite", self._overwrite, "Put this set in the other's place", button_style="danger")
+        self.save_button = _button("Save", self.save, "Write this set to the run's forget_sets directory", icon="save",
+                                   button_style="primary")  # fmt: skip
+        self.overwrite = _button(
+            "Overwrite", self._overwrite, "Put this set in the other's place", button_style="danger"
+        )
         self.keep = _button("Keep the other", self._keep, "Save nothing")
         self.confirm = w.HBox([self.overwrite, self.keep])
         self.run_button = _button("Try on smoke preset", self.run, "Save, then unlearn it with few, small models",
@@ -141,24 +147,26 @@ class Chooser(w.VBox):
             return _classed(w.Box(children), name)
 
         self._list_sets()
+        filters = [row(self.part, self.label, self.sort), row(*self.ranges.values())]
         look = row(
-            w.VBox([row(self.part, self.label, self.sort), row(*self.ranges.values()), self.gallery, self.take_shown]),
-            w.VBox([row(*self.axes), row(self.lasso), self.scatter]),
+            w.VBox([self.gallery, row(self.take_shown)]), w.VBox([self.scatter, row(*self.axes, self.lasso)]),
             name="columns",
-        )
+        )  # fmt: skip
         pick = row(self.target, self.k, *self.picks)
         bring = row(self.load, self.load_button, self.paste, self.paste_button, self.upload)
         consequences = row(
-            self.outcome, w.VBox([row(_heading("Answers that change most"), self.which), self.changed]), name="columns"
+            w.VBox([_heading("If these images had never been seen"), self.outcome]),
+            w.VBox([row(_heading("Answers that change most"), self.which), self.changed]),
+            name="columns",
         )
         super().__init__(
             [
                 row(self.status, self.undo, self.clear, name="header"),
                 self.message,
+                *filters,
                 look,
                 pick,
                 bring,
-                _heading("If these images had never been seen"),
                 consequences,
                 row(self.name, self.save_button, self.run_button, self.confirm, name="footer"),
                 self.progress,
@@ -247,7 +255,7 @@ class Chooser(w.VBox):
 
     def _load(self) -> None:
         with self._saying():
-            if self.load.value is None:
+            if not self.load.value:
                 raise ForgetSetError("No forget set is saved yet; save one first.")
             loaded = forget_sets.load(self._path(self.load.value), self.study.data)
             self.selection.replace(loaded.indices)
@@ -334,12 +342,13 @@ class Chooser(w.VBox):
         rows = "".join(
             f'<tr><th scope="row">{split}</th>'
             + "".join(f"<td>{c[split].accuracy:.1%}</td>" for c in columns)
+            + "<td></td>"
             + "".join(f"<td>{c[split].margin:.2f}</td>" for c in columns)
             + "</tr>"
             for split in plots.SPLITS
         )
-        names = "".join(f'<th scope="col">{head}</th>' for head in heads * 2)
-        top = f'<th></th><th colspan="{len(heads)}">accuracy</th><th colspan="{len(heads)}">mean margin</th>'
+        names = "<th></th>".join(["".join(f'<th scope="col">{head}</th>' for head in heads)] * 2)
+        top = f'<th></th><th colspan="{len(heads)}">accuracy</th><th></th><th colspan="{len(heads)}">mean margin</th>'
         table = f"<table><thead><tr>{top}</tr><tr><th></th>{names}</tr></thead><tbody>{rows}</tbody></table>"
         warning = previews.warning(self.measured, preview.size)
         notice = f'<div class="dmm-notice" role="note">{html.escape(warning)}</div>' if warning else ""
@@ -361,9 +370,8 @@ class Chooser(w.VBox):
             if change is None:
                 return self._caption(point)
             place = f"#{point}" if point < data.n_train else f"#{point} val"
-            if change.new == change.old:
-                return f"{names[change.old]}, less sure", f"{place} · Δ {change.distance:.0%}"
-            return f"{names[change.old]} → {names[change.new]}", f"{place} · Δ {change.distance:.0%}"
+            answer = names[change.old] if change.new == change.old else f"{names[change.old]} → {names[change.new]}"
+            return answer, f"{place} · Δ {change.distance:.0%}"
 
         self.changed.recaption(caption)
         self.changed.set_order(np.array(list(changes), int))
@@ -375,7 +383,8 @@ class Chooser(w.VBox):
 
     def _list_sets(self) -> None:
         files = sorted(path.stem for path in (self.study.directory / "forget_sets").glob("*.json"))
-        self.load.options = [(name, name) for name in files] or [("nothing saved yet", None)]
+        self.load.options = [(name, name) for name in files] or [("nothing saved yet", "")]
+        self.load.index = 0  # a dropdown that was empty would choose none
 
     def save(self) -> bool:
         """Write the choice under its name; whether that was done. Another set of that name is asked about first."""
@@ -421,22 +430,24 @@ class Chooser(w.VBox):
         self.saved = path
         self._list_sets()
         self.load.value = chosen.name
+        notebook = html.escape(repr(str(_shown_path(path, of="notebooks"))))
         command = f"dmm run {self._preset()} --stage 04 --forget-set {_shown_path(path)}"
         self.command.value = (
             f'<div class="dmm-saved" role="status">Saved {len(chosen):,} images. Unlearn them with <code>'
             f"{html.escape(command)}</code> (add <code>--beside</code> to keep the preset’s own sets), or in notebooks "
-            f"04 and 05 with <code>forget_set = {html.escape(repr(str(_shown_path(path, of='notebooks'))))}</code></div>"
+            f"04 and 05 with <code>forget_set = {notebook}</code></div>"
         )
         self.refresh()
 
     def _preset(self) -> str:
         """How `dmm run` finds this study's preset: by name, or in a file that is written for it."""
-        ours = self.study.preset.model_dump(mode="json")
-        if self.study.preset.name in presets.names():
-            return self.study.preset.name
+        ours = self.study.preset
+        where = {"device": ours.device, "threads": ours.threads}
+        if ours.name in presets.names() and presets.load(ours.name, where) == ours:
+            return ours.name
         path = self.study.directory / "preset.yaml"
         with replacing(path) as temporary:
-            temporary.write_text(yaml.safe_dump({"preset": ours}))
+            temporary.write_text(yaml.safe_dump({"preset": ours.model_dump(mode="json")}))
         return str(_shown_path(path))
 
     def run(self) -> None:
@@ -447,12 +458,25 @@ class Chooser(w.VBox):
         if not self.save() or self.saved is None:
             return
         smoke, ours = (p.model_dump(mode="json")["data"] for p in (presets.load("smoke"), self.study.preset))
-        differing = [f"data.{key}={'null' if ours[key] is None else ours[key]}" for key in ours if ours[key] != smoke[key]]
-        arguments = ["run", "smoke", "--stage", "04", "--forget-set", str(self.saved), "--device", str(self.study.device)]
+        differing = [
+            f"data.{key}={'null' if ours[key] is None else ours[key]}" for key in ours if ours[key] != smoke[key]
+        ]
+        arguments = [
+            "run",
+            "smoke",
+            "--stage",
+            "04",
+            "--forget-set",
+            str(self.saved),
+            "--device",
+            str(self.study.device),
+        ]
         arguments += [part for setting in differing for part in ("--set", setting)]
         places = {"DMM_RUNS": str(self.study.runs), "DMM_FIGURES": str(self.study.figures)}
         overrides = {key: yaml.safe_load(value) for key, _, value in (s.partition("=") for s in differing)}
-        table = self.study.runs / presets.load("smoke", overrides).name / f"forget_set-{self.saved.stem}" / "results.csv"
+        table = (
+            self.study.runs / presets.load("smoke", overrides).name / f"forget_set-{self.saved.stem}" / "results.csv"
+        )
 
         def progress(line: str, share: float) -> None:
             self.bar.value, self.line.value = share, html.escape(line)
@@ -556,6 +580,6 @@ def _results(table: Path) -> str:
     heads = "".join(f'<th scope="col">{h}</th>' for h in ("method", "cost", *plots.SPLITS))
     return (
         f'<div class="dmm-saved dmm-outcome" role="status"><b>Smoke run done.</b> KLoM, 95th percentile, N = '
-        f"{int(results['n_models'].max())} small models of each kind: a first look, not a result.<table><thead><tr>{heads}"
-        f"</tr></thead><tbody>{rows}</tbody></table></div>"
+        f"{int(results['n_models'].max())} small models of each kind: a first look, not a result."
+        f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
     )

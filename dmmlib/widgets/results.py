@@ -81,10 +81,10 @@ class Results(w.VBox):
     def picture(self, point: int) -> bytes:
         """A PNG of the histograms of one point's margins: oracles, originals and every method, two a panel."""
         data = self.study.data
-        panels = [
-            (f"{plots.label(m)}: KLoM {self.kloms[m][point]:.1f}", {"retrain": self._oracles[:, point], m: values[:, point]})
-            for m, values in self._margins.items()
-        ]  # fmt: skip
+        panels = []
+        for m, values in self._margins.items():
+            title = f"{plots.label(m)}: KLoM {self.kloms[m][point]:.1f}"
+            panels.append((title, {"retrain": self._oracles[:, point], m: values[:, point]}))
         best = min(self.kloms, key=lambda m: self.kloms[m][point])
         figure = plots.margin_histograms(
             panels,

@@ -72,12 +72,14 @@ class Gallery(View):
 
     Args:
         rows: that fit without scrolling.
+        width: of a tile at least, in pixels.
         selectable: a click and the space bar include and exclude.
         empty: shown where there is no point to show.
     """
 
     order = t.Bytes().tag(sync=True)  # int32 (n_shown,)
     rows = t.Int(4).tag(sync=True)
+    width = t.Int(76).tag(sync=True)
     selectable = t.Bool(True).tag(sync=True)
     empty = t.Unicode("No image passes these filters.").tag(sync=True)
 
@@ -112,8 +114,8 @@ class Scatter(View):
         )
 
     def set_columns(self, x: np.ndarray, y: np.ndarray, names: tuple[str, str]) -> None:
-        """Place the points by two columns (n_train,), each scaled to its range."""
-        columns = [(c - c.min()) / max(float(np.ptp(c)), 1e-12) for c in (x, y)]
+        """Place the points by two columns (n_train,); long tails are drawn in, so that the middle is seen."""
+        columns = [_spread(c) for c in (x, y)]
         with self.hold_sync():
             self.xy = np.stack(columns, 1).astype(np.float32).tobytes()
             self.axes = list(names)
@@ -121,3 +123,10 @@ class Scatter(View):
                 f"Scatter of {len(x)} training images by {names[0]} and {names[1]}. Draw a lasso with the mouse; with "
                 "the keyboard, use the filters and the gallery."
             )
+
+
+def _spread(values: np.ndarray) -> np.ndarray:
+    """Values mapped to [0, 1] in their order: linear around the median, logarithmic beyond the quartiles."""
+    low, middle, high = np.percentile(values, [25, 50, 75])
+    bent = np.arcsinh((values - middle) / max(high - low, 1e-12))
+    return (bent - bent.min()) / max(float(np.ptp(bent)), 1e-12)

@@ -1,7 +1,7 @@
 // The two views of dmmlib.widgets: a virtualised gallery and a scatter with a lasso. Python holds the state; a view
 // shows it and says what the user did. Only images that are seen are asked for, and each once.
 
-const TILE = { width: 78, height: 102 };
+const HEIGHT = 102; // of a tile
 const OVERSCAN = 2; // rows drawn above and below those that are seen
 const KEPT = 5000; // thumbnails held in memory
 
@@ -127,6 +127,7 @@ function gallery({ model, el }) {
 
   let order, chosen;
   let columns = 1;
+  let width = 0; // of a tile
   const tiles = new Map(); // position in the order -> element
   const images = thumbnails(model, draw);
   const selectable = model.get("selectable");
@@ -142,8 +143,9 @@ function gallery({ model, el }) {
       node("span", { class: "dmm-detail" }),
     );
     element.setAttribute("aria-posinset", position + 1);
-    element.style.left = `${(position % columns) * TILE.width}px`;
-    element.style.top = `${Math.floor(position / columns) * TILE.height}px`;
+    element.style.left = `${(position % columns) * width}px`;
+    element.style.width = `${width - 4}px`;
+    element.style.top = `${Math.floor(position / columns) * HEIGHT}px`;
     element.addEventListener("click", (event) => {
       focus(order[position]);
       if (selectable && !event.shiftKey) toggle(order[position]);
@@ -153,8 +155,8 @@ function gallery({ model, el }) {
   }
 
   function draw() {
-    const first = Math.max(0, Math.floor(viewport.scrollTop / TILE.height) - OVERSCAN) * columns;
-    const seen = Math.ceil(viewport.clientHeight / TILE.height) + 2 * OVERSCAN;
+    const first = Math.max(0, Math.floor(viewport.scrollTop / HEIGHT) - OVERSCAN) * columns;
+    const seen = Math.ceil(viewport.clientHeight / HEIGHT) + 2 * OVERSCAN;
     const last = Math.min(order.length, first + seen * columns);
     for (const [position, element] of tiles) {
       if (position < first || position >= last) {
@@ -187,8 +189,9 @@ function gallery({ model, el }) {
   }
 
   function layout() {
-    columns = Math.max(1, Math.floor(viewport.clientWidth / TILE.width));
-    spacer.style.height = `${Math.ceil(order.length / columns) * TILE.height}px`;
+    columns = Math.max(1, Math.floor(viewport.clientWidth / model.get("width")));
+    width = viewport.clientWidth / columns;
+    spacer.style.height = `${Math.ceil(order.length / columns) * HEIGHT}px`;
     spacer.dataset.empty = order.length ? "" : model.get("empty");
     tiles.forEach((element) => element.remove());
     tiles.clear();
@@ -219,8 +222,8 @@ function gallery({ model, el }) {
 
   function reveal() {
     const row = Math.floor(Math.max(0, order.indexOf(model.get("focus"))) / columns);
-    const top = row * TILE.height;
-    const bottom = top + TILE.height;
+    const top = row * HEIGHT;
+    const bottom = top + HEIGHT;
     if (top < viewport.scrollTop) viewport.scrollTop = top;
     else if (bottom > viewport.scrollTop + viewport.clientHeight) viewport.scrollTop = bottom - viewport.clientHeight;
   }
@@ -228,7 +231,7 @@ function gallery({ model, el }) {
   viewport.addEventListener("scroll", draw, { passive: true });
   viewport.addEventListener("keydown", (event) => {
     if (!order.length) return;
-    const page = Math.max(1, Math.floor(viewport.clientHeight / TILE.height)) * columns;
+    const page = Math.max(1, Math.floor(viewport.clientHeight / HEIGHT)) * columns;
     const steps = {
       ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns,
       PageUp: -page, PageDown: page, Home: -order.length, End: order.length,
@@ -261,7 +264,7 @@ function gallery({ model, el }) {
   const unwatch = watchKernel(model, el, () => (selectable ? chosenIndices(chosen) : []));
 
   const resized = new ResizeObserver(layout);
-  viewport.style.height = `${model.get("rows") * TILE.height}px`;
+  viewport.style.height = `${model.get("rows") * HEIGHT}px`;
   order = typed(model.get("order"), Int32Array);
   chosen = typed(model.get("chosen"), Uint8Array);
   name();
@@ -329,6 +332,7 @@ function scatter({ model, el }) {
   function draw() {
     const scale = window.devicePixelRatio || 1;
     const [width, height] = [canvas.clientWidth, canvas.clientHeight];
+    if (!width) return setTimeout(redraw, 200); // hidden, as for a moment when the theme changes
     canvas.width = width * scale;
     canvas.height = height * scale;
     context.setTransform(scale, 0, 0, scale, 0, 0);
