@@ -27,6 +27,7 @@ from dmmlib.widgets.selection import Filters, Selection, measures, memorisation,
 from dmmlib.widgets.views import Gallery, Scatter
 
 N_CHANGES = 24  # changed answers shown
+N_STILL = 14  # images a row of the still picture
 WARM = {"style": {"description_width": "initial"}}
 
 
@@ -197,8 +198,11 @@ class Chooser(w.VBox):
 
     def _heard(self, message: dict[str, Any]) -> None:
         """A message of the browser; see `View`."""
+        kind = message["kind"]
+        if kind == "settled":
+            self.refresh()
+            return
         with self._saying():
-            kind = message["kind"]
             if kind == "toggle":
                 self.selection.toggle(message["index"])
             elif kind == "lasso":
@@ -206,8 +210,6 @@ class Chooser(w.VBox):
                 (self.selection.remove if remove else self.selection.add)(message["indices"])
             elif kind == "undo":
                 self.selection.undo()
-            elif kind == "settled":
-                self.refresh()
 
     def _focused(self, change: Any) -> None:
         for view in (self.gallery, self.changed, self.scatter):
@@ -294,9 +296,10 @@ class Chooser(w.VBox):
         counts = self.selection.counts(data.y_train, data.n_classes)
         parts = " · ".join(f"{data.class_names[c]} {counts[c]}" for c in np.argsort(-counts) if counts[c])
         self.status.value = (
-            f'<div role="status"><b>{len(self.selection):,}</b> of {data.n_train:,} images to be forgotten'
+            f"<div><b>{len(self.selection):,}</b> of {data.n_train:,} images to be forgotten"
             f'<span class="dmm-quiet">{html.escape(f" · {parts}" if parts else "")}</span></div>'
         )
+        self._hide(self.confirm)
         self.undo.disabled, self.clear.disabled = not self.selection.can_undo, not len(self.selection)
         if self.part.value == "chosen" or not self.gallery.order:
             self._refilter()
@@ -482,15 +485,16 @@ class Chooser(w.VBox):
             self.bar.value, self.line.value = share, html.escape(line)
 
         def ended(code: int, said: str) -> None:
-            self.cancel.disabled, self.run_button.disabled = True, False
-            self.progress.layout.display = "none"
-            if self.job is not None and self.job.cancelled:
-                self.command.value = '<div class="dmm-saved">Cancelled; what was trained is kept.</div>'
-            elif code:
-                last = said.splitlines()[-1] if said else f"it ended with code {code}"
-                self.message.value = f'<div class="dmm-notice" role="alert">The run failed: {html.escape(last)}</div>'
-            else:
-                self.command.value = _results(table)
+            self._hide(self.progress)
+            self.run_button.disabled = False
+            with self._saying():
+                if self.job is not None and self.job.cancelled:
+                    self.command.value = '<div class="dmm-saved">Cancelled; what was trained is kept.</div>'
+                elif code:
+                    raise DmmError(f"The run failed: {said.splitlines()[-1] if said else f'code {code}'}")
+                else:
+                    self.command.value = _results(table)
+                    self.refresh()
 
         self.bar.value, self.line.value, self.progress.layout.display = 0, "starting", ""
         self.cancel.disabled, self.run_button.disabled = False, True
@@ -508,13 +512,13 @@ class Chooser(w.VBox):
         import matplotlib.pyplot as plt
 
         data, n = self.study.data, self.study.data.n_train
-        rows = {"most memorised": np.argsort(-self.known["memorisation"][:n], kind="stable")}
+        rows = {"most memorised": np.argsort(-self.known["memorisation"][:n], kind="stable")[:N_STILL]}
         title, caption = f"{len(self.selection)} of {n:,} images chosen", "Nothing is predicted for this choice."
         if len(self.selection):
             rows = {"chosen": self.selection.indices} | rows
         if self.preview is not None:
             training = np.setdiff1d(np.arange(n), self.selection.indices)
-            rows["changed most"] = np.array([c.point for c in self.preview.changes.top(n, training)])
+            rows["changed most"] = np.array([c.point for c in self.preview.changes.top(N_STILL, training)])
             before, after = self.preview.before, self.preview.after
             title = (
                 f"{len(self.selection)} of {n:,} images chosen: accuracy on them is predicted to go from "

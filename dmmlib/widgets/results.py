@@ -26,7 +26,7 @@ class Results(w.VBox):
 
     def __init__(self, study: Study, forget_set: ForgetSet) -> None:
         self.study, self.forget_set = study, forget_set
-        methods = [m for m in study.preset.unlearning.methods if m != "retrain"]
+        methods = ["do_nothing", *(m for m in study.preset.unlearning.methods if m not in ("do_nothing", "retrain"))]
         self._oracles = study.reference(forget_set)[0]
         self._margins = {m: study.unlearned(m, forget_set).margins for m in methods}
         self.kloms = {m: metrics.klom(margins, self._oracles) for m, margins in self._margins.items()}
@@ -79,17 +79,19 @@ class Results(w.VBox):
         self.histogram.value = f'<img class="dmm-figure" src="data:image/png;base64,{image}" alt="KLoM: {text}">'
 
     def picture(self, point: int) -> bytes:
-        """A PNG of the histograms of one point's margins: oracles, originals and every method, two a panel."""
+        """A PNG of the histograms of one point's margins: oracles, originals and a method a panel."""
         data = self.study.data
         panels = []
         for m, values in self._margins.items():
             title = f"{plots.label(m)}: KLoM {self.kloms[m][point]:.1f}"
-            panels.append((title, {"retrain": self._oracles[:, point], m: values[:, point]}))
+            groups = {"retrain": self._oracles, "do_nothing": self._margins["do_nothing"], m: values}
+            panels.append((title, {name: margins[:, point] for name, margins in groups.items()}))
         best = min(self.kloms, key=lambda m: self.kloms[m][point])
         figure = plots.margin_histograms(
             panels,
             f"#{point} {data.class_names[data.y[point]]}: {plots.label(best)} comes nearest to retraining",
-            f"{self.forget_set.name}; margins over N = {len(self._oracles)} models of each kind; grey: oracles.",
+            f"{self.forget_set.name}; margins over N = {len(self._oracles)} models of each kind; filled: oracles, grey "
+            "line: originals.",
         )
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=80, bbox_inches="tight", metadata={"Software": None})

@@ -88,10 +88,11 @@ function paint(canvas, image, grey) {
   context.putImageData(image, 0, 0);
 }
 
-// Keys typed in the widget are the widget's: JupyterLab's own shortcuts (dd deletes a cell) stay out.
+// Keys typed in the widget are the widget's: JupyterLab's own shortcuts (dd deletes a cell) skip marked elements.
 function guardKeys(el) {
-  el.dataset.lmSuppressShortcuts = "true";
-  requestAnimationFrame(() => el.closest(".dmm-widget")?.setAttribute("data-lm-suppress-shortcuts", "true"));
+  const guard = (event) => (event.target.dataset.lmSuppressShortcuts = "true");
+  el.addEventListener("focusin", guard);
+  requestAnimationFrame(() => el.closest(".dmm-widget")?.addEventListener("focusin", guard)); // its plain controls too
 }
 
 // A sentence once the kernel has gone, with what was chosen, so that it can be pasted into a new widget.
@@ -121,8 +122,9 @@ function gallery({ model, el }) {
   const id = `dmm-${Math.random().toString(36).slice(2)}`;
   const spacer = node("div", { class: "dmm-spacer" });
   const viewport = node("div", { class: "dmm-viewport", role: "listbox", tabindex: 0 }, spacer);
+  const spoken = node("div", { class: "dmm-spoken", role: "status" }); // for screen readers
   el.classList.add("dmm-gallery");
-  el.append(viewport);
+  el.append(viewport, spoken);
   guardKeys(el);
 
   let order, chosen;
@@ -206,6 +208,7 @@ function gallery({ model, el }) {
 
   function mark() {
     chosen = typed(model.get("chosen"), Uint8Array);
+    if (selectable) spoken.textContent = `${chosenIndices(chosen).length} images to be forgotten`;
     draw();
   }
 
