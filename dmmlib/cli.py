@@ -111,8 +111,7 @@ def _run(
         "forget_set": own,
         "beside": beside,
     }
-    suffix = "-beside" if beside else ""
-    out = study.directory if own is None else study.directory / f"forget_set-{Path(own).stem}{suffix}"
+    out = study.output
     for number, notebook in known.items():
         if not wanted or number in wanted:
             _stage(notebook, out, parameters, force)
@@ -120,7 +119,7 @@ def _run(
     typer.echo(f"executed notebooks: {out / 'notebooks'}")
     if tables:
         typer.echo("tables:             " + ", ".join(str(t) for t in tables))
-    typer.echo(f"figures:            {study.figures / study.preset.name}")
+    typer.echo(f"figures:            {study.figures / out.relative_to(study.runs)}")
 
 
 def _stage(notebook: Path, out: Path, parameters: dict[str, Any], force: bool) -> None:

@@ -110,12 +110,19 @@ class Study:
 
     @property
     def directory(self) -> Path:
-        """Where this run's notebooks, tables and forget sets lie."""
+        """Where this preset's forget sets lie."""
         return self.runs / self.preset.name
 
+    @property
+    def output(self) -> Path:
+        """Where this run's notebooks and tables lie; with a forget set of one's own apart from the preset's."""
+        if self._own is None:
+            return self.directory
+        return self.directory / f"forget_set-{self._own.name}{'-beside' if self._beside else ''}"
+
     def save_figure(self, figure: Figure, name: str) -> Path:
-        """Write a figure to figures/<preset>/<name>.png."""
-        path = self.figures / self.preset.name / f"{name}.png"
+        """Write a figure to figures/<preset>/<name>.png; see `output` for a forget set of one's own."""
+        path = self.figures / self.output.relative_to(self.runs) / f"{name}.png"
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
         return path
@@ -554,7 +561,7 @@ class Study:
 
     def save_table(self, table: pd.DataFrame, name: str) -> Path:
         """Write a table to the run's directory as CSV, atomically."""
-        path = self.directory / name
+        path = self.output / name
         with replacing(path) as temporary:
             table.to_csv(temporary, index=False, float_format="%.6g")
         return path

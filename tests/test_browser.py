@@ -53,8 +53,9 @@ def browser():
 def place(tmp_path_factory):
     """Copies of the notebooks, not yet run, on the smoke preset."""
     folder = tmp_path_factory.mktemp("lab")
+    (folder / "notebooks").mkdir()
     for path in NOTEBOOKS:
-        write_parameters(path, folder / path.name)
+        write_parameters(path, folder / "notebooks" / path.name)
     return folder
 
 
@@ -83,9 +84,10 @@ def url(place):
                "JUPYTERLAB_WORKSPACES_DIR": "workspaces", "DMM_RUNS": "runs", "DMM_FIGURES": "figures"}  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **{k: str(place / v) for k, v in folders.items()}}
     with open(place / "lab.log", "wb") as log:
+        root = place / "notebooks"
         server = subprocess.Popen(
             [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
-             "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={place}",
+             "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={root}",
              "--LabApp.expose_app_in_browser=True"],
             env=environment, stdout=log, stderr=log,
         )  # fmt: skip
@@ -278,6 +280,7 @@ def test_choose_by_eye_preview_save_and_unlearn(page, url, place):
     notice = widget.get_by_text("The kernel behind this widget has stopped")
     notice.first.wait_for()
     assert "3, 14, 15" in notice.first.inner_text()
+    screenshot(page, widget, "03_kernel_gone")
     assert len(forget_sets.load(path, Study("smoke", runs=place / "runs").data)) == 15
     shut_down(page)
 
@@ -286,7 +289,7 @@ def test_notebook_04_unlearns_the_saved_set(page, url, place):
     path = place / "runs" / "smoke" / "forget_sets" / "by_eye.json"
     if not path.exists():
         pytest.skip("the test before saves the set")
-    write_parameters(ROOT / "notebooks" / UNLEARN, place / "04_mine.ipynb", forget_set=str(path))
+    write_parameters(ROOT / "notebooks" / UNLEARN, place / "notebooks" / "04_mine.ipynb", forget_set=str(path))
     outputs = run_all(page, url("04_mine.ipynb"))
     assert_clean(outputs)
     assert "by_eye" in json.dumps(outputs)

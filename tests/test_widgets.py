@@ -441,6 +441,7 @@ def test_a_users_own_set_gets_its_oracles_once_alone_and_beside(tiny, tmp_path, 
     beside = Study(TINY, forget_set=chooser.saved, beside=True, **places)
     assert list(beside.forget_sets) == ["random_6", "pc1", "mine"]
     np.testing.assert_array_equal(beside.reference(beside.forget_sets["mine"])[0], first)
+    assert alone.output != beside.output != beside.directory, "neither writes over the preset's own tables"
     chooser.refresh()
     assert "retrained" in chooser.outcome.value, "and the widget shows them"
 

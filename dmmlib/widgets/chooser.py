@@ -87,7 +87,7 @@ class Chooser(w.VBox):
 
         self.part = w.Dropdown(options=["training", "chosen", "validation"], description="Show", **WARM)
         classes = [(name, c) for c, name in enumerate(data.class_names)]
-        self.label = w.Dropdown(options=[("all classes", None), *classes], description="Class", **WARM)
+        self.label = w.Dropdown(options=[("all classes", -1), *classes], description="Class", **WARM)
         sortable = ["memorisation", "margin", "confidence", "loss", "index"]
         self.sort = w.Dropdown(
             options=[(f"{name}, {way}", (name, way == "high to low")) for name in sortable
@@ -104,7 +104,7 @@ class Chooser(w.VBox):
             w.Dropdown(options=columns, value=f"PC {k}", description=name, **WARM)
             for k, name in ((1, "Across"), (2, "Up"))
         ]
-        self.lasso = w.ToggleButtons(options=["include", "exclude"], tooltips=["A lasso adds", "A lasso takes out"])
+        self.lasso = w.ToggleButtons(options=[("lasso adds", "include"), ("takes out", "exclude")])
         for axis in self.axes:
             axis.observe(self._replot, names="value")
 
@@ -268,7 +268,7 @@ class Chooser(w.VBox):
     def _positions(self) -> np.ndarray:
         filters = Filters(
             self.part.value,
-            self.label.value,
+            None if self.label.value < 0 else self.label.value,
             {name: r.value for name, r in self.ranges.items() if r.value != (r.min, r.max)},
             *self.sort.value,
         )

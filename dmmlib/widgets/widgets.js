@@ -100,7 +100,7 @@ function watchKernel(model, el, chosen) {
   const notice = node("div", { class: "dmm-notice", role: "alert" });
   const check = () =>
     setTimeout(() => {
-      const gone = el.classList.contains("jupyter-widgets-disconnected");
+      const gone = el.closest(".jupyter-widgets-disconnected");
       notice.remove();
       if (!gone) return;
       const indices = chosen();
