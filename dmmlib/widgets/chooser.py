@@ -104,7 +104,9 @@ class Chooser(w.VBox):
             w.Dropdown(options=columns, value=f"PC {k}", description=name, **WARM)
             for k, name in ((1, "Across"), (2, "Up"))
         ]
-        self.lasso = w.ToggleButtons(options=[("lasso adds", "include"), ("takes out", "exclude")])
+        self.lasso = w.ToggleButtons(
+            options=[("lasso +", "include"), ("lasso −", "exclude")], tooltips=["A lasso adds", "A lasso takes out"]
+        )
         for axis in self.axes:
             axis.observe(self._replot, names="value")
 

@@ -40,7 +40,6 @@ class Results(w.VBox):
         self.split = w.Dropdown(options=plots.SPLITS, description="Points", **options)
         self.order = w.Dropdown(options=[("worst first", True), ("best first", False)], description="Sort", **options)
         self.gallery = Gallery(study.data.x, self._caption, rows=3, selectable=False)
-        self.gallery.set_chosen(~forget_set.mask(study.data.n_train))
         self.histogram = w.HTML()
         controls = w.Box([self.method, self.split, self.order])
         controls.add_class("dmm-row")

@@ -100,14 +100,15 @@ function watchKernel(model, el, chosen) {
   const notice = node("div", { class: "dmm-notice", role: "alert" });
   const check = () =>
     setTimeout(() => {
-      const gone = el.closest(".jupyter-widgets-disconnected");
+      const root = el.closest(".dmm-widget") ?? el;
       notice.remove();
-      if (!gone) return;
+      const first = root === el || root.querySelector(".dmm-gallery") === el; // one sentence a widget
+      if (!first || !el.closest(".jupyter-widgets-disconnected")) return;
       const indices = chosen();
       notice.textContent =
         "The kernel behind this widget has stopped; run its cell again. Saved forget sets are kept on disk." +
         (indices.length ? ` Chosen here, to paste there: ${indices.join(", ")}` : "");
-      el.prepend(notice);
+      root.prepend(notice);
     });
   model.on("comm_live_update", check);
   return () => model.off("comm_live_update", check);
