@@ -310,6 +310,55 @@ def test_notebook_05_leads_to_the_image_behind_a_number(page, url):
     shut_down(page)
 
 
+TEN_THOUSAND = """
+import numpy as np
+from dmmlib import data
+from dmmlib.widgets.views import Gallery
+
+images = data.load("fashion-mnist").x_train
+gallery = Gallery(images, lambda i: ("image", f"#{i}"), label="all")
+gallery.set_chosen(np.zeros(len(images), bool))
+gallery.set_order(np.arange(len(images)))
+gallery
+"""
+
+
+def test_ten_thousand_images_scroll_smoothly(page, url, place):
+    cell = {
+        "cell_type": "code",
+        "id": "a",
+        "metadata": {},
+        "source": TEN_THOUSAND,
+        "outputs": [],
+        "execution_count": None,
+    }
+    content = {"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    content["metadata"] = {"kernelspec": kernel}
+    (place / "notebooks" / "many.ipynb").write_text(json.dumps(content))
+    assert_clean(run_all(page, url("many.ipynb")))
+    page.locator(".dmm-tile").first.wait_for()
+    frames = page.evaluate("""async () => {
+        const viewport = document.querySelector('.dmm-viewport');
+        const times = [];
+        let last = performance.now();
+        for (let k = 0; k < 120; k++) {  // two seconds of steady scrolling, 150 pixels a frame
+            viewport.scrollTop += 150;
+            await new Promise(requestAnimationFrame);
+            times.push(performance.now() - last);
+            last = performance.now();
+        }
+        viewport.scrollTop = viewport.scrollHeight;
+        return times;
+    }""")
+    page.wait_for_function("document.querySelector('.dmm-viewport').innerText.includes('#9999')")
+    page.wait_for_function("!document.querySelector('.dmm-loading')")
+    assert page.locator(".dmm-tile").count() < 200
+    print(f"frame: median {np.median(frames):.0f} ms, longest {max(frames):.0f} ms")
+    assert np.median(frames) < 100, "ten frames a second on one busy core, sixty on a free one"
+    shut_down(page)
+
+
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.name not in (CHOOSE, ANALYSE)], ids=lambda p: p.stem)
 def test_first_run_in_jupyterlab_shows_no_warning_and_no_red(page, url, path):
     assert_clean(run_all(page, url(path.name)))

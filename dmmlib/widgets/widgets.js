@@ -157,6 +157,21 @@ function gallery({ model, el }) {
     return element;
   }
 
+  function show(element, index, found, isCurrent, isChosen) {
+    const [title, detail] = found ? [found.title, found.detail] : ["", `#${index}`];
+    const [canvas, head, foot] = element.children;
+    paint(canvas, found?.image, model.get("shape")[2] === 1);
+    head.textContent = title;
+    foot.textContent = detail;
+    element.title = `${title} ${detail}`;
+    element.dataset.index = index;
+    element.classList.toggle("dmm-loading", !found);
+    element.classList.toggle("dmm-current", isCurrent);
+    element.classList.toggle("dmm-chosen", isChosen);
+    element.setAttribute("aria-selected", isChosen);
+    element.setAttribute("aria-label", `${title}, ${detail}${isChosen ? ", to be forgotten" : ""}`);
+  }
+
   function draw() {
     const first = Math.max(0, Math.floor(viewport.scrollTop / HEIGHT) - OVERSCAN) * columns;
     const seen = Math.ceil(viewport.clientHeight / HEIGHT) + 2 * OVERSCAN;
@@ -168,25 +183,15 @@ function gallery({ model, el }) {
       }
     }
     const current = model.get("focus");
-    const grey = model.get("shape")[2] === 1;
     viewport.removeAttribute("aria-activedescendant");
     for (let position = first; position < last; position++) {
       if (!tiles.has(position)) tiles.set(position, tile(position));
       const element = tiles.get(position);
       const index = order[position];
       const found = images.get(index);
-      const [title, detail] = found ? [found.title, found.detail] : ["", `#${index}`];
-      const [canvas, head, foot] = element.children;
-      paint(canvas, found?.image, grey);
-      head.textContent = title;
-      foot.textContent = detail;
-      element.title = `${title} ${detail}`;
-      element.dataset.index = index;
-      element.classList.toggle("dmm-loading", !found);
-      element.classList.toggle("dmm-current", index === current);
-      element.classList.toggle("dmm-chosen", !!chosen[index]);
-      element.setAttribute("aria-selected", !!chosen[index]);
-      element.setAttribute("aria-label", `${title}, ${detail}${chosen[index] ? ", to be forgotten" : ""}`);
+      const state = [found, index === current, !!chosen[index]];
+      if (!element.state?.every((value, k) => value === state[k])) show(element, index, ...state);
+      element.state = state;
       if (index === current) viewport.setAttribute("aria-activedescendant", element.id);
     }
   }
