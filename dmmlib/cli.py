@@ -56,6 +56,7 @@ def run(
     forget_set: Annotated[
         Path | None, typer.Option(help="A forget set's JSON file, in the preset's sets' place.")
     ] = None,
+    beside: Annotated[bool, typer.Option(help="That set beside the preset's, not in their place.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "",
     scheduler: Annotated[
         str, typer.Option(help="Who trains: local, local-cluster, cluster (the preset's), or a Dask address.")
@@ -76,7 +77,7 @@ def run(
         if dry_run:
             _dry_run(preset, overrides, runs)
         else:
-            _run(preset, stage or [], overrides, forget_set, force, runs)
+            _run(preset, stage or [], overrides, forget_set, beside, force, runs)
     except DmmError as error:
         typer.secho(f"dmm: {error}", fg=typer.colors.RED, err=True)
         raise typer.Exit(2) from None
@@ -167,6 +168,7 @@ def _run(
     wanted: list[str],
     overrides: dict[str, Any],
     forget_set: Path | None,
+    beside: bool,
     force: bool,
     runs: Path | None,
 ) -> None:
@@ -180,13 +182,14 @@ def _run(
     if runs:
         os.environ["DMM_RUNS"] = str(runs.resolve())
     own = str(forget_set.resolve()) if forget_set else None
-    study = Study(preset, overrides, forget_set=own)  # everything that can be wrong is said here
+    study = Study(preset, overrides, forget_set=own, beside=beside)  # everything that can be wrong is said here
     parameters = {
         "preset": study.preset.model_dump(mode="json", exclude_defaults=False),
         "overrides": {},
         "forget_set": own,
+        "beside": beside,
     }
-    out = study.directory if own is None else study.directory / f"forget_set-{Path(own).stem}"
+    out = study.output
     record(study, out)
     for number, notebook in known.items():
         if not wanted or number in wanted:
@@ -195,7 +198,7 @@ def _run(
     typer.echo(f"executed notebooks: {out / 'notebooks'}")
     if tables:
         typer.echo("tables:             " + ", ".join(str(t) for t in tables))
-    typer.echo(f"figures:            {study.figures / study.preset.name}")
+    typer.echo(f"figures:            {study.figures / out.relative_to(study.runs)}")
 
 
 def _dry_run(preset: str, overrides: dict[str, Any], runs: Path | None) -> None:
@@ -270,6 +273,9 @@ def _progress(name: str) -> Iterator[None]:
     """Show on the terminal what the notebook's kernel reports."""
     from tqdm import tqdm
 
+    if PROGRESS_FILE in os.environ:  # whoever started this command shows it
+        yield
+        return
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "progress.json"
         os.environ[PROGRESS_FILE] = str(file)

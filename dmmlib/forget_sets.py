@@ -100,7 +100,15 @@ def load(path: Path, data: Dataset) -> ForgetSet:
         StoreError: if the file is missing or no JSON.
         ForgetSetError: if it was made for other data, or its indices cannot be used.
     """
-    content = read_json(path)
+    return parse(read_json(path), data, str(path))
+
+
+def parse(content: Any, data: Dataset, path: str) -> ForgetSet:
+    """What `ForgetSet.save` wrote, for this data set; `path` is named where it cannot be used.
+
+    Raises:
+        ForgetSetError: as for `load`.
+    """
     missing = {"name", "indices", "data_sha256"} - set(content if isinstance(content, dict) else {})
     if missing:
         raise ForgetSetError(f"{path} lacks {', '.join(sorted(missing))}; save forget sets with ForgetSet.save.")

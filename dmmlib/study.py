@@ -81,6 +81,7 @@ class Study:
         preset: a name in presets/, a path, or a mapping.
         overrides: dotted key -> value; see `presets.load`.
         forget_set: a JSON file of a forget set to study instead of the preset's.
+        beside: study that set beside the preset's, not instead of them.
         runs: directory for everything computed; `runs/` of the repository, or $DMM_RUNS.
         figures: directory for figures; `figures/` of the repository, or $DMM_FIGURES.
         progress: hook that is told of progress.
@@ -95,6 +96,7 @@ class Study:
         overrides: Mapping[str, Any] | None = None,
         *,
         forget_set: str | Path | None = None,
+        beside: bool = False,
         runs: str | Path | None = None,
         figures: str | Path | None = None,
         progress: Progress | None = None,
@@ -114,6 +116,13 @@ class Study:
         self.data = datasets.load(section.name, section.n_train, section.n_val, section.seed, **options)
         self._check_preset()
         self._own = forget_sets.load(Path(forget_set), self.data) if forget_set else None
+        self._beside = beside
+        taken = [part.name for part in (*self.preset.forget_sets, *self.preset.tuning.forget_sets)]
+        if beside and self._own is not None and self._own.name in taken:
+            raise ForgetSetError(
+                f"The preset has a forget set {self._own.name!r} already; save yours under another name to study it "
+                "beside."
+            )
 
     def _check_preset(self) -> None:
         for part in (*self.preset.forget_sets, *self.preset.tuning.forget_sets):
@@ -136,12 +145,19 @@ class Study:
 
     @property
     def directory(self) -> Path:
-        """Where this run's notebooks, tables and forget sets lie."""
+        """Where this preset's forget sets lie."""
         return self.runs / self.preset.name
 
+    @property
+    def output(self) -> Path:
+        """Where this run's notebooks and tables lie; with a forget set of one's own apart from the preset's."""
+        if self._own is None:
+            return self.directory
+        return self.directory / f"forget_set-{self._own.name}{'-beside' if self._beside else ''}"
+
     def save_figure(self, figure: Figure, name: str) -> Path:
-        """Write a figure to figures/<preset>/<name>.png."""
-        path = self.figures / self.preset.name / f"{name}.png"
+        """Write a figure to figures/<preset>/<name>.png; see `output` for a forget set of one's own."""
+        path = self.figures / self.output.relative_to(self.runs) / f"{name}.png"
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
         return path
@@ -396,6 +412,11 @@ class Study:
         """Train the oracles of all forget sets, at once where there are workers for it."""
         self.train(*(self._oracle_stream(f, floor) for f in self.forget_sets.values() for floor in (False, True)))
 
+    def has_oracles(self, forget_set: ForgetSet) -> bool:
+        """Whether the oracles that a forget set's results are measured against are all trained."""
+        stream = self._oracle_stream(forget_set)
+        return self._exists(stream) and not self._store(stream).missing()
+
     # --- datamodels ------------------------------------------------------------------------------------
 
     def subset_masks(self) -> np.ndarray:
@@ -484,12 +505,18 @@ class Study:
         train_margins = metrics.margins(self.subsets[1][:, :n], self.data.y_train)
         return datamodels.principal_loadings(self._plain_datamodel, train_margins, max(wanted, 2))
 
+    def influences(self, point: int) -> np.ndarray:
+        """How every training point acts on the margin of one point: its row (n_train,) of the datamodel matrix."""
+        margins = metrics.margins(self.subsets[1][:, [point]], self.data.y[[point]])
+        return self._plain_datamodel.adjoint(margins.T)[0]
+
     @cached_property
     def forget_sets(self) -> dict[str, ForgetSet]:
         """The reported forget sets by name; also saved as JSON in the run's directory."""
-        if self._own is not None:
-            return {self._own.name: self._own}
-        return self._make_forget_sets(self.preset.forget_sets, exclude=None)
+        own = {} if self._own is None else {self._own.name: self._own}
+        if own and not self._beside:
+            return own
+        return self._make_forget_sets(self.preset.forget_sets, exclude=None) | own
 
     @cached_property
     def tuning_sets(self) -> dict[str, ForgetSet]:
@@ -690,7 +717,7 @@ class Study:
 
     def save_table(self, table: pd.DataFrame, name: str) -> Path:
         """Write a table to the run's directory as CSV, atomically."""
-        path = self.directory / name
+        path = self.output / name
         with replacing(path) as temporary:
             table.to_csv(temporary, index=False, float_format="%.6g")
         return path

@@ -32,6 +32,8 @@ def publish_notebook(path: Path) -> None:
             for output in cell.outputs:
                 if "execution_count" in output:
                     output.execution_count = count
+                if "image/png" in output.get("data", {}):  # a widget's still: without its kernel there is no widget
+                    output.data.pop("application/vnd.jupyter.widget-view+json", None)
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     notebook.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
     nbformat.write(notebook, ROOT / "notebooks" / path.name)

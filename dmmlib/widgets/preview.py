@@ -1,0 +1,243 @@
+"""What forgetting a set would do, predicted before anything is unlearned, and how far to trust that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import softmax
+
+from dmmlib import forget_sets, metrics, unlearn
+from dmmlib.datamodels import Attributor
+from dmmlib.forget_sets import ForgetSet, check_forget_indices
+from dmmlib.study import Study
+
+SHARES = (0.01, 0.05, 0.2, 0.5)  # of S: sizes of the random sets on which predictions are measured
+N_ORACLES = 20  # of each
+N_ORIGINALS = 10  # a preview averages over the first so many originals
+TRUSTED = 0.5  # error on forgotten points, relative to the change that really happens there
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Means over models and the points of one split.
+
+    Attributes:
+        margin: mean margin.
+        accuracy: share of right answers.
+    """
+
+    margin: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """One point's answer before and after.
+
+    Attributes:
+        point: position among all points, training first.
+        old, new: class that the mean probability favours.
+        distance: total variation between the mean probabilities before and after, in [0, 1].
+    """
+
+    point: int
+    old: int
+    new: int
+    distance: float
+
+
+@dataclass(frozen=True)
+class Changes:
+    """How much each point's answer changes; `top` reads it off as `Change`s.
+
+    Attributes:
+        old, new: favoured class (n_points,).
+        distance: total variation (n_points,).
+    """
+
+    old: np.ndarray
+    new: np.ndarray
+    distance: np.ndarray
+
+    def top(self, n: int, among: np.ndarray | None = None) -> list[Change]:
+        """The n most changed points, of those in `among`."""
+        pool = np.arange(len(self.distance)) if among is None else among
+        order = pool[np.argsort(-self.distance[pool], kind="stable")[:n]]
+        return [Change(int(i), int(self.old[i]), int(self.new[i]), float(self.distance[i])) for i in order]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Predicted consequences of forgetting a set.
+
+    Attributes:
+        size: of F.
+        before, after: split (forget, retain, validation) -> outcome of the originals, and predicted for oracles.
+        changes: every point, the most changed first.
+    """
+
+    size: int
+    before: dict[str, Outcome]
+    after: dict[str, Outcome]
+    changes: Changes
+
+
+class Previewer:
+    """Previews forget sets of one study.
+
+    Args:
+        attributor: anything with `effect(forget)`, the predicted change of logits (n_points, n_classes).
+        logits: of some originals (n_models, n_points, n_classes), training points first.
+        labels: (n_points,).
+        n_train: size of S.
+    """
+
+    def __init__(self, attributor: Attributor, logits: np.ndarray, labels: np.ndarray, n_train: int) -> None:
+        self._attributor, self._logits, self._labels, self._n_train = attributor, logits, labels, n_train
+        self._margins, self._right, self._probability = self._read(logits)
+
+    def _read(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Mean margin and share of right answers (n_points,), mean probability (n_points, n_classes)."""
+        return (
+            metrics.margins(logits, self._labels).mean(0),
+            metrics.correct(logits, self._labels).mean(0),
+            softmax(logits, axis=2).mean(0),
+        )
+
+    def preview(self, forget: Sequence[int] | np.ndarray) -> Preview:
+        """What the attributor expects of retraining without `forget`.
+
+        Raises:
+            ForgetSetError: for indices that are no proper part of the training set.
+        """
+        indices = check_forget_indices(forget, self._n_train)
+        margins, right, probability = self._read(self._logits + self._attributor.effect(indices))
+        splits = ForgetSet("", indices).splits(self._n_train, len(self._labels) - self._n_train)
+        changes = Changes(
+            self._probability.argmax(1), probability.argmax(1), 0.5 * np.abs(probability - self._probability).sum(1)
+        )
+        return Preview(
+            len(indices), outcomes(self._margins, self._right, splits), outcomes(margins, right, splits), changes
+        )
+
+
+def outcomes(margins: np.ndarray, right: np.ndarray, splits: Mapping[str, np.ndarray]) -> dict[str, Outcome]:
+    """Split -> mean over its points, of mean margins (n_points,) and shares of right answers (n_points,)."""
+    return {name: Outcome(float(margins[i].mean()), float(right[i].mean())) for name, i in splits.items()}
+
+
+# --- how far to trust it --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Predictions against oracles, on one forget set.
+
+    Attributes:
+        name, size: of the set.
+        error: split -> root mean square, over its points, of predicted minus true change of mean margin.
+        change: split -> root mean square of the true change. Both squares are without what the oracles' and
+            originals' finite numbers add to them, their sampling variance.
+    """
+
+    name: str
+    size: int
+    error: dict[str, float]
+    change: dict[str, float]
+
+    @property
+    def relative(self) -> float:
+        """Error on the forgotten points as a share of what really changes there; 1 is no better than nothing."""
+        return self.error["forget"] / max(self.change["forget"], 1e-9)
+
+
+def measure(study: Study, shares: Sequence[float] = SHARES, n_oracles: int = N_ORACLES) -> list[Measured]:
+    """The attributor's error on random sets from small to half of S, and on sets whose oracles are there already.
+
+    The random sets' oracles are trained once and kept; they choose nothing and are no reported forget sets.
+    A random set is the easy case, since effects partly cancel; the tuning sets hold points that act together.
+
+    Returns:
+        By size.
+    """
+    n = study.data.n_train
+    sets = dict(study.tuning_sets)
+    for share in shares:
+        size = max(1, round(share * n))
+        rng = np.random.default_rng(study.seeds(f"trust:{size}", 1)[0])
+        name = f"random {size:,}"
+        sets[name] = forget_sets.make(f"trust_{size}", forget_sets.random(study.data, size, rng), study.data)
+    sets |= {name: f for name, f in study.forget_sets.items() if study.has_oracles(f)}
+    originals = metrics.margins(study.original_logits, study.data.y)
+    measured = []
+    for name, forget_set in sets.items():
+        if name in study.forget_sets:
+            oracles = study.oracles(forget_set)
+        else:
+            tuning = name in study.tuning_sets
+            oracles = study.oracles(forget_set, n=study.preset.tuning.n_models if tuning else n_oracles)
+        retrained = metrics.margins(oracles, study.data.y)
+        true = retrained.mean(0) - originals.mean(0)
+        variance = retrained.var(0, ddof=1) / len(retrained) + originals.var(0, ddof=1) / len(originals)
+        logits = study.original_logits[:N_ORIGINALS] + study.datamodel.effect(forget_set.indices)
+        predicted = (metrics.margins(logits, study.data.y) - originals[:N_ORIGINALS]).mean(0)
+        splits = forget_set.splits(n, study.data.n_val)
+        measured.append(
+            Measured(
+                name,
+                len(forget_set),
+                {split: _rms(predicted[i] - true[i], variance[i]) for split, i in splits.items()},
+                {split: _rms(true[i], variance[i]) for split, i in splits.items()},
+            )
+        )
+    return sorted(measured, key=lambda m: m.size)
+
+
+def _rms(values: np.ndarray, variance: np.ndarray) -> float:
+    """Root mean square of values that carry noise of known variance, without it."""
+    return float(np.sqrt(max(0.0, (values**2 - variance).mean())))
+
+
+def relative_error(measured: Sequence[Measured], size: int) -> float:
+    """Relative error on forgotten points to expect of a set of `size`: the measured sets', linear in log size.
+
+    Sets of one size count with their mean; beyond the smallest and the largest, theirs is taken.
+    """
+    sizes = np.unique([m.size for m in measured])
+    means = [np.mean([m.relative for m in measured if m.size == s]) for s in sizes]
+    return float(np.interp(np.log(size), np.log(sizes), means))
+
+
+def warning(measured: Sequence[Measured], size: int) -> str:
+    """Why a prediction for a set of this size is not to be trusted; empty where it is."""
+    if not measured:
+        return ""
+    largest = max(m.size for m in measured)
+    if size > largest:
+        return (
+            f"{size:,} images are more than in any set on which predictions were measured ({largest:,}); read these "
+            "as a guess."
+        )
+    expected = relative_error(measured, size)
+    if expected <= TRUSTED:
+        return ""
+    return (
+        f"Sets of about {size:,} images: measured against retraining, predicted changes of the forgotten images' "
+        f"margins are off by {expected:.0%} of the true change; trust their direction, not their size."
+    )
+
+
+# --- what it would cost ---------------------------------------------------------------------------------
+
+
+def cost(study: Study, size: int) -> str:
+    """What unlearning a set of `size` would take with DMM, and what checking it would: a sentence."""
+    retraining = study.preset.training.epochs * (study.data.n_train - size)
+    shares = unlearn.registered("dmm").space["cost"]
+    low, high = (f"{share * retraining:,.0f}" for share in (min(shares), max(shares)))
+    return (
+        f"Unlearning with DMM: {low} to {high} sample gradients a model, {min(shares):.0%} to {max(shares):.0%} of "
+        f"a retraining. Checking it: 2 × {study.preset.ensembles.n_models} retrainings, once for this set."
+    )

@@ -1,0 +1,132 @@
+"""The two views drawn in the browser by widgets.js: a gallery of thumbnails and a scatter with a lasso."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import anywidget
+import numpy as np
+import seaborn as sns
+import traitlets as t
+
+from dmmlib.data import Dataset
+
+HERE = Path(__file__).parent
+Caption = Callable[[int], tuple[str, str]]
+Listener = Callable[[dict[str, Any]], None]
+
+
+class View(anywidget.AnyWidget):
+    """Sends the thumbnails that are asked for, with their captions, and passes on what else the browser says.
+
+    Messages are {"kind": "toggle", "index"}, {"kind": "lasso", "indices", "remove"}, {"kind": "undo"} and
+    {"kind": "settled"}, when the user pauses after a change.
+
+    Args:
+        images: uint8 (n_points, height, width, channels); of anything else no pictures are shown.
+        caption: title and detail of a point.
+        listener: told of the messages.
+    """
+
+    _esm = HERE / "widgets.js"
+    _css = HERE / "widgets.css"
+    kind = t.Unicode().tag(sync=True)
+    label = t.Unicode().tag(sync=True)  # for screen readers
+    shape = t.List(t.Int()).tag(sync=True)  # height, width, channels of an image
+    chosen = t.Bytes().tag(sync=True)  # uint8 (n,)
+    focus = t.Int(-1).tag(sync=True)  # the current point
+    version = t.Int().tag(sync=True)  # of the captions
+
+    def __init__(self, images: np.ndarray, caption: Caption, listener: Listener | None = None, **traits: Any) -> None:
+        pictures = images.ndim == 4 and images.dtype == np.uint8
+        self._images = images if pictures else np.zeros((len(images), 0, 0, 1), np.uint8)
+        self._caption, self._listener = caption, listener
+        super().__init__(shape=list(self._images.shape[1:]), **traits)
+        self.on_msg(self._receive)
+
+    def _receive(self, _: Any, message: dict[str, Any], buffers: Sequence[memoryview]) -> None:
+        if message.get("kind") == "thumbnails":
+            indices = [i for i in message["indices"] if 0 <= i < len(self._images)]
+            titles, details = zip(*map(self._caption, indices), strict=True) if indices else ((), ())
+            self.send(
+                {"kind": "thumbnails", "indices": indices, "titles": list(titles), "details": list(details)},
+                buffers=[self._images[indices].tobytes()],
+            )
+        elif self._listener:
+            self._listener(message)
+
+    def set_chosen(self, mask: np.ndarray) -> None:
+        """Mark points: bool (n,)."""
+        self.chosen = mask.astype(np.uint8).tobytes()
+
+    def recaption(self, caption: Caption) -> None:
+        """Other captions: thumbnails are asked for anew."""
+        self._caption = caption
+        self.version += 1
+
+
+class Gallery(View):
+    """Thumbnails of the points in `order`, of which only those in sight are sent.
+
+    Args:
+        rows: that fit without scrolling.
+        width: of a tile at least, in pixels.
+        selectable: a click and the space bar include and exclude.
+        empty: shown where there is no point to show.
+    """
+
+    order = t.Bytes().tag(sync=True)  # int32 (n_shown,)
+    rows = t.Int(4).tag(sync=True)
+    width = t.Int(76).tag(sync=True)
+    selectable = t.Bool(True).tag(sync=True)
+    empty = t.Unicode("No image passes these filters.").tag(sync=True)
+
+    def __init__(self, images: np.ndarray, caption: Caption, listener: Listener | None = None, **traits: Any) -> None:
+        super().__init__(images, caption, listener, kind="gallery", **traits)
+
+    def set_order(self, positions: np.ndarray) -> None:
+        """Show these points (n_shown,), in this order."""
+        self.order = positions.astype(np.int32).tobytes()
+
+
+class Scatter(View):
+    """Training points in a plane; a click toggles one, a lasso takes many (with Alt: leaves them out)."""
+
+    xy = t.Bytes().tag(sync=True)  # float32 (n_train, 2), in [0, 1]
+    groups = t.Bytes().tag(sync=True)  # uint8 (n_train,): class of each
+    shown = t.Bytes().tag(sync=True)  # uint8 (n_train,): passes the filters
+    names = t.List(t.Unicode()).tag(sync=True)
+    colours = t.List(t.Unicode()).tag(sync=True)
+    axes = t.List(t.Unicode()).tag(sync=True)
+
+    def __init__(self, data: Dataset, caption: Caption, listener: Listener | None = None) -> None:
+        super().__init__(
+            data.x_train,
+            caption,
+            listener,
+            kind="scatter",
+            groups=data.y_train.astype(np.uint8).tobytes(),
+            names=list(data.class_names),
+            colours=sns.color_palette("colorblind", data.n_classes).as_hex(),
+            shown=np.ones(data.n_train, np.uint8).tobytes(),
+        )
+
+    def set_columns(self, x: np.ndarray, y: np.ndarray, names: tuple[str, str]) -> None:
+        """Place the points by two columns (n_train,); long tails are drawn in, so that the middle is seen."""
+        columns = [_spread(c) for c in (x, y)]
+        with self.hold_sync():
+            self.xy = np.stack(columns, 1).astype(np.float32).tobytes()
+            self.axes = list(names)
+            self.label = (
+                f"Scatter of {len(x)} training images by {names[0]} and {names[1]}. Draw a lasso with the mouse; with "
+                "the keyboard, use the filters and the gallery."
+            )
+
+
+def _spread(values: np.ndarray) -> np.ndarray:
+    """Values mapped to [0, 1] in their order: linear around the median, logarithmic beyond the quartiles."""
+    low, middle, high = np.percentile(values, [25, 50, 75])
+    bent = np.arcsinh((values - middle) / max(high - low, 1e-12))
+    return (bent - bent.min()) / max(float(np.ptp(bent)), 1e-12)

@@ -1,0 +1,504 @@
+// The two views of dmmlib.widgets: a virtualised gallery and a scatter with a lasso. Python holds the state; a view
+// shows it and says what the user did. Only images that are seen are asked for, and each once.
+
+const HEIGHT = 102; // of a tile
+const OVERSCAN = 2; // rows drawn above and below those that are seen
+const KEPT = 5000; // thumbnails held in memory
+
+const typed = (view, Type) => new Type(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
+
+const node = (tag, attributes = {}, ...children) => {
+  const element = document.createElement(tag);
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  element.append(...children);
+  return element;
+};
+
+// Thumbnails by index, asked for in batches. `ready` is called when more have come.
+function thumbnails(model, ready) {
+  const kept = new Map();
+  const asked = new Set();
+  let wanted = new Set();
+  let timer = 0;
+
+  function ask() {
+    timer = 0;
+    const indices = [...wanted].filter((i) => !kept.has(i) && !asked.has(i));
+    wanted = new Set();
+    if (!indices.length) return;
+    indices.forEach((i) => asked.add(i));
+    model.send({ kind: "thumbnails", indices });
+  }
+
+  function answer(message, buffers) {
+    if (message.kind !== "thumbnails") return;
+    const [height, width, channels] = model.get("shape");
+    const size = height * width;
+    const pixels = buffers.length ? typed(buffers[0], Uint8Array) : null;
+    message.indices.forEach((index, k) => {
+      let image = null;
+      if (size && pixels) {
+        image = new ImageData(width, height);
+        const from = k * size * channels;
+        for (let p = 0; p < size; p++) {
+          for (let c = 0; c < 3; c++) image.data[4 * p + c] = pixels[from + channels * p + (channels > 1 ? c : 0)];
+          image.data[4 * p + 3] = 255;
+        }
+      }
+      asked.delete(index);
+      kept.set(index, { image, title: message.titles[k], detail: message.details[k] });
+      if (kept.size > KEPT) kept.delete(kept.keys().next().value);
+    });
+    ready();
+  }
+
+  function forget() {
+    kept.clear();
+    asked.clear();
+    ready();
+  }
+
+  model.on("msg:custom", answer);
+  model.on("change:version", forget);
+  return {
+    get(index) {
+      const found = kept.get(index);
+      if (!found) {
+        wanted.add(index);
+        timer ||= setTimeout(ask, 20);
+      }
+      return found;
+    },
+    stop() {
+      clearTimeout(timer);
+      model.off("msg:custom", answer);
+      model.off("change:version", forget);
+    },
+  };
+}
+
+function paint(canvas, image, grey) {
+  canvas.classList.toggle("dmm-grey", grey);
+  const context = canvas.getContext("2d");
+  if (!image) return context.clearRect(0, 0, canvas.width, canvas.height);
+  if (canvas.width !== image.width || canvas.height !== image.height) {
+    canvas.width = image.width;
+    canvas.height = image.height;
+  }
+  context.putImageData(image, 0, 0);
+}
+
+// Keys typed in the widget are the widget's: JupyterLab's own shortcuts (dd deletes a cell) skip marked elements.
+function guardKeys(el) {
+  const guard = (event) => (event.target.dataset.lmSuppressShortcuts = "true");
+  el.addEventListener("focusin", guard);
+  requestAnimationFrame(() => el.closest(".dmm-widget")?.addEventListener("focusin", guard)); // its plain controls too
+}
+
+// A sentence once the kernel has gone, with what was chosen, so that it can be pasted into a new widget.
+function watchKernel(model, el, chosen) {
+  const notice = node("div", { class: "dmm-notice", role: "alert" });
+  const check = () =>
+    setTimeout(() => {
+      const root = el.closest(".dmm-widget") ?? el;
+      notice.remove();
+      const first = root === el || root.querySelector(".dmm-gallery") === el; // one sentence a widget
+      if (!first || !el.closest(".jupyter-widgets-disconnected")) return;
+      const indices = chosen();
+      notice.textContent =
+        "The kernel behind this widget has stopped; run its cell again. Saved forget sets are kept on disk." +
+        (indices.length ? ` Chosen here, to paste there: ${indices.join(", ")}` : "");
+      root.prepend(notice);
+    });
+  model.on("comm_live_update", check);
+  return () => model.off("comm_live_update", check);
+}
+
+const undoes = (event) => (event.ctrlKey || event.metaKey) && !event.shiftKey && event.key.toLowerCase() === "z";
+const chosenIndices = (mask) => [...mask.keys()].filter((i) => mask[i]);
+
+// --- gallery ---------------------------------------------------------------------------------------------------
+
+function gallery({ model, el }) {
+  const id = `dmm-${Math.random().toString(36).slice(2)}`;
+  const spacer = node("div", { class: "dmm-spacer" });
+  const viewport = node("div", { class: "dmm-viewport", role: "listbox", tabindex: 0 }, spacer);
+  const spoken = node("div", { class: "dmm-spoken", role: "status" }); // for screen readers
+  el.classList.add("dmm-gallery");
+  el.append(viewport, spoken);
+  guardKeys(el);
+
+  let order, chosen;
+  let columns = 1;
+  let width = 0; // of a tile
+  const tiles = new Map(); // position in the order -> element
+  const images = thumbnails(model, draw);
+  const selectable = model.get("selectable");
+  viewport.setAttribute("aria-multiselectable", selectable);
+
+  function tile(position) {
+    const canvas = node("canvas", { width: 28, height: 28, "aria-hidden": true });
+    const element = node(
+      "div",
+      { class: "dmm-tile", role: "option", id: `${id}-${position}`, "aria-setsize": order.length },
+      canvas,
+      node("span", { class: "dmm-title" }),
+      node("span", { class: "dmm-detail" }),
+    );
+    element.setAttribute("aria-posinset", position + 1);
+    element.style.left = `${(position % columns) * width}px`;
+    element.style.width = `${width - 4}px`;
+    element.style.top = `${Math.floor(position / columns) * HEIGHT}px`;
+    element.addEventListener("click", (event) => {
+      focus(order[position]);
+      if (selectable && !event.shiftKey) toggle(order[position]);
+    });
+    spacer.append(element);
+    return element;
+  }
+
+  function show(element, index, found, isCurrent, isChosen) {
+    const [title, detail] = found ? [found.title, found.detail] : ["", `#${index}`];
+    const [canvas, head, foot] = element.children;
+    paint(canvas, found?.image, model.get("shape")[2] === 1);
+    head.textContent = title;
+    foot.textContent = detail;
+    element.title = `${title} ${detail}`;
+    element.dataset.index = index;
+    element.classList.toggle("dmm-loading", !found);
+    element.classList.toggle("dmm-current", isCurrent);
+    element.classList.toggle("dmm-chosen", isChosen);
+    element.setAttribute("aria-selected", isChosen);
+    element.setAttribute("aria-label", `${title}, ${detail}${isChosen ? ", to be forgotten" : ""}`);
+  }
+
+  function draw() {
+    const first = Math.max(0, Math.floor(viewport.scrollTop / HEIGHT) - OVERSCAN) * columns;
+    const seen = Math.ceil(viewport.clientHeight / HEIGHT) + 2 * OVERSCAN;
+    const last = Math.min(order.length, first + seen * columns);
+    for (const [position, element] of tiles) {
+      if (position < first || position >= last) {
+        element.remove();
+        tiles.delete(position);
+      }
+    }
+    const current = model.get("focus");
+    viewport.removeAttribute("aria-activedescendant");
+    for (let position = first; position < last; position++) {
+      if (!tiles.has(position)) tiles.set(position, tile(position));
+      const element = tiles.get(position);
+      const index = order[position];
+      const found = images.get(index);
+      const state = [found, index === current, !!chosen[index]];
+      if (!element.state?.every((value, k) => value === state[k])) show(element, index, ...state);
+      element.state = state;
+      if (index === current) viewport.setAttribute("aria-activedescendant", element.id);
+    }
+  }
+
+  function layout() {
+    columns = Math.max(1, Math.floor(viewport.clientWidth / model.get("width")));
+    width = viewport.clientWidth / columns;
+    spacer.style.height = `${Math.ceil(order.length / columns) * HEIGHT}px`;
+    spacer.dataset.empty = order.length ? "" : model.get("empty");
+    tiles.forEach((element) => element.remove());
+    tiles.clear();
+    draw();
+  }
+
+  function reorder() {
+    order = typed(model.get("order"), Int32Array);
+    viewport.scrollTop = 0;
+    layout();
+  }
+
+  function mark() {
+    chosen = typed(model.get("chosen"), Uint8Array);
+    if (selectable) spoken.textContent = `${chosenIndices(chosen).length} images to be forgotten`;
+    draw();
+  }
+
+  function focus(index) {
+    model.set("focus", index);
+    model.save_changes();
+  }
+
+  function toggle(index) {
+    if (index < chosen.length) chosen[index] ^= 1; // shown at once; Python's answer follows
+    draw();
+    model.send({ kind: "toggle", index });
+  }
+
+  function reveal() {
+    const row = Math.floor(Math.max(0, order.indexOf(model.get("focus"))) / columns);
+    const top = row * HEIGHT;
+    const bottom = top + HEIGHT;
+    if (top < viewport.scrollTop) viewport.scrollTop = top;
+    else if (bottom > viewport.scrollTop + viewport.clientHeight) viewport.scrollTop = bottom - viewport.clientHeight;
+  }
+
+  viewport.addEventListener("scroll", draw, { passive: true });
+  viewport.addEventListener("keydown", (event) => {
+    if (!order.length) return;
+    const page = Math.max(1, Math.floor(viewport.clientHeight / HEIGHT)) * columns;
+    const steps = {
+      ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns,
+      PageUp: -page, PageDown: page, Home: -order.length, End: order.length,
+    };
+    const at = order.indexOf(model.get("focus"));
+    if (event.key in steps) {
+      const to = at < 0 ? 0 : Math.min(order.length - 1, Math.max(0, at + steps[event.key]));
+      focus(order[to]);
+      reveal();
+      draw();
+    } else if ((event.key === " " || event.key === "Enter") && at >= 0) {
+      if (selectable) toggle(order[at]);
+    } else if (undoes(event)) {
+      model.send({ kind: "undo" });
+    } else return;
+    event.preventDefault();
+    event.stopPropagation();
+  });
+  const name = () => viewport.setAttribute("aria-label", model.get("label"));
+
+  const handlers = { "change:order": reorder, "change:chosen": mark, "change:focus": draw, "change:label": name };
+  Object.entries(handlers).forEach(([event, handler]) => model.on(event, handler));
+  // The preview is asked for once the user pauses, so that quick clicks do not queue up.
+  let pause = 0;
+  const settle = () => {
+    clearTimeout(pause);
+    pause = setTimeout(() => model.send({ kind: "settled" }), 30);
+  };
+  if (selectable) model.on("change:chosen", settle);
+  const unwatch = watchKernel(model, el, () => (selectable ? chosenIndices(chosen) : []));
+
+  const resized = new ResizeObserver(layout);
+  viewport.style.height = `${model.get("rows") * HEIGHT}px`;
+  order = typed(model.get("order"), Int32Array);
+  chosen = typed(model.get("chosen"), Uint8Array);
+  name();
+  resized.observe(viewport);
+  return () => {
+    resized.disconnect();
+    clearTimeout(pause);
+    images.stop();
+    unwatch();
+    Object.entries(handlers).forEach(([event, handler]) => model.off(event, handler));
+    model.off("change:chosen", settle);
+  };
+}
+
+// --- scatter ---------------------------------------------------------------------------------------------------
+
+function scatter({ model, el }) {
+  const MARGIN = { left: 14, right: 14, top: 12, bottom: 26 };
+  const canvas = node("canvas", { class: "dmm-plane", tabindex: 0, role: "img" });
+  const tip = node("div", { class: "dmm-tip", hidden: "" }, node("canvas"), node("span"));
+  const legend = node("div", { class: "dmm-legend" });
+  el.classList.add("dmm-scatter");
+  el.append(node("div", { class: "dmm-stage" }, canvas, tip), legend);
+  guardKeys(el);
+
+  const context = canvas.getContext("2d");
+  const images = thumbnails(model, () => hovered >= 0 && point(hovered));
+  let xy, groups, shown, chosen;
+  let path = []; // the lasso, in pixels
+  let hovered = -1;
+  let frame = 0;
+
+  const place = (i) => [
+    MARGIN.left + xy[2 * i] * (canvas.clientWidth - MARGIN.left - MARGIN.right),
+    MARGIN.top + (1 - xy[2 * i + 1]) * (canvas.clientHeight - MARGIN.top - MARGIN.bottom),
+  ];
+
+  function read() {
+    xy = typed(model.get("xy"), Float32Array);
+    groups = typed(model.get("groups"), Uint8Array);
+    shown = typed(model.get("shown"), Uint8Array);
+    chosen = typed(model.get("chosen"), Uint8Array);
+    const counts = new Array(model.get("names").length).fill(0);
+    chosen.forEach((on, i) => (counts[groups[i]] += on));
+    legend.replaceChildren(
+      ...model.get("names").map((name, g) => {
+        const dot = node("i", { class: "dmm-dot" });
+        dot.style.background = model.get("colours")[g];
+        const item = node("span", {}, dot, name, node("b", {}, String(counts[g])));
+        item.classList.toggle("dmm-none", !counts[g]);
+        return item;
+      }),
+    );
+    canvas.setAttribute("aria-label", model.get("label"));
+    redraw();
+  }
+
+  function redraw() {
+    frame ||= requestAnimationFrame(() => {
+      frame = 0;
+      draw();
+    });
+  }
+
+  function draw() {
+    const scale = window.devicePixelRatio || 1;
+    const [width, height] = [canvas.clientWidth, canvas.clientHeight];
+    if (!width) return setTimeout(redraw, 200); // hidden, as for a moment when the theme changes
+    canvas.width = width * scale;
+    canvas.height = height * scale;
+    context.setTransform(scale, 0, 0, scale, 0, 0);
+    const style = getComputedStyle(el);
+    const ink = style.getPropertyValue("--jp-ui-font-color1") || "black";
+    const faint = style.getPropertyValue("--jp-ui-font-color2") || "grey";
+    const accent = style.getPropertyValue("--dmm-accent");
+    const colours = model.get("colours");
+    const disc = (i, radius) => {
+      context.beginPath();
+      context.arc(...place(i), radius, 0, 2 * Math.PI);
+    };
+    for (const pass of [0, 1]) {
+      for (let i = 0; i < shown.length; i++) {
+        if (shown[i] !== pass) continue;
+        context.globalAlpha = pass ? 0.65 : 0.18;
+        context.fillStyle = pass ? colours[groups[i]] : faint;
+        disc(i, pass ? 2.6 : 1.6);
+        context.fill();
+      }
+    }
+    context.globalAlpha = 1;
+    for (let i = 0; i < chosen.length; i++) {
+      if (!chosen[i]) continue;
+      context.fillStyle = accent;
+      context.strokeStyle = ink;
+      context.lineWidth = 1.4;
+      disc(i, 4.6);
+      context.fill();
+      context.stroke();
+    }
+    const current = model.get("focus");
+    if (current >= 0 && current < shown.length) {
+      context.strokeStyle = ink;
+      context.lineWidth = 2;
+      disc(current, 8);
+      context.stroke();
+    }
+    context.fillStyle = faint;
+    context.font = `11px ${style.getPropertyValue("--jp-ui-font-family") || "sans-serif"}`;
+    const [across, up] = model.get("axes");
+    context.textAlign = "right";
+    context.fillText(`${across} →`, width - 6, height - 8);
+    context.textAlign = "left";
+    context.fillText(`↑ ${up}`, 6, 13);
+    if (path.length > 1) {
+      context.beginPath();
+      path.forEach(([x, y], k) => (k ? context.lineTo(x, y) : context.moveTo(x, y)));
+      context.closePath();
+      context.globalAlpha = 0.14;
+      context.fillStyle = accent;
+      context.fill();
+      context.globalAlpha = 1;
+      context.strokeStyle = ink;
+      context.setLineDash([4, 3]);
+      context.lineWidth = 1.2;
+      context.stroke();
+      context.setLineDash([]);
+    }
+  }
+
+  function inside(x, y) {
+    let odd = false;
+    for (let a = 0, b = path.length - 1; a < path.length; b = a++) {
+      const [[xa, ya], [xb, yb]] = [path[a], path[b]];
+      if (ya > y !== yb > y && x < ((xb - xa) * (y - ya)) / (yb - ya) + xa) odd = !odd;
+    }
+    return odd;
+  }
+
+  function nearest(x, y, within) {
+    let [best, at] = [within * within, -1];
+    for (let i = 0; i < shown.length; i++) {
+      if (!shown[i]) continue;
+      const [px, py] = place(i);
+      const distance = (px - x) ** 2 + (py - y) ** 2;
+      if (distance < best) [best, at] = [distance, i];
+    }
+    return at;
+  }
+
+  // What lies under the pointer: the image with its class and index.
+  function point(index) {
+    hovered = index;
+    tip.hidden = index < 0;
+    if (index < 0) return;
+    const found = images.get(index);
+    const [x, y] = place(index);
+    paint(tip.children[0], found?.image, model.get("shape")[2] === 1);
+    tip.children[1].textContent = found ? `${found.title} ${found.detail}` : `#${index}`;
+    tip.style.left = `${Math.min(x + 12, canvas.clientWidth - 110)}px`;
+    tip.style.top = `${Math.max(0, Math.min(y - 20, canvas.clientHeight - 100))}px`;
+  }
+
+  const position = (event) => {
+    const box = canvas.getBoundingClientRect();
+    return [event.clientX - box.left, event.clientY - box.top];
+  };
+  canvas.addEventListener("pointerdown", (event) => {
+    if (event.button) return;
+    canvas.setPointerCapture(event.pointerId);
+    path = [position(event)];
+    point(-1);
+  });
+  canvas.addEventListener("pointermove", (event) => {
+    const at = position(event);
+    if (path.length) {
+      path.push(at);
+      redraw();
+    } else point(nearest(...at, 9));
+  });
+  canvas.addEventListener("pointerleave", () => point(-1));
+  canvas.addEventListener("pointercancel", () => {
+    path = [];
+    redraw();
+  });
+  canvas.addEventListener("pointerup", (event) => {
+    if (!path.length) return;
+    const [xs, ys] = [path.map((p) => p[0]), path.map((p) => p[1])];
+    const extent = Math.max(...xs) - Math.min(...xs) + Math.max(...ys) - Math.min(...ys);
+    if (extent < 8) {
+      const index = nearest(...position(event), 9);
+      if (index >= 0) {
+        model.set("focus", index);
+        model.save_changes();
+        model.send({ kind: "toggle", index });
+      }
+    } else {
+      const indices = [...shown.keys()].filter((i) => shown[i] && inside(...place(i)));
+      model.send({ kind: "lasso", indices, remove: event.altKey });
+    }
+    path = [];
+    redraw();
+  });
+  canvas.addEventListener("keydown", (event) => {
+    if (!undoes(event)) return;
+    event.preventDefault();
+    event.stopPropagation();
+    model.send({ kind: "undo" });
+  });
+
+  const events = ["change:xy", "change:shown", "change:chosen", "change:label"];
+  events.forEach((event) => model.on(event, read));
+  model.on("change:focus", redraw);
+  const resized = new ResizeObserver(redraw);
+  resized.observe(canvas);
+  const themed = new MutationObserver(redraw);
+  themed.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-name"] });
+  read();
+  return () => {
+    resized.disconnect();
+    themed.disconnect();
+    images.stop();
+    cancelAnimationFrame(frame);
+    events.forEach((event) => model.off(event, read));
+    model.off("change:focus", redraw);
+  };
+}
+
+export default { render: (props) => ({ gallery, scatter })[props.model.get("kind")](props) };

@@ -1,0 +1,486 @@
+"""The widget without a browser: what is chosen, what is predicted, what is saved, and what is said of mistakes."""
+
+import datetime
+import json
+import os
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dmmlib import forget_sets, metrics
+from dmmlib.errors import ForgetSetError
+from dmmlib.progress import silent
+from dmmlib.study import Study
+from dmmlib.widgets import Chooser, Filters, Measured, Previewer, Results, Selection
+from dmmlib.widgets import preview as previews
+from dmmlib.widgets.jobs import Job
+from dmmlib.widgets.selection import measures, memorisation, read_indices, shown
+from tests.conftest import TINY
+
+
+def fresh(study, tmp_path, **kwargs):
+    """A chooser whose sets are saved in a directory of its own, on everything that is trained already."""
+    runs = tmp_path / "runs"
+    runs.mkdir(exist_ok=True)
+    if not (runs / "store").exists():
+        (runs / "store").symlink_to(study.runs / "store")
+    own = Study(TINY, runs=runs, figures=tmp_path / "figures", progress=silent)
+    return Chooser(own, **{"trust": False, **kwargs})
+
+
+@pytest.fixture
+def chooser(tiny, tmp_path):
+    return fresh(tiny, tmp_path)
+
+
+# --- selection -------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.sampled_from(["add", "remove", "replace", "toggle", "clear"]),
+                          st.lists(st.integers(0, 19), min_size=1, max_size=6)), max_size=12))  # fmt: skip
+def test_undo_takes_back_every_change_one_by_one(steps):
+    selection = Selection(20, [3, 4])
+    seen = [set(selection.indices.tolist())]
+    for verb, indices in steps:
+        before = set(selection.indices.tolist())
+        if verb == "clear":
+            selection.clear()
+            expected = set()
+        elif verb == "toggle":
+            selection.toggle(indices[0])
+            expected = before ^ {indices[0]}
+        else:
+            getattr(selection, verb)(indices)
+            expected = {"add": before | set(indices), "remove": before - set(indices), "replace": set(indices)}[verb]
+        assert set(selection.indices.tolist()) == expected
+        if expected != before:
+            seen.append(expected)
+    for expected in reversed(seen):
+        assert set(selection.indices.tolist()) == expected
+        selection.undo()
+    assert not selection.can_undo
+
+
+def test_a_selection_tells_of_changes_and_only_of_them():
+    heard = []
+    selection = Selection(10)
+    selection.on_change.append(lambda: heard.append(len(selection)))
+    selection.add([1, 2])
+    selection.add([2])
+    selection.undo()
+    selection.undo()
+    assert heard == [2, 0]
+    assert selection.counts(np.array([0, 1] * 5), 3).tolist() == [0, 0, 0]
+
+
+def test_filters_show_what_passes_in_the_order_asked_for():
+    labels = np.array([0, 1, 0, 1, 0, 1])
+    chosen = np.array([True, False, False, True])  # four training points, two validation points
+    known = {"margin": np.array([0.3, 0.1, 0.9, 0.5, 0.2, 0.8]), "memorisation": np.array([1, 0, 0, 1, np.nan, np.nan])}
+
+    def order(*args, **kwargs):
+        return shown(Filters(*args, **kwargs), known, labels, chosen).tolist()
+
+    assert order() == [0, 1, 2, 3]
+    assert order("chosen") == [0, 3]
+    assert order("validation", sort="margin", descending=True) == [5, 4]
+    assert order(label=0, sort="margin", descending=True) == [2, 0]
+    assert order(ranges={"margin": (0.2, 0.6)}) == [0, 3]
+    assert order("validation", ranges={"memorisation": (0.5, 1)}) == [4, 5], "unknown values do not filter"
+
+
+def test_measures_follow_from_margins():
+    logits = np.random.default_rng(0).normal(size=(5, 7, 3)) * 3
+    labels = np.arange(7) % 3
+    known = measures(metrics.margins(logits, labels))
+    p = np.exp(logits) / np.exp(logits).sum(2, keepdims=True)
+    right = np.take_along_axis(p, labels[None, :, None], 2)[..., 0]
+    np.testing.assert_allclose(known["confidence"], right.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(known["loss"], -np.log(right).mean(0), rtol=1e-4)
+
+
+def test_memorisation_is_what_seeing_a_point_adds():
+    masks = np.array([[1, 1, 0, 1], [1, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]], bool)
+    correct = np.array([[1, 1, 1, 1], [1, 1, 1, 0], [0, 1, 1, 0], [0, 1, 1, 0]], bool)
+    assert memorisation(masks, correct).tolist() == [1.0, 0.0, 0.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("3, 14 15", [3, 14, 15]), ("[1,2]\n3", [1, 2, 3]), ("7;8", [7, 8])],
+)
+def test_indices_are_read_in_any_separators(tiny, text, expected):
+    assert read_indices(text, tiny.data).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("3, four", "'four'; give indices"),
+        ("3.5", "'3.5'"),
+        ("  ", "is empty"),
+        ("5, 120", "120 is no training image.*use 0 to 119"),
+        ("-1", "-1 is no training image"),
+        ("{bad", "no JSON"),
+        ('{"name": "x"}', "lacks data_sha256, indices"),
+    ],
+)
+def test_what_cannot_be_read_as_indices_is_said(tiny, text, message):
+    with pytest.raises(ForgetSetError, match=message):
+        read_indices(text, tiny.data)
+
+
+# --- preview ---------------------------------------------------------------------------------------------
+
+
+class Known:
+    """An attributor that is told what happens."""
+
+    def __init__(self, effect):
+        self.change = effect
+
+    def effect(self, forget):
+        return self.change
+
+
+def test_a_preview_compares_the_originals_with_what_the_attributor_expects():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(4, 9, 3)).astype(np.float32)
+    labels = rng.integers(0, 3, 9)
+    change = np.zeros((9, 3), np.float32)
+    change[2, labels[2]] = -50  # point 2 will surely be answered wrongly
+    seen = Previewer(Known(change), logits, labels, n_train=6).preview([2])
+    before, after = metrics.margins(logits, labels), metrics.margins(logits + change, labels)
+    assert seen.size == 1
+    assert seen.before["forget"].margin == pytest.approx(before[:, 2].mean(), abs=1e-5)
+    assert seen.after["forget"].margin == pytest.approx(after[:, 2].mean(), abs=1e-4)
+    assert seen.after["forget"].accuracy == 0
+    assert seen.after["retain"] == seen.before["retain"]
+    assert seen.after["validation"].accuracy == pytest.approx((logits[:, 6:].argmax(2) == labels[6:]).mean())
+    top = seen.changes.top(3)
+    assert top[0].point == 2
+    assert top[0].new != labels[2]
+    assert top[1].distance == 0
+    assert all(c.point != 2 for c in seen.changes.top(3, np.array([0, 1, 7])))
+
+
+@pytest.mark.parametrize("forget", [[], list(range(6)), [7]])
+def test_no_preview_of_what_is_no_forget_set(forget):
+    with pytest.raises(ForgetSetError):
+        Previewer(Known(np.zeros((9, 3))), np.zeros((2, 9, 3)), np.zeros(9, int), 6).preview(forget)
+
+
+def test_trust_ends_where_predictions_were_measured_to_fail():
+    def at(size, relative):
+        return Measured(f"random {size}", size, {"forget": relative}, {"forget": 1.0})
+
+    measured = [at(10, 0.2), at(100, 0.4), at(100, 0.6), at(1000, 0.9)]
+    assert previews.warning(measured, 10) == ""
+    assert previews.relative_error(measured, 100) == pytest.approx(0.5)
+    assert "off by 70%" in previews.warning(measured, 316)
+    assert "more than in any set" in previews.warning(measured, 1001)
+    assert previews.warning([], 5000) == "", "nothing measured, nothing claimed"
+
+
+def test_the_error_is_measured_against_retrained_models(tiny):
+    measured = previews.measure(tiny, shares=(0.05, 0.5), n_oracles=8)
+    sizes = [m.size for m in measured]
+    assert sizes == sorted(sizes)
+    assert {"random 6", "random 60", "tune"} <= {m.name for m in measured}
+    half = next(m for m in measured if m.name == "random 60")
+    assert half.change["forget"] > 0.5, "half of the data gone is felt"
+    assert 0 < half.relative < 1.5
+
+
+# --- chooser ---------------------------------------------------------------------------------------------
+
+
+def say(chooser, **message):
+    chooser.gallery._receive(None, message, [])
+
+
+def test_clicks_lasso_and_undo_of_the_browser(chooser):
+    say(chooser, kind="toggle", index=5)
+    say(chooser, kind="lasso", indices=[7, 8, 9], remove=False)
+    say(chooser, kind="lasso", indices=[8], remove=True)
+    assert chooser.selection.indices.tolist() == [5, 7, 9]
+    assert "<b>3</b> of 120" in chooser.status.value
+    assert chooser.preview is None, "predicted when the user pauses, not at every click"
+    say(chooser, kind="settled")
+    assert chooser.preview.size == 3
+    assert "<table>" in chooser.outcome.value
+    say(chooser, kind="undo")
+    assert chooser.selection.indices.tolist() == [5, 7, 8, 9]
+    chooser.lasso.value = "exclude"
+    say(chooser, kind="lasso", indices=[7, 8], remove=False)
+    assert chooser.selection.indices.tolist() == [5, 9]
+    assert np.frombuffer(chooser.gallery.chosen, np.uint8).nonzero()[0].tolist() == [5, 9]
+
+
+def test_only_thumbnails_that_are_asked_for_are_sent(chooser, monkeypatch):
+    sent = []
+    monkeypatch.setattr(type(chooser.gallery), "send", lambda self, content, buffers: sent.append((content, buffers)))
+    say(chooser, kind="thumbnails", indices=[4, 130])
+    content, buffers = sent[0]
+    data = chooser.study.data
+    assert content["indices"] == [4, 130]
+    assert content["titles"] == [data.class_names[data.y[i]] for i in (4, 130)]
+    assert "#130" in content["details"][1]
+    assert buffers[0] == data.x[[4, 130]].tobytes()
+    assert sum(len(v) for v in chooser.gallery.get_state().values() if isinstance(v, bytes)) < 8 * len(data.x)
+
+
+def test_filters_reach_gallery_and_scatter(chooser):
+    chooser.label.value = 3
+    order = np.frombuffer(chooser.gallery.order, np.int32)
+    data = chooser.study.data
+    assert (data.y[order] == 3).all()
+    known = chooser.known["memorisation"][order]
+    assert (np.diff(known) <= 0).all(), "most memorised first"
+    assert np.frombuffer(chooser.scatter.shown, np.uint8).sum() == len(order)
+    chooser.take_shown.click()
+    assert chooser.selection.indices.tolist() == sorted(order.tolist())
+
+
+def test_images_that_hold_the_current_image_up(chooser):
+    chooser.picks[0].click()
+    assert "No image is current" in chooser.message.value
+    chooser.gallery.focus = 3
+    assert chooser.scatter.focus == 3
+    chooser.k.value = 4
+    chooser.picks[0].click()
+    scores = chooser.study.influences(3)
+    helpful = set(chooser.selection.indices.tolist())
+    assert len(helpful) == 4
+    assert 3 not in helpful
+    rest = np.setdiff1d(np.arange(120), [*helpful, 3])
+    assert scores[list(helpful)].min() >= scores[rest].max()
+    chooser.selection.clear()
+    chooser.picks[1].click()
+    assert scores[chooser.selection.indices].max() < 0
+    chooser.selection.clear()
+    chooser.picks[2].click()
+    assert 3 in chooser.selection.indices
+    chooser.picks[3].click()
+    assert len(chooser.selection) == 8
+
+
+def test_influences_are_the_datamodels_weights(tiny):
+    """The row of the datamodel matrix is the effect of each single point on a linear function of the outputs."""
+    logits = tiny.subsets[1]
+    margins = metrics.margins(logits[:, [3]], tiny.data.y[[3]])
+    model = tiny._plain_datamodel
+    expected = (margins.T @ model.weights(np.eye(120, dtype=np.float32)))[0]
+    np.testing.assert_allclose(tiny.influences(3), expected, atol=1e-4)
+
+
+def test_paste_and_upload(chooser):
+    chooser.paste.value = "3, 14, 15"
+    chooser.paste_button.click()
+    assert chooser.selection.indices.tolist() == [3, 14, 15]
+    saved = json.dumps({"name": "x", "indices": [1, 2], "data_sha256": chooser.study.data.sha256})
+    now = datetime.datetime.now(tz=datetime.UTC)
+    content = memoryview(saved.encode())
+    chooser.upload.value = [{"name": "x.json", "content": content, "type": "", "size": 1, "last_modified": now}]
+    assert chooser.selection.indices.tolist() == [1, 2, 3, 14, 15]
+
+
+def test_saved_sets_are_those_of_code(chooser):
+    chooser.selection.replace([3, 14, 15])
+    chooser.name.value = "by_eye"
+    assert chooser.save()
+    loaded = forget_sets.load(chooser.saved, chooser.study.data)
+    assert loaded.indices.tolist() == [3, 14, 15]
+    assert loaded.made_by == {"kind": "chosen", "preset": "tiny"}
+    assert "--stage 04 --forget-set" in chooser.command.value
+    assert chooser.load.value == "by_eye"
+    own = Study(chooser.study.directory / "preset.yaml", forget_set=chooser.saved, runs=chooser.study.runs)
+    assert list(own.forget_sets) == ["by_eye"], "the command's preset is the study's"
+    assert own.preset == chooser.study.preset
+
+
+def test_another_set_is_overwritten_only_when_told_to(chooser):
+    chooser.selection.replace([1, 2])
+    chooser.name.value = "mine"
+    assert chooser.save()
+    assert chooser.save(), "the same set again is no question"
+    chooser.selection.replace([5])
+    assert not chooser.save()
+    assert "another forget set 'mine' already; overwrite it?".replace("'", "&#x27;") in chooser.message.value
+    assert chooser.confirm.layout.display == ""
+    chooser.keep.click()
+    assert forget_sets.load(chooser.saved, chooser.study.data).indices.tolist() == [1, 2]
+    chooser.save()
+    chooser.overwrite.click()
+    assert forget_sets.load(chooser.saved, chooser.study.data).indices.tolist() == [5]
+    assert chooser.confirm.layout.display == "none"
+
+
+@pytest.mark.parametrize(
+    ("name", "indices", "message"),
+    [
+        ("mine", [], "The forget set is empty"),
+        ("mine", range(120), "all 120 training points"),
+        ("random_6", [1], "a forget set of the preset itself"),
+        ("tune", [1], "a forget set of the preset itself"),
+        ("../mine", [1], "is no name for a forget set"),
+        ("", [1], "is no name for a forget set"),
+    ],
+)
+def test_what_cannot_be_saved_is_said_and_stays_chosen(chooser, name, indices, message):
+    chooser.selection.replace(list(indices))
+    chooser.name.value = name
+    assert not chooser.save()
+    assert message in chooser.message.value
+    assert chooser.saved is None
+    assert len(chooser.selection) == len(indices)
+
+
+def test_bad_indices_and_foreign_sets_are_said_in_the_widget(chooser):
+    chooser.selection.replace([1])
+    chooser.paste.value = "5, 4000"
+    chooser.paste_button.click()
+    assert "4000 is no training image" in chooser.message.value
+    say(chooser, kind="toggle", index=130)
+    assert "130 is no training image" in chooser.message.value
+    foreign = forget_sets.ForgetSet("foreign", np.array([1]), {}, "0" * 64)
+    foreign.save(chooser._path("foreign"))
+    chooser._list_sets()
+    chooser.load.value = "foreign"
+    chooser.load_button.click()
+    assert "was made for data 000000000000" in chooser.message.value
+    assert chooser.selection.indices.tolist() == [1]
+    chooser.name.value = "foreign"
+    assert not chooser.save(), "and it is not overwritten without asking"
+
+
+def test_two_widgets_at_once_do_not_mix(tiny, tmp_path):
+    one, two = fresh(tiny, tmp_path), fresh(tiny, tmp_path)
+    say(one, kind="toggle", index=1)
+    say(two, kind="toggle", index=2)
+    assert one.selection.indices.tolist() == [1]
+    assert two.selection.indices.tolist() == [2]
+    assert one.save()
+    assert not two.save(), "what the other has saved meanwhile is another's"
+    assert forget_sets.load(one.saved, tiny.data).indices.tolist() == [1]
+
+
+def test_a_directory_that_cannot_be_written_is_said(tiny, tmp_path, monkeypatch):
+    chooser = fresh(tiny, tmp_path)
+    chooser.selection.replace([1, 2])
+    assert chooser.save()
+    kept = chooser.saved.read_bytes()
+
+    def read_only(*args, **kwargs):  # as root, who may write anywhere, no mode would do
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", read_only)
+    chooser.selection.replace([3])
+    chooser.save()
+    chooser.overwrite.click()
+    assert "cannot be written (Permission denied)" in chooser.message.value
+    assert chooser.saved.read_bytes() == kept
+    assert chooser.selection.indices.tolist() == [3]
+
+
+def test_predicted_and_actual_stand_side_by_side(tiny, tmp_path):
+    f = tiny.forget_sets["random_6"]
+    oracles, right = tiny.reference(f)
+    chooser = fresh(tiny, tmp_path, start=f)
+    assert "retrained" in chooser.outcome.value
+    actual = chooser._actual()["forget"]
+    assert actual.margin == pytest.approx(oracles[:, f.indices].mean(), abs=1e-5)
+    assert actual.accuracy == pytest.approx(right[:, f.indices].mean())
+    chooser.selection.toggle(int(f.indices[0]))
+    chooser.refresh()
+    assert "retrained" not in chooser.outcome.value
+
+
+def test_a_still_picture_stands_in_for_the_widget(chooser):
+    chooser.selection.replace([1, 2, 3])
+    chooser.refresh()
+    bundle = chooser._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+    assert bundle["image/png"].startswith("iVBOR")
+    assert len(bundle["image/png"]) > 20_000
+
+
+def test_results_lead_from_a_number_to_its_image(tiny):
+    f = tiny.forget_sets["random_6"]
+    tiny.results()
+    results = Results(tiny, f)
+    expected = metrics.klom(tiny.unlearned("dmm", f).margins, tiny.reference(f)[0])
+    assert results.ranked().tolist() == f.indices[np.argsort(-expected[f.indices], kind="stable")].tolist()
+    assert results.gallery.focus == results.ranked()[0]
+    before = results.histogram.value
+    results.split.value = "validation"
+    assert np.frombuffer(results.gallery.order, np.int32).min() >= 120
+    assert results.histogram.value != before
+    assert 'alt="KLoM: do nothing' in results.histogram.value
+
+
+# --- from eye to batch -----------------------------------------------------------------------------------
+
+
+def test_a_users_own_set_gets_its_oracles_once_alone_and_beside(tiny, tmp_path, monkeypatch):
+    chooser = fresh(tiny, tmp_path)
+    chooser.selection.replace([2, 7, 11, 13])
+    chooser.name.value = "mine"
+    assert chooser.save()
+    places = {"runs": chooser.study.runs, "figures": tmp_path / "figures", "progress": silent}
+    alone = Study(TINY, forget_set=chooser.saved, **places)
+    first = alone.reference(alone.forget_sets["mine"])[0]
+
+    def never(*args, **kwargs):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("dmmlib.ensemble.train", never)
+    beside = Study(TINY, forget_set=chooser.saved, beside=True, **places)
+    assert list(beside.forget_sets) == ["random_6", "pc1", "mine"]
+    np.testing.assert_array_equal(beside.reference(beside.forget_sets["mine"])[0], first)
+    assert alone.output != beside.output != beside.directory, "neither writes over the preset's own tables"
+    chooser.refresh()
+    assert "retrained" in chooser.outcome.value, "and the widget shows them"
+
+
+def test_beside_needs_a_name_of_its_own(tiny, tmp_path):
+    path = tmp_path / "random_6.json"
+    forget_sets.make("random_6", [1, 2], tiny.data).save(path)
+    with pytest.raises(ForgetSetError, match="save yours under another name"):
+        Study(TINY, forget_set=path, beside=True, runs=tmp_path / "runs")
+
+
+def test_a_job_reports_progress_and_its_end():
+    heard, ended = [], []
+    job = Job(["list"], {}, lambda *told: heard.append(told), lambda *end: ended.append(end))
+    job.wait(60)
+    assert ended[0][0] == 0
+    assert "presets: " in ended[0][1]
+    failed = []
+    Job(["run", "labtop"], {}, lambda *told: None, lambda *end: failed.append(end)).wait(60)
+    assert failed[0][0] == 2
+    assert "Unknown preset 'labtop'" in failed[0][1]
+
+
+@pytest.mark.slow
+def test_a_run_on_the_smoke_preset_can_be_cancelled(tiny, tmp_path):
+    chooser = fresh(tiny, tmp_path)
+    chooser.selection.replace([1, 2, 3])
+    chooser.run()
+    assert chooser.job.running
+    assert chooser.progress.layout.display == ""
+    deadline = time.monotonic() + 60
+    while chooser.bar.value == 0 and time.monotonic() < deadline and chooser.job.running:
+        time.sleep(0.1)
+    assert ": " in chooser.line.value, f"progress is shown: {chooser.message.value}"
+    chooser.run()
+    assert "A run is under way" in chooser.message.value
+    chooser.cancel.click()
+    chooser.job.wait(20)
+    assert not chooser.job.running
+    assert "Cancelled" in chooser.command.value
+    assert chooser.progress.layout.display == "none"
+    assert chooser.saved.exists()
