@@ -1,7 +1,7 @@
 """What matching depends on: DMM with one option changed at a time, and oracle matching with more or fewer oracles.
 
 Ablations run on the tuning sets only, so that nothing they teach is learnt from reported forget sets; comparisons of
-methods run on the reported ones, with one setting for all, chosen on the tuning sets. Every measurement is kept on disk.
+methods run on the reported ones, with one setting for all, chosen on the tuning sets. Measurements are kept on disk.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ def scores(ablation: pd.DataFrame) -> pd.DataFrame:
     """Each setting's score, as `Study.search` has it: KLoM p95, mean of splits and of tuning sets, with an interval.
 
     Returns:
-        Columns option, setting, default, value, low, high, worst (the highest p95 on F over tuning sets), cost. Intervals
-        take errors of splits and sets as fully dependent, so they are on the wide side.
+        Columns option, setting, default, value, low, high, cost, worst (the highest p95 on F over tuning sets).
+        Intervals take errors of splits and sets as fully dependent, so they are on the wide side.
     """
     grouped = ablation.groupby(["option", "setting", "default"], sort=False)
     table = grouped[["value", "low", "high", "cost"]].mean()
@@ -126,9 +126,9 @@ def verdict(ablation: pd.DataFrame) -> str:
         worse = others[others["low"] > base["high"]]["setting"]
         best = rows.loc[rows["value"].idxmin()]
         sentences.append(
-            f"- `{option}`: default {base['setting']} scores {Estimate(base['value'], base['low'], base['high'])}, the lowest "
-            f"is {best['setting']} with {Estimate(best['value'], best['low'], best['high'])}; clearly better than the default: "
-            f"{', '.join(better) or 'none'}; clearly worse: {', '.join(worse) or 'none'}."
+            f"- `{option}`: default {base['setting']} scores {Estimate(base['value'], base['low'], base['high'])}, the "
+            f"lowest is {best['setting']} with {Estimate(best['value'], best['low'], best['high'])}; clearly better "
+            f"than the default: {', '.join(better) or 'none'}; clearly worse: {', '.join(worse) or 'none'}."
         )
     return "\n".join(sentences)
 

@@ -54,7 +54,7 @@ def gaps(margins: np.ndarray, oracle: np.ndarray) -> np.ndarray:
 def judge(
     margins: np.ndarray, oracle: np.ndarray, n_bootstrap: int = 50, seed: int = 0
 ) -> tuple[dict[str, Estimate], float]:
-    """KLoM's 95th percentile over points for each of `STOPS`, cross-fitted, and what own moments gain over the common one.
+    """KLoM's 95th percentile over points for each of `STOPS`, cross-fitted, and what own moments gain.
 
     Args:
         margins: (n_moments, N, n_points).
@@ -140,7 +140,9 @@ def medians(stops: pd.DataFrame) -> pd.DataFrame:
     wide = stops.pivot_table(index="method", columns="stop", values="value", aggfunc="median", sort=False)
     common = stops[stops["stop"] == "common"].groupby("method", sort=False)[["cost", "under", "over"]].median()
     gain = stops[stops["stop"] == "gain"].set_index("method")
-    common["sets that gain"] = [f"{int((gain.loc[[m], 'low'] > 0).sum())} of {len(gain.loc[[m]])}" for m in common.index]
+    common["sets that gain"] = [
+        f"{int((gain.loc[[m], 'low'] > 0).sum())} of {len(gain.loc[[m]])}" for m in common.index
+    ]
     return wide[list(STOPS)].rename(columns=STOPS).join(common.add_prefix("common: ").rename(columns=_PLAIN))
 
 
@@ -162,14 +164,15 @@ def verdict(stops: pd.DataFrame) -> str:
             continue
         n = len(pairs)
         above = {
-            stop: sum(at[stop].loc[(m, f), "low"] > floor.loc[f, "high"] for m, f in pairs) for stop in ("common", "own")
+            stop: sum(at[stop].loc[(m, f), "low"] > floor.loc[f, "high"] for m, f in pairs)
+            for stop in ("common", "own")
         }
         gain = sum(at["gain"].loc[pair, "low"] > 0 for pair in pairs)
         median = {stop: over_sets(at[stop]["value"].loc[methods].groupby("forget_set").min()) for stop in STOPS}
         sentences.append(
-            f"**{name}** ({n} pairs of method and forget set): even at the best common moment {above['common']} stay clearly "
-            f"above retraining; a moment of each point's own clearly lowers {gain} of the {n}, and still leaves "
-            f"{above['own']} above. The best of them on a set has a median p95 of {median['end']} at its end, "
+            f"**{name}** ({n} pairs of method and forget set): even at the best common moment {above['common']} stay "
+            f"clearly above retraining; a moment of each point's own clearly lowers {gain} of the {n}, and still "
+            f"leaves {above['own']} above. The best of them on a set has a median p95 of {median['end']} at its end, "
             f"{median['common']} at the best common moment and {median['own']} at own moments; retraining has "
             f"{over_sets(floor['value'])}."
         )
