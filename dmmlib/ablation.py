@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from dmmlib.study import Study
 
 GRID: dict[str, tuple[Any, ...]] = {
-    "forget_share": (0.1, 0.2, 0.4, 0.6, 0.8),
+    "forget_share": (0.2, 0.4, 0.6, 0.8),
     "loss": ("mse", "kl", "margin"),
-    "lr": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
-    "batch_size": (10, 20, 50, 100),
-    "cost": (0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
+    "lr": (1e-3, 3e-3, 1e-2, 3e-2),
+    "batch_size": (10, 20, 50),
+    "cost": (0.01, 0.05, 0.1, 0.2, 0.5),
 }
 """Values of DMM's options, tried one at a time around the defaults of `match`."""
 

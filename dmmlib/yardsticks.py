@@ -261,10 +261,10 @@ def power(
     """How often KLoM's 95th percentile tells a method from retraining, with N models of each.
 
     Under the null hypothesis unlearned models are further retrained ones: N and N of the retrained models, drawn
-    without replacement and disjoint, give the floor for this N, and its quantile 1 - `level` the threshold. Power is the share
-    of draws (N of the method's models, N retrained ones) that lie above it. Draws from the models at hand overlap, the
-    more so the nearer N is to their number, so power is of these models, and the interval (Wilson's, 95 %) of the
-    draws alone.
+    without replacement and disjoint, give the floor for this N, and its quantile 1 - `level` the threshold. Power is
+    the share of draws (N of the method's models, N retrained ones) that lie above it. Draws from the models at hand
+    overlap, the more so the nearer N is to their number: power is of these models, and the interval (Wilson's, 95 %)
+    of the draws alone.
 
     Args:
         methods: name -> margins (n_unlearned, n_points).

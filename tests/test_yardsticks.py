@@ -82,7 +82,7 @@ def invented(rows):
 
 
 def test_only_pairs_that_both_yardsticks_separate_disagree():
-    others = {y: 0.5 for y in yardsticks.YARDSTICKS}
+    others = dict.fromkeys(yardsticks.YARDSTICKS, 0.5)
     table = invented(
         {
             "ga": others | {"klom_p95": 1, "ks": 3},
@@ -121,7 +121,7 @@ def test_power_is_the_level_where_there_is_nothing_to_find(convention):
 
 
 def test_power_grows_with_models_and_with_the_distance():
-    retrained, slight, far = normal(0, 100, 15), 0.9 * normal(1, 50, 15) + 0.7, normal(2, 50, 15) + 9
+    retrained, slight, far = normal(0, 100, 15), normal(1, 50, 15) + 1.5, normal(2, 50, 15) + 9
     powers = yardsticks.power({"slight": slight, "far": far}, retrained, [5, 50], n_draws=60)
     share = powers.set_index(["method", "n_models"])["power"]
     assert share["far", 5] == share["far", 50] == 1
