@@ -82,26 +82,27 @@ def _uniform(n: int) -> np.ndarray:
 
 def _bins(margins: np.ndarray, edges: np.ndarray) -> np.ndarray:
     """Bin numbers (n_models, n_points) by numpy.histogram's rule: half-open, the last one closed."""
-    low, high = edges[0], edges[-1]
-    numbers = ((margins - low) / (high - low) * N_BINS).astype(np.int64)
-    np.minimum(numbers, N_BINS - 1, out=numbers)
+    low, high, last = edges[0], edges[-1], len(edges) - 2
+    numbers = ((margins - low) / (high - low) * (last + 1)).astype(np.int64)
+    np.minimum(numbers, last, out=numbers)
     points = np.arange(margins.shape[1])
     numbers -= margins < edges[numbers, points]  # rounding, corrected against the edges as numpy does
-    numbers += (margins >= edges[numbers + 1, points]) & (numbers < N_BINS - 1)
+    numbers += (margins >= edges[numbers + 1, points]) & (numbers < last)
     return numbers
 
 
 @dataclass(frozen=True)
 class _Histograms:
-    """Which bin each model's margin falls in, at every point: one-hot, (n_models, n_points * N_BINS)."""
+    """Which bin each model's margin falls in, at every point: one-hot, (n_models, n_points * n_bins)."""
 
     unlearned: np.ndarray
     oracle: np.ndarray
+    n_bins: int = N_BINS
 
     def klom(self, weight_u: np.ndarray, weight_o: np.ndarray, renormalise: bool = False) -> np.ndarray:
         """KLoM (..., n_points) where each model counts with its weight (..., n_models); weights sum to 1."""
         p, q = (
-            (weight @ hot).reshape(*weight.shape[:-1], -1, N_BINS)
+            (weight @ hot).reshape(*weight.shape[:-1], -1, self.n_bins)
             for weight, hot in ((weight_u, self.unlearned), (weight_o, self.oracle))
         )
         if renormalise:
@@ -111,24 +112,26 @@ class _Histograms:
         return terms.sum(-1)
 
 
-def _histograms(unlearned: np.ndarray, oracle: np.ndarray, convention: Convention) -> _Histograms:
+def _histograms(unlearned: np.ndarray, oracle: np.ndarray, convention: Convention, n_bins: int = N_BINS) -> _Histograms:
     _check_margins(unlearned, oracle)
     u, o = (np.clip(m, -CLIP, CLIP).astype(np.float64) for m in (unlearned, oracle))
     low, high = np.minimum(u.min(0), o.min(0)), np.maximum(u.max(0), o.max(0))
     constant = low == high  # numpy.histogram widens such a range by a half on either side
     low_w, high_w = np.where(constant, low - 0.5, low), np.where(constant, high + 0.5, high)
-    edges = np.linspace(low_w, high_w, N_BINS + 1)
+    edges = np.linspace(low_w, high_w, n_bins + 1)
     hot = []
     for m in (u, o):
         n_models, n_points = m.shape
-        one_hot = np.zeros((n_models, n_points, N_BINS), np.float32)
+        one_hot = np.zeros((n_models, n_points, n_bins), np.float32)
         kept = m < high if convention == "easydub" else np.ones_like(m, bool)
         np.put_along_axis(one_hot, _bins(m, edges)[..., None], kept[..., None].astype(np.float32), 2)
         hot.append(one_hot.reshape(n_models, -1))
-    return _Histograms(*hot)
+    return _Histograms(*hot, n_bins)
 
 
-def klom(unlearned: np.ndarray, oracle: np.ndarray, convention: Convention = "closed") -> np.ndarray:
+def klom(
+    unlearned: np.ndarray, oracle: np.ndarray, convention: Convention = "closed", n_bins: int = N_BINS
+) -> np.ndarray:
     """KLoM of each point: KL(unlearned || oracle) of histograms of margins.
 
     Margins are clipped to +-100, the joint range of a point is cut into 20 equal bins, p and q are the
@@ -140,22 +143,25 @@ def klom(unlearned: np.ndarray, oracle: np.ndarray, convention: Convention = "cl
         oracle: margins (n_oracles, n_points).
         convention: "closed" keeps values on the upper edge (the definition); "easydub" drops them and
             renormalises, as the public EasyDUB code does, to compare with numbers published with it.
+        n_bins: into how many bins the range is cut; the definition has 20.
 
     Returns:
         (n_points,), in nats, from 0 to log(1e5) = 11.5.
 
     Raises:
-        DataError: for shapes that differ, or NaN or infinite margins.
+        DataError: for shapes that differ, NaN or infinite margins, or fewer than two bins.
     """
+    if n_bins < 2:
+        raise DataError(f"KLoM was asked for with n_bins={n_bins}; use at least 2 (the definition has {N_BINS}).")
     if convention not in ("closed", "easydub"):
         raise DataError(f"Unknown KLoM convention {convention!r}; use 'closed' or 'easydub'.")
     unlearned, oracle = np.asarray(unlearned), np.asarray(oracle)
     _check_margins(unlearned, oracle)
-    block = max(1, 20_000_000 // (N_BINS * (len(unlearned) + len(oracle))))
+    block = max(1, 20_000_000 // (n_bins * (len(unlearned) + len(oracle))))
     parts = []
     for first in range(0, max(1, unlearned.shape[1]), block):
         u, o = unlearned[:, first : first + block], oracle[:, first : first + block]
-        histograms = _histograms(u, o, convention)
+        histograms = _histograms(u, o, convention, n_bins)
         parts.append(histograms.klom(_uniform(len(u)), _uniform(len(o)), renormalise=convention == "easydub"))
     return np.concatenate(parts)
 
@@ -182,6 +188,29 @@ STATISTICS: dict[str, Callable[[np.ndarray], float]] = {
 }
 
 
+def klom_draws(
+    unlearned: np.ndarray, oracle: np.ndarray, n_bootstrap: int = 50, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """KLoM of each point (n_points,), and the same with models resampled, bins fixed: (n_bootstrap, n_points).
+
+    Both sets of models are resampled with replacement. A resample has fewer distinct models, so its KLoM is
+    biased upwards: its spread is a standard error, its level is no estimate. Draws with the same numbers of models
+    and the same seed resample alike, so that differences of two methods can be taken draw by draw.
+    """
+    histograms = _histograms(unlearned, oracle, "closed")
+    n_u, n_o = len(unlearned), len(oracle)
+    rng = np.random.default_rng(seed)
+    draws = [(rng.multinomial(n_u, _uniform(n_u)), rng.multinomial(n_o, _uniform(n_o))) for _ in range(n_bootstrap)]
+    weight_u, weight_o = (
+        np.stack(counts).astype(np.float32) / n for counts, n in zip(zip(*draws, strict=True), (n_u, n_o), strict=True)
+    )
+    block = 10  # resamples at a time, to bound memory
+    resampled = [
+        histograms.klom(weight_u[i : i + block], weight_o[i : i + block]) for i in range(0, n_bootstrap, block)
+    ]
+    return histograms.klom(_uniform(n_u), _uniform(n_o)), np.concatenate(resampled)
+
+
 def klom_summary(
     unlearned: np.ndarray,
     oracle: np.ndarray,
@@ -191,9 +220,8 @@ def klom_summary(
 ) -> dict[str, dict[str, Estimate]]:
     """Mean and 95th percentile of KLoM over each split's points, with bootstrap intervals over models.
 
-    Both sets of models are resampled with replacement, bins fixed. A resample has fewer distinct models, so
-    its KLoM is biased upwards; the interval is therefore the estimate +- 1.96 bootstrap standard errors, and
-    not the resamples' percentiles. Points are not resampled: they are the population that is asked about.
+    The interval is the estimate +- 1.96 standard errors of `klom_draws`, whose percentiles would be biased. Points
+    are not resampled: they are the population that is asked about.
 
     Args:
         unlearned, oracle: margins (n_models, n_points).
@@ -202,19 +230,7 @@ def klom_summary(
     Returns:
         split -> {"mean", "p95"} -> Estimate.
     """
-    unlearned, oracle = np.asarray(unlearned), np.asarray(oracle)
-    histograms = _histograms(unlearned, oracle, "closed")
-    n_u, n_o = len(unlearned), len(oracle)
-    point = histograms.klom(_uniform(n_u), _uniform(n_o))
-    rng = np.random.default_rng(seed)
-    draws = [(rng.multinomial(n_u, _uniform(n_u)), rng.multinomial(n_o, _uniform(n_o))) for _ in range(n_bootstrap)]
-    weight_u, weight_o = (
-        np.stack(counts).astype(np.float32) / n for counts, n in zip(zip(*draws, strict=True), (n_u, n_o), strict=True)
-    )
-    block = 10  # resamples at a time, to bound memory
-    resampled = np.concatenate(
-        [histograms.klom(weight_u[i : i + block], weight_o[i : i + block]) for i in range(0, n_bootstrap, block)]
-    )
+    point, resampled = klom_draws(np.asarray(unlearned), np.asarray(oracle), n_bootstrap, seed)
     summary: dict[str, dict[str, Estimate]] = {}
     for split, indices in splits.items():
         summary[split] = {}

@@ -275,9 +275,15 @@ def klom_against_cost(
         axis.set_ylabel(f"{split} KLoM, p95")
     for axis in axes[-1]:
         axis.set_xlabel("cost / retraining")
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center")
+    _legend(figure, axes.flat[0])
     return titled(figure, title, caption)
+
+
+def _legend(figure: Figure, axis: Axes) -> None:
+    """An axis's legend at the figure's right, in as many columns as its height asks for."""
+    handles, labels = axis.get_legend_handles_labels()
+    rows = max(1, int(figure.get_figheight() / 0.3))
+    figure.legend(handles, labels, loc="outside right center", ncols=-(-len(labels) // rows))
 
 
 def klom_by_method(results: pd.DataFrame, title: str, caption: str) -> Figure:
@@ -348,6 +354,32 @@ def margin_histograms(
     return titled(figure, title, caption)
 
 
+def _log_klom(axis: Axes, which: str, *values: float) -> None:
+    """A logarithmic axis ("x" or "y") of KLoM over the range of the values."""
+    low, high = min(values) / 1.15, max(values) * 1.15
+    ticks = [t for t in (0.2, 0.5, 1, 2, 3, 5, 7, 10) if low <= t <= high]
+    axis.set(**{f"{which}scale": "log"})
+    axis.set(**{f"{which}lim": (low, high), f"{which}ticks": ticks, f"{which}ticklabels": [f"{t:g}" for t in ticks]})
+    axis.minorticks_off()
+
+
+def _grid(n: int, columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
+    """n panels of that size (inches) in rows of at most `columns`, with a common y axis."""
+    columns = min(columns, n)
+    n_rows = -(-n // columns)
+    figure, axes = plt.subplots(
+        n_rows,
+        columns,
+        figsize=(size[0] * columns + 0.4, size[1] * n_rows + 0.4),
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
+    )
+    for axis in axes.flat[n:]:
+        axis.set_visible(False)
+    return figure, axes
+
+
 def point_trajectories(
     panels: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str, caption: str, band: float = 1.0
 ) -> Figure:
@@ -358,17 +390,188 @@ def point_trajectories(
             in the oracles' standard deviations; positive is under-unlearned.
         band: within so many standard deviations a point counts as unlearned.
     """
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(3.2 * len(panels), 3.6), sharey=True, layout="constrained", squeeze=False
-    )
-    for axis, (method, (costs, gaps)) in zip(axes[0], panels.items(), strict=True):
+    figure, axes = _grid(len(panels), 5, (3.0, 2.9))
+    for axis, (method, (costs, gaps)) in zip(axes.flat, panels.items(), strict=False):
         axis.axhspan(-band, band, color="0.9", zorder=0)
         axis.plot(costs, gaps, color=colour(method), lw=0.7, alpha=0.55)
         axis.axhline(0, color="black", lw=0.8)
         inside = (np.abs(gaps[-1]) <= band).mean()
-        axis.set(title=f"{label(method)}: {inside:.0%} within ±{band:g} sd", xlabel="cost / retraining")
+        axis.set_title(f"{label(method)}: {inside:.0%} within ±{band:g} sd", fontsize=10)
+        axis.set_xlabel("cost / retraining", fontsize=10)
         axis.set_yscale("symlog", linthresh=2)
-    axes[0, 0].set_ylabel("mean margin − oracles' (oracle sd)")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("mean margin − oracles' (oracle sd)", fontsize=10)
+    return titled(figure, title, caption)
+
+
+def under_and_over(shares: pd.DataFrame, title: str, caption: str) -> Figure:
+    """Share of F under-unlearned (up) and over-unlearned (down) as a method goes on, a panel a method.
+
+    Args:
+        shares: `stopping.shares`; a thin line a forget set, areas their mean.
+    """
+    methods = list(shares["method"].unique())
+    figure, axes = _grid(len(methods), 5, (2.7, 2.4))
+    for axis, method in zip(axes.flat, methods, strict=False):
+        here = shares[shares["method"] == method]
+        mean = here.groupby("moment")[["under", "over"]].mean()
+        for column, sign, tint in (("under", 1, _PALETTE[0]), ("over", -1, _PALETTE[3])):
+            axis.fill_between(mean.index, sign * mean[column], color=tint, alpha=0.35, linewidth=0, label=column)
+            for _, track in here.groupby("forget_set"):
+                axis.plot(track["moment"], sign * track[column], color=tint, lw=0.7, alpha=0.7)
+        axis.axhline(0, color="black", lw=0.8)
+        cost = here.groupby("forget_set")["cost"].max().median()
+        axis.set_title(f"{label(method)} (cost {cost:.2g})", fontsize=10)
+        axis.set_ylim(-1.05, 1.05)
+        axis.set_yticks([-1, -0.5, 0, 0.5, 1], ["1", "0.5", "0", "0.5", "1"])
+        axis.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
+        axis.set_xlabel("share of the method's run", fontsize=10)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("over ↓  share of F  ↑ under", fontsize=10)
+    return titled(figure, title, caption)
+
+
+def stopping_times(stops: pd.DataFrame, title: str, caption: str) -> Figure:
+    """Forget KLoM p95 at a method's end, at its best common moment, and at points' own moments.
+
+    Args:
+        stops: `stopping.table`; a marker is the median over forget sets, its bar the range of half of them.
+    """
+    looks = {"end": ("o", "0.45", "at its end"), "common": ("s", _PALETTE[0], "best common moment")}
+    looks["own"] = ("D", _PALETTE[1], "each point's own moment")
+    methods = [m for m in stops["method"].unique() if m != "retrain"]
+    figure, axis = plt.subplots(figsize=(8, 0.42 * len(methods) + 1.4), layout="constrained")
+    for row, method in enumerate(methods):
+        for offset, (stop, (mark, tint, _)) in zip((-0.22, 0, 0.22), looks.items(), strict=True):
+            values = stops[(stops["method"] == method) & (stops["stop"] == stop)]["value"]
+            low, middle, high = np.percentile(values, [25, 50, 75])
+            axis.plot([low, high], [row + offset] * 2, color=tint, lw=1.5)
+            axis.plot(middle, row + offset, mark, color=tint, ms=6)
+    floor = stops[(stops["method"] == "retrain") & (stops["stop"] == "end")]["value"]
+    axis.axvspan(*np.percentile(floor, [25, 75]), color="0.85", zorder=0)
+    axis.axvline(floor.median(), color="black", lw=1)
+    for mark, tint, name in looks.values():
+        axis.plot([], [], mark, color=tint, label=name)
+    axis.plot([], [], color="black", lw=1, label="retrain (floor)")
+    axis.set_yticks(range(len(methods)), [label(m) for m in methods])
+    axis.invert_yaxis()
+    axis.set_xlabel("forget KLoM, p95 (of N / 2 models)")
+    _log_klom(axis, "x", *stops[stops["stop"].isin(looks)].groupby(["method", "stop"])["value"].quantile([0.25, 0.75]))
+    axis.grid(axis="x", color="0.92")
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return titled(figure, title, caption)
+
+
+def ablation(scores: pd.DataFrame, title: str, caption: str) -> Figure:
+    """Score of every setting, a panel an option; the default is filled.
+
+    Args:
+        scores: `dmmlib.ablation.scores`.
+    """
+    options = list(scores["option"].unique())
+    figure, axes = _grid(len(options), 5, (2.6, 2.8))
+    for axis, option in zip(axes.flat, options, strict=False):
+        here = scores[scores["option"] == option]
+        numbers = pd.to_numeric(here["setting"], errors="coerce")
+        if numbers.notna().all():
+            here = here.iloc[numbers.argsort()]
+        x = np.arange(len(here))
+        axis.errorbar(
+            x, here["value"], yerr=[here["value"] - here["low"], here["high"] - here["value"]], color=_PALETTE[3],
+            marker="o", mfc="white", capsize=3, lw=1.2,
+        )  # fmt: skip
+        axis.plot(x[here["default"]], here["value"][here["default"]], "o", color=_PALETTE[3], ms=9, zorder=5)
+        axis.set_xticks(x, here["setting"], fontsize=9)
+        axis.set_title(option)
+        axis.set_ylim(bottom=0)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("score (mean KLoM p95)")
+    return titled(figure, title, caption)
+
+
+def matching(table: pd.DataFrame, title: str, caption: str) -> Figure:
+    """KLoM p95 against the number of oracles matched, a panel a split, beside DMM, DM-direct and retraining.
+
+    Args:
+        table: `dmmlib.ablation.matching`; medians over forget sets, bars the range of half of them.
+    """
+    figure, axes = _grid(len(SPLITS), 3, (3.6, 3.2))
+    lines = {"retrain": ("retrain", "-"), "DM-direct": ("dm_direct", "--"), "DMM": ("dmm", "-.")}
+    kinds = {"oracle": ("mean of oracles", "oracle_matching", "o"), "shifted": ("shifted originals", "gd", "s")}
+    for axis, split in zip(axes[0], SPLITS, strict=True):
+        here = table[table["split"] == split]
+        for variant, (method, ls) in lines.items():
+            median = here[here["variant"] == variant]["value"].median()
+            axis.axhline(median, color=colour(method), ls=ls, lw=1.5, label=label(method))
+        for targets, (name, method, mark) in kinds.items():
+            rows = here[here["targets"] == targets].groupby("n_oracles")["value"]
+            low, middle, high = (rows.quantile(q) for q in (0.25, 0.5, 0.75))
+            axis.errorbar(
+                middle.index * (1.04 if targets == "shifted" else 1), middle, yerr=[middle - low, high - middle],
+                color=colour(method), marker=mark, capsize=3, label=f"OM, {name}",
+            )  # fmt: skip
+        counts = sorted(set(here["n_oracles"]) - {0})
+        axis.set(title=split, xlabel="oracles matched", xscale="log")
+        _log_klom(axis, "y", *table.groupby(["variant", "split"])["value"].quantile([0.25, 0.75]))
+        axis.set_xticks(counts, [str(c) for c in counts])
+        axis.minorticks_off()
+    axes[0, 0].set_ylabel("KLoM, p95")
+    _legend(figure, axes[0, 0])
+    return titled(figure, title, caption)
+
+
+def yardsticks(measured: pd.DataFrame, names: Mapping[str, str], title: str, caption: str) -> Figure:
+    """Every other yardstick against KLoM p95, a marker a method and forget set, a panel a yardstick.
+
+    Args:
+        measured: `dmmlib.yardsticks.table`.
+        names: yardstick -> how it is written; the first is the x axis.
+    """
+    (first, x_name), *others = names.items()
+    figure, axes = plt.subplots(
+        1, len(others), figsize=(2.7 * len(others) + 1.6, 3.4), sharex=True, layout="constrained", squeeze=False
+    )
+    wide = measured.pivot_table(index=["method", "forget_set"], columns="yardstick", values="value", sort=False)
+    for axis, (yardstick, name) in zip(axes[0], others, strict=True):
+        for method in (m for m in measured["method"].unique() if m != "oracles"):
+            here = wide.loc[method]
+            axis.plot(here[first], here[yardstick], MARKERS.get(method, "o"), color=colour(method), ms=5, alpha=0.85,
+                      mew=0, label=label(method))  # fmt: skip
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel(x_name)
+        _log_klom(axis, "x", *wide[first].dropna())
+    _legend(figure, axes[0, 0])
+    return titled(figure, title, caption)
+
+
+def power(powers: pd.DataFrame, title: str, caption: str, shown: Sequence[str] | None = None) -> Figure:
+    """KLoM p95 with N models, and how often it tells a method from retraining.
+
+    Args:
+        powers: `dmmlib.yardsticks.power`.
+        shown: which methods the left panel has; all if None.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for method, here in powers.groupby("method", sort=False):
+        look = {"color": colour(str(method)), "marker": MARKERS.get(str(method), "o")}
+        if shown is None or method in shown:
+            axes[0].plot(here["n_models"], here["median"], **look)
+            axes[0].fill_between(here["n_models"], here["low"], here["high"], color=look["color"], alpha=0.15, lw=0)
+        bars = [here["power"] - here["power_low"], here["power_high"] - here["power"]]
+        axes[1].errorbar(
+            here["n_models"], here["power"], yerr=bars, capsize=2, lw=1.2, label=label(str(method)), **look
+        )
+    axes[0].plot(*powers.groupby("n_models")["threshold"].first().reset_index().to_numpy().T, color="black", ls=":")
+    sizes = sorted(powers["n_models"].unique())
+    axes[0].set_ylabel("forget KLoM, p95")
+    _log_klom(axes[0], "y", *powers["low"], *powers["high"])
+    axes[1].set(ylabel="share of draws told from retraining", ylim=(-0.03, 1.05))
+    axes[1].axhline(0.05, color="0.6", lw=0.8)
+    for axis in axes:
+        axis.set(xlabel="models N", xscale="log")
+        axis.set_xticks(sizes, [str(s) for s in sizes])
+        axis.minorticks_off()
+    _legend(figure, axes[1])
     return titled(figure, title, caption)
 
 
@@ -390,19 +593,6 @@ def klom_distribution(kloms: Mapping[str, np.ndarray], title: str, caption: str)
     axis.text(axis.get_xlim()[1], 0.95, " p95", va="center", fontsize=8, color="0.4")
     axis.set(xlabel="KLoM of a forget point", ylabel="share of forget points", ylim=(0, 1.02))
     axis.legend(loc="center left", bbox_to_anchor=(1.03, 0.5))
-    return titled(figure, title, caption)
-
-
-def floor_against_n(sizes: Sequence[int], lines: Mapping[str, Sequence[float]], title: str, caption: str) -> Figure:
-    """KLoM's 95th percentile against the number of models it is estimated with."""
-    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    for method, values in lines.items():
-        axis.plot(sizes, values, marker=MARKERS.get(method, "o"), color=colour(method), label=label(method))
-    axis.set(xlabel="models N", ylabel="forget KLoM, p95", xscale="log", yscale="log")
-    axis.set_xticks(list(sizes), [str(s) for s in sizes])
-    axis.set_yticks([0.5, 1, 2, 5, 10], ["0.5", "1", "2", "5", "10"])
-    axis.minorticks_off()
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return titled(figure, title, caption)
 
 

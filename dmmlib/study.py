@@ -623,10 +623,9 @@ class Study:
             return settings[0]
         return settings[int(self.search(method)["setting"].iloc[0])]
 
-    def unlearned(self, method: str, forget_set: ForgetSet) -> Unlearned:
-        """The result of a method, tuned, on a forget set; kept on disk."""
-        setting = self.tuned(method)
-        config = {
+    def unlearning_identity(self, method: str, setting: dict[str, Any], forget_set: ForgetSet) -> dict[str, Any]:
+        """All that the result of a method with a setting on a forget set depends on."""
+        return {
             **self._identity(),
             "method": method,
             "code": unlearn.registered(method).source,
@@ -638,6 +637,11 @@ class Study:
             "datamodels": self._datamodel_config(),
             "seed": self.preset.seed,
         }
+
+    def unlearned(self, method: str, forget_set: ForgetSet) -> Unlearned:
+        """The result of a method, tuned, on a forget set; kept on disk."""
+        setting = self.tuned(method)
+        config = self.unlearning_identity(method, setting, forget_set)
         path = self.runs / "store" / f"unlearned-{method}-{config_hash(config)}.npz"
         if path.exists():
             return _read_unlearned(path)

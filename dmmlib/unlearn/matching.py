@@ -7,11 +7,13 @@ Each original keeps its own randomness: its target is its own answer plus the pr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import kl_div
 
 from dmmlib.errors import DataError, OptionError
 from dmmlib.optim import Adam
@@ -25,6 +27,25 @@ SPACE: dict[str, list[Any]] = {
     "batch_size": [20, 50],
     "forget_share": [0.2, 0.4, 0.6],
 }
+
+
+def _log_odds(logits: Tensor, labels: Tensor) -> Tensor:
+    """The margin of `metrics.margins`, to be differentiated: (n_models, batch)."""
+    right = torch.zeros_like(logits, dtype=torch.bool).scatter(2, labels[..., None], True)
+    return (logits * right).sum(2) - logits.masked_fill(right, -torch.inf).logsumexp(2)
+
+
+def _kl(logits: Tensor, goal: Tensor) -> Tensor:
+    return kl_div(logits.log_softmax(2), goal.log_softmax(2), log_target=True, reduction="none")
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "mse": lambda logits, goal, labels: ((logits - goal) ** 2).mean((1, 2)),
+    "kl": lambda logits, goal, labels: _kl(logits, goal).sum(2).mean(1),
+    "margin": lambda logits, goal, labels: ((_log_odds(logits, labels) - _log_odds(goal, labels)) ** 2).mean(1),
+}
+"""Distances (n_models,) of logits from target logits, both (n_models, batch, n_classes), given labels
+(n_models, batch): squared error of logits, KL(target || model) of probabilities, squared error of margins."""
 
 
 def predicted_oracle(problem: Problem) -> np.ndarray:
@@ -106,10 +127,11 @@ def match(
     lr: float = 3e-3,
     batch_size: int = 20,
     forget_share: float = 0.4,
+    loss: str = "mse",
 ) -> Unlearned:
     """Fine-tune every original to target logits on F and a random sample of R.
 
-    Mean squared error on logits, Adam, a rate that falls linearly to zero. A batch holds a fixed share of F;
+    By default mean squared error on logits; Adam, a rate that falls linearly to zero. A batch holds a fixed share of F;
     the rest is drawn from R. The published setting (F repeated 5 times with 20 |F| of R an epoch) is
     `forget_share` 0.2; here the *cost* is fixed instead of the number of epochs, so that small and large
     forget sets are given the same work, and small batches have been the better use of it.
@@ -121,11 +143,18 @@ def match(
         lr: Adam's rate at the start.
         batch_size: examples a step.
         forget_share: share of a batch that comes from F.
-    """
-    goal = torch.from_numpy(targets).to(problem.x.device)
+        loss: what to lower, one of `LOSSES`.
 
-    def loss(logits: Tensor, indices: Tensor, models: Tensor) -> Tensor:
-        return ((logits - goal[models[:, None], indices]) ** 2).mean((1, 2))
+    Raises:
+        OptionError: for an unknown loss.
+    """
+    if loss not in LOSSES:
+        raise OptionError(f"Option loss={loss!r} was given; use one of {', '.join(map(repr, LOSSES))}.")
+    goal = torch.from_numpy(targets).to(problem.x.device)
+    distance, y = LOSSES[loss], problem.y
+
+    def to_targets(logits: Tensor, indices: Tensor, models: Tensor) -> Tensor:
+        return distance(logits, goal[models[:, None], indices], y[indices])
 
     n_steps = max(1, round(cost * problem.retraining / batch_size))
     from_forget = min(max(1, round(forget_share * batch_size)), batch_size - 1)
@@ -138,7 +167,7 @@ def match(
     )
     return finetune(
         problem,
-        [Phase(list(batches), loss)],
+        [Phase(list(batches), to_targets)],
         Adam(lr),
         rate=lambda share: lr * (1 - share),
     )
