@@ -36,10 +36,12 @@ def main() -> None:
     flop = flop_of_sample_gradient(p, tuple(arguments.shape), n_classes)
     m = p.datamodels.n_subsets
     a_model = p.training.epochs * round(p.datamodels.fraction * n) * flop
-    print(f"{m:,} {p.model.name} on {round(p.datamodels.fraction * n):,} examples, {p.training.epochs} epochs: "
-          f"{flop / 1e9:.2f} GFLOP a sample gradient, {a_model / 1e15:.2f} PFLOP a model, {m * a_model:.2g} FLOP in all; "
-          f"logits {4 * m * (n + n_val) * n_classes / 1e9:.0f} GB, masks {m * n / 1e9:.0f} GB; "
-          f"the fit holds {4 * min(m, n) ** 2 / 1e9:.1f} GB of factor and {4 * m * n / 1e9:.1f} GB of masks.\n")  # fmt: skip
+    print(
+        f"{m:,} {p.model.name} on {round(p.datamodels.fraction * n):,} examples, {p.training.epochs} epochs: "
+        f"{flop / 1e9:.2f} GFLOP a sample gradient, {a_model / 1e15:.2f} PFLOP a model, {m * a_model:.2g} FLOP "
+        f"in all; logits {4 * m * (n + n_val) * n_classes / 1e9:.0f} GB, masks {m * n / 1e9:.0f} GB; the fit "
+        f"holds {4 * min(m, n) ** 2 / 1e9:.1f} GB of factor and {4 * m * n / 1e9:.1f} GB of masks.\n"
+    )
     print("| sustained rate | models an hour | hours for all | on 8 |")
     print("| --- | --- | --- | --- |")
     rates = [(f"{arguments.measured / 1e12:.2f} TFLOP/s, measured on two CPU cores", arguments.measured)]

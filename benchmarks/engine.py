@@ -9,14 +9,17 @@ loop. A model is one of the laptop preset's subset models: 1,000 of 2,000 images
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import multiprocessing as mp
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -137,6 +140,40 @@ def ours(name: str, device: torch.device, way: Execution, precision: str = "floa
     return steps
 
 
+@functools.lru_cache
+def _far(name: str, chunk: int) -> Contender:
+    return ours(name, torch.device("cpu"), Execution(chunk, 1, compile=True))
+
+
+def _far_steps(name: str, chunk: int, n: int) -> int:
+    return _far(name, chunk)(n)
+
+
+def dask_processes(name: str, chunk: int, client: Any) -> Contender:
+    """The same in Dask workers, a process a core, as `--scheduler local-cluster` does it."""
+    addresses = list(client.scheduler_info(n_workers=-1)["workers"])
+
+    def steps(n: int) -> int:
+        futures = [client.submit(_far_steps, name, chunk, n, workers=[a], pure=False) for a in addresses]
+        return sum(client.gather(futures))
+
+    return steps
+
+
+def _shard() -> np.ndarray:
+    return np.zeros((100, 2500, 10), np.float32)
+
+
+def overhead_a_shard(client: Any, repeats: int = 20) -> float:
+    """Seconds from sending a shard's task to holding its 10 MB of logits, the training left out."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        client.submit(_shard, pure=False).result()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
 def measure(contenders: dict[str, Contender], size: int, rounds: int) -> dict[str, list[float]]:
     """Model-steps a second of each, a number a round; the first round warms up and does not count."""
     rates: dict[str, list[float]] = {name: [] for name in contenders}
@@ -179,6 +216,10 @@ def mlp_flop() -> float:
     return forward + 2 * BATCH * (196 * 128 + 2 * 128 * 10)
 
 
+def _import_path(folder: str) -> None:
+    sys.path.insert(0, folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(OPTIONS), choices=list(OPTIONS))
@@ -188,6 +229,15 @@ def main() -> None:
     arguments = parser.parse_args()
     device = resolve_device(arguments.device)
     report: dict = {"machine": execution.machine(device) | {"platform": platform.platform()}, "models": {}}
+    client: Any = None
+    if device.type == "cpu":
+        import distributed
+
+        workers = distributed.LocalCluster(torch.get_num_threads(), threads_per_worker=1, dashboard_address=None)
+        client = distributed.Client(workers)
+        client.run(_import_path, str(Path(__file__).parent))
+        report["dask_overhead_a_shard_seconds"] = overhead_a_shard(client)
+        print(f"Dask: {1000 * report['dask_overhead_a_shard_seconds']:.0f} ms a shard of 100 models besides training")
     for name in arguments.models:
         best = {"mlp": 16}.get(name, 1)
         threads = 1 if device.type == "cuda" else torch.get_num_threads()
@@ -201,6 +251,8 @@ def main() -> None:
             contenders["layers by hand"] = hand
         contenders["dmmlib, not compiled"] = ours(name, device, plain)
         contenders["dmmlib"] = ours(name, device, fast)
+        if client:
+            contenders["dmmlib, a Dask process a core"] = dask_processes(name, best, client)
         contenders["dmmlib, bfloat16"] = ours(name, device, fast, "bfloat16")
         rates = measure(contenders, SIZE[name], arguments.rounds)
         if stop:
@@ -221,7 +273,7 @@ def main() -> None:
             report["mlp_flops"] = achieved
             for what, rate in peak.items():
                 print(f"  products {what:24s} {rate / 1e9:8.0f} GFLOP/s")
-            for k in ("dmmlib", "dmmlib, bfloat16"):
+            for k in (k for k in rates if k.startswith("dmmlib")):
                 share = achieved[k] / peak["of the mlp, float32"]
                 print(f"  {k}: {achieved[k] / 1e9:.0f} GFLOP/s, {share:.2f} of the float32 products of its own shape")
     arguments.out.write_text(json.dumps(report, indent=1))

@@ -133,10 +133,13 @@ def verdict(ablation: pd.DataFrame) -> str:
     return "\n".join(sentences)
 
 
-def matching(study: Study) -> pd.DataFrame:
-    """Oracle matching with 1 to 10 oracles and both kinds of targets, DMM and DM-direct, on the reported forget sets.
+def matching(study: Study, forget_sets: Sequence[ForgetSet] | None = None) -> pd.DataFrame:
+    """Oracle matching with 1 to 10 oracles and both kinds of targets, DMM and DM-direct, on reported forget sets.
 
     All that fine-tune use DMM's setting, chosen on the tuning sets, so that targets are all they differ in.
+
+    Args:
+        forget_sets: those to compare on; all of the study's if None.
 
     Returns:
         Columns variant, targets, n_oracles, and those of `measure`.
@@ -151,7 +154,7 @@ def matching(study: Study) -> pd.DataFrame:
         for k in (k for k in N_ORACLES if k <= study.preset.ensembles.n_models):
             options = setting | {"n_oracles": k, "targets": targets}
             variants.append((f"OM, {targets}, {k}", targets, k, "oracle_matching", options))
-    pairs = [(v, f) for f in study.forget_sets.values() for v in variants]
+    pairs = [(v, f) for f in forget_sets or study.forget_sets.values() for v in variants]
     parts = []
     for i, ((variant, targets, k, method, options), forget_set) in enumerate(pairs):
         study.progress("matching", i, len(pairs))
