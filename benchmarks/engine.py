@@ -216,10 +216,6 @@ def mlp_flop() -> float:
     return forward + 2 * BATCH * (196 * 128 + 2 * 128 * 10)
 
 
-def _import_path(folder: str) -> None:
-    sys.path.insert(0, folder)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(OPTIONS), choices=list(OPTIONS))
@@ -235,7 +231,8 @@ def main() -> None:
 
         workers = distributed.LocalCluster(torch.get_num_threads(), threads_per_worker=1, dashboard_address=None)
         client = distributed.Client(workers)
-        client.run(_import_path, str(Path(__file__).parent))
+        folder = str(Path(__file__).parent)
+        client.run(lambda: sys.path.insert(0, folder))
         report["dask_overhead_a_shard_seconds"] = overhead_a_shard(client)
         print(f"Dask: {1000 * report['dask_overhead_a_shard_seconds']:.0f} ms a shard of 100 models besides training")
     for name in arguments.models:
@@ -281,4 +278,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    import engine  # so that workers find its functions by name
+
+    engine.main()

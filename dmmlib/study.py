@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dmmlib import cluster, datamodels, ensemble, execution, forget_sets, metrics, models, presets, unlearn
 from dmmlib import data as datasets
-from dmmlib.errors import DamageError, ForgetSetError, MethodError, PresetError, StoreError
+from dmmlib.errors import DamageError, DeviceError, ForgetSetError, MethodError, PresetError, StoreError
 from dmmlib.execution import Execution
 from dmmlib.files import read_json, replacing, write_json
 from dmmlib.forget_sets import ForgetSet
@@ -202,6 +202,11 @@ class Study:
         worthwhile = None if self._planned_steps() >= MANY_STEPS else False
         allowed = worthwhile if section.compile == "auto" else section.compile
         options = execution.candidates(self.device, chunk, allowed)
+        if all(o.compile for o in options) and not execution.can_compile():
+            raise DeviceError(
+                "ensembles.compile is true, but torch.compile does not work here (on CPU it needs a C++ compiler); "
+                "install one, or set it to auto or false."
+            )
         if len(options) == 1:
             return options[0]
         config = {

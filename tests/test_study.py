@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from dmmlib import forget_sets, models, presets, unlearn
-from dmmlib.errors import DataError, ForgetSetError, MethodError, PresetError, StoreError
+from dmmlib import execution, forget_sets, models, presets, unlearn
+from dmmlib.errors import DataError, DeviceError, ForgetSetError, MethodError, PresetError, StoreError
+from dmmlib.files import read_json
 from dmmlib.progress import Reporter, describe, silent
 from dmmlib.study import Study
 from tests.conftest import TINY
@@ -81,6 +82,29 @@ def test_interrupted_training_goes_on_where_it_was(tmp_path, monkeypatch, tiny):
     again = study(tmp_path)
     np.testing.assert_allclose(again.subsets[1], tiny.subsets[1], atol=1e-5)
     assert len(calls) == 6, "six shards of twenty, none twice"
+
+
+def test_how_to_train_is_measured_once_and_kept(tmp_path, monkeypatch):
+    one = study(tmp_path, {"ensembles.chunk": "auto"})
+    assert one.execution in execution.candidates(one.device, compile=False), "too few steps for compilation to pay"
+    (kept,) = (tmp_path / "runs" / "store").glob("execution-*.json")
+    rates = {row["chunk"]: row["model_steps_per_second"] for row in read_json(kept)}
+    assert one.execution.chunk == max(rates, key=rates.get)
+
+    def never(*args):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(execution, "measure", never)
+    assert study(tmp_path, {"ensembles.chunk": "auto"}).execution == one.execution
+    assert study(tmp_path, {"ensembles.chunk": 3}).execution.chunk == 3
+
+
+def test_compilation_that_cannot_be_had_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(execution, "can_compile", lambda: False)
+    with pytest.raises(DeviceError, match=r"torch.compile does not work here .* set it to auto or false"):
+        _ = study(tmp_path, {"ensembles.compile": True}).execution
+    many = study(tmp_path, {"ensembles.chunk": "auto", "training.epochs": 20_000})
+    assert not many.execution.compile, "auto does without"
 
 
 def models_train(monkeypatch):
