@@ -228,7 +228,7 @@ def klom_against_cost(
     figure, axes = plt.subplots(
         n_rows,
         columns,
-        figsize=(2.75 * columns + 0.6, 2.6 * n_rows + 0.5),
+        figsize=(2.5 * columns + 0.6, 2.6 * n_rows + 0.5),
         sharex=True,
         sharey=True,
         layout="constrained",
@@ -280,10 +280,11 @@ def klom_against_cost(
 
 
 def _legend(figure: Figure, axis: Axes) -> None:
-    """An axis's legend at the figure's right, in as many columns as its height asks for."""
+    """An axis's legend at the figure's right, which is widened for as many columns as its height asks for."""
     handles, labels = axis.get_legend_handles_labels()
-    rows = max(1, int(figure.get_figheight() / 0.3))
-    figure.legend(handles, labels, loc="outside right center", ncols=-(-len(labels) // rows))
+    columns = -(-len(labels) // max(1, int(figure.get_figheight() / 0.3)))
+    figure.set_figwidth(figure.get_figwidth() + 2.1 * columns)
+    figure.legend(handles, labels, loc="outside right center", ncols=columns)
 
 
 def klom_by_method(results: pd.DataFrame, title: str, caption: str) -> Figure:
@@ -529,7 +530,7 @@ def yardsticks(measured: pd.DataFrame, names: Mapping[str, str], title: str, cap
     """
     (first, x_name), *others = names.items()
     figure, axes = plt.subplots(
-        1, len(others), figsize=(2.7 * len(others) + 1.6, 3.4), sharex=True, layout="constrained", squeeze=False
+        1, len(others), figsize=(2.6 * len(others) + 0.4, 3.4), sharex=True, layout="constrained", squeeze=False
     )
     wide = measured.pivot_table(index=["method", "forget_set"], columns="yardstick", values="value", sort=False)
     for axis, (yardstick, name) in zip(axes[0], others, strict=True):
@@ -551,7 +552,7 @@ def power(powers: pd.DataFrame, title: str, caption: str, shown: Sequence[str] |
         powers: `dmmlib.yardsticks.power`.
         shown: which methods the left panel has; all if None.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     for method, here in powers.groupby("method", sort=False):
         look = {"color": colour(str(method)), "marker": MARKERS.get(str(method), "o")}
         if shown is None or method in shown:
