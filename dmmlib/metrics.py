@@ -126,7 +126,7 @@ def _histograms(unlearned: np.ndarray, oracle: np.ndarray, convention: Conventio
         kept = m < high if convention == "easydub" else np.ones_like(m, bool)
         np.put_along_axis(one_hot, _bins(m, edges)[..., None], kept[..., None].astype(np.float32), 2)
         hot.append(one_hot.reshape(n_models, -1))
-    return _Histograms(*hot, n_bins)
+    return _Histograms(hot[0], hot[1], n_bins)
 
 
 def klom(

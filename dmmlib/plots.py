@@ -457,7 +457,11 @@ def stopping_times(stops: pd.DataFrame, title: str, caption: str) -> Figure:
     axis.set_yticks(range(len(methods)), [label(m) for m in methods])
     axis.invert_yaxis()
     axis.set_xlabel("forget KLoM, p95 (of N / 2 models)")
-    _log_klom(axis, "x", *stops[stops["stop"].isin(looks)].groupby(["method", "stop"])["value"].quantile([0.25, 0.75]))
+    _log_klom(
+        axis,
+        "x",
+        *stops[stops["stop"].isin(looks)].groupby(["method", "stop"])["value"].quantile(np.array([0.25, 0.75])),
+    )
     axis.grid(axis="x", color="0.92")
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return titled(figure, title, caption)
@@ -513,7 +517,7 @@ def matching(table: pd.DataFrame, title: str, caption: str) -> Figure:
             )  # fmt: skip
         counts = sorted(set(here["n_oracles"]) - {0})
         axis.set(title=split, xlabel="oracles matched", xscale="log")
-        _log_klom(axis, "y", *table.groupby(["variant", "split"])["value"].quantile([0.25, 0.75]))
+        _log_klom(axis, "y", *table.groupby(["variant", "split"])["value"].quantile(np.array([0.25, 0.75])))
         axis.set_xticks(counts, [str(c) for c in counts])
         axis.minorticks_off()
     axes[0, 0].set_ylabel("KLoM, p95")

@@ -175,7 +175,7 @@ def agreement(
         raise DataError(f"Rank agreement got {n_methods} method; give at least two.")
     rng = np.random.default_rng(seed)
     draws = [(rng.integers(n_methods, size=n_methods), rng.integers(n_sets, size=n_sets)) for _ in range(n_bootstrap)]
-    draws = [(m, s) for m, s in draws if len(set(m)) > 2]  # of two methods a rank says nothing
+    draws = [(m, s) for m, s in draws if len(np.unique(m)) > 2]  # of two methods a rank says nothing
     rows = []
     statistics: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
         "kendall": lambda a, b: float(kendalltau(a, b).statistic),
