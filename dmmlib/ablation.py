@@ -124,7 +124,7 @@ def verdict(ablation: pd.DataFrame) -> str:
         base, others = rows[rows["default"]].iloc[0], rows[~rows["default"]]
         better = others[others["high"] < base["low"]]["setting"]
         worse = others[others["low"] > base["high"]]["setting"]
-        best = rows.sort_values("value").iloc[0]
+        best = rows.iloc[int(rows["value"].argmin())]
         sentences.append(
             f"- `{option}`: default {base['setting']} scores {Estimate(base['value'], base['low'], base['high'])}, the "
             f"lowest is {best['setting']} with {Estimate(best['value'], best['low'], best['high'])}; clearly better "

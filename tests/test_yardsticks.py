@@ -1,6 +1,7 @@
 """Yardsticks: right where the answer is known; the power of KLoM is 5 % where there is nothing to find."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -75,8 +76,6 @@ def test_tables_of_a_study(tiny):
 
 
 def invented(rows):
-    import pandas as pd
-
     made = [["f", m, y, v, v - 0.1, v + 0.1, 8] for m, values in rows.items() for y, v in values.items()]
     return pd.DataFrame(made, columns=yardsticks.COLUMNS)
 
