@@ -1,0 +1,223 @@
+"""Attribution methods equal their explicit definitions on small cases, and share one protocol."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dmmlib import attribution, ensemble, metrics
+from dmmlib.attribution import Context
+from dmmlib.attribution.kernel import calibrate, conditional_residuals, gram, kernel, margin
+from dmmlib.datamodels import RidgeDatamodel
+from dmmlib.errors import DataError, ForgetSetError, MethodError
+
+
+class Conv(nn.Module):
+    """A convolution, batch norm, and a linear layer: explicit gradients and outer products in one kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3))
+
+    def forward(self, x):
+        return self.body(x.view(-1, 1, 4, 4))
+
+
+class Twice(nn.Module):
+    """One linear layer used twice, whose gradient is no outer product."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(16, 16), nn.Linear(16, 3, bias=False)
+
+    def forward(self, x):
+        return self.head(self.inner(self.inner(x).relu()).relu())
+
+
+FACTORIES = {
+    "linear": lambda: nn.Linear(16, 3),
+    "mlp": lambda: nn.Sequential(nn.Linear(16, 6), nn.ReLU(), nn.Linear(6, 3)),
+    "conv": Conv,
+    "twice": Twice,
+}
+
+
+def problem(factory, n=10, n_val=4, m=12, k=3, seed=0):
+    """A context of models that were not trained: the formulas ask for no more than weights and outputs."""
+    rng = np.random.default_rng(seed)
+    x = torch.from_numpy(rng.normal(size=(n + n_val, 16)).astype(np.float32))
+    y = torch.from_numpy(rng.integers(0, 3, n + n_val))
+    masks = np.stack([np.isin(np.arange(n), rng.permutation(n)[: n // 2]) for _ in range(m)])
+    models = ensemble.initialise(factory, range(m))
+    outputs = models.logits(x).numpy()
+    originals = ensemble.initialise(factory, range(100, 105))
+    return Context(x, y, masks, outputs, models[:k], originals, originals.logits(x).numpy())
+
+
+def jacobians(context, i, models=None):
+    """Gradients of margins (n_train, p) and of logits (n_points, n_classes, p) of model i, one backward pass each."""
+    models = models or context.models
+    params = {k: v[i].clone().requires_grad_() for k, v in models.params.items()}
+    buffers = {k: v[i] for k, v in models.buffers.items()}
+    models.module.eval()
+    logits = torch.func.functional_call(models.module, (params, buffers), (context.x,))
+    m = margin(logits, context.y)
+
+    def flat(output):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(output, list(params.values()), retain_graph=True)])
+
+    n = context.n_train
+    g = torch.stack([torch.stack([flat(z) for z in row]) for row in logits])
+    return torch.stack([flat(m[j]) for j in range(n)]).double().numpy(), g.double().numpy()
+
+
+def explicit_t(context, lam, models=None):
+    """T averaged over models (n_train, n_points, n_classes), and T on the margins of the training points."""
+    models = models or context.models
+    t, t_margin = 0, 0
+    for i in range(models.n_models):
+        phi, g = jacobians(context, i, models)
+        k = phi @ phi.T
+        a = k + lam * np.diag(k).mean() * np.eye(len(k))
+        t = t + np.linalg.solve(a, np.einsum("ip,tcp->itc", phi, g).reshape(len(k), -1)) / models.n_models
+        t_margin = t_margin + np.linalg.solve(a, k) / models.n_models
+    return t.reshape(context.n_train, len(context.x), -1), t_margin
+
+
+def test_margin_is_that_of_the_metrics():
+    z, y = torch.randn(7, 3), torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    np.testing.assert_allclose(margin(z, y), metrics.margins(z[None].numpy(), y.numpy())[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_gram_equals_products_of_explicit_gradients(name):
+    context = problem(FACTORIES[name])
+    phi, _ = jacobians(context, 1)
+    n = context.n_train
+    np.testing.assert_allclose(gram(context.models, 1, context.x[:n], context.y[:n]), phi @ phi.T, rtol=1e-3, atol=1e-4)
+
+
+def test_many_gradients_are_projected(monkeypatch):
+    monkeypatch.setattr("dmmlib.attribution.kernel.FEATURES", 10)
+    context = problem(FACTORIES["conv"])
+    n = context.n_train
+    phi, _ = jacobians(context, 0)
+    exact = phi @ phi.T
+    close = gram(context.models, 0, context.x[:n], context.y[:n]).numpy()
+    assert not np.allclose(close, exact, rtol=1e-5)
+    assert np.abs(close - exact).max() < 0.1 * np.diag(exact).mean()
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.parametrize("residual", ["mean", "held_out"])
+def test_effect_equals_the_explicit_solve(name, residual):
+    context = problem(FACTORIES[name])
+    fitted = kernel(context, lam=0.2, residual=residual)
+    t, _ = explicit_t(context, 0.2)
+    q = 1 - torch.tensor(metrics.margins(context.outputs[:, :10], context.labels[:10])).sigmoid().numpy()
+    out = ~context.masks
+    r = q.mean(0) if residual == "mean" else (q * out).sum(0) / out.sum(0)
+    np.testing.assert_allclose(fitted.residual, r, rtol=1e-4)
+    for forget in ([3], [0, 5, 7]):
+        expected = -fitted.scale * np.einsum("itc,i->tc", t[forget], r[forget])
+        np.testing.assert_allclose(fitted.effect(forget), expected, rtol=1e-2, atol=1e-4)
+    predicted = context.outputs.mean(0) + fitted.scale * np.einsum(
+        "itc,mi->mtc", t, (context.masks - context.masks.mean(0)) * r
+    )
+    np.testing.assert_allclose(fitted.predict(context.masks), predicted, rtol=1e-2, atol=1e-3)
+
+
+def test_it_is_trak_as_published():
+    """tau(z) = (1/M sum Q) (1/M sum phi(z) (Phi^T Phi + lam I)^-1 Phi^T), in margins, for Phi without projection."""
+    context = problem(FACTORIES["mlp"])
+    fitted = kernel(context, lam=0.2, residual="mean")
+    n = context.n_train
+    tau = 0
+    for i in range(3):
+        phi, _ = jacobians(context, i)
+        lam = 0.2 * (phi**2).sum(1).mean()
+        tau = tau + phi @ np.linalg.solve(phi.T @ phi + lam * np.eye(phi.shape[1]), phi.T) / 3  # (target, train)
+    np.testing.assert_allclose(fitted.among(np.arange(n)).T, tau, atol=1e-3)
+
+
+def test_a_group_of_kernel_ridge_regression_leaves_exactly():
+    """With residuals of the model without F, T^T r is the exact change of kernel ridge regression on leaving F out."""
+    rng = np.random.default_rng(0)
+    k, y, lam, forget = rng.normal(size=(8, 8)), rng.normal(size=8), 0.3, [1, 4, 6]
+    k = k @ k.T
+    keep = np.setdiff1d(np.arange(8), forget)
+    full = k @ np.linalg.solve(k + lam * np.eye(8), y)
+    without = k[:, keep] @ np.linalg.solve(k[np.ix_(keep, keep)] + lam * np.eye(5), y[keep])
+    t = np.linalg.solve(k + lam * np.eye(8), k)
+    r = y[forget] - without[forget]
+    np.testing.assert_allclose(full - t[forget].T @ r, without, atol=1e-10)
+
+
+def test_group_residuals_solve_their_equation_and_exceed_single_ones():
+    context = problem(FACTORIES["mlp"])
+    fitted = kernel(context, lam=0.2)
+    forget = np.array([0, 5, 7])
+    r = fitted.residuals(forget)
+    assert fitted.margins is not None
+    _, t = explicit_t(context, 0.2)
+    m = fitted.margins[:, forget] - fitted.scale * t[np.ix_(forget, forget)].T @ r
+    np.testing.assert_allclose(r, (1 / (1 + np.exp(m))).mean(0), atol=1e-4)
+    # two copies of one point: alone it is held by the other, together they are not
+    among = np.full((2, 2), 3.0)
+    pair = conditional_residuals(np.full((4, 2), 2.0), among)
+    single = conditional_residuals(np.full((4, 1), 2.0), among[:1, :1])
+    assert pair[0] > single[0] > 1 / (1 + np.exp(2))
+
+
+def test_calibration_recovers_scales_and_shrinks_noise():
+    rng = np.random.default_rng(0)
+    p = rng.normal(size=(40, 30, 4))
+    truth = np.where(np.arange(30) < 15, 1.0, 3.0)
+    a = truth[:, None] * p + rng.normal(size=(40, 30, 1))  # a shift of all logits changes nothing
+    assert 1.5 < calibrate(p, a, per_point=False) < 2.5
+    np.testing.assert_allclose(calibrate(p, a, per_point=True), truth, atol=1e-3)
+    noisy = 2 * p + 20 * rng.normal(size=p.shape)
+    common, own = calibrate(p, noisy, per_point=False), calibrate(p, noisy, per_point=True)
+    alone = np.array([calibrate(p[:, [j]], noisy[:, [j]], per_point=False) for j in range(30)])
+    assert np.std(own) < np.std(alone) / 2
+    assert abs(own.mean() - common) < 0.5
+
+
+def test_kernel_ridge_regresses_what_the_kernel_leaves():
+    context = problem(FACTORIES["mlp"])
+    prior = kernel(context, lam=0.2)
+    mixed = attribution.fit("kernel_ridge", context, lam=0.2, ridge_lam=0.3)
+    rest = RidgeDatamodel.fit(context.masks, context.outputs - prior.predict(context.masks), 0.3)
+    np.testing.assert_allclose(mixed.effect([1, 2]), prior.effect([1, 2]) + rest.effect([1, 2]), atol=1e-5)
+    nearly = attribution.fit("kernel_ridge", context, lam=0.2, ridge_lam=1e7)
+    np.testing.assert_allclose(nearly.effect([1, 2]), prior.effect([1, 2]), atol=1e-5)
+
+
+def test_gradients_at_the_originals():
+    context = problem(FACTORIES["mlp"])
+    fitted = kernel(context, lam=0.2, residual="mean", at="originals", n_models=2)
+    t, _ = explicit_t(context, 0.2, context.originals[:2])
+    expected = -fitted.scale * (t[[3]] * fitted.residual[3]).sum(0)
+    np.testing.assert_allclose(fitted.effect([3]), expected, rtol=1e-2, atol=1e-4)
+
+
+def test_bad_input():
+    context = problem(FACTORIES["linear"])
+    parts = {k: getattr(context, k) for k in ("x", "y", "masks", "outputs")}
+    with pytest.raises(DataError, match=r"outputs have shape \(12, 13, 3\) for 12 masks and 14"):
+        Context(**parts | {"outputs": context.outputs[:, :13]})
+    with pytest.raises(DataError, match="but only 2 masks; give the weights of the first"):
+        Context(**parts | {"masks": context.masks[:2], "outputs": context.outputs[:2]}, models=context.models)
+    bare = Context(**parts)
+    with pytest.raises(DataError, match="give the context `models`"):
+        attribution.fit("kernel", bare)
+    with pytest.raises(DataError, match="no `originals`"):
+        attribution.fit("kernel", bare, at="originals")
+    with pytest.raises(DataError, match="give the context `original_logits`"):
+        attribution.fit("kernel", Context(**parts, models=context.models))
+    with pytest.raises(DataError, match="penalty is 0; give a positive number"):
+        attribution.fit("kernel", context, lam=0)
+    with pytest.raises(ForgetSetError, match="index 10 is outside the training set of 10"):
+        attribution.fit("kernel", context).effect([10])
+    with pytest.raises(MethodError, match="Unknown attribution method 'nope'; use one of"):
+        attribution.get("nope")
