@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from sklearn import linear_model
 from torch import nn
 
 from dmmlib import attribution, ensemble, metrics
@@ -193,6 +194,52 @@ def test_kernel_ridge_regresses_what_the_kernel_leaves():
     np.testing.assert_allclose(nearly.effect([1, 2]), prior.effect([1, 2]), atol=1e-5)
 
 
+def sparse(m=60, n=12, points=5, seed=0):
+    """A context without weights whose outputs depend on two training points each."""
+    rng = np.random.default_rng(seed)
+    masks = np.stack([np.isin(np.arange(n), rng.permutation(n)[: n // 2]) for _ in range(m)])
+    weights = np.zeros((n, n + points, 3))
+    for target in range(n + points):
+        weights[rng.permutation(n)[:2], target] = 3 * rng.normal(size=(2, 3))
+    outputs = np.einsum("mn,npc->mpc", masks, weights) + 1 + 0.5 * rng.normal(size=(m, n + points, 3))
+    x = torch.zeros(n + points, 2)
+    return Context(x, torch.zeros(n + points, dtype=torch.long), masks, outputs.astype(np.float32)), weights
+
+
+@pytest.mark.parametrize("share", [0.02, 0.2, 0.7])
+@pytest.mark.parametrize("m", [8, 60], ids=["fewer subsets than points", "more"])
+def test_lasso_equals_that_of_scikit_learn(share, m, monkeypatch):
+    monkeypatch.setattr("dmmlib.attribution.lasso.BLOCK", 7)  # several blocks of targets
+    context, _ = sparse(m)
+    fitted = attribution.fit("lasso", context, shares=[share], tol=1e-6)
+    a = context.masks - context.masks.mean(0)
+    y = context.outputs.reshape(m, -1) - context.outputs.reshape(m, -1).mean(0)
+    for target in range(0, y.shape[1], 5):
+        lam = share * np.abs(a.T @ y[:, target] / m).max()
+        theirs = linear_model.Lasso(alpha=lam, tol=1e-9, max_iter=100_000).fit(context.masks, y[:, target]).coef_
+        ours = fitted.weights.toarray()[:, target]
+        objective = [((y[:, target] - a @ w) ** 2).sum() / 2 / m + lam * np.abs(w).sum() for w in (ours, theirs)]
+        np.testing.assert_allclose(*objective, rtol=1e-4)
+        if m > 12:  # else the minimiser need not be unique
+            np.testing.assert_allclose(ours, theirs, atol=2e-3)
+    w = fitted.weights.toarray().reshape(12, -1, 3)
+    np.testing.assert_allclose(fitted.effect([1, 4]), -w[[1, 4]].sum(0), atol=1e-6)
+    predicted = context.outputs.mean(0) + np.einsum("mn,npc->mpc", a, w)
+    np.testing.assert_allclose(fitted.predict(context.masks), predicted, atol=1e-5)
+
+
+def test_lasso_chooses_its_penalty_on_held_out_subsets():
+    context, weights = sparse(400)
+    fitted = attribution.fit("lasso", context, shares=[0.9, 0.05])
+    assert (fitted.shares == np.float32(0.05)).mean() > 0.9
+    missed = fitted.weights.toarray().reshape(weights.shape) - weights
+    assert np.abs(missed).mean() < 0.2
+    noise = Context(
+        context.x, context.y, context.masks, np.random.default_rng(1).normal(size=context.outputs.shape).astype("f4")
+    )
+    assert (attribution.fit("lasso", noise, shares=[0.9, 0.05]).shares == np.float32(0.9)).mean() > 0.5
+
+
 def test_gradients_at_the_originals():
     context = problem(FACTORIES["mlp"])
     fitted = kernel(context, lam=0.2, residual="mean", at="originals", n_models=2)
@@ -219,5 +266,9 @@ def test_bad_input():
         attribution.fit("kernel", context, lam=0)
     with pytest.raises(ForgetSetError, match="index 10 is outside the training set of 10"):
         attribution.fit("kernel", context).effect([10])
+    with pytest.raises(DataError, match="give numbers between 0 and 1"):
+        attribution.fit("lasso", bare, shares=[0.5, 1.5])
+    with pytest.raises(DataError, match="leave at least two to fit to"):
+        attribution.fit("lasso", bare, held_out=0.95)
     with pytest.raises(MethodError, match="Unknown attribution method 'nope'; use one of"):
         attribution.get("nope")

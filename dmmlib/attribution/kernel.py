@@ -303,7 +303,8 @@ def kernel(
     Fitting takes 4 K n_train^2 bytes, and time K (n_train^3 / 3 + n_train^2 x the widths of the layers).
 
     Args:
-        context: with the weights of subset models, or of the originals; with residual "group" with the originals' logits.
+        context: with the weights of subset models, or of the originals; for residual "group" also the originals'
+            logits.
         lam: penalty on the kernel, relative to its mean diagonal.
         residual: r of the module's formula: the "mean" over models (TRAK's), "held_out": over those not trained on
             the point, or "group": solved for all of F being out ("held_out" where masks are predicted).
