@@ -1,12 +1,15 @@
 """Attribution methods equal their explicit definitions on small cases, and share one protocol."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from sklearn import linear_model
 from torch import nn
 
-from dmmlib import attribution, ensemble, metrics
+from dmmlib import attribution, ensemble, forget_sets, metrics, models
+from dmmlib import data as datasets
 from dmmlib.attribution import Context
 from dmmlib.attribution.kernel import calibrate, conditional_residuals, gram, kernel, margin
 from dmmlib.datamodels import RidgeDatamodel
@@ -156,7 +159,7 @@ def test_a_group_of_kernel_ridge_regression_leaves_exactly():
 
 def test_group_residuals_solve_their_equation_and_exceed_single_ones():
     context = problem(FACTORIES["mlp"])
-    fitted = kernel(context, lam=0.2)
+    fitted = kernel(context, lam=0.2, residual="group")
     forget = np.array([0, 5, 7])
     r = fitted.residuals(forget)
     assert fitted.margins is not None
@@ -168,6 +171,17 @@ def test_group_residuals_solve_their_equation_and_exceed_single_ones():
     pair = conditional_residuals(np.full((4, 2), 2.0), among)
     single = conditional_residuals(np.full((4, 1), 2.0), among[:1, :1])
     assert pair[0] > single[0] > 1 / (1 + np.exp(2))
+
+
+def test_measured_residuals_give_back_the_rise_of_own_margins():
+    context = problem(FACTORIES["mlp"])
+    fitted = kernel(context, lam=0.2, residual="measured")
+    _, t = explicit_t(context, 0.2)
+    np.testing.assert_allclose(fitted.own(), np.diag(t), atol=1e-4)
+    m = metrics.margins(context.outputs[:, :10], context.labels[:10])
+    for i in (0, 6):
+        seen = context.masks[:, i]
+        np.testing.assert_allclose(t[i, i] * fitted.residual[i], m[seen, i].mean() - m[~seen, i].mean(), rtol=1e-2)
 
 
 def test_calibration_recovers_scales_and_shrinks_noise():
@@ -261,7 +275,7 @@ def test_bad_input():
     with pytest.raises(DataError, match="no `originals`"):
         attribution.fit("kernel", bare, at="originals")
     with pytest.raises(DataError, match="give the context `original_logits`"):
-        attribution.fit("kernel", Context(**parts, models=context.models))
+        attribution.fit("kernel", Context(**parts, models=context.models), residual="group")
     with pytest.raises(DataError, match="penalty is 0; give a positive number"):
         attribution.fit("kernel", context, lam=0)
     with pytest.raises(ForgetSetError, match="index 10 is outside the training set of 10"):
@@ -272,3 +286,92 @@ def test_bad_input():
         attribution.fit("lasso", bare, held_out=0.95)
     with pytest.raises(MethodError, match="Unknown attribution method 'nope'; use one of"):
         attribution.get("nope")
+
+
+@attribution.register("nothing")
+class Nothing:
+    """A user's own attributor, without `predict`."""
+
+    def __init__(self, context, size=0.0):
+        self.change = np.full((len(context.x), context.n_classes), size, np.float32)
+
+    def effect(self, forget):
+        return self.change
+
+
+def trained(name, options):
+    """A context of 40 trained models of digits, 10 held-out ones, and oracles of a forget set."""
+    data = datasets.load("digits", 100, 30, 0)
+    spec = models.get(name)
+    x, y = spec.prepare(data, data.x), torch.from_numpy(data.y)
+
+    def factory():
+        return spec.factory(tuple(x.shape[1:]), data.n_classes, **options)
+
+    rng = np.random.default_rng(0)
+    masks = np.stack([np.isin(np.arange(100), rng.permutation(100)[:50]) for _ in range(50)])
+    forget = forget_sets.make("f", range(6), data)
+    training = ensemble.Training(epochs=8, batch_size=25, lr=0.1)
+
+    def train(masks, first):
+        return ensemble.train(factory, x[:100], y[:100], masks, range(first, first + len(masks)), training)
+
+    subsets = train(masks, 0)
+    originals = train(np.ones((12, 100), bool), 100)
+    oracles = train(np.tile(forget.mask(100), (12, 1)), 200)
+    logits = [m.logits(x).numpy() for m in (subsets, originals, oracles)]
+    context = Context(x, y, masks[:40], logits[0][:40], subsets[:8], originals, logits[1])
+    return context, (masks[40:], logits[0][40:]), {"f": (forget, logits[2])}
+
+
+@pytest.mark.parametrize(("name", "options"), [("linear", {}), ("mlp", {"hidden": 24})])
+def test_comparison_at_equal_cost(name, options):
+    context, held_out, oracles = trained(name, options)
+    settings = {
+        "kernel": ("kernel", {}),
+        "mixture": ("kernel_ridge", {}),
+        "ridge": ("ridge", {"lam": 0.3}),
+        "lasso": ("lasso", {"shares": [0.3]}),
+        "nothing": ("nothing", {}),
+    }
+    table = attribution.compare(settings, context, held_out, oracles)
+    assert list(table.columns) == [
+        *("attributor", "n_models", "forget_set", "split", "statistic", "value", "low", "high")
+    ]
+    assert (table["n_models"] == 40).all()
+    assert len(table) == len(settings) * (1 + 3 * 3)
+    lds = table[table["statistic"] == "lds"].set_index("attributor")["value"]
+    assert lds["nothing"] == 0
+    assert lds["kernel"] > lds["ridge"] > 0.05  # what gradients add where models are few
+    assert lds["kernel"] > 0.25
+    klom = table[(table["statistic"] == "klom_mean") & (table["split"] == "forget")].set_index("attributor")["value"]
+    assert klom["kernel"] < klom["nothing"]
+
+
+def test_gradient_attributors_of_dattri_or_a_clear_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dattri", None)
+    with pytest.raises(MethodError, match=r"needs the library dattri .*pip install --no-deps dattri"):
+        attribution.fit("trak", problem(FACTORIES["mlp"]))
+
+
+@pytest.mark.parametrize("name", ["trak", "tracin"])
+def test_dattri_agrees_with_explicit_scores(name):
+    pytest.importorskip("dattri")
+    context = problem(FACTORIES["mlp"])
+    with pytest.raises(DataError, match="models without buffers"):
+        attribution.fit(name, problem(FACTORIES["conv"]))
+    options = {"n_features": 4096, "n_models": 1} if name == "trak" else {"n_models": 2}
+    fitted = attribution.fit(name, context, **options)
+    if name == "tracin":
+        raw = 0
+        for i in range(2):
+            phi, g = jacobians(context, i)
+            m = metrics.margins(context.outputs[[i], :10], context.labels[:10])[0]
+            raw = raw + np.einsum("ip,tcp->itc", phi / (1 + np.exp(m))[:, None], g)
+        a = context.masks - context.masks.mean(0)
+        expected = raw * calibrate(np.einsum("mi,itc->mtc", a, raw), context.outputs, per_point=False)
+        np.testing.assert_allclose(fitted.effect([2, 3]), -expected[[2, 3]].sum(0), rtol=1e-2, atol=1e-4)
+    else:  # a random projection: close to the exact kernel's, up to its regularisation
+        exact = kernel(context, lam=1e-4, residual="mean", n_models=1)
+        a, b = (f.effect([2, 3]).ravel() for f in (fitted, exact))
+        assert np.corrcoef(a, b)[0, 1] > 0.5
