@@ -99,13 +99,32 @@ def _loaders(context: Context, batch: int) -> tuple[DataLoader, DataLoader]:
     return DataLoader(train, batch), DataLoader(targets, batch)
 
 
+def _projection(context: Context, n_features: int | None) -> dict[str, Any]:
+    """Every setting of dattri's projections, since those left out keep what an earlier attributor was given."""
+    return {
+        "proj_dim": n_features or 512,  # without effect on whole gradients
+        "proj_type": "normal" if n_features else "identity",
+        "proj_max_batch_size": 32,
+        "proj_seed": context.seed,
+        "device": str(context.device),
+    }
+
+
 @register("trak")
-def trak(context: Context, n_features: int = 512, n_models: int | None = None, batch: int = 250) -> Scores:
+def trak(
+    context: Context,
+    n_features: int | None = 512,
+    regularization: float = 1e-6,
+    n_models: int | None = None,
+    batch: int = 250,
+) -> Scores:
     """TRAK with random projections, by dattri, at the context's subset models.
 
     Args:
         context: with the weights of subset models; scores take 4 n_train n_points n_classes bytes.
-        n_features: of the projection.
+        n_features: of the projection; None for whole gradients.
+        regularization: added to the diagonal of the features' Gram matrix, gradients being divided by the square
+            root of the number of weights.
         n_models: the first so many; all by default.
         batch: gradients held at a time.
 
@@ -121,14 +140,13 @@ def trak(context: Context, n_features: int = 512, n_models: int | None = None, b
         x, y = point
         return margin(functional_call(module, params, (x[None],)), y[None])[0].sigmoid()
 
-    projection = {"proj_dim": n_features, "proj_max_batch_size": 32, "proj_seed": context.seed}
     train, targets = _loaders(context, batch)
     scores = attributor(
         task=task,
         correct_probability_func=right,
-        projector_kwargs=projection | {"device": str(context.device)},
+        projector_kwargs=_projection(context, n_features),
         device=str(context.device),
-        regularization=1e-6,
+        regularization=regularization,
     )
     scores.cache(train)
     return _calibrated(context, scores.attribute(targets).detach().cpu().numpy())
@@ -136,10 +154,16 @@ def trak(context: Context, n_features: int = 512, n_models: int | None = None, b
 
 @register("tracin")
 def tracin(context: Context, n_models: int | None = None, batch: int = 250) -> Scores:
-    """Grad-dot: TracIn at the final weights of the context's subset models, by dattri; arguments as for `trak`."""
+    """Grad-dot: TracIn at the final weights of the subset models, whole gradients, by dattri; arguments as `trak`."""
     attributor = _dattri("TracInAttributor")
     task = _task(context, lambda z, y: torch.nn.functional.cross_entropy(z, y), n_models)
     train, targets = _loaders(context, batch)
     ones = torch.ones(len(task.get_checkpoints()))
-    scores = attributor(task=task, weight_list=ones, normalized_grad=False, device=str(context.device))
+    scores = attributor(
+        task=task,
+        weight_list=ones,
+        normalized_grad=False,
+        projector_kwargs=_projection(context, None),
+        device=str(context.device),
+    )
     return _calibrated(context, scores.attribute(train, targets).detach().cpu().numpy())
