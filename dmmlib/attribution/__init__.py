@@ -1,0 +1,16 @@
+"""Data attribution: what leaving training points out does to a model's logits, by several methods.
+
+Every method here fits an `Attributor` (`dmmlib.datamodels`) to a `Context`: subset models' masks and outputs,
+some of their weights, and the originals. One of your own registers by name:
+
+    @attribution.register("mine")
+    def mine(context: Context) -> Attributor: ...
+
+Importing this package registers the built-in ones.
+"""
+
+from dmmlib.attribution import gradient, kernel, lasso, ridge  # noqa: F401 (register themselves)
+from dmmlib.attribution.base import Context, fit, get, names, register
+from dmmlib.attribution.compare import compare
+
+__all__ = ["Context", "compare", "fit", "get", "names", "register"]
