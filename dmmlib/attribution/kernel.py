@@ -21,8 +21,9 @@ the residuals of the model without F solve, with margins m of the originals,
 
 **Or measured.** Half of the subset models were trained on i and half were not, so the rise of its own margin, mean
 with it minus mean without it, is known well, and r_i = rise_i / T_ii lets the kernel say only how an effect spreads.
-On development sets of the laptop preset this is what works; the group's equation has, at the scales that occur
-(s T_ii well above 1), solutions far from the truth, and is kept to show that.
+
+Which of these serves DM-direct best is open: a kernel at 20 of 100 subset models has the LDS of thousands of them, and
+still a KLoM above theirs, since the LDS is blind to how much is predicted. The group's equation did worst so far.
 """
 
 from __future__ import annotations
@@ -204,7 +205,7 @@ class KernelDatamodel:
         def change(direction: dict[str, Tensor]) -> Tensor:
             return jvp(lambda params: model.logits(params, self.x), (model.params,), (direction,))[1]
 
-        _, pull = vjp(margins, model.params)
+        pull = vjp(margins, model.params)[1]
         return vmap(change)(vmap(pull)(v)[0])
 
     def among(self, forget: np.ndarray) -> np.ndarray:
@@ -415,6 +416,6 @@ def kernel_ridge(context: Context, ridge_lam: float = 0.3, **options: Any) -> Mi
         ridge_lam: penalty of the ridge, on A^T A / M.
         options: of `kernel`.
     """
-    prior = kernel(context, **options)
+    prior: Any = kernel(context, **options)
     left = np.asarray(context.outputs[: len(context.masks)]) - prior.predict(context.masks)
     return Mixture(prior, RidgeDatamodel.fit(context.masks, left, ridge_lam, context.device))
