@@ -92,13 +92,21 @@ def measure(tried: Sequence[Execution], steps: Callable[[Execution, int], None])
     return rates
 
 
-@functools.cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` through torch.compile, for batches and numbers of models of any size."""
+    """`function` through torch.compile, for batches and numbers of models of any size.
+
+    To be asked for in the thread that calls it: one step serves every model and loss, which is more kinds than
+    torch allows unless told, and torch keeps that setting for each thread.
+    """
     import torch._dynamo
 
-    torch._dynamo.config.recompile_limit = 256  # one module-level step serves every model and loss
+    torch._dynamo.config.recompile_limit = 256
     torch._dynamo.config.accumulated_recompile_limit = 1024
+    return _compile(function)
+
+
+@functools.cache
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True)
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dmmlib import data, ensemble, models
 from dmmlib.ensemble import Ensemble, Training
 from dmmlib.errors import DataError, DeviceError, MethodError
-from dmmlib.execution import Execution, can_compile, candidates, measure
+from dmmlib.execution import Execution, can_compile, candidates, compiled, measure
 from dmmlib.optim import SGD, Adam
 from tests.conftest import SHARED, needs_cuda
 
@@ -114,6 +114,18 @@ def test_threads_and_compilation_change_no_model(points, execution):
     other = ensemble.train(factory, x[:90], y[:90], masks, range(6), TRAINING, execution).logits(x)
     torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-4)
     assert torch.get_num_threads() == threads
+
+
+def test_many_kinds_of_steps_stay_compiled_in_threads():
+    """torch's limit on recompilation is a setting of each thread, and 8 unless raised there."""
+    if not can_compile():
+        pytest.skip("no C++ compiler on this machine")
+
+    def limit(_):
+        compiled(test_many_kinds_of_steps_stay_compiled_in_threads)
+        return torch._dynamo.config.recompile_limit
+
+    assert list(Execution(1, 2).run(limit, [0, 1, 2])) == [256] * 3
 
 
 def test_a_failure_in_a_thread_is_raised_and_leaves_the_threads_as_they_were():
