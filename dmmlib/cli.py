@@ -45,6 +45,16 @@ def list_() -> None:
         typer.echo(f"stage {number}: {path.stem[3:].replace('_', ' ')}")
 
 
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Say what is wrong in one line."""
+    try:
+        yield
+    except DmmError as error:
+        typer.secho(f"dmm: {error}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(2) from None
+
+
 @app.command()
 def run(
     preset: Annotated[str, typer.Argument(help="A name in presets/, or the path of a YAML file.")],
@@ -69,31 +79,19 @@ def run(
     ] = False,
 ) -> None:
     """Run notebooks through papermill; stages already done for the same configuration are skipped."""
+    places = {"device": device, "scheduler": scheduler, "store": store}
     try:
-        places = {"device": device, "scheduler": scheduler, "store": store}
-        overrides = _parse(set_ or []) | {key: value for key, value in places.items() if value}
-        if dry_run and forget_set:
-            raise PresetError("--dry-run plans the preset's own forget sets; leave --forget-set out.")
-        if dry_run:
-            _dry_run(preset, overrides, runs)
-        else:
-            _run(preset, stage or [], overrides, forget_set, beside, force, runs)
-    except DmmError as error:
-        typer.secho(f"dmm: {error}", fg=typer.colors.RED, err=True)
-        raise typer.Exit(2) from None
+        with _one_line():
+            overrides = _parse(set_ or []) | {key: value for key, value in places.items() if value}
+            if dry_run and forget_set:
+                raise PresetError("--dry-run plans the preset's own forget sets; leave --forget-set out.")
+            if dry_run:
+                _dry_run(preset, overrides, runs)
+            else:
+                _run(preset, stage or [], overrides, forget_set, beside, force, runs)
     except KeyboardInterrupt:
         typer.secho("dmm: interrupted; finished shards and stages are kept, run again to go on.", err=True)
         raise typer.Exit(130) from None
-
-
-@contextmanager
-def _one_line() -> Iterator[None]:
-    """Say what is wrong in one line."""
-    try:
-        yield
-    except DmmError as error:
-        typer.secho(f"dmm: {error}", fg=typer.colors.RED, err=True)
-        raise typer.Exit(2) from None
 
 
 @app.command()

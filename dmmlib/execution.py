@@ -1,8 +1,8 @@
 """How training is carried out on a machine: models a step, threads, compiled or not.
 
-On CPU cores the fastest way is one thread a core, each stepping its own few models through one compiled
-function: products stay in a core's cache, no thread waits for another, and the elementwise work between the
-products is fused. Compiling costs seconds, so small jobs do without; which is faster for a job is measured.
+On CPU cores one thread a core steps its own few models through one compiled function: products stay in a
+core's cache, and the elementwise work between them is fused. Threads still share Python's interpreter lock.
+Compiling costs seconds, so small jobs do without; which is faster for a job is measured.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def measure(tried: Sequence[Execution], steps: Callable[[Execution, int], None])
     """
     rates: dict[Execution, float] = {}
     for execution in tried:
-        if any(execution.chunk / rate > 2 for rate in rates.values() if execution.chunk > 1):
+        if execution.chunk > 1 and any(execution.chunk / rate > 2 for rate in rates.values()):
             continue
         steps(execution, 2)  # compiles, and warms caches
         times = []

@@ -49,15 +49,6 @@ def medians(results: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def complete(results: pd.DataFrame) -> pd.DataFrame:
-    """Everything on one line a forget set and method: KLoM mean and p95 and accuracy gap a split, and cost."""
-    parts = []
-    for statistic, name in (("klom_p95", "KLoM p95"), ("klom_mean", "KLoM mean"), ("accuracy_gap", "accuracy gap")):
-        table = main_table(results, statistic)
-        parts.append(table[list(SPLITS)].add_suffix(f" {name}"))
-    return pd.concat([main_table(results)[["cost"]], *parts], axis=1)
-
-
 def by_set(results: pd.DataFrame, statistic: str = "klom_p95", split: str = "forget") -> pd.DataFrame:
     """A statistic on a split: a line a method, a column a forget set."""
     here = results[(results["statistic"] == statistic) & (results["split"] == split)]
