@@ -52,6 +52,30 @@ def margins(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return (right[..., 0] - logsumexp(others, axis=2)).astype(np.float32)
 
 
+def margin_gauge(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Logits shifted, point by point, so that logsumexp over the wrong classes is 0.
+
+    A shift of all classes changes no probability. In this gauge the label's logit *is* the margin, and the others
+    are log-probabilities given that the label is wrong. So what is linear in a training set is predicted of the
+    margin itself, and not of raw logits whose logsumexp is then taken, which bends the prediction.
+
+    Args:
+        logits: (n_models, n_points, n_classes).
+        labels: (n_points,).
+
+    Returns:
+        The same shape, float32.
+    """
+    right = right_logits(logits, labels)
+    return np.asarray(logits, np.float32) - (right - margins(logits, labels))[..., None]
+
+
+def right_logits(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The label's logit (..., n_points) of logits (..., n_points, n_classes): in the margin gauge, the margin."""
+    index = np.broadcast_to(np.asarray(labels)[:, None], (*logits.shape[:-1], 1))
+    return np.take_along_axis(np.asarray(logits), index, -1)[..., 0]
+
+
 def correct(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Whether the largest logit is the label's: bool (n_models, n_points)."""
     return np.asarray(logits).argmax(2) == np.asarray(labels)

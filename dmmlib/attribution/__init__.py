@@ -9,7 +9,7 @@ some of their weights, and the originals. One of your own registers by name:
 Importing this package registers the built-in ones.
 """
 
-from dmmlib.attribution import gradient, kernel, lasso, ridge  # noqa: F401 (register themselves)
+from dmmlib.attribution import bayesian, gradient, kernel, lasso, ridge  # noqa: F401 (register themselves)
 from dmmlib.attribution.base import Context, fit, get, names, register
 from dmmlib.attribution.compare import compare
 
