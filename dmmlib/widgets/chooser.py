@@ -162,6 +162,7 @@ class Chooser(w.VBox):
             w.VBox([row(_heading("Answers that change most"), self.which), self.changed]),
             name="columns",
         )
+        consequences.add_class("dmm-consequences")
         super().__init__(
             [
                 row(self.status, self.undo, self.clear, name="header"),
@@ -293,6 +294,7 @@ class Chooser(w.VBox):
 
     def _show_selection(self) -> None:
         data, mask = self.study.data, self.selection.mask
+        self.gallery.outdated = True
         for view in (self.gallery, self.scatter, self.changed):
             view.set_chosen(mask)
         counts = self.selection.counts(data.y_train, data.n_classes)
@@ -306,6 +308,8 @@ class Chooser(w.VBox):
         if self.part.value == "chosen" or not self.gallery.order:
             self._refilter()
         self._show_target()
+        if not len(self.selection):
+            self.refresh()  # nothing to predict, so nothing to wait for
 
     def _show_target(self) -> None:
         point = self.gallery.focus
@@ -318,13 +322,14 @@ class Chooser(w.VBox):
         """Predict what forgetting the choice would do, and show it."""
         try:
             self.preview = self._previewer.preview(self.selection.indices)
-        except ForgetSetError as error:
+        except DmmError as error:
             self.preview = None
             text = "Choose images to see what forgetting them would do." if not len(self.selection) else str(error)
-            self.outcome.value = f'<div class="dmm-quiet">{html.escape(text)}</div>'
+            self.outcome.value = f'<div class="dmm-outcome dmm-quiet">{html.escape(text)}</div>'
         else:
             self.outcome.value = self._table(self.preview, self._actual())
         self._show_changes()
+        self.gallery.outdated = False
 
     def _actual(self) -> dict[str, previews.Outcome] | None:
         """What retraining really gives, if the choice is a set whose oracles are there."""
@@ -513,6 +518,8 @@ class Chooser(w.VBox):
         """A PNG of the choice and of what its forgetting would do."""
         import matplotlib.pyplot as plt
 
+        if self.gallery.outdated:
+            self.refresh()
         data, n = self.study.data, self.study.data.n_train
         rows = {"most memorised": np.argsort(-self.known["memorisation"][:n], kind="stable")[:N_STILL]}
         title, caption = f"{len(self.selection)} of {n:,} images chosen", "Nothing is predicted for this choice."

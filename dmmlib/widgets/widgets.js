@@ -223,8 +223,18 @@ function gallery({ model, el }) {
     model.save_changes();
   }
 
+  // Consequences shown beside a choice that they are not of: said from the first click until Python has new ones.
+  function outdated(now) {
+    const root = el.closest(".dmm-widget");
+    root?.classList.toggle("dmm-outdated", now);
+    root?.querySelector(".dmm-consequences")?.setAttribute("aria-busy", now);
+  }
+
   function toggle(index) {
-    if (index < chosen.length) chosen[index] ^= 1; // shown at once; Python's answer follows
+    if (index < chosen.length) {
+      chosen[index] ^= 1; // shown at once; Python's answer follows
+      outdated(true);
+    }
     draw();
     model.send({ kind: "toggle", index });
   }
@@ -269,7 +279,12 @@ function gallery({ model, el }) {
     clearTimeout(pause);
     pause = setTimeout(() => model.send({ kind: "settled" }), 30);
   };
-  if (selectable) model.on("change:chosen", settle);
+  const judge = () => outdated(model.get("outdated"));
+  if (selectable) {
+    model.on("change:chosen", settle);
+    model.on("change:outdated", judge);
+    requestAnimationFrame(judge); // once it has its place in the widget
+  }
   const unwatch = watchKernel(model, el, () => (selectable ? chosenIndices(chosen) : []));
 
   const resized = new ResizeObserver(layout);
@@ -285,6 +300,7 @@ function gallery({ model, el }) {
     unwatch();
     Object.entries(handlers).forEach(([event, handler]) => model.off(event, handler));
     model.off("change:chosen", settle);
+    model.off("change:outdated", judge);
   };
 }
 
