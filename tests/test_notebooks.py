@@ -22,6 +22,7 @@ def place(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # on a busy machine; nobody waits longer than it takes
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
 def test_runs_under_nbval_on_smoke(path, place):
@@ -29,7 +30,8 @@ def test_runs_under_nbval_on_smoke(path, place):
     parameters = {"preset": "smoke", "overrides": {"device": DEVICE}}
     papermill.execute_notebook(str(path), str(prepared), parameters, prepare_only=True, progress_bar=False)
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-cell-timeout=300", "-p", "no:cacheprovider",
+        [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-cell-timeout=900",
+         "--nbval-kernel-startup-timeout=300", "-p", "no:cacheprovider",
          "-c", os.devnull, "--rootdir", str(place), prepared.name],
         cwd=place,
         env={**os.environ, "DMM_RUNS": str(place / "runs"), "DMM_FIGURES": str(place / "figures")},
