@@ -32,6 +32,7 @@ CHOOSE, UNLEARN, ANALYSE = (next(p.name for p in NOTEBOOKS if p.name[:2] == n) f
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
 
+CONTROLS = tuple(f"- {role}" for role in ("button", "combobox", "textbox", "spinbutton", "slider", "listbox", "option"))
 PATIENCE = 180  # seconds that anything may take on a busy machine; waiting ends as soon as it is there
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -210,6 +211,12 @@ def test_choose_by_eye_preview_save_and_unlearn(page, url, place):
     expect(outcome.locator("table")).not_to_have_text(before, use_inner_text=True)
     expect(widget.locator(".dmm-consequences")).to_have_attribute("aria-busy", "false")
 
+    # for screen readers: whatever can be used has a name
+    expect(widget.get_by_role("slider", name="Loss: highest")).to_be_visible()
+    controls = [line for line in widget.aria_snapshot().splitlines() if line.strip().startswith(CONTROLS)]
+    assert len(controls) > 30
+    assert [line for line in controls if '"' not in line] == []
+
     # keyboard: to the right, include, one more, and back; JupyterLab's own shortcuts stay out of it
     cells = n_cells(page)
     gallery.focus()
@@ -246,6 +253,14 @@ def test_choose_by_eye_preview_save_and_unlearn(page, url, place):
     page.mouse.up()
     expect_chosen(widget, shirts)
     widget.get_by_label("Class").select_option("all classes")
+
+    # nothing and everything are no forget sets
+    expect(take).to_have_text("Include all 400 shown")
+    take.click()
+    expect_chosen(widget, 400)
+    expect(outcome).to_contain_text("all 400 training points")
+    widget.get_by_role("button", name="Save").click()
+    expect(widget.get_by_role("alert")).to_contain_text("all 400 training points")
 
     # what is wrong is said; what is right is previewed and saved
     widget.get_by_label("Indices").fill("3, 4000")
@@ -302,12 +317,13 @@ def test_choose_by_eye_preview_save_and_unlearn(page, url, place):
     shut_down(page)
 
 
-def test_notebook_04_unlearns_the_saved_set(page, url, place):
+@pytest.mark.parametrize("notebook", [UNLEARN, ANALYSE])
+def test_the_saved_set_is_a_parameter_of_notebooks_04_and_05(page, url, place, notebook):
     path = place / "runs" / "smoke" / "forget_sets" / "by_eye.json"
     if not path.exists():
         pytest.skip("the test before saves the set")
-    write_parameters(ROOT / "notebooks" / UNLEARN, place / "notebooks" / "04_mine.ipynb", forget_set=str(path))
-    outputs = run_all(page, url("04_mine.ipynb"))
+    write_parameters(ROOT / "notebooks" / notebook, place / "notebooks" / "mine.ipynb", forget_set=str(path))
+    outputs = run_all(page, url("mine.ipynb"))
     assert_clean(outputs)
     assert "by_eye" in json.dumps(outputs)
     shut_down(page)
@@ -383,7 +399,9 @@ def test_ten_thousand_images_scroll_smoothly(page, url, place):
     expect(page.locator(".dmm-loading")).to_have_count(0)
     assert most < 200, "of 10,000 images only those in sight are drawn"
     print(f"{frame:.1f} ms of work a frame")
-    assert frame < 50, "twenty frames a second; measured as work, since a busy machine makes any frame wait"
+    assert frame < 100, (
+        "ten frames a second on a slow core; measured as work, since a busy machine makes any frame wait"
+    )
     shut_down(page)
 
 

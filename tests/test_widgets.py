@@ -239,6 +239,16 @@ def test_consequences_of_an_earlier_choice_are_marked_until_they_are_predicted(c
     assert not chooser.gallery.outdated
 
 
+def test_a_set_too_large_to_be_trusted_is_warned_about(chooser):
+    chooser.measured = [Measured("random 12", 12, {"forget": 0.3}, {"forget": 1.0})]
+    chooser.selection.add(range(12))
+    chooser.refresh()
+    assert 'role="note"' not in chooser.outcome.value
+    chooser.selection.add([12])
+    chooser.refresh()
+    assert 'role="note">13 images are more than in any set' in chooser.outcome.value
+
+
 def test_only_thumbnails_that_are_asked_for_are_sent(chooser, monkeypatch):
     sent = []
     monkeypatch.setattr(type(chooser.gallery), "send", lambda self, content, buffers: sent.append((content, buffers)))

@@ -152,14 +152,21 @@ class Chooser(w.VBox):
         self._list_sets()
         filters = [row(self.part, self.label, self.sort), row(*self.ranges.values())]
         look = row(
-            w.VBox([self.gallery, row(self.take_shown)]), w.VBox([self.scatter, row(*self.axes, self.lasso)]),
+            w.VBox([self.gallery, row(self.take_shown, _note("%: how sure the originals are of the class"))]),
+            w.VBox([self.scatter, row(*self.axes, self.lasso)]),
             name="columns",
         )  # fmt: skip
         pick = row(self.target, self.k, *self.picks)
         bring = row(self.load, self.load_button, self.paste, self.paste_button, self.upload)
         consequences = row(
             w.VBox([_heading("If these images had never been seen"), self.outcome]),
-            w.VBox([row(_heading("Answers that change most"), self.which), self.changed]),
+            w.VBox(
+                [
+                    row(_heading("Answers that change most"), self.which),
+                    self.changed,
+                    _note("Δ: share of an image's probability that moves to other classes"),
+                ]
+            ),
             name="columns",
         )
         consequences.add_class("dmm-consequences")
@@ -568,6 +575,10 @@ def _classed(box: w.Box, name: str) -> w.Box:
 
 def _heading(text: str) -> w.HTML:
     return w.HTML(f'<div class="dmm-heading" role="heading" aria-level="4">{html.escape(text)}</div>')
+
+
+def _note(text: str) -> w.HTML:
+    return w.HTML(f'<span class="dmm-quiet">{html.escape(text)}</span>')
 
 
 def _shown_path(path: Path, of: str = ".") -> Path:

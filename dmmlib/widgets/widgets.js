@@ -95,6 +95,26 @@ function guardKeys(el) {
   requestAnimationFrame(() => el.closest(".dmm-widget")?.addEventListener("focusin", guard)); // its plain controls too
 }
 
+// ipywidgets leaves the handles of its range sliders without a name for screen readers, whenever it comes to draw them.
+function nameHandles(el) {
+  let root;
+  const name = () => {
+    for (const handle of root.querySelectorAll(".noUi-handle:not([aria-label])")) {
+      const label = handle.closest(".widget-hslider")?.querySelector(".widget-label")?.textContent;
+      const which = handle.classList.contains("noUi-handle-lower") ? "lowest" : "highest";
+      if (label) handle.setAttribute("aria-label", `${label}: ${which}`);
+    }
+  };
+  const drawn = new MutationObserver(name);
+  requestAnimationFrame(() => {
+    root = el.closest(".dmm-widget");
+    if (!root) return;
+    name();
+    drawn.observe(root, { childList: true, subtree: true });
+  });
+  return () => drawn.disconnect();
+}
+
 // A sentence once the kernel has gone, with what was chosen, so that it can be pasted into a new widget.
 function watchKernel(model, el, chosen) {
   const notice = node("div", { class: "dmm-notice", role: "alert" });
@@ -285,6 +305,7 @@ function gallery({ model, el }) {
     model.on("change:outdated", judge);
     requestAnimationFrame(judge); // once it has its place in the widget
   }
+  const unname = nameHandles(el);
   const unwatch = watchKernel(model, el, () => (selectable ? chosenIndices(chosen) : []));
 
   const resized = new ResizeObserver(layout);
@@ -297,6 +318,7 @@ function gallery({ model, el }) {
     resized.disconnect();
     clearTimeout(pause);
     images.stop();
+    unname();
     unwatch();
     Object.entries(handlers).forEach(([event, handler]) => model.off(event, handler));
     model.off("change:chosen", settle);
