@@ -152,7 +152,7 @@ class Chooser(w.VBox):
         self._list_sets()
         filters = [row(self.part, self.label, self.sort), row(*self.ranges.values())]
         look = row(
-            w.VBox([self.gallery, row(self.take_shown, _note("%: how sure the originals are of the class"))]),
+            w.VBox([self.gallery, row(self.take_shown, _note("%: how sure the originals are"))]),
             w.VBox([self.scatter, row(*self.axes, self.lasso)]),
             name="columns",
         )  # fmt: skip
