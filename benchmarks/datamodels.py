@@ -83,7 +83,7 @@ def preview(n: int, m: int) -> dict[str, float]:
     """What the forget-set widget computes after a change, for 10 originals and n + 500 points."""
     rng = np.random.default_rng(0)
     masks, labels = rng.random((m, n)) < 0.5, rng.integers(0, 10, n + 500)
-    outputs = rng.normal(size=(m, n + 500, 10)).astype(np.float32)
+    outputs = rng.standard_normal((m, n + 500, 10), np.float32)
     previewer = Previewer(RidgeDatamodel.fit(masks, outputs, 0.1), outputs[:N_ORIGINALS], labels, n)
     seconds = {f"seconds_{k}": median_time(lambda k=k: previewer.preview(np.arange(k))) for k in (10, n // 10)}
     return {"n_train": n, "n_subsets": m} | seconds
