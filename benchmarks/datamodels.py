@@ -1,4 +1,4 @@
-"""KLoM, effects and fits: time and peak memory, against the obvious way to do each.
+"""KLoM, effects, previews and fits: time and peak memory, against the obvious way to do each.
 
     python benchmarks/datamodels.py [--out datamodels.json]
 
@@ -20,6 +20,8 @@ import numpy as np
 
 from dmmlib import metrics
 from dmmlib.datamodels import RidgeDatamodel
+from dmmlib.widgets import Previewer
+from dmmlib.widgets.preview import N_ORIGINALS
 
 
 def peak_mb() -> float:
@@ -77,6 +79,16 @@ def effects(n: int, m: int, how: str) -> dict[str, float]:
     return result | {"peak_mb": peak_mb()}
 
 
+def preview(n: int, m: int) -> dict[str, float]:
+    """What the forget-set widget computes after a change, for 10 originals and n + 500 points."""
+    rng = np.random.default_rng(0)
+    masks, labels = rng.random((m, n)) < 0.5, rng.integers(0, 10, n + 500)
+    outputs = rng.standard_normal((m, n + 500, 10), np.float32)
+    previewer = Previewer(RidgeDatamodel.fit(masks, outputs, 0.1), outputs[:N_ORIGINALS], labels, n)
+    seconds = {f"seconds_{k}": median_time(lambda k=k: previewer.preview(np.arange(k))) for k in (10, n // 10)}
+    return {"n_train": n, "n_subsets": m} | seconds
+
+
 def fit(m: int) -> dict[str, float]:
     """The fit alone, n = 2,000; the outputs are not touched by it."""
     rng = np.random.default_rng(0)
@@ -106,6 +118,7 @@ def main() -> None:
         every = alone(f"effects, n = {n:,}, every weight materialised", effects, n, m, "materialise")
         print(f"  memory: {every['peak_mb'] / solve['peak_mb']:.1f} x less; set-up {every['fit_seconds']:.1f} s "
               f"against {solve['fit_seconds']:.1f} s")  # fmt: skip
+        alone(f"preview, n = {n:,}", preview, n, m)
     for m in (4_000, 20_000):
         alone(f"fit, M = {m:,}", fit, m)
     out.write_text(json.dumps(report, indent=1))

@@ -241,6 +241,7 @@ def _execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> str:
                 parameters,
                 kernel_name="python3",
                 progress_bar=False,
+                start_timeout=300,  # a kernel is slow to come on a busy machine
                 cwd=str(NOTEBOOKS),
                 extra_arguments=["--IPKernelApp.log_level=50"],  # its chatter is not for the terminal
             )

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from dmmlib.progress import silent
 from dmmlib.study import Study
 
 DEVICE = os.environ.get("DMM_TEST_DEVICE", "auto")
 SHARED = Path(__file__).parents[2] / "shared"
+
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines are busy
+settings.load_profile("suite")
 
 TINY = {
     "name": "tiny",

@@ -1,5 +1,6 @@
 """The widget in JupyterLab, driven as a user does: headless Chromium, mouse and keyboard, both themes.
 
+What the kernel answers comes when it comes: every assertion about it waits, and none depends on the machine's speed.
 Screenshots stay in `screenshots/`. Without Chromium these tests are skipped; with DMM_REQUIRE_BROWSER set they fail.
 """
 
@@ -7,9 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib import image
+from playwright.sync_api import expect, sync_playwright
 
 from dmmlib import forget_sets
 from dmmlib.study import Study
@@ -30,7 +32,11 @@ CHOOSE, UNLEARN, ANALYSE = (next(p.name for p in NOTEBOOKS if p.name[:2] == n) f
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
 
-pytestmark = [pytest.mark.browser, pytest.mark.slow]
+CONTROLS = tuple(f"- {role}" for role in ("button", "combobox", "textbox", "spinbutton", "slider", "listbox", "option"))
+PATIENCE = 180  # seconds that anything may take on a busy machine; waiting ends as soon as it is there
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(1500)]
+expect.set_options(timeout=1000 * PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +47,8 @@ def browser():
             "Chromium is not on this machine; install it (Debian: apt-get install chromium) for the browser tests."
         )
         (pytest.fail if os.environ.get("DMM_REQUIRE_BROWSER") else pytest.skip)(missing)
-    from playwright.sync_api import sync_playwright
-
     with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        started = playwright.chromium.launch(executable_path=path, args=FLAGS, timeout=1000 * PATIENCE)
         yield started
         started.close()
 
@@ -73,43 +77,48 @@ def write_parameters(source, target, **values):
 @pytest.fixture(scope="module")
 def url(place):
     """JupyterLab on loopback, with a token, with nothing of the user's configuration."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     token = secrets.token_hex(8)
     settings = place / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
     settings.parent.mkdir(parents=True)
     settings.write_text('{"fetchNews": "false", "checkForUpdates": false}')
     folders = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTERLAB_SETTINGS_DIR": "settings",
-               "JUPYTERLAB_WORKSPACES_DIR": "workspaces", "DMM_RUNS": "runs", "DMM_FIGURES": "figures"}  # fmt: skip
+               "JUPYTERLAB_WORKSPACES_DIR": "workspaces", "JUPYTER_RUNTIME_DIR": "runtime", "DMM_RUNS": "runs",
+               "DMM_FIGURES": "figures"}  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **{k: str(place / v) for k, v in folders.items()}}
     with open(place / "lab.log", "wb") as log:
         root = place / "notebooks"
         server = subprocess.Popen(
-            [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
-             "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={root}",
+            [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1",
+             f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={root}",
              "--LabApp.expose_app_in_browser=True"],
             env=environment, stdout=log, stderr=log,
         )  # fmt: skip
-    base = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(120):
-            try:
-                urllib.request.urlopen(f"{base}/api?token={token}", timeout=1).close()
-                break
-            except OSError:
-                assert server.poll() is None, (place / "lab.log").read_text()[-2000:]
-                time.sleep(0.5)
-        yield lambda name: f"{base}/lab/tree/{name}?token={token}&reset"
+        base = None
+        started = time.monotonic()
+        while base is None:
+            assert server.poll() is None, (place / "lab.log").read_text()[-2000:]
+            assert time.monotonic() < started + PATIENCE, "JupyterLab does not answer"
+            time.sleep(0.2)
+            try:  # it takes a port that is free, and writes down which
+                told = json.loads((place / "runtime" / f"jpserver-{server.pid}.json").read_text())
+                urllib.request.urlopen(f"{told['url']}api?token={token}", timeout=PATIENCE).close()
+                base = told["url"]
+            except (OSError, ValueError):
+                continue
+        yield lambda name: f"{base}lab/tree/{name}?token={token}&reset"
     finally:
         server.terminate()  # and with it every kernel
-        server.wait(30)
+        try:
+            server.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            server.kill()
 
 
 @pytest.fixture
 def page(browser):
     opened = browser.new_page(viewport={"width": 1280, "height": 1400})
-    opened.set_default_timeout(60_000)
+    opened.set_default_timeout(1000 * PATIENCE)
     crashes = []
     opened.on("pageerror", lambda error: crashes.append(error))
     yield opened
@@ -121,7 +130,10 @@ def run_all(page, address):
     """Open a notebook, run every cell, and return what its code cells show."""
     page.goto(address)
     page.wait_for_selector(".jp-Notebook .jp-Cell")
-    page.wait_for_function("window.jupyterapp?.shell?.currentWidget?.sessionContext?.isReady")
+    page.wait_for_function("""() => {
+        const notebook = window.jupyterapp?.shell?.currentWidget;
+        return notebook?.context?.isReady && notebook.sessionContext?.isReady;
+    }""")
     page.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")
     cells = page.evaluate("jupyterapp.shell.currentWidget.content.model.toJSON().cells")
     return [output for cell in cells if cell["cell_type"] == "code" for output in cell["outputs"]]
@@ -139,16 +151,20 @@ def shut_down(page):
 
 
 def theme(page, name):
+    """Change it, and wait until the page and the scatter are drawn in it."""
+    look = """() => [getComputedStyle(document.querySelector('.dmm-viewport')).backgroundColor,
+                     document.querySelector('.dmm-plane').toDataURL()]"""
+    before = page.evaluate(look)
     page.evaluate(f"jupyterapp.commands.execute('apputils:change-theme', {{theme: 'JupyterLab {name}'}})")
-    page.wait_for_function(f"document.body.dataset.jpThemeName === 'JupyterLab {name}'")
-    page.wait_for_timeout(1000)  # its style sheet is loaded, and the canvas drawn again
+    page.wait_for_function(f"before => ({look})().every((now, k) => now !== before[k])", arg=before)
 
 
 def screenshot(page, widget, name):
     """Kept as an artefact, and looked at: a picture with many tones, not a blank page. Its mean grey."""
     SCREENSHOTS.mkdir(exist_ok=True)
     widget.evaluate("element => element.scrollIntoView({block: 'start'})")
-    page.wait_for_timeout(400)
+    page.wait_for_function("!document.querySelector('.dmm-loading, .dmm-outdated')")
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
     path = SCREENSHOTS / f"{name}.png"
     page.screenshot(path=path)
     grey = image.imread(path)[..., :3].mean(2)
@@ -157,24 +173,21 @@ def screenshot(page, widget, name):
     return float(grey.mean())
 
 
-def drawn(page):
-    """Share of the scatter's pixels that hold ink."""
-    return page.evaluate("""() => {
+def expect_drawn(page):
+    """More than 1 % of the scatter's pixels hold ink."""
+    page.wait_for_function("""() => {
         const canvas = document.querySelector('.dmm-plane');
         const data = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
-        return data.filter((value, k) => k % 4 === 3 && value > 0).length / (data.length / 4);
+        return data.filter((value, k) => k % 4 === 3 && value > 0).length > 0.01 * data.length / 4;
     }""")
 
 
-def chosen(widget):
-    return int(widget.locator(".dmm-header b").inner_text())
+def n_cells(page):
+    return page.evaluate("jupyterapp.shell.currentWidget.content.model.cells.length")
 
 
-def expect_chosen(page, widget, n):
-    page.wait_for_function(
-        "([element, n]) => element.querySelector('.dmm-header b').textContent === n",
-        arg=[widget.element_handle(), str(n)],
-    )
+def expect_chosen(widget, n):
+    expect(widget.locator(".dmm-header b")).to_have_text(str(n))
 
 
 def test_choose_by_eye_preview_save_and_unlearn(page, url, place):
@@ -185,42 +198,51 @@ def test_choose_by_eye_preview_save_and_unlearn(page, url, place):
     widget = page.locator(".dmm-widget")
     gallery = widget.get_by_role("listbox", name="400 training images")
     tiles = gallery.get_by_role("option")
-    tiles.first.wait_for()
-    page.wait_for_function("document.querySelector('.dmm-tile .dmm-title').textContent !== ''")
+    expect(tiles.first.locator(".dmm-title")).not_to_be_empty()
     assert tiles.count() < 60, "of 400 images only those in sight are drawn"
-    expect_chosen(page, widget, 5)
-    before = widget.locator(".dmm-outcome table").inner_text()
+    expect_chosen(widget, 5)
+    outcome = widget.locator(".dmm-consequences .dmm-outcome")
+    expect(outcome.locator("table")).to_be_visible()
+    before = outcome.locator("table").inner_text()
 
     tiles.nth(2).click()
-    expect_chosen(page, widget, 6)
-    assert tiles.nth(2).get_attribute("aria-selected") == "true"
-    page.wait_for_function("t => document.querySelector('.dmm-outcome table').innerText !== t", arg=before)
+    expect_chosen(widget, 6)
+    expect(tiles.nth(2)).to_have_attribute("aria-selected", "true")
+    expect(outcome.locator("table")).not_to_have_text(before, use_inner_text=True)
+    expect(widget.locator(".dmm-consequences")).to_have_attribute("aria-busy", "false")
+
+    # for screen readers: whatever can be used has a name
+    expect(widget.get_by_role("slider", name="Loss: highest")).to_be_visible()
+    controls = [line for line in widget.aria_snapshot().splitlines() if line.strip().startswith(CONTROLS)]
+    assert len(controls) > 30
+    assert [line for line in controls if '"' not in line] == []
 
     # keyboard: to the right, include, one more, and back; JupyterLab's own shortcuts stay out of it
-    cells = page.locator(".jp-Notebook .jp-Cell").count()
+    cells = n_cells(page)
     gallery.focus()
     for key in ("Home", "ArrowRight", "Space"):
         page.keyboard.press(key)
-    expect_chosen(page, widget, 7)
-    assert tiles.nth(1).get_attribute("aria-selected") == "true"
+    expect_chosen(widget, 7)
+    expect(tiles.nth(1)).to_have_attribute("aria-selected", "true")
     for key in ("ArrowDown", "Enter", "d", "d", "x"):
         page.keyboard.press(key)
-    expect_chosen(page, widget, 8)
+    expect_chosen(widget, 8)
     page.keyboard.press("Control+z")
-    expect_chosen(page, widget, 7)
+    expect_chosen(widget, 7)
     widget.get_by_role("button", name="Undo").click()
-    expect_chosen(page, widget, 6)
-    assert page.locator(".jp-Notebook .jp-Cell").count() == cells, "typing in the widget deletes no cell"
+    expect_chosen(widget, 6)
+    assert n_cells(page) == cells, "typing in the widget deletes no cell"
 
     # filter, then a lasso around everything: only what passes the filter is taken
     widget.get_by_label("Class").select_option("shirt")
     take = widget.get_by_role("button", name="Include all")
-    page.wait_for_function("b => b.textContent !== 'Include all 400 shown'", arg=take.element_handle())
+    expect(take).not_to_have_text("Include all 400 shown")
     shirts = int(take.inner_text().split()[2])
     assert 10 < shirts < 100
     widget.get_by_role("button", name="Clear").click()
-    expect_chosen(page, widget, 0)
-    assert "Choose images" in widget.inner_text()
+    expect_chosen(widget, 0)
+    expect(outcome).to_have_text("Choose images to see what forgetting them would do.")
+    widget.locator(".dmm-plane").scroll_into_view_if_needed()
     box = widget.locator(".dmm-plane").bounding_box()
     corners = [(0.01, 0.01), (0.99, 0.01), (0.99, 0.99), (0.01, 0.99)]
     x, y = (box["x"] + 0.01 * box["width"], box["y"] + 0.01 * box["height"])
@@ -229,68 +251,79 @@ def test_choose_by_eye_preview_save_and_unlearn(page, url, place):
     for across, down in corners[1:]:
         page.mouse.move(box["x"] + across * box["width"], box["y"] + down * box["height"], steps=8)
     page.mouse.up()
-    expect_chosen(page, widget, shirts)
+    expect_chosen(widget, shirts)
     widget.get_by_label("Class").select_option("all classes")
+
+    # nothing and everything are no forget sets
+    expect(take).to_have_text("Include all 400 shown")
+    take.click()
+    expect_chosen(widget, 400)
+    expect(outcome).to_contain_text("all 400 training points")
+    widget.get_by_role("button", name="Save").click()
+    expect(widget.get_by_role("alert")).to_contain_text("all 400 training points")
 
     # what is wrong is said; what is right is previewed and saved
     widget.get_by_label("Indices").fill("3, 4000")
     widget.get_by_role("button", name="Include", exact=True).click()
-    assert "4000 is no training image" in widget.get_by_role("alert").inner_text()
+    expect(widget.get_by_role("alert")).to_contain_text("4000 is no training image")
     widget.get_by_role("button", name="Clear").click()
+    expect_chosen(widget, 0)
     widget.get_by_label("Indices").fill("3, 14, 15, 92")
     widget.get_by_role("button", name="Include", exact=True).click()
-    expect_chosen(page, widget, 4)
-    tiles.nth(5).click()
+    expect_chosen(widget, 4)
+    gallery.locator("[aria-selected=false]").nth(5).click()
+    expect_chosen(widget, 5)
     widget.get_by_role("button", name="most helpful").click()
-    expect_chosen(page, widget, 15)
+    expect_chosen(widget, 15)
     widget.get_by_label("Name").fill("by_eye")
     widget.get_by_role("button", name="Save").click()
-    widget.get_by_text("dmm run smoke --stage 04 --forget-set").wait_for()
+    expect(widget.get_by_text("dmm run smoke --stage 04 --forget-set")).to_be_visible()
     path = place / "runs" / "smoke" / "forget_sets" / "by_eye.json"
     saved = forget_sets.load(path, Study("smoke", runs=place / "runs").data)
     assert len(saved) == 15
     assert {3, 14, 15, 92} <= set(saved.indices.tolist())
 
+    expect_drawn(page)
     light = screenshot(page, widget, "03_light")
-    assert drawn(page) > 0.01
     theme(page, "Dark")
+    expect_drawn(page)
     dark = screenshot(page, widget, "03_dark")
-    assert drawn(page) > 0.01, "the scatter is drawn again in the other theme"
     assert light - dark > 0.4
     theme(page, "Light")
 
     # another set of that name is asked about
     widget.get_by_role("button", name="Undo").click()
-    expect_chosen(page, widget, 5)
+    expect_chosen(widget, 5)
     widget.get_by_role("button", name="Save").click()
-    widget.get_by_role("button", name="Keep the other").click()
+    keep = widget.get_by_role("button", name="Keep the other")
+    keep.click()
+    expect(keep).to_be_hidden()
     assert path.read_text() == json.dumps(json.loads(path.read_text()), indent=1) + "\n"
     assert len(forget_sets.load(path, Study("smoke", runs=place / "runs").data)) == 15
 
     # a trial run in the background, then what retraining gave stands beside the prediction
     widget.get_by_label("Name").fill("by_eye_too")
     widget.get_by_role("button", name="Try on smoke preset").click()
-    widget.get_by_role("button", name="Cancel").wait_for()
-    widget.get_by_text("Smoke run done").wait_for(timeout=180_000)
-    widget.get_by_text("retrained").first.wait_for()
+    expect(widget.get_by_role("button", name="Cancel")).to_be_visible()
+    expect(widget.get_by_text("Smoke run done")).to_be_visible(timeout=3000 * PATIENCE)
+    expect(outcome).to_contain_text("retrained")
     screenshot(page, widget, "03_after_trial")
 
     # the kernel goes: a sentence, and nothing saved is lost
     page.evaluate("jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
-    notice = widget.get_by_text("The kernel behind this widget has stopped")
-    notice.first.wait_for()
-    assert "3, 14, 15" in notice.first.inner_text()
+    expect(widget.get_by_text("The kernel behind this widget has stopped").first).to_contain_text("3, 14, 15")
     screenshot(page, widget, "03_kernel_gone")
     assert len(forget_sets.load(path, Study("smoke", runs=place / "runs").data)) == 15
     shut_down(page)
 
 
-def test_notebook_04_unlearns_the_saved_set(page, url, place):
+@pytest.mark.parametrize("notebook", [UNLEARN, ANALYSE])
+def test_the_saved_set_is_a_parameter_of_notebooks_04_and_05(page, url, place, notebook):
     path = place / "runs" / "smoke" / "forget_sets" / "by_eye.json"
     if not path.exists():
         pytest.skip("the test before saves the set")
-    write_parameters(ROOT / "notebooks" / UNLEARN, place / "notebooks" / "04_mine.ipynb", forget_set=str(path))
-    outputs = run_all(page, url("04_mine.ipynb"))
+    write_parameters(ROOT / "notebooks" / notebook, place / "notebooks" / "mine.ipynb", forget_set=str(path))
+    outputs = run_all(page, url("mine.ipynb"))
     assert_clean(outputs)
     assert "by_eye" in json.dumps(outputs)
     shut_down(page)
@@ -300,12 +333,12 @@ def test_notebook_05_leads_to_the_image_behind_a_number(page, url):
     assert_clean(run_all(page, url(ANALYSE)))
     widget = page.locator(".dmm-widget")
     options = widget.get_by_role("listbox").get_by_role("option")
-    options.first.wait_for()
+    expect(options.first).to_be_visible()
     figure = widget.locator("img.dmm-figure")
     first = figure.get_attribute("src")
     options.nth(3).click()
-    page.wait_for_function("s => document.querySelector('img.dmm-figure').src !== s", arg=first)
-    assert "DMM" in figure.get_attribute("alt")
+    expect(figure).not_to_have_attribute("src", first)
+    expect(figure).to_have_attribute("alt", re.compile("DMM"))
     screenshot(page, widget, "05_results")
     shut_down(page)
 
@@ -337,25 +370,38 @@ def test_ten_thousand_images_scroll_smoothly(page, url, place):
     content["metadata"] = {"kernelspec": kernel}
     (place / "notebooks" / "many.ipynb").write_text(json.dumps(content))
     assert_clean(run_all(page, url("many.ipynb")))
-    page.locator(".dmm-tile").first.wait_for()
-    frames = page.evaluate("""async () => {
+    expect(page.locator(".dmm-tile").first).to_be_visible()
+    session = page.context.new_cdp_session(page)
+    session.send("Performance.enable", {"timeDomain": "threadTicks"})  # the page's own CPU time, not the wall's
+
+    def spent():
+        return next(
+            m["value"] for m in session.send("Performance.getMetrics")["metrics"] if m["name"] == "TaskDuration"
+        )
+
+    before, n_frames = spent(), 120
+    most = page.evaluate(
+        """async n => {
         const viewport = document.querySelector('.dmm-viewport');
-        const times = [];
-        let last = performance.now();
-        for (let k = 0; k < 120; k++) {  // two seconds of steady scrolling, 150 pixels a frame
+        let most = 0;
+        for (let k = 0; k < n; k++) {  // steady scrolling, 150 pixels a frame
             viewport.scrollTop += 150;
             await new Promise(requestAnimationFrame);
-            times.push(performance.now() - last);
-            last = performance.now();
+            most = Math.max(most, document.querySelectorAll('.dmm-tile').length);
         }
         viewport.scrollTop = viewport.scrollHeight;
-        return times;
-    }""")
-    page.wait_for_function("document.querySelector('.dmm-viewport').innerText.includes('#9999')")
-    page.wait_for_function("!document.querySelector('.dmm-loading')")
-    assert page.locator(".dmm-tile").count() < 200
-    print(f"frame: median {np.median(frames):.0f} ms, longest {max(frames):.0f} ms")
-    assert np.median(frames) < 100, "ten frames a second on one busy core, sixty on a free one"
+        return most;
+    }""",
+        n_frames,
+    )
+    frame = 1000 * (spent() - before) / n_frames
+    expect(page.locator(".dmm-viewport")).to_contain_text("#9999")
+    expect(page.locator(".dmm-loading")).to_have_count(0)
+    assert most < 200, "of 10,000 images only those in sight are drawn"
+    print(f"{frame:.1f} ms of work a frame")
+    assert frame < 100, (
+        "ten frames a second on a slow core; measured as work, since a busy machine makes any frame wait"
+    )
     shut_down(page)
 
 

@@ -39,25 +39,31 @@ def test_results_equal_the_serial_ones(tmp_path, workers, tiny):
 
 def test_a_worker_killed_in_the_middle_of_a_shard_loses_nothing(tmp_path, workers, tiny):
     far = study(tmp_path, scheduler=workers.scheduler_address)
+    over = threading.Event()
     killed = []
 
-    def kill_one():
-        with distributed.Client(workers.scheduler_address, set_as_default=False) as client:
-            while not killed:
-                for worker, tasks in client.processing().items():
-                    if tasks:
-                        pid = client.run(os.getpid, workers=[worker])[worker]
-                        os.kill(pid, signal.SIGKILL)
-                        killed.append(pid)
-                        break
-                time.sleep(0.005)
+    def dawdle():  # in a worker: a shard takes long enough to be killed in, on whatever machine
+        train = Study.train_shard
+        Study.train_shard = lambda *given: (time.sleep(1), train(*given))[1]
 
-    killer = threading.Thread(target=kill_one)
-    killer.start()
-    subsets = far.subsets[1]
-    killed.append(None)
-    killer.join()
-    assert killed[0] is not None, "nothing was killed"
+    def kill_one(client, pids):
+        while not killed and not over.wait(0.01):
+            for worker, tasks in client.processing().items():
+                if tasks and worker in pids:
+                    os.kill(pids[worker], signal.SIGKILL)
+                    killed.append(worker)
+                    break
+
+    with distributed.Client(workers.scheduler_address, set_as_default=False) as client:
+        client.run(dawdle)
+        killer = threading.Thread(target=kill_one, args=(client, client.run(os.getpid)))
+        killer.start()
+        try:
+            subsets = far.subsets[1]
+        finally:
+            over.set()
+            killer.join()
+    assert killed
     np.testing.assert_allclose(subsets, tiny.subsets[1], atol=1e-5)
 
 

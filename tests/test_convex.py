@@ -28,7 +28,7 @@ def images() -> tuple[convex.Ridge, convex.Logistic]:
 # --- closed forms --------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     size=st.integers(1, 60),
     outputs=st.integers(1, 3),

@@ -2,7 +2,7 @@
 
 import copy
 import math
-import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -139,15 +139,19 @@ def test_a_failure_in_a_thread_is_raised_and_leaves_the_threads_as_they_were():
     assert torch.get_num_threads() == threads
 
 
-def test_measuring_prefers_what_is_fast_and_leaves_out_what_would_take_ages():
-    seconds = {1: 0.02, 4: 0.002, 32: 0.05}
+def test_measuring_prefers_what_is_fast_and_leaves_out_what_would_take_ages(monkeypatch):
+    seconds = {1: 0.2, 4: 0.02, 32: 0.5, 64: 70.0, 1024: 1e4}
+    now = 0.0
 
     def steps(execution, n):
-        time.sleep(seconds[execution.chunk] * n)
+        nonlocal now
+        now += seconds[execution.chunk] * n
 
-    rates = measure([Execution(1), Execution(4), Execution(32)], steps)
+    monkeypatch.setattr("dmmlib.execution.time", SimpleNamespace(perf_counter=lambda: now))
+    rates = measure([Execution(k) for k in seconds], steps)
     assert max(rates, key=rates.get) == Execution(4)
-    assert rates[Execution(4)] == pytest.approx(4 / 0.002, rel=0.5)
+    assert rates[Execution(4)] == pytest.approx(4 / 0.02)
+    assert Execution(1024) not in rates, "at the rate of 64, over two seconds a step"
 
 
 def test_what_a_preset_settles_is_not_tried():

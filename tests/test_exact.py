@@ -75,7 +75,7 @@ def test_many_runs_still_find_no_difference(digits: data.Dataset) -> None:
     assert (shares[gone] == 0).all()
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(shift=st.floats(0.05, 3), noise=st.floats(0.1, 2), seed=st.integers(0, 2**16))
 def test_reflection_is_the_maximal_coupling(shift: float, noise: float, seed: int) -> None:
     from scipy.stats import kstest, norm

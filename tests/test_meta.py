@@ -76,7 +76,7 @@ def test_robust_loss_is_the_worst_found_by_brute_force(loss: Loss, eps: float) -
     assert (torch.linalg.vector_norm(moved - x, dim=-1) <= eps + 1e-9).all()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 10_000), eps=st.floats(0.01, 0.9))
 def test_pgd_agrees_with_the_closed_form(seed: int, eps: float) -> None:
     for loss in (SQUARED, LOGISTIC):

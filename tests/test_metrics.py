@@ -39,7 +39,7 @@ def by_numpy(u, o):
     return np.array(values)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     arrays(np.float64, (7, 5), elements=st.floats(-150, 150, width=16)),
     arrays(np.float64, (9, 5), elements=st.floats(-150, 150, width=16)),

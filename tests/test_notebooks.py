@@ -22,6 +22,7 @@ def place(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # on a busy machine; nobody waits longer than it takes
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
 def test_runs_under_nbval_on_smoke(path, place):
@@ -29,7 +30,8 @@ def test_runs_under_nbval_on_smoke(path, place):
     parameters = {"preset": "smoke", "overrides": {"device": DEVICE}}
     papermill.execute_notebook(str(path), str(prepared), parameters, prepare_only=True, progress_bar=False)
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-cell-timeout=300", "-p", "no:cacheprovider",
+        [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-cell-timeout=900",
+         "--nbval-kernel-startup-timeout=300", "-p", "no:cacheprovider",
          "-c", os.devnull, "--rootdir", str(place), prepared.name],
         cwd=place,
         env={**os.environ, "DMM_RUNS": str(place / "runs"), "DMM_FIGURES": str(place / "figures")},
@@ -58,3 +60,12 @@ def test_is_committed_executed_and_clean(path):
             assert output.output_type != "error"
             assert output.get("name") != "stderr", output.get("text")
     assert path.stat().st_size < 3e6
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem[:2] in ("03", "05")], ids=lambda p: p.stem)
+def test_a_widget_is_a_picture_where_there_is_no_kernel(path):
+    outputs = [o for c in nbformat.read(path, as_version=4).cells for o in c.get("outputs", []) if "data" in o]
+    widgets = [o.data for o in outputs if "children=(" in o.data.get("text/plain", "")]
+    assert widgets
+    for data in widgets:
+        assert len(data["image/png"]) > 20_000

@@ -20,12 +20,15 @@ from dmmlib.widgets.jobs import Job
 from dmmlib.widgets.selection import measures, memorisation, read_indices, shown
 from tests.conftest import TINY
 
+PATIENCE = 300  # seconds that a process may take on a busy machine
+
 
 def fresh(study, tmp_path, **kwargs):
     """A chooser whose sets are saved in a directory of its own, on everything that is trained already."""
     runs = tmp_path / "runs"
     runs.mkdir(exist_ok=True)
     if not (runs / "store").exists():
+        (study.runs / "store").mkdir(parents=True, exist_ok=True)
         (runs / "store").symlink_to(study.runs / "store")
     own = Study(TINY, runs=runs, figures=tmp_path / "figures", progress=silent)
     return Chooser(own, **{"trust": False, **kwargs})
@@ -218,6 +221,32 @@ def test_clicks_lasso_and_undo_of_the_browser(chooser):
     say(chooser, kind="lasso", indices=[7, 8], remove=False)
     assert chooser.selection.indices.tolist() == [5, 9]
     assert np.frombuffer(chooser.gallery.chosen, np.uint8).nonzero()[0].tolist() == [5, 9]
+
+
+def test_consequences_of_an_earlier_choice_are_marked_until_they_are_predicted(chooser):
+    told = []
+    chooser.gallery.observe(lambda change: told.append(change["new"]), "outdated")
+    chooser.status.observe(lambda _: told.append("count"), "value")
+    say(chooser, kind="toggle", index=5)
+    assert told == [True, "count"], "marked before the count can be seen"
+    say(chooser, kind="settled")
+    assert told == [True, "count", False]
+    chooser.selection.add([6])
+    assert chooser.picture()
+    assert chooser.preview.size == 2, "a still is of what is chosen"
+    chooser.selection.clear()
+    assert "Choose images" in chooser.outcome.value, "nothing to predict is said at once"
+    assert not chooser.gallery.outdated
+
+
+def test_a_set_too_large_to_be_trusted_is_warned_about(chooser):
+    chooser.measured = [Measured("random 12", 12, {"forget": 0.3}, {"forget": 1.0})]
+    chooser.selection.add(range(12))
+    chooser.refresh()
+    assert 'role="note"' not in chooser.outcome.value
+    chooser.selection.add([12])
+    chooser.refresh()
+    assert 'role="note">13 images are more than in any set' in chooser.outcome.value
 
 
 def test_only_thumbnails_that_are_asked_for_are_sent(chooser, monkeypatch):
@@ -456,11 +485,11 @@ def test_beside_needs_a_name_of_its_own(tiny, tmp_path):
 def test_a_job_reports_progress_and_its_end():
     heard, ended = [], []
     job = Job(["list"], {}, lambda *told: heard.append(told), lambda *end: ended.append(end))
-    job.wait(60)
+    job.wait(PATIENCE)
     assert ended[0][0] == 0
     assert "presets: " in ended[0][1]
     failed = []
-    Job(["run", "labtop"], {}, lambda *told: None, lambda *end: failed.append(end)).wait(60)
+    Job(["run", "labtop"], {}, lambda *told: None, lambda *end: failed.append(end)).wait(PATIENCE)
     assert failed[0][0] == 2
     assert "Unknown preset 'labtop'" in failed[0][1]
 
@@ -472,14 +501,14 @@ def test_a_run_on_the_smoke_preset_can_be_cancelled(tiny, tmp_path):
     chooser.run()
     assert chooser.job.running
     assert chooser.progress.layout.display == ""
-    deadline = time.monotonic() + 60
-    while chooser.bar.value == 0 and time.monotonic() < deadline and chooser.job.running:
+    deadline = time.monotonic() + PATIENCE
+    while ": " not in chooser.line.value and time.monotonic() < deadline and chooser.job.running:
         time.sleep(0.1)
     assert ": " in chooser.line.value, f"progress is shown: {chooser.message.value}"
     chooser.run()
     assert "A run is under way" in chooser.message.value
     chooser.cancel.click()
-    chooser.job.wait(20)
+    chooser.job.wait(PATIENCE)
     assert not chooser.job.running
     assert "Cancelled" in chooser.command.value
     assert chooser.progress.layout.display == "none"

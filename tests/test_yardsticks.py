@@ -14,7 +14,7 @@ def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=8), st.lists(st.integers(-3, 3), min_size=1, max_size=8))
 def test_membership_auc_is_the_share_of_pairs_in_order(members, others):
     pairs = [(a > b) + 0.5 * (a == b) for a in members for b in others]

@@ -152,16 +152,24 @@ class Chooser(w.VBox):
         self._list_sets()
         filters = [row(self.part, self.label, self.sort), row(*self.ranges.values())]
         look = row(
-            w.VBox([self.gallery, row(self.take_shown)]), w.VBox([self.scatter, row(*self.axes, self.lasso)]),
+            w.VBox([self.gallery, row(self.take_shown, _note("%: how sure the originals are"))]),
+            w.VBox([self.scatter, row(*self.axes, self.lasso)]),
             name="columns",
         )  # fmt: skip
         pick = row(self.target, self.k, *self.picks)
         bring = row(self.load, self.load_button, self.paste, self.paste_button, self.upload)
         consequences = row(
             w.VBox([_heading("If these images had never been seen"), self.outcome]),
-            w.VBox([row(_heading("Answers that change most"), self.which), self.changed]),
+            w.VBox(
+                [
+                    row(_heading("Answers that change most"), self.which),
+                    self.changed,
+                    _note("Δ: share of an image's probability that moves to other classes"),
+                ]
+            ),
             name="columns",
         )
+        consequences.add_class("dmm-consequences")
         super().__init__(
             [
                 row(self.status, self.undo, self.clear, name="header"),
@@ -293,6 +301,7 @@ class Chooser(w.VBox):
 
     def _show_selection(self) -> None:
         data, mask = self.study.data, self.selection.mask
+        self.gallery.outdated = True
         for view in (self.gallery, self.scatter, self.changed):
             view.set_chosen(mask)
         counts = self.selection.counts(data.y_train, data.n_classes)
@@ -306,6 +315,8 @@ class Chooser(w.VBox):
         if self.part.value == "chosen" or not self.gallery.order:
             self._refilter()
         self._show_target()
+        if not len(self.selection):
+            self.refresh()  # nothing to predict, so nothing to wait for
 
     def _show_target(self) -> None:
         point = self.gallery.focus
@@ -318,13 +329,14 @@ class Chooser(w.VBox):
         """Predict what forgetting the choice would do, and show it."""
         try:
             self.preview = self._previewer.preview(self.selection.indices)
-        except ForgetSetError as error:
+        except DmmError as error:
             self.preview = None
             text = "Choose images to see what forgetting them would do." if not len(self.selection) else str(error)
-            self.outcome.value = f'<div class="dmm-quiet">{html.escape(text)}</div>'
+            self.outcome.value = f'<div class="dmm-outcome dmm-quiet">{html.escape(text)}</div>'
         else:
             self.outcome.value = self._table(self.preview, self._actual())
         self._show_changes()
+        self.gallery.outdated = False
 
     def _actual(self) -> dict[str, previews.Outcome] | None:
         """What retraining really gives, if the choice is a set whose oracles are there."""
@@ -513,6 +525,8 @@ class Chooser(w.VBox):
         """A PNG of the choice and of what its forgetting would do."""
         import matplotlib.pyplot as plt
 
+        if self.gallery.outdated:
+            self.refresh()
         data, n = self.study.data, self.study.data.n_train
         rows = {"most memorised": np.argsort(-self.known["memorisation"][:n], kind="stable")[:N_STILL]}
         title, caption = f"{len(self.selection)} of {n:,} images chosen", "Nothing is predicted for this choice."
@@ -561,6 +575,10 @@ def _classed(box: w.Box, name: str) -> w.Box:
 
 def _heading(text: str) -> w.HTML:
     return w.HTML(f'<div class="dmm-heading" role="heading" aria-level="4">{html.escape(text)}</div>')
+
+
+def _note(text: str) -> w.HTML:
+    return w.HTML(f'<span class="dmm-quiet">{html.escape(text)}</span>')
 
 
 def _shown_path(path: Path, of: str = ".") -> Path:

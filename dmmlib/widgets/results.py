@@ -39,7 +39,7 @@ class Results(w.VBox):
         )
         self.split = w.Dropdown(options=plots.SPLITS, description="Points", **options)
         self.order = w.Dropdown(options=[("worst first", True), ("best first", False)], description="Sort", **options)
-        self.gallery = Gallery(study.data.x, self._caption, rows=3, selectable=False)
+        self.gallery = Gallery(study.data.x, self._caption, rows=2, selectable=False)
         self.histogram = w.HTML()
         controls = w.Box([self.method, self.split, self.order])
         controls.add_class("dmm-row")
@@ -81,7 +81,8 @@ class Results(w.VBox):
         """A PNG of the histograms of one point's margins: oracles, originals and a method a panel."""
         data = self.study.data
         panels = []
-        for m, values in self._margins.items():
+        for m in sorted(self.kloms, key=lambda m: (m != "do_nothing", self.kloms[m][point])):  # then the best first
+            values = self._margins[m]
             title = f"{plots.label(m)}: KLoM {self.kloms[m][point]:.1f}"
             groups = {"retrain": self._oracles, "do_nothing": self._margins["do_nothing"], m: values}
             panels.append((title, {name: margins[:, point] for name, margins in groups.items()}))

@@ -74,6 +74,8 @@ class Gallery(View):
         rows: that fit without scrolling.
         width: of a tile at least, in pixels.
         selectable: a click and the space bar include and exclude.
+        outdated: what is shown of the choice's consequences is of an earlier choice. The browser says so from the
+            first click on, while this process may still be busy, until it hears False.
         empty: shown where there is no point to show.
     """
 
@@ -81,6 +83,7 @@ class Gallery(View):
     rows = t.Int(4).tag(sync=True)
     width = t.Int(76).tag(sync=True)
     selectable = t.Bool(True).tag(sync=True)
+    outdated = t.Bool(False).tag(sync=True)
     empty = t.Unicode("No image passes these filters.").tag(sync=True)
 
     def __init__(self, images: np.ndarray, caption: Caption, listener: Listener | None = None, **traits: Any) -> None:

@@ -95,6 +95,26 @@ function guardKeys(el) {
   requestAnimationFrame(() => el.closest(".dmm-widget")?.addEventListener("focusin", guard)); // its plain controls too
 }
 
+// ipywidgets leaves the handles of its range sliders without a name for screen readers, whenever it comes to draw them.
+function nameHandles(el) {
+  let root;
+  const name = () => {
+    for (const handle of root.querySelectorAll(".noUi-handle:not([aria-label])")) {
+      const label = handle.closest(".widget-hslider")?.querySelector(".widget-label")?.textContent;
+      const which = handle.classList.contains("noUi-handle-lower") ? "lowest" : "highest";
+      if (label) handle.setAttribute("aria-label", `${label}: ${which}`);
+    }
+  };
+  const drawn = new MutationObserver(name);
+  requestAnimationFrame(() => {
+    root = el.closest(".dmm-widget");
+    if (!root) return;
+    name();
+    drawn.observe(root, { childList: true, subtree: true });
+  });
+  return () => drawn.disconnect();
+}
+
 // A sentence once the kernel has gone, with what was chosen, so that it can be pasted into a new widget.
 function watchKernel(model, el, chosen) {
   const notice = node("div", { class: "dmm-notice", role: "alert" });
@@ -223,8 +243,18 @@ function gallery({ model, el }) {
     model.save_changes();
   }
 
+  // Consequences shown beside a choice that they are not of: said from the first click until Python has new ones.
+  function outdated(now) {
+    const root = el.closest(".dmm-widget");
+    root?.classList.toggle("dmm-outdated", now);
+    root?.querySelector(".dmm-consequences")?.setAttribute("aria-busy", now);
+  }
+
   function toggle(index) {
-    if (index < chosen.length) chosen[index] ^= 1; // shown at once; Python's answer follows
+    if (index < chosen.length) {
+      chosen[index] ^= 1; // shown at once; Python's answer follows
+      outdated(true);
+    }
     draw();
     model.send({ kind: "toggle", index });
   }
@@ -269,7 +299,13 @@ function gallery({ model, el }) {
     clearTimeout(pause);
     pause = setTimeout(() => model.send({ kind: "settled" }), 30);
   };
-  if (selectable) model.on("change:chosen", settle);
+  const judge = () => outdated(model.get("outdated"));
+  if (selectable) {
+    model.on("change:chosen", settle);
+    model.on("change:outdated", judge);
+    requestAnimationFrame(judge); // once it has its place in the widget
+  }
+  const unname = nameHandles(el);
   const unwatch = watchKernel(model, el, () => (selectable ? chosenIndices(chosen) : []));
 
   const resized = new ResizeObserver(layout);
@@ -282,9 +318,11 @@ function gallery({ model, el }) {
     resized.disconnect();
     clearTimeout(pause);
     images.stop();
+    unname();
     unwatch();
     Object.entries(handlers).forEach(([event, handler]) => model.off(event, handler));
     model.off("change:chosen", settle);
+    model.off("change:outdated", judge);
   };
 }
 
