@@ -72,6 +72,15 @@ class DatamodelsSection(Section):
     sizes: tuple[PositiveInt, ...] = (250, 500, 1000, 2000, 4000)  # of M, for the LDS curve
 
 
+class AttributionSection(Section):
+    """The attributor that DM-direct, DMM and the widget use, and the subset models that it gets, weights included."""
+
+    name: str = "bayesian"  # any that is registered; ridge takes the models of `datamodels` instead
+    n_subsets: int = Field(default=100, ge=10)
+    fraction: float = Field(default=0.75, gt=0, lt=1)  # of S in a subset: nearer to S than a half, as R is
+    options: dict[str, Any] = {}
+
+
 class ForgetSetSection(Section):
     name: str
     kind: Literal["random", "pc", "pc_both", "nearest", "class"]
@@ -126,6 +135,7 @@ class Preset(Section):
     training: TrainingSection = TrainingSection()
     ensembles: EnsemblesSection = EnsemblesSection()
     datamodels: DatamodelsSection = DatamodelsSection()
+    attribution: AttributionSection = AttributionSection()
     forget_sets: tuple[ForgetSetSection, ...]
     tuning: TuningSection
     unlearning: UnlearningSection = UnlearningSection()

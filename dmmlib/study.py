@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,7 @@ import torch
 from fsspec.core import url_to_fs
 from torch import Tensor
 
-from dmmlib import cluster, datamodels, ensemble, execution, forget_sets, metrics, models, presets, unlearn
+from dmmlib import attribution, cluster, datamodels, ensemble, execution, forget_sets, metrics, models, presets, unlearn
 from dmmlib import data as datasets
 from dmmlib.errors import DamageError, DeviceError, ForgetSetError, MethodError, PresetError, StoreError
 from dmmlib.execution import Execution
@@ -57,6 +57,14 @@ class Stream:
     name: str
     masks: np.ndarray
     keep_models: bool = False
+
+
+class Predictor(Protocol):
+    """A datamodel that predicts outputs for masks."""
+
+    def predict(self, masks: np.ndarray) -> np.ndarray:
+        """Outputs (k, n_points, n_classes) of models trained on the masks (k, n_train)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,7 @@ class Study:
         self.preset = presets.load(preset, overrides)
         for method in self.preset.unlearning.methods:
             unlearn.get(method)
+            attribution.get(method.partition("@")[2] or self.preset.attribution.name)
         self.device = models.resolve_device(self.preset.device)
         if self.preset.threads:
             torch.set_num_threads(self.preset.threads)
@@ -234,7 +243,8 @@ class Study:
         p, n = self.preset, self.data.n_train
         subsets = p.datamodels.n_subsets + p.datamodels.n_held_out
         others = p.ensembles.n_models * (1 + 2 * len(p.forget_sets))
-        return subsets * self.training.steps(round(p.datamodels.fraction * n)) + others * self.training.steps(n)
+        steps = subsets * self.training.steps(round(p.datamodels.fraction * n)) + others * self.training.steps(n)
+        return steps + p.attribution.n_subsets * self.training.steps(round(p.attribution.fraction * n))
 
     def _steps(self, execution: Execution, n: int) -> None:
         """Take n training steps of `execution.chunk` models, to be timed."""
@@ -316,6 +326,7 @@ class Study:
             return done == planned
 
         known = look(self._subset_stream)
+        look(self._attribution_stream)
         look(self._original_stream)
         n, n_tuning = self.preset.ensembles.n_models, self.preset.tuning.n_models
         if known:
@@ -384,13 +395,17 @@ class Study:
         masks = np.ones((self.preset.ensembles.n_models, self.data.n_train), bool)
         return Stream("originals", masks, keep_models=True)
 
+    def _models(self, stream: Stream) -> ensemble.Ensemble:
+        """The models of a stream that keeps them."""
+        module = self.module()
+        names = ensemble.initialise(lambda: module, [0]).state()
+        state = {name: self._read(stream, name) for name in names}
+        return ensemble.Ensemble.from_state(module, state, self.device)
+
     @cached_property
     def originals(self) -> ensemble.Ensemble:
         """N models trained on S."""
-        module = self.module()
-        names = ensemble.initialise(lambda: module, [0]).state()
-        state = {name: self._read(self._original_stream, name) for name in names}
-        return ensemble.Ensemble.from_state(module, state, self.device)
+        return self._models(self._original_stream)
 
     @cached_property
     def original_logits(self) -> np.ndarray:
@@ -427,11 +442,19 @@ class Study:
     def subset_masks(self) -> np.ndarray:
         """Which points each subset model is trained on: bool (n_subsets + n_held_out, n_train)."""
         section = self.preset.datamodels
-        total, size = section.n_subsets + section.n_held_out, round(section.fraction * self.data.n_train)
-        masks = np.zeros((total, self.data.n_train), bool)
-        for mask, seed in zip(masks, self.seeds("masks", total), strict=True):
+        return self._masks("masks", section.n_subsets + section.n_held_out, section.fraction)
+
+    def _masks(self, stream: str, n: int, fraction: float) -> np.ndarray:
+        """n random subsets of S of that share, bool (n, n_train)."""
+        masks = np.zeros((n, self.data.n_train), bool)
+        size = round(fraction * self.data.n_train)
+        for mask, seed in zip(masks, self.seeds(stream, n), strict=True):
             mask[np.random.default_rng(seed).permutation(self.data.n_train)[:size]] = True
         return masks
+
+    def _outputs(self, stream: Stream, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Logits of a stream's models in the margin gauge."""
+        return metrics.margin_gauge(self._read(stream, "logits", start, stop), self.data.y)
 
     @cached_property
     def _subset_stream(self) -> Stream:
@@ -439,15 +462,18 @@ class Study:
 
     @cached_property
     def subsets(self) -> tuple[np.ndarray, np.ndarray]:
-        """Masks (M, n_train) and logits (M, n_points, n_classes) of the subset models to fit on."""
+        """Masks (M, n_train) and outputs of the subset models that ridge is fitted on.
+
+        Outputs are logits in the margin gauge (M, n_points, n_classes).
+        """
         m = self.preset.datamodels.n_subsets
-        return self._subset_stream.masks[:m], self._read(self._subset_stream, "logits", 0, m)
+        return self._subset_stream.masks[:m], self._outputs(self._subset_stream, 0, m)
 
     @cached_property
     def held_out(self) -> tuple[np.ndarray, np.ndarray]:
-        """Masks and logits of the further subset models: the first half chooses lambda, the second reports."""
+        """Masks and outputs of the further subset models: the first half chooses lambda, the second reports."""
         m = self.preset.datamodels.n_subsets
-        return self._subset_stream.masks[m:], self._read(self._subset_stream, "logits", m)
+        return self._subset_stream.masks[m:], self._outputs(self._subset_stream, m)
 
     def datamodel_of(self, n_subsets: int) -> tuple[datamodels.RidgeDatamodel, dict[float, float]]:
         """A ridge datamodel on the first `n_subsets` subset models, and the LDS of each lambda tried."""
@@ -477,13 +503,13 @@ class Study:
         """
         section = self.preset.datamodels
         settings = [{"lam": lam, "own_share": s} for lam in section.lambdas for s in section.own_shares]
-        masks, logits = self.subsets
+        masks, outputs = self.subsets
 
         def dm_direct(problem: Problem, **setting: float) -> Unlearned:
-            fitted = datamodels.RidgeDatamodel.fit(masks, logits, device=self.device, **setting)
+            fitted = datamodels.RidgeDatamodel.fit(masks, outputs, device=self.device, **setting)
             return unlearn.get("dm_direct")(dataclasses.replace(problem, attributor=fitted))
 
-        return self._search("datamodel", dm_direct, settings, "ridge")
+        return self._search("datamodel", dm_direct, settings, "ridge", {"datamodels": self._datamodel_config()})
 
     @cached_property
     def datamodel(self) -> datamodels.RidgeDatamodel:
@@ -493,11 +519,72 @@ class Study:
             *self.subsets, float(best["lam"]), self.device, own_share=float(best["own_share"])
         )
 
-    def lds(self, model: datamodels.RidgeDatamodel) -> np.ndarray:
+    def lds(self, model: Predictor) -> np.ndarray:
         """Predicted and actual margins (2, n_held_out / 2, n_points) on subsets that chose nothing."""
         half = self.preset.datamodels.n_held_out // 2
-        masks, logits = (a[half:] for a in self.held_out)
-        return np.stack([metrics.margins(z, self.data.y) for z in (model.predict(masks), logits)])
+        masks, outputs = (a[half:] for a in self.held_out)
+        return np.stack([metrics.right_logits(z, self.data.y) for z in (model.predict(masks), outputs)])
+
+    # --- attribution -----------------------------------------------------------------------------------
+
+    @cached_property
+    def _attribution_stream(self) -> Stream:
+        section = self.preset.attribution
+        masks = self._masks("attribution masks", section.n_subsets, section.fraction)
+        return Stream("attribution", masks, keep_models=True)
+
+    @cached_property
+    def context(self) -> attribution.Context:
+        """What attributors are fitted to: the subset models of the preset's attribution, and the originals."""
+        stream = self._attribution_stream
+        return attribution.Context(
+            self.x,
+            self.y,
+            stream.masks,
+            self._outputs(stream),
+            self._models(stream),
+            self.originals,
+            self.original_logits,
+            self.preset.seed,
+        )
+
+    @property
+    def attributor(self) -> datamodels.Attributor:
+        """The preset's own: what DM-direct, DMM and the widget predict with."""
+        return self.attributor_of(self.preset.attribution.name)
+
+    def attributor_of(self, name: str) -> datamodels.Attributor:
+        """A registered attributor, fitted once; ridge has the many subset models of `datamodels`, others `context`."""
+        if name == "ridge":
+            return self.datamodel
+        if name not in self._attributors:
+            own = name == self.preset.attribution.name
+            self.progress(f"fit the attributor {name}", 0, 1)
+            options = self.preset.attribution.options if own else {}
+            self._attributors[name] = attribution.fit(name, self.context, **options)
+            self.progress(f"fit the attributor {name}", 1, 1)
+        return self._attributors[name]
+
+    @cached_property
+    def _attributors(self) -> dict[str, datamodels.Attributor]:
+        return {}
+
+    def n_subsets_of(self, name: str) -> int:
+        """How many subset models an attributor is fitted to."""
+        return (self.preset.datamodels if name == "ridge" else self.preset.attribution).n_subsets
+
+    def _attribution_config(self, method: str) -> dict[str, Any]:
+        """What a method's result depends on through its attributor; nothing for a method that takes none."""
+        if not unlearn.registered(method).attributed:
+            return {}
+        name = method.partition("@")[2] or self.preset.attribution.name
+        if name == "ridge":
+            tuning = {name: f.indices.tolist() for name, f in self.tuning_sets.items()}
+            return {"datamodels": self._datamodel_config(), "tuning sets": tuning}
+        section = self.preset.attribution.model_dump(mode="json") | {"name": name}
+        if name != self.preset.attribution.name:
+            section["options"] = {}
+        return {"attribution": section, "attributor": attribution.source(name)}
 
     # --- forget sets -----------------------------------------------------------------------------------
 
@@ -554,8 +641,13 @@ class Study:
 
     # --- unlearning ------------------------------------------------------------------------------------
 
-    def problem(self, forget_set: ForgetSet, tuning: bool = False, attribute: bool = True) -> Problem:
-        """The unlearning problem of a forget set, with fewer models and no trajectory for tuning."""
+    def problem(self, forget_set: ForgetSet, method: str = "", tuning: bool = False) -> Problem:
+        """The unlearning problem of a forget set, with fewer models and no trajectory for tuning.
+
+        It has an attributor where the method takes one: that which its name says after @, or the preset's.
+        """
+        attributed = method and unlearn.registered(method).attributed
+        name = method.partition("@")[2] or self.preset.attribution.name
         n = self.preset.tuning.n_models if tuning else self.preset.ensembles.n_models
         return Problem(
             originals=self.originals[:n],
@@ -565,7 +657,7 @@ class Study:
             n_train=self.data.n_train,
             forget=forget_set.indices,
             training=self.training,
-            attributor=self.datamodel if attribute else None,
+            attributor=self.attributor_of(name) if attributed else None,
             oracle_logits=self.oracles(forget_set, floor=True, n=n),
             checkpoints=0 if tuning else self.preset.unlearning.checkpoints,
             seed=self.seeds(f"unlearn:{forget_set.name}", 1)[0],
@@ -582,9 +674,12 @@ class Study:
         points and over the tuning sets.
         """
         settings = unlearn.configurations(method, self.preset.tuning.budget, self.preset.seed)
-        return self._search(method, unlearn.get(method), settings, unlearn.registered(method).source)
+        known = unlearn.registered(method)
+        return self._search(method, known.run, settings, known.source, self._attribution_config(method))
 
-    def _search(self, name: str, method: unlearn.Method, settings: list[dict[str, Any]], source: str) -> pd.DataFrame:
+    def _search(
+        self, name: str, method: unlearn.Method, settings: list[dict[str, Any]], source: str, more: dict[str, Any]
+    ) -> pd.DataFrame:
         section = self.preset.tuning
         config = {
             **self._identity(),
@@ -593,15 +688,15 @@ class Study:
             "settings": settings,
             "tuning": section.model_dump(),
             "sets": {tuning: f.indices.tolist() for tuning, f in self.tuning_sets.items()},
-            "datamodels": self._datamodel_config(),
             "seed": self.preset.seed,
+            **more,
         }
         path = self.runs / "store" / f"search-{name}-{config_hash(config)}.json"
         if path.exists():
             return pd.DataFrame(read_json(path))
         rows = []
         for tuning, forget_set in self.tuning_sets.items():
-            problem = self.problem(forget_set, tuning=True, attribute=name != "datamodel")
+            problem = self.problem(forget_set, "" if name == "datamodel" else name, tuning=True)
             reference = metrics.margins(self.oracles(forget_set, n=section.n_models), self.data.y)
             splits = forget_set.splits(self.data.n_train, self.data.n_val)
             task = f"search {name} on {tuning}"
@@ -639,8 +734,8 @@ class Study:
             "name": forget_set.name,
             "n_models": self.preset.ensembles.n_models,
             "checkpoints": self.preset.unlearning.checkpoints,
-            "datamodels": self._datamodel_config(),
             "seed": self.preset.seed,
+            **self._attribution_config(method),
         }
 
     def unlearned(self, method: str, forget_set: ForgetSet) -> Unlearned:
@@ -650,7 +745,7 @@ class Study:
         path = self.runs / "store" / f"unlearned-{method}-{config_hash(config)}.npz"
         if path.exists():
             return _read_unlearned(path)
-        result = unlearn.get(method)(self.problem(forget_set), **setting)
+        result = unlearn.get(method)(self.problem(forget_set, method), **setting)
         if not np.isfinite(result.margins).all():
             raise MethodError(
                 f"{method} with {setting} gave NaN margins on {forget_set.name!r}; lower its learning rate."

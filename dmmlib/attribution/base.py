@@ -14,6 +14,7 @@ from dmmlib.datamodels import Attributor
 from dmmlib.ensemble import Ensemble, check_masks
 from dmmlib.errors import DataError, MethodError
 from dmmlib.forget_sets import check_forget_indices
+from dmmlib.hashing import source_hash
 from dmmlib.metrics import right_logits
 
 
@@ -140,14 +141,14 @@ def calibrated(context: Context, raw: np.ndarray) -> MarginDatamodel:
 Fit = Callable[..., Attributor]
 """Fits an attributor to a context, with options by keyword."""
 
-_ATTRIBUTORS: dict[str, Fit] = {}
+_ATTRIBUTORS: dict[str, tuple[Fit, str]] = {}
 
 
 def register(name: str) -> Callable[[Fit], Fit]:
     """Register a method by name: a function of a `Context` (and options) that returns an `Attributor`."""
 
     def add(method: Fit) -> Fit:
-        _ATTRIBUTORS[name] = method
+        _ATTRIBUTORS[name] = method, source_hash(method)
         return method
 
     return add
@@ -168,7 +169,13 @@ def get(name: str) -> Fit:
         raise MethodError(
             f"Unknown attribution method {name!r}; use one of {', '.join(names())}, or register your own."
         )
-    return _ATTRIBUTORS[name]
+    return _ATTRIBUTORS[name][0]
+
+
+def source(name: str) -> str:
+    """Hash of the source of the attribution method of that name; raises MethodError if there is none."""
+    get(name)
+    return _ATTRIBUTORS[name][1]
 
 
 def fit(name: str, context: Context, **options: Any) -> Attributor:

@@ -142,8 +142,9 @@ def fit(context: Context, w0: np.ndarray, delta: float = 0.2) -> BayesianDatamod
     a = context.masks - mean_mask
     outputs = np.asarray(context.outputs[:m], np.float32)
     mean_output = outputs.mean(0)
-    values, vectors = np.linalg.eigh(a @ c @ a.T)
-    values, vectors = np.maximum(values[1:], 0), vectors[:, 1:]  # the first is the constant, which the mean takes
+    gram = a @ c @ a.T
+    values, vectors = np.linalg.eigh(gram + (1 + np.trace(gram)) / m)  # the constant, which the mean takes, comes last
+    values, vectors = np.maximum(values[:-1], 0), vectors[:, :-1]
     margins = context.margins
     y, f, own = (vectors.T @ z for z in (margins - margins.mean(0), a @ w0.astype(np.float64), a))
     scale, rho, sigma = _evidence(values, y, f, own)
@@ -173,9 +174,10 @@ def covariance(w0: np.ndarray, delta: float) -> np.ndarray:
 def _evidence(values: np.ndarray, y: np.ndarray, f: np.ndarray, own: np.ndarray) -> tuple[float, float, np.ndarray]:
     """The scale and rho that maximise the evidence of all margins, and each margin's sigma there.
 
-    Everything is in the eigenbasis of A C A^T, whose eigenvalues are `values` (k,): margins y (k, n_points), the prior's
-    predictions f of them, and the masks of single points own (k, n_train). In that basis, with R = 1 + rho values, the
-    log evidence of a margin is - k / 2 log (e^T R^-1 e / k) - 1 / 2 log det R up to a constant, e what is left.
+    Everything is in the eigenbasis of A C A^T, whose eigenvalues are `values` (k,): margins y (k, n_points), the
+    prior's predictions f of them, and the masks of single points own (k, n_train). In that basis, with R = 1 + rho
+    values, the log evidence of a margin is - k / 2 log (e^T R^-1 e / k) - 1 / 2 log det R up to a constant, with e what
+    is left.
     """
     k, n = own.shape
 

@@ -164,9 +164,7 @@ def attributions(models: Ensemble, x: Tensor, y: Tensor, n_train: int, lam: floa
     return (total / models.n_models).cpu().numpy()
 
 
-def kernel_weights(
-    context: Context, lam: float, residual: Residual, at: At, n_models: int | None = None
-) -> np.ndarray:
+def kernel_weights(context: Context, lam: float, residual: Residual, at: At, n_models: int | None = None) -> np.ndarray:
     """r_i T_it (n_train, n_points): by how much, up to a scale, each training point raises each margin.
 
     Raises:

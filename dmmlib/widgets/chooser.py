@@ -53,7 +53,7 @@ class Chooser(w.VBox):
         self.known |= {f"PC {k + 1}": column for k, column in enumerate(study.loadings.T)}
         self.measured = previews.measure(study) if trust else []
         self._previewer = previews.Previewer(
-            study.datamodel, study.original_logits[: previews.N_ORIGINALS], data.y, data.n_train
+            study.attributor, study.original_logits[: previews.N_ORIGINALS], data.y, data.n_train
         )
         self.selection = Selection(data.n_train, start.indices if start else ())
         self.preview: previews.Preview | None = None

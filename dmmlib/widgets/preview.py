@@ -9,7 +9,7 @@ import numpy as np
 from scipy.special import softmax
 
 from dmmlib import forget_sets, metrics, unlearn
-from dmmlib.datamodels import Attributor
+from dmmlib.datamodels import Attributor, retrained
 from dmmlib.forget_sets import ForgetSet, check_forget_indices
 from dmmlib.study import Study
 
@@ -113,7 +113,9 @@ class Previewer:
             ForgetSetError: for indices that are no proper part of the training set.
         """
         indices = check_forget_indices(forget, self._n_train)
-        margins, right, probability = self._read(self._logits + self._attributor.effect(indices))
+        margins, right, probability = self._read(
+            retrained(self._logits, self._attributor.effect(indices), self._labels)
+        )
         splits = ForgetSet("", indices).splits(self._n_train, len(self._labels) - self._n_train)
         changes = Changes(
             self._probability.argmax(1), probability.argmax(1), 0.5 * np.abs(probability - self._probability).sum(1)
@@ -181,8 +183,7 @@ def measure(study: Study, shares: Sequence[float] = SHARES, n_oracles: int = N_O
         retrained = metrics.margins(oracles, study.data.y)
         true = retrained.mean(0) - originals.mean(0)
         variance = retrained.var(0, ddof=1) / len(retrained) + originals.var(0, ddof=1) / len(originals)
-        logits = study.original_logits[:N_ORIGINALS] + study.datamodel.effect(forget_set.indices)
-        predicted = (metrics.margins(logits, study.data.y) - originals[:N_ORIGINALS]).mean(0)
+        predicted = metrics.right_logits(study.attributor.effect(forget_set.indices), study.data.y)
         splits = forget_set.splits(n, study.data.n_val)
         measured.append(
             Measured(
