@@ -11,9 +11,9 @@ import dataclasses
 import os
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
-MANY_STEPS = 200_000  # model-steps from which on compilation can pay
+MANY_STEPS = 200_000  # model-steps from which on processes and compilation can pay
 VERSION = 2  # of everything in runs/store: raise it when the same configuration gives other numbers
 
 
@@ -183,9 +183,11 @@ class Study:
         """Labels (n_train + n_val,) on the device."""
         return torch.from_numpy(self.data.y).to(self.device)
 
-    def module(self) -> torch.nn.Module:
-        """A fresh model."""
-        return self._spec.factory(tuple(self.x.shape[1:]), self.data.n_classes, **self.preset.model.options)
+    @cached_property
+    def module(self) -> Callable[[], torch.nn.Module]:
+        """Makes a fresh model."""
+        shape = tuple(self.x.shape[1:])
+        return partial(self._spec.factory, shape, self.data.n_classes, **self.preset.model.options)
 
     @property
     def training(self) -> ensemble.Training:
@@ -195,13 +197,13 @@ class Study:
     def execution(self) -> Execution:
         """How training is carried out here: measured once a machine and model, and kept, unless the preset says.
 
-        Compiling takes some seconds for each kind of step, so it is tried only where many steps are planned.
+        Processes and compiling take some seconds to start, so they are tried only where many steps are planned.
         """
         section = self.preset.ensembles
         chunk = None if section.chunk == "auto" else section.chunk
-        worthwhile = None if self._planned_steps() >= MANY_STEPS else False
-        allowed = worthwhile if section.compile == "auto" else section.compile
-        options = execution.candidates(self.device, chunk, allowed)
+        many = self._planned_steps() >= MANY_STEPS
+        allowed = (None if many else False) if section.compile == "auto" else section.compile
+        options = execution.candidates(self.device, chunk, allowed, many)
         if all(o.compile for o in options) and not execution.can_compile():
             raise DeviceError(
                 "ensembles.compile is true, but torch.compile does not work here (on CPU it needs a C++ compiler); "
@@ -237,20 +239,21 @@ class Study:
         return subsets * self.training.steps(round(p.datamodels.fraction * n)) + others * self.training.steps(n)
 
     def _steps(self, execution: Execution, n: int) -> None:
-        """Take n training steps of `execution.chunk` models, to be timed."""
-        rng, size = np.random.default_rng(0), self.training.batch_size
-        models = ensemble.initialise(self.module, range(execution.chunk), self.device)
-        ensemble.descend(
-            models,
-            self.x,
-            (rng.integers(0, self.data.n_train, (execution.chunk, size)) for _ in range(n)),
-            ensemble.classification(self.y),
-            self.training.optimizer,
-            self.training.optimizer.start(models.params),
-            precision=self.training.precision,
-            compile=execution.compile,
-        )
-        if self.device.type == "cuda":
+        """Take n training steps of `execution.chunk` models in each of its workers, to be timed."""
+        module, x, training, device = self.module, self.x[: self.data.n_train], self.training, self.device
+        loss = ensemble.classification(self.y)
+
+        def take(worker: int) -> None:
+            rng = np.random.default_rng(worker)
+            size = (execution.chunk, training.batch_size)
+            models = ensemble.initialise(module, range(execution.chunk), device)
+            batches = (rng.integers(0, len(x), size) for _ in range(n))
+            start = training.optimizer.start(models.params)
+            compile, precision = execution.compile, training.precision
+            ensemble.descend(models, x, batches, loss, training.optimizer, start, precision=precision, compile=compile)
+
+        list(execution.run(take, range(execution.workers)))
+        if device.type == "cuda":
             torch.cuda.synchronize()
 
     def _identity(self) -> dict[str, Any]:
@@ -341,11 +344,13 @@ class Study:
 
     def train_shard(self, masks: np.ndarray, seeds: Sequence[int], keep_models: bool) -> dict[str, np.ndarray]:
         """What a store keeps of models trained with these masks and seeds: logits, masks, perhaps weights."""
-        n = self.data.n_train
-        x, y = self.x[:n], self.y[:n]
-        trained = ensemble.train(self.module, x, y, masks, seeds, self.training, self.execution)
-        kept = trained.state() if keep_models else {}
-        return {"logits": trained.logits(self.x).numpy(), "masks": masks, **kept}
+        x, n = self.x, self.data.n_train
+
+        def keep(models: ensemble.Ensemble) -> dict[str, np.ndarray]:
+            return {"logits": models.logits(x).numpy(), **(models.state() if keep_models else {})}
+
+        kept = ensemble.train_and(keep, self.module, x[:n], self.y[:n], masks, seeds, self.training, self.execution)
+        return {**kept, "masks": masks}
 
     def _place(self, stream: Stream) -> tuple[str, dict[str, Any]]:
         """Where a stream's store is, and the configuration that it belongs to."""
