@@ -23,7 +23,7 @@ from torch.func import functional_call, stack_module_state
 from torch.nn import functional as F
 
 from dmmlib.errors import DataError
-from dmmlib.execution import Execution, compiled
+from dmmlib.execution import Execution, compiled, vary_in_size
 from dmmlib.optim import SGD, Optimizer, Tensors
 from dmmlib.progress import Progress, silent
 
@@ -243,14 +243,26 @@ def descend(
     moves = {k: v for k, v in ensemble.params.items() if only is None or k in only}
     stays = {k: v for k, v in ensemble.params.items() if k not in moves}
     fixed = (ensemble.module, loss, optimizer, moves, stays, ensemble.buffers, state, masks, x, numbers)
+    if compile:
+        vary_in_size([*ensemble.params.values(), *ensemble.buffers.values(), x, numbers], 0)
+        vary_in_size([t for memory in (*state.values(), masks or {}) for t in memory.values()], 0)
     for t, batch in enumerate(batches):
-        indices = torch.from_numpy(batch).to(x.device)
+        indices = _to(torch.from_numpy(batch), x.device)
+        if compile:
+            vary_in_size([indices], 0, 1)
         lr = torch.tensor(optimizer.lr if rate is None else rate(t))
         with _COMPILING if compile and t == 0 else nullcontext():  # one thread compiles, the others then find it done
             step(*fixed, indices, lr, precision == "bfloat16")
         if after is not None:
             after(t + 1)
             ensemble.module.train()
+
+
+def _to(indices: Tensor, device: torch.device) -> Tensor:
+    """Indices on the device, without waiting for what it is doing."""
+    if device.type == "cuda":
+        return indices.pin_memory().to(device, non_blocking=True)
+    return indices.to(device)
 
 
 def _step(

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import pickle
 import platform
+import threading
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -77,7 +78,7 @@ class Execution:
             torch.set_num_threads(threads)
 
 
-IDLE = 1800  # seconds after which idle worker processes end
+IDLE = 600  # seconds after which idle worker processes end
 
 
 def _pack(work: Callable[..., Any]) -> np.ndarray | None:
@@ -93,7 +94,7 @@ def _pack(work: Callable[..., Any]) -> np.ndarray | None:
 def _in_processes(workers: int, threads: int, packed: np.ndarray, chunks: Sequence[C]) -> Iterator[Any]:
     pool = joblib.Parallel(workers, "loky", batch_size=1, return_as="generator", idle_worker_timeout=IDLE)
     try:  # joblib shares the large array `packed` instead of sending it with every chunk
-        yield from pool(joblib.delayed(_apply)(packed, threads, chunk) for chunk in chunks)
+        yield from pool(joblib.delayed(_apply)(packed, os.getpid(), threads, chunk) for chunk in chunks)
     except BrokenProcessPool as error:
         raise SchedulerError(
             "A training process was killed, perhaps for want of memory; lower ensembles.chunk or threads, or free "
@@ -101,13 +102,27 @@ def _in_processes(workers: int, threads: int, packed: np.ndarray, chunks: Sequen
         ) from error
 
 
-def _apply(packed: np.ndarray, threads: int, chunk: C) -> Any:
+def _apply(packed: np.ndarray, parent: int, threads: int, chunk: C) -> Any:
     """In a worker process: `work` on a chunk."""
+    _settle(parent, threads)
+    return _unpack(packed.tobytes())(chunk)
+
+
+@functools.cache
+def _settle(parent: int, threads: int) -> None:
+    """Once a worker process: it takes its share of threads, and ends when its parent is gone."""
     from joblib.externals.loky import process_executor
 
-    process_executor._USE_PSUTIL = False  # it would take compiled code for a leak, and end the process
+    process_executor._USE_PSUTIL = False  # or it takes compiled code for a leak, and ends the process
     torch.set_num_threads(threads)
-    return _unpack(packed.tobytes())(chunk)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    if os.name == "posix":
+        threading.Thread(target=watch, daemon=True).start()
 
 
 @functools.lru_cache(maxsize=1)
@@ -139,13 +154,11 @@ def candidates(
         compile: whether to compile, if that is settled.
         many: so much is to be trained that starting processes pays.
     """
-    if device.type == "cuda":
-        plain, workers, processes = (4, 32, 128), 1, False
-        larger = plain
-    else:
-        workers = torch.get_num_threads()
-        processes = many and workers > 1
-        plain, larger = (1, 32), (1, 16)  # a compiled step has less to share
+    cuda = device.type == "cuda"
+    workers = 1 if cuda else torch.get_num_threads()
+    processes = many and workers > 1
+    plain = (4, 32, 128) if cuda else (1, 32)
+    larger = (4, 32, 128) if cuda else (1, 16)  # a compiled step has less to share
     made = [Execution(chunk or c, workers, False, processes) for c in plain if compile is not True]
     made += [Execution(chunk or c, workers, True, processes) for c in larger if compile is not False]
     return tuple(dict.fromkeys(made))
@@ -187,7 +200,7 @@ def _seconds(steps: Callable[[Execution, int], None], execution: Execution, n: i
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` through torch.compile, for batches and numbers of models of any size.
+    """`function` through torch.compile; see `vary_in_size`.
 
     To be asked for in the thread that calls it: one step serves every model and loss, which is more kinds than
     torch allows unless told, and torch keeps that setting for each thread.
@@ -199,9 +212,19 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return _compile(function)
 
 
-@functools.cache
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True)
+_compile = functools.cache(torch.compile)
+
+
+def vary_in_size(tensors: Sequence[torch.Tensor], *dims: int) -> None:
+    """Let one compiled function serve any size of these dimensions: models, points, batches.
+
+    The other sizes are the architecture's, and as constants make faster code than torch.compile(dynamic=True).
+    """
+    import torch._dynamo
+
+    for tensor in tensors:
+        if tensor.ndim > max(dims):
+            torch._dynamo.maybe_mark_dynamic(tensor, dims)
 
 
 @functools.cache

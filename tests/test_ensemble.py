@@ -186,28 +186,45 @@ def test_a_killed_process_gives_one_clear_error_and_the_next_run_works():
     assert [value for value, *_ in way.run(_shift(1), range(3))] == [1, 2, 3]
 
 
-def test_an_interrupt_ends_the_work_of_processes(tmp_path):
-    """As Ctrl-C in a terminal: the whole process group is told."""
+@pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGKILL])
+def test_worker_processes_end_with_the_one_that_started_them(tmp_path, blow):
+    """As Ctrl-C in a terminal, where the whole group is told; as a killed kernel, whose workers hear nothing."""
     script = tmp_path / "waits.py"
     script.write_text(
-        "import time\n"
+        "import os, time\n"
+        "from pathlib import Path\n"
         "from dmmlib.execution import Execution\n"
-        "print('started', flush=True)\n"
         "def wait(chunk):\n"
-        "    time.sleep(60)\n"
+        "    Path(f'worker-{os.getpid()}').touch()\n"
+        "    time.sleep(100)\n"
         "list(Execution(1, 2, processes=True).run(wait, range(4)))\n"
     )
-    root = Path(execution.__file__).parents[1]
     process = subprocess.Popen(
-        [sys.executable, script], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-        env=os.environ | {"PYTHONPATH": str(root)},
-    )  # fmt: skip
-    process.stdout.readline()
-    time.sleep(5)  # workers import torch
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
+        [sys.executable, script],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        env=os.environ | {"PYTHONPATH": str(Path(execution.__file__).parents[1])},
+    )
+    deadline = time.monotonic() + 60
+    while not (workers := [int(p.name.split("-")[1]) for p in tmp_path.glob("worker-*")]):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (os.killpg if blow == signal.SIGINT else os.kill)(process.pid, blow)
+    _, errors = process.communicate(timeout=30)
     assert process.returncode != 0
-    assert errors.decode().count("KeyboardInterrupt") >= 1
+    assert blow == signal.SIGKILL or b"KeyboardInterrupt" in errors
+    while any(_alive(worker) for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def _alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def test_many_kinds_of_steps_stay_compiled_in_threads():
