@@ -15,6 +15,7 @@ import functools
 import json
 import math
 import multiprocessing as mp
+import os
 import platform
 import statistics
 import sys
@@ -260,6 +261,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = resolve_device(arguments.device)
     report: dict = {"machine": execution.machine(device) | {"platform": platform.platform()}, "models": {}}
+    report["load_before"] = os.getloadavg()[0]  # of what else runs: above 0, ratios hold better than rates
     client: Any = None
     if device.type == "cpu":
         import distributed

@@ -158,7 +158,7 @@ def candidates(
     workers = 1 if cuda else torch.get_num_threads()
     processes = many and workers > 1
     plain = (4, 32, 128) if cuda else (1, 32)
-    larger = (4, 32, 128) if cuda else (1, 16)  # a compiled step has less to share
+    larger = (4, 32, 128) if cuda else (1, 4, 16)  # a compiled step has less to share
     made = [Execution(chunk or c, workers, False, processes) for c in plain if compile is not True]
     made += [Execution(chunk or c, workers, True, processes) for c in larger if compile is not False]
     return tuple(dict.fromkeys(made))
