@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from dmmlib import data, ensemble, execution, models
 from dmmlib.execution import Execution
@@ -36,7 +37,7 @@ from dmmlib.models import resolve_device
 BATCH, STEPS = 50, 400  # a half model takes 20 epochs of 20 steps
 OPTIONS = {"mlp": {}, "convnet": {}, "resnet9": {"width": 16}}
 SIZE = {"mlp": 400, "convnet": 200, "resnet9": 16}  # steps a measurement
-CHUNK = {"mlp": 16, "convnet": 4, "resnet9": 1}  # models a compiled step
+CHUNK = {"mlp": 16, "convnet": 1, "resnet9": 1}  # models a compiled step
 
 
 def task(name: str, device: torch.device) -> tuple[Callable[[], nn.Module], Tensor, Tensor]:
@@ -246,10 +247,12 @@ def cifar10(device: torch.device, width: int = 64, batch: int = 500, steps: int 
     return rates
 
 
-def mlp_flop() -> float:
-    """Of a model-step: products forward, and backward but for the gradient of the data."""
-    forward = 2 * BATCH * (196 * 128 + 128 * 10)
-    return forward + 2 * BATCH * (196 * 128 + 2 * 128 * 10)
+def step_flop(name: str) -> float:
+    """FLOP of a model-step: products and convolutions, forward and backward."""
+    factory, x, _ = task(name, torch.device("cpu"))
+    with FlopCounterMode(display=False) as counter:
+        factory()(x[:BATCH]).sum().backward()
+    return counter.get_total_flops()
 
 
 def main() -> None:
@@ -290,28 +293,35 @@ def main() -> None:
         contenders["dmmlib, bfloat16"] = ours(name, device, fast, "bfloat16")
         if client and name == "mlp":
             contenders["dmmlib, a Dask process a core"] = dask_processes(name, chunk, client)
-        beside = functools.partial(products, chunk, device) if name == "mlp" else dict
-        rates, peak = measure(contenders, SIZE[name], arguments.rounds, beside)
+        rates, peak = measure(
+            contenders, SIZE[name], arguments.rounds, functools.partial(products, CHUNK["mlp"], device)
+        )
         if stop:
             stop()
         medians = {k: statistics.median(v) for k, v in rates.items()}
         ratios = {k: statistics.median(a / b for a, b in zip(v, rates["loop"], strict=True)) for k, v in rates.items()}
+        flop = step_flop(name)
+        shape = "of the mlp, float32" if name == "mlp" else "large, float32"
+        report["products_flops"] = peak
         report["models"][name] = {
-            k: {"models_per_second": medians[k] / STEPS, "ratio_to_loop": ratios[k], "rounds": len(v)}
+            k: {
+                "models_per_second": medians[k] / STEPS,
+                "ratio_to_loop": ratios[k],
+                "flops": medians[k] * flop,
+                "share_of_float32_products": medians[k] * flop / peak[shape],
+                "rounds": len(v),
+            }
             for k, v in rates.items()
         }
         print(f"\n{name} ({arguments.rounds} rounds; models a second, half-size training)")
-        for k in rates:
-            print(f"  {k:30s} {medians[k] / STEPS:8.2f}   {ratios[k]:5.1f} x loop")
-        if name == "mlp":
-            achieved = {k: medians[k] * mlp_flop() for k in medians}
-            report["products_flops"] = peak
-            report["mlp_flops"] = achieved
-            for what, rate in peak.items():
-                print(f"  products {what:24s} {rate / 1e9:8.0f} GFLOP/s")
-            for k in (k for k in rates if k.startswith("dmmlib")):
-                share = achieved[k] / peak["of the mlp, float32"]
-                print(f"  {k}: {achieved[k] / 1e9:.0f} GFLOP/s, {share:.2f} of the float32 products of its own shape")
+        for k, row in report["models"][name].items():
+            print(
+                f"  {k:30s} {row['models_per_second']:8.2f}   {row['ratio_to_loop']:5.1f} x loop   "
+                f"{row['flops'] / 1e9:4.0f} GFLOP/s, {row['share_of_float32_products']:.2f} of products ({shape})",
+                flush=True,
+            )
+        for what, rate in peak.items():
+            print(f"  products {what:24s} {rate / 1e9:8.0f} GFLOP/s")
     if device.type == "cuda":
         report["cifar10_models_an_hour"] = cifar10(device)
         for way, rate in report["cifar10_models_an_hour"].items():
