@@ -466,7 +466,7 @@ def test_a_users_own_set_gets_its_oracles_once_alone_and_beside(tiny, tmp_path, 
     def never(*args, **kwargs):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("dmmlib.ensemble.train", never)
+    monkeypatch.setattr("dmmlib.ensemble.train_and", never)
     beside = Study(TINY, forget_set=chooser.saved, beside=True, **places)
     assert list(beside.forget_sets) == ["random_6", "pc1", "mine"]
     np.testing.assert_array_equal(beside.reference(beside.forget_sets["mine"])[0], first)
