@@ -1,0 +1,69 @@
+"""Sizes of the multimodal study; cheap to import, so that a preset can embed them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MultimodalSettings:
+    """Every number of notebook 09.
+
+    Attributes:
+        benchmark: a directory of MLLMU-Bench's parquet files, or its name on the hub; None generates one like it.
+        checkpoint: directory or hub name of a published LLaVA, fine-tuned through LoRA; None trains a small one here.
+        n_people: private profiles.
+        n_public: public figures; known from pretraining, never to be forgotten.
+        n_generic: further people that only pretraining sees.
+        forget_shares: of the profiles, a forget set each.
+        n_tuning: people that hyperparameters are tuned on, in no forget set.
+        image_side, patch: portraits in pixels, and the side of a patch.
+        hidden, layers, heads: width, depth and attention heads of the small model's decoder.
+        pretrain_epochs, pretrain_lr: of the small model, on generic people and public figures.
+        rank: of LoRA, for a published checkpoint.
+        letters: list the options in the prompt and ask for a letter, as published models are asked; otherwise the
+            option whose text is likeliest is the answer.
+        epochs, batch_size, lr: of fine-tuning on the profiles.
+        n_models: N, models of each kind.
+        n_subsets, fraction: models fine-tuned on random subsets of the profiles, and the share of profiles in each.
+        lam: ridge penalty of the datamodel over profiles.
+        tuning_models: originals that a setting is tried on.
+        sample: people a set (retained, public) that free generation is scored on.
+        lrs: rates that gradient methods are tried with; `match_lrs` those of matching.
+        unlearn_epochs: passes over the forget questions of a gradient method.
+        cost: share of a retraining that matching may spend.
+        chunk: models that share a step.
+        seed: of everything random.
+    """
+
+    benchmark: str | None = None
+    checkpoint: str | None = None
+    n_people: int = 40
+    n_public: int = 8
+    n_generic: int = 30
+    forget_shares: tuple[float, ...] = (0.05, 0.10, 0.15)
+    n_tuning: int = 4
+    image_side: int = 32
+    patch: int = 16
+    hidden: int = 48
+    layers: int = 2
+    heads: int = 2
+    pretrain_epochs: int = 6
+    pretrain_lr: float = 5e-3
+    rank: int = 16
+    letters: bool = False
+    epochs: int = 8
+    batch_size: int = 16
+    lr: float = 5e-3
+    n_models: int = 20
+    n_subsets: int = 80
+    fraction: float = 0.75
+    lam: float = 0.01
+    tuning_models: int = 10
+    sample: int = 8
+    lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    match_lrs: tuple[float, ...] = (1e-3, 3e-3)
+    unlearn_epochs: int = 5
+    cost: float = 0.2
+    chunk: int = 10
+    seed: int = 0
