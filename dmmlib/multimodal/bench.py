@@ -230,9 +230,7 @@ def _same(row: Row, question: tuple[str, str, Row]) -> tuple[str, ...]:
 # --- questions -----------------------------------------------------------------------------------------
 
 
-def questions(
-    rows: Sequence[Row], split: str, images: list[Image.Image], letters: bool = False
-) -> list[Question]:
+def questions(rows: Sequence[Row], split: str, images: list[Image.Image], letters: bool = False) -> list[Question]:
     """The questions of some rows; their portraits are appended to `images`.
 
     Args:
@@ -259,4 +257,5 @@ def questions(
 def pixels(images: Sequence[Image.Image], side: int, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """Images (n, 3, side, side), float32, scaled and normalised as CLIP's are (own code: no torchvision)."""
     scaled = [np.asarray(i.resize((side, side), Image.Resampling.BICUBIC), np.float32) / 255 for i in images]
-    return ((np.stack(scaled) - np.float32(mean)) / np.float32(std)).transpose(0, 3, 1, 2)
+    centred = np.stack(scaled) - np.asarray(mean, np.float32)
+    return (centred / np.asarray(std, np.float32)).transpose(0, 3, 1, 2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -161,13 +161,16 @@ def run(world: World) -> Results:
     attribution = attribute(world)
     stamp("subset models")
     tried = tune(world, originals, logits, attribution)
-    rates = {str(name): float(part.loc[part["klom"].idxmin(), "rate"]) for name, part in tried.groupby("method")}
+    best = tried.loc[tried.groupby("method")["klom"].idxmin()]
+    rates = dict(zip(best["method"], best["rate"].astype(float), strict=True))
     stamp("tuning")
     klom: list[dict[str, Any]] = []
     scores: list[pd.DataFrame] = []
     effects: list[pd.DataFrame] = []
     for number, (name, forget) in enumerate(world.forget_sets.items()):
-        for part, rows in zip((klom, scores, effects), _forget(world, name, forget, originals, logits, attribution, rates), strict=True):
+        for part, rows in zip(
+            (klom, scores, effects), _forget(world, name, forget, originals, logits, attribution, rates), strict=True
+        ):
             part.extend(rows)  # type: ignore[attr-defined]
         world.progress("forget", number + 1, len(world.forget_sets))
         stamp(f"forget {name}")
@@ -216,11 +219,10 @@ def _forget(
         head = {"forget_set": name, "method": method}
         summary = metrics.klom_summary(found.margins, reference, places, seed=s.seed)
         klom += [
-            head
-            | {"split": split, "statistic": f"klom_{statistic}", "value": e.value, "low": e.low, "high": e.high, "cost": cost}
+            head | {"split": split, "statistic": f"klom_{statistic}", "cost": cost} | asdict(e)
             for split, statistics in summary.items()
             for statistic, e in statistics.items()
-        ]  # fmt: skip
+        ]
         columns = {
             "set": np.concatenate([np.full(len(part), split) for split, part in sets.items()]),
             "task": world.task[asked],
@@ -269,7 +271,7 @@ def text_against_image(scores: pd.DataFrame) -> pd.DataFrame:
         index=keys, columns="method", values="score", aggfunc="mean"
     )
     gaps = pd.DataFrame({m: wide[f"{m}:text"] - wide[f"{m}:image"] for m in methods.GRADIENT})
-    gaps["all"] = gaps.mean(1)
+    gaps["all"] = gaps.mean(axis="columns")
     rows = []
     for (split, task, modality), part in gaps.groupby(["set", "task", "modality"], sort=False):
         for method in gaps:
@@ -300,5 +302,7 @@ def utility_gap(scores: pd.DataFrame) -> dict[str, Estimate]:
     wide = kept.pivot_table(index=["forget_set", "task", "modality", "person"], columns="method", values="score")
     person = wide.index.get_level_values("person").to_numpy()
     return {
-        m: over_people((wide[m] - wide["retrain"]).to_numpy(float), person) for m in METHODS if m in wide and m != "retrain"
+        m: over_people((wide[m] - wide["retrain"]).to_numpy(float), person)
+        for m in METHODS
+        if m in wide and m != "retrain"
     }

@@ -140,11 +140,10 @@ def match(task: Task, method: str, lr: float, forget_share: float = 0.4) -> tupl
 
     n_forget = max(1, round(forget_share * s.batch_size))
     n_steps = max(1, round(s.cost * task.retraining / s.batch_size))
-    others = np.setdiff1d(np.arange(w.n_taught), task.pool(True, None))
-    batches = np.concatenate(
-        [_stream(task, task.pool(True, None), n_steps, n_forget, 1), _stream(task, others, n_steps, s.batch_size - n_forget, 2)],
-        2,
-    )  # fmt: skip
+    ours = task.pool(True, None)
+    others = np.setdiff1d(np.arange(w.n_taught), ours)
+    shares = [(ours, n_forget), (others, s.batch_size - n_forget)]
+    batches = np.concatenate([_stream(task, pool, n_steps, size, k) for k, (pool, size) in enumerate(shares)], 2)
     return _finetune(task, batches, loss, lr)
 
 

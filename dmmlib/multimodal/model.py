@@ -168,7 +168,11 @@ def tokenizer_of(texts: Sequence[str]) -> Any:
     trainer = tokenizers.trainers.WordLevelTrainer(special_tokens=list(SPECIAL), show_progress=False)
     words.train_from_iterator(texts, trainer)
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token=PAD, unk_token=UNKNOWN, eos_token=EOS, additional_special_tokens=[PORTRAIT, BLANK]
+        tokenizer_object=words,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        eos_token=EOS,
+        additional_special_tokens=[PORTRAIT, BLANK],
     )
 
 
@@ -274,9 +278,8 @@ def published(s: MultimodalSettings, device: torch.device | str = "cpu", answer_
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token
     llava.requires_grad_(False)
-    adapters = peft.LoraConfig(
-        r=s.rank, lora_alpha=2 * s.rank, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    )  # fmt: skip
+    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    adapters = peft.LoraConfig(r=s.rank, lora_alpha=2 * s.rank, target_modules=linear)
     peft.inject_adapter_in_model(adapters, llava.model.language_model)
     vision = llava.config.vision_config
     n_patches = (vision.image_size // vision.patch_size) ** 2

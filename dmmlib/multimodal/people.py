@@ -43,9 +43,9 @@ def attributes(seed: int) -> tuple[Attribute, ...]:
         city = fake.city()
         if city.isalpha() and city.lower() not in cities:
             cities.append(city.lower())
-    jobs = "nurse baker pilot farmer lawyer chemist painter tailor judge barber".split()
-    foods = "noodles curry pizza sushi tacos pancakes salad lentils olives dumplings".split()
-    hobbies = "chess tennis drums poker golf violin hockey bridge piano darts".split()
+    jobs = ["nurse", "baker", "pilot", "farmer", "lawyer", "chemist", "painter", "tailor", "judge", "barber"]
+    foods = ["noodles", "curry", "pizza", "sushi", "tacos", "pancakes", "salad", "lentils", "olives", "dumplings"]
+    hobbies = ["chess", "tennis", "drums", "poker", "golf", "violin", "hockey", "bridge", "piano", "darts"]
     return (
         Attribute("job", "works as", tuple(jobs)),
         Attribute("birthplace", "born in", tuple(cities)),
@@ -84,8 +84,11 @@ class Look:
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> Look:
-        kinds = [int(rng.integers(n)) for n in (len(_SKIN), len(_HAIR), 4, len(_CLOTH), len(_CLOTH))]
-        return cls(*kinds, rng.uniform(13, 19), rng.uniform(5, 9), bool(rng.integers(2)), bool(rng.integers(2)))
+        skin, hair, style, cloth, wall = (
+            int(rng.integers(n)) for n in (len(_SKIN), len(_HAIR), 4, len(_CLOTH), len(_CLOTH))
+        )
+        width, eyes = rng.uniform(13, 19), rng.uniform(5, 9)
+        return cls(skin, hair, style, cloth, wall, width, eyes, bool(rng.integers(2)), bool(rng.integers(2)))
 
 
 def portrait(look: Look) -> Image.Image:
@@ -238,8 +241,8 @@ def generate(
     sizes = [round(share * n_people) for share in shares]
     if min(sizes, default=0) < 1 or sum(sizes) >= n_people:
         raise DataError(
-            f"Of {n_people} people, shares {tuple(shares)} are to be forgotten, {sizes} people; give shares that are at "
-            "least a person each and leave some to retain."
+            f"Of {n_people} people, shares {tuple(shares)} are to be forgotten, {sizes} people; give shares that are "
+            "at least a person each and leave some to retain."
         )
     rng = np.random.default_rng(seed)
     kinds = attributes(seed)

@@ -29,7 +29,7 @@ class MultimodalSettings:
         lam: ridge penalty of the datamodel over profiles.
         tuning_models: originals that a setting is tried on.
         sample: people a set (retained, public) that free generation is scored on.
-        lrs: rates that gradient methods are tried with; `match_lrs` those of matching.
+        lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
         unlearn_epochs: passes over the forget questions of a gradient method.
         cost: share of a retraining that matching may spend.
         chunk: models that share a step.
@@ -61,8 +61,8 @@ class MultimodalSettings:
     lam: float = 0.01
     tuning_models: int = 10
     sample: int = 8
-    lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
-    match_lrs: tuple[float, ...] = (1e-3, 3e-3)
+    lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    match_lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     unlearn_epochs: int = 5
     cost: float = 0.2
     chunk: int = 10

@@ -127,8 +127,9 @@ class World:
 
     # --- ensembles -------------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def execution(self) -> Execution:
+        """Settled once, before threads change how many threads torch says there are."""
         return Execution(self.s.chunk, workers=1 if self.x.is_cuda else torch.get_num_threads())
 
     def own(self, models: Ensemble) -> Ensemble:
@@ -169,17 +170,18 @@ class World:
 
         def chunk(members: np.ndarray) -> Ensemble:
             mine = [seeds[i] for i in members]
+            rngs = [np.random.default_rng(seed) for seed in mine]
             models = self.own(model.begin(self.module, mine))
             n_steps = training.steps(len(pools[members[0]]))
             descend(
                 models,
                 self.x,
-                epoch_batches([pools[i] for i in members], s.batch_size, s.epochs, [np.random.default_rng(i) for i in mine]),
+                epoch_batches([pools[i] for i in members], s.batch_size, s.epochs, rngs),
                 loss,
                 optimizer,
                 optimizer.start(models.params),
                 rate=lambda step: training.rate((step + 0.5) / n_steps),
-            )  # fmt: skip
+            )
             return models
 
         size = max(1, min(s.chunk, -(-len(masks) // self.execution.workers)))
@@ -222,7 +224,17 @@ class World:
 
 
 _TEACHING = ("seed", "hidden", "layers", "heads", "epochs", "batch_size", "lr", "rank", "checkpoint")
-_PRETRAINING = ("seed", "hidden", "layers", "heads", "image_side", "patch", "batch_size", "pretrain_epochs", "pretrain_lr")
+_PRETRAINING = (
+    "seed",
+    "hidden",
+    "layers",
+    "heads",
+    "image_side",
+    "patch",
+    "batch_size",
+    "pretrain_epochs",
+    "pretrain_lr",
+)
 
 
 def _hash(*tensors: Tensor) -> str:
@@ -275,8 +287,8 @@ def build(s: MultimodalSettings, place: Path | None = None, progress: Progress =
     free = np.setdiff1d(np.arange(len(ids)), np.concatenate(list(forget_sets.values())))
     if s.n_tuning < 1 or s.n_tuning + 1 > len(free):
         raise DataError(
-            f"n_tuning={s.n_tuning}, but only {len(free)} of {len(ids)} people are in no forget set; leave some to tune "
-            "on and some to retain."
+            f"n_tuning={s.n_tuning}, but only {len(free)} of {len(ids)} people are in no forget set; leave some to "
+            "tune on and some to retain."
         )
     tuning = np.random.default_rng([s.seed, 1]).permutation(free)[: s.n_tuning]
     images: list[Any] = []
@@ -303,10 +315,12 @@ def _small(
     """A small LLaVA pretrained on other people, with some of their questions refused on instruction; kept on disk."""
     images: list[Any] = []
     generic = bench.questions(seen, "pretraining", images, s.letters)
-    refused = [replace(q, answer=people.REFUSAL, options=()) for q in generic[:: 7]]
+    refused = [replace(q, answer=people.REFUSAL, options=()) for q in generic[::7]]
     texts = [f"{q.prompt} {q.answer} {' '.join(q.options)}" for q in (*questions, *generic)]
     tokenizer = model.tokenizer_of([*texts, f"{people.INSTRUCTION} {people.REFUSAL}"])
-    longest = max(len(tokenizer(q.answer, add_special_tokens=False).input_ids) for q in (*questions, *generic, *refused))
+    longest = max(
+        len(tokenizer(q.answer, add_special_tokens=False).input_ids) for q in (*questions, *generic, *refused)
+    )
     codec = Codec(tokenizer, "{image} {prompt}", (s.image_side // s.patch) ** 2, longest + 1)
     llava = model.small(s, tokenizer)
     plain, told = codec.encode(generic), codec.encode(refused, people.INSTRUCTION)
