@@ -256,8 +256,10 @@ def pretrain(
     llava.eval()
 
 
-def published(s: MultimodalSettings, device: torch.device | str = "cpu", answer_length: int = 64) -> tuple[Any, Codec]:
+def published(s: MultimodalSettings, device: torch.device | str = "cpu") -> tuple[Any, Codec]:
     """A published LLaVA by directory or hub name, frozen but for LoRA adapters in its decoder, and its codec.
+
+    How long answers are is the caller's to say.
 
     Raises:
         DataError: if it cannot be loaded, or is no LLaVA.
@@ -283,7 +285,7 @@ def published(s: MultimodalSettings, device: torch.device | str = "cpu", answer_
     peft.inject_adapter_in_model(adapters, llava.model.language_model)
     vision = llava.config.vision_config
     n_patches = (vision.image_size // vision.patch_size) ** 2
-    return llava.eval(), Codec(tokenizer, "USER: {image}\n{prompt} ASSISTANT:", n_patches, answer_length)
+    return llava.eval(), Codec(tokenizer, "USER: {image}\n{prompt} ASSISTANT:", n_patches, answer_length=0)
 
 
 @torch.no_grad()

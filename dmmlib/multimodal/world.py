@@ -270,8 +270,19 @@ def splits_of(s: MultimodalSettings) -> tuple[people.Splits, list[people.Row]]:
     return people.generate(s.n_people, s.n_public, s.forget_shares, s.seed, s.n_generic)
 
 
-def build(s: MultimodalSettings, place: Path | None = None, progress: Progress = silent) -> World:
+def build(
+    s: MultimodalSettings,
+    place: Path | None = None,
+    progress: Progress = silent,
+    device: torch.device | str = "cpu",
+) -> World:
     """Read or generate the benchmark, check it, and load or pretrain the model.
+
+    Args:
+        s: the settings.
+        place: where weights are kept; nowhere if None.
+        progress: hook that is told of progress.
+        device: where models are fine-tuned.
 
     Raises:
         DataError: for a benchmark or checkpoint that cannot be used, before anything is trained.
@@ -298,10 +309,12 @@ def build(s: MultimodalSettings, place: Path | None = None, progress: Progress =
         for question in bench.questions(splits[name], split, images, s.letters)
     ]
     if s.checkpoint is not None:
-        llava, codec = model.published(s)
+        llava, codec = model.published(s, device)
+        codec = replace(codec, answer_length=1 + max(len(codec.tokens(q.answer)) for q in questions))
         side = llava.config.vision_config.image_size
     else:
         llava, codec, side = _small(s, questions, seen, place, progress)
+    llava = llava.to(device)
     features = model.encode_portraits(llava, images, side)
     return World(
         s, counts, tuple(questions), tuple(images), ids, forget_sets, np.sort(tuning), codec,
