@@ -299,8 +299,14 @@ def test_methods_that_are_not_there_or_lack_something(task):
 
 @pytest.mark.parametrize(
     ("said", "right"),
-    [("works as nurse", True), ("Nurse works as", True), ("works as pilot", False), ("works as nurse pilot", False), ("", False)],
-)  # fmt: skip
+    [
+        ("works as nurse", True),
+        ("Nurse works as", True),
+        ("works as pilot", False),
+        ("works as nurse pilot", False),
+        ("", False),
+    ],
+)
 def test_factuality_by_rule(said, right):
     assert measures.factual(said, "works as nurse", frozenset({"nurse", "pilot"})) == right
 

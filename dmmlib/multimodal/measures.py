@@ -101,10 +101,15 @@ def _other_words(world: World) -> frozenset[str]:
 
 
 def over_people(values: np.ndarray, person: np.ndarray) -> Estimate:
-    """Mean of values (n,) with a 95 % t-interval over people (n,): a person's questions are no independent looks."""
-    means = np.array([np.nanmean(values[person == p]) for p in np.unique(person)])
-    value, n = float(means.mean()), len(means)
+    """Mean of values (n,) with a 95 % t-interval over people (n,): a person's questions are no independent looks.
+
+    NaN values do not count; there is no interval for fewer than two people.
+    """
+    person, values = person[~np.isnan(values)], values[~np.isnan(values)]
+    means = np.array([values[person == p].mean() for p in np.unique(person)])
+    n, none = len(means), float("nan")
     if n < 2:
-        return Estimate(value, float("nan"), float("nan"))
+        return Estimate(float(means[0]) if n else none, none, none)
+    value = float(means.mean())
     error = float(stats.t.ppf(0.975, n - 1) * means.std(ddof=1) / np.sqrt(n))
     return Estimate(value, value - error, value + error)

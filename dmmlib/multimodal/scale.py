@@ -56,7 +56,7 @@ class Scale:
         source = "counted here" if self.counted else "as published, at least"
         lines = [
             f"  multimodal: {self.people} + {self.public} people, {self.questions:,} training questions ({source})",
-            f"    language model: {self.parameters / 1e9:.2f} G parameters, {self.adapters / 1e6:.1f} M of LoRA trained",
+            f"    language model: {self.parameters / 1e9:.2f} G parameters, {self.adapters / 1e6:.1f} M of LoRA",
             *(f"    {what}: {n} models, {size:,} questions each" for what, (n, size) in self.models.items()),
             f"    about {self.hours:,.0f} hours on one accelerator at an assumed {SPEED / 1e12:.0f} TFLOP/s, "
             f"{sum(n for n, _ in self.models.values()) * self.adapters * 4 / 1e9:.0f} GB of adapters",
