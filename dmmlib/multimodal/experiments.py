@@ -111,7 +111,7 @@ def unlearned(task: Task, name: str, rates: dict[str, float]) -> tuple[Ensemble,
 def tune(world: World, originals: Ensemble, logits: np.ndarray, attribution: Attribution) -> pd.DataFrame:
     """Every rate of every method on the tuning people: mean KLoM over the four sets, against models without them."""
     s = world.s
-    oracles = world.fine_tuned("oracles:tuning", world.without(world.tuning, s.n_models))
+    oracles = world.fine_tuned("retrained:tuning", world.without(world.tuning, s.n_models))
     sets = world.sets(world.tuning)
     asked = np.concatenate(list(sets.values()))
     reference = _margins(world, world.logits(oracles, world.x[asked]), asked)
@@ -188,8 +188,8 @@ def _forget(
 ) -> tuple[list[dict[str, Any]], list[pd.DataFrame], list[pd.DataFrame]]:
     """Every method on one forget set."""
     s, n = world.s, world.n_taught
-    keep = world.without(forget, s.n_models)
-    oracles, floor = (world.fine_tuned(f"{kind}:{name}", keep) for kind in ("oracles", "floor"))
+    retrained = world.fine_tuned(f"retrained:{name}", world.without(forget, 2 * s.n_models))
+    oracles, floor = retrained[: s.n_models], retrained[s.n_models :]
     sets = world.sets(forget)
     asked = np.concatenate(list(sets.values()))
     places = {split: np.flatnonzero(np.isin(asked, part)) for split, part in sets.items()}

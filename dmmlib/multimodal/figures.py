@@ -61,7 +61,7 @@ def portraits(world: World, title: str, caption: str, n: int = 8) -> Figure:
 def grid(table: pd.DataFrame, title: str, caption: str) -> Figure:
     """Score minus retraining's: a panel a set, a column a task and modality, a row a method."""
     columns = [(task, modality) for task in TASKS for modality in (IMAGE, TEXT)]
-    names = [f"{task}\n{MODALITY[modality]}" for task, modality in columns]
+    names = [f"{task}, {'portrait' if modality == IMAGE else 'name'}" for task, modality in columns]
     score = table.set_index(["method", "set", "task", "modality"])["value"]
     methods = [m for m in METHODS if m != "retrain"]
     figure, axes = plt.subplots(1, 4, figsize=(16, 0.36 * len(methods) + 2.0), layout="constrained", sharey=True)
@@ -69,15 +69,14 @@ def grid(table: pd.DataFrame, title: str, caption: str) -> Figure:
         floor, *rows = (np.array([score[m, split, *c] for c in columns]) for m in ("retrain", *methods))
         here = np.stack(rows)
         values = here - floor
-        shown = axis.imshow(values, cmap="PuOr", vmin=-1, vmax=1, aspect="auto")
+        shown = axis.imshow(values, cmap="PuOr_r", vmin=-1, vmax=1, aspect="auto")
         for (i, j), value in np.ndenumerate(here):
             text = "–" if np.isnan(value) else f"{value:.2f}"
             axis.text(
                 j, i, text, ha="center", va="center", fontsize=8, color="white" if abs(values[i, j]) > 0.6 else "black"
             )
-        axis.set_xticks(
-            range(len(columns)), [f"{n}\n({f:.2f})" for n, f in zip(names, floor, strict=True)], fontsize=7, rotation=55
-        )
+        ticks = [f"{name} ({value:.2f})" for name, value in zip(names, floor, strict=True)]
+        axis.set_xticks(range(len(columns)), ticks, fontsize=8, rotation=90)
         axis.set_title(SET_NAMES[split])
     axes[0].set_yticks(range(len(methods)), [label(m) for m in methods])
     figure.colorbar(shown, ax=axes, label="score minus retraining's", shrink=0.8)
@@ -103,7 +102,8 @@ def distances(klom: pd.DataFrame, title: str, caption: str) -> Figure:
         axis.grid(axis="x", color="0.93")
     axes[0].set_yticks(range(len(methods)), [label(m) for m in methods])
     axes[0].invert_yaxis()
-    axes[0].legend(fontsize=8, loc="lower left")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower right", fontsize=9)
     return titled(figure, title, caption)
 
 
@@ -132,8 +132,11 @@ def unimodal(gaps: pd.DataFrame, title: str, caption: str) -> Figure:
             }
             axis.errorbar(part["value"], y, xerr=error, label=_NAMES[method], capsize=2, **look)
         axis.axvline(0, color="0.6", lw=0.8, zorder=0)
-        axis.set(title=SET_NAMES[split], xlabel="← text forgets more      image + text forgets more →")
+        axis.set_title(SET_NAMES[split])
         axis.grid(axis="x", color="0.93")
+    figure.supxlabel(
+        "score after text minus after image + text:  ← text forgets more   ·   image + text forgets more →"
+    )
     axes[0].set_yticks(range(len(order)), [f"{task},\nasked with {MODALITY[m]}" for task, m in order])
     axes[0].invert_yaxis()
     handles, labels = axes[0].get_legend_handles_labels()

@@ -178,7 +178,6 @@ def _finetune(
         )
         return models
 
-    size = max(1, min(w.s.chunk, -(-task.n_models // w.execution.workers)))
-    members = np.array_split(np.arange(task.n_models), -(-task.n_models // size))
+    members = np.array_split(np.arange(task.n_models), -(-task.n_models // w.s.chunk))
     models = concatenate(list(w.execution.run(chunk, members)))
     return models, batches.shape[0] * batches.shape[2] / task.retraining

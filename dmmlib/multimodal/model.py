@@ -1,8 +1,9 @@
 """LLaVA, small and trained here, or published and fine-tuned through LoRA; both answer through one module.
 
-The vision tower and the projector are frozen once a model is pretrained, as in the benchmark's own fine-tuning, so a
-portrait is encoded once and its patches are constants. What is fine-tuned, retrained and unlearned is the language
-model. A question is a row of tokens, padded on the left so that answers begin at one place:
+The vision tower is frozen once a model is pretrained, as in LLaVA's own second stage, so a portrait is encoded once and
+its patches are constants. What is fine-tuned, retrained and unlearned is the projector and the language model (of a
+published model, LoRA's adapters in the latter). A question is a row of tokens, padded on the left so that answers begin
+at one place:
 
     x = [number of the portrait, or 0; prompt (P tokens); answer (A tokens, ended by EOS, padded)].
 """
@@ -112,7 +113,7 @@ class Codec:
 
 
 class Answerer(nn.Module):
-    """The language model of a LLaVA, asked rows of tokens: logits (batch, A, vocabulary) of the answers' tokens.
+    """Projector and language model of a LLaVA, asked rows of tokens: logits (batch, A, vocabulary) of answers' tokens.
 
     Written so that `torch.func.vmap` maps it: masks and positions are explicit, attention is eager.
     """
@@ -121,11 +122,12 @@ class Answerer(nn.Module):
 
     def __init__(self, llava: Any, codec: Codec, features: Tensor) -> None:
         """Args:
-        llava: a LlavaForConditionalGeneration; its language model and head are used as they are, not copied.
+        llava: a LlavaForConditionalGeneration; its parts are used as they are, not copied.
         codec: what its tokens mean.
-        features: patches of every portrait (n_images, n_patches, d), in the decoder's space.
+        features: patches of every portrait (n_images, n_patches, d), as the vision tower gives them.
         """
         super().__init__()
+        self.projector = llava.model.multi_modal_projector
         self.language_model = llava.model.language_model
         tied = llava.lm_head.weight is llava.get_input_embeddings().weight
         self.head = None if tied else llava.lm_head
@@ -140,7 +142,7 @@ class Answerer(nn.Module):
             features: patches of each row's portrait (batch, n_patches, d), in place of those that it numbers.
         """
         tokens = x[:, 1:-1]
-        patches = self.features[x[:, 0]] if features is None else features
+        patches = self.projector(self.features[x[:, 0]] if features is None else features)
         embedded = self.language_model.embed_tokens(tokens)
         shown = tokens == self.image_token
         which = (shown.long().cumsum(1) - 1).clamp(min=0)
@@ -223,8 +225,11 @@ CLIP_MEAN, CLIP_STD = (0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)
 
 
 def patches(llava: Any, pictures: Tensor) -> Tensor:
-    """What the vision tower and the projector make of images (n, 3, side, side): (n, n_patches, d)."""
-    return torch.stack(list(llava.model.get_image_features(pixel_values=pictures).pooler_output))
+    """What the vision tower makes of images (n, 3, side, side), before the projector: (n, n_patches, d)."""
+    config = llava.config
+    seen = llava.model.vision_tower(pixel_values=pictures, output_hidden_states=True)
+    chosen = seen.hidden_states[config.vision_feature_layer]
+    return chosen[:, 1:] if config.vision_feature_select_strategy == "default" else chosen
 
 
 def pretrain(

@@ -40,7 +40,7 @@ class MultimodalSettings:
     checkpoint: str | None = None
     n_people: int = 40
     n_public: int = 8
-    n_generic: int = 30
+    n_generic: int = 40
     forget_shares: tuple[float, ...] = (0.05, 0.10, 0.15)
     n_tuning: int = 4
     image_side: int = 32
@@ -48,7 +48,7 @@ class MultimodalSettings:
     hidden: int = 48
     layers: int = 2
     heads: int = 2
-    pretrain_epochs: int = 6
+    pretrain_epochs: int = 8
     pretrain_lr: float = 5e-3
     rank: int = 16
     letters: bool = False

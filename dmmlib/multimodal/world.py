@@ -184,8 +184,7 @@ class World:
             )
             return models
 
-        size = max(1, min(s.chunk, -(-len(masks) // self.execution.workers)))
-        chunks = np.array_split(np.arange(len(masks)), -(-len(masks) // size))
+        chunks = np.array_split(np.arange(len(masks)), -(-len(masks) // s.chunk))
         task, done, parts = f"fine-tune {stream}", 0, []
         self.progress(task, 0, len(masks))
         for part in self.execution.run(chunk, chunks):
