@@ -92,7 +92,7 @@ def distances(klom: pd.DataFrame, title: str, caption: str) -> Figure:
     for axis, split in zip(axes, SETS, strict=True):
         here = klom[klom["split"] == split].set_index("method")
         floor = here.loc["retrain"]
-        axis.axvspan(floor["low"], floor["high"], color="0.88", zorder=0, label="floor: retrained again")
+        axis.axvspan(floor["low"], floor["high"], color="0.88", zorder=0)
         axis.axvline(floor["value"], color="0.5", lw=1, zorder=0)
         for y, method in enumerate(methods):
             e = here.loc[method]
@@ -102,8 +102,6 @@ def distances(klom: pd.DataFrame, title: str, caption: str) -> Figure:
         axis.grid(axis="x", color="0.93")
     axes[0].set_yticks(range(len(methods)), [label(m) for m in methods])
     axes[0].invert_yaxis()
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower right", fontsize=9)
     return titled(figure, title, caption)
 
 
@@ -135,7 +133,7 @@ def unimodal(gaps: pd.DataFrame, title: str, caption: str) -> Figure:
         axis.set_title(SET_NAMES[split])
         axis.grid(axis="x", color="0.93")
     figure.supxlabel(
-        "score after text minus after image + text:  ← text forgets more   ·   image + text forgets more →"
+        "score after text minus after image + text:  ← text forgets more   ·   image + text forgets more →", fontsize=10
     )
     axes[0].set_yticks(range(len(order)), [f"{task},\nasked with {MODALITY[m]}" for task, m in order])
     axes[0].invert_yaxis()
