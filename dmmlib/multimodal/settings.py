@@ -29,7 +29,7 @@ class MultimodalSettings:
         lam: ridge penalty of the datamodel over profiles.
         tuning_models: originals that a setting is tried on.
         sample: people a set (retained, public) that free generation is scored on.
-        lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+        lrs: rates that gradient methods are tried with; `match_lrs` those of matching.
         unlearn_epochs: passes over the forget questions of a gradient method.
         cost: share of a retraining that matching may spend.
         chunk: models that share a step.
