@@ -38,7 +38,7 @@ def here(tmp_path_factory):
 @pytest.fixture(scope="module")
 def task(here):
     originals = here.fine_tuned("originals", np.ones((4, 10), bool))
-    logits = here.logits(originals, here.x[: here.n_taught])
+    logits = here.logits(originals, np.arange(here.n_taught))
     return methods.Task(here, originals, logits, here.forget_sets["20 %"], np.zeros_like(logits[0]), logits)
 
 
@@ -185,7 +185,7 @@ def test_losses_and_margins_in_a_small_case(here):
     log_p = logits.log_softmax(-1)
     expected = -(log_p[:, 0, 0, 5] + log_p[:, 0, 1, codec.eos]) / 2
     torch.testing.assert_close(model.token_loss(logits, answers, codec.pad)[:, 0], expected)
-    found = model.margins(logits.numpy(), answers[0].numpy(), codec)
+    found = model.margins(logits.numpy(), answers[0].numpy(), np.array([[True, False, False]]))
     np.testing.assert_allclose(found, metrics.margins(logits[:, :, 0].numpy(), np.array([5])), rtol=1e-5)
 
 
@@ -281,8 +281,10 @@ def test_matching_what_models_answer_already_changes_nothing(task):
         torch.testing.assert_close(models.params[name], value, atol=1e-3, rtol=0)
     assert cost == pytest.approx(task.world.s.cost, rel=0.2)
     shifted = replace(task, change=np.full_like(task.change, 0.5))
-    moved = methods.match(shifted, "dmm", 1e-3)[0].logits(task.world.x[:50]).numpy() - task.logits[:, :50]
-    assert moved.mean() > 0.05, "towards the targets"
+    matched = task.world.logits(methods.match(shifted, "dmm", 1e-3)[0], np.arange(task.world.n_taught))
+    counted = (task.world.answers[: task.world.n_taught] != task.world.codec.pad).numpy()
+    left = ((matched - task.logits - 0.5) ** 2).mean(-1)[:, counted].mean()
+    assert left < 0.24, "nearer to targets that were 0.25 away"
 
 
 def test_methods_that_are_not_there_or_lack_something(task):
@@ -292,6 +294,28 @@ def test_methods_that_are_not_there_or_lack_something(task):
         methods.match(replace(task, change=None), "dmm", 1e-3)
     with pytest.raises(DataError, match="retrained models' logits"):
         methods.match(replace(task, oracles=None), "oracle_matching", 1e-3)
+
+
+@pytest.mark.parametrize("modality", [IMAGE, TEXT])
+def test_what_is_kept_of_the_vocabulary_answers_as_all_of_it_does(task, modality):
+    whole = task.world
+    few = replace(whole, s=replace(whole.s, kept=12))
+    asked = np.flatnonzero(whole.modality == modality)[:60]
+    full, part = (measures.judged(w, w.logits(task.originals, asked), asked) for w in (whole, few))
+    np.testing.assert_allclose(part.margins, full.margins, rtol=1e-3, atol=1e-4)
+    choice = whole.task[asked] == "classification"
+    assert (part.scores[:, choice] == full.scores[:, choice]).all()
+    logits = few.logits(task.originals, np.arange(few.n_taught))
+    assert logits.shape[-1] == 13
+    cut = replace(task, world=few, logits=logits)
+    for method in ("ga", "npo"):
+        one, other = (methods.gradient(t, method, modality, 1e-3)[0].params for t in (task, cut))
+        for name, value in one.items():
+            torch.testing.assert_close(other[name], value, rtol=1e-2, atol=2e-4)
+    still = methods.match(replace(cut, change=np.zeros_like(logits[0])), "dmm", 1e-3)[0]
+    assert max(float((v - still.params[k]).abs().max()) for k, v in task.originals.params.items()) < 1e-2
+    with pytest.raises(DataError, match="kept=3"):
+        replace(few, s=replace(few.s, kept=3)).logits(task.originals, asked)
 
 
 # --- measures ------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from dmmlib.datamodels import RidgeDatamodel
 from dmmlib.ensemble import Ensemble
 from dmmlib.errors import DataError
 from dmmlib.metrics import Estimate
-from dmmlib.multimodal import methods, model
+from dmmlib.multimodal import methods
 from dmmlib.multimodal.bench import TASKS
 from dmmlib.multimodal.measures import Judged, judge, judged, over_people
 from dmmlib.multimodal.methods import Task
@@ -74,7 +74,7 @@ def attribute(world: World) -> Attribution:
     """Fine-tune models on random subsets of people, and regress their logits on the masks."""
     masks = subset_masks(world)
     models = world.fine_tuned("subsets", masks)
-    outputs = world.logits(models, world.x)
+    outputs = world.logits(models, np.arange(len(world.questions)))
     flat = outputs.reshape(*outputs.shape[:2], -1)
     return Attribution(RidgeDatamodel.fit(masks, flat, world.s.lam), outputs.shape[1:])
 
@@ -114,14 +114,14 @@ def tune(world: World, originals: Ensemble, logits: np.ndarray, attribution: Att
     oracles = world.fine_tuned("retrained:tuning", world.without(world.tuning, s.n_models))
     sets = world.sets(world.tuning)
     asked = np.concatenate(list(sets.values()))
-    reference = _margins(world, world.logits(oracles, world.x[asked]), asked)
+    reference = world.margins(world.logits(oracles, asked), asked)
     change = attribution.change(world.tuning)[: world.n_taught]
     task = Task(world, originals, logits[:, : world.n_taught], world.tuning, change, tried=s.tuning_models)
     tries = [(name, lr) for name in VARIANTS for lr in s.lrs] + [("dmm", lr) for lr in s.match_lrs]
     rows = []
     for number, (name, lr) in enumerate(tries):
         models, _ = unlearned(task, name, {name: lr})
-        margins = _margins(world, world.logits(models, world.x[asked]), asked)
+        margins = world.margins(world.logits(models, asked), asked)
         value = float("inf")
         if np.isfinite(margins).all():
             each = metrics.klom(margins, reference)
@@ -129,10 +129,6 @@ def tune(world: World, originals: Ensemble, logits: np.ndarray, attribution: Att
         rows.append({"method": name, "rate": lr, "klom": value})
         world.progress("tune", number + 1, len(tries))
     return pd.DataFrame(rows)
-
-
-def _margins(world: World, logits: np.ndarray, questions: np.ndarray) -> np.ndarray:
-    return model.margins(logits, world.answers[questions].cpu().numpy(), world.codec)
 
 
 def run(world: World) -> Results:
@@ -155,7 +151,7 @@ def run(world: World) -> Results:
 
     originals = world.fine_tuned("originals", np.ones((s.n_models, len(world.people)), bool))
     stamp("originals")
-    logits = world.logits(originals, world.x)
+    logits = world.logits(originals, np.arange(len(world.questions)))
     learnt = known(world, originals)
     stamp("what originals know")
     attribution = attribute(world)
@@ -196,9 +192,9 @@ def _forget(
     for split in list(places):
         for data, modality in WITH.items():
             places[f"{split}, {data}"] = places[split][world.modality[asked[places[split]]] == modality]
-    reference = _margins(world, world.logits(oracles, world.x[asked]), asked)
+    reference = world.margins(world.logits(oracles, asked), asked)
     change = attribution.change(forget)
-    task = Task(world, originals, logits[:, :n], forget, change[:n], world.logits(floor, world.x[:n]))
+    task = Task(world, originals, logits[:, :n], forget, change[:n], world.logits(floor, np.arange(n)))
     klom: list[dict[str, Any]] = []
     scores: list[pd.DataFrame] = []
 
@@ -234,8 +230,8 @@ def _forget(
         }
         scores.append(pd.DataFrame(head | columns))
     ours = np.concatenate([sets["forget"], sets["test"]])
-    predicted = _margins(world, logits[:, ours] + change[ours], ours).mean(0)
-    before = _margins(world, logits[:, ours], ours).mean(0)
+    predicted = world.margins(logits[:, ours] + change[ours], ours).mean(0)
+    before = world.margins(logits[:, ours], ours).mean(0)
     true = reference[:, np.isin(asked, ours)].mean(0)
     effects = pd.DataFrame(
         {"forget_set": name, "set": world.split[ours], "modality": world.modality[ours]}

@@ -16,7 +16,6 @@ from scipy import stats
 
 from dmmlib.ensemble import Ensemble
 from dmmlib.metrics import Estimate
-from dmmlib.multimodal import model
 from dmmlib.multimodal.extra import require
 from dmmlib.multimodal.people import INSTRUCTION
 from dmmlib.multimodal.world import World
@@ -63,7 +62,7 @@ def judge(world: World, models: Ensemble, questions: np.ndarray, instructed: boo
     x = world.codec.encode(asked, INSTRUCTION if instructed else "").to(world.x.device)
     free = np.flatnonzero(world.task[questions] == "generation")
     said = world.generate(models, x[free])
-    return judged(world, world.logits(models, x), questions, (free, said))
+    return judged(world, world.logits(models, questions, x), questions, (free, said))
 
 
 def judged(
@@ -72,19 +71,20 @@ def judged(
     """Scores of logits (n_models, n, A, V), and of what was generated for the questions at some places, if anything.
 
     A cloze answer is right if every token, EOS included, is the likeliest given the right ones before: that is when
-    greedy decoding gives the answer.
+    greedy decoding gives the answer. (Where not all logits are kept, likelier than all that are not, together.)
     """
     asked, task = [world.questions[i] for i in questions], world.task[questions]
-    answers = world.answers[questions].cpu()
     scores = np.full(logits.shape[:2], np.nan, np.float32)
     facts = scores.copy()
     choice = np.flatnonzero(task == "classification")
-    options = world.codec.options([asked[i] for i in choice]).numpy()
+    options, label = world.codec.options([asked[i] for i in choice]).numpy(), [asked[i].label for i in choice]
+    if world.columns is not None:  # the options are kept first, the right one before the others
+        options, label = np.broadcast_to(np.arange(options.shape[1]), options.shape), [0] * len(choice)
     first = np.take_along_axis(logits[:, choice, 0], np.broadcast_to(options, (len(logits), *options.shape)), 2)
-    scores[:, choice] = first.argmax(-1) == [asked[i].label for i in choice]
+    scores[:, choice] = first.argmax(-1) == label
     gaps = np.flatnonzero(task == "cloze")
-    y = answers[gaps].numpy()
-    scores[:, gaps] = ((logits[:, gaps].argmax(-1) == y) | (y == world.codec.pad)).all(-1)
+    y, padding = (t[questions[gaps]].cpu().numpy() for t in (world.right, world.answers == world.codec.pad))
+    scores[:, gaps] = ((logits[:, gaps].argmax(-1) == y) | padding).all(-1)
     if said is not None:
         free, tokens = said
         others = _other_words(world)
@@ -92,7 +92,7 @@ def judged(
             for i, text in zip(free, world.codec.decode(answers_of), strict=True):
                 scores[m, i] = rouge_l(text, asked[i].answer)
                 facts[m, i] = factual(text, asked[i].answer, others)
-    return Judged(questions, model.margins(logits, answers.numpy(), world.codec), scores, facts)
+    return Judged(questions, world.margins(logits, questions), scores, facts)
 
 
 def _other_words(world: World) -> frozenset[str]:

@@ -67,9 +67,9 @@ class Task:
         return w.s.epochs * int(kept.sum())
 
 
-def _log_probability(logits: Tensor, answers: Tensor, pad: int) -> Tensor:
-    """Of whole answers (k, b)."""
-    return -token_loss(logits, answers, pad) * (answers != pad).sum(-1)
+def _log_probability(logits: Tensor, right: Tensor, counted: Tensor) -> Tensor:
+    """Of whole answers (k, b): of the logits (k, b, A, V) that `right` (k, b, A) numbers, where they count."""
+    return (logits.log_softmax(-1).gather(-1, right[..., None])[..., 0] * counted).sum(-1)
 
 
 def _divergence(logits: Tensor, reference: Tensor, answers: Tensor, pad: int) -> Tensor:
@@ -103,13 +103,16 @@ def gradient(task: Task, method: str, modality: str | None, lr: float) -> tuple[
         if method == "ga":
             return -forgetting
         if method == "npo":
-            was = _log_probability(reference[models[:, None], indices[:, :half]], right[:, :half], pad)
-            ratio = _log_probability(logits[:, :half], right[:, :half], pad) - was
+            told, counted = right[:, :half], right[:, :half] != pad
+            was = reference[models[:, None], indices[:, :half]]
+            before = _log_probability(was, w.right[indices[:, :half]], counted)
+            ratio = _log_probability(logits[:, :half], told, counted) - before
             return -2 / beta * F.logsigmoid(-beta * ratio).mean(1)
         if method == "grad_diff":
             return token_loss(logits[:, half:], right[:, half:], pad).mean(1) - forgetting
         kept = reference[models[:, None], indices[:, half:]]
-        return _divergence(logits[:, half:], kept, right[:, half:], pad) - forgetting
+        now = w.cut(logits[:, half:], indices[:, half:])
+        return _divergence(now, kept, right[:, half:], pad) - forgetting
 
     pool = task.pool(True, modality)
     n_steps = s.unlearn_epochs * -(-len(pool) // half)
@@ -135,7 +138,7 @@ def match(task: Task, method: str, lr: float, forget_share: float = 0.4) -> tupl
 
     def loss(logits: Tensor, indices: Tensor, models: Tensor) -> Tensor:
         counts = (answers[indices] != pad).to(logits.dtype)
-        squared = ((logits - target[models[:, None], indices]) ** 2).mean(-1)
+        squared = ((w.cut(logits, indices) - target[models[:, None], indices]) ** 2).mean(-1)
         return (squared * counts).sum((1, 2)) / counts.sum((1, 2))
 
     n_forget = max(1, round(forget_share * s.batch_size))

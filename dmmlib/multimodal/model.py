@@ -326,19 +326,34 @@ def token_loss(logits: Tensor, answers: Tensor, pad: int) -> Tensor:
     return (losses * counts).sum(-1) / counts.sum(-1)
 
 
-def margins(logits: np.ndarray, answers: np.ndarray, codec: Codec) -> np.ndarray:
-    """Log-odds of the right token given the right ones before it, averaged over an answer's words (EOS left out).
+def margins(logits: np.ndarray, right: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """Log-odds of the right token given the right ones before it, averaged over an answer's words.
 
     Args:
         logits: (n_models, n, A, V).
-        answers: tokens (n, A).
+        right: numbers of the right tokens' logits (n, A).
+        words: which tokens count, bool (n, A): EOS and padding do not.
 
     Returns:
         (n_models, n), float32.
     """
     z = torch.from_numpy(logits)
-    y = torch.from_numpy(answers).expand(z.shape[:-1])
-    right = z.gather(-1, y[..., None])
-    odds = (right - z.scatter(-1, y[..., None], -torch.inf).logsumexp(-1, keepdim=True))[..., 0]
-    words = ((y != codec.pad) & (y != codec.eos)).float()
-    return ((odds * words).sum(-1) / words.sum(-1)).numpy()
+    y = torch.from_numpy(right).expand(z.shape[:-1])[..., None]
+    odds = (z.gather(-1, y) - z.scatter(-1, y, -torch.inf).logsumexp(-1, keepdim=True))[..., 0]
+    counted = torch.from_numpy(words).float()
+    return ((odds * counted).sum(-1) / counted.sum(-1)).numpy()
+
+
+def cut(logits: Tensor, columns: Tensor) -> Tensor:
+    """Some logits as they are and the others' logsumexp as one more: probabilities and margins stay what they were.
+
+    Args:
+        logits: (..., V).
+        columns: numbers of those to keep (..., K).
+
+    Returns:
+        (..., K + 1).
+    """
+    columns = columns.expand(*logits.shape[:-1], -1)
+    rest = logits.scatter(-1, columns, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([logits.gather(-1, columns), rest], -1)

@@ -33,7 +33,7 @@ class Scale:
         parameters, adapters: of the language model, and LoRA's.
         models: what -> how many, and training questions of each, epochs included.
         tokens: of a question, portrait included.
-        logits: bytes of one model's logits at all answers' tokens.
+        logits: bytes of one model's kept logits at all answers' tokens.
     """
 
     people: int
@@ -60,7 +60,7 @@ class Scale:
             *(f"    {what}: {n} models, {size:,} questions each" for what, (n, size) in self.models.items()),
             f"    about {self.hours:,.0f} hours on one accelerator at an assumed {SPEED / 1e12:.0f} TFLOP/s, "
             f"{sum(n for n, _ in self.models.values()) * self.adapters * 4 / 1e9:.0f} GB of adapters",
-            f"    logits at all answers' tokens, which matching needs: {self.logits / 1e9:.0f} GB a model, uncut",
+            f"    logits at all answers' tokens, which matching needs: {self.logits / 1e9:.2g} GB a model",
         ]
         return "\n".join(lines)
 
@@ -99,7 +99,7 @@ def scale(s: MultimodalSettings) -> Scale:
         people, public, questions, counted,
         sum(p.numel() for p in llava.model.language_model.parameters()) - adapters + llava.lm_head.weight.numel(),
         adapters, models, (vision.image_size // vision.patch_size) ** 2 + PROMPT + ANSWER,
-        questions * ANSWER * text.vocab_size * 4,
+        questions * ANSWER * (text.vocab_size if s.kept is None else s.kept + 1) * 4,
     )  # fmt: skip
 
 

@@ -26,6 +26,8 @@ class MultimodalSettings:
         epochs, batch_size, lr: of fine-tuning on the profiles.
         n_models: N, models of each kind.
         n_subsets, fraction: models fine-tuned on random subsets of the profiles, and the share of profiles in each.
+        kept: logits kept of an answer's token, the right one's and the likeliest others', the rest summed up in one
+            more; None keeps all. With a published vocabulary all answers' logits are too many.
         lam: ridge penalty of the datamodel over profiles.
         tuning_models: originals that a setting is tried on.
         sample: people a set (retained, public) that free generation is scored on.
@@ -58,6 +60,7 @@ class MultimodalSettings:
     n_models: int = 20
     n_subsets: int = 80
     fraction: float = 0.75
+    kept: int | None = None
     lam: float = 0.01
     tuning_models: int = 10
     sample: int = 6

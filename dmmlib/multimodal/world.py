@@ -198,11 +198,57 @@ class World:
         """The loss of fine-tuning: cross-entropy of the right answers, (n_models,)."""
         return lambda logits, indices, models: model.token_loss(logits, self.answers[indices], self.codec.pad).mean(1)
 
-    def logits(self, models: Ensemble, x: Tensor) -> np.ndarray:
-        """Logits (n_models, n, A, V) of answers' tokens, float32."""
+    @cached_property
+    def columns(self) -> Tensor | None:
+        """Tokens whose logits are kept (n_questions, A, K), the right one first, then a choice's other options.
+
+        The others are those that the pretrained model finds likeliest. None where all are kept.
+
+        Raises:
+            DataError: if fewer are to be kept than a choice has options, or not fewer than there are.
+        """
+        k = self.s.kept
+        if k is None:
+            return None
+        if not 4 <= k < len(self.codec.tokenizer):
+            raise DataError(f"kept={k}, of {len(self.codec.tokenizer)} tokens; keep at least 4, or leave it out.")
+        start, found = model.begin(self.module, [0]), []
+        for part in np.array_split(np.arange(len(self.x)), -(-len(self.x) // 64)):
+            logits = start.logits(self.x[part])[0]
+            for row, i in zip(logits, part, strict=True):
+                first = [self.codec.tokens(option)[0] for option in self.questions[i].options]
+                row[0, first] = 1e9 - torch.arange(len(first), dtype=row.dtype) * 1e6
+            logits.scatter_(-1, self.answers[part].cpu()[..., None], torch.inf)
+            found.append(logits.topk(k).indices)
+        return torch.cat(found).to(self.x.device)
+
+    @cached_property
+    def right(self) -> Tensor:
+        """Numbers of the right tokens' logits (n_questions, A), among those that are kept."""
+        return self.answers if self.columns is None else torch.zeros_like(self.answers)
+
+    def cut(self, logits: Tensor, questions: Tensor) -> Tensor:
+        """The kept logits of some questions: (..., n, A, K + 1) of (..., n, A, V), for their indices (..., n)."""
+        return logits if self.columns is None else model.cut(logits, self.columns[questions].to(logits.device))
+
+    def margins(self, logits: np.ndarray, questions: np.ndarray) -> np.ndarray:
+        """Margins (n_models, n) of kept logits of some questions."""
+        answers = self.answers[questions].cpu()
+        words = (answers != self.codec.pad) & (answers != self.codec.eos)
+        return model.margins(logits, self.right[questions].cpu().numpy(), words.numpy())
+
+    def logits(self, models: Ensemble, questions: np.ndarray, x: Tensor | None = None) -> np.ndarray:
+        """Kept logits (n_models, n, A, V) of answers' tokens, float32; asked as rows x say, if given."""
+        x = self.x[questions] if x is None else x
+        of, _ = torch.from_numpy(questions), self.columns  # these are settled before threads ask for them
+
+        def chunk(few: np.ndarray) -> Tensor:
+            ours = self.own(models[few.tolist()])
+            parts = torch.arange(len(x)).split(128)
+            return torch.cat([self.cut(ours.logits(x[part]), of[part]) for part in parts], 1)
+
         parts = np.array_split(np.arange(models.n_models), min(models.n_models, self.execution.workers))
-        run = self.execution.run(lambda few: self.own(models[few.tolist()]).logits(x, 128), parts)
-        return torch.cat(list(run)).numpy()
+        return torch.cat(list(self.execution.run(chunk, parts))).numpy()
 
     def generate(self, models: Ensemble, x: Tensor) -> Tensor:
         """Greedy answers (n_models, n, A) to rows x, whose answers are not looked at."""
