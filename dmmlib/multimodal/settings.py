@@ -40,7 +40,7 @@ class MultimodalSettings:
 
     benchmark: str | None = None
     checkpoint: str | None = None
-    n_people: int = 40
+    n_people: int = 32
     n_public: int = 8
     n_generic: int = 40
     forget_shares: tuple[float, ...] = (0.05, 0.10, 0.15)
@@ -65,7 +65,7 @@ class MultimodalSettings:
     tuning_models: int = 10
     sample: int = 6
     lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
-    match_lrs: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    match_lrs: tuple[float, ...] = (1e-3, 3e-3)
     unlearn_epochs: int = 5
     cost: float = 0.2
     chunk: int = 20
