@@ -181,6 +181,5 @@ def _finetune(
         )
         return models
 
-    members = np.array_split(np.arange(task.n_models), -(-task.n_models // w.s.chunk))
-    models = concatenate(list(w.execution.run(chunk, members)))
+    models = concatenate(list(w.execution.run(chunk, w.chunks(task.n_models))))
     return models, batches.shape[0] * batches.shape[2] / task.retraining

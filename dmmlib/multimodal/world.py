@@ -137,6 +137,11 @@ class World:
         module = copy.deepcopy(models.module) if self.execution.workers > 1 else models.module
         return Ensemble(module, models.params, {})
 
+    def chunks(self, n: int) -> list[np.ndarray]:
+        """Numbers of n models, cut so that no chunk is larger than the settings' and every worker has one."""
+        size = max(1, min(self.s.chunk, -(-n // self.execution.workers)))
+        return np.array_split(np.arange(n), -(-n // size))
+
     def seeds(self, stream: str, n: int) -> list[int]:
         return np.random.SeedSequence([self.s.seed, zlib.crc32(stream.encode())]).generate_state(n).tolist()
 
@@ -184,7 +189,7 @@ class World:
             )
             return models
 
-        chunks = np.array_split(np.arange(len(masks)), -(-len(masks) // s.chunk))
+        chunks = self.chunks(len(masks))
         task, done, parts = f"fine-tune {stream}", 0, []
         self.progress(task, 0, len(masks))
         for part in self.execution.run(chunk, chunks):
