@@ -145,7 +145,7 @@ class Answerer(nn.Module):
         patches = self.projector(self.features[x[:, 0]] if features is None else features)
         embedded = self.language_model.embed_tokens(tokens)
         shown = tokens == self.image_token
-        which = (shown.long().cumsum(1) - 1).clamp(min=0)
+        which = (shown.long().cumsum(1) - 1).clamp(0, patches.shape[1] - 1)  # a model may say the token itself
         placed = patches.gather(1, which[..., None].expand(-1, -1, patches.shape[-1]))
         embedded = torch.where(shown[..., None], placed.to(embedded.dtype), embedded)
         n = tokens.shape[1]
