@@ -167,6 +167,12 @@ def test_models_together_answer_as_alone(here, task):
     assert (together[0] != together[1]).any(), "the order of teaching makes models differ"
 
 
+def test_a_model_that_says_the_image_token_is_still_heard(here):
+    x = here.x[[int(np.flatnonzero(here.modality == IMAGE)[0])]].clone()
+    x[0, -2] = here.codec.image_token
+    assert torch.isfinite(here.module(x)).all()
+
+
 def test_codec(here):
     texts = here.codec.decode(here.codec.answers(here.x[:40]))
     assert texts == [q.answer for q in here.questions[:40]]
