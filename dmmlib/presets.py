@@ -19,6 +19,7 @@ from dmmlib.ensemble import Training
 from dmmlib.errors import PresetError
 from dmmlib.exact.settings import ExactSettings
 from dmmlib.meta.settings import MetaSettings
+from dmmlib.multimodal.settings import MultimodalSettings
 
 PRESETS_DIR = Path(__file__).parents[1] / "presets"
 
@@ -142,6 +143,7 @@ class Preset(Section):
     convex: ConvexSettings = ConvexSettings()
     exact: ExactSettings = ExactSettings()
     meta: MetaSettings = MetaSettings()
+    multimodal: MultimodalSettings = MultimodalSettings()
 
 
 PLACES = ("device", "threads", "scheduler", "cluster", "store")  # where things run and lie, not what is computed
