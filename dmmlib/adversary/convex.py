@@ -13,14 +13,14 @@ from torch.nn.functional import adaptive_avg_pool2d, normalize
 from dmmlib import ensemble, models
 from dmmlib.adversary import attacks
 from dmmlib.adversary.settings import AdversarySettings
-from dmmlib.adversary.world import Victim, World, with_poison
+from dmmlib.adversary.world import Victim, World, cores, with_poison
 from dmmlib.data import Dataset
 from dmmlib.exact.chains import SGD, delete, learn
 from dmmlib.exact.problem import Problem
 from dmmlib.execution import Execution
 
 
-def victim(data: Dataset, s: AdversarySettings, execution: Execution) -> Victim:
+def victim(data: Dataset, s: AdversarySettings, execution: Execution | None = None) -> Victim:
     """Logistic regression on points of norm 1 (`exact.problem.from_images`), as a module of two logits."""
 
     def prepare(images: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def victim(data: Dataset, s: AdversarySettings, execution: Execution) -> Victim:
 
     width = prepare(torch.zeros(1, *data.x_train.shape[1:])).shape[1]
     training = ensemble.Training(s.epochs, s.convex_batch, s.convex_lr, momentum=0.0, weight_decay=0.0)
-    return Victim(prepare, lambda: nn.Linear(width, 2, bias=False), training, execution)
+    return Victim(prepare, lambda: nn.Linear(width, 2, bias=False), training, execution or cores())
 
 
 def binary(data: Dataset, positive: tuple[int, ...]) -> Dataset:
@@ -39,7 +39,7 @@ def binary(data: Dataset, positive: tuple[int, ...]) -> Dataset:
     return replace(data, y_train=y_train, y_val=y_val, class_names=("others", "positive"))
 
 
-def study(data: Dataset, s: AdversarySettings, execution: Execution) -> pd.DataFrame:
+def study(data: Dataset, s: AdversarySettings, execution: Execution | None = None) -> pd.DataFrame:
     """Do nothing, retrain and TV-stable deletion against requests for each target, in the columns of `serve`.
 
     DDPA with dirty labels on its own poison; honest points chosen by gradients, of the same number, without poison.
@@ -47,7 +47,7 @@ def study(data: Dataset, s: AdversarySettings, execution: Execution) -> pd.DataF
     two = binary(data, s.positive)
     world = World.of(two, s, victim(two, s, execution))
     subspace = world.subspace(s.convex_k)
-    poison = world.craft(subspace, dirty=True, leak=s.leaks[0])
+    poison = world.craft(subspace, dirty=True, angle=s.angles[0])
     first = s.n - len(poison)
     coordinates = subspace.of_margins(*world.of_targets(world.targets))
     requests = {"ddpa_dirty": [first + attacks.delete_groups(poison, c) for c in coordinates]}

@@ -1,12 +1,13 @@
 """Poison: points that pull a model's parameters towards the vertices of a simplex, within a bound on their pixels.
 
 Group i of k + 1 is to move the parameters towards vertex v_i, so each of its points (x, y) is chosen, and its pixels
-changed by at most epsilon, to lower
+changed by at most epsilon, to raise
 
-    L(x) = c . u_i + leak ||c - (c . u_i) u_i||,    u_i = v_i / ||v_i||,    c the coordinates of its loss's gradient:
+    p |cos|^angle,    p = -c . v_i / ||v_i||,    cos = p / ||c||,    c the coordinates of its loss's gradient:
 
-gradient matching in the subspace (`subspace`), by length and not by angle only, since a long gradient moves more. The
-base images are the attacker's own. *Clean* labels leave the base image its true label; *dirty* ones give it any.
+gradient matching in the subspace (`subspace`). With angle 0 only the length of the pull towards the vertex counts, the
+higher it is the more a pull aside counts against it. The base images are the attacker's own. *Clean* labels leave the
+base image its true label; *dirty* ones give it any.
 """
 
 from __future__ import annotations
@@ -59,13 +60,14 @@ class Poison:
         """Mean cosine between the pull of a point and the direction of its vertex."""
         unit = self.vertices / np.linalg.norm(self.vertices, axis=1, keepdims=True)
         pulls = -self.coordinates
-        return float(((pulls * unit[self.group]).sum(1) / np.linalg.norm(pulls, axis=1)).mean())
+        return float(((pulls * unit[self.group]).sum(1) / np.maximum(np.linalg.norm(pulls, axis=1), 1e-12)).mean())
 
 
-def _objective(c: Tensor, unit: Tensor, leak: float) -> Tensor:
-    """L of the module for coordinates (..., k) and directions that go with them."""
-    along = (c * unit).sum(-1)
-    return along + leak * torch.linalg.vector_norm(c - along[..., None] * unit, dim=-1)
+def _pull(c: Tensor, unit: Tensor, angle: float) -> Tensor:
+    """What the module raises, for coordinates (..., k) and directions that go with them."""
+    along = -(c * unit).sum(-1)
+    length = torch.linalg.vector_norm(c, dim=-1).clamp(min=1e-12)
+    return along * (along.abs() / length) ** angle if angle else along
 
 
 def craft(
@@ -78,7 +80,7 @@ def craft(
     *,
     epsilon: int = 16,
     dirty: bool = False,
-    leak: float = 0.5,
+    angle: float = 0.0,
     steps: int = 20,
 ) -> Poison:
     """Craft `size` points in groups as equal as can be, one a vertex.
@@ -91,8 +93,8 @@ def craft(
         size: points, at least one a vertex.
         epsilon: bound on the change of a pixel, of 255; 0 leaves the images as they are.
         dirty: labels may be any class.
-        leak: how much moving aside is held against a point.
-        steps: of signed gradient descent on the pixels.
+        angle: exponent of the module's formula, 0 or more.
+        steps: of signed gradient ascent on the pixels.
 
     Raises:
         OptionError: for a size, bound or pool that does not do.
@@ -109,7 +111,7 @@ def craft(
     base = torch.from_numpy(images).to(device).float() / 255
     with torch.no_grad():
         c = subspace.of_losses(prepare(base))  # (m, n_classes, k)
-    scores = torch.stack([_objective(c, u, leak) for u in unit]).cpu().numpy()  # (groups, m, n_classes)
+    scores = torch.stack([-_pull(c, u, angle) for u in unit]).cpu().numpy()  # (groups, m, n_classes)
     if not dirty:
         others = np.arange(scores.shape[2]) != labels[:, None]
         scores[:, others] = np.inf
@@ -124,9 +126,9 @@ def craft(
     x = base[chosen].clone()
     for t in range(steps if epsilon else 0):
         x.requires_grad_(True)
-        (slope,) = torch.autograd.grad(_objective(coordinates(x), unit[group], leak).sum(), x)
+        (slope,) = torch.autograd.grad(_pull(coordinates(x), unit[group], angle).sum(), x)
         rate = 2.5 * epsilon / 255 / steps * (1 if t < steps // 2 else 0.5)
-        x = (x.detach() - rate * slope.sign()).clamp(low, high).clamp(0, 1)
+        x = (x.detach() + rate * slope.sign()).clamp(low, high).clamp(0, 1)
     with torch.no_grad():
         x = (x * 255).round().clamp(0, 255) / 255
         final = coordinates(x).cpu().numpy()

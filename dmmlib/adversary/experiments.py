@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+from torch import Tensor
 
 from dmmlib import metrics, unlearn
 from dmmlib.adversary import attacks, service, simplex
 from dmmlib.adversary.crafting import Poison
 from dmmlib.adversary.settings import AdversarySettings
 from dmmlib.adversary.stable_region import Region, stable_region
-from dmmlib.adversary.subspace import Metric, Subspace
+from dmmlib.adversary.subspace import Metric, Subspace, gradients
 from dmmlib.adversary.world import Site, World, _together, check_targets, retrain, sites
 from dmmlib.attribution import base as attribution
 from dmmlib.attribution import kernel  # noqa: F401 (registers itself)
@@ -78,6 +80,16 @@ def reach(poison: Poison) -> float:
     """How far a whole group is to move the parameters: mean length of the groups' summed pulls."""
     pulls = [poison.coordinates[poison.group == i].sum(0) for i in range(len(poison.vertices))]
     return float(np.linalg.norm(pulls, axis=1).mean())
+
+
+def energies(world: World, damping: float, x: Tensor, y: Tensor) -> np.ndarray:
+    """Squared lengths (m,) of the gradients of margins, phi . A^-1 phi, at the models that the attacker knows."""
+    metric = world.known.damped(damping)
+    total = torch.zeros(len(x), device=x.device)
+    for i in range(metric.models.n_models):
+        g = gradients(metric.models, i, x, y)
+        total += (g * metric.solve(i, g)).sum(1) / metric.models.n_models
+    return total.cpu().numpy()
 
 
 def covered(s: AdversarySettings) -> pd.DataFrame:
@@ -163,21 +175,50 @@ def ddpa(
     return [first + attacks.delete_groups(poison, c, size) for c in coordinates]
 
 
-def choose_leak(world: World, subspace: Subspace, dirty: bool) -> tuple[float, pd.DataFrame]:
-    """The leak whose requests lower the tuning targets' margins most after retraining, and what each did."""
+@dataclass(frozen=True)
+class Crafted:
+    """One kind of DDPA, as chosen on the tuning targets.
+
+    Attributes:
+        dirty: its labels.
+        damping, angle: what was chosen.
+        subspace: at the models that the attacker knows.
+        poison: for it.
+        tried: a row a setting: change of the tuning targets' margins after retraining, and how the pulls cancel.
+    """
+
+    dirty: bool
+    damping: float
+    angle: float
+    subspace: Subspace
+    poison: Poison
+    tried: pd.DataFrame
+
+
+def choose(world: World, dirty: bool) -> Crafted:
+    """The damping and angle whose requests lower the tuning targets' margins most after retraining."""
     s = world.s
-    poisons = [world.craft(subspace, dirty=dirty, leak=leak) for leak in s.leaks]
-    asked = [ddpa(world, poison, subspace, world.tuning) for poison in poisons]
+    spaces = {damping: world.subspace(s.k, damping) for damping in s.dampings}
+    cases = [(damping, angle) for damping in s.dampings for angle in s.angles]
+
+    def make(case: tuple[float, float]) -> Poison:
+        return world.craft(spaces[case[0]], dirty=dirty, angle=case[1])
+
+    poisons = list(threads(world).run(make, cases))
+    asked = [ddpa(world, p, spaces[damping], world.tuning) for p, (damping, _) in zip(poisons, cases, strict=True)]
     done = _together(world, [(p.images, p.labels) for p in poisons], s.n_sweep, asked, s.n_sweep)
-    rows = []
-    for leak, poison, (site, retrained) in zip(s.leaks, poisons, done, strict=True):
+    changes = []
+    for site, retrained in done:
         before, after = (_target_margins(site, z, world.tuning) for z in (site.logits[None], retrained))
-        rows.append(
-            {"leak": leak, "change of margin": float((after - before).mean()), "balance": poison.balance}
-            | {"alignment": poison.alignment}
-        )
-    table = pd.DataFrame(rows)
-    return float(table.loc[table["change of margin"].idxmin(), "leak"]), table
+        changes.append(float((after - before).mean()))
+    best = int(np.argmin(changes))
+    tried = pd.DataFrame(cases, columns=["damping", "angle"]).assign(
+        **{"labels": "dirty" if dirty else "clean", "change of margin": changes},
+        balance=[p.balance for p in poisons],
+        alignment=[p.alignment for p in poisons],
+    )
+    damping, angle = cases[best]
+    return Crafted(dirty, damping, angle, spaces[damping], poisons[best], tried)
 
 
 def _target_margins(site: Site, logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -194,31 +235,27 @@ class Prepared:
     """Everything that requests are made from.
 
     Attributes:
-        subspace: white box.
-        poisons: "ddpa_clean" and "ddpa_dirty".
-        leaks: what was tried on the tuning targets.
+        crafted: "ddpa_clean" and "ddpa_dirty".
         asked: attack -> its requests.
         places: the training sets "honest", "ddpa_clean" and "ddpa_dirty".
         datamodels: of each of them.
     """
 
-    subspace: Subspace
-    poisons: dict[str, Poison]
-    leaks: pd.DataFrame
+    crafted: dict[str, Crafted]
     asked: dict[str, Asked]
     places: dict[str, Site]
     datamodels: dict[str, RidgeDatamodel]
+
+    @property
+    def poisons(self) -> dict[str, Poison]:
+        return {attack: crafted.poison for attack, crafted in self.crafted.items()}
 
 
 def prepare(world: World) -> Prepared:
     """Craft, train, choose requests for every target, and retrain for each of them."""
     s, targets = world.s, world.targets
-    subspace = world.subspace(s.k)
-    poisons, tables = {}, []
-    for attack, dirty in (("ddpa_clean", False), ("ddpa_dirty", True)):
-        leak, table = choose_leak(world, subspace, dirty)
-        poisons[attack] = world.craft(subspace, dirty=dirty, leak=leak)
-        tables.append(table.assign(attack=ATTACKS[attack]))
+    crafted = {"ddpa_clean": choose(world, dirty=False), "ddpa_dirty": choose(world, dirty=True)}
+    poisons = {attack: c.poison for attack, c in crafted.items()}
     nobody = (world.data.x_train[:0], world.data.y_train[:0])
     made = sites(world, [nobody, *((p.images, p.labels) for p in poisons.values())], s.n_models)
     places = dict(zip(("honest", *poisons), made, strict=True))
@@ -226,7 +263,7 @@ def prepare(world: World) -> Prepared:
         check_targets(site.logits, site.data.y, targets, site.data.n_train)
     fitted = {name: fit_datamodel(world, site) for name, site in places.items()}
     models = {name: model for name, (model, _) in fitted.items()}
-    requests = {name: ddpa(world, poison, subspace, targets) for name, poison in poisons.items()}
+    requests = {name: ddpa(world, c.poison, c.subspace, targets) for name, c in crafted.items()}
     sizes = [len(r) for r in requests["ddpa_dirty"]]
     rng = np.random.default_rng([s.seed, 5])
     dirty_own = places["ddpa_dirty"].own
@@ -244,7 +281,7 @@ def prepare(world: World) -> Prepared:
         asked[name] = Asked(name, [places[home]], wanted, list(after), [models[home]])
     asked["camouflage"] = camouflage(world)
     asked["never_trained"] = never_trained(world, honest, asked["camouflage"])
-    return Prepared(subspace, poisons, pd.concat(tables, ignore_index=True), asked, places, models)
+    return Prepared(crafted, asked, places, models)
 
 
 def camouflage(world: World) -> Asked:
@@ -258,7 +295,7 @@ def camouflage(world: World) -> Asked:
 
     def make(t: int) -> tuple[Poison, np.ndarray]:
         line = Subspace.of(world.known, x[[t]], y[[t]], 1)
-        poison = world.craft(line, dirty=True, leak=0.0)
+        poison = world.craft(line, dirty=False, angle=0.0)
         own = attacks.delete_groups(poison, line.of_margins(x[[t]], y[[t]])[0])
         return poison, s.n - len(poison) + own
 
@@ -468,19 +505,15 @@ def sweep(world: World, prepared: Prepared) -> pd.DataFrame:
         cases += [("k", k, dirty, k, None, {}) for k in s.ks]
         cases += [("points deleted", v, dirty, s.k, v, {}) for v in s.sizes]
         cases += [("surrogate", 1, dirty, s.k, None, {})]
-    leak = {
-        dirty: float(part.loc[part["change of margin"].idxmin(), "leak"])
-        for dirty, (_, part) in zip((False, True), prepared.leaks.groupby("attack", sort=False), strict=True)
-    }
-    spaces = {k: world.subspace(k) for k in {s.k, *s.ks}}
-    foreign = world.subspace(s.k, white=False)
+    chosen = {c.dirty: c for c in prepared.crafted.values()}
+    spaces = {(dirty, k): world.subspace(k, c.damping) for dirty, c in chosen.items() for k in {s.k, *s.ks}}
+    foreign = {dirty: world.subspace(s.k, c.damping, white=False) for dirty, c in chosen.items()}
 
     def make(case: tuple[str, float, bool, int, int | None, dict[str, float]]) -> tuple[Poison, list[np.ndarray]]:
         varies, _, dirty, k, size, changes = case
-        space = foreign if varies == "surrogate" else spaces[k]
+        space = foreign[dirty] if varies == "surrogate" else spaces[dirty, k]
         same = varies == "points deleted" or (varies == "k" and k == s.k)
-        poison = prepared.poisons["ddpa_dirty" if dirty else "ddpa_clean"] if same else None
-        poison = poison or world.craft(space, dirty=dirty, leak=leak[dirty], **changes)
+        poison = chosen[dirty].poison if same else world.craft(space, dirty=dirty, angle=chosen[dirty].angle, **changes)
         return poison, ddpa(world, poison, space, targets, size)
 
     made = list(threads(world).run(make, cases))
@@ -527,8 +560,9 @@ def sequence(world: World, prepared: Prepared) -> pd.DataFrame:
     looked at, with retrained models: "error" is that of the target asked for last, "first" that of the first one.
     """
     s = world.s
-    poison, site = prepared.poisons["ddpa_dirty"], prepared.places["ddpa_dirty"]
-    coordinates = prepared.subspace.of_margins(*world.of_targets(world.targets))
+    crafted, site = prepared.crafted["ddpa_dirty"], prepared.places["ddpa_dirty"]
+    poison = crafted.poison
+    coordinates = crafted.subspace.of_margins(*world.of_targets(world.targets))
     groups = np.arange(len(world.targets) // s.sequence * s.sequence).reshape(-1, s.sequence)
     size = max(1, len(poison) // (2 * s.sequence))
     requests = []
@@ -541,9 +575,9 @@ def sequence(world: World, prepared: Prepared) -> pd.DataFrame:
     n, y = site.data.n_train, site.data.y
     rows = []
     for i, z in enumerate(after):
-        group, place = divmod(i, s.sequence)
-        for name, t in (("last", groups[group, place]), ("first", groups[group, 0])):
-            at = [n + world.targets[t]]
+        row, place = divmod(i, s.sequence)
+        for name, position in (("last", groups[row, place]), ("first", groups[row, 0])):
+            at = [n + world.targets[position]]
             wrong, was = ~metrics.correct(z[:, at], y[at]), ~metrics.correct(site.logits[:, at], y[at])
             margins = metrics.margins(z[:, at], y[at]).mean() - metrics.margins(site.logits[:, at], y[at]).mean()
             rows.append(

@@ -18,9 +18,9 @@ class AdversarySettings:
         n_known: K, models that gradients are matched at.
         n_candidates: candidate targets that span the subspace.
         k: its dimension.
-        damping: lambda of the metric, relative to the mean squared length of gradients.
+        damping: lambda of the metric, relative to the mean squared length of gradients, where it is not chosen.
+        dampings, angles: of DDPA's metric and crafting; chosen on the tuning targets.
         epsilon: bound on the change of a pixel, of 255.
-        leaks: how much moving aside is held against a crafted point; chosen on the tuning targets.
         craft_steps: of signed descent on pixels.
         radii, tolerance, n_polyhedra: of the stable region; radii are in multiples of the attack's reach.
         volume_ks, volume_samples: dimensions at which the simplex's share of the ball is sampled, and points.
@@ -29,8 +29,6 @@ class AdversarySettings:
         n_subsets: subset models behind the datamodel, half of S each.
         ridge: its penalty.
         camouflage_subsets: subset models behind the gradient kernel of each camouflaged training set.
-        costs: options of the unlearning methods that set what they spend.
-        n_searched: settings tried a method, on honest requests.
         n_klom: originals, retrained models, and others for the floor, where KLoM is measured.
         sequence: targets asked for one after another from the same poison.
         n_honest: honest requests of each kind that the defence is compared with.
@@ -48,14 +46,15 @@ class AdversarySettings:
     batch: int = 50
     lr: float = 0.2
     n_targets: int = 50
-    n_tuning: int = 20
+    n_tuning: int = 12
     n_models: int = 8
     n_known: int = 8
     n_candidates: int = 300
     k: int = 9
     damping: float = 0.3
+    dampings: tuple[float, ...] = (0.3, 10.0, 300.0)
     epsilon: int = 32
-    leaks: tuple[float, ...] = (0.0, 0.5, 2.0)
+    angles: tuple[float, ...] = (0.0, 3.0)
     craft_steps: int = 15
     radii: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
     tolerance: float = 0.05
@@ -70,7 +69,6 @@ class AdversarySettings:
     n_subsets: int = 1000
     ridge: float = 0.1
     camouflage_subsets: int = 24
-    n_searched: int = 3
     n_klom: int = 40
     sequence: int = 3
     n_honest: int = 100

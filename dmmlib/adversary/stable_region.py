@@ -3,7 +3,8 @@
 A function f is convex on a convex region if and only if f(sum_i w_i p_i) <= sum_i w_i f(p_i) for all points p_i of it
 and weights w_i >= 0 that sum to 1; by Caratheodory's theorem k + 1 points are enough in k dimensions. So polyhedra of
 k + 1 vertices are drawn inside a ball, of all sizes and places, and the largest gap f(sum_i w_i p_i) - sum_i w_i f(p_i)
-over them is compared with how far f rises in that ball. Sampling can only miss violations: the radius found is an upper estimate.
+over them is compared with how far f rises in that ball. Sampling can only miss violations: the radius found is an
+upper estimate.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ the m x m matrix of phi_c . A^-1 phi_c' over m candidate points, with eigenvecto
 
 are the k principal directions of the candidates, of length 1 and orthogonal in A, and serve twice: z in R^k stands for
 the displacement sum_j z_j w_j, and g has the coordinates g . w_j, so that training on a point adds minus its
-coordinates to z, deleting it adds them, and a margin with gradient phi changes by the product of coordinates. With the training points
-themselves as candidates they are the directions of highest curvature.
+coordinates to z, deleting it adds them, and a margin with gradient phi changes by the product of coordinates. With the
+training points themselves as candidates they are the directions of highest curvature.
 """
 
 from __future__ import annotations
@@ -44,6 +44,15 @@ def gradients(models: Ensemble, i: int, x: Tensor, y: Tensor) -> Tensor:
     return torch.cat([found[name].flatten(1) for name in params], 1)
 
 
+def _factors(phi: Tensor, lam: float) -> tuple[Tensor, Tensor]:
+    if not lam > 0:
+        raise OptionError(f"The damping lam={lam} was given; use a positive number, such as 0.3.")
+    kernels = phi @ phi.mT
+    mu = lam * kernels.diagonal(dim1=1, dim2=2).mean(1)
+    kernels.diagonal(dim1=1, dim2=2).add_(mu[:, None])
+    return torch.linalg.cholesky(kernels), mu
+
+
 @dataclass(frozen=True)
 class Metric:
     """A of the module's formula at each model, through the training points' gradients.
@@ -70,13 +79,12 @@ class Metric:
         Raises:
             OptionError: for a lam that is not positive.
         """
-        if not lam > 0:
-            raise OptionError(f"The damping lam={lam} was given; use a positive number, such as 0.3.")
         phi = torch.stack([gradients(models, i, x, y) for i in range(models.n_models)])
-        kernels = phi @ phi.mT
-        mu = lam * kernels.diagonal(dim1=1, dim2=2).mean(1)
-        kernels.diagonal(dim1=1, dim2=2).add_(mu[:, None])
-        return cls(models, x, y, phi, torch.linalg.cholesky(kernels), mu)
+        return cls(models, x, y, phi, *_factors(phi, lam))
+
+    def damped(self, lam: float) -> Metric:
+        """The same with another damping."""
+        return Metric(self.models, self.x, self.y, self.phi, *_factors(self.phi, lam))
 
     def solve(self, i: int, g: Tensor) -> Tensor:
         """A^-1 g of model i for each row of g (m, n_weights)."""
@@ -149,7 +157,8 @@ class Subspace:
         module = self.models.module.eval()
 
         def one(params: Tensors, buffers: Tensors, direction: Tensors) -> tuple[Tensor, Tensor]:
-            return jvp(lambda p: functional_call(module, (p, buffers), (x,)), (params,), (direction,))
+            logits, along = jvp(lambda p: functional_call(module, (p, buffers), (x,)), (params,), (direction,))[:2]
+            return logits, along
 
         every_model = vmap(one, in_dims=(0, 0, 0))
         logits, along = vmap(every_model, in_dims=(None, None, 0))(

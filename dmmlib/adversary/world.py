@@ -50,7 +50,12 @@ class Victim:
         return ensemble.train(self.factory, x, torch.from_numpy(y), masks, seeds, self.training, self.execution)
 
 
-def mlp(data: Dataset, s: AdversarySettings, execution: Execution) -> Victim:
+def cores() -> Execution:
+    """A chunk of small models a core; nothing is compiled, as nothing here trains for long."""
+    return Execution(32, torch.get_num_threads())
+
+
+def mlp(data: Dataset, s: AdversarySettings, execution: Execution | None = None) -> Victim:
     """One hidden layer on pooled pixels."""
 
     def prepare(images: Tensor) -> Tensor:
@@ -61,7 +66,7 @@ def mlp(data: Dataset, s: AdversarySettings, execution: Execution) -> Victim:
         prepare,
         lambda: models.mlp((width,), data.n_classes, s.hidden),
         ensemble.Training(s.epochs, s.batch, s.lr),
-        execution,
+        execution or cores(),
     )
 
 
@@ -138,12 +143,15 @@ class World:
         """Points and labels of targets, positions in V."""
         return self.victim.points(self.data.x_val[targets]), torch.from_numpy(self.data.y_val[targets])
 
-    def subspace(self, k: int, white: bool = True) -> Subspace:
+    def subspace(self, k: int, damping: float | None = None, white: bool = True) -> Subspace:
         """The k principal directions of the gradients of candidate targets, points of the attacker's own."""
         x, y = self.pool_x[: self.s.n_candidates], self.pool_y[: self.s.n_candidates]
-        return Subspace.of(self.known if white else self.surrogate, self.victim.points(x), torch.from_numpy(y), k)
+        metric = self.known if white else self.surrogate
+        if damping is not None:
+            metric = metric.damped(damping)
+        return Subspace.of(metric, self.victim.points(x), torch.from_numpy(y), k)
 
-    def craft(self, subspace: Subspace, *, dirty: bool, leak: float, **changes: float) -> Poison:
+    def craft(self, subspace: Subspace, *, dirty: bool, angle: float, **changes: float) -> Poison:
         """Poison for a subspace, at the settings' share and bound unless `changes` says otherwise."""
         share, epsilon = changes.get("share", self.s.share), changes.get("epsilon", self.s.epsilon)
         check_share(share)
@@ -156,7 +164,7 @@ class World:
             max(subspace.k + 1, round(share * self.s.n)),
             epsilon=int(epsilon),
             dirty=dirty,
-            leak=leak,
+            angle=angle,
             steps=self.s.craft_steps,
         )
 
