@@ -259,8 +259,7 @@ def prepare(world: World) -> Prepared:
     nobody = (world.data.x_train[:0], world.data.y_train[:0])
     made = sites(world, [nobody, *((p.images, p.labels) for p in poisons.values())], s.n_models)
     places = dict(zip(("honest", *poisons), made, strict=True))
-    for site in places.values():
-        check_targets(site.logits, site.data.y, targets, site.data.n_train)
+    check_targets(places["honest"].logits, world.data.y, targets, s.n)
     fitted = {name: fit_datamodel(world, site) for name, site in places.items()}
     models = {name: model for name, (model, _) in fitted.items()}
     requests = {name: ddpa(world, c.poison, c.subspace, targets) for name, c in crafted.items()}
@@ -492,51 +491,75 @@ def klom(world: World, prepared: Prepared, options: dict[str, dict[str, Any]]) -
 # --- what the attack depends on ------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Case:
+    """One way of attacking; equal ones are run once."""
+
+    dirty: bool
+    share: float
+    epsilon: int
+    k: int
+    size: int | None = None
+    white: bool = True
+
+
 def sweep(world: World, prepared: Prepared) -> pd.DataFrame:
     """Success of retraining after DDPA's request while one thing varies: a row a label, quantity, value, target, model.
 
     "surrogate" stands for crafting and planning on models of other seeds and other data.
     """
     s, targets = world.s, world.targets
-    cases: list[tuple[str, float, bool, int, int | None, dict[str, float]]] = []
-    for dirty in (False, True):
-        cases += [("share", v, dirty, s.k, None, {"share": v}) for v in s.shares if round(v * s.n) > s.k]
-        cases += [("bound", v, dirty, s.k, None, {"epsilon": v}) for v in s.epsilons]
-        cases += [("k", k, dirty, k, None, {}) for k in s.ks]
-        cases += [("points deleted", v, dirty, s.k, v, {}) for v in s.sizes]
-        cases += [("surrogate", 1, dirty, s.k, None, {})]
     chosen = {c.dirty: c for c in prepared.crafted.values()}
-    spaces = {(dirty, k): world.subspace(k, c.damping) for dirty, c in chosen.items() for k in {s.k, *s.ks}}
-    foreign = {dirty: world.subspace(s.k, c.damping, white=False) for dirty, c in chosen.items()}
+    named: list[tuple[str, float, Case]] = []
+    for dirty in chosen:
+        usual = Case(dirty, s.share, s.epsilon, s.k)
+        named += [("share", v, replace(usual, share=v)) for v in sorted({*s.shares, s.share}) if round(v * s.n) > s.k]
+        named += [("bound", v, replace(usual, epsilon=v)) for v in sorted({*s.epsilons, s.epsilon})]
+        named += [("k", v, replace(usual, k=v)) for v in sorted({*s.ks, s.k})]
+        named += [("points deleted", v, replace(usual, size=v)) for v in s.sizes]
+        named += [("surrogate", 1, replace(usual, white=False))]
+    cases = list(dict.fromkeys(case for *_, case in named))
+    spaces = {
+        (dirty, k, white): world.subspace(k, chosen[dirty].damping, white)
+        for dirty, k, white in dict.fromkeys((c.dirty, c.k, c.white) for c in cases)
+    }
 
-    def make(case: tuple[str, float, bool, int, int | None, dict[str, float]]) -> tuple[Poison, list[np.ndarray]]:
-        varies, _, dirty, k, size, changes = case
-        space = foreign[dirty] if varies == "surrogate" else spaces[dirty, k]
-        same = varies == "points deleted" or (varies == "k" and k == s.k)
-        poison = chosen[dirty].poison if same else world.craft(space, dirty=dirty, angle=chosen[dirty].angle, **changes)
-        return poison, ddpa(world, poison, space, targets, size)
+    def make(case: Case) -> tuple[Poison, list[np.ndarray]]:
+        space, its = spaces[case.dirty, case.k, case.white], chosen[case.dirty]
+        if replace(case, size=None) == Case(case.dirty, s.share, s.epsilon, s.k):
+            poison = its.poison
+        else:
+            poison = world.craft(space, dirty=case.dirty, angle=its.angle, share=case.share, epsilon=case.epsilon)
+        return poison, ddpa(world, poison, space, targets, case.size)
 
     made = list(threads(world).run(make, cases))
     done = _together(
         world, [(p.images, p.labels) for p, _ in made], s.n_sweep, [r for _, r in made], s.n_sweep, seed=50_000
     )
-    parts = []
-    for (varies, value, dirty, *_), (poison, requests), (site, after) in zip(cases, made, done, strict=True):
-        labels = "dirty" if dirty else "clean"
+    tables = {}
+    for case, (poison, requests), (site, after) in zip(cases, made, done, strict=True):
         n, y = site.data.n_train, site.data.y
+        parts = []
         for t, target in enumerate(targets):
             at = [n + target]
             parts.append(
                 pd.DataFrame(
-                    {"labels": labels, "varies": varies, "value": value, "target": target, "size": len(requests[t])}
-                    | {"model": np.arange(s.n_sweep), "error": ~metrics.correct(after[t][:, at], y[at])[:, 0]}
-                    | {"margin": metrics.margins(after[t][:, at], y[at])[:, 0], "balance": poison.balance}
+                    {"target": target, "size": len(requests[t]), "model": np.arange(s.n_sweep)}
+                    | {"error": ~metrics.correct(after[t][:, at], y[at])[:, 0], "balance": poison.balance}
+                    | {"margin": metrics.margins(after[t][:, at], y[at])[:, 0]}
                     | {"margin before": metrics.margins(site.logits[:, at], y[at])[:, 0].mean()}
                     | {"error before": (~metrics.correct(site.logits[:, at], y[at])).mean()}
                     | {"accuracy before": metrics.correct(site.logits[:, n:], y[n:]).mean()}
                 )
             )
-    return pd.concat(parts, ignore_index=True)
+        tables[case] = pd.concat(parts, ignore_index=True)
+    return pd.concat(
+        [
+            tables[case].assign(labels="dirty" if case.dirty else "clean", varies=varies, value=value)
+            for varies, value, case in named
+        ],
+        ignore_index=True,
+    )
 
 
 def sweep_summary(table: pd.DataFrame) -> pd.DataFrame:

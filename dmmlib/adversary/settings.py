@@ -24,7 +24,7 @@ class AdversarySettings:
         craft_steps: of signed descent on pixels.
         radii, tolerance, n_polyhedra: of the stable region; radii are in multiples of the attack's reach.
         volume_ks, volume_samples: dimensions at which the simplex's share of the ball is sampled, and points.
-        shares, epsilons, ks, sizes: swept, one at a time, the others as above; sizes are points deleted.
+        shares, epsilons, ks, sizes: swept beside the values above, one at a time; sizes are points deleted.
         n_sweep: retrained models a request in the sweeps.
         n_subsets: subset models behind the datamodel, half of S each.
         ridge: its penalty.
@@ -47,7 +47,7 @@ class AdversarySettings:
     lr: float = 0.2
     n_targets: int = 50
     n_tuning: int = 12
-    n_models: int = 8
+    n_models: int = 6
     n_known: int = 8
     n_candidates: int = 300
     k: int = 9
@@ -61,15 +61,15 @@ class AdversarySettings:
     n_polyhedra: int = 100
     volume_ks: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8)
     volume_samples: int = 200_000
-    shares: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.2)
-    epsilons: tuple[int, ...] = (0, 8, 32, 96)
-    ks: tuple[int, ...] = (2, 4, 9, 19)
-    sizes: tuple[int, ...] = (5, 10, 20, 40)
-    n_sweep: int = 3
-    n_subsets: int = 1000
+    shares: tuple[float, ...] = (0.01, 0.02, 0.2)
+    epsilons: tuple[int, ...] = (0, 96)
+    ks: tuple[int, ...] = (2, 4, 24)
+    sizes: tuple[int, ...] = (10, 20, 40)
+    n_sweep: int = 2
+    n_subsets: int = 800
     ridge: float = 0.1
     camouflage_subsets: int = 24
-    n_klom: int = 40
+    n_klom: int = 30
     sequence: int = 3
     n_honest: int = 100
     convex_side: int = 5
