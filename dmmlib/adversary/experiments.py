@@ -11,16 +11,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from dmmlib import metrics, unlearn
+from dmmlib import attribution, metrics, unlearn
 from dmmlib.adversary import attacks, service, simplex
 from dmmlib.adversary.crafting import Poison
 from dmmlib.adversary.settings import AdversarySettings
 from dmmlib.adversary.stable_region import Region, stable_region
 from dmmlib.adversary.subspace import Metric, Subspace, gradients
 from dmmlib.adversary.world import Site, World, _together, check_targets, retrain, sites
-from dmmlib.attribution import base as attribution
-from dmmlib.attribution import kernel  # noqa: F401 (registers itself)
-from dmmlib.datamodels import Attributor, RidgeDatamodel
+from dmmlib.datamodels import RidgeDatamodel
 from dmmlib.execution import Execution
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {
@@ -114,32 +112,30 @@ class Asked:
         sites: what was trained, one for all targets or one a target.
         requests: training points to delete, a request a target.
         retrained: logits (T, n_models, n_points, n_classes) of models without them.
-        attributors: predict deletions, one for all or one a target.
-        trained: whether the points were in training at all.
+        effects: predicted changes of logits (T, n_points, n_classes), for the methods that go by a datamodel.
     """
 
     attack: str
     sites: list[Site]
     requests: list[np.ndarray]
     retrained: list[np.ndarray]
-    attributors: list[Attributor]
-    trained: bool = True
+    effects: Sequence[np.ndarray]
 
     def site(self, t: int) -> Site:
         return self.sites[t % len(self.sites)]
 
-    def problem(self, world: World, t: int, n_models: int | None = None) -> unlearn.Problem:
-        """The unlearning problem of target number t."""
+    def problem(self, world: World, t: int) -> unlearn.Problem:
+        """The unlearning problem of target number t, with copies of the originals: problems are solved in threads."""
         site = self.site(t)
         return unlearn.Problem(
-            originals=site.originals[:n_models],
-            original_logits=site.logits[:n_models],
+            originals=site.originals.clone(),
+            original_logits=site.logits,
             x=site.x,
             y=site.y,
             n_train=site.data.n_train,
             forget=self.requests[t],
             training=world.victim.training,
-            attributor=self.attributors[t % len(self.attributors)],
+            attributor=Predicted(self.effects[t]),
             oracle_logits=self.retrained[t],
             seed=world.s.seed,
             execution=Execution(chunk=64),
@@ -147,13 +143,13 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class NoColumn:
-    """A datamodel's answer on points that are in no subset: no effect, (n_points, n_classes) of zeros."""
+class Predicted:
+    """An attributor that was asked already: `change` (n_points, n_classes) is its answer for the one request."""
 
-    shape: tuple[int, int]
+    change: np.ndarray
 
     def effect(self, forget: Sequence[int] | np.ndarray) -> np.ndarray:
-        return np.zeros(self.shape, np.float32)
+        return self.change
 
 
 def fit_datamodel(world: World, site: Site) -> tuple[RidgeDatamodel, np.ndarray]:
@@ -204,7 +200,7 @@ def choose(world: World, dirty: bool) -> Crafted:
     def make(case: tuple[float, float]) -> Poison:
         return world.craft(spaces[case[0]], dirty=dirty, angle=case[1])
 
-    poisons = list(threads(world).run(make, cases))
+    poisons = [make(case) for case in cases]
     asked = [ddpa(world, p, spaces[damping], world.tuning) for p, (damping, _) in zip(poisons, cases, strict=True)]
     done = _together(world, [(p.images, p.labels) for p in poisons], s.n_sweep, asked, s.n_sweep)
     changes = []
@@ -277,7 +273,7 @@ def prepare(world: World) -> Prepared:
     for name, wanted in requests.items():
         home = homes.get(name, name)
         after = retrain(world, places[home], wanted, s.n_models)
-        asked[name] = Asked(name, [places[home]], wanted, list(after), [models[home]])
+        asked[name] = Asked(name, [places[home]], wanted, list(after), list(models[home].effects(wanted)))
     asked["camouflage"] = camouflage(world)
     asked["never_trained"] = never_trained(world, honest, asked["camouflage"])
     return Prepared(crafted, asked, places, models)
@@ -298,16 +294,21 @@ def camouflage(world: World) -> Asked:
         own = attacks.delete_groups(poison, line.of_margins(x[[t]], y[[t]])[0])
         return poison, s.n - len(poison) + own
 
-    poisons, requests = zip(*threads(world).run(make, list(range(len(world.targets)))), strict=True)
+    poisons, requests = zip(*(make(t) for t in range(len(world.targets))), strict=True)
     pairs = [(p.images, p.labels) for p in poisons]
     done = _together(world, pairs, s.n_models, [[r] for r in requests], s.n_models)
     made = [site for site, _ in done]
-    attributors = kernels(world, made, pairs)
-    return Asked("camouflage", made, list(requests), [after[0] for _, after in done], attributors)
+    effects = kernel_effects(world, made, pairs, requests)
+    return Asked("camouflage", made, list(requests), [after[0] for _, after in done], effects)
 
 
-def kernels(world: World, made: Sequence[Site], pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Attributor]:
-    """A gradient kernel a site, at some of its originals; its scale from a few subset models, all trained together.
+def kernel_effects(
+    world: World,
+    made: Sequence[Site],
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]],
+    requests: Sequence[np.ndarray],
+) -> list[np.ndarray]:
+    """Each request's effect by a gradient kernel at some of its site's originals, scaled on a few subset models.
 
     A ridge datamodel needs a thousand subset models a training set, which nobody can train for every target.
     """
@@ -317,14 +318,12 @@ def kernels(world: World, made: Sequence[Site], pairs: Sequence[tuple[np.ndarray
     out = [np.flatnonzero(~mask) for mask in masks]
     subset = _together(world, pairs, 0, [out for _ in made], 1, seed=40_000)
 
-    def fit(t: int) -> Attributor:
-        site = made[t]
-        context = attribution.Context(
-            site.x, site.y, masks, subset[t][1][:, 0], originals=site.originals, original_logits=site.logits
-        )
-        return attribution.fit("kernel", context, residual="mean", at="originals", n_models=4)
-
-    return list(threads(world).run(fit, list(range(len(made)))))
+    effects = []
+    for site, (_, outputs), forget in zip(made, subset, requests, strict=True):
+        context = attribution.Context(site.x, site.y, masks, outputs[:, 0], originals=site.originals)
+        fitted = attribution.fit("kernel", context, residual="mean", at="originals", n_models=3)
+        effects.append(fitted.effect(forget))
+    return effects
 
 
 def never_trained(world: World, honest: Site, camouflaged: Asked) -> Asked:
@@ -349,12 +348,15 @@ def never_trained(world: World, honest: Site, camouflaged: Asked) -> Asked:
         made.append(Site(extended, np.zeros(0, int), x, honest.originals, honest.originals.logits(x).numpy()))
         requests.append(s.n + np.arange(len(forget)))
         retrained.append(again.logits(x).numpy())
-    columns: list[Attributor] = [NoColumn((len(site.x), data.n_classes)) for site in made]
-    return Asked("never_trained", made, requests, retrained, columns, trained=False)
+    none = [np.zeros(site.logits.shape[1:], np.float32) for site in made]  # no subset held them: no column, no effect
+    return Asked("never_trained", made, requests, retrained, none)
 
 
 def threads(world: World) -> Execution:
-    """One request a thread: many small jobs keep cores busier than shared steps do."""
+    """One request a thread: many small jobs keep cores busier than shared steps do.
+
+    Not for what takes forward-mode derivatives, of which torch keeps one level for all threads.
+    """
     return Execution(chunk=1, workers=world.victim.execution.workers)
 
 
@@ -371,14 +373,14 @@ def choose_options(world: World, prepared: Prepared) -> tuple[dict[str, dict[str
     size = round(np.mean([len(r) for r in prepared.asked["ddpa_dirty"].requests]))
     forget = album(world, size, np.random.default_rng([s.seed, 7]))
     retrained = retrain(world, site, [forget], 2 * s.n_models)
-    asked = Asked("search", [site], [forget], list(retrained[:, : s.n_models]), [prepared.datamodels["honest"]])
+    effects = list(prepared.datamodels["honest"].effects([forget]))
+    asked = Asked("search", [site], [forget], list(retrained[:, : s.n_models]), effects)
     goal = metrics.margins(retrained[0, s.n_models :], site.data.y).mean(0)
-    problem = asked.problem(world, 0)
     parts = splits(forget, s.n, len(goal))
     tried = [(method, setting) for method, grid in OPTIONS.items() for setting in grid if len(grid) > 1]
 
     def distance(case: tuple[str, dict[str, Any]]) -> float:
-        done = unlearn.get(case[0])(problem, **case[1]).margins.mean(0)
+        done = unlearn.get(case[0])(asked.problem(world, 0), **case[1]).margins.mean(0)
         gap = np.nan_to_num(np.abs(done - goal), nan=1e3, posinf=1e3)
         return float(np.mean([gap[part].mean() for part in parts.values()]))
 
@@ -470,15 +472,12 @@ def klom(world: World, prepared: Prepared, options: dict[str, dict[str, Any]]) -
         site, forget = small.site(0), small.requests[0]
         pair = (site.data.x_train[site.own], site.data.y_train[site.own])
         ((large, after),) = _together(world, [pair], s.n_klom, [[forget, forget]], s.n_klom)
-        asked = Asked(attack, [large], [forget], [after[0]], [small.attributors[0]])
+        asked = Asked(attack, [large], [forget], [after[0]], small.effects[:1])
         oracle = metrics.margins(after[1], large.data.y)
-        problem = asked.problem(world, 0)
         parts = splits(forget, large.data.n_train, len(large.x))
 
-        def one(
-            case: tuple[str, dict[str, Any]], problem: unlearn.Problem = problem, oracle: np.ndarray = oracle
-        ) -> np.ndarray:
-            return unlearn.get(case[0])(problem, **case[1]).margins
+        def one(case: tuple[str, dict[str, Any]], asked: Asked = asked) -> np.ndarray:
+            return unlearn.get(case[0])(asked.problem(world, 0), **case[1]).margins
 
         for method, margins in zip(options, threads(world).run(one, list(options.items())), strict=True):
             found = metrics.klom_summary(margins, oracle, parts, n_bootstrap=20)
@@ -532,7 +531,7 @@ def sweep(world: World, prepared: Prepared) -> pd.DataFrame:
             poison = world.craft(space, dirty=case.dirty, angle=its.angle, share=case.share, epsilon=case.epsilon)
         return poison, ddpa(world, poison, space, targets, case.size)
 
-    made = list(threads(world).run(make, cases))
+    made = [make(case) for case in cases]
     done = _together(
         world, [(p.images, p.labels) for p, _ in made], s.n_sweep, [r for _, r in made], s.n_sweep, seed=50_000
     )

@@ -48,14 +48,14 @@ class AdversarySettings:
     n_targets: int = 50
     n_tuning: int = 12
     n_models: int = 6
-    n_known: int = 8
+    n_known: int = 6
     n_candidates: int = 300
     k: int = 9
     damping: float = 0.3
     dampings: tuple[float, ...] = (0.3, 10.0, 300.0)
     epsilon: int = 32
     angles: tuple[float, ...] = (0.0, 3.0)
-    craft_steps: int = 15
+    craft_steps: int = 12
     radii: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
     tolerance: float = 0.05
     n_polyhedra: int = 100
@@ -68,7 +68,7 @@ class AdversarySettings:
     n_sweep: int = 2
     n_subsets: int = 800
     ridge: float = 0.1
-    camouflage_subsets: int = 24
+    camouflage_subsets: int = 16
     n_klom: int = 30
     sequence: int = 3
     n_honest: int = 100
