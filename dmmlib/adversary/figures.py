@@ -42,6 +42,8 @@ def regions(known: Region, radius: float, found: Sequence[Region], reach: float,
         )
     right.axvline(1, color="black", lw=1, ls=":", label="reach of the poison")
     right.set(xlabel="radius / reach of the poison", ylabel="Jensen gap / rise of the loss", xscale="log")
+    right.set_xticks(found[0].radii / reach, [f"{r:g}" for r in found[0].radii / reach])
+    right.minorticks_off()
     right.set_title("training loss of the service's models", fontsize=10)
     for axis, tolerance in ((left, known.tolerance), (right, found[0].tolerance)):
         axis.axhline(tolerance, color="0.5", lw=1, ls="--", label="tolerance")
@@ -124,7 +126,7 @@ def methods(table: pd.DataFrame, title: str, caption: str) -> Figure:
     )  # fmt: skip
     axis.axvline(1, color="white", lw=4)
     axis.set(xlabel="", ylabel="")
-    axis.tick_params(axis="x", rotation=35)
+    axis.set_xticks(axis.get_xticks(), axis.get_xticklabels(), rotation=35, ha="right", rotation_mode="anchor")
     return titled(figure, title, caption)
 
 
@@ -153,6 +155,7 @@ def sweep(table: pd.DataFrame, title: str, caption: str) -> Figure:
         axes[1, column].axhline(0, color="0.6", lw=0.8)
         axes[1, column].set_xlabel(name)
     axes[0, 0].set_ylabel("models that err\non the target")
+    axes[0, 0].set_ylim(0, max(0.2, 1.1 * table["success high"].max()))
     axes[1, 0].set_ylabel("change of the\ntarget's margin")
     axes[0, 0].legend(fontsize=9)
     return titled(figure, title, caption)
