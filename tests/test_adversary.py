@@ -430,7 +430,7 @@ def test_defence_sequence_sweep_and_klom_have_their_rows(world: World, prepared:
     assert set(swept["varies"]) == {"share", "bound", "k", "points deleted", "surrogate"}
     assert (swept.loc[swept["varies"] == "points deleted", "size"] == 4).all()
     klom = experiments.klom(world, prepared, {"do_nothing": {}, "retrain": {}})
-    assert len(klom) == 5 * 2 * 3
+    assert len(klom) == 3 * 2 * 3
 
 
 def test_exact_deletion_is_measured_where_the_model_is_convex(digits: data.Dataset) -> None:

@@ -321,7 +321,7 @@ def kernel_effects(
     effects = []
     for site, (_, outputs), forget in zip(made, subset, requests, strict=True):
         context = attribution.Context(site.x, site.y, masks, outputs[:, 0], originals=site.originals)
-        fitted = attribution.fit("kernel", context, residual="mean", at="originals", n_models=3)
+        fitted = attribution.fit("kernel", context, residual="mean", at="originals", n_models=2)
         effects.append(fitted.effect(forget))
     return effects
 
@@ -467,7 +467,7 @@ def klom(world: World, prepared: Prepared, options: dict[str, dict[str, Any]]) -
     """KLoM's p95 a split of the request for the first target, with many models: a row an attack and method."""
     s = world.s
     rows = []
-    for attack in ("ddpa_clean", "ddpa_dirty", "random", "honest_datamodel", "camouflage"):
+    for attack in ("ddpa_dirty", "honest_datamodel", "camouflage"):
         small = prepared.asked[attack]
         site, forget = small.site(0), small.requests[0]
         pair = (site.data.x_train[site.own], site.data.y_train[site.own])
