@@ -126,7 +126,7 @@ def methods(table: pd.DataFrame, title: str, caption: str) -> Figure:
     )  # fmt: skip
     axis.axvline(1, color="white", lw=4)
     axis.set(xlabel="", ylabel="")
-    axis.set_xticks(axis.get_xticks(), axis.get_xticklabels(), rotation=35, ha="right", rotation_mode="anchor")
+    plt.setp(axis.get_xticklabels(), rotation=35, ha="right", rotation_mode="anchor")
     return titled(figure, title, caption)
 
 
