@@ -193,6 +193,15 @@ def test_margins_move_by_the_product_of_coordinates(world: World, subspace: Subs
     np.testing.assert_allclose((moved - still) / 1e-3, single.of_margins(x, y).T, rtol=0.05, atol=0.05)
 
 
+def test_training_points_as_candidates_give_the_directions_of_highest_curvature(world: World) -> None:
+    one = Metric.at(world.known.models[:1], world.known.x, world.known.y, 0.3)
+    found = Subspace.of(one, one.x, one.y, 3)
+    w = torch.cat([d[:, 0].flatten(1) for d in found.directions.values()], 1)
+    w = w / torch.linalg.vector_norm(w, dim=1, keepdim=True)
+    sharpest = torch.linalg.svd(one.phi[0])[2][:3]
+    np.testing.assert_allclose((w * sharpest).sum(1).abs(), 1, atol=1e-2)
+
+
 @pytest.mark.parametrize("k", [0, 41])
 def test_a_subspace_larger_than_its_candidates_is_refused(world: World, k: int) -> None:
     with pytest.raises(OptionError, match=f"k={k}"):

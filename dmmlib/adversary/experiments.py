@@ -17,7 +17,7 @@ from dmmlib.adversary.crafting import Poison
 from dmmlib.adversary.settings import AdversarySettings
 from dmmlib.adversary.stable_region import Region, stable_region
 from dmmlib.adversary.subspace import Metric, Subspace, gradients
-from dmmlib.adversary.world import Site, World, _together, check_targets, retrain, sites
+from dmmlib.adversary.world import Site, World, check_targets, retrain, sites, together
 from dmmlib.datamodels import RidgeDatamodel
 from dmmlib.execution import Execution
 
@@ -58,20 +58,26 @@ def splits(forget: np.ndarray, n_train: int, n_points: int) -> dict[str, np.ndar
 # --- geometry ------------------------------------------------------------------------------------------
 
 
-def regions(world: World, subspace: Subspace, reach: float, n_models: int = 2) -> list[Region]:
-    """The stable region of the first models' training loss, radii in multiples of how far the poison reaches."""
+def regions(world: World, subspace: Subspace, reach: float) -> dict[str, Region]:
+    """Stable regions of the first two models' training loss along the subspace, and along as many of highest curvature.
+
+    Radii are in multiples of how far the poison reaches, lengths those of the subspace's own metric.
+    """
     s, known = world.s, world.known
-    return [
-        stable_region(
-            subspace.loss(known.x, known.y, i),
-            subspace.k,
+    sharp = Subspace.of(known, known.x, known.y, subspace.k)
+    cases = [(f"towards targets, model {i + 1}", subspace, i) for i in range(min(2, known.models.n_models))]
+    cases += [("highest curvature, model 1", sharp, 0)]
+    return {
+        name: stable_region(
+            space.loss(known.x, known.y, model),
+            space.k,
             [reach * r for r in s.radii],
             s.tolerance,
             s.n_polyhedra,
-            np.random.default_rng([s.seed, 2, i]),
+            np.random.default_rng([s.seed, 2, model]),
         )
-        for i in range(min(n_models, known.models.n_models))
-    ]
+        for name, space, model in cases
+    }
 
 
 def reach(poison: Poison) -> float:
@@ -202,7 +208,7 @@ def choose(world: World, dirty: bool) -> Crafted:
 
     poisons = [make(case) for case in cases]
     asked = [ddpa(world, p, spaces[damping], world.tuning) for p, (damping, _) in zip(poisons, cases, strict=True)]
-    done = _together(world, [(p.images, p.labels) for p in poisons], s.n_sweep, asked, s.n_sweep)
+    done = together(world, [(p.images, p.labels) for p in poisons], s.n_sweep, asked, s.n_sweep)
     changes = []
     for site, retrained in done:
         before, after = (_target_margins(site, z, world.tuning) for z in (site.logits[None], retrained))
@@ -296,7 +302,7 @@ def camouflage(world: World) -> Asked:
 
     poisons, requests = zip(*(make(t) for t in range(len(world.targets))), strict=True)
     pairs = [(p.images, p.labels) for p in poisons]
-    done = _together(world, pairs, s.n_models, [[r] for r in requests], s.n_models)
+    done = together(world, pairs, s.n_models, [[r] for r in requests], s.n_models)
     made = [site for site, _ in done]
     effects = kernel_effects(world, made, pairs, requests)
     return Asked("camouflage", made, list(requests), [after[0] for _, after in done], effects)
@@ -316,7 +322,7 @@ def kernel_effects(
     rng = np.random.default_rng([s.seed, 6])
     masks = rng.random((s.camouflage_subsets, n)).argsort(1) < n // 2
     out = [np.flatnonzero(~mask) for mask in masks]
-    subset = _together(world, pairs, 0, [out for _ in made], 1, seed=40_000)
+    subset = together(world, pairs, 0, [out for _ in made], 1, seed=40_000)
 
     effects = []
     for site, (_, outputs), forget in zip(made, subset, requests, strict=True):
@@ -471,7 +477,7 @@ def klom(world: World, prepared: Prepared, options: dict[str, dict[str, Any]]) -
         small = prepared.asked[attack]
         site, forget = small.site(0), small.requests[0]
         pair = (site.data.x_train[site.own], site.data.y_train[site.own])
-        ((large, after),) = _together(world, [pair], s.n_klom, [[forget, forget]], s.n_klom)
+        ((large, after),) = together(world, [pair], s.n_klom, [[forget, forget]], s.n_klom)
         asked = Asked(attack, [large], [forget], [after[0]], small.effects[:1])
         oracle = metrics.margins(after[1], large.data.y)
         parts = splits(forget, large.data.n_train, len(large.x))
@@ -532,7 +538,7 @@ def sweep(world: World, prepared: Prepared) -> pd.DataFrame:
         return poison, ddpa(world, poison, space, targets, case.size)
 
     made = [make(case) for case in cases]
-    done = _together(
+    done = together(
         world, [(p.images, p.labels) for p, _ in made], s.n_sweep, [r for _, r in made], s.n_sweep, seed=50_000
     )
     tables = {}

@@ -29,23 +29,24 @@ LOOKS = {
 LABELS = {"tv_stable": "TV-stable (exact)"}
 
 
-def regions(known: Region, radius: float, found: Sequence[Region], reach: float, title: str, caption: str) -> Figure:
+def regions(
+    known: Region, radius: float, found: Mapping[str, Region], reach: float, title: str, caption: str
+) -> Figure:
     """Left: gap against radius of a function whose convex radius is known; right: of trained models' loss."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.6), layout="constrained")
     left.plot(known.radii / radius, known.gaps, color=_PALETTE[0], marker="o", label="largest gap found")
     left.axvline(1, color="black", lw=1, ls=":", label="convex up to here")
     left.set(xlabel="radius / the known convex radius", ylabel="Jensen gap / rise of the function")
     left.set_title("1 − exp(−‖z‖²/2)", fontsize=10)
-    for i, region in enumerate(found):
-        right.plot(
-            region.radii / reach, region.gaps, color=_PALETTE[i + 1], marker="so^D"[i % 4], label=f"model {i + 1}"
-        )
+    for i, (name, region) in enumerate(found.items()):
+        right.plot(region.radii / reach, region.gaps, color=_PALETTE[i + 1], marker="so^D"[i % 4], label=name)
     right.axvline(1, color="black", lw=1, ls=":", label="reach of the poison")
     right.set(xlabel="radius / reach of the poison", ylabel="Jensen gap / rise of the loss", xscale="log")
-    right.set_xticks(found[0].radii / reach, [f"{r:g}" for r in found[0].radii / reach])
+    first = next(iter(found.values()))
+    right.set_xticks(first.radii / reach, [f"{r:g}" for r in first.radii / reach])
     right.minorticks_off()
     right.set_title("training loss of the service's models", fontsize=10)
-    for axis, tolerance in ((left, known.tolerance), (right, found[0].tolerance)):
+    for axis, tolerance in ((left, known.tolerance), (right, first.tolerance)):
         axis.axhline(tolerance, color="0.5", lw=1, ls="--", label="tolerance")
         axis.legend(fontsize=8)
         axis.grid(color="0.93")

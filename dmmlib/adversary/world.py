@@ -204,10 +204,10 @@ def with_poison(data: Dataset, images: np.ndarray, labels: np.ndarray) -> tuple[
 
 def sites(world: World, poisons: Sequence[tuple[np.ndarray, np.ndarray]], n_models: int) -> list[Site]:
     """Train N models with each of several poisons (images, labels), all of them together."""
-    return [site for site, _ in _together(world, poisons, n_models, [[] for _ in poisons], 0)]
+    return [site for site, _ in together(world, poisons, n_models, [[] for _ in poisons], 0)]
 
 
-def _together(
+def together(
     world: World,
     poisons: Sequence[tuple[np.ndarray, np.ndarray]],
     n_models: int,
