@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
+from dmmlib.adversary.settings import AdversarySettings
 from dmmlib.convex import ConvexSettings
 from dmmlib.ensemble import Training
 from dmmlib.errors import PresetError
@@ -144,6 +145,7 @@ class Preset(Section):
     exact: ExactSettings = ExactSettings()
     meta: MetaSettings = MetaSettings()
     multimodal: MultimodalSettings = MultimodalSettings()
+    adversary: AdversarySettings = AdversarySettings()
 
 
 PLACES = ("device", "threads", "scheduler", "cluster", "store")  # where things run and lie, not what is computed
