@@ -423,7 +423,7 @@ def test_served_tables_are_complete_and_their_summary_right(world: World, prepar
 
 def test_never_trained_points_leave_datamodels_cold(world: World, prepared: experiments.Prepared) -> None:
     served = experiments.serve(world, prepared.asked["never_trained"], {"dm_direct": {}})
-    np.testing.assert_array_equal(served["margin"], served["margin before"])
+    np.testing.assert_allclose(served["margin"], served["margin before"], atol=1e-4)
 
 
 def test_defence_sequence_sweep_and_klom_have_their_rows(world: World, prepared: experiments.Prepared) -> None:
