@@ -196,6 +196,20 @@ def test_a_request_that_acts_together_stands_out_against_random_ones():
     assert previews.beyond_usual([], together) == "", "nothing measured, nothing claimed"
 
 
+def test_a_preview_says_where_it_cannot_tell():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 60)
+    attributor = Alike()
+    previewer = Previewer(attributor, rng.normal(size=(4, 60, 3)).astype(np.float32), labels, n_train=50)
+    assert previews.uncertainty(previewer.preview([0, 1])) == "", "no uncertainty known, none claimed"
+    attributor.sd = lambda forget: np.where(np.arange(60) < 50, 0.5, 5.0)  # margins of class 0 change by 2
+    seen = previewer.preview([0, 1])
+    assert seen.told["forget"] == pytest.approx((labels[:2] == 0).mean())
+    assert seen.told["retain"] == pytest.approx((labels[2:50] == 0).mean())
+    assert seen.told["validation"] == 0
+    assert "0% of validation images; for the others it can't tell" in previews.uncertainty(seen)
+
+
 @pytest.mark.parametrize("forget", [[], list(range(6)), [7]])
 def test_no_preview_of_what_is_no_forget_set(forget):
     with pytest.raises(ForgetSetError):

@@ -371,8 +371,9 @@ class Chooser(w.VBox):
         warning = previews.warning(self.measured, preview.size)
         notice = f'<div class="dmm-notice" role="note">{html.escape(warning)}</div>' if warning else ""
         cost = html.escape(previews.cost(self.study, preview.size))
+        unsure = html.escape(previews.uncertainty(preview))
         beyond = html.escape(previews.beyond_usual(self.usual, preview))
-        said = "".join(f'<p class="dmm-quiet">{line}</p>' for line in (beyond, cost) if line)
+        said = "".join(f'<p class="dmm-quiet">{line}</p>' for line in (unsure, beyond, cost) if line)
         return f'<div class="dmm-outcome">{table}{notice}{said}</div>'
 
     def _show_changes(self, _: object = None) -> None:

@@ -77,6 +77,8 @@ class Preview:
         before, after: split (forget, retain, validation) -> outcome of the originals, and predicted for oracles.
         changes: every point, the most changed first.
         elsewhere: mean change of answers on images that are not in the set, a total variation.
+        told: split -> share of its points whose predicted change of margin is more than twice its uncertainty; empty
+            where the attributor knows none.
     """
 
     size: int
@@ -84,6 +86,7 @@ class Preview:
     after: dict[str, Outcome]
     changes: Changes
     elsewhere: float
+    told: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,14 @@ def beyond_usual(usual: Sequence[Usual], preview: Preview) -> str:
         f"Answers on other images: {preview.elsewhere:.1%} would change; random requests of this size {mean:.1%} ± "
         f"{spread:.1%}, so {verdict} ({score:+.1f} standard deviations)."
     )
+
+
+def uncertainty(preview: Preview) -> str:
+    """Where the prediction says something, and where it can't tell, as a sentence; empty where nothing is known."""
+    if not preview.told:
+        return ""
+    said = ", ".join(f"{share:.0%} of {split}" for split, share in preview.told.items())
+    return f"Change of margin larger than twice its predicted uncertainty: {said} images; for the others it can't tell."
 
 
 class Previewer:
@@ -170,7 +181,15 @@ class Previewer:
             outcomes(margins, right, splits),
             changes,
             float(np.delete(changes.distance, indices).mean()),
+            self._told(indices, effect, splits),
         )
+
+    def _told(self, indices: np.ndarray, effect: np.ndarray, splits: Mapping[str, np.ndarray]) -> dict[str, float]:
+        sd = getattr(self._attributor, "sd", None)
+        if sd is None:
+            return {}
+        clear = np.abs(metrics.right_logits(effect, self._labels)) > 2 * sd(indices)
+        return {split: float(clear[i].mean()) for split, i in splits.items()}
 
 
 def outcomes(margins: np.ndarray, right: np.ndarray, splits: Mapping[str, np.ndarray]) -> dict[str, Outcome]:
