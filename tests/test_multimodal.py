@@ -383,7 +383,7 @@ def test_the_whole_comparison_runs_and_has_every_row(here):
     found = experiments.run(here)
     assert set(found.klom["method"]) == set(experiments.METHODS)
     klom = experiments.klom_over_sets(found.klom)
-    assert len(klom) == len(experiments.METHODS) * 12
+    assert len(klom) == len(experiments.METHODS) * 13
     assert np.isfinite(klom[["value", "low", "high"]].to_numpy()).all()
     table = experiments.score_table(found.scores)
     assert len(table) == len(experiments.METHODS) * 4 * 6

@@ -65,7 +65,7 @@ class MultimodalSettings:
     tuning_models: int = 8
     sample: int = 4
     lrs: tuple[float, ...] = (1e-3, 3e-3)
-    match_lrs: tuple[float, ...] = (1e-3, 3e-3)
+    match_lrs: tuple[float, ...] = (1e-3, 2e-3, 3e-3)
     unlearn_epochs: int = 5
     cost: float = 0.2
     chunk: int = 10
