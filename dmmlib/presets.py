@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
+from dmmlib.attribution.settings import CheapSettings
 from dmmlib.convex import ConvexSettings
 from dmmlib.ensemble import Training
 from dmmlib.errors import PresetError
@@ -142,6 +143,7 @@ class Preset(Section):
     convex: ConvexSettings = ConvexSettings()
     exact: ExactSettings = ExactSettings()
     meta: MetaSettings = MetaSettings()
+    cheap: CheapSettings = CheapSettings()
 
 
 PLACES = ("device", "threads", "scheduler", "cluster", "store")  # where things run and lie, not what is computed
