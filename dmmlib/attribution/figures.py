@@ -38,7 +38,7 @@ def _log_klom(axis: Axes, high: float) -> None:
 
 def curve(table: pd.DataFrame, title: str, caption: str) -> Figure:
     """p95 KLoM a split, and LDS, against the number of subset models, from `experiments.summary`."""
-    figure, axes = plt.subplots(1, 4, figsize=(14, 3.9), layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(15.5, 3.6), layout="constrained")
     sizes = np.unique(table.loc[table["attributor"].isin(LOOKS), "n_models"])
     for axis, split in zip(axes, (*SPLITS, "all"), strict=True):
         here = table[(table["split"] == split) & (table["statistic"] == ("lds" if split == "all" else "klom_p95"))]
@@ -59,7 +59,7 @@ def curve(table: pd.DataFrame, title: str, caption: str) -> Figure:
             _log_klom(axis, float(here["value"].max()))
             axis.set(title=f"{split} points", ylabel="p95 KLoM of DM-direct")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=10)
+    figure.legend(handles, labels, loc="outside right center", fontsize=10)
     return titled(figure, title, caption)
 
 
