@@ -20,7 +20,7 @@ from dmmlib.study import ROOT, Study
 from tests.conftest import TINY
 from tests.test_attribution import FACTORIES, problem
 
-CHEAP = {"sizes": [10, 30, 60], "n_draws": 2, "n_kernel": 3, "kernels": [2], "n_clusters": 5, "penalties": [1.0]}
+CHEAP = {"sizes": [10, 30, 60], "n_draws": 2, "n_kernel": 3, "n_ablation": 2, "kernels": [1], "n_clusters": 5, "penalties": [1.0]}
 
 
 @pytest.fixture(scope="module")

@@ -183,13 +183,15 @@ class Kernels:
         """T averaged over the first k models of a context that is known by this name."""
         models = context.originals if originals else context.subset_models()
         assert models is not None
-        done = max((j for (n, j, v) in self._known if n == name and v == lam and j <= k), default=0)
-        if done < k:
-            self.study.progress(f"gradient kernels ({name})", done, k)
-            new = attributions(models[done:k], context.x, context.y, context.n_train, lam, context.seed)
-            before = self._known[name, done, lam] * done if done else 0
-            self._known[name, k, lam] = (before + new * (k - done)) / k
-            self.study.progress(f"gradient kernels ({name})", k, k)
+        cheap, done = self.study.preset.cheap, 0
+        for j in sorted({j for j in (*cheap.kernels, cheap.n_ablation, k) if j <= k}):  # each on top of the last
+            if (name, j, lam) not in self._known:
+                self.study.progress(f"gradient kernels ({name})", done, k)
+                new = attributions(models[done:j], context.x, context.y, context.n_train, lam, context.seed)
+                before = self._known[name, done, lam] * done if done else 0
+                self._known[name, j, lam] = (before + new * (j - done)) / j
+                self.study.progress(f"gradient kernels ({name})", j, k)
+            done = j
         return self._known[name, k, lam]
 
 
@@ -361,7 +363,7 @@ def variants(study: Study) -> list[Variant]:
     cheap, own = study.preset.cheap, study.preset.attribution.fraction
     few = min(cheap.kernels)
     return [
-        Variant("default", f"subsets of {own:.0%}, kernel of {cheap.n_kernel}"),
+        Variant("default", f"subsets of {own:.0%}, kernel of {cheap.n_ablation}"),
         *(Variant("subsets", f"of {f:.0%}", subsets=f"{f:g}") for f in cheap.fractions),
         Variant("subsets", "of 50%, in antithetic pairs", subsets="antithetic"),
         Variant("subsets", f"of {own:.0%}, clustered", subsets="clustered"),
@@ -369,7 +371,7 @@ def variants(study: Study) -> list[Variant]:
         Variant("residual", "held out", residual="held_out"),
         *(Variant("kernel", f"of {k} models", k=k) for k in cheap.kernels),
         *(Variant("kernel", f"of {few} models, λ = {v:g}", k=few, lam=v) for v in cheap.penalties),
-        Variant("kernel", f"at {cheap.n_kernel} originals", originals=True),
+        Variant("kernel", f"at {cheap.n_ablation} originals", originals=True),
         Variant("prior", "mean only: the kernel alone", prior_only=True),
         Variant("prior", "covariance only: no mean", mean=False),
         Variant("prior", "mean, independent weights (δ = 1)", delta=1.0),
@@ -388,12 +390,12 @@ def _designs(study: Study, kernels: Kernels, draw: int) -> Iterator[tuple[str, C
 
     def trained(name: str, masks: np.ndarray) -> Context:
         context = study.context_of(Stream(f"attribution:{name}:{draw}", masks, True))
-        return replace(context, models=context.subset_models()[: cheap.n_kernel])
+        return replace(context, models=context.subset_models()[: cheap.n_ablation])
 
     for fraction in cheap.fractions:
         yield f"{fraction:g}", trained(f"{fraction:g}", study.random_masks(f"masks:{fraction:g}:{draw}", m, fraction))
     yield "antithetic", trained("antithetic", antithetic_masks(study.random_masks(f"masks:pairs:{draw}", m, 0.5)))
-    t_ = kernels("originals", study.context, min(cheap.n_kernel, study.originals.n_models), originals=True)
+    t_ = kernels("originals", study.context, min(cheap.n_ablation, study.originals.n_models), originals=True)
     seed = study.seeds(f"masks:clustered:{draw}", 1)[0]
     yield "clustered", trained("clustered", clustered_masks(t_, m, section.fraction, cheap.n_clusters, seed))
 
@@ -424,7 +426,7 @@ def ablate(study: Study, kernels: Kernels) -> pd.DataFrame:
 
 def _variant_weights(study: Study, kernels: Kernels, v: Variant, context: Context, draw: int) -> np.ndarray:
     n = context.n_train
-    k = v.k or (study.preset.cheap.n_kernel)
+    k = v.k or study.preset.cheap.n_ablation
     if v.originals:
         t_ = kernels("originals", context, min(k, study.originals.n_models), v.lam, originals=True)
     else:
