@@ -20,7 +20,15 @@ from dmmlib.study import ROOT, Study
 from tests.conftest import TINY
 from tests.test_attribution import FACTORIES, problem
 
-CHEAP = {"sizes": [10, 30, 60], "n_draws": 2, "n_kernel": 3, "n_ablation": 2, "kernels": [1], "n_clusters": 5, "penalties": [1.0]}
+CHEAP = {
+    "sizes": [10, 30, 60],
+    "n_draws": 2,
+    "n_kernel": 3,
+    "n_ablation": 2,
+    "kernels": [1],
+    "n_clusters": 5,
+    "penalties": [1.0],
+}
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +220,17 @@ def test_uncertainty_says_what_its_columns_say(study):
     assert sets.loc[("pc1", "forget"), "kind"] == "group"
     slope = np.linalg.lstsq(part[["predicted"]], part["true"])[0][0]
     assert sets.loc[("pc1", "forget"), "slope"] == pytest.approx(slope)
+
+
+def test_fine_tuned_methods_are_measured_as_the_study_does(study):
+    table = experiments.fine_tuned(study, ["dmm"])
+    f = study.forget_sets["pc1"]
+    rows = pd.DataFrame(study.evaluate("dmm", f))
+    mine = table[table["forget_set"] == "pc1"].set_index("split")["value"]
+    theirs = rows[rows["statistic"] == "klom_p95"].set_index("split")["value"]
+    for split in experiments.SPLITS:
+        assert mine[split] == pytest.approx(theirs[split], rel=1e-5)
+    assert mine["all"] == rows[rows["statistic"] == "cost"]["value"].iloc[0]
 
 
 def test_costs_break_even_where_the_totals_cross(study):

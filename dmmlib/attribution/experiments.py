@@ -93,7 +93,8 @@ class Yardstick:
             self._oracles[name] = metrics.margins(logits, self.study.data.y)
         return self._oracles[name]
 
-    def _p95(self, answers: np.ndarray, name: str) -> dict[str, float]:
+    def p95(self, answers: np.ndarray, name: str) -> dict[str, float]:
+        """p95 KLoM on each split of a forget set, of margins (n, n_points)."""
         klom = metrics.klom(answers, self.oracles(name))
         splits = self.sets[name].splits(self.study.data.n_train, self.study.data.n_val)
         return {split: float(np.percentile(klom[at], 95)) for split, at in splits.items()}
@@ -103,7 +104,7 @@ class Yardstick:
         return [
             {"forget_set": name, "split": split, "statistic": "klom_p95", "value": value}
             for name, f in self.sets.items()
-            for split, value in self._p95(self.before + effect(f.indices), name).items()
+            for split, value in self.p95(self.before + effect(f.indices), name).items()
         ]
 
     def floor(self) -> list[dict[str, Any]]:
@@ -111,7 +112,7 @@ class Yardstick:
         rows = []
         for name, f in self.sets.items():
             again = metrics.margins(self.study.oracles(f, floor=True, n=self.n), self.study.data.y)
-            for split, value in self._p95(again, name).items():
+            for split, value in self.p95(again, name).items():
                 rows.append({"forget_set": name, "split": split, "statistic": "klom_p95", "value": value})
         return rows
 
@@ -120,7 +121,7 @@ class Yardstick:
         rows = []
         for name in self.sets:
             answers = self.before + self.oracles(name).mean(0) - self.before.mean(0)
-            for split, value in self._p95(answers, name).items():
+            for split, value in self.p95(answers, name).items():
                 rows.append({"forget_set": name, "split": split, "statistic": "klom_p95", "value": value})
         return rows
 
@@ -301,6 +302,19 @@ def curve(study: Study, kernels: Kernels) -> pd.DataFrame:
             add([*found, _lds_row(bayesian_lds(study, model))], "bayesian", size, draw)
     columns = ["attributor", "n_models", "draw", "forget_set", "split", "statistic", "value", "low", "high"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def fine_tuned(study: Study, methods: Sequence[str]) -> pd.DataFrame:
+    """p95 KLoM and cost of methods as the study tunes them, a row a method (as attributor), forget set and split."""
+    yardstick, rows = Yardstick.reported(study), list[dict[str, Any]]()
+    for method in methods:
+        for name, f in yardstick.sets.items():
+            result = study.unlearned(method, f)
+            head = {"attributor": method, "n_models": 0, "draw": 0, "forget_set": name}
+            for split, value in yardstick.p95(result.margins, name).items():
+                rows.append(head | {"split": split, "statistic": "klom_p95", "value": value})
+            rows.append(head | {"split": "all", "statistic": "cost", "value": result.cost})
+    return pd.DataFrame(rows)
 
 
 def _lds_row(score: Estimate) -> dict[str, Any]:
