@@ -11,9 +11,9 @@ import dataclasses
 import os
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
-MANY_STEPS = 200_000  # model-steps from which on compilation can pay
+MANY_STEPS = 200_000  # model-steps from which on processes and compilation can pay
 VERSION = 2  # of everything in runs/store: raise it when the same configuration gives other numbers
 
 
@@ -184,17 +184,40 @@ class Study:
 
     @cached_property
     def x(self) -> Tensor:
-        """Prepared points (n_train + n_val, ...), training points first, on the device."""
-        return self._spec.prepare(self.data, self.data.x).to(self.device)
+        """Points (n_train + n_val, ...) as models take them, training points first, on the device.
+
+        Prepared; but images that would only be normalised stay bytes on a GPU, a quarter of the memory.
+        """
+        if self._bytes:
+            return torch.from_numpy(self.data.x).to(self.device).permute(0, 3, 1, 2)
+        x = self._spec.prepare(self.data, self.data.x)
+        layout = torch.channels_last if x.ndim == 4 else torch.contiguous_format  # convolutions are faster with it
+        return x.contiguous(memory_format=layout).to(self.device)
+
+    @cached_property
+    def _bytes(self) -> bool:
+        images = self.data.x_train.dtype == np.uint8 and self._spec.prepare is models.normalise
+        return images and self.device.type == "cuda"
+
+    @property
+    def features(self) -> np.ndarray:
+        """Prepared points, flattened: float32 (n_train + n_val, n_features)."""
+        return self._spec.prepare(self.data, self.data.x).flatten(1).numpy()
 
     @cached_property
     def y(self) -> Tensor:
         """Labels (n_train + n_val,) on the device."""
         return torch.from_numpy(self.data.y).to(self.device)
 
-    def module(self) -> torch.nn.Module:
-        """A fresh model."""
-        return self._spec.factory(tuple(self.x.shape[1:]), self.data.n_classes, **self.preset.model.options)
+    @cached_property
+    def module(self) -> Callable[[], torch.nn.Module]:
+        """Makes a fresh model."""
+        shape = tuple(self.x.shape[1:])
+        make = partial(self._spec.factory, shape, self.data.n_classes, **self.preset.model.options)
+        if not self._bytes:
+            return make
+        mean, std = (torch.tensor(v, device=self.device).view(-1, 1, 1) for v in (self.data.mean, self.data.std))
+        return partial(_normalising, make, mean, std)
 
     @property
     def training(self) -> ensemble.Training:
@@ -204,13 +227,13 @@ class Study:
     def execution(self) -> Execution:
         """How training is carried out here: measured once a machine and model, and kept, unless the preset says.
 
-        Compiling takes some seconds for each kind of step, so it is tried only where many steps are planned.
+        Processes and compiling take some seconds to start, so they are tried only where many steps are planned.
         """
         section = self.preset.ensembles
         chunk = None if section.chunk == "auto" else section.chunk
-        worthwhile = None if self._planned_steps() >= MANY_STEPS else False
-        allowed = worthwhile if section.compile == "auto" else section.compile
-        options = execution.candidates(self.device, chunk, allowed)
+        many = self._planned_steps() >= MANY_STEPS
+        allowed = (None if many else False) if section.compile == "auto" else section.compile
+        options = execution.candidates(self.device, chunk, allowed, many)
         if all(o.compile for o in options) and not execution.can_compile():
             raise DeviceError(
                 "ensembles.compile is true, but torch.compile does not work here (on CPU it needs a C++ compiler); "
@@ -247,20 +270,21 @@ class Study:
         return steps + p.attribution.n_subsets * self.training.steps(round(p.attribution.fraction * n))
 
     def _steps(self, execution: Execution, n: int) -> None:
-        """Take n training steps of `execution.chunk` models, to be timed."""
-        rng, size = np.random.default_rng(0), self.training.batch_size
-        models = ensemble.initialise(self.module, range(execution.chunk), self.device)
-        ensemble.descend(
-            models,
-            self.x,
-            (rng.integers(0, self.data.n_train, (execution.chunk, size)) for _ in range(n)),
-            ensemble.classification(self.y),
-            self.training.optimizer,
-            self.training.optimizer.start(models.params),
-            precision=self.training.precision,
-            compile=execution.compile,
-        )
-        if self.device.type == "cuda":
+        """Take n training steps of `execution.chunk` models in each of its workers, to be timed."""
+        module, x, training, device = self.module, self.x[: self.data.n_train], self.training, self.device
+        loss = ensemble.classification(self.y)
+
+        def take(worker: int) -> None:
+            rng = np.random.default_rng(worker)
+            size = (execution.chunk, training.batch_size)
+            models = ensemble.initialise(module, range(execution.chunk), device)
+            batches = (rng.integers(0, len(x), size) for _ in range(n))
+            start = training.optimizer.start(models.params)
+            compile, precision = execution.compile, training.precision
+            ensemble.descend(models, x, batches, loss, training.optimizer, start, precision=precision, compile=compile)
+
+        list(execution.run(take, range(execution.workers)))
+        if device.type == "cuda":
             torch.cuda.synchronize()
 
     def _identity(self) -> dict[str, Any]:
@@ -352,11 +376,13 @@ class Study:
 
     def train_shard(self, masks: np.ndarray, seeds: Sequence[int], keep_models: bool) -> dict[str, np.ndarray]:
         """What a store keeps of models trained with these masks and seeds: logits, masks, perhaps weights."""
-        n = self.data.n_train
-        x, y = self.x[:n], self.y[:n]
-        trained = ensemble.train(self.module, x, y, masks, seeds, self.training, self.execution)
-        kept = trained.state() if keep_models else {}
-        return {"logits": trained.logits(self.x).numpy(), "masks": masks, **kept}
+        x, n = self.x, self.data.n_train
+
+        def keep(models: ensemble.Ensemble) -> dict[str, np.ndarray]:
+            return {"logits": models.logits(x).numpy(), **(models.state() if keep_models else {})}
+
+        kept = ensemble.train_and(keep, self.module, x[:n], self.y[:n], masks, seeds, self.training, self.execution)
+        return {**kept, "masks": masks}
 
     def _place(self, stream: Stream) -> tuple[str, dict[str, Any]]:
         """Where a stream's store is, and the configuration that it belongs to."""
@@ -633,8 +659,7 @@ class Study:
             if part.kind == "random":
                 indices = forget_sets.random(self.data, size, rng, exclude)
             elif part.kind == "nearest":
-                features = self.x[: self.data.n_train].flatten(1).cpu().numpy()
-                indices = forget_sets.nearest(features, part.point, size)
+                indices = forget_sets.nearest(self.features[: self.data.n_train], part.point, size)
             elif part.kind == "class":
                 indices = forget_sets.class_share(self.data, part.label, part.share, rng)
             else:
@@ -832,6 +857,13 @@ class Study:
         with replacing(path) as temporary:
             table.to_csv(temporary, index=False, float_format="%.6g")
         return path
+
+
+def _normalising(make: Callable[[], torch.nn.Module], mean: Tensor, std: Tensor) -> torch.nn.Module:
+    """A model that takes bytes: `models.normalise` as its first step, which adds no parameter or name to it."""
+    model = make()
+    model.register_forward_pre_hook(lambda _, inputs: ((inputs[0].float() / 255 - mean) / std,))
+    return model
 
 
 def _klom_or_worst(unlearned: np.ndarray, oracle: np.ndarray) -> np.ndarray:

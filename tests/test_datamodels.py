@@ -85,7 +85,7 @@ def test_what_is_linear_is_recovered():
 
 
 def test_lambda_is_chosen_on_held_out_subsets():
-    masks, outputs, _ = subsets(60, noise=4.0, seed=1)
+    masks, outputs, _ = subsets(16, noise=4.0, seed=1)
     held, held_outputs, _ = subsets(40, noise=0.0, seed=1)
     labels = np.array([0, 1, 2, 0])
     best, scores = datamodels.choose_lambda(masks, outputs, held, held_outputs, labels, [1e-4, 0.1, 1e4])

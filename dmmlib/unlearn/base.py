@@ -286,19 +286,23 @@ def finetune(
     n_steps = len(gradients)
     checkpoints = np.unique(np.linspace(0, n_steps, problem.checkpoints + 1).round().astype(int))[1:]
 
+    # What follows may run in another process, so it refers to what it needs, not to the whole problem.
+    originals, x, labels, precision = problem.originals, problem.x, problem.labels, problem.training.precision
+    compile = problem.execution.compile
+
     def tune_chunk(members: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-        models = problem.originals[members.tolist()].clone()
+        models = originals[members.tolist()].clone()
         state = optimizer.start({k: v for k, v in models.params.items() if only is None or k in only})
         trajectory: list[np.ndarray] = []
 
         def run(phase: Phase, before: int) -> None:
             def record(taken: int) -> None:
                 if before + taken in checkpoints:
-                    trajectory.append(margins(models.logits(problem.x).numpy(), problem.labels))
+                    trajectory.append(margins(models.logits(x).numpy(), labels))
 
             descend(
                 models,
-                problem.x,
+                x,
                 (batch[members] for batch in phase.batches),
                 phase.loss,
                 optimizer,
@@ -307,8 +311,8 @@ def finetune(
                 masks=None if masks is None else {k: v[members] for k, v in masks.items()},
                 models=members,
                 rate=None if rate is None else lambda t: rate((before + t) / n_steps),
-                precision=problem.training.precision,
-                compile=problem.execution.compile,
+                precision=precision,
+                compile=compile,
                 after=record,
             )
 
@@ -316,9 +320,9 @@ def finetune(
         for phase in phases:
             run(phase, before)
             before += len(phase.batches)
-        return models.logits(problem.x).numpy(), trajectory
+        return models.logits(x).numpy(), trajectory
 
-    chunks = np.array_split(np.arange(problem.n_models), -(-problem.n_models // problem.execution.chunk))
+    chunks = problem.execution.split(np.arange(problem.n_models))
     logits, trajectories = zip(*problem.execution.run(tune_chunk, chunks), strict=True)
     answers = np.concatenate(logits)
     moments = [np.concatenate(moment) for moment in zip(*trajectories, strict=True)]

@@ -240,7 +240,7 @@ class Chooser(w.VBox):
     def _nearest(self) -> None:
         with self._saying():
             n = self.study.data.n_train
-            features = self.study.x.flatten(1).cpu().numpy()
+            features = self.study.features
             distances = ((features[:n] - features[self._point()]) ** 2).sum(1)
             self.selection.add(forget_sets.highest(-distances, self.k.value, self.selection.indices))
 
