@@ -11,7 +11,7 @@ from scipy.stats import multivariate_normal, t
 
 from dmmlib import metrics
 from dmmlib.attribution import bayesian, experiments
-from dmmlib.attribution.ablation import antithetic_masks, clustered_masks, posterior_weights
+from dmmlib.attribution.ablation import antithetic_masks, clustered_masks, posterior
 from dmmlib.attribution.bayesian import RHOS, covariance
 from dmmlib.errors import DataError, PresetError
 from dmmlib.metrics import Estimate
@@ -47,7 +47,8 @@ def test_dense_weights_are_those_of_the_bayesian_datamodel():
     context = problem(FACTORIES["mlp"], m=30)
     w0 = np.random.default_rng(0).normal(size=(10, 14)).astype(np.float32)
     model = bayesian.fit(context, w0, 0.3)
-    dense = posterior_weights(context.masks, context.margins, w0, covariance(w0, 0.3))
+    respond = posterior(context.masks, context.margins, w0, covariance(w0, 0.3))
+    dense = respond(np.eye(10))
     for forget in ([0], [2, 5, 7]):
         effect = metrics.right_logits(model.effect(forget), context.labels)
         np.testing.assert_allclose(-dense[forget].sum(0), effect, rtol=1e-3, atol=1e-4)
@@ -73,7 +74,7 @@ def log_evidence(a, y, c, rho):
 @pytest.mark.parametrize("each", [False, True])
 def test_without_mean_and_own_weights_it_is_gaussian_process_regression_at_the_best_evidence(each):
     masks, y, w0, c = parts_of_a_regression()
-    found = posterior_weights(masks, y, w0, c, mean=False, own=False, each=each)
+    found = posterior(masks, y, w0, c, mean=False, own=False, each=each)(np.eye(8))
     a, centred = masks - masks.mean(0), y - y.mean(0)
     scores = np.array([[log_evidence(a, column, c, rho) for column in centred.T] for rho in RHOS])
     rhos = RHOS[scores.argmax(0)] if each else np.full(y.shape[1], RHOS[scores.sum(1).argmax()])
@@ -84,7 +85,7 @@ def test_without_mean_and_own_weights_it_is_gaussian_process_regression_at_the_b
 
 def test_a_true_prior_mean_is_found_and_helps():
     masks, y, w0, c = parts_of_a_regression(m=12)
-    with_mean, without = (posterior_weights(masks, y, w0, c, mean=on) for on in (True, False))
+    with_mean, without = (posterior(masks, y, w0, c, mean=on)(np.eye(8)) for on in (True, False))
     assert np.abs(with_mean - w0).mean() < np.abs(without - w0).mean()
 
 

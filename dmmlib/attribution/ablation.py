@@ -1,6 +1,8 @@
-"""The Bayesian datamodel taken apart: its weights on margins with parts switched off, and designs of subsets."""
+"""The Bayesian datamodel taken apart: what it predicts of margins with parts switched off, and designs of subsets."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 from sklearn.cluster import KMeans
@@ -8,8 +10,11 @@ from sklearn.cluster import KMeans
 from dmmlib.attribution.bayesian import RHOS, _evidence
 from dmmlib.errors import DataError
 
+Respond = Callable[[np.ndarray], np.ndarray]
+"""From directions (k, n_train), such as indicators of forget sets, to w.d of each margin (k, n_points)."""
 
-def posterior_weights(
+
+def posterior(
     masks: np.ndarray,
     margins: np.ndarray,
     w0: np.ndarray,
@@ -18,10 +23,10 @@ def posterior_weights(
     mean: bool = True,
     own: bool = True,
     each: bool = False,
-) -> np.ndarray:
-    """Posterior mean of the weights on margins (n_train, n_points); `bayesian` has the model and its terms.
+) -> Respond:
+    """Posterior mean of the weights w on margins, as what it answers to directions; `bayesian` has model and terms.
 
-    With the defaults it is what `bayesian.fit` predicts margins with, written out densely.
+    With the defaults it is what `bayesian.fit` predicts margins with.
 
     Args:
         masks: training sets of the subset models (M, n_train).
@@ -67,9 +72,14 @@ def posterior_weights(
         b, rest = left(rho)
         combined[:, here] = rest[:, here] * (rho / (1 + rho * values))[:, None]
         b_own[here[:n]] = b[here[:n]]
-    weights = scale * prior + c @ (a.T @ (vectors @ combined))
-    weights[np.arange(n), np.arange(n)] += b_own
-    return weights
+    dual = vectors @ combined
+
+    def respond(d: np.ndarray) -> np.ndarray:
+        total = scale * (d @ prior) + (d @ c @ a.T) @ dual
+        total[:, :n] += d * b_own
+        return np.asarray(total)
+
+    return respond
 
 
 def antithetic_masks(masks: np.ndarray) -> np.ndarray:

@@ -16,8 +16,8 @@ import pandas as pd
 from scipy.stats import norm, t
 
 from dmmlib import metrics
-from dmmlib.attribution.ablation import antithetic_masks, clustered_masks, posterior_weights
-from dmmlib.attribution.base import Context
+from dmmlib.attribution.ablation import Respond, antithetic_masks, clustered_masks, posterior
+from dmmlib.attribution.base import Context, indicator
 from dmmlib.attribution.bayesian import BayesianDatamodel, covariance, fit
 from dmmlib.attribution.kernel import _residual, attributions, measured_residuals
 from dmmlib.datamodels import Attributor, RidgeDatamodel, lds, lds_estimate
@@ -262,9 +262,9 @@ def margins_of(study: Study, model: Attributor) -> Effect:
     return lambda f: right(study, model.effect(f))
 
 
-def dense(weights: np.ndarray) -> Effect:
-    """The change by weights of training points on margins (n_train, n_points)."""
-    return lambda f: -weights[f].sum(0)
+def leaving_out(respond: Respond, n_train: int) -> Effect:
+    """The change of margins that weights predict."""
+    return lambda f: -respond(indicator(f, n_train)[None])[0]
 
 
 def bayesian_lds(study: Study, model: BayesianDatamodel) -> Estimate:
@@ -354,7 +354,7 @@ class Variant:
         k, lam, originals: of the kernel.
         residual: "measured", "mean" or "held_out".
         delta: own share of the prior covariance.
-        mean, own, each: of `posterior_weights`.
+        mean, own, each: of `posterior`.
         prior_only: the kernel alone, scaled to the subset models.
     """
 
@@ -427,10 +427,10 @@ def ablate(study: Study, kernels: Kernels) -> pd.DataFrame:
     for draw in range(n_draws):
         for design, context in _designs(study, kernels, draw):
             for v in (v for v in wanted if v.subsets == design):
-                weights = _variant_weights(study, kernels, v, context, draw)
-                found = pd.DataFrame(yardstick.klom(dense(weights)))
+                respond = _fitted(study, kernels, v, context, draw)
+                found = pd.DataFrame(yardstick.klom(leaving_out(respond, study.data.n_train)))
                 scores = np.exp(np.log(found["value"]).groupby(found["split"]).mean()).to_dict()
-                scores["lds"] = float(lds((masks - context.masks.mean(0)) @ weights, actual).mean())
+                scores["lds"] = float(lds(respond(masks - context.masks.mean(0)), actual).mean())
                 rows += [(v.group, v.name, draw, split, value) for split, value in scores.items()]
     table = pd.DataFrame(rows, columns=["group", "name", "draw", "split", "value"])
     order = {(v.group, v.name): i for i, v in enumerate(wanted)}
@@ -438,7 +438,7 @@ def ablate(study: Study, kernels: Kernels) -> pd.DataFrame:
     return table.sort_values(["order", "draw"], kind="stable", ignore_index=True).drop(columns="order")
 
 
-def _variant_weights(study: Study, kernels: Kernels, v: Variant, context: Context, draw: int) -> np.ndarray:
+def _fitted(study: Study, kernels: Kernels, v: Variant, context: Context, draw: int) -> Respond:
     n = context.n_train
     k = v.k or study.preset.cheap.n_ablation
     if v.originals:
@@ -456,8 +456,10 @@ def _variant_weights(study: Study, kernels: Kernels, v: Variant, context: Contex
     if v.prior_only:
         predicted = (context.masks - context.masks.mean(0)) @ w0
         actual = margins - margins.mean(0)
-        return w0 * np.float32((predicted * actual).sum() / max(float((predicted**2).sum()), 1e-12))
-    return posterior_weights(context.masks, margins, w0, covariance(w0, v.delta), mean=v.mean, own=v.own, each=v.each)
+        slope = float((predicted * actual).sum() / max(float((predicted**2).sum()), 1e-12))
+        return lambda d: slope * (d @ w0)
+    c = covariance(w0, v.delta)
+    return posterior(context.masks, margins, w0, c, mean=v.mean, own=v.own, each=v.each)
 
 
 def against_default(table: pd.DataFrame) -> pd.DataFrame:
