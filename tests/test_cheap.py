@@ -286,11 +286,18 @@ def test_replication_goes_on_where_its_table_ends(study, tmp_path, monkeypatch):
     script.main([0], ["digits, mlp"], table)
     script.main([0, 1], ["digits, mlp"], table)
     assert [o["seed"] for o in asked] == [0, 1]
-    rows = pd.read_csv(table)
+    rows = experiments.replications(study, table)
     assert set(rows["attributor"]) == {"do nothing", "bayesian", "ridge"}
     assert len(rows) == 2 * (3 * 2 * 3 + 2)
     ratios = experiments.over_seeds(experiments.ratios(rows))
     assert set(ratios["kind"]) == {"random", "group", "every"}
+
+
+def test_without_a_table_a_run_stands_for_itself_without_an_interval(study, tmp_path):
+    rows = experiments.replications(study, tmp_path / "none.csv")
+    seeds = experiments.over_seeds(experiments.ratios(rows))
+    assert set(seeds["pair"]) == {"digits, linear"}
+    assert seeds["low"].isna().all()
 
 
 @pytest.mark.parametrize("pair", experiments.PAIRS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -582,6 +583,13 @@ def replicate(study: Study) -> pd.DataFrame:
     return table[["attributor", "n_models", "forget_set", "kind", "split", "statistic", "value"]]
 
 
+def replications(study: Study, table: Path) -> pd.DataFrame:
+    """The table that `make replicate` writes, or, where there is none yet, this study alone, as one pair and one seed."""
+    if table.exists():
+        return pd.read_csv(table)
+    return replicate(study).assign(pair=f"{study.data.name}, {study.preset.model.name}", seed=study.preset.seed)
+
+
 def ratios(table: pd.DataFrame) -> pd.DataFrame:
     """Bayesian over ridge, p95 KLoM (LDS: minus), a row a pair, seed, kind of forget set and split.
 
@@ -603,10 +611,12 @@ def ratios(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    """`ratios` over seeds: mean with a 95 % t-interval; columns pair, kind, split, value, low, high, n."""
+    """`ratios` over seeds: mean with a 95 % t-interval (NaN of one seed); columns pair, kind, split, value, low, high, n."""
     rows = []
     for (pair, kind, split), part in table.groupby(["pair", "kind", "split"], sort=False):
-        e = mean_over(part["value"].to_numpy(), log=split != "all")
+        values = part["value"].to_numpy()
+        several = len(values) > 1
+        e = mean_over(values, log=split != "all") if several else Estimate(float(values[0]), np.nan, np.nan)
         rows.append((pair, kind, split, e.value, e.low, e.high, len(part)))
     return pd.DataFrame(rows, columns=["pair", "kind", "split", "value", "low", "high", "n"])
 
