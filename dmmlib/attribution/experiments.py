@@ -584,7 +584,7 @@ def replicate(study: Study) -> pd.DataFrame:
 
 
 def replications(study: Study, table: Path) -> pd.DataFrame:
-    """The table that `make replicate` writes, or, where there is none yet, this study alone, as one pair and one seed."""
+    """The table that `make replicate` writes, or, where there is none, this study alone: one pair, one seed."""
     if table.exists():
         return pd.read_csv(table)
     return replicate(study).assign(pair=f"{study.data.name}, {study.preset.model.name}", seed=study.preset.seed)
@@ -611,7 +611,7 @@ def ratios(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    """`ratios` over seeds: mean with a 95 % t-interval (NaN of one seed); columns pair, kind, split, value, low, high, n."""
+    """`ratios` over seeds: mean, 95 % t-interval (NaN of one seed), n: pair, kind, split, value, low, high, n."""
     rows = []
     for (pair, kind, split), part in table.groupby(["pair", "kind", "split"], sort=False):
         values = part["value"].to_numpy()
