@@ -143,14 +143,20 @@ def held_out_margins(study: Study, chosen: bool = False) -> tuple[np.ndarray, np
 # --- subset models -------------------------------------------------------------------------------------
 
 
+def sizes(study: Study) -> list[int]:
+    """Numbers of subset models that Bayesian datamodels are fitted to; the preset's own is always one of them."""
+    return sorted({*study.preset.cheap.sizes, study.preset.attribution.n_subsets})
+
+
 def pool(study: Study, start: int, stop: int) -> Context:
     """Subset models `start` to `stop` of the preset's attribution, and of more that are trained on the same lines.
 
     The weights are those of the first `n_kernel` of them.
     """
     section, own = study.preset.attribution, len(study.context.masks)
-    wanted = max(*study.preset.cheap.sizes, own)
-    more = Stream("attribution:more", study.random_masks("attribution masks", wanted, section.fraction)[own:], True)
+    more = Stream(
+        "attribution:more", study.random_masks("attribution masks", max(sizes(study)), section.fraction)[own:], True
+    )
     parts = [replace(study.context, masks=study.context.masks[start:own], outputs=study.context.outputs[start:own],
                      models=None)] if start < own else []  # fmt: skip
     models = study.context.subset_models()[start:own] if start < own else None
@@ -168,9 +174,9 @@ def pool(study: Study, start: int, stop: int) -> Context:
 
 def draws(study: Study, size: int) -> list[int]:
     """Where blocks of `size` models start: up to `n_draws` that share none."""
-    cheap = study.preset.cheap
-    apart = max(cheap.sizes) // cheap.n_draws
-    n = cheap.n_draws if size <= apart else max(1, max(cheap.sizes) // size)
+    n_draws, every = study.preset.cheap.n_draws, max(sizes(study))
+    apart = every // n_draws
+    n = n_draws if size <= apart else max(1, every // size)
     return [k * max(size, apart) for k in range(n)]
 
 
@@ -294,7 +300,7 @@ def curve(study: Study, kernels: Kernels) -> pd.DataFrame:
     for size in (s for s in study.preset.datamodels.sizes if s <= study.preset.datamodels.n_subsets):
         effect, _, score = ridge(study, size)
         add([*yardstick.klom(effect), _lds_row(score)], "ridge", size)
-    for size in study.preset.cheap.sizes:
+    for size in sizes(study):
         for draw, start in enumerate(draws(study, size)):
             context = pool(study, start, start + size)
             k = context.subset_models().n_models
@@ -565,7 +571,7 @@ def replicate(study: Study) -> pd.DataFrame:
     m, many = study.preset.attribution.n_subsets, study.preset.datamodels.n_subsets
     zero = np.zeros(len(study.data.y), np.float32)
     effect, _, score = ridge(study, many)
-    model = study.attributor
+    model = study.attributor_of("bayesian")
     assert isinstance(model, BayesianDatamodel)
     found = {
         ("do nothing", 0): yardstick.klom(lambda _: zero),
