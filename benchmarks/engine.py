@@ -181,7 +181,11 @@ def overhead_a_shard(client: Any, repeats: int = 20) -> float:
 
 
 def measure(
-    contenders: dict[str, Contender], size: int, rounds: int, beside: Callable[[], dict[str, float]]
+    contenders: dict[str, Contender],
+    size: int,
+    rounds: int,
+    beside: Callable[[], dict[str, float]],
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Model-steps a second of each, a number a round, and medians of what is measured beside them.
 
@@ -191,17 +195,19 @@ def measure(
     also = []
     for number in range(rounds + 1):
         for name, steps in contenders.items():
-            start = time.perf_counter()
+            start = clock()
             done = steps(size)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if number:
-                rates[name].append(done / (time.perf_counter() - start))
+                rates[name].append(done / (clock() - start))
         also.append(beside())
     return rates, {k: statistics.median(numbers[k] for numbers in also) for k in also[0]}
 
 
-def products(chunk: int, device: torch.device, repeats: int = 30) -> dict[str, float]:
+def products(
+    chunk: int, device: torch.device, clock: Callable[[], float] = time.perf_counter, repeats: int = 30
+) -> dict[str, float]:
     """FLOP/s of plain products: large ones, and the mlp's own at a batch, in all threads."""
     rates = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -213,11 +219,11 @@ def products(chunk: int, device: torch.device, repeats: int = 30) -> dict[str, f
             a, b = (torch.randn(shape, device=device, dtype=dtype) for shape in (left, right))
             times = []
             for _ in range(repeats):
-                start = time.perf_counter()
+                start = clock()
                 torch.bmm(a, b)
                 if device.type == "cuda":
                     torch.cuda.synchronize()
-                times.append(time.perf_counter() - start)
+                times.append(clock() - start)
             flop = 2 * math.prod(left) * right[-1]
             rates[f"{what}, {str(dtype).removeprefix('torch.')}"] = flop / statistics.median(times)
     return rates
@@ -260,13 +266,18 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(OPTIONS), choices=list(OPTIONS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--one-core", action="store_true", help="one thread, in processor time: where others compute")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "engine.json")
     arguments = parser.parse_args()
     device = resolve_device(arguments.device)
     report: dict = {"machine": execution.machine(device) | {"platform": platform.platform()}, "models": {}}
     report["load_before"] = os.getloadavg()[0]  # of what else runs: above 0, ratios hold better than rates
     client: Any = None
-    if device.type == "cpu":
+    clock = time.perf_counter
+    if arguments.one_core:
+        torch.set_num_threads(1)
+        clock = time.process_time
+    elif device.type == "cpu":
         import distributed
 
         workers = distributed.LocalCluster(torch.get_num_threads(), threads_per_worker=1, dashboard_address=None)
@@ -281,7 +292,7 @@ def main() -> None:
         fast = Execution(chunk, cores, compile=True, processes=cores > 1)
         contenders: dict[str, Contender] = {"loop": loop(name, device)}
         stop = None
-        if device.type == "cpu":
+        if cores > 1:
             contenders["loop in a process a core"], stop = two_processes(name)
         hand = by_hand(name, device, 32 if name == "mlp" else 4)
         if hand:
@@ -294,7 +305,7 @@ def main() -> None:
         if client and name == "mlp":
             contenders["dmmlib, a Dask process a core"] = dask_processes(name, chunk, client)
         rates, peak = measure(
-            contenders, SIZE[name], arguments.rounds, functools.partial(products, CHUNK["mlp"], device)
+            contenders, SIZE[name], arguments.rounds, functools.partial(products, CHUNK["mlp"], device, clock), clock
         )
         if stop:
             stop()

@@ -153,6 +153,16 @@ def _template(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).to("meta")
 
 
+def concatenate(parts: Sequence[Ensemble]) -> Ensemble:
+    """One ensemble of all models, in order."""
+    first = parts[0]
+    return Ensemble(
+        first.module,
+        {k: torch.cat([p.params[k] for p in parts]) for k in first.params},
+        {k: torch.cat([p.buffers[k] for p in parts]) for k in first.buffers},
+    )
+
+
 _DRAWING = threading.Lock()  # modules draw from torch's global generator, and chunks train in threads
 
 

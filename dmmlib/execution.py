@@ -19,7 +19,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import cloudpickle
@@ -156,11 +156,12 @@ def candidates(
     """
     cuda = device.type == "cuda"
     workers = 1 if cuda else torch.get_num_threads()
-    processes = many and workers > 1
     plain = (4, 32, 128) if cuda else (1, 32)
     larger = (4, 32, 128) if cuda else (1, 4, 16)  # a compiled step has less to share
-    made = [Execution(chunk or c, workers, False, processes) for c in plain if compile is not True]
-    made += [Execution(chunk or c, workers, True, processes) for c in larger if compile is not False]
+    made = [Execution(chunk or c, workers) for c in plain if compile is not True]
+    made += [Execution(chunk or c, workers, compile=True) for c in larger if compile is not False]
+    if many and workers > 1:  # the smallest and the largest chunk also in processes, which take time to start
+        made += [replace(way, processes=True) for way in (made[0], made[-1])]
     return tuple(dict.fromkeys(made))
 
 

@@ -14,12 +14,14 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
+from dmmlib.adversary.settings import AdversarySettings
 from dmmlib.attribution.settings import CheapSettings
 from dmmlib.convex import ConvexSettings
 from dmmlib.ensemble import Training
 from dmmlib.errors import PresetError
 from dmmlib.exact.settings import ExactSettings
 from dmmlib.meta.settings import MetaSettings
+from dmmlib.multimodal.settings import MultimodalSettings
 
 PRESETS_DIR = Path(__file__).parents[1] / "presets"
 
@@ -144,6 +146,8 @@ class Preset(Section):
     exact: ExactSettings = ExactSettings()
     meta: MetaSettings = MetaSettings()
     cheap: CheapSettings = CheapSettings()
+    multimodal: MultimodalSettings = MultimodalSettings()
+    adversary: AdversarySettings = AdversarySettings()
 
 
 PLACES = ("device", "threads", "scheduler", "cluster", "store")  # where things run and lie, not what is computed

@@ -272,7 +272,8 @@ def test_what_a_preset_settles_is_not_tried():
     assert not any(e.compile for e in candidates(cpu, compile=False))
     assert all(e.compile for e in candidates(cpu, compile=True))
     assert not any(e.processes for e in candidates(cpu)), "little work must not wait for processes to start"
-    assert all(e.processes == (e.workers > 1) for e in candidates(cpu, many=True))
+    both = {e.processes for e in candidates(cpu, many=True)}
+    assert both == ({False, True} if torch.get_num_threads() > 1 else {False}), "which is faster is measured"
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,32 @@ def test_a_preview_compares_the_originals_with_what_the_attributor_expects():
     assert all(c.point != 2 for c in seen.changes.top(3, np.array([0, 1, 7])))
 
 
+class Alike:
+    """An attributor in which every point raises all logits of one class a little; points 0 to 4 act together."""
+
+    def effects(self, forget_sets):
+        effects = np.zeros((len(forget_sets), 60, 3), np.float32)
+        for row, forget in zip(effects, forget_sets, strict=True):
+            row[:, 0] = sum(1.0 if i < 5 else 0.02 * (-1) ** i for i in np.asarray(forget).tolist())
+        return effects
+
+    def effect(self, forget):
+        return self.effects([forget])[0]
+
+
+def test_a_request_that_acts_together_stands_out_against_random_ones():
+    rng = np.random.default_rng(0)
+    previewer = Previewer(Alike(), rng.normal(size=(4, 60, 3)).astype(np.float32), rng.integers(0, 3, 60), n_train=50)
+    usual = previewer.usual(shares=(0.04, 0.1, 0.2), n_sets=12)
+    assert [u.size for u in usual] == [2, 5, 10]
+    assert usual[0].mean < usual[-1].mean
+    together, ordinary = previewer.preview(range(5)), previewer.preview(range(20, 25))
+    assert "it stands out" in previews.beyond_usual(usual, together)
+    assert "does not stand out" in previews.beyond_usual(usual, ordinary)
+    assert f"{together.elsewhere:.1%} would change" in previews.beyond_usual(usual, together)
+    assert previews.beyond_usual([], together) == "", "nothing measured, nothing claimed"
+
+
 @pytest.mark.parametrize("forget", [[], list(range(6)), [7]])
 def test_no_preview_of_what_is_no_forget_set(forget):
     with pytest.raises(ForgetSetError):

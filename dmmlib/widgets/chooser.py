@@ -55,6 +55,7 @@ class Chooser(w.VBox):
         self._previewer = previews.Previewer(
             study.attributor, study.original_logits[: previews.N_ORIGINALS], data.y, data.n_train
         )
+        self.usual = self._previewer.usual() if trust else []
         self.selection = Selection(data.n_train, start.indices if start else ())
         self.preview: previews.Preview | None = None
         self.saved: Path | None = None
@@ -370,7 +371,9 @@ class Chooser(w.VBox):
         warning = previews.warning(self.measured, preview.size)
         notice = f'<div class="dmm-notice" role="note">{html.escape(warning)}</div>' if warning else ""
         cost = html.escape(previews.cost(self.study, preview.size))
-        return f'<div class="dmm-outcome">{table}{notice}<p class="dmm-quiet">{cost}</p></div>'
+        beyond = html.escape(previews.beyond_usual(self.usual, preview))
+        said = "".join(f'<p class="dmm-quiet">{line}</p>' for line in (beyond, cost) if line)
+        return f'<div class="dmm-outcome">{table}{notice}{said}</div>'
 
     def _show_changes(self, _: object = None) -> None:
         if self.preview is None:
