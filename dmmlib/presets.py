@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from dmmlib.adversary.settings import AdversarySettings
+from dmmlib.attribution.settings import CheapSettings
 from dmmlib.convex import ConvexSettings
 from dmmlib.ensemble import Training
 from dmmlib.errors import PresetError
@@ -144,6 +145,7 @@ class Preset(Section):
     convex: ConvexSettings = ConvexSettings()
     exact: ExactSettings = ExactSettings()
     meta: MetaSettings = MetaSettings()
+    cheap: CheapSettings = CheapSettings()
     multimodal: MultimodalSettings = MultimodalSettings()
     adversary: AdversarySettings = AdversarySettings()
 

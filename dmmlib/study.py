@@ -421,11 +421,11 @@ class Study:
         masks = np.ones((self.preset.ensembles.n_models, self.data.n_train), bool)
         return Stream("originals", masks, keep_models=True)
 
-    def _models(self, stream: Stream) -> ensemble.Ensemble:
+    def _models(self, stream: Stream, start: int = 0, stop: int | None = None) -> ensemble.Ensemble:
         """The models of a stream that keeps them."""
         module = self.module()
         names = ensemble.initialise(lambda: module, [0]).state()
-        state = {name: self._read(stream, name) for name in names}
+        state = {name: self._read(stream, name, start, stop) for name in names}
         return ensemble.Ensemble.from_state(module, state, self.device)
 
     @cached_property
@@ -468,9 +468,9 @@ class Study:
     def subset_masks(self) -> np.ndarray:
         """Which points each subset model is trained on: bool (n_subsets + n_held_out, n_train)."""
         section = self.preset.datamodels
-        return self._masks("masks", section.n_subsets + section.n_held_out, section.fraction)
+        return self.random_masks("masks", section.n_subsets + section.n_held_out, section.fraction)
 
-    def _masks(self, stream: str, n: int, fraction: float) -> np.ndarray:
+    def random_masks(self, stream: str, n: int, fraction: float) -> np.ndarray:
         """n random subsets of S of that share, bool (n, n_train)."""
         masks = np.zeros((n, self.data.n_train), bool)
         size = round(fraction * self.data.n_train)
@@ -494,6 +494,10 @@ class Study:
         """
         m = self.preset.datamodels.n_subsets
         return self._subset_stream.masks[:m], self._outputs(self._subset_stream, 0, m)
+
+    def raw_subset_logits(self) -> np.ndarray:
+        """Logits (M, n_points, n_classes) of the same models as they came, in no gauge."""
+        return self._read(self._subset_stream, "logits", 0, self.preset.datamodels.n_subsets)
 
     @cached_property
     def held_out(self) -> tuple[np.ndarray, np.ndarray]:
@@ -556,19 +560,22 @@ class Study:
     @cached_property
     def _attribution_stream(self) -> Stream:
         section = self.preset.attribution
-        masks = self._masks("attribution masks", section.n_subsets, section.fraction)
+        masks = self.random_masks("attribution masks", section.n_subsets, section.fraction)
         return Stream("attribution", masks, keep_models=True)
 
     @cached_property
     def context(self) -> attribution.Context:
         """What attributors are fitted to: the subset models of the preset's attribution, and the originals."""
-        stream = self._attribution_stream
+        return self.context_of(self._attribution_stream)
+
+    def context_of(self, stream: Stream, start: int = 0, stop: int | None = None) -> attribution.Context:
+        """The same of other subset models: some rows of a stream that keeps its models."""
         return attribution.Context(
             self.x,
             self.y,
-            stream.masks,
-            self._outputs(stream),
-            self._models(stream),
+            stream.masks[start:stop],
+            self._outputs(stream, start, stop),
+            self._models(stream, start, stop),
             self.originals,
             self.original_logits,
             self.preset.seed,
