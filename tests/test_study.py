@@ -106,7 +106,7 @@ def test_images_as_bytes_give_the_same_models(tmp_path):
         one = study(tmp_path / str(as_bytes), {"model.name": "convnet"})
         one.__dict__["_bytes"] = as_bytes
         assert str(one.x.dtype) == ("torch.uint8" if as_bytes else "torch.float32")
-        gd = unlearn.get("gd")(one.problem(one.tuning_sets["tune"], tuning=True, attribute=False))
+        gd = unlearn.get("gd")(one.problem(one.tuning_sets["tune"], "gd", tuning=True))
         answers += [(one.original_logits, gd.margins)]
     for prepared, from_bytes in zip(*answers, strict=True):
         np.testing.assert_allclose(from_bytes, prepared, atol=1e-4)
@@ -117,7 +117,7 @@ def test_processes_train_the_same_study(tmp_path, tiny):
     one.__dict__["execution"] = execution.Execution(4, 2, processes=True)
     np.testing.assert_allclose(one.subsets[1], tiny.subsets[1], atol=1e-5)
     for method in ("gd", "scrub", "dmm"):
-        results = [unlearn.get(method)(s.problem(s.forget_sets["random_6"])) for s in (one, tiny)]
+        results = [unlearn.get(method)(s.problem(s.forget_sets["random_6"], method)) for s in (one, tiny)]
         np.testing.assert_allclose(results[0].margins, results[1].margins, atol=1e-4)
         np.testing.assert_allclose(results[0].trajectory, results[1].trajectory, atol=1e-4)
 
