@@ -27,22 +27,14 @@ def normalise(data: Dataset, x: np.ndarray) -> Tensor:
     """
     if x.dtype != np.uint8:
         return torch.from_numpy(x)
-    return standardise(data, torch.from_numpy(x).float() / 255)
-
-
-def standardise(data: Dataset, images: Tensor) -> Tensor:
-    """Images (n, height, width, channels) with values from 0 to 1, normalised: (n, channels, height, width)."""
-    mean, std = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in (data.mean, data.std))
-    return (images.permute(0, 3, 1, 2).contiguous() - mean) / std
+    images = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous().float() / 255
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (data.mean, data.std))
+    return (images - mean) / std
 
 
 def pooled(data: Dataset, x: np.ndarray) -> Tensor:
-    """`normalise`, then `pool`: (n, features)."""
-    return pool(normalise(data, x))
-
-
-def pool(images: Tensor) -> Tensor:
-    """Average-pooled 2 x 2 where there are at least 20 rows, and flattened: (n, features)."""
+    """`normalise`, average-pooled 2 x 2 where there are at least 20 rows, and flattened: (n, features)."""
+    images = normalise(data, x)
     if images.ndim == 4 and images.shape[-1] >= 20:
         images = F.avg_pool2d(images, 2)
     return images.flatten(1)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
-from dmmlib import ensemble, models
+from dmmlib import ensemble
 from dmmlib.adversary import attacks
 from dmmlib.adversary.settings import AdversarySettings
-from dmmlib.adversary.world import Victim, World, cores, with_poison
+from dmmlib.adversary.world import Victim, World, cores, standardise, with_poison
 from dmmlib.data import Dataset
 from dmmlib.exact.chains import SGD, delete, learn
 from dmmlib.exact.problem import Problem
@@ -24,7 +24,7 @@ def victim(data: Dataset, s: AdversarySettings, execution: Execution | None = No
     """Logistic regression on points of norm 1 (`exact.problem.from_images`), as a module of two logits."""
 
     def prepare(images: Tensor) -> Tensor:
-        pixels = adaptive_avg_pool2d(models.standardise(data, images), s.convex_side).flatten(1)
+        pixels = adaptive_avg_pool2d(standardise(data, images), s.convex_side).flatten(1)
         return normalize(torch.cat([pixels, pixels.new_ones(len(pixels), 1)], 1), dim=1)
 
     width = prepare(torch.zeros(1, *data.x_train.shape[1:])).shape[1]

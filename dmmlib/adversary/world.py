@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
 
 from dmmlib import ensemble, metrics, models
 from dmmlib.adversary import simplex
@@ -50,6 +51,17 @@ class Victim:
         return ensemble.train(self.factory, x, torch.from_numpy(y), masks, seeds, self.training, self.execution)
 
 
+def standardise(data: Dataset, images: Tensor) -> Tensor:
+    """`models.normalise` of pixels in [0, 1] (n, height, width, channels), to be differentiated in them."""
+    mean, std = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in (data.mean, data.std))
+    return (images.permute(0, 3, 1, 2).contiguous() - mean) / std
+
+
+def pool(images: Tensor) -> Tensor:
+    """What `models.pooled` does after normalising, to be differentiated: (n, features)."""
+    return (avg_pool2d(images, 2) if images.shape[-1] >= 20 else images).flatten(1)
+
+
 def cores() -> Execution:
     """A chunk of small models a core; nothing is compiled, as nothing here trains for long."""
     return Execution(32, torch.get_num_threads())
@@ -59,7 +71,7 @@ def mlp(data: Dataset, s: AdversarySettings, execution: Execution | None = None)
     """One hidden layer on pooled pixels."""
 
     def prepare(images: Tensor) -> Tensor:
-        return models.pool(models.standardise(data, images))
+        return pool(standardise(data, images))
 
     width = prepare(torch.zeros(1, *data.x_train.shape[1:])).shape[1]
     return Victim(
