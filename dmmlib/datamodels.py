@@ -223,6 +223,30 @@ class RidgeDatamodel:
         return self.respond(np.asarray(masks, np.float32) - self.mean_mask.cpu().numpy(), mean=1.0)
 
 
+@dataclass(frozen=True)
+class Gauged:
+    """A datamodel of raw logits as an attributor in the margin gauge.
+
+    Its change of logits is added to those of some originals, and the mean change in the gauge is taken. So the margin
+    bends as it does in a model where a class overtakes another, which the margin's own linear datamodel cannot see;
+    but noise of every logit enters it.
+
+    Attributes:
+        model: of raw logits.
+        logits: of some originals (n_models, n_points, n_classes).
+        labels: (n_points,).
+    """
+
+    model: RidgeDatamodel
+    logits: np.ndarray
+    labels: np.ndarray
+
+    def effect(self, forget: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Predicted change of logits (n_points, n_classes) on retraining without F; raises ForgetSetError."""
+        before, after = (margin_gauge(z, self.labels) for z in (self.logits, self.logits + self.model.effect(forget)))
+        return (after - before).mean(0)
+
+
 def lds(predicted: np.ndarray, actual: np.ndarray) -> np.ndarray:
     """Linear datamodelling score of each point (Park et al., "TRAK", ICML 2023).
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
+N_GAUGE = 20  # originals that a ridge datamodel's change of logits is turned into one of margins at
 MANY_STEPS = 200_000  # model-steps from which on processes and compilation can pay
 VERSION = 2  # of everything in runs/store: raise it when the same configuration gives other numbers
 
@@ -533,21 +534,24 @@ class Study:
         """
         section = self.preset.datamodels
         settings = [{"lam": lam, "own_share": s} for lam in section.lambdas for s in section.own_shares]
-        masks, outputs = self.subsets
+        logits = self.raw_subset_logits()
 
         def dm_direct(problem: Problem, **setting: float) -> Unlearned:
-            fitted = datamodels.RidgeDatamodel.fit(masks, outputs, device=self.device, **setting)
+            fitted = self._ridge(logits, **setting)
             return unlearn.get("dm_direct")(dataclasses.replace(problem, attributor=fitted))
 
         return self._search("datamodel", dm_direct, settings, "ridge", {"datamodels": self._datamodel_config()})
 
+    def _ridge(self, logits: np.ndarray, lam: float, own_share: float) -> datamodels.Gauged:
+        """The paper's kind of datamodel: of raw logits."""
+        model = datamodels.RidgeDatamodel.fit(self.subset_masks()[: len(logits)], logits, lam, self.device, own_share)
+        return datamodels.Gauged(model, self.original_logits[:N_GAUGE], self.data.y)
+
     @cached_property
-    def datamodel(self) -> datamodels.RidgeDatamodel:
-        """The ridge datamodel on all M subset models, with the setting that did best on the tuning sets."""
+    def datamodel(self) -> datamodels.Gauged:
+        """Ridge on the raw logits of all M subset models, with the setting that did best on the tuning sets."""
         best = self.search_datamodel().iloc[0]
-        return datamodels.RidgeDatamodel.fit(
-            *self.subsets, float(best["lam"]), self.device, own_share=float(best["own_share"])
-        )
+        return self._ridge(self.raw_subset_logits(), float(best["lam"]), float(best["own_share"]))
 
     def lds(self, model: Predictor) -> np.ndarray:
         """Predicted and actual margins (2, n_held_out / 2, n_points) on subsets that chose nothing."""
@@ -697,7 +701,7 @@ class Study:
         )
 
     def _datamodel_config(self) -> dict[str, Any]:
-        return self.preset.datamodels.model_dump(exclude={"sizes"})
+        return self.preset.datamodels.model_dump(exclude={"sizes"}) | {"regressed": "raw logits"}
 
     def search(self, method: str) -> pd.DataFrame:
         """Every setting tried of a method on the tuning sets, best first; kept on disk.

@@ -285,7 +285,7 @@ def curve(study: Study, kernels: Kernels) -> pd.DataFrame:
     """p95 KLoM of DM-direct on the reported forget sets, and LDS, against the number of subset models.
 
     Returns:
-        Columns attributor ("bayesian", "ridge", "do nothing", "floor", "true mean shift"), n_models, draw, forget_set,
+        Columns attributor ("bayesian", "ridge", "ridge, raw logits", "do nothing", "floor", "true mean shift"), n_models, draw, forget_set,
         split, statistic ("klom_p95", "lds"), value, low, high (of the LDS, over held-out subsets).
     """
     yardstick, rows = Yardstick.reported(study), list[dict[str, Any]]()
@@ -300,6 +300,8 @@ def curve(study: Study, kernels: Kernels) -> pd.DataFrame:
     for size in (s for s in study.preset.datamodels.sizes if s <= study.preset.datamodels.n_subsets):
         effect, _, score = ridge(study, size)
         add([*yardstick.klom(effect), _lds_row(score)], "ridge", size)
+    raw = study.attributor_of("ridge")
+    add(yardstick.klom(lambda f: right(study, raw.effect(f))), "ridge, raw logits", study.preset.datamodels.n_subsets)
     for size in sizes(study):
         for draw, start in enumerate(draws(study, size)):
             context = pool(study, start, start + size)

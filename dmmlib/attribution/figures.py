@@ -16,7 +16,8 @@ from dmmlib.attribution.experiments import SPLITS
 from dmmlib.plots import titled
 
 _PALETTE = sns.color_palette("colorblind", 10)
-LOOKS = {"bayesian": ("Bayesian", _PALETTE[3], "o"), "ridge": ("ridge", _PALETTE[0], "s")}
+LOOKS = {"bayesian": ("Bayesian", _PALETTE[3], "o"), "ridge": ("ridge, margin gauge", _PALETTE[0], "s"),
+         "ridge, raw logits": ("ridge, raw logits", _PALETTE[2], "D")}  # fmt: skip
 LINES = {
     "do nothing": ("do nothing", "0.35", ":"),
     "floor": ("retraining again (floor)", "black", "-"),
