@@ -285,8 +285,9 @@ def curve(study: Study, kernels: Kernels) -> pd.DataFrame:
     """p95 KLoM of DM-direct on the reported forget sets, and LDS, against the number of subset models.
 
     Returns:
-        Columns attributor ("bayesian", "ridge", "ridge, raw logits", "do nothing", "floor", "true mean shift"), n_models, draw, forget_set,
-        split, statistic ("klom_p95", "lds"), value, low, high (of the LDS, over held-out subsets).
+        Columns attributor ("bayesian", "ridge", "ridge, raw logits", "do nothing", "floor", "true mean shift"),
+        n_models, draw, forget_set, split, statistic ("klom_p95", "lds"), value, low, high (of the LDS, over held-out
+        subsets).
     """
     yardstick, rows = Yardstick.reported(study), list[dict[str, Any]]()
 
