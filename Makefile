@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
-.PHONY: setup study test lab lint publish clean
+.PHONY: setup study test lab lint publish replicate clean
 
 setup: $(READY)
 
@@ -29,6 +29,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+replicate: $(READY)  ## cheap attribution on other data, models and seeds, for notebook 07
+	$(BIN)/python scripts/replicate.py
 
 publish: study  ## put the executed notebooks of the run into notebooks/
 	$(BIN)/python scripts/publish.py $(PRESET)

@@ -44,7 +44,7 @@ def main() -> None:
     )
     print("| sustained rate | models an hour | hours for all | on 8 |")
     print("| --- | --- | --- | --- |")
-    rates = [(f"{arguments.measured / 1e12:.2f} TFLOP/s, measured on two CPU cores", arguments.measured)]
+    rates = [(f"{arguments.measured / 1e12:.2f} TFLOP/s, measured on CPU", arguments.measured)]
     rates += [(f"{tera} TFLOP/s, assumed", tera * 1e12) for tera in (10, 50, 100, 200)]
     for what, rate in rates:
         if rate:

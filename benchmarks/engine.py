@@ -1,9 +1,11 @@
 """How fast models train, against how peers do it and against the machine's own product rate.
 
-    python benchmarks/engine.py [--models mlp convnet resnet9] [--rounds 5] [--out engine.json]
+    python benchmarks/engine.py [--models mlp convnet resnet9] [--rounds 5] [--out results/engine.json]
 
 Everything is measured in one run, interleaved round by round; medians over rounds, and ratios to the plain
 loop. A model is one of the laptop preset's subset models: 1,000 of 2,000 images, 20 epochs, batches of 50.
+What is dmmlib's includes its set-up and the way of weights and data to worker processes and back.
+On a GPU it prints the same, and models an hour of ResNet-9 (width 64, half of CIFAR-10's size, 24 epochs).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import functools
 import json
 import math
 import multiprocessing as mp
+import os
 import platform
 import statistics
 import sys
@@ -25,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from dmmlib import data, ensemble, execution, models
 from dmmlib.execution import Execution
@@ -32,7 +36,8 @@ from dmmlib.models import resolve_device
 
 BATCH, STEPS = 50, 400  # a half model takes 20 epochs of 20 steps
 OPTIONS = {"mlp": {}, "convnet": {}, "resnet9": {"width": 16}}
-SIZE = {"mlp": 400, "convnet": 80, "resnet9": 6}  # steps a measurement
+SIZE = {"mlp": 400, "convnet": 200, "resnet9": 16}  # steps a measurement
+CHUNK = {"mlp": 16, "convnet": 1, "resnet9": 1}  # models a compiled step
 
 
 def task(name: str, device: torch.device) -> tuple[Callable[[], nn.Module], Tensor, Tensor]:
@@ -41,8 +46,9 @@ def task(name: str, device: torch.device) -> tuple[Callable[[], nn.Module], Tens
     spec = models.get(name)
     x = spec.prepare(d, d.x)[:2000]
     if name == "resnet9":
-        x = F.interpolate(x, size=32).expand(-1, 3, -1, -1).contiguous()
+        x = F.interpolate(x, size=32).expand(-1, 3, -1, -1)
     factory = lambda: spec.factory(tuple(x.shape[1:]), 10, **OPTIONS[name])  # noqa: E731
+    x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
     return factory, x.to(device), torch.from_numpy(d.y)[:2000].to(device)
 
 
@@ -174,21 +180,34 @@ def overhead_a_shard(client: Any, repeats: int = 20) -> float:
     return statistics.median(times)
 
 
-def measure(contenders: dict[str, Contender], size: int, rounds: int) -> dict[str, list[float]]:
-    """Model-steps a second of each, a number a round; the first round warms up and does not count."""
+def measure(
+    contenders: dict[str, Contender],
+    size: int,
+    rounds: int,
+    beside: Callable[[], dict[str, float]],
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Model-steps a second of each, a number a round, and medians of what is measured beside them.
+
+    The first round warms up and does not count.
+    """
     rates: dict[str, list[float]] = {name: [] for name in contenders}
+    also = []
     for number in range(rounds + 1):
         for name, steps in contenders.items():
-            start = time.perf_counter()
+            start = clock()
             done = steps(size)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if number:
-                rates[name].append(done / (time.perf_counter() - start))
-    return rates
+                rates[name].append(done / (clock() - start))
+        also.append(beside())
+    return rates, {k: statistics.median(numbers[k] for numbers in also) for k in also[0]}
 
 
-def products(chunk: int, device: torch.device, repeats: int = 30) -> dict[str, float]:
+def products(
+    chunk: int, device: torch.device, clock: Callable[[], float] = time.perf_counter, repeats: int = 30
+) -> dict[str, float]:
     """FLOP/s of plain products: large ones, and the mlp's own at a batch, in all threads."""
     rates = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -200,20 +219,46 @@ def products(chunk: int, device: torch.device, repeats: int = 30) -> dict[str, f
             a, b = (torch.randn(shape, device=device, dtype=dtype) for shape in (left, right))
             times = []
             for _ in range(repeats):
-                start = time.perf_counter()
+                start = clock()
                 torch.bmm(a, b)
                 if device.type == "cuda":
                     torch.cuda.synchronize()
-                times.append(time.perf_counter() - start)
+                times.append(clock() - start)
             flop = 2 * math.prod(left) * right[-1]
             rates[f"{what}, {str(dtype).removeprefix('torch.')}"] = flop / statistics.median(times)
     return rates
 
 
-def mlp_flop() -> float:
-    """Of a model-step: products forward, and backward but for the gradient of the data."""
-    forward = 2 * BATCH * (196 * 128 + 128 * 10)
-    return forward + 2 * BATCH * (196 * 128 + 2 * 128 * 10)
+def cifar10(device: torch.device, width: int = 64, batch: int = 500, steps: int = 20) -> dict[str, float]:
+    """Models an hour of the paper's subset models, from some steps on random images, by way of training."""
+    x = torch.randn(2_000, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
+    y = torch.randint(0, 10, (len(x),), device=device)
+    loss, training = ensemble.classification(y), ensemble.Training()
+    rates = {}
+    for way in execution.candidates(device):
+        stacked = ensemble.initialise(
+            lambda: models.build("resnet9", (3, 32, 32), 10, width=width), range(way.chunk), device
+        )
+        batches = [np.random.default_rng(i).integers(0, len(x), (way.chunk, batch)) for i in range(steps)]
+        start = training.optimizer.start(stacked.params)
+        for _ in range(2):  # the first time compiles and warms up
+            began = time.perf_counter()
+            ensemble.descend(
+                stacked, x, batches, loss, training.optimizer, start, precision="bfloat16", compile=way.compile
+            )
+            float(next(iter(stacked.params.values())).sum())  # waits for the device
+            seconds = time.perf_counter() - began
+        a_model = 24 * 25_000 / batch
+        rates[f"{way.chunk} a step{', compiled' * way.compile}"] = 3600 * way.chunk * steps / seconds / a_model
+    return rates
+
+
+def step_flop(name: str) -> float:
+    """FLOP of a model-step: products and convolutions, forward and backward."""
+    factory, x, _ = task(name, torch.device("cpu"))
+    with FlopCounterMode(display=False) as counter:
+        factory()(x[:BATCH]).sum().backward()
+    return counter.get_total_flops()
 
 
 def main() -> None:
@@ -221,12 +266,18 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(OPTIONS), choices=list(OPTIONS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "engine.json")
+    parser.add_argument("--one-core", action="store_true", help="one thread, in processor time: where others compute")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "engine.json")
     arguments = parser.parse_args()
     device = resolve_device(arguments.device)
     report: dict = {"machine": execution.machine(device) | {"platform": platform.platform()}, "models": {}}
+    report["load_before"] = os.getloadavg()[0]  # of what else runs: above 0, ratios hold better than rates
     client: Any = None
-    if device.type == "cpu":
+    clock = time.perf_counter
+    if arguments.one_core:
+        torch.set_num_threads(1)
+        clock = time.process_time
+    elif device.type == "cpu":
         import distributed
 
         workers = distributed.LocalCluster(torch.get_num_threads(), threads_per_worker=1, dashboard_address=None)
@@ -236,43 +287,57 @@ def main() -> None:
         report["dask_overhead_a_shard_seconds"] = overhead_a_shard(client)
         print(f"Dask: {1000 * report['dask_overhead_a_shard_seconds']:.0f} ms a shard of 100 models besides training")
     for name in arguments.models:
-        best = {"mlp": 16}.get(name, 1)
-        threads = 1 if device.type == "cuda" else torch.get_num_threads()
-        plain, fast = Execution(32 if name == "mlp" else 1, threads), Execution(best, threads, compile=True)
+        chunk = CHUNK[name]
+        cores = 1 if device.type == "cuda" else torch.get_num_threads()
+        fast = Execution(chunk, cores, compile=True, processes=cores > 1)
         contenders: dict[str, Contender] = {"loop": loop(name, device)}
         stop = None
-        if device.type == "cpu":
+        if cores > 1:
             contenders["loop in a process a core"], stop = two_processes(name)
         hand = by_hand(name, device, 32 if name == "mlp" else 4)
         if hand:
             contenders["layers by hand"] = hand
-        contenders["dmmlib, not compiled"] = ours(name, device, plain)
+        contenders["dmmlib, not compiled, threads"] = ours(name, device, Execution(32 if name == "mlp" else 1, cores))
+        if cores > 1:
+            contenders["dmmlib, compiled, threads"] = ours(name, device, Execution(chunk, cores, compile=True))
         contenders["dmmlib"] = ours(name, device, fast)
-        if client:
-            contenders["dmmlib, a Dask process a core"] = dask_processes(name, best, client)
         contenders["dmmlib, bfloat16"] = ours(name, device, fast, "bfloat16")
-        rates = measure(contenders, SIZE[name], arguments.rounds)
+        if client and name == "mlp":
+            contenders["dmmlib, a Dask process a core"] = dask_processes(name, chunk, client)
+        rates, peak = measure(
+            contenders, SIZE[name], arguments.rounds, functools.partial(products, CHUNK["mlp"], device, clock), clock
+        )
         if stop:
             stop()
         medians = {k: statistics.median(v) for k, v in rates.items()}
         ratios = {k: statistics.median(a / b for a, b in zip(v, rates["loop"], strict=True)) for k, v in rates.items()}
+        flop = step_flop(name)
+        shape = "of the mlp, float32" if name == "mlp" else "large, float32"
+        report["products_flops"] = peak
         report["models"][name] = {
-            k: {"models_per_second": medians[k] / STEPS, "ratio_to_loop": ratios[k], "rounds": len(v)}
+            k: {
+                "models_per_second": medians[k] / STEPS,
+                "ratio_to_loop": ratios[k],
+                "flops": medians[k] * flop,
+                "share_of_float32_products": medians[k] * flop / peak[shape],
+                "rounds": len(v),
+            }
             for k, v in rates.items()
         }
         print(f"\n{name} ({arguments.rounds} rounds; models a second, half-size training)")
-        for k in rates:
-            print(f"  {k:26s} {medians[k] / STEPS:8.2f}   {ratios[k]:5.1f} x loop")
-        if name == "mlp":
-            peak = products(best * threads, device)
-            achieved = {k: medians[k] * mlp_flop() for k in medians}
-            report["products_flops"] = peak
-            report["mlp_flops"] = achieved
-            for what, rate in peak.items():
-                print(f"  products {what:24s} {rate / 1e9:8.0f} GFLOP/s")
-            for k in (k for k in rates if k.startswith("dmmlib")):
-                share = achieved[k] / peak["of the mlp, float32"]
-                print(f"  {k}: {achieved[k] / 1e9:.0f} GFLOP/s, {share:.2f} of the float32 products of its own shape")
+        for k, row in report["models"][name].items():
+            print(
+                f"  {k:30s} {row['models_per_second']:8.2f}   {row['ratio_to_loop']:5.1f} x loop   "
+                f"{row['flops'] / 1e9:4.0f} GFLOP/s, {row['share_of_float32_products']:.2f} of products ({shape})",
+                flush=True,
+            )
+        for what, rate in peak.items():
+            print(f"  products {what:24s} {rate / 1e9:8.0f} GFLOP/s")
+    if device.type == "cuda":
+        report["cifar10_models_an_hour"] = cifar10(device)
+        for way, rate in report["cifar10_models_an_hour"].items():
+            print(f"ResNet-9 (width 64) on 25,000 images, 24 epochs, {way}: {rate:.0f} models an hour")
+    arguments.out.parent.mkdir(exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=1))
     print(f"\nsaved: {arguments.out}")
 

@@ -54,7 +54,7 @@ def measure(
     config = study.unlearning_identity(method, dict(setting), forget_set) | {"n_models": n, "checkpoints": 0}
     file = study.runs / "store" / f"measured-{method}-{config_hash(config)}.json"
     if not file.exists():
-        problem = dataclasses.replace(study.problem(forget_set, tuning), checkpoints=0)
+        problem = dataclasses.replace(study.problem(forget_set, method, tuning), checkpoints=0)
         result = unlearn.get(method)(problem, **setting)
         reference = metrics.margins(study.oracles(forget_set, n=n), study.data.y)
         worst = Estimate(*[-float(np.log(metrics.FLOOR))] * 3)

@@ -202,7 +202,12 @@ def _run(
 def _dry_run(preset: str, overrides: dict[str, Any], runs: Path | None) -> None:
     from dmmlib import plan
 
-    typer.echo(plan.plan(presets.load(preset, overrides), runs))
+    loaded = presets.load(preset, overrides)
+    typer.echo(plan.plan(loaded, runs))
+    if loaded.multimodal.checkpoint is not None:
+        from dmmlib.multimodal.scale import scale
+
+        typer.echo(scale(loaded.multimodal))
     typer.echo("  stages: " + ", ".join(path.stem.replace("_", " ") for path in stages().values()))
 
 

@@ -18,6 +18,9 @@ the solution for s = 1,
     W'_j = W_j + H e_j c_j,    c_j = delta W_jj / (1 - delta H_jj),    delta = (1 - s) lambda,
 
 so the sum over F gains (H 1_F)_j c_j at training point j, and nothing else changes.
+
+**What is regressed** are logits in the margin gauge (`metrics.margin_gauge`): the label's logit is then the margin,
+which KLoM measures, and `retrained` puts a predicted change back on a model's own logits.
 """
 
 from __future__ import annotations
@@ -29,20 +32,42 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator, svds
+from scipy.special import logsumexp
 from scipy.stats import rankdata
 from torch import Tensor
 
 from dmmlib.errors import DataError
 from dmmlib.forget_sets import check_forget_indices
-from dmmlib.metrics import Estimate, margins
+from dmmlib.metrics import Estimate, margin_gauge, right_logits
 
 
 class Attributor(Protocol):
-    """Predicts how a model's logits change when a forget set is left out of its training."""
+    """Predicts how a model's logits, in the margin gauge, change when a forget set is left out of its training."""
 
     def effect(self, forget: Sequence[int] | np.ndarray) -> np.ndarray:
         """Predicted change of logits (n_points, n_classes) on retraining without the points `forget`."""
         ...
+
+
+def retrained(logits: np.ndarray, effect: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Predicted logits of models retrained without F: each model's own, moved by a predicted change.
+
+    The change is added in the margin gauge, so that the margin moves by just the change of the label's logit;
+    each model keeps the common mode of its logits, which no probability depends on.
+
+    Args:
+        logits: of models trained on S (n_models, n_points, n_classes).
+        effect: predicted change in the margin gauge (n_points, n_classes), as of `Attributor.effect`.
+        labels: (n_points,).
+
+    Returns:
+        (n_models, n_points, n_classes), float32.
+    """
+    right = np.arange(logits.shape[-1]) == np.asarray(labels)[:, None]
+    before = margin_gauge(logits, labels)
+    moved = before + effect.astype(np.float32)
+    wrong = logsumexp(np.where(right, -np.inf, moved), axis=-1, keepdims=True)
+    return np.asarray(logits, np.float32) - before + np.where(right, moved, moved - wrong)
 
 
 @dataclass(frozen=True)
@@ -198,6 +223,30 @@ class RidgeDatamodel:
         return self.respond(np.asarray(masks, np.float32) - self.mean_mask.cpu().numpy(), mean=1.0)
 
 
+@dataclass(frozen=True)
+class Gauged:
+    """A datamodel of raw logits as an attributor in the margin gauge.
+
+    Its change of logits is added to those of some originals, and the mean change in the gauge is taken. So the margin
+    bends as it does in a model where a class overtakes another, which the margin's own linear datamodel cannot see;
+    but noise of every logit enters it.
+
+    Attributes:
+        model: of raw logits.
+        logits: of some originals (n_models, n_points, n_classes).
+        labels: (n_points,).
+    """
+
+    model: RidgeDatamodel
+    logits: np.ndarray
+    labels: np.ndarray
+
+    def effect(self, forget: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Predicted change of logits (n_points, n_classes) on retraining without F; raises ForgetSetError."""
+        before, after = (margin_gauge(z, self.labels) for z in (self.logits, self.logits + self.model.effect(forget)))
+        return (after - before).mean(0)
+
+
 def lds(predicted: np.ndarray, actual: np.ndarray) -> np.ndarray:
     """Linear datamodelling score of each point (Park et al., "TRAK", ICML 2023).
 
@@ -247,16 +296,16 @@ def choose_lambda(
     candidates: Sequence[float],
     device: torch.device | str = "cpu",
 ) -> tuple[float, dict[float, float]]:
-    """The ridge penalty with the best mean LDS on held-out subsets.
+    """The ridge penalty with the best mean LDS on held-out subsets; outputs and logits in the margin gauge.
 
     Returns:
         The best candidate, and the mean LDS of each.
     """
-    actual = margins(held_out_logits, labels)
+    actual = right_logits(held_out_logits, labels)
     scores = {}
     for lam in candidates:
         predicted = RidgeDatamodel.fit(masks, outputs, lam, device).predict(held_out_masks)
-        scores[lam] = float(lds(margins(predicted, labels), actual).mean())
+        scores[lam] = float(lds(right_logits(predicted, labels), actual).mean())
     return max(scores, key=lambda lam: scores[lam]), scores
 
 

@@ -23,7 +23,7 @@ from torch.func import functional_call, stack_module_state
 from torch.nn import functional as F
 
 from dmmlib.errors import DataError
-from dmmlib.execution import Execution, compiled
+from dmmlib.execution import Execution, compiled, vary_in_size
 from dmmlib.optim import SGD, Optimizer, Tensors
 from dmmlib.progress import Progress, silent
 
@@ -253,14 +253,26 @@ def descend(
     moves = {k: v for k, v in ensemble.params.items() if only is None or k in only}
     stays = {k: v for k, v in ensemble.params.items() if k not in moves}
     fixed = (ensemble.module, loss, optimizer, moves, stays, ensemble.buffers, state, masks, x, numbers)
+    if compile:
+        vary_in_size([*ensemble.params.values(), *ensemble.buffers.values(), x, numbers], 0)
+        vary_in_size([t for memory in (*state.values(), masks or {}) for t in memory.values()], 0)
     for t, batch in enumerate(batches):
-        indices = torch.from_numpy(batch).to(x.device)
+        indices = _to(torch.from_numpy(batch), x.device)
+        if compile:
+            vary_in_size([indices], 0, 1)
         lr = torch.tensor(optimizer.lr if rate is None else rate(t))
         with _COMPILING if compile and t == 0 else nullcontext():  # one thread compiles, the others then find it done
             step(*fixed, indices, lr, precision == "bfloat16")
         if after is not None:
             after(t + 1)
             ensemble.module.train()
+
+
+def _to(indices: Tensor, device: torch.device) -> Tensor:
+    """Indices on the device, without waiting for what it is doing."""
+    if device.type == "cuda":
+        return indices.pin_memory().to(device, non_blocking=True)
+    return indices.to(device)
 
 
 def _step(
@@ -331,6 +343,26 @@ def train(
 
     Raises:
         DataError: for masks that do not fit x, or as many seeds as there are not masks.
+        SchedulerError: if a process that trains is killed.
+    """
+    state = train_and(Ensemble.state, factory, x, y, masks, seeds, training, execution, progress)
+    return Ensemble.from_state(initialise(factory, [seeds[0]]).module, state, x.device)
+
+
+def train_and(
+    keep: Callable[[Ensemble], dict[str, np.ndarray]],
+    factory: Callable[[], nn.Module],
+    x: Tensor,
+    y: Tensor,
+    masks: np.ndarray,
+    seeds: Sequence[int],
+    training: Training,
+    execution: Execution | None = None,
+    progress: Progress = silent,
+) -> dict[str, np.ndarray]:
+    """Train as `train` does and keep, instead of the models, some arrays (n_models, ...) that are made of each chunk.
+
+    Whoever trains a chunk also makes them, so that little has to be sent where that is another process.
     """
     check_masks(masks, len(x))
     if len(seeds) != len(masks):
@@ -338,12 +370,14 @@ def train(
     if len(masks) == 0:
         raise DataError("No masks were given; ask for at least one model.")
     execution = execution or Execution()
+    compile = execution.compile
 
-    def train_chunk(members: np.ndarray) -> Ensemble:
-        pools = [np.flatnonzero(masks[i]) for i in members]
-        rngs = [np.random.default_rng(seeds[i]) for i in members]
+    def train_chunk(chunk: tuple[np.ndarray, list[int]]) -> dict[str, np.ndarray]:
+        chosen, its_seeds = chunk
+        pools = [np.flatnonzero(mask) for mask in chosen]
+        rngs = [np.random.default_rng(seed) for seed in its_seeds]
         n_steps = training.steps(len(pools[0]))
-        models = initialise(factory, [seeds[i] for i in members], x.device)
+        models = initialise(factory, its_seeds, x.device)
         descend(
             models,
             x,
@@ -353,20 +387,20 @@ def train(
             training.optimizer.start(models.params),
             rate=lambda step: training.rate((step + 0.5) / n_steps),
             precision=training.precision,
-            compile=execution.compile,
+            compile=compile,
         )
-        return models
+        return keep(models)
 
     sizes = masks.sum(1)
     order = np.argsort(sizes, kind="stable")  # models of one size train together
     same = np.split(order, np.flatnonzero(np.diff(sizes[order])) + 1)
-    chunks = [group[i : i + execution.chunk] for group in same for i in range(0, len(group), execution.chunk)]
-    parts: list[Ensemble] = []
+    members = [part for group in same for part in execution.split(group)]
+    parts: list[dict[str, np.ndarray]] = []
     done = 0
     progress("train", 0, len(masks))
-    for part in execution.run(train_chunk, chunks):
-        parts.append(part)
-        done += part.n_models
+    for kept in execution.run(train_chunk, [(masks[part], [seeds[i] for i in part]) for part in members]):
+        done += len(members[len(parts)])
+        parts.append(kept)
         progress("train", done, len(masks))
-    back = np.argsort(np.concatenate(chunks), kind="stable")
-    return concatenate(parts)[back.tolist()]
+    back = np.argsort(np.concatenate(members), kind="stable")
+    return {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}

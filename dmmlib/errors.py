@@ -50,3 +50,7 @@ class SchedulerError(DmmError, RuntimeError):
 
 class DeviceError(DmmError, RuntimeError):
     """A device that this machine does not have."""
+
+
+class ExtraError(DmmError, ImportError):
+    """A package of an optional extra that is not installed."""

@@ -27,7 +27,7 @@ def predictions(study: Study, fitted: Mapping[int, datamodels.RidgeDatamodel], n
     Returns:
         Columns n_subsets, forget_set, split, statistic, value, low, high. Statistics:
             correlation, slope: of predicted against true change of a point's mean margin on F, with the study's
-                datamodel; intervals resample originals and oracles.
+                attributor; intervals resample originals and oracles.
             klom_p95: of DM-direct on F, with each of the fitted datamodels.
             lds: of the same, on training and validation points (forget_set is then "every").
     """
@@ -36,21 +36,20 @@ def predictions(study: Study, fitted: Mapping[int, datamodels.RidgeDatamodel], n
     def add(n_subsets: int, forget_set: str, split: str, statistic: str, e: Estimate) -> None:
         rows.append((n_subsets, forget_set, split, statistic, e.value, e.low, e.high))
 
-    n, m = study.data.n_train, study.preset.datamodels.n_subsets
+    n, m = study.data.n_train, study.n_subsets_of(study.preset.attribution.name)
     for size, model in fitted.items():
         both = study.lds(model)
         add(size, "every", "train", "lds", datamodels.lds_estimate(*both[:, :, :n]))
         add(size, "every", "validation", "lds", datamodels.lds_estimate(*both[:, :, n:]))
         for f in study.forget_sets.values():
-            effect = model.effect(f.indices)[f.indices]
-            answers = metrics.margins(study.original_logits[:, f.indices] + effect, study.data.y[f.indices])
+            before = metrics.margins(study.original_logits[:, f.indices], study.data.y[f.indices])
+            answers = before + metrics.right_logits(model.effect(f.indices), study.data.y)[f.indices]
             oracles = study.reference(f)[0][:, f.indices]
             summary = metrics.klom_summary(answers, oracles, {"forget": np.arange(len(f))})
             add(size, f.name, "forget", "klom_p95", summary["forget"]["p95"])
     for f in study.forget_sets.values():
-        labels, logits = study.data.y[f.indices], study.original_logits[:, f.indices]
-        effect = study.datamodel.effect(f.indices)[f.indices]
-        before, after = metrics.margins(logits, labels), metrics.margins(logits + effect, labels)
+        before = metrics.margins(study.original_logits[:, f.indices], study.data.y[f.indices])
+        after = before + metrics.right_logits(study.attributor.effect(f.indices), study.data.y)[f.indices]
         for statistic, estimate in agreement(before, after, study.reference(f)[0][:, f.indices], n_bootstrap).items():
             add(m, f.name, "forget", statistic, estimate)
     return pd.DataFrame(rows, columns=COLUMNS)

@@ -1,22 +1,33 @@
-"""How training is carried out on a machine: models a step, threads, compiled or not.
+"""How training is carried out on a machine: models a step, threads or processes, compiled or not.
 
-On CPU cores one thread a core steps its own few models through one compiled function: products stay in a
-core's cache, and the elementwise work between them is fused. Threads still share Python's interpreter lock.
-Compiling costs seconds, so small jobs do without; which is faster for a job is measured.
+On CPU cores one process a core steps its own few models through one compiled function: products stay in a
+core's cache, the elementwise work between them is fused, and no interpreter lock is shared. Processes and
+compiling cost seconds, so small jobs do without; which is faster for a job is measured.
 """
 
 from __future__ import annotations
 
 import functools
+import io
+import multiprocessing
 import os
+import pickle
 import platform
+import threading
 import time
+import types
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import cloudpickle
+import joblib
+import numpy as np
 import torch
+
+from dmmlib.errors import SchedulerError
 
 C = TypeVar("C")
 R = TypeVar("R")
@@ -28,21 +39,36 @@ class Execution:
 
     Attributes:
         chunk: models that share a step.
-        workers: chunks in progress at a time, each in a thread with its share of torch's CPU threads.
+        workers: chunks in progress at a time, each with its share of torch's CPU threads.
         compile: run steps through torch.compile (needs a C++ compiler on CPU).
+        processes: workers are processes, which are started once and kept, not threads.
     """
 
     chunk: int = 32
     workers: int = 1
     compile: bool = False
+    processes: bool = False
+
+    def split(self, members: np.ndarray) -> list[np.ndarray]:
+        """Members in chunks of equal size, up to one, that keep every worker busy to the end."""
+        n_chunks = self.workers * -(-len(members) // (self.workers * self.chunk))
+        return np.array_split(members, min(n_chunks, len(members)))
 
     def run(self, work: Callable[[C], R], chunks: Sequence[C]) -> Iterator[R]:
-        """The results of `work` on every chunk, in their order, as they are done."""
+        """The results of `work` on every chunk, in their order, as they are done.
+
+        Raises:
+            SchedulerError: if a worker process is killed.
+        """
+        threads = torch.get_num_threads()
+        packed = _pack(work) if self.processes and self.workers > 1 else None
+        if packed is not None:
+            yield from _in_processes(self.workers, max(1, threads // self.workers), packed, chunks)
+            return
         workers = min(self.workers, len(chunks))
         if workers <= 1:
             yield from map(work, chunks)
             return
-        threads = torch.get_num_threads()
         share = max(1, threads // workers)
         pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,))
         try:
@@ -52,14 +78,91 @@ class Execution:
             torch.set_num_threads(threads)
 
 
-def candidates(device: torch.device, chunk: int | None = None, compile: bool | None = None) -> tuple[Execution, ...]:
-    """What is worth trying on a device, small chunks first, given what is settled already."""
+IDLE = 600  # seconds after which idle worker processes end
+
+
+def _pack(work: Callable[..., Any]) -> np.ndarray | None:
+    """`work` and all that it refers to as bytes, or None where processes cannot serve it."""
+    if multiprocessing.current_process().daemon:  # e.g. a Dask worker: it may not have children
+        return None
+    try:
+        return np.frombuffer(cloudpickle.dumps(work), np.uint8)
+    except (TypeError, AttributeError, pickle.PicklingError):  # it holds a lock, an open file, ...
+        return None
+
+
+def _in_processes(workers: int, threads: int, packed: np.ndarray, chunks: Sequence[C]) -> Iterator[Any]:
+    pool = joblib.Parallel(workers, "loky", batch_size=1, return_as="generator", idle_worker_timeout=IDLE)
+    try:  # joblib shares the large array `packed` instead of sending it with every chunk
+        yield from pool(joblib.delayed(_apply)(packed, os.getpid(), threads, chunk) for chunk in chunks)
+    except BrokenProcessPool as error:
+        raise SchedulerError(
+            "A training process was killed, perhaps for want of memory; lower ensembles.chunk or threads, or free "
+            "memory, and run again. Finished shards are kept."
+        ) from error
+
+
+def _apply(packed: np.ndarray, parent: int, threads: int, chunk: C) -> Any:
+    """In a worker process: `work` on a chunk."""
+    _settle(parent, threads)
+    return _unpack(packed.tobytes())(chunk)
+
+
+@functools.cache
+def _settle(parent: int, threads: int) -> None:
+    """Once a worker process: it takes its share of threads, and ends when its parent is gone."""
+    from joblib.externals.loky import process_executor
+
+    process_executor._USE_PSUTIL = False  # or it takes compiled code for a leak, and ends the process
+    torch.set_num_threads(threads)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    if os.name == "posix":
+        threading.Thread(target=watch, daemon=True).start()
+
+
+@functools.lru_cache(maxsize=1)
+def _unpack(packed: bytes) -> Callable[..., Any]:
+    return _Unpickler(io.BytesIO(packed)).load()
+
+
+class _Unpickler(pickle.Unpickler):
+    """Gives functions that are equal, but come in different pickles, one code: torch compiles each code anew."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name)
+        if name != "_make_function":
+            return found
+        return lambda code, *rest: found(_CODES.setdefault(code, code), *rest)
+
+
+_CODES: dict[types.CodeType, types.CodeType] = {}
+
+
+def candidates(
+    device: torch.device, chunk: int | None = None, compile: bool | None = None, many: bool = False
+) -> tuple[Execution, ...]:
+    """What is worth trying on a device, small chunks first, given what is settled already.
+
+    Args:
+        device: where to train.
+        chunk: models a step, if that is settled.
+        compile: whether to compile, if that is settled.
+        many: so much is to be trained that starting processes pays.
+    """
     cuda = device.type == "cuda"
-    chunks = (chunk,) if chunk else (4, 32, 128) if cuda else (1, 32)
-    larger = (chunk,) if chunk else (4, 32, 128) if cuda else (1, 16)  # a compiled step has less to share
     workers = 1 if cuda else torch.get_num_threads()
-    plain = tuple(Execution(c, workers) for c in chunks if compile is not True)
-    return plain + tuple(Execution(c, workers, compile=True) for c in larger if compile is not False)
+    plain = (4, 32, 128) if cuda else (1, 32)
+    larger = (4, 32, 128) if cuda else (1, 4, 16)  # a compiled step has less to share
+    made = [Execution(chunk or c, workers) for c in plain if compile is not True]
+    made += [Execution(chunk or c, workers, compile=True) for c in larger if compile is not False]
+    if many and workers > 1:  # the smallest and the largest chunk also in processes, which take time to start
+        made += [replace(way, processes=True) for way in (made[0], made[-1])]
+    return tuple(dict.fromkeys(made))
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -69,31 +172,36 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def measure(tried: Sequence[Execution], steps: Callable[[Execution, int], None]) -> dict[Execution, float]:
-    """Model-steps a second of one thread under each execution.
+    """Model-steps a second under each execution, all its workers together.
 
     What would take over two seconds a step, going by a smaller chunk, is not tried: nothing is gained by
     sharing steps as long as that.
 
     Args:
         tried: what to compare, small chunks first.
-        steps: (execution, n) -> None takes n steps of `execution.chunk` models.
+        steps: (execution, n) -> None takes n steps of `execution.chunk` models in each of its workers.
     """
     rates: dict[Execution, float] = {}
     for execution in tried:
-        if execution.chunk > 1 and any(execution.chunk / rate > 2 for rate in rates.values()):
+        if execution.chunk > 1 and any(execution.chunk * execution.workers / rate > 2 for rate in rates.values()):
             continue
-        steps(execution, 2)  # compiles, and warms caches
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            steps(execution, 5)
-            times.append(time.perf_counter() - start)
-        rates[execution] = 5 * execution.chunk / sorted(times)[1]
+        steps(execution, 2)  # starts processes, compiles, and warms caches
+        n = 5
+        while (once := _seconds(steps, execution, n)) < 0.2 and n < 500:  # too short to tell anything
+            n *= 3
+        median = sorted([once, _seconds(steps, execution, n), _seconds(steps, execution, n)])[1]
+        rates[execution] = n * execution.chunk * execution.workers / median
     return rates
 
 
+def _seconds(steps: Callable[[Execution, int], None], execution: Execution, n: int) -> float:
+    start = time.perf_counter()
+    steps(execution, n)
+    return time.perf_counter() - start
+
+
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` through torch.compile, for batches and numbers of models of any size.
+    """`function` through torch.compile; see `vary_in_size`.
 
     To be asked for in the thread that calls it: one step serves every model and loss, which is more kinds than
     torch allows unless told, and torch keeps that setting for each thread.
@@ -105,9 +213,19 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return _compile(function)
 
 
-@functools.cache
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True)
+_compile = functools.cache(torch.compile)
+
+
+def vary_in_size(tensors: Sequence[torch.Tensor], *dims: int) -> None:
+    """Let one compiled function serve any size of these dimensions: models, points, batches.
+
+    The other sizes are the architecture's, and as constants make faster code than torch.compile(dynamic=True).
+    """
+    import torch._dynamo
+
+    for tensor in tensors:
+        if tensor.ndim > max(dims):
+            torch._dynamo.maybe_mark_dynamic(tensor, dims)
 
 
 @functools.cache

@@ -6,7 +6,9 @@ models come first: margins are (n_models, n_points).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +20,7 @@ from dmmlib.errors import DataError
 CLIP = 100.0
 N_BINS = 20
 FLOOR = 1e-5
+BLOCK = 256  # points whose histograms are counted together
 
 Convention = Literal["closed", "easydub"]
 
@@ -52,6 +55,30 @@ def margins(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return (right[..., 0] - logsumexp(others, axis=2)).astype(np.float32)
 
 
+def margin_gauge(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Logits shifted, point by point, so that logsumexp over the wrong classes is 0.
+
+    A shift of all classes changes no probability. In this gauge the label's logit *is* the margin, and the others
+    are log-probabilities given that the label is wrong. So what is linear in a training set is predicted of the
+    margin itself, and not of raw logits whose logsumexp is then taken, which bends the prediction.
+
+    Args:
+        logits: (n_models, n_points, n_classes).
+        labels: (n_points,).
+
+    Returns:
+        The same shape, float32.
+    """
+    right = right_logits(logits, labels)
+    return np.asarray(logits, np.float32) - (right - margins(logits, labels))[..., None]
+
+
+def right_logits(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The label's logit (..., n_points) of logits (..., n_points, n_classes): in the margin gauge, the margin."""
+    index = np.broadcast_to(np.asarray(labels)[:, None], (*logits.shape[:-1], 1))
+    return np.take_along_axis(np.asarray(logits), index, -1)[..., 0]
+
+
 def correct(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Whether the largest logit is the label's: bool (n_models, n_points)."""
     return np.asarray(logits).argmax(2) == np.asarray(labels)
@@ -80,15 +107,37 @@ def _uniform(n: int) -> np.ndarray:
     return np.full(n, 1 / n)
 
 
-def _bins(margins: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Bin numbers (n_models, n_points) by numpy.histogram's rule: half-open, the last one closed."""
-    low, high, last = edges[0], edges[-1], len(edges) - 2
-    numbers = ((margins - low) / (high - low) * (last + 1)).astype(np.int64)
-    np.minimum(numbers, last, out=numbers)
-    points = np.arange(margins.shape[1])
-    numbers -= margins < edges[numbers, points]  # rounding, corrected against the edges as numpy does
-    numbers += (margins >= edges[numbers + 1, points]) & (numbers < last)
+def _bins(margins: np.ndarray, low: np.ndarray, high: np.ndarray, n_bins: int) -> np.ndarray:
+    """Bin numbers (n_models, n_points) by numpy.histogram's rule: half-open, the last one closed.
+
+    Only values within rounding of an edge are compared with it, as numpy does with all.
+    """
+    place = (margins - low) * (n_bins / (high - low))
+    numbers = place.astype(np.int32)
+    np.minimum(numbers, n_bins - 1, out=numbers)
+    place -= np.rint(place)
+    np.abs(place, out=place)
+    near = np.nonzero(place < 1e-9)
+    if len(near[0]):
+        edges = np.linspace(low, high, n_bins + 1)
+        at, value, points = numbers[near], margins[near], near[1]
+        at -= value < edges[at, points]
+        at += (value >= edges[at + 1, points]) & (at < n_bins - 1)
+        numbers[near] = at
     return numbers
+
+
+def _joint(
+    unlearned: np.ndarray, oracle: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Clipped margins, in double precision, and the least, greatest and widened greatest of each point's range.
+
+    numpy.histogram widens a range of one value by a half on either side; the first returned bound is widened too.
+    """
+    u, o = (np.clip(m, -CLIP, CLIP).astype(np.float64) for m in (unlearned, oracle))
+    low, high = np.minimum(u.min(0), o.min(0)), np.maximum(u.max(0), o.max(0))
+    half = 0.5 * (low == high)
+    return u, o, low - half, high, high + half
 
 
 @dataclass(frozen=True)
@@ -114,17 +163,13 @@ class _Histograms:
 
 def _histograms(unlearned: np.ndarray, oracle: np.ndarray, convention: Convention, n_bins: int = N_BINS) -> _Histograms:
     _check_margins(unlearned, oracle)
-    u, o = (np.clip(m, -CLIP, CLIP).astype(np.float64) for m in (unlearned, oracle))
-    low, high = np.minimum(u.min(0), o.min(0)), np.maximum(u.max(0), o.max(0))
-    constant = low == high  # numpy.histogram widens such a range by a half on either side
-    low_w, high_w = np.where(constant, low - 0.5, low), np.where(constant, high + 0.5, high)
-    edges = np.linspace(low_w, high_w, n_bins + 1)
+    u, o, low, top, high = _joint(unlearned, oracle)
     hot = []
     for m in (u, o):
         n_models, n_points = m.shape
         one_hot = np.zeros((n_models, n_points, n_bins), np.float32)
-        kept = m < high if convention == "easydub" else np.ones_like(m, bool)
-        np.put_along_axis(one_hot, _bins(m, edges)[..., None], kept[..., None].astype(np.float32), 2)
+        kept = m < top if convention == "easydub" else np.ones_like(m, bool)
+        np.put_along_axis(one_hot, _bins(m, low, high, n_bins)[..., None], kept[..., None].astype(np.float32), 2)
         hot.append(one_hot.reshape(n_models, -1))
     return _Histograms(hot[0], hot[1], n_bins)
 
@@ -157,13 +202,32 @@ def klom(
         raise DataError(f"Unknown KLoM convention {convention!r}; use 'closed' or 'easydub'.")
     unlearned, oracle = np.asarray(unlearned), np.asarray(oracle)
     _check_margins(unlearned, oracle)
-    block = max(1, 20_000_000 // (n_bins * (len(unlearned) + len(oracle))))
-    parts = []
-    for first in range(0, max(1, unlearned.shape[1]), block):
-        u, o = unlearned[:, first : first + block], oracle[:, first : first + block]
-        histograms = _histograms(u, o, convention, n_bins)
-        parts.append(histograms.klom(_uniform(len(u)), _uniform(len(o)), renormalise=convention == "easydub"))
+    starts = range(0, max(1, unlearned.shape[1]), BLOCK)
+
+    def block(first: int) -> np.ndarray:
+        u, o = unlearned[:, first : first + BLOCK], oracle[:, first : first + BLOCK]
+        return _klom_by_counting(u, o, convention, n_bins)
+
+    with ThreadPoolExecutor(min(len(starts), os.cpu_count() or 1)) as pool:  # numpy works outside the lock
+        parts = list(pool.map(block, starts))
     return np.concatenate(parts)
+
+
+def _klom_by_counting(unlearned: np.ndarray, oracle: np.ndarray, convention: Convention, n_bins: int) -> np.ndarray:
+    """KLoM (n_points,) of a block of points small enough to stay in a core's cache."""
+    u, o, low, top, high = _joint(unlearned, oracle)
+    n_points = u.shape[1]
+    offsets = np.arange(n_points, dtype=np.int32) * n_bins
+    shares = []
+    for m in (u, o):
+        cells = _bins(m, low, high, n_bins) + offsets
+        if convention == "easydub":
+            cells = cells[m < top]
+        counts = np.bincount(cells.ravel(), minlength=n_points * n_bins).reshape(n_points, n_bins)
+        whole = np.maximum(counts.sum(1, keepdims=True), FLOOR) if convention == "easydub" else len(m)
+        shares.append(counts / whole)
+    p, q = shares[0], np.maximum(shares[1], FLOOR)
+    return (p * np.log(np.where(p > 0, p, q) / q)).sum(1)
 
 
 @dataclass(frozen=True)

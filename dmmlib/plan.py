@@ -217,6 +217,9 @@ def _jobs(preset: Preset, size: Size, study: Study | None) -> Iterator[Job]:
     m = d.n_subsets + d.n_held_out
     masks = study.subset_masks() if study and any(s["stream"] == "subsets" for s in stores) else None
     yield Job("subset models", m, done("subsets", m, masks), epochs * round(d.fraction * size.n_train))
+    a = preset.attribution
+    size_a = round(a.fraction * size.n_train)
+    yield Job("attribution models", a.n_subsets, done("attribution", a.n_subsets), epochs * size_a)
     for section, count, kind in ((preset.forget_sets, n, ""), (t.forget_sets, t.n_models, "tuning: ")):
         for part in section:
             forget = part.size or round(part.share * size.n_train / size.n_classes)

@@ -81,12 +81,15 @@ SPLITS = ("forget", "retain", "validation")
 
 def label(method: str) -> str:
     """How a method is written in figures and tables."""
-    return LABELS.get(method, method.replace("_", " "))
+    base, _, attributor = method.partition("@")
+    return LABELS.get(base, base.replace("_", " ")) + (f" ({attributor})" if attributor else "")
 
 
 def colour(method: str) -> tuple[float, float, float]:
     """The colour of a method, the same in every figure; a user's own gets one by its name."""
-    return COLOURS.get(method) or _PALETTE[sum(method.encode()) % len(_PALETTE)]
+    base, _, attributor = method.partition("@")
+    own = COLOURS.get(base) or _PALETTE[sum(base.encode()) % len(_PALETTE)]
+    return tuple(0.5 + 0.5 * c for c in own) if attributor else own
 
 
 def style() -> None:

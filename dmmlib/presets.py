@@ -14,11 +14,14 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
+from dmmlib.adversary.settings import AdversarySettings
+from dmmlib.attribution.settings import CheapSettings
 from dmmlib.convex import ConvexSettings
 from dmmlib.ensemble import Training
 from dmmlib.errors import PresetError
 from dmmlib.exact.settings import ExactSettings
 from dmmlib.meta.settings import MetaSettings
+from dmmlib.multimodal.settings import MultimodalSettings
 
 PRESETS_DIR = Path(__file__).parents[1] / "presets"
 
@@ -70,6 +73,15 @@ class DatamodelsSection(Section):
     lambdas: tuple[PositiveFloat, ...] = (0.02, 0.05, 0.1, 0.2, 0.5)
     own_shares: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (1.0, 0.3, 0.1)
     sizes: tuple[PositiveInt, ...] = (250, 500, 1000, 2000, 4000)  # of M, for the LDS curve
+
+
+class AttributionSection(Section):
+    """The attributor that DM-direct, DMM and the widget use, and the subset models that it gets, weights included."""
+
+    name: str = "bayesian"  # any that is registered; ridge takes the models of `datamodels` instead
+    n_subsets: int = Field(default=100, ge=10)
+    fraction: float = Field(default=0.75, gt=0, lt=1)  # of S in a subset: nearer to S than a half, as R is
+    options: dict[str, Any] = {}
 
 
 class ForgetSetSection(Section):
@@ -126,12 +138,16 @@ class Preset(Section):
     training: TrainingSection = TrainingSection()
     ensembles: EnsemblesSection = EnsemblesSection()
     datamodels: DatamodelsSection = DatamodelsSection()
+    attribution: AttributionSection = AttributionSection()
     forget_sets: tuple[ForgetSetSection, ...]
     tuning: TuningSection
     unlearning: UnlearningSection = UnlearningSection()
     convex: ConvexSettings = ConvexSettings()
     exact: ExactSettings = ExactSettings()
     meta: MetaSettings = MetaSettings()
+    cheap: CheapSettings = CheapSettings()
+    multimodal: MultimodalSettings = MultimodalSettings()
+    adversary: AdversarySettings = AdversarySettings()
 
 
 PLACES = ("device", "threads", "scheduler", "cluster", "store")  # where things run and lie, not what is computed

@@ -11,11 +11,11 @@ import dataclasses
 import os
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,7 @@ import torch
 from fsspec.core import url_to_fs
 from torch import Tensor
 
-from dmmlib import cluster, datamodels, ensemble, execution, forget_sets, metrics, models, presets, unlearn
+from dmmlib import attribution, cluster, datamodels, ensemble, execution, forget_sets, metrics, models, presets, unlearn
 from dmmlib import data as datasets
 from dmmlib.errors import DamageError, DeviceError, ForgetSetError, MethodError, PresetError, StoreError
 from dmmlib.execution import Execution
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
-MANY_STEPS = 200_000  # model-steps from which on compilation can pay
+N_GAUGE = 20  # originals that a ridge datamodel's change of logits is turned into one of margins at
+MANY_STEPS = 200_000  # model-steps from which on processes and compilation can pay
 VERSION = 2  # of everything in runs/store: raise it when the same configuration gives other numbers
 
 
@@ -57,6 +58,14 @@ class Stream:
     name: str
     masks: np.ndarray
     keep_models: bool = False
+
+
+class Predictor(Protocol):
+    """A datamodel that predicts outputs for masks."""
+
+    def predict(self, masks: np.ndarray) -> np.ndarray:
+        """Outputs (k, n_points, n_classes) of models trained on the masks (k, n_train)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,7 @@ class Study:
         self.preset = presets.load(preset, overrides)
         for method in self.preset.unlearning.methods:
             unlearn.get(method)
+            attribution.get(method.partition("@")[2] or self.preset.attribution.name)
         self.device = models.resolve_device(self.preset.device)
         if self.preset.threads:
             torch.set_num_threads(self.preset.threads)
@@ -175,17 +185,40 @@ class Study:
 
     @cached_property
     def x(self) -> Tensor:
-        """Prepared points (n_train + n_val, ...), training points first, on the device."""
-        return self._spec.prepare(self.data, self.data.x).to(self.device)
+        """Points (n_train + n_val, ...) as models take them, training points first, on the device.
+
+        Prepared; but images that would only be normalised stay bytes on a GPU, a quarter of the memory.
+        """
+        if self._bytes:
+            return torch.from_numpy(self.data.x).to(self.device).permute(0, 3, 1, 2)
+        x = self._spec.prepare(self.data, self.data.x)
+        layout = torch.channels_last if x.ndim == 4 else torch.contiguous_format  # convolutions are faster with it
+        return x.contiguous(memory_format=layout).to(self.device)
+
+    @cached_property
+    def _bytes(self) -> bool:
+        images = self.data.x_train.dtype == np.uint8 and self._spec.prepare is models.normalise
+        return images and self.device.type == "cuda"
+
+    @property
+    def features(self) -> np.ndarray:
+        """Prepared points, flattened: float32 (n_train + n_val, n_features)."""
+        return self._spec.prepare(self.data, self.data.x).flatten(1).numpy()
 
     @cached_property
     def y(self) -> Tensor:
         """Labels (n_train + n_val,) on the device."""
         return torch.from_numpy(self.data.y).to(self.device)
 
-    def module(self) -> torch.nn.Module:
-        """A fresh model."""
-        return self._spec.factory(tuple(self.x.shape[1:]), self.data.n_classes, **self.preset.model.options)
+    @cached_property
+    def module(self) -> Callable[[], torch.nn.Module]:
+        """Makes a fresh model."""
+        shape = tuple(self.x.shape[1:])
+        make = partial(self._spec.factory, shape, self.data.n_classes, **self.preset.model.options)
+        if not self._bytes:
+            return make
+        mean, std = (torch.tensor(v, device=self.device).view(-1, 1, 1) for v in (self.data.mean, self.data.std))
+        return partial(_normalising, make, mean, std)
 
     @property
     def training(self) -> ensemble.Training:
@@ -195,13 +228,13 @@ class Study:
     def execution(self) -> Execution:
         """How training is carried out here: measured once a machine and model, and kept, unless the preset says.
 
-        Compiling takes some seconds for each kind of step, so it is tried only where many steps are planned.
+        Processes and compiling take some seconds to start, so they are tried only where many steps are planned.
         """
         section = self.preset.ensembles
         chunk = None if section.chunk == "auto" else section.chunk
-        worthwhile = None if self._planned_steps() >= MANY_STEPS else False
-        allowed = worthwhile if section.compile == "auto" else section.compile
-        options = execution.candidates(self.device, chunk, allowed)
+        many = self._planned_steps() >= MANY_STEPS
+        allowed = (None if many else False) if section.compile == "auto" else section.compile
+        options = execution.candidates(self.device, chunk, allowed, many)
         if all(o.compile for o in options) and not execution.can_compile():
             raise DeviceError(
                 "ensembles.compile is true, but torch.compile does not work here (on CPU it needs a C++ compiler); "
@@ -234,23 +267,25 @@ class Study:
         p, n = self.preset, self.data.n_train
         subsets = p.datamodels.n_subsets + p.datamodels.n_held_out
         others = p.ensembles.n_models * (1 + 2 * len(p.forget_sets))
-        return subsets * self.training.steps(round(p.datamodels.fraction * n)) + others * self.training.steps(n)
+        steps = subsets * self.training.steps(round(p.datamodels.fraction * n)) + others * self.training.steps(n)
+        return steps + p.attribution.n_subsets * self.training.steps(round(p.attribution.fraction * n))
 
     def _steps(self, execution: Execution, n: int) -> None:
-        """Take n training steps of `execution.chunk` models, to be timed."""
-        rng, size = np.random.default_rng(0), self.training.batch_size
-        models = ensemble.initialise(self.module, range(execution.chunk), self.device)
-        ensemble.descend(
-            models,
-            self.x,
-            (rng.integers(0, self.data.n_train, (execution.chunk, size)) for _ in range(n)),
-            ensemble.classification(self.y),
-            self.training.optimizer,
-            self.training.optimizer.start(models.params),
-            precision=self.training.precision,
-            compile=execution.compile,
-        )
-        if self.device.type == "cuda":
+        """Take n training steps of `execution.chunk` models in each of its workers, to be timed."""
+        module, x, training, device = self.module, self.x[: self.data.n_train], self.training, self.device
+        loss = ensemble.classification(self.y)
+
+        def take(worker: int) -> None:
+            rng = np.random.default_rng(worker)
+            size = (execution.chunk, training.batch_size)
+            models = ensemble.initialise(module, range(execution.chunk), device)
+            batches = (rng.integers(0, len(x), size) for _ in range(n))
+            start = training.optimizer.start(models.params)
+            compile, precision = execution.compile, training.precision
+            ensemble.descend(models, x, batches, loss, training.optimizer, start, precision=precision, compile=compile)
+
+        list(execution.run(take, range(execution.workers)))
+        if device.type == "cuda":
             torch.cuda.synchronize()
 
     def _identity(self) -> dict[str, Any]:
@@ -316,6 +351,7 @@ class Study:
             return done == planned
 
         known = look(self._subset_stream)
+        look(self._attribution_stream)
         look(self._original_stream)
         n, n_tuning = self.preset.ensembles.n_models, self.preset.tuning.n_models
         if known:
@@ -341,11 +377,13 @@ class Study:
 
     def train_shard(self, masks: np.ndarray, seeds: Sequence[int], keep_models: bool) -> dict[str, np.ndarray]:
         """What a store keeps of models trained with these masks and seeds: logits, masks, perhaps weights."""
-        n = self.data.n_train
-        x, y = self.x[:n], self.y[:n]
-        trained = ensemble.train(self.module, x, y, masks, seeds, self.training, self.execution)
-        kept = trained.state() if keep_models else {}
-        return {"logits": trained.logits(self.x).numpy(), "masks": masks, **kept}
+        x, n = self.x, self.data.n_train
+
+        def keep(models: ensemble.Ensemble) -> dict[str, np.ndarray]:
+            return {"logits": models.logits(x).numpy(), **(models.state() if keep_models else {})}
+
+        kept = ensemble.train_and(keep, self.module, x[:n], self.y[:n], masks, seeds, self.training, self.execution)
+        return {**kept, "masks": masks}
 
     def _place(self, stream: Stream) -> tuple[str, dict[str, Any]]:
         """Where a stream's store is, and the configuration that it belongs to."""
@@ -384,13 +422,17 @@ class Study:
         masks = np.ones((self.preset.ensembles.n_models, self.data.n_train), bool)
         return Stream("originals", masks, keep_models=True)
 
+    def _models(self, stream: Stream, start: int = 0, stop: int | None = None) -> ensemble.Ensemble:
+        """The models of a stream that keeps them."""
+        module = self.module()
+        names = ensemble.initialise(lambda: module, [0]).state()
+        state = {name: self._read(stream, name, start, stop) for name in names}
+        return ensemble.Ensemble.from_state(module, state, self.device)
+
     @cached_property
     def originals(self) -> ensemble.Ensemble:
         """N models trained on S."""
-        module = self.module()
-        names = ensemble.initialise(lambda: module, [0]).state()
-        state = {name: self._read(self._original_stream, name) for name in names}
-        return ensemble.Ensemble.from_state(module, state, self.device)
+        return self._models(self._original_stream)
 
     @cached_property
     def original_logits(self) -> np.ndarray:
@@ -427,11 +469,19 @@ class Study:
     def subset_masks(self) -> np.ndarray:
         """Which points each subset model is trained on: bool (n_subsets + n_held_out, n_train)."""
         section = self.preset.datamodels
-        total, size = section.n_subsets + section.n_held_out, round(section.fraction * self.data.n_train)
-        masks = np.zeros((total, self.data.n_train), bool)
-        for mask, seed in zip(masks, self.seeds("masks", total), strict=True):
+        return self.random_masks("masks", section.n_subsets + section.n_held_out, section.fraction)
+
+    def random_masks(self, stream: str, n: int, fraction: float) -> np.ndarray:
+        """n random subsets of S of that share, bool (n, n_train)."""
+        masks = np.zeros((n, self.data.n_train), bool)
+        size = round(fraction * self.data.n_train)
+        for mask, seed in zip(masks, self.seeds(stream, n), strict=True):
             mask[np.random.default_rng(seed).permutation(self.data.n_train)[:size]] = True
         return masks
+
+    def _outputs(self, stream: Stream, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Logits of a stream's models in the margin gauge."""
+        return metrics.margin_gauge(self._read(stream, "logits", start, stop), self.data.y)
 
     @cached_property
     def _subset_stream(self) -> Stream:
@@ -439,15 +489,22 @@ class Study:
 
     @cached_property
     def subsets(self) -> tuple[np.ndarray, np.ndarray]:
-        """Masks (M, n_train) and logits (M, n_points, n_classes) of the subset models to fit on."""
+        """Masks (M, n_train) and outputs of the subset models that ridge is fitted on.
+
+        Outputs are logits in the margin gauge (M, n_points, n_classes).
+        """
         m = self.preset.datamodels.n_subsets
-        return self._subset_stream.masks[:m], self._read(self._subset_stream, "logits", 0, m)
+        return self._subset_stream.masks[:m], self._outputs(self._subset_stream, 0, m)
+
+    def raw_subset_logits(self) -> np.ndarray:
+        """Logits (M, n_points, n_classes) of the same models as they came, in no gauge."""
+        return self._read(self._subset_stream, "logits", 0, self.preset.datamodels.n_subsets)
 
     @cached_property
     def held_out(self) -> tuple[np.ndarray, np.ndarray]:
-        """Masks and logits of the further subset models: the first half chooses lambda, the second reports."""
+        """Masks and outputs of the further subset models: the first half chooses lambda, the second reports."""
         m = self.preset.datamodels.n_subsets
-        return self._subset_stream.masks[m:], self._read(self._subset_stream, "logits", m)
+        return self._subset_stream.masks[m:], self._outputs(self._subset_stream, m)
 
     def datamodel_of(self, n_subsets: int) -> tuple[datamodels.RidgeDatamodel, dict[float, float]]:
         """A ridge datamodel on the first `n_subsets` subset models, and the LDS of each lambda tried."""
@@ -477,27 +534,94 @@ class Study:
         """
         section = self.preset.datamodels
         settings = [{"lam": lam, "own_share": s} for lam in section.lambdas for s in section.own_shares]
-        masks, logits = self.subsets
+        logits = self.raw_subset_logits()
 
         def dm_direct(problem: Problem, **setting: float) -> Unlearned:
-            fitted = datamodels.RidgeDatamodel.fit(masks, logits, device=self.device, **setting)
+            fitted = self._ridge(logits, **setting)
             return unlearn.get("dm_direct")(dataclasses.replace(problem, attributor=fitted))
 
-        return self._search("datamodel", dm_direct, settings, "ridge")
+        return self._search("datamodel", dm_direct, settings, "ridge", {"datamodels": self._datamodel_config()})
+
+    def _ridge(self, logits: np.ndarray, lam: float, own_share: float) -> datamodels.Gauged:
+        """The paper's kind of datamodel: of raw logits."""
+        model = datamodels.RidgeDatamodel.fit(self.subset_masks()[: len(logits)], logits, lam, self.device, own_share)
+        return datamodels.Gauged(model, self.original_logits[:N_GAUGE], self.data.y)
 
     @cached_property
-    def datamodel(self) -> datamodels.RidgeDatamodel:
-        """The ridge datamodel on all M subset models, with the setting that did best on the tuning sets."""
+    def datamodel(self) -> datamodels.Gauged:
+        """Ridge on the raw logits of all M subset models, with the setting that did best on the tuning sets."""
         best = self.search_datamodel().iloc[0]
-        return datamodels.RidgeDatamodel.fit(
-            *self.subsets, float(best["lam"]), self.device, own_share=float(best["own_share"])
-        )
+        return self._ridge(self.raw_subset_logits(), float(best["lam"]), float(best["own_share"]))
 
-    def lds(self, model: datamodels.RidgeDatamodel) -> np.ndarray:
+    def lds(self, model: Predictor) -> np.ndarray:
         """Predicted and actual margins (2, n_held_out / 2, n_points) on subsets that chose nothing."""
         half = self.preset.datamodels.n_held_out // 2
-        masks, logits = (a[half:] for a in self.held_out)
-        return np.stack([metrics.margins(z, self.data.y) for z in (model.predict(masks), logits)])
+        masks, outputs = (a[half:] for a in self.held_out)
+        return np.stack([metrics.right_logits(z, self.data.y) for z in (model.predict(masks), outputs)])
+
+    # --- attribution -----------------------------------------------------------------------------------
+
+    @cached_property
+    def _attribution_stream(self) -> Stream:
+        section = self.preset.attribution
+        masks = self.random_masks("attribution masks", section.n_subsets, section.fraction)
+        return Stream("attribution", masks, keep_models=True)
+
+    @cached_property
+    def context(self) -> attribution.Context:
+        """What attributors are fitted to: the subset models of the preset's attribution, and the originals."""
+        return self.context_of(self._attribution_stream)
+
+    def context_of(self, stream: Stream, start: int = 0, stop: int | None = None) -> attribution.Context:
+        """The same of other subset models: some rows of a stream that keeps its models."""
+        return attribution.Context(
+            self.x,
+            self.y,
+            stream.masks[start:stop],
+            self._outputs(stream, start, stop),
+            self._models(stream, start, stop),
+            self.originals,
+            self.original_logits,
+            self.preset.seed,
+        )
+
+    @property
+    def attributor(self) -> datamodels.Attributor:
+        """The preset's own: what DM-direct, DMM and the widget predict with."""
+        return self.attributor_of(self.preset.attribution.name)
+
+    def attributor_of(self, name: str) -> datamodels.Attributor:
+        """A registered attributor, fitted once; ridge has the many subset models of `datamodels`, others `context`."""
+        if name == "ridge":
+            return self.datamodel
+        if name not in self._attributors:
+            own = name == self.preset.attribution.name
+            self.progress(f"fit the attributor {name}", 0, 1)
+            options = self.preset.attribution.options if own else {}
+            self._attributors[name] = attribution.fit(name, self.context, **options)
+            self.progress(f"fit the attributor {name}", 1, 1)
+        return self._attributors[name]
+
+    @cached_property
+    def _attributors(self) -> dict[str, datamodels.Attributor]:
+        return {}
+
+    def n_subsets_of(self, name: str) -> int:
+        """How many subset models an attributor is fitted to."""
+        return (self.preset.datamodels if name == "ridge" else self.preset.attribution).n_subsets
+
+    def _attribution_config(self, method: str) -> dict[str, Any]:
+        """What a method's result depends on through its attributor; nothing for a method that takes none."""
+        if not unlearn.registered(method).attributed:
+            return {}
+        name = method.partition("@")[2] or self.preset.attribution.name
+        if name == "ridge":
+            tuning = {name: f.indices.tolist() for name, f in self.tuning_sets.items()}
+            return {"datamodels": self._datamodel_config(), "tuning sets": tuning}
+        section = self.preset.attribution.model_dump(mode="json") | {"name": name}
+        if name != self.preset.attribution.name:
+            section["options"] = {}
+        return {"attribution": section, "attributor": attribution.source(name)}
 
     # --- forget sets -----------------------------------------------------------------------------------
 
@@ -539,8 +663,7 @@ class Study:
             if part.kind == "random":
                 indices = forget_sets.random(self.data, size, rng, exclude)
             elif part.kind == "nearest":
-                features = self.x[: self.data.n_train].flatten(1).cpu().numpy()
-                indices = forget_sets.nearest(features, part.point, size)
+                indices = forget_sets.nearest(self.features[: self.data.n_train], part.point, size)
             elif part.kind == "class":
                 indices = forget_sets.class_share(self.data, part.label, part.share, rng)
             else:
@@ -554,8 +677,13 @@ class Study:
 
     # --- unlearning ------------------------------------------------------------------------------------
 
-    def problem(self, forget_set: ForgetSet, tuning: bool = False, attribute: bool = True) -> Problem:
-        """The unlearning problem of a forget set, with fewer models and no trajectory for tuning."""
+    def problem(self, forget_set: ForgetSet, method: str = "", tuning: bool = False) -> Problem:
+        """The unlearning problem of a forget set, with fewer models and no trajectory for tuning.
+
+        It has an attributor where the method takes one: that which its name says after @, or the preset's.
+        """
+        attributed = method and unlearn.registered(method).attributed
+        name = method.partition("@")[2] or self.preset.attribution.name
         n = self.preset.tuning.n_models if tuning else self.preset.ensembles.n_models
         return Problem(
             originals=self.originals[:n],
@@ -565,7 +693,7 @@ class Study:
             n_train=self.data.n_train,
             forget=forget_set.indices,
             training=self.training,
-            attributor=self.datamodel if attribute else None,
+            attributor=self.attributor_of(name) if attributed else None,
             oracle_logits=self.oracles(forget_set, floor=True, n=n),
             checkpoints=0 if tuning else self.preset.unlearning.checkpoints,
             seed=self.seeds(f"unlearn:{forget_set.name}", 1)[0],
@@ -573,7 +701,7 @@ class Study:
         )
 
     def _datamodel_config(self) -> dict[str, Any]:
-        return self.preset.datamodels.model_dump(exclude={"sizes"})
+        return self.preset.datamodels.model_dump(exclude={"sizes"}) | {"regressed": "raw logits"}
 
     def search(self, method: str) -> pd.DataFrame:
         """Every setting tried of a method on the tuning sets, best first; kept on disk.
@@ -582,9 +710,12 @@ class Study:
         points and over the tuning sets.
         """
         settings = unlearn.configurations(method, self.preset.tuning.budget, self.preset.seed)
-        return self._search(method, unlearn.get(method), settings, unlearn.registered(method).source)
+        known = unlearn.registered(method)
+        return self._search(method, known.run, settings, known.source, self._attribution_config(method))
 
-    def _search(self, name: str, method: unlearn.Method, settings: list[dict[str, Any]], source: str) -> pd.DataFrame:
+    def _search(
+        self, name: str, method: unlearn.Method, settings: list[dict[str, Any]], source: str, more: dict[str, Any]
+    ) -> pd.DataFrame:
         section = self.preset.tuning
         config = {
             **self._identity(),
@@ -593,15 +724,15 @@ class Study:
             "settings": settings,
             "tuning": section.model_dump(),
             "sets": {tuning: f.indices.tolist() for tuning, f in self.tuning_sets.items()},
-            "datamodels": self._datamodel_config(),
             "seed": self.preset.seed,
+            **more,
         }
         path = self.runs / "store" / f"search-{name}-{config_hash(config)}.json"
         if path.exists():
             return pd.DataFrame(read_json(path))
         rows = []
         for tuning, forget_set in self.tuning_sets.items():
-            problem = self.problem(forget_set, tuning=True, attribute=name != "datamodel")
+            problem = self.problem(forget_set, "" if name == "datamodel" else name, tuning=True)
             reference = metrics.margins(self.oracles(forget_set, n=section.n_models), self.data.y)
             splits = forget_set.splits(self.data.n_train, self.data.n_val)
             task = f"search {name} on {tuning}"
@@ -639,8 +770,8 @@ class Study:
             "name": forget_set.name,
             "n_models": self.preset.ensembles.n_models,
             "checkpoints": self.preset.unlearning.checkpoints,
-            "datamodels": self._datamodel_config(),
             "seed": self.preset.seed,
+            **self._attribution_config(method),
         }
 
     def unlearned(self, method: str, forget_set: ForgetSet) -> Unlearned:
@@ -650,7 +781,7 @@ class Study:
         path = self.runs / "store" / f"unlearned-{method}-{config_hash(config)}.npz"
         if path.exists():
             return _read_unlearned(path)
-        result = unlearn.get(method)(self.problem(forget_set), **setting)
+        result = unlearn.get(method)(self.problem(forget_set, method), **setting)
         if not np.isfinite(result.margins).all():
             raise MethodError(
                 f"{method} with {setting} gave NaN margins on {forget_set.name!r}; lower its learning rate."
@@ -730,6 +861,13 @@ class Study:
         with replacing(path) as temporary:
             table.to_csv(temporary, index=False, float_format="%.6g")
         return path
+
+
+def _normalising(make: Callable[[], torch.nn.Module], mean: Tensor, std: Tensor) -> torch.nn.Module:
+    """A model that takes bytes: `models.normalise` as its first step, which adds no parameter or name to it."""
+    model = make()
+    model.register_forward_pre_hook(lambda _, inputs: ((inputs[0].float() / 255 - mean) / std,))
+    return model
 
 
 def _klom_or_worst(unlearned: np.ndarray, oracle: np.ndarray) -> np.ndarray:

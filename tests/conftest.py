@@ -26,6 +26,7 @@ TINY = {
     "training": {"epochs": 5, "batch_size": 40, "lr": 0.1},
     "ensembles": {"n_models": 8, "chunk": 16, "shard": 20},
     "datamodels": {"n_subsets": 100, "n_held_out": 20, "lambdas": [0.1, 0.5], "sizes": [50, 100]},
+    "attribution": {"n_subsets": 30},
     "forget_sets": [{"name": "random_6", "kind": "random", "size": 6}, {"name": "pc1", "kind": "pc", "size": 6}],
     "tuning": {"forget_sets": [{"name": "tune", "kind": "random", "size": 6}], "n_models": 8, "budget": 2},
     "unlearning": {"checkpoints": 2},

@@ -35,7 +35,7 @@ def test_losses_are_what_they_say():
 
 
 def test_matching_lowers_the_loss_that_it_was_given(tiny):
-    problem = tiny.problem(next(iter(tiny.tuning_sets.values())), tuning=True)
+    problem = tiny.problem(next(iter(tiny.tuning_sets.values())), "dmm", tuning=True)
     targets = unlearn.predicted_oracle(problem)[:, : problem.n_train]
     goal = metrics.margins(targets, problem.labels[: problem.n_train])[:, problem.forget]
     start = metrics.margins(problem.original_logits, problem.labels)[:, problem.forget]

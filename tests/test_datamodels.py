@@ -84,8 +84,18 @@ def test_what_is_linear_is_recovered():
     np.testing.assert_allclose(model.effect([2, 4]), -centred[[2, 4]].sum(0), atol=1e-2)
 
 
+def test_raw_logits_become_a_change_of_margins():
+    rng = np.random.default_rng(0)
+    masks, outputs, _ = subsets(40, points=14)
+    labels, originals = rng.integers(0, 3, 14), rng.normal(size=(5, 14, 3)).astype(np.float32)
+    raw = RidgeDatamodel.fit(masks, outputs, 0.1)
+    effect = datamodels.Gauged(raw, originals, labels).effect([1, 3])
+    before, after = (metrics.margins(z, labels) for z in (originals, originals + raw.effect([1, 3])))
+    np.testing.assert_allclose(metrics.right_logits(effect, labels), (after - before).mean(0), atol=1e-5)
+
+
 def test_lambda_is_chosen_on_held_out_subsets():
-    masks, outputs, _ = subsets(60, noise=4.0, seed=1)
+    masks, outputs, _ = subsets(16, noise=4.0, seed=1)
     held, held_outputs, _ = subsets(40, noise=0.0, seed=1)
     labels = np.array([0, 1, 2, 0])
     best, scores = datamodels.choose_lambda(masks, outputs, held, held_outputs, labels, [1e-4, 0.1, 1e4])

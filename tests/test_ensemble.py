@@ -2,6 +2,13 @@
 
 import copy
 import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,9 +16,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dmmlib import data, ensemble, models
+from dmmlib import data, ensemble, execution, models
 from dmmlib.ensemble import Ensemble, Training
-from dmmlib.errors import DataError, DeviceError, MethodError
+from dmmlib.errors import DataError, DeviceError, MethodError, SchedulerError
 from dmmlib.execution import Execution, can_compile, candidates, compiled, measure
 from dmmlib.optim import SGD, Adam
 from tests.conftest import SHARED, needs_cuda
@@ -98,9 +105,18 @@ def test_result_depends_on_seed_and_mask_not_on_neighbours(points):
     assert (whole[0] - whole[2]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("execution", [Execution(2, 2), Execution(2, 2, compile=True), Execution(1, 1, compile=True)])
-def test_threads_and_compilation_change_no_model(points, execution):
-    if execution.compile and not can_compile():
+@pytest.mark.parametrize(
+    "way",
+    [
+        Execution(2, 2),
+        Execution(2, 2, compile=True),
+        Execution(1, 1, compile=True),
+        Execution(2, 2, processes=True),
+        Execution(2, 2, compile=True, processes=True),
+    ],
+)
+def test_how_it_is_carried_out_changes_no_model(points, way):
+    if way.compile and not can_compile():
         pytest.skip("no C++ compiler on this machine")
     d, _, y = points
     x = models.pooled(d, d.x).double()
@@ -111,9 +127,105 @@ def test_threads_and_compilation_change_no_model(points, execution):
     masks = masks_of_sizes([45, 30, 45, 45, 45, 30])  # 3 batches of 15, or 2 of 15
     threads = torch.get_num_threads()
     plain = ensemble.train(factory, x[:90], y[:90], masks, range(6), TRAINING, Execution(6)).logits(x)
-    other = ensemble.train(factory, x[:90], y[:90], masks, range(6), TRAINING, execution).logits(x)
+    other = ensemble.train(factory, x[:90], y[:90], masks, range(6), TRAINING, way).logits(x)
     torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-4)
     assert torch.get_num_threads() == threads
+
+
+def test_members_are_split_evenly_among_workers():
+    sizes = [len(part) for part in Execution(16, 2).split(np.arange(100))]
+    assert sizes == [13] * 4 + [12] * 4
+    assert np.concatenate(Execution(16, 2).split(np.arange(100))).tolist() == list(range(100))
+    assert [len(part) for part in Execution(32, 4).split(np.arange(3))] == [1, 1, 1]
+
+
+def _shift(by):
+    return lambda chunk: (chunk + by, os.getpid(), threading.get_ident())
+
+
+def test_processes_serve_closures_in_order_and_are_kept():
+    way = Execution(1, 2, processes=True)
+    for by in (10, 20):
+        values, pids, _ = zip(*way.run(_shift(by), range(6)), strict=True)
+        assert values == tuple(range(by, by + 6))
+        assert os.getpid() not in pids
+        assert len(set(pids)) <= 2
+
+
+def test_equal_functions_share_their_code_whatever_pickle_they_came_in():
+    """torch compiles a step anew for each code object of a loss."""
+    one, two = (execution._unpack(execution._pack(_shift(by)).tobytes()) for by in (1, 2))
+    assert (one(0)[0], two(0)[0]) == (1, 2)
+    assert one.__code__ is two.__code__
+
+
+def test_what_cannot_be_sent_is_done_in_threads():
+    lock = threading.Lock()
+
+    def work(chunk):
+        with lock:
+            return os.getpid()
+
+    assert set(Execution(1, 2, processes=True).run(work, range(4))) == {os.getpid()}
+
+
+def test_a_failure_in_a_process_is_raised_as_it_is():
+    def fails(chunk):
+        raise DataError(f"chunk {chunk}")
+
+    with pytest.raises(DataError, match="chunk 0"):
+        list(Execution(1, 2, processes=True).run(fails, range(3)))
+
+
+def test_a_killed_process_gives_one_clear_error_and_the_next_run_works():
+    def dies(chunk):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    way = Execution(1, 2, processes=True)
+    with pytest.raises(SchedulerError, match="process was killed"):
+        list(way.run(dies, range(3)))
+    assert [value for value, *_ in way.run(_shift(1), range(3))] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGKILL])
+def test_worker_processes_end_with_the_one_that_started_them(tmp_path, blow):
+    """As Ctrl-C in a terminal, where the whole group is told; as a killed kernel, whose workers hear nothing."""
+    script = tmp_path / "waits.py"
+    script.write_text(
+        "import os, time\n"
+        "from pathlib import Path\n"
+        "from dmmlib.execution import Execution\n"
+        "def wait(chunk):\n"
+        "    Path(f'worker-{os.getpid()}').touch()\n"
+        "    time.sleep(100)\n"
+        "list(Execution(1, 2, processes=True).run(wait, range(4)))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, script],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        env=os.environ | {"PYTHONPATH": str(Path(execution.__file__).parents[1])},
+    )
+    deadline = time.monotonic() + 60
+    while not (workers := [int(p.name.split("-")[1]) for p in tmp_path.glob("worker-*")]):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (os.killpg if blow == signal.SIGINT else os.kill)(process.pid, blow)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert blow == signal.SIGKILL or b"KeyboardInterrupt" in errors
+    while any(_alive(worker) for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def _alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def test_many_kinds_of_steps_stay_compiled_in_threads():
@@ -159,6 +271,9 @@ def test_what_a_preset_settles_is_not_tried():
     assert {e.chunk for e in candidates(cpu, chunk=7)} == {7}
     assert not any(e.compile for e in candidates(cpu, compile=False))
     assert all(e.compile for e in candidates(cpu, compile=True))
+    assert not any(e.processes for e in candidates(cpu)), "little work must not wait for processes to start"
+    both = {e.processes for e in candidates(cpu, many=True)}
+    assert both == ({False, True} if torch.get_num_threads() > 1 else {False}), "which is faster is measured"
 
 
 @pytest.mark.parametrize(

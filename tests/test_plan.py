@@ -31,7 +31,7 @@ def test_a_plan_counts_what_a_run_trains(tmp_path, quick, monkeypatch):
 
     monkeypatch.setattr(Study, "train", counted)
     study.results()
-    assert before.total.n_models == 8 + 120 + 2 * 2 * 8 + 2 * 8
+    assert before.total.n_models == 8 + 120 + 30 + 2 * 2 * 8 + 2 * 8
     assert before.total.missing == sum(trained.values()), "to the sample gradient"
     after = plan.plan(preset, tmp_path)
     assert after.total.done == after.total.n_models
@@ -48,7 +48,7 @@ def test_stores_of_another_configuration_do_not_count(tmp_path, quick):
         assert plan.plan(presets.load(TINY, change), tmp_path).total.done == 0, change
 
 
-@pytest.mark.parametrize("name", ["cifar10", "living17", "digits", "cifar10-images", "laptop", "smoke"])
+@pytest.mark.parametrize("name", ["cifar10", "living17", "digits", "cifar10-images", "laptop", "smoke", "mllmu"])
 def test_every_preset_can_be_planned(name, tmp_path, quick, monkeypatch):
     monkeypatch.setattr(plan, "user_cache_dir", lambda _: str(tmp_path))  # as if nothing was ever downloaded
     found = plan.plan(presets.load(name), tmp_path)
@@ -57,7 +57,7 @@ def test_every_preset_can_be_planned(name, tmp_path, quick, monkeypatch):
     assert "measured just now on this machine" in text
     if name == "cifar10":
         assert found.n_parameters == 2_274_880
-        assert found.total.n_models == 200 + 20_200 + 10 * 400 + 2 * 100
+        assert found.total.n_models == 200 + 20_200 + 100 + 10 * 400 + 2 * 100
         assert "random images stand in" in text
     if name == "living17":
         assert (found.size.n_train, found.size.n_classes) == (88_400, 17)

@@ -7,7 +7,7 @@ from dmmlib import presets
 from dmmlib.errors import PresetError
 
 
-@pytest.mark.parametrize("name", ["smoke", "laptop", "cifar10", "cifar10-images", "digits", "living17"])
+@pytest.mark.parametrize("name", ["smoke", "laptop", "cifar10", "cifar10-images", "digits", "living17", "mllmu"])
 def test_committed_presets_are_valid_and_complete(name):
     preset = presets.load(name)
     assert preset.name == name

@@ -46,5 +46,5 @@ def test_every_python_block_runs_in_order(tmp_path, monkeypatch, registries):
     for block in blocks:
         line = README[: block.start(1)].count("\n")
         exec(compile("\n" * line + block[1], "README.md", "exec"), namespace)  # errors name README.md's line
-    assert set(namespace["table"]["method"]) == {"do_nothing", "retrain", "dmm", "last_layer"}
+    assert set(namespace["table"]["method"]) == {"do_nothing", "retrain", "dmm", "dmm@means", "last_layer"}
     assert {"last_layer"} <= set(unlearn.names())

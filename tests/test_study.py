@@ -36,7 +36,7 @@ def test_everything_is_computed_once(tiny, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("dmmlib.ensemble.train", never)
+    monkeypatch.setattr("dmmlib.ensemble.train_and", never)
     again = Study(TINY, runs=tiny.runs, figures=tiny.figures, progress=silent)
     assert again.results().equals(first)
 
@@ -75,10 +75,10 @@ def test_interrupted_training_goes_on_where_it_was(tmp_path, monkeypatch, tiny):
             raise KeyboardInterrupt
         return train(*args, **kwargs)
 
-    monkeypatch.setattr("dmmlib.ensemble.train", dies_at_the_third)
+    monkeypatch.setattr("dmmlib.ensemble.train_and", dies_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         _ = other.subsets
-    monkeypatch.setattr("dmmlib.ensemble.train", train)
+    monkeypatch.setattr("dmmlib.ensemble.train_and", train)
     again = study(tmp_path)
     np.testing.assert_allclose(again.subsets[1], tiny.subsets[1], atol=1e-5)
     assert len(calls) == 6, "six shards of twenty, none twice"
@@ -99,6 +99,29 @@ def test_how_to_train_is_measured_once_and_kept(tmp_path, monkeypatch):
     assert study(tmp_path, {"ensembles.chunk": 3}).execution.chunk == 3
 
 
+def test_images_as_bytes_give_the_same_models(tmp_path):
+    """As on a GPU, where they are normalised in the step."""
+    answers = []
+    for as_bytes in (False, True):
+        one = study(tmp_path / str(as_bytes), {"model.name": "convnet"})
+        one.__dict__["_bytes"] = as_bytes
+        assert str(one.x.dtype) == ("torch.uint8" if as_bytes else "torch.float32")
+        gd = unlearn.get("gd")(one.problem(one.tuning_sets["tune"], "gd", tuning=True))
+        answers += [(one.original_logits, gd.margins)]
+    for prepared, from_bytes in zip(*answers, strict=True):
+        np.testing.assert_allclose(from_bytes, prepared, atol=1e-4)
+
+
+def test_processes_train_the_same_study(tmp_path, tiny):
+    one = study(tmp_path)
+    one.__dict__["execution"] = execution.Execution(4, 2, processes=True)
+    np.testing.assert_allclose(one.subsets[1], tiny.subsets[1], atol=1e-5)
+    for method in ("gd", "scrub", "dmm"):
+        results = [unlearn.get(method)(s.problem(s.forget_sets["random_6"], method)) for s in (one, tiny)]
+        np.testing.assert_allclose(results[0].margins, results[1].margins, atol=1e-4)
+        np.testing.assert_allclose(results[0].trajectory, results[1].trajectory, atol=1e-4)
+
+
 def test_compilation_that_cannot_be_had_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(execution, "can_compile", lambda: False)
     with pytest.raises(DeviceError, match=r"torch.compile does not work here .* set it to auto or false"):
@@ -110,7 +133,7 @@ def test_compilation_that_cannot_be_had_is_said(tmp_path, monkeypatch):
 def models_train(monkeypatch):
     from dmmlib import ensemble
 
-    original, calls = ensemble.train, []
+    original, calls = ensemble.train_and, []
 
     def counted(*args, **kwargs):
         calls.append(1)

@@ -166,8 +166,48 @@ def test_a_preview_compares_the_originals_with_what_the_attributor_expects():
     top = seen.changes.top(3)
     assert top[0].point == 2
     assert top[0].new != labels[2]
-    assert top[1].distance == 0
+    assert top[1].distance < 1e-6
     assert all(c.point != 2 for c in seen.changes.top(3, np.array([0, 1, 7])))
+
+
+class Alike:
+    """An attributor in which every point raises all logits of one class a little; points 0 to 4 act together."""
+
+    def effects(self, forget_sets):
+        effects = np.zeros((len(forget_sets), 60, 3), np.float32)
+        for row, forget in zip(effects, forget_sets, strict=True):
+            row[:, 0] = sum(1.0 if i < 5 else 0.02 * (-1) ** i for i in np.asarray(forget).tolist())
+        return effects
+
+    def effect(self, forget):
+        return self.effects([forget])[0]
+
+
+def test_a_request_that_acts_together_stands_out_against_random_ones():
+    rng = np.random.default_rng(0)
+    previewer = Previewer(Alike(), rng.normal(size=(4, 60, 3)).astype(np.float32), rng.integers(0, 3, 60), n_train=50)
+    usual = previewer.usual(shares=(0.04, 0.1, 0.2), n_sets=12)
+    assert [u.size for u in usual] == [2, 5, 10]
+    assert usual[0].mean < usual[-1].mean
+    together, ordinary = previewer.preview(range(5)), previewer.preview(range(20, 25))
+    assert "it stands out" in previews.beyond_usual(usual, together)
+    assert "does not stand out" in previews.beyond_usual(usual, ordinary)
+    assert f"{together.elsewhere:.1%} would change" in previews.beyond_usual(usual, together)
+    assert previews.beyond_usual([], together) == "", "nothing measured, nothing claimed"
+
+
+def test_a_preview_says_where_it_cannot_tell():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 60)
+    attributor = Alike()
+    previewer = Previewer(attributor, rng.normal(size=(4, 60, 3)).astype(np.float32), labels, n_train=50)
+    assert previews.uncertainty(previewer.preview([0, 1])) == "", "no uncertainty known, none claimed"
+    attributor.sd = lambda forget: np.where(np.arange(60) < 50, 0.5, 5.0)  # margins of class 0 change by 2
+    seen = previewer.preview([0, 1])
+    assert seen.told["forget"] == pytest.approx((labels[:2] == 0).mean())
+    assert seen.told["retain"] == pytest.approx((labels[2:50] == 0).mean())
+    assert seen.told["validation"] == 0
+    assert "0% of validation images; for the others it can't tell" in previews.uncertainty(seen)
 
 
 @pytest.mark.parametrize("forget", [[], list(range(6)), [7]])
@@ -466,7 +506,7 @@ def test_a_users_own_set_gets_its_oracles_once_alone_and_beside(tiny, tmp_path, 
     def never(*args, **kwargs):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("dmmlib.ensemble.train", never)
+    monkeypatch.setattr("dmmlib.ensemble.train_and", never)
     beside = Study(TINY, forget_set=chooser.saved, beside=True, **places)
     assert list(beside.forget_sets) == ["random_6", "pc1", "mine"]
     np.testing.assert_array_equal(beside.reference(beside.forget_sets["mine"])[0], first)

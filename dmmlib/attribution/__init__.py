@@ -9,8 +9,8 @@ some of their weights, and the originals. One of your own registers by name:
 Importing this package registers the built-in ones.
 """
 
-from dmmlib.attribution import gradient, kernel, lasso, ridge  # noqa: F401 (register themselves)
-from dmmlib.attribution.base import Context, fit, get, names, register
+from dmmlib.attribution import bayesian, gradient, kernel, lasso, ridge  # noqa: F401 (register themselves)
+from dmmlib.attribution.base import Context, MarginDatamodel, fit, get, names, register, source
 from dmmlib.attribution.compare import compare
 
-__all__ = ["Context", "compare", "fit", "get", "names", "register"]
+__all__ = ["Context", "MarginDatamodel", "compare", "fit", "get", "names", "register", "source"]

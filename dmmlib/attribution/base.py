@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,9 @@ from torch import Tensor
 from dmmlib.datamodels import Attributor
 from dmmlib.ensemble import Ensemble, check_masks
 from dmmlib.errors import DataError, MethodError
+from dmmlib.forget_sets import check_forget_indices
+from dmmlib.hashing import source_hash
+from dmmlib.metrics import right_logits
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class Context:
         x: prepared points (n_points, ...), training points first, on the models' device.
         y: labels (n_points,), on the same device.
         masks: training sets of the subset models, bool (M, n_train).
-        outputs: their logits (M, n_points, n_classes): an array, or what slices to arrays on its first axis.
+        outputs: their logits in the margin gauge (M, n_points, n_classes): an array, or what slices to arrays on its
+            first axis.
         models: weights of the first K subset models, K <= M, for methods that take gradients.
         originals: the models trained on all points, and
         original_logits: their logits (N, n_points, n_classes).
@@ -73,6 +77,11 @@ class Context:
     def labels(self) -> np.ndarray:
         return self.y.cpu().numpy()
 
+    @property
+    def margins(self) -> np.ndarray:
+        """Margins (M, n_points) of the subset models."""
+        return right_logits(np.asarray(self.outputs[: len(self.masks)]), self.labels)
+
     def subset_models(self) -> Ensemble:
         """The weights of the first subset models; raises DataError where none were given."""
         if self.models is None:
@@ -80,17 +89,66 @@ class Context:
         return self.models
 
 
+@dataclass(frozen=True)
+class MarginDatamodel:
+    """Weights of training points on margins; given that it is wrong, what a model answers is taken to stay.
+
+    Attributes:
+        weights: W (n_train, n_points): by how much training on a point raises each margin.
+        labels: (n_points,).
+        mean_mask: (n_train,), and
+        mean_output: (n_points, n_classes): a prediction for a mask is the mean output, in the margin gauge, plus the
+            effect of the mask's difference to the mean mask.
+    """
+
+    weights: np.ndarray
+    labels: np.ndarray
+    mean_mask: np.ndarray
+    mean_output: np.ndarray
+
+    def respond(self, directions: np.ndarray) -> np.ndarray:
+        """W^T d as a change of the label's logit (k, n_points, n_classes), for each row d of (k, n_train)."""
+        change = np.asarray(directions, np.float32) @ self.weights
+        right = np.arange(self.mean_output.shape[1]) == self.labels[:, None]
+        return np.where(right, change[..., None], np.float32(0))
+
+    def effect(self, forget: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Predicted change of logits (n_points, n_classes) on retraining without F; raises ForgetSetError."""
+        return -self.respond(indicator(forget, len(self.weights))[None])[0]
+
+    def predict(self, masks: np.ndarray) -> np.ndarray:
+        """Predicted logits (k, n_points, n_classes) of models trained on the given masks (k, n_train)."""
+        return self.mean_output + self.respond(masks - self.mean_mask)
+
+
+def indicator(forget: Sequence[int] | np.ndarray, n_train: int) -> np.ndarray:
+    """1_F (n_train,), float32; raises ForgetSetError for indices that are no proper part of the training set."""
+    u = np.zeros(n_train, np.float32)
+    u[check_forget_indices(forget, n_train)] = 1
+    return u
+
+
+def calibrated(context: Context, raw: np.ndarray) -> MarginDatamodel:
+    """Scores (n_train, n_points) of any unit, times the least-squares slope of the subset models' margins on them."""
+    outputs = np.asarray(context.outputs[: len(context.masks)])
+    actual = context.margins
+    actual = actual - actual.mean(0)
+    predicted = (context.masks - context.masks.mean(0)).astype(np.float32) @ raw
+    slope = float((predicted * actual).sum() / max(float((predicted**2).sum()), 1e-12))
+    return MarginDatamodel(np.float32(slope) * raw, context.labels, context.masks.mean(0), outputs.mean(0))
+
+
 Fit = Callable[..., Attributor]
 """Fits an attributor to a context, with options by keyword."""
 
-_ATTRIBUTORS: dict[str, Fit] = {}
+_ATTRIBUTORS: dict[str, tuple[Fit, str]] = {}
 
 
 def register(name: str) -> Callable[[Fit], Fit]:
     """Register a method by name: a function of a `Context` (and options) that returns an `Attributor`."""
 
     def add(method: Fit) -> Fit:
-        _ATTRIBUTORS[name] = method
+        _ATTRIBUTORS[name] = method, source_hash(method)
         return method
 
     return add
@@ -111,7 +169,13 @@ def get(name: str) -> Fit:
         raise MethodError(
             f"Unknown attribution method {name!r}; use one of {', '.join(names())}, or register your own."
         )
-    return _ATTRIBUTORS[name]
+    return _ATTRIBUTORS[name][0]
+
+
+def source(name: str) -> str:
+    """Hash of the source of the attribution method of that name; raises MethodError if there is none."""
+    get(name)
+    return _ATTRIBUTORS[name][1]
 
 
 def fit(name: str, context: Context, **options: Any) -> Attributor:

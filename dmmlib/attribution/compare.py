@@ -68,10 +68,15 @@ def _held_out_margins(attributor: Attributor, context: Context, masks: np.ndarra
     """Predicted margins (k, n_points) of masks; without a `predict` of its own, the mean original plus an effect."""
     predict = getattr(attributor, "predict", None)
     if predict is not None:
-        return _margins(predict(masks), context)
+        return metrics.right_logits(predict(masks), context.labels)
     assert context.original_logits is not None
-    mean = context.original_logits.mean(0)
-    return _margins(np.stack([mean + attributor.effect(np.flatnonzero(~mask)) for mask in masks]), context)
+    mean = _margins(context.original_logits, context).mean(0)
+    return np.stack([mean + _effect(attributor, context, np.flatnonzero(~mask)) for mask in masks])
+
+
+def _effect(attributor: Attributor, context: Context, forget: np.ndarray) -> np.ndarray:
+    """Predicted change of margins (n_points,)."""
+    return metrics.right_logits(attributor.effect(forget), context.labels)
 
 
 def _direct(
@@ -80,7 +85,7 @@ def _direct(
     """Split, statistic and estimate of DM-direct on one forget set."""
     assert context.original_logits is not None
     before, oracle = _margins(context.original_logits, context), _margins(oracle_logits, context)
-    unlearned = _margins(context.original_logits + attributor.effect(forget_set.indices), context)
+    unlearned = before + _effect(attributor, context, forget_set.indices)
     splits = forget_set.splits(context.n_train, len(context.x) - context.n_train)
     found = [
         (split, f"klom_{name}", estimate)

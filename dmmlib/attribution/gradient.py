@@ -1,59 +1,25 @@
 """Gradient attributors of the `dattri` library, calibrated to logit units.
 
 `dattri` (Deng et al., NeurIPS 2024 datasets and benchmarks track) is optional: `pip install --no-deps dattri`, since
-its dependency pretty_midi serves only its music benchmark. Its scores, a number a training point and logit, are those
+its dependency pretty_midi serves only its music benchmark. Its scores, a number a training point and margin, are those
 of TRAK (Park et al., 2023) and TracIn (Pruthi et al., 2020; here at final weights only). They have no unit; one
-least-squares slope on the subset models' outputs gives them that of logits, and their sign.
+least-squares slope on the subset models' margins gives them that of logits, and their sign.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from dmmlib.attribution.base import Context, register
-from dmmlib.attribution.kernel import calibrate, margin
+from dmmlib.attribution.base import Context, MarginDatamodel, calibrated, register
+from dmmlib.attribution.kernel import margin
 from dmmlib.errors import DataError, MethodError
-from dmmlib.forget_sets import check_forget_indices
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Scores in logit units, added up over a forget set.
-
-    Attributes:
-        scores: (n_train, n_points * n_classes): by how much each point raises each logit.
-        mean_mask: (n_train,).
-        mean_output: (n_points, n_classes).
-    """
-
-    scores: np.ndarray
-    mean_mask: np.ndarray
-    mean_output: np.ndarray
-
-    def effect(self, forget: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Predicted change of logits (n_points, n_classes) on retraining without F; raises ForgetSetError."""
-        indices = check_forget_indices(forget, len(self.scores))
-        return -self.scores[indices].sum(0).reshape(self.mean_output.shape)
-
-    def predict(self, masks: np.ndarray) -> np.ndarray:
-        """Predicted logits (k, n_points, n_classes) of models trained on the given masks (k, n_train)."""
-        response = (masks - self.mean_mask).astype(np.float32) @ self.scores
-        return self.mean_output + response.reshape(-1, *self.mean_output.shape)
-
-
-def _calibrated(context: Context, raw: np.ndarray) -> Scores:
-    outputs = np.asarray(context.outputs[: len(context.masks)])
-    unit = Scores(raw, context.masks.mean(0), outputs.mean(0))
-    return replace(unit, scores=raw * calibrate(unit.predict(context.masks), outputs, per_point=False))
 
 
 def _dattri(name: str) -> Any:
@@ -69,7 +35,7 @@ def _dattri(name: str) -> Any:
 
 
 def _task(context: Context, loss: Callable[[Tensor, Tensor], Tensor], n_models: int | None) -> Any:
-    """dattri's description of the models: gradients of `loss` of training points against those of single logits."""
+    """dattri's description of the models: gradients of `loss` of training points against those of margins."""
     _dattri("TRAKAttributor")
     from dattri.task import AttributionTask
 
@@ -83,20 +49,17 @@ def _task(context: Context, loss: Callable[[Tensor, Tensor], Tensor], n_models: 
         return loss(functional_call(module, params, (x[None],)), y[None])
 
     def of_target(params: dict[str, Tensor], point: tuple[Tensor, Tensor]) -> Tensor:
-        x, c = point
-        return functional_call(module, params, (x[None],))[0].gather(0, c[None])[0]
+        x, y = point
+        return margin(functional_call(module, params, (x[None],)), y[None])[0]
 
     weights = [{k: v[i] for k, v in models.params.items()} for i in range(models.n_models)]
     return AttributionTask(loss_func=of_train, model=module, checkpoints=weights, target_func=of_target)
 
 
 def _loaders(context: Context, batch: int) -> tuple[DataLoader, DataLoader]:
-    """Training points with labels, and every point with every class."""
-    n, c = context.n_train, context.n_classes
-    classes = torch.arange(c, device=context.device).repeat(len(context.x))
-    train = TensorDataset(context.x[:n], context.y[:n])
-    targets = TensorDataset(context.x.repeat_interleave(c, 0), classes)
-    return DataLoader(train, batch), DataLoader(targets, batch)
+    """Training points, and all points."""
+    every, n = TensorDataset(context.x, context.y), context.n_train
+    return DataLoader(Subset(every, range(n)), batch), DataLoader(every, batch)
 
 
 def _projection(context: Context, n_features: int | None) -> dict[str, Any]:
@@ -117,11 +80,11 @@ def trak(
     regularization: float = 1e-6,
     n_models: int | None = None,
     batch: int = 250,
-) -> Scores:
+) -> MarginDatamodel:
     """TRAK with random projections, by dattri, at the context's subset models.
 
     Args:
-        context: with the weights of subset models; scores take 4 n_train n_points n_classes bytes.
+        context: with the weights of subset models; scores take 4 n_train n_points bytes.
         n_features: of the projection; None for whole gradients.
         regularization: added to the diagonal of the features' Gram matrix, gradients being divided by the square
             root of the number of weights.
@@ -149,11 +112,11 @@ def trak(
         regularization=regularization,
     )
     scores.cache(train)
-    return _calibrated(context, scores.attribute(targets).detach().cpu().numpy())
+    return calibrated(context, scores.attribute(targets).detach().cpu().numpy())
 
 
 @register("tracin")
-def tracin(context: Context, n_models: int | None = None, batch: int = 250) -> Scores:
+def tracin(context: Context, n_models: int | None = None, batch: int = 250) -> MarginDatamodel:
     """Grad-dot: TracIn at the final weights of the subset models, whole gradients, by dattri; arguments as `trak`."""
     attributor = _dattri("TracInAttributor")
     task = _task(context, lambda z, y: torch.nn.functional.cross_entropy(z, y), n_models)
@@ -166,4 +129,4 @@ def tracin(context: Context, n_models: int | None = None, batch: int = 250) -> S
         projector_kwargs=_projection(context, None),
         device=str(context.device),
     )
-    return _calibrated(context, scores.attribute(train, targets).detach().cpu().numpy())
+    return calibrated(context, scores.attribute(train, targets).detach().cpu().numpy())

@@ -1,52 +1,41 @@
 """Gradient kernels: attribution from the weights of a few dozen models instead of the outputs of thousands.
 
-TRAK (Park et al., ICML 2023) replaces a network by its linearisation: with phi_i the gradient of the margin of
-training point i and g_tc that of logit c of point t, both with respect to the weights, K = Phi Phi^T, and p_i the
-probability of the right class, leaving point i out changes that logit by about
+TRAK (Park et al., ICML 2023) replaces a network by its linearisation: with phi_i the gradient of the margin of point i
+with respect to the weights, and K = Phi Phi^T over training points, training on point i raises the margin of point t
+by about
 
-    - s r_i T_i(t, c),    T = (K + lam mean(diag K) I)^-1 Phi g_tc,    r_i = 1 - p_i,
+    W_it = s r_i T_it,    T = (K + lam mean(diag K) I)^-1 Phi phi_t,
 
-T and r averaged over models, s one scale that puts it in logit units. Here K is exact, without TRAK's random
-projection, wherever a layer is linear on vectors: the gradient of one is an outer product of its input a and the
-gradient d at its output, so it adds (a_i.a_j + 1)(d_i.d_j). All other weights take explicit gradients a point.
+T averaged over models, s one scale. Here K is exact, without TRAK's random projection, wherever a layer is linear on
+vectors: the gradient of one is an outer product of its input a and the gradient d at its output, so it adds
+(a_i.a_j + 1)(d_i.d_j). All other weights take explicit gradients a point.
 
-**T is never built.** For any weights u on the training points, T^T u is g_tc . w with w = Phi^T (K + lam I)^-1 u: one
-solve, one backward pass and one Jacobian-vector product a model, for all points and logits at once.
-
-**A group is more than its points.** The rule is exact for kernel ridge regression if r_i is the residual of i in the
-model *without* it: T^T r is then what relabelling i with the prediction of others does. For a group F out together,
-the residuals of the model without F solve, with margins m of the originals,
-
-    r_j = mean over originals of 1 - sigmoid(m_j - s sum over i in F of T_ij r_i),    j in F.
-
-**Or measured.** Half of the subset models were trained on i and half were not, so the rise of its own margin, mean
-with it minus mean without it, is known well, and r_i = rise_i / T_ii lets the kernel say only how an effect spreads.
-
-Which of these serves DM-direct best is open: a kernel at 20 of 100 subset models has the LDS of thousands of them, and
-still a KLoM above theirs, since the LDS is blind to how much is predicted. The group's equation did worst so far.
+**The residual** r_i says how much there is to spread. TRAK's is 1 - p_i, p_i the probability of the right class, "mean"
+over models; the rule is exact for kernel ridge regression if it is that of a model *without* i ("held_out"). But some
+subset models were trained on i and some were not, so the rise of its own margin is *measured*: with r_i = rise_i / T_ii
+the kernel says only how an effect spreads, and no longer how large it is. That is what KLoM asks for and the LDS, a
+rank correlation, is blind to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from scipy.special import expit
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, vjp, vmap
+from torch.func import functional_call, grad, vmap
 
-from dmmlib.attribution.base import Context, register
-from dmmlib.datamodels import RidgeDatamodel
+from dmmlib.attribution.base import Context, MarginDatamodel, calibrated, register
 from dmmlib.ensemble import Ensemble
 from dmmlib.errors import DataError
-from dmmlib.forget_sets import check_forget_indices
-from dmmlib.metrics import margins as margins_of
 
-Residual = Literal["mean", "held_out", "measured", "group"]
-DIRECTIONS = 32  # at a time through a model, to bound memory
+Residual = Literal["mean", "held_out", "measured"]
+RESIDUALS: tuple[Residual, ...] = get_args(Residual)
+At = Literal["subsets", "originals"]
 POINTS = 100  # explicit gradients at a time, likewise
 FEATURES = 20_000  # of them a point, beyond which they are projected
 
@@ -154,215 +143,68 @@ def gram(models: Ensemble, i: int, x: Tensor, y: Tensor, seed: int = 0) -> Tenso
     return k
 
 
-@dataclass(frozen=True)
-class KernelDatamodel:
-    """A fitted gradient kernel; see `fit`.
+def attributions(models: Ensemble, x: Tensor, y: Tensor, n_train: int, lam: float, seed: int = 0) -> np.ndarray:
+    """T (n_train, n_points), float32, averaged over models.
 
-    Attributes:
-        models: the K models that gradients are taken at.
+    Takes 4 (n_points^2 + n_train^2 + n_train n_points) bytes, and a model 2 n_train^2 n_points multiplications.
+
+    Args:
+        models: where gradients are taken.
         x, y: all points (n_points, ...), training points first, and their labels.
-        factors: Cholesky factors of the regularised kernels (K, n_train, n_train).
-        ridge: lam mean(diag K), what was added to each kernel's diagonal (K,).
-        residual: r (n_train,), of the model without the point where it is to be held out.
-        scale: s, one number, or one a point (n_points,).
-        mean_mask, mean_output: a prediction for a mask is the mean output plus the effect of its difference to the
-            mean mask; (n_train,) and (n_points, n_classes).
-        margins: of the originals (N, n_train), where a group's residuals are solved for; else None.
+        n_train: how many are training points.
+        lam: penalty, relative to the kernel's mean diagonal.
+        seed: see `gram`.
     """
-
-    models: Ensemble
-    x: Tensor
-    y: Tensor
-    factors: Tensor
-    ridge: Tensor
-    residual: np.ndarray
-    mean_mask: np.ndarray
-    mean_output: np.ndarray
-    scale: float | np.ndarray = 1.0
-    margins: np.ndarray | None = None
-
-    @property
-    def n_train(self) -> int:
-        return self.factors.shape[1]
-
-    def respond(self, directions: np.ndarray) -> np.ndarray:
-        """T^T u averaged over models (k, n_points, n_classes), without the scale, for each row u of (k, n_train)."""
-        u = torch.from_numpy(np.asarray(directions, np.float32)).to(self.x.device)
-        total = torch.zeros(len(u), len(self.x), self.mean_output.shape[1], device=self.x.device)
-        for i, factor in enumerate(self.factors):
-            model = _Model.of(self.models, i)
-            v = torch.cholesky_solve(u.T, factor).T
-            total += torch.cat([self._push(model, part) for part in v.split(DIRECTIONS)])
-        return (total / len(self.factors)).cpu().numpy()
-
-    def _push(self, model: _Model, v: Tensor) -> Tensor:
-        """g . Phi^T v (k, n_points, n_classes) for v (k, n_train): backward from margins, forward to logits."""
-        n = self.n_train
-
-        def margins(params: dict[str, Tensor]) -> Tensor:
-            return margin(model.logits(params, self.x[:n]), self.y[:n])
-
-        def change(direction: dict[str, Tensor]) -> Tensor:
-            return jvp(lambda params: model.logits(params, self.x), (model.params,), (direction,))[1]
-
-        pull = vjp(margins, model.params)[1]
-        return vmap(change)(vmap(pull)(v)[0])
-
-    def among(self, forget: np.ndarray) -> np.ndarray:
-        """T_FF (|F|, |F|): how each point of F acts on the margin of each, averaged over models, without the scale."""
-        unit = torch.zeros(self.n_train, len(forget), device=self.factors.device)
-        index = torch.from_numpy(forget).to(unit.device)
-        unit[index, torch.arange(len(forget), device=unit.device)] = 1
-        total = np.zeros((len(forget), len(forget)))
-        for factor, ridge in zip(self.factors, self.ridge, strict=True):
-            total += (unit[index] - ridge * torch.cholesky_solve(unit, factor)[index]).cpu().numpy()
-        return total / len(self.factors)
-
-    def own(self) -> np.ndarray:
-        """T_ii (n_train,): how each training point acts on its own margin, averaged over models, without the scale."""
-        inverses = (r * torch.cholesky_inverse(f).diagonal() for f, r in zip(self.factors, self.ridge, strict=True))
-        return 1 - (sum(inverses, torch.zeros(())) / len(self.factors)).cpu().numpy()
-
-    def residuals(self, forget: np.ndarray) -> np.ndarray:
-        """r of the points of F (|F|,): as fitted, or the solution for the group where `margins` are given."""
-        if self.margins is None:
-            return self.residual[forget]
-        scale = np.broadcast_to(self.scale, len(self.x))[forget]
-        return conditional_residuals(self.margins[:, forget], scale[:, None] * self.among(forget).T)
-
-    def effect(self, forget: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Predicted change of logits (n_points, n_classes) on retraining without the points `forget`.
-
-        Raises:
-            ForgetSetError: for indices that are no proper part of the training set.
-        """
-        return self.effects([forget])[0]
-
-    def effects(self, forget_sets: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
-        """`effect` of several forget sets (k, n_points, n_classes), in one pass over the models."""
-        directions = np.zeros((len(forget_sets), self.n_train))
-        for row, forget in zip(directions, forget_sets, strict=True):
-            indices = check_forget_indices(forget, self.n_train)
-            row[indices] = self.residuals(indices)
-        return -self._scaled(self.respond(directions))
-
-    def predict(self, masks: np.ndarray) -> np.ndarray:
-        """Predicted logits (k, n_points, n_classes) of models trained on the given masks (k, n_train)."""
-        return self.mean_output + self._scaled(self.respond((masks - self.mean_mask) * self.residual))
-
-    def _scaled(self, response: np.ndarray) -> np.ndarray:
-        return response * np.broadcast_to(self.scale, len(self.x))[:, None].astype(np.float32)
+    total = torch.zeros(n_train, len(x), device=x.device)
+    for i in range(models.n_models):
+        k = gram(models, i, x, y, seed)[:n_train]
+        a = k[:, :n_train].clone()
+        a.diagonal().add_(lam * a.diagonal().mean())
+        total += torch.cholesky_solve(k, torch.linalg.cholesky(a))
+    return (total / models.n_models).cpu().numpy()
 
 
-def conditional_residuals(margins: np.ndarray, among: np.ndarray, steps: int = 200) -> np.ndarray:
-    """Solve r = mean over models of 1 - sigmoid(m - among r), by damped iteration from the margins as they are.
-
-    Args:
-        margins: m (n_models, |F|), of models trained with F.
-        among: (|F|, |F|), row j how the residuals of F add to the margin of j.
-
-    Returns:
-        r (|F|,), in [0, 1].
-    """
-    r = expit(-margins).mean(0)
-    for _ in range(steps):
-        new = expit(among @ r - margins).mean(0)
-        done = np.abs(new - r).max() < 1e-7
-        r = (r + new) / 2
-        if done:
-            break
-    return r
-
-
-def calibrate(predicted: np.ndarray, actual: np.ndarray, per_point: bool) -> float | np.ndarray:
-    """The scale that takes predicted to actual changes of logits, both (n_models, n_points, n_classes), centred here.
-
-    One least-squares slope for all; with `per_point` one a point (n_points,), shrunk to it by empirical Bayes: a
-    point's own slope counts with tau^2 / (tau^2 + se^2), se its standard error and tau^2 the variance of slopes
-    beyond what errors explain. Classes are centred too, since a shift of all logits changes no margin.
-    """
-    p, a = (_centred(z) for z in (predicted, actual))
-    power, product = (p * p).sum((0, 2)), (p * a).sum((0, 2))
-    common = float(product.sum() / max(power.sum(), 1e-12))
-    if not per_point:
-        return common
-    slopes = product / np.maximum(power, 1e-12)
-    freedom = max(1, (len(p) - 1) * (p.shape[2] - 1) - 1)
-    error = ((a - slopes[:, None] * p) ** 2).sum((0, 2)) / freedom / np.maximum(power, 1e-12)
-    weights = power / power.sum()
-    tau2 = max(0.0, float((weights * ((slopes - common) ** 2 - error)).sum()))
-    return common + tau2 / np.maximum(tau2 + error, 1e-12) * (slopes - common)
-
-
-def _centred(logits: np.ndarray) -> np.ndarray:
-    z = np.asarray(logits, np.float32)
-    z = z - z.mean(2, keepdims=True)
-    return z - z.mean(0)
-
-
-@register("kernel")
-def kernel(
-    context: Context,
-    lam: float = 1.0,
-    residual: Residual = "measured",
-    at: Literal["subsets", "originals"] = "subsets",
-    n_models: int | None = None,
-    per_point: bool = False,
-) -> KernelDatamodel:
-    """Fit a gradient kernel, and its scale on the outputs of the context's subset models.
-
-    Fitting takes 4 K n_train^2 bytes, and time K (n_train^3 / 3 + n_train^2 x the widths of the layers).
-
-    Args:
-        context: with the weights of subset models, or of the originals; for residual "group" also the originals'
-            logits.
-        lam: penalty on the kernel, relative to its mean diagonal.
-        residual: r of the module's formula: the "mean" over models (TRAK's), "held_out": over those not trained on
-            the point, "measured": from the rise of each point's own margin, or "group": solved for all of F being
-            out ("held_out" where masks are predicted).
-        at: whose gradients: of "subsets", or of the "originals".
-        n_models: K, the first so many; all that there are by default.
-        per_point: one scale a point, shrunk to the common one, instead of one for all.
+def kernel_weights(context: Context, lam: float, residual: Residual, at: At, n_models: int | None = None) -> np.ndarray:
+    """r_i T_it (n_train, n_points): by how much, up to a scale, each training point raises each margin.
 
     Raises:
         DataError: for a penalty that is not positive, or a context that lacks what the options need.
     """
     if not lam > 0:
-        raise DataError(f"The kernel's penalty is {lam}; give a positive number, such as 0.1.")
+        raise DataError(f"The kernel's penalty is {lam}; give a positive number, such as 0.3.")
+    if residual not in RESIDUALS:
+        raise DataError(f"residual={residual!r} was asked for; use one of {', '.join(map(repr, RESIDUALS))}.")
     models = context.subset_models() if at == "subsets" else context.originals
     if models is None:
         raise DataError("Gradients at the originals were asked for, but the context has no `originals`.")
-    models = models[:n_models]
-    if residual == "group" and context.original_logits is None:
-        raise DataError("The residuals of a group start from the originals; give the context `original_logits`.")
-    n, labels = context.n_train, context.labels
-    x, y = context.x[:n], context.y[:n]
-    factors = torch.empty(models.n_models, n, n, device=context.device)
-    ridge = torch.empty(models.n_models, device=context.device)
-    for i, factor in enumerate(factors):
-        k = gram(models, i, x, y, context.seed)
-        ridge[i] = lam * k.diagonal().mean()
-        k.diagonal().add_(ridge[i])
-        torch.linalg.cholesky(k, out=factor)
-    outputs = np.asarray(context.outputs[: len(context.masks)])
-    fitted = KernelDatamodel(
-        models,
-        context.x,
-        context.y,
-        factors,
-        ridge,
-        np.zeros(n),
-        context.masks.mean(0),
-        outputs.mean(0),
-        margins=margins_of(context.original_logits[:, :n], labels[:n]) if residual == "group" else None,  # type: ignore[index]
-    )
-    seen = margins_of(outputs[:, :n], labels[:n])
+    n = context.n_train
+    t = attributions(models[:n_models], context.x, context.y, n, lam, context.seed)
+    margins = context.margins[:, :n]
     if residual == "measured":
-        r = measured_residuals(seen, context.masks, fitted.own())
+        r = measured_residuals(margins, context.masks, np.diagonal(t))
     else:
-        r = _residual(seen, context.masks, held_out=residual != "mean")
-    fitted = replace(fitted, residual=r)
-    return replace(fitted, scale=calibrate(fitted.predict(context.masks), outputs, per_point))
+        r = _residual(margins, context.masks, held_out=residual == "held_out")
+    return np.asarray(r[:, None] * t, np.float32)
+
+
+@register("kernel")
+def kernel(
+    context: Context, lam: float = 0.3, residual: Residual = "measured", at: At = "subsets", n_models: int | None = None
+) -> MarginDatamodel:
+    """Fit a gradient kernel, and its scale on the margins of the context's subset models.
+
+    Args:
+        context: with the weights of subset models, or of the originals.
+        lam: penalty on the kernel, relative to its mean diagonal.
+        residual: r of the module's formula: the "mean" over models (TRAK's), "held_out": over those not trained on
+            the point, or "measured": from the rise of each point's own margin.
+        at: whose gradients: of "subsets", or of the "originals".
+        n_models: of how many, the first so many; all that there are by default.
+
+    Raises:
+        DataError: as `kernel_weights`.
+    """
+    return calibrated(context, kernel_weights(context, lam, residual, at, n_models))
 
 
 def measured_residuals(margins: np.ndarray, masks: np.ndarray, own: np.ndarray) -> np.ndarray:
@@ -385,37 +227,3 @@ def _residual(margins: np.ndarray, masks: np.ndarray, held_out: bool) -> np.ndar
         return r.mean(0)
     out = ~masks
     return np.where(out.any(0), (r * out).sum(0) / np.maximum(out.sum(0), 1), r.mean(0))
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """A prior attributor, and a ridge datamodel on what it leaves of the outputs of the same masks."""
-
-    prior: KernelDatamodel
-    correction: RidgeDatamodel
-
-    def effect(self, forget: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Predicted change of logits (n_points, n_classes) on retraining without the points `forget`."""
-        return self.effects([forget])[0]
-
-    def effects(self, forget_sets: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
-        """`effect` of several forget sets (k, n_points, n_classes)."""
-        return self.prior.effects(forget_sets) + self.correction.effects(forget_sets)
-
-    def predict(self, masks: np.ndarray) -> np.ndarray:
-        """Predicted logits (k, n_points, n_classes) of models trained on the given masks (k, n_train)."""
-        return self.prior.predict(masks) + self.correction.predict(masks)
-
-
-@register("kernel_ridge")
-def kernel_ridge(context: Context, ridge_lam: float = 0.3, **options: Any) -> Mixture:
-    """The gradient kernel as prior mean of a ridge datamodel, which regresses outputs minus the kernel's predictions.
-
-    Args:
-        context: as for `kernel`.
-        ridge_lam: penalty of the ridge, on A^T A / M.
-        options: of `kernel`.
-    """
-    prior: Any = kernel(context, **options)
-    left = np.asarray(context.outputs[: len(context.masks)]) - prior.predict(context.masks)
-    return Mixture(prior, RidgeDatamodel.fit(context.masks, left, ridge_lam, context.device))

@@ -257,9 +257,8 @@ def dmm(
 
     (originals, logits), (_, subsets) = train(np.ones((n_models, n), bool)), train(half)
     oracle, floor = (metrics.margins(train(task.retained)[1], labels) for _ in range(2))
-    problem = unlearn.Problem(
-        originals, logits, x, y, n, task.forget, training, RidgeDatamodel.fit(half, subsets, lam), seed=seed
-    )
+    attributor = RidgeDatamodel.fit(half, metrics.margin_gauge(subsets, labels), lam)
+    problem = unlearn.Problem(originals, logits, x, y, n, task.forget, training, attributor, seed=seed)
     outcomes = []
     for cost in costs:
         done = unlearn.get("dmm")(problem, cost=cost, lr=lr, batch_size=10)

@@ -181,7 +181,7 @@ def attribute(at: Setting, s: MetaSettings) -> TaskAttributor:
     rng = np.random.default_rng([s.seed, 1])
     size = min(at.m - 1, max(1, round(s.fraction * at.m)))
     masks = np.argsort(rng.random((s.n_subsets, at.m)), 1).argsort(1) < size
-    logits = at.logits(at.train(torch.from_numpy(masks), [s.seed, 2]))
+    logits = metrics.margin_gauge(at.logits(at.train(torch.from_numpy(masks), [s.seed, 2])), at.labels)
     return TaskAttributor(RidgeDatamodel.fit(masks, logits, s.ridge), at.task_of)
 
 

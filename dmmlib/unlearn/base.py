@@ -35,7 +35,7 @@ class Problem:
         n_train: size of S.
         forget: indices of F in S.
         training: how the originals were trained; costs are relative to retraining with it.
-        attributor: predicts the effect of leaving F out (for datamodel methods).
+        attributor: predicts the effect of leaving F out (for methods registered as `attributed`).
         oracle_logits: logits (n_oracles, n_points, n_classes) of retrained models (for oracle methods and
             the floor); independent of the oracles that a result is measured against.
         checkpoints: at how many moments to record the trajectory.
@@ -132,6 +132,7 @@ class Registered:
         paper: who proposed it.
         cost: sample gradients that it spends a model, as a formula of options and of the sizes n_S, n_F, n_R.
         elsewhere: public code that implements it.
+        attributed: whether it asks for the problem's attributor.
     """
 
     run: Method
@@ -140,6 +141,7 @@ class Registered:
     paper: str = ""
     cost: str = ""
     elsewhere: str = ""
+    attributed: bool = False
 
 
 _METHODS: dict[str, Registered] = {}
@@ -152,6 +154,7 @@ def register(
     paper: str = "",
     cost: str = "",
     elsewhere: str = "",
+    attributed: bool = False,
 ) -> Callable[[Method], Method]:
     """Register a method by name.
 
@@ -159,10 +162,11 @@ def register(
         name: what presets call it.
         space: the grid on which its hyperparameters are searched; none if None.
         paper, cost, elsewhere: for `tables.catalogue`; see `Registered`.
+        attributed: whether it asks for the problem's attributor; presets then also know `name@attributor`.
     """
 
     def add(method: Method) -> Method:
-        _METHODS[name] = Registered(method, dict(space or {}), source_hash(method), paper, cost, elsewhere)
+        _METHODS[name] = Registered(method, dict(space or {}), source_hash(method), paper, cost, elsewhere, attributed)
         return method
 
     return add
@@ -183,10 +187,21 @@ def get(name: str) -> Method:
 
 
 def registered(name: str) -> Registered:
-    """A method with its grid and the hash of its source; raises MethodError if there is none."""
-    if name not in _METHODS:
-        raise MethodError(f"Unknown method {name!r}; use one of {', '.join(names())}, or register your own.")
-    return _METHODS[name]
+    """A method with its grid and the hash of its source.
+
+    Raises:
+        MethodError: if there is none, or it is named with an attributor (`dmm@ridge`) and takes none.
+    """
+    base, _, attributor = name.partition("@")
+    if base not in _METHODS:
+        raise MethodError(f"Unknown method {base!r}; use one of {', '.join(names())}, or register your own.")
+    found = _METHODS[base]
+    if attributor and not found.attributed:
+        raise MethodError(
+            f"Method {name!r} names an attributor, but {base!r} takes none; write {base!r}, or register the method "
+            "with attributed=True."
+        )
+    return found
 
 
 def configurations(name: str, budget: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -271,19 +286,23 @@ def finetune(
     n_steps = len(gradients)
     checkpoints = np.unique(np.linspace(0, n_steps, problem.checkpoints + 1).round().astype(int))[1:]
 
+    # What follows may run in another process, so it refers to what it needs, not to the whole problem.
+    originals, x, labels, precision = problem.originals, problem.x, problem.labels, problem.training.precision
+    compile = problem.execution.compile
+
     def tune_chunk(members: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-        models = problem.originals[members.tolist()].clone()
+        models = originals[members.tolist()].clone()
         state = optimizer.start({k: v for k, v in models.params.items() if only is None or k in only})
         trajectory: list[np.ndarray] = []
 
         def run(phase: Phase, before: int) -> None:
             def record(taken: int) -> None:
                 if before + taken in checkpoints:
-                    trajectory.append(margins(models.logits(problem.x).numpy(), problem.labels))
+                    trajectory.append(margins(models.logits(x).numpy(), labels))
 
             descend(
                 models,
-                problem.x,
+                x,
                 (batch[members] for batch in phase.batches),
                 phase.loss,
                 optimizer,
@@ -292,8 +311,8 @@ def finetune(
                 masks=None if masks is None else {k: v[members] for k, v in masks.items()},
                 models=members,
                 rate=None if rate is None else lambda t: rate((before + t) / n_steps),
-                precision=problem.training.precision,
-                compile=problem.execution.compile,
+                precision=precision,
+                compile=compile,
                 after=record,
             )
 
@@ -301,9 +320,9 @@ def finetune(
         for phase in phases:
             run(phase, before)
             before += len(phase.batches)
-        return models.logits(problem.x).numpy(), trajectory
+        return models.logits(x).numpy(), trajectory
 
-    chunks = np.array_split(np.arange(problem.n_models), -(-problem.n_models // problem.execution.chunk))
+    chunks = problem.execution.split(np.arange(problem.n_models))
     logits, trajectories = zip(*problem.execution.run(tune_chunk, chunks), strict=True)
     answers = np.concatenate(logits)
     moments = [np.concatenate(moment) for moment in zip(*trajectories, strict=True)]

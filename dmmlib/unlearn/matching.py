@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
+from dmmlib.datamodels import retrained
 from dmmlib.errors import DataError, OptionError
 from dmmlib.optim import Adam
 from dmmlib.unlearn.base import Phase, Problem, Unlearned, finetune, register
@@ -22,9 +23,9 @@ from dmmlib.unlearn.gradient import stream
 
 GEORGIEV, ELSEWHERE = "Georgiev et al., ICLR 2025", "RoyRin/data-unlearning-bench"
 SPACE: dict[str, list[Any]] = {
-    "cost": [0.1, 0.2],
+    "cost": [0.05, 0.1],
     "lr": [1e-3, 3e-3, 1e-2],
-    "batch_size": [20, 50],
+    "batch_size": [10, 20],
     "forget_share": [0.2, 0.4, 0.6],
 }
 
@@ -49,10 +50,10 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def predicted_oracle(problem: Problem) -> np.ndarray:
-    """z_original + effect(F): predicted oracle logits (N, n_points, n_classes), one set an original."""
+    """Predicted oracle logits (N, n_points, n_classes): each original's own, moved by effect(F)."""
     if problem.attributor is None:
         raise DataError("Datamodel methods need an attributor; give Problem(attributor=...).")
-    return problem.original_logits + problem.attributor.effect(problem.forget)
+    return retrained(problem.original_logits, problem.attributor.effect(problem.forget), problem.labels)
 
 
 @register(
@@ -60,6 +61,7 @@ def predicted_oracle(problem: Problem) -> np.ndarray:
     paper=f"DM-direct; {GEORGIEV}",
     cost="none (the datamodel's subset models are paid once)",
     elsewhere=ELSEWHERE,
+    attributed=True,
 )
 def dm_direct(problem: Problem) -> Unlearned:
     """Answer with the predicted logits: what matching could reach; not a model, so of no cost in gradients."""
@@ -72,6 +74,7 @@ def dm_direct(problem: Problem) -> Unlearned:
     paper=f"DMM; {GEORGIEV}",
     cost="cost n_R training epochs",
     elsewhere=ELSEWHERE,
+    attributed=True,
 )
 def dmm(problem: Problem, **hyperparameters: float) -> Unlearned:
     """Datamodel matching: `match` with predicted oracle logits as targets."""

@@ -53,8 +53,9 @@ class Chooser(w.VBox):
         self.known |= {f"PC {k + 1}": column for k, column in enumerate(study.loadings.T)}
         self.measured = previews.measure(study) if trust else []
         self._previewer = previews.Previewer(
-            study.datamodel, study.original_logits[: previews.N_ORIGINALS], data.y, data.n_train
+            study.attributor, study.original_logits[: previews.N_ORIGINALS], data.y, data.n_train
         )
+        self.usual = self._previewer.usual() if trust else []
         self.selection = Selection(data.n_train, start.indices if start else ())
         self.preview: previews.Preview | None = None
         self.saved: Path | None = None
@@ -240,7 +241,7 @@ class Chooser(w.VBox):
     def _nearest(self) -> None:
         with self._saying():
             n = self.study.data.n_train
-            features = self.study.x.flatten(1).cpu().numpy()
+            features = self.study.features
             distances = ((features[:n] - features[self._point()]) ** 2).sum(1)
             self.selection.add(forget_sets.highest(-distances, self.k.value, self.selection.indices))
 
@@ -370,7 +371,10 @@ class Chooser(w.VBox):
         warning = previews.warning(self.measured, preview.size)
         notice = f'<div class="dmm-notice" role="note">{html.escape(warning)}</div>' if warning else ""
         cost = html.escape(previews.cost(self.study, preview.size))
-        return f'<div class="dmm-outcome">{table}{notice}<p class="dmm-quiet">{cost}</p></div>'
+        unsure = html.escape(previews.uncertainty(preview))
+        beyond = html.escape(previews.beyond_usual(self.usual, preview))
+        said = "".join(f'<p class="dmm-quiet">{line}</p>' for line in (unsure, beyond, cost) if line)
+        return f'<div class="dmm-outcome">{table}{notice}{said}</div>'
 
     def _show_changes(self, _: object = None) -> None:
         if self.preview is None:

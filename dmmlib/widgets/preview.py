@@ -9,7 +9,7 @@ import numpy as np
 from scipy.special import softmax
 
 from dmmlib import forget_sets, metrics, unlearn
-from dmmlib.datamodels import Attributor
+from dmmlib.datamodels import Attributor, retrained
 from dmmlib.forget_sets import ForgetSet, check_forget_indices
 from dmmlib.study import Study
 
@@ -76,12 +76,55 @@ class Preview:
         size: of F.
         before, after: split (forget, retain, validation) -> outcome of the originals, and predicted for oracles.
         changes: every point, the most changed first.
+        elsewhere: mean change of answers on images that are not in the set, a total variation.
+        told: split -> share of its points whose predicted change of margin is more than twice its uncertainty; empty
+            where the attributor knows none.
     """
 
     size: int
     before: dict[str, Outcome]
     after: dict[str, Outcome]
     changes: Changes
+    elsewhere: float
+    told: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Usual:
+    """What random sets of one size do to answers on images that they do not hold: mean and spread of `elsewhere`."""
+
+    size: int
+    mean: float
+    spread: float
+
+
+def beyond_usual(usual: Sequence[Usual], preview: Preview) -> str:
+    """What a request would do beyond what random requests of its size do, as a sentence; empty where nothing is known.
+
+    Mean and spread are interpolated between the measured sizes, all in logarithms. An attack by deletion has to act
+    together, and so stands out; so do honest requests for images alike (notebook 08).
+    """
+    if not usual:
+        return ""
+    sizes = np.log([u.size for u in usual])
+    mean, spread = (
+        float(np.exp(np.interp(np.log(preview.size), sizes, np.log(np.maximum(values, 1e-9)))))
+        for values in ([u.mean for u in usual], [u.spread for u in usual])
+    )
+    score = (preview.elsewhere - mean) / spread
+    verdict = "it stands out: look who asks" if score > 3 else "it does not stand out"
+    return (
+        f"Answers on other images: {preview.elsewhere:.1%} would change; random requests of this size {mean:.1%} ± "
+        f"{spread:.1%}, so {verdict} ({score:+.1f} standard deviations)."
+    )
+
+
+def uncertainty(preview: Preview) -> str:
+    """Where the prediction says something, and where it can't tell, as a sentence; empty where nothing is known."""
+    if not preview.told:
+        return ""
+    said = ", ".join(f"{share:.0%} of {split}" for split, share in preview.told.items())
+    return f"Change of margin larger than twice its predicted uncertainty: {said} images; for the others it can't tell."
 
 
 class Previewer:
@@ -113,14 +156,40 @@ class Previewer:
             ForgetSetError: for indices that are no proper part of the training set.
         """
         indices = check_forget_indices(forget, self._n_train)
-        margins, right, probability = self._read(self._logits + self._attributor.effect(indices))
+        return self._preview(indices, self._attributor.effect(indices))
+
+    def usual(self, shares: Sequence[float] = SHARES, n_sets: int = 8, seed: int = 0) -> list[Usual]:
+        """What random sets of so many sizes do, by size; all of them in one pass where the attributor can."""
+        rng = np.random.default_rng(seed)
+        sizes = sorted({max(1, round(share * self._n_train)) for share in shares})
+        sets = [np.sort(rng.choice(self._n_train, size, replace=False)) for size in sizes for _ in range(n_sets)]
+        effects = getattr(self._attributor, "effects", None)
+        predicted = effects(sets) if effects else [self._attributor.effect(forget) for forget in sets]
+        found = [self._preview(forget, effect).elsewhere for forget, effect in zip(sets, predicted, strict=True)]
+        by_size = zip(sizes, np.reshape(found, (len(sizes), n_sets)), strict=True)
+        return [Usual(size, float(row.mean()), float(row.std(ddof=1))) for size, row in by_size]
+
+    def _preview(self, indices: np.ndarray, effect: np.ndarray) -> Preview:
+        margins, right, probability = self._read(retrained(self._logits, effect, self._labels))
         splits = ForgetSet("", indices).splits(self._n_train, len(self._labels) - self._n_train)
         changes = Changes(
             self._probability.argmax(1), probability.argmax(1), 0.5 * np.abs(probability - self._probability).sum(1)
         )
         return Preview(
-            len(indices), outcomes(self._margins, self._right, splits), outcomes(margins, right, splits), changes
+            len(indices),
+            outcomes(self._margins, self._right, splits),
+            outcomes(margins, right, splits),
+            changes,
+            float(np.delete(changes.distance, indices).mean()),
+            self._told(indices, effect, splits),
         )
+
+    def _told(self, indices: np.ndarray, effect: np.ndarray, splits: Mapping[str, np.ndarray]) -> dict[str, float]:
+        sd = getattr(self._attributor, "sd", None)
+        if sd is None:
+            return {}
+        clear = np.abs(metrics.right_logits(effect, self._labels)) > 2 * sd(indices)
+        return {split: float(clear[i].mean()) for split, i in splits.items()}
 
 
 def outcomes(margins: np.ndarray, right: np.ndarray, splits: Mapping[str, np.ndarray]) -> dict[str, Outcome]:
@@ -181,8 +250,7 @@ def measure(study: Study, shares: Sequence[float] = SHARES, n_oracles: int = N_O
         retrained = metrics.margins(oracles, study.data.y)
         true = retrained.mean(0) - originals.mean(0)
         variance = retrained.var(0, ddof=1) / len(retrained) + originals.var(0, ddof=1) / len(originals)
-        logits = study.original_logits[:N_ORIGINALS] + study.datamodel.effect(forget_set.indices)
-        predicted = (metrics.margins(logits, study.data.y) - originals[:N_ORIGINALS]).mean(0)
+        predicted = metrics.right_logits(study.attributor.effect(forget_set.indices), study.data.y)
         splits = forget_set.splits(n, study.data.n_val)
         measured.append(
             Measured(

@@ -1,0 +1,93 @@
+"""The regular simplex in a ball: k + 1 directions that cancel, and whose parts reach every direction.
+
+With vertices v_0 .. v_k on the sphere of radius R around 0 and at equal distances, sum_i v_i = 0, so k + 1 forces of
+equal weight along them leave everything where it was, while weights w move it by sum_i w_i v_i. Of all simplices in the
+ball the regular one has the largest volume (the case of equality of John's theorem: the ball is its ellipsoid of
+smallest volume), and it holds the ball of radius R / k around 0, so that no direction is out of reach.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.special import gammaln
+
+from dmmlib.errors import OptionError
+
+
+def regular(k: int, radius: float = 1.0) -> np.ndarray:
+    """Vertices (k + 1, k) of the regular simplex inscribed in the ball of that radius around 0; they sum to 0.
+
+    Raises:
+        OptionError: for k below 1 or a radius that is not positive.
+    """
+    if k < 1 or not radius > 0:
+        raise OptionError(f"A simplex of k={k} and radius {radius} was asked for; use k >= 1 and a positive radius.")
+    centred = np.eye(k + 1) - 1 / (k + 1)  # a regular simplex in the k-dimensional plane of vectors that sum to 0
+    basis = np.linalg.svd(centred)[2][:k]
+    vertices = centred @ basis.T
+    return radius * vertices / np.linalg.norm(vertices, axis=1, keepdims=True)
+
+
+def volume_share(k: int) -> float:
+    """Volume of the regular simplex over that of its circumscribed ball.
+
+    (k + 1)^((k + 1) / 2) / (k! k^(k / 2)) over pi^(k / 2) / Gamma(k / 2 + 1), for radius 1.
+    """
+    simplex = (k + 1) / 2 * np.log(k + 1) - gammaln(k + 1) - k / 2 * np.log(k)
+    ball = k / 2 * np.log(np.pi) - gammaln(k / 2 + 1)
+    return float(np.exp(simplex - ball))
+
+
+def in_ball(n: int, k: int, radius: float, rng: np.random.Generator) -> np.ndarray:
+    """Points (n, k), uniform in the ball of that radius around 0."""
+    directions = rng.standard_normal((n, k))
+    lengths = radius * rng.random((n, 1)) ** (1 / k)
+    return lengths * directions / np.linalg.norm(directions, axis=1, keepdims=True)
+
+
+def sampled_share(vertices: np.ndarray, n: int, rng: np.random.Generator) -> tuple[float, float]:
+    """Share of n uniform points of the circumscribed ball that the simplex covers, and its standard error."""
+    points = in_ball(n, vertices.shape[1], float(np.linalg.norm(vertices[0])), rng)
+    share = float((coordinates(vertices, points) >= 0).all(1).mean())
+    return share, float(np.sqrt(share * (1 - share) / n))
+
+
+def coordinates(vertices: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Coordinates lambda (..., k + 1) of points (..., k): they sum to 1, sum_i lambda_i v_i is the point."""
+    system = np.vstack([vertices.T, np.ones(len(vertices))])
+    right = np.concatenate([points, np.ones((*points.shape[:-1], 1))], -1)
+    return right @ np.linalg.inv(system).T
+
+
+def farthest(vertices: np.ndarray, direction: np.ndarray) -> np.ndarray:
+    """Coordinates (k + 1,) of the point where the ray from 0 along `direction` (k,) leaves the simplex.
+
+    Raises:
+        OptionError: for the direction 0.
+    """
+    length = np.linalg.norm(direction)
+    if not length > 0:
+        raise OptionError("The wanted displacement is 0 in the subspace; give a target whose gradient it holds.")
+    slope = coordinates(vertices, direction / length) - coordinates(vertices, np.zeros_like(direction))
+    weights = 1 / len(vertices) - slope / (len(vertices) * slope.min())  # the smallest reaches 0
+    return np.clip(weights, 0, 1)
+
+
+def apportion(shares: np.ndarray, total: int, available: np.ndarray) -> np.ndarray:
+    """Whole numbers (groups,) near `shares` of `total`, by largest remainders, none above what is `available`.
+
+    What a group cannot give is asked of the others, in proportion to their shares; groups of share 0 give nothing,
+    so the sum is below `total` where the others run out.
+    """
+    left, counts = total, np.zeros(len(shares), int)
+    while left > 0:
+        weights = np.where(counts < available, shares, 0.0)
+        if not weights.sum() > 0:
+            break
+        exact = left * weights / weights.sum()
+        whole = np.floor(exact + 1e-9).astype(int)
+        extra = np.argsort(-(exact - whole), kind="stable")[: left - whole.sum()]
+        whole[extra] += weights[extra] > 0
+        given = np.minimum(whole, available - counts)
+        counts, left = counts + given, left - int(given.sum())
+    return counts

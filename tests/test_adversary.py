@@ -1,0 +1,449 @@
+"""Malicious deletion requests: geometry against theory, poison within its bounds, requests, refusals, the defence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dmmlib import data, metrics
+from dmmlib.adversary import attacks, convex, crafting, experiments, service, simplex
+from dmmlib.adversary.settings import AdversarySettings
+from dmmlib.adversary.stable_region import jensen_gap, stable_region
+from dmmlib.adversary.subspace import Metric, Subspace, gradients
+from dmmlib.adversary.world import World, check_targets, mlp, retrain, sites
+from dmmlib.errors import DataError, ForgetSetError, OptionError
+from dmmlib.execution import Execution
+
+SMALL = AdversarySettings(
+    n=120, share=0.1, hidden=8, epochs=5, n_targets=5, n_tuning=3, n_models=4, n_known=2, n_candidates=40, k=3,
+    dampings=(0.3, 30.0), angles=(0.0,), craft_steps=3, radii=(1.0, 4.0), n_polyhedra=10, shares=(0.1,), epsilons=(0,),
+    ks=(2,), sizes=(4,), n_sweep=2, n_subsets=60, camouflage_subsets=6, n_klom=4, sequence=2, n_honest=12,
+    convex_steps=20, convex_batch=20, convex_side=3, convex_k=2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def digits() -> data.Dataset:
+    return data.load("digits", n_train=400, n_val=100)
+
+
+@pytest.fixture(scope="module")
+def world(digits: data.Dataset) -> World:
+    return World.of(digits, SMALL, mlp(digits, SMALL, Execution(16)))
+
+
+@pytest.fixture(scope="module")
+def subspace(world: World) -> Subspace:
+    return world.subspace(SMALL.k)
+
+
+@pytest.fixture(scope="module")
+def poison(world: World, subspace: Subspace) -> crafting.Poison:
+    return world.craft(subspace, dirty=True, angle=0.5)
+
+
+@pytest.fixture(scope="module")
+def prepared(world: World) -> experiments.Prepared:
+    return experiments.prepare(world)
+
+
+# --- stable region -------------------------------------------------------------------------------------
+
+
+def well(sigma: float):
+    """1 - exp(-||z||^2 / 2 sigma^2): its radial curvature changes sign at ||z|| = sigma, the others stay positive."""
+    return lambda z: 1 - np.exp(-((z / sigma) ** 2).sum(1) / 2)
+
+
+@pytest.mark.parametrize(("k", "sigma"), [(1, 1.0), (2, 3.0), (4, 0.5)])
+def test_known_convex_radius_is_found(k: int, sigma: float) -> None:
+    radii = sigma * np.arange(0.5, 3.01, 0.125)
+    found = stable_region(well(sigma), k, radii, 1e-3, 20_000, np.random.default_rng(0))
+    assert sigma <= found.radius <= 1.5 * sigma
+    assert (found.gaps[radii <= sigma] <= 1e-12).all(), "no violation where there is none"
+
+
+def test_a_convex_function_is_stable_everywhere_and_a_concave_one_nowhere() -> None:
+    rng = np.random.default_rng(0)
+    for sign, radius in ((1, 8.0), (-1, 0.0)):
+        found = stable_region(lambda z, sign=sign: sign * (z**2).sum(1), 3, [1.0, 8.0], 1e-6, 500, rng)
+        assert found.radius == radius
+
+
+def test_jensen_gap_of_a_linear_function_is_zero() -> None:
+    gap = jensen_gap(lambda z: z @ np.array([1.0, -2.0, 0.5]), 3, 2.0, 200, np.random.default_rng(0))
+    assert abs(gap) < 1e-12
+
+
+@pytest.mark.parametrize(("radii", "tolerance"), [([2.0, 1.0], 0.1), ([], 0.1), ([1.0], 0.0)])
+def test_stable_region_refuses_bad_input(radii: list[float], tolerance: float) -> None:
+    with pytest.raises(OptionError):
+        stable_region(well(1.0), 2, radii, tolerance, 10, np.random.default_rng(0))
+
+
+# --- simplex -------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 30), st.floats(0.1, 50))
+@settings(max_examples=30, deadline=None)
+def test_the_simplex_is_regular_inscribed_and_cancels(k: int, radius: float) -> None:
+    v = simplex.regular(k, radius)
+    assert v.shape == (k + 1, k)
+    np.testing.assert_allclose(np.linalg.norm(v, axis=1), radius)
+    np.testing.assert_allclose(v.sum(0), 0, atol=1e-9 * radius)
+    edges = np.linalg.norm(v[:, None] - v[None], axis=2)[~np.eye(k + 1, dtype=bool)]
+    np.testing.assert_allclose(edges, radius * np.sqrt(2 * (k + 1) / k))
+
+
+def test_volume_share_is_known_in_low_dimensions() -> None:
+    assert simplex.volume_share(1) == pytest.approx(1)
+    assert simplex.volume_share(2) == pytest.approx(3 * np.sqrt(3) / (4 * np.pi))
+    assert simplex.volume_share(3) == pytest.approx(8 / (9 * np.sqrt(3)) / (4 * np.pi / 3))
+
+
+@pytest.mark.parametrize("k", [2, 3, 5])
+def test_sampled_share_agrees_with_the_closed_form(k: int) -> None:
+    share, error = simplex.sampled_share(simplex.regular(k, 2.0), 40_000, np.random.default_rng(k))
+    assert abs(share - simplex.volume_share(k)) < 4 * error
+
+
+@given(st.integers(1, 12), st.integers(0, 2**31))
+@settings(max_examples=30, deadline=None)
+def test_farthest_is_on_the_boundary_along_the_direction(k: int, seed: int) -> None:
+    v = simplex.regular(k, 3.0)
+    direction = np.random.default_rng(seed).standard_normal(k)
+    weights = simplex.farthest(v, direction)
+    assert weights.min() == pytest.approx(0, abs=1e-9)
+    assert weights.sum() == pytest.approx(1)
+    point = weights @ v
+    np.testing.assert_allclose(point / np.linalg.norm(point), direction / np.linalg.norm(direction), atol=1e-7)
+    assert 3.0 / k - 1e-9 <= np.linalg.norm(point) <= 3.0 + 1e-9, "between the inscribed and the circumscribed ball"
+
+
+@given(st.lists(st.integers(0, 6), min_size=2, max_size=6), st.integers(1, 20), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_apportion_takes_what_there_is(available: list[int], total: int, seed: int) -> None:
+    shares = np.random.default_rng(seed).random(len(available)) + 0.01
+    counts = simplex.apportion(shares, total, np.array(available))
+    assert (counts <= available).all()
+    assert (counts >= 0).all()
+    assert counts.sum() == min(total, sum(available))
+
+
+def test_apportion_asks_nothing_of_groups_without_a_share() -> None:
+    counts = simplex.apportion(np.array([0.0, 0.5, 0.5]), 10, np.array([5, 4, 4]))
+    np.testing.assert_array_equal(counts, [0, 4, 4])
+
+
+def test_simplex_refuses_bad_input() -> None:
+    with pytest.raises(OptionError, match="k=0"):
+        simplex.regular(0)
+    with pytest.raises(OptionError, match="displacement is 0"):
+        simplex.farthest(simplex.regular(2), np.zeros(2))
+
+
+# --- subspace ------------------------------------------------------------------------------------------
+
+
+def test_directions_are_orthonormal_in_the_metric(world: World, subspace: Subspace) -> None:
+    known = world.known
+    total = torch.zeros(SMALL.k, SMALL.k)
+    for i in range(known.models.n_models):
+        w = torch.cat([d[:, i].flatten(1) for d in subspace.directions.values()], 1)
+        applied = (w @ known.phi[i].T) @ known.phi[i] + known.mu[i] * w
+        total += w @ applied.T / known.models.n_models
+    np.testing.assert_allclose(total, np.eye(SMALL.k), atol=1e-3)
+
+
+def test_metric_solves_its_system(world: World) -> None:
+    g = torch.randn(3, world.known.phi.shape[2], generator=torch.Generator().manual_seed(0))
+    solved, phi = world.known.solve(0, g), world.known.phi[0]
+    np.testing.assert_allclose((solved @ phi.T) @ phi + world.known.mu[0] * solved, g, atol=1e-3)
+
+
+def test_coordinates_are_products_of_gradients_and_directions(world: World, subspace: Subspace) -> None:
+    x, y = world.of_targets(world.targets[:3])
+    expected = torch.zeros(3, SMALL.k)
+    for i in range(subspace.models.n_models):
+        w = torch.cat([d[:, i].flatten(1) for d in subspace.directions.values()], 1)
+        expected += gradients(subspace.models, i, x, y) @ w.T / subspace.models.n_models
+    np.testing.assert_allclose(subspace.of_margins(x, y), expected, rtol=1e-3, atol=1e-4)
+    logits = subspace.models.logits(x).numpy()
+    p = 1 / (1 + np.exp(metrics.margins(logits, y.numpy())))  # of the wrong classes, (K, 3)
+    single = replace(
+        subspace, models=subspace.models[:1], directions={k: d[:, :1] for k, d in subspace.directions.items()}
+    )
+    of_loss = single.of_losses(x)[torch.arange(3), y]
+    np.testing.assert_allclose(of_loss, -p[0][:, None] * single.of_margins(x, y), rtol=1e-3, atol=1e-4)
+
+
+def test_margins_move_by_the_product_of_coordinates(world: World, subspace: Subspace) -> None:
+    x, y = world.of_targets(world.targets[:4])
+    single = replace(
+        subspace, models=subspace.models[:1], directions={k: d[:, :1] for k, d in subspace.directions.items()}
+    )
+    z = 1e-3 * np.eye(SMALL.k)
+    moved = metrics.margins(single.displaced(z, 0).logits(x).numpy(), y.numpy())
+    still = metrics.margins(single.models.logits(x).numpy(), y.numpy())
+    np.testing.assert_allclose((moved - still) / 1e-3, single.of_margins(x, y).T, rtol=0.05, atol=0.05)
+
+
+def test_training_points_as_candidates_give_the_directions_of_highest_curvature(world: World) -> None:
+    one = Metric.at(world.known.models[:1], world.known.x, world.known.y, 0.3)
+    found = Subspace.of(one, one.x, one.y, 3)
+    w = torch.cat([d[:, 0].flatten(1) for d in found.directions.values()], 1)
+    w = w / torch.linalg.vector_norm(w, dim=1, keepdim=True)
+    sharpest = torch.linalg.svd(one.phi[0])[2][:3]
+    np.testing.assert_allclose((w * sharpest).sum(1).abs(), 1, atol=1e-2)
+
+
+@pytest.mark.parametrize("k", [0, 41])
+def test_a_subspace_larger_than_its_candidates_is_refused(world: World, k: int) -> None:
+    with pytest.raises(OptionError, match=f"k={k}"):
+        world.subspace(k)
+
+
+# --- crafting ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dirty", [False, True])
+@pytest.mark.parametrize("epsilon", [0, 16])
+def test_poison_keeps_its_bounds_and_labels(world: World, subspace: Subspace, dirty: bool, epsilon: int) -> None:
+    made = world.craft(subspace, dirty=dirty, angle=0.5, epsilon=epsilon)
+    change = np.abs(made.images.astype(int) - made.bases.astype(int)).max()
+    assert (change == 0) if epsilon == 0 else (0 < change <= epsilon)
+    assert len(made) == round(SMALL.share * SMALL.n)
+    np.testing.assert_array_equal(np.bincount(made.group), np.full(SMALL.k + 1, len(made) // (SMALL.k + 1)))
+    flat = world.pool_x.reshape(len(world.pool_x), -1)
+    source = [int(np.flatnonzero((flat == b.ravel()).all(1))[0]) for b in made.bases]
+    if not dirty:
+        np.testing.assert_array_equal(world.pool_y[source], made.labels)
+    assert len(np.unique(made.bases.reshape(len(made), -1), axis=0)) == len(made), "an image is used once"
+
+
+def test_crafting_pulls_harder_than_the_images_as_they_are(world: World, subspace: Subspace) -> None:
+    still, made = (world.craft(subspace, dirty=True, angle=0.0, epsilon=e) for e in (0, 64))
+    unit = made.vertices / np.linalg.norm(made.vertices, axis=1, keepdims=True)
+    pull = [-(p.coordinates * unit[p.group]).sum(1).mean() for p in (still, made)]
+    assert pull[1] > pull[0] > 0
+
+
+def test_prepared_images_are_what_models_take(world: World) -> None:
+    from dmmlib import models
+
+    np.testing.assert_allclose(
+        world.victim.points(world.data.x_val[:5]), models.pooled(world.data, world.data.x_val[:5]), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("share", [0.0, -0.1, 0.51])
+def test_a_share_that_is_none_is_refused(world: World, subspace: Subspace, share: float) -> None:
+    with pytest.raises(OptionError, match="share"):
+        world.craft(subspace, dirty=True, angle=0.0, share=share)
+    with pytest.raises(OptionError, match="share"):
+        World.of(world.data, replace(SMALL, share=share), world.victim)
+
+
+def test_crafting_refuses_a_bound_beyond_the_pixels(world: World, subspace: Subspace) -> None:
+    with pytest.raises(OptionError, match="epsilon=300"):
+        world.craft(subspace, dirty=True, angle=0.0, epsilon=300)
+
+
+def test_too_few_points_are_refused(digits: data.Dataset, world: World) -> None:
+    with pytest.raises(DataError, match="training points"):
+        World.of(digits, replace(SMALL, n=390), world.victim)
+
+
+# --- requests ------------------------------------------------------------------------------------------
+
+
+def ideal(k: int, size: int) -> crafting.Poison:
+    """Poison whose points pull exactly along their vertices."""
+    vertices = simplex.regular(k)
+    group = np.arange(size) % (k + 1)
+    images = np.zeros((size, 2, 2, 1), np.uint8)
+    return crafting.Poison(images, np.zeros(size, int), images, group, -vertices[group], vertices)
+
+
+@given(st.integers(1, 6), st.integers(0, 2**31))
+@settings(max_examples=30, deadline=None)
+def test_deleting_moves_against_the_target(k: int, seed: int) -> None:
+    made, target = ideal(k, 20 * (k + 1)), np.random.default_rng(seed).standard_normal(k)
+    assert made.balance == pytest.approx(0, abs=1e-9)
+    assert made.alignment == pytest.approx(1)
+    moved = made.coordinates[attacks.delete_groups(made, target)].sum(0)
+    cosine = moved @ target / np.linalg.norm(moved) / np.linalg.norm(target)
+    assert cosine < -0.97, "up to rounding, against the gradient of the margin"
+
+
+def test_a_fixed_target_deletes_one_whole_group() -> None:
+    made = ideal(1, 10)
+    for target in (1.0, -1.0):
+        deleted = attacks.delete_groups(made, np.array([target]))
+        assert len(deleted) == 5
+        assert len(np.unique(made.group[deleted])) == 1
+        assert (made.coordinates[deleted] * target < 0).all()
+
+
+def test_a_second_request_leaves_the_first_ones_points() -> None:
+    made, left = ideal(2, 30), np.ones(30, bool)
+    first = attacks.delete_groups(made, np.array([1.0, 0.0]), 6, left)
+    left[first] = False
+    second = attacks.delete_groups(made, np.array([0.0, 1.0]), 6, left)
+    assert len(first) == len(second) == 6
+    assert len(np.intersect1d(first, second)) == 0
+    with pytest.raises(OptionError, match="19 points"):
+        attacks.delete_groups(made, np.array([1.0, 0.0]), 19, left & (np.arange(30) > 11))
+
+
+def test_most_harmful_deletes_what_holds_the_target_up() -> None:
+    influence = np.array([0.5, -2.0, -1.0, 3.0, -4.0])
+    np.testing.assert_array_equal(attacks.most_harmful(influence, 2, np.arange(5)), [1, 4])
+    np.testing.assert_array_equal(attacks.most_harmful(influence, 2, np.arange(4)), [1, 2])
+
+
+def test_influence_of_gradients_agrees_with_retraining(world: World) -> None:
+    """Deleting what the gradients name lowers the targets' margins more than deleting at random."""
+    influence = world.known.influence(*world.of_targets(world.targets))
+    rng = np.random.default_rng(0)
+    (site,) = sites(world, [(world.data.x_train[:0], world.data.y_train[:0])], 4)
+    chosen = [attacks.most_harmful(row, 15, np.arange(SMALL.n)) for row in influence]
+    random = [rng.choice(SMALL.n, 15, replace=False) for _ in chosen]
+    after = []
+    for requests in (chosen, random):
+        z = retrain(world, site, requests, 6)
+        at = SMALL.n + world.targets
+        after.append(np.mean([metrics.margins(z[t][:, [at[t]]], site.data.y[[at[t]]]).mean() for t in range(len(at))]))
+    assert after[0] < after[1] - 0.3
+
+
+# --- the service ---------------------------------------------------------------------------------------
+
+
+def test_a_service_finds_its_own_points_and_refuses_others(world: World, poison: crafting.Poison) -> None:
+    (site,) = sites(world, [(poison.images, poison.labels)], 2)
+    held = site.data
+    np.testing.assert_array_equal(site.own, np.arange(SMALL.n - len(poison), SMALL.n))
+    found = service.resolve(held, poison.images, poison.labels, site.own)
+    np.testing.assert_array_equal(found, site.own)
+    with pytest.raises(ForgetSetError, match="not the requester's"):
+        service.resolve(held, held.x_train[:2], held.y_train[:2], site.own)
+    burnt = poison.images.copy()
+    burnt[0, 0, 0, 0] ^= 1
+    with pytest.raises(ForgetSetError, match="never in the training set"):
+        service.resolve(held, burnt, poison.labels)
+    with pytest.raises(ForgetSetError, match="never in the training set"):
+        service.resolve(held, poison.images, (poison.labels + 1) % 10)
+    with pytest.raises(ForgetSetError, match="named more often"):
+        service.resolve(held, poison.images[[0, 0]], poison.labels[[0, 0]])
+    with pytest.raises(DataError, match="float"):
+        service.resolve(held, poison.images / 255, poison.labels)
+
+
+def test_targets_that_are_wrong_already_are_refused() -> None:
+    logits = np.zeros((3, 4, 2), np.float32)
+    logits[:, :, 1] = 1
+    with pytest.raises(DataError, match="Target 1 is misclassified"):
+        check_targets(logits, np.array([1, 1, 1, 0]), np.array([0, 1]), n_train=2)
+    check_targets(logits, np.array([1, 1, 1, 0]), np.array([0]), n_train=2)
+
+
+def test_roc_of_known_scores() -> None:
+    false, true, area = service.roc(np.array([0.0, 1.0]), np.array([2.0, 3.0]))
+    assert area == 1
+    assert true[false == 0].max() == 1
+    assert service.roc(np.array([0.0, 1.0]), np.array([0.0, 1.0]))[2] == 0.5
+    assert service.roc(np.array([1.0]), np.array([0.0]))[2] == 0
+
+
+def test_scores_of_random_requests_are_standard_and_of_alike_ones_high(
+    world: World, prepared: experiments.Prepared
+) -> None:
+    site = prepared.places["honest"]
+    metric = Metric.at(site.originals[:2], site.x[: SMALL.n], site.y[: SMALL.n], SMALL.damping)
+    monitor = service.Monitor.of(prepared.datamodels["honest"], metric, site.data.y)
+    rng = np.random.default_rng(1)
+    random = monitor.scores([rng.choice(SMALL.n, 10, replace=False) for _ in range(60)])
+    assert np.abs(random[:, :3].mean(0)).max() < 0.6
+    assert ((random[:, :3].std(0) > 0.5) & (random[:, :3].std(0) < 1.6)).all()
+    alike = monitor.scores([np.flatnonzero(site.data.y_train == c)[:10] for c in range(4)])
+    assert alike[:, -1].mean() > 1, "a class that leaves together"
+    energy = monitor.components([np.array([3]), np.array([5]), np.array([3, 5])])[:, 2]
+    assert energy[2] <= energy[0] + energy[1] + 1e-6, "lengths obey the triangle inequality"
+
+
+# --- experiments ---------------------------------------------------------------------------------------
+
+
+def test_requests_are_what_each_attack_says(world: World, prepared: experiments.Prepared) -> None:
+    assert list(prepared.asked) == [
+        "ddpa_clean", "ddpa_dirty", "random", "honest_datamodel", "honest_gradient", "camouflage", "never_trained",
+    ]  # fmt: skip
+    for name, asked in prepared.asked.items():
+        for t, forget in enumerate(asked.requests):
+            site = asked.site(t)
+            if name in ("ddpa_clean", "ddpa_dirty", "random", "camouflage"):
+                service.check_owner(forget, site.own)
+            if name == "never_trained":
+                assert (forget >= SMALL.n).all()
+    sizes = {n: [len(r) for r in prepared.asked[n].requests] for n in ("ddpa_dirty", "random", "honest_gradient")}
+    assert sizes["ddpa_dirty"] == sizes["random"] == sizes["honest_gradient"]
+    assert experiments.burned(world, prepared) == (len(world.targets), len(world.targets))
+    answers = experiments.refusals(world, prepared)["answer"].str.startswith("served").to_list()
+    assert answers == [True, False, False, False, False]
+
+
+def test_sites_hold_their_own_poison_and_differ(world: World, prepared: experiments.Prepared) -> None:
+    dirty = prepared.places["ddpa_dirty"]
+    np.testing.assert_array_equal(dirty.data.x_train[dirty.own], prepared.poisons["ddpa_dirty"].images)
+    np.testing.assert_array_equal(dirty.data.x_train[: dirty.own[0]], world.data.x_train[: dirty.own[0]])
+    alone = sites(world, [(prepared.poisons["ddpa_dirty"].images, prepared.poisons["ddpa_dirty"].labels)], 2)[0]
+    np.testing.assert_allclose(alone.logits, dirty.logits[:2], atol=1e-3)
+
+
+def test_served_tables_are_complete_and_their_summary_right(world: World, prepared: experiments.Prepared) -> None:
+    options = {"do_nothing": {}, "retrain": {}, "ga": {"epochs": 1.0, "lr": 1e-3}, "dmm": {"cost": 0.1, "lr": 1e-3}}
+    served = experiments.serve(world, prepared.asked["ddpa_dirty"], options)
+    assert len(served) == len(options) * SMALL.n_targets * SMALL.n_models
+    nothing = served[served["method"] == "do_nothing"]
+    np.testing.assert_array_equal(nothing["error"], nothing["error before"])
+    np.testing.assert_array_equal(nothing["margin"], nothing["margin before"])
+    table = experiments.summary(served).set_index("method")
+    retrained = served[served["method"] == "retrain"]
+    assert table.loc["retrain", "success"] == pytest.approx(retrained["error"].mean())
+    assert (table["success low"] <= table["success"]).all()
+    assert (table["success"] <= table["success high"]).all()
+    assert table.loc["do_nothing", "change"] == 0
+
+
+def test_never_trained_points_leave_datamodels_cold(world: World, prepared: experiments.Prepared) -> None:
+    served = experiments.serve(world, prepared.asked["never_trained"], {"dm_direct": {}})
+    np.testing.assert_allclose(served["margin"], served["margin before"], atol=1e-4)
+
+
+def test_defence_sequence_sweep_and_klom_have_their_rows(world: World, prepared: experiments.Prepared) -> None:
+    scores = experiments.defence(world, prepared)
+    found = experiments.detection(scores)
+    assert len(found) == 2 * 5
+    assert found[["validation", "retain", "leverage", "score", "detected at 5 %"]].to_numpy().min() >= 0
+    assert found[["validation", "retain", "leverage", "score", "detected at 5 %"]].to_numpy().max() <= 1
+    sequence = experiments.sequence(world, prepared)
+    assert set(sequence["place"]) == {1, 2}
+    assert (sequence.groupby("place")["deleted"].first().diff().dropna() > 0).all()
+    swept = experiments.sweep_summary(experiments.sweep(world, prepared))
+    assert set(swept["varies"]) == {"share", "bound", "k", "points deleted", "surrogate"}
+    assert (swept.loc[swept["varies"] == "points deleted", "size"] == 4).all()
+    klom = experiments.klom(world, prepared, {"do_nothing": {}, "retrain": {}})
+    assert len(klom) == 3 * 2 * 3
+
+
+def test_exact_deletion_is_measured_where_the_model_is_convex(digits: data.Dataset) -> None:
+    table = convex.study(digits, SMALL, Execution(16))
+    assert set(table["method"]) == {"do_nothing", "retrain", "tv_stable"}
+    assert table.groupby(["attack", "method"]).size().eq(SMALL.n_targets * SMALL.n_models).all()
+    assert (table.loc[table["method"] == "tv_stable", "cost"] <= 1).all()

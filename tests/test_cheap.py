@@ -1,0 +1,311 @@
+"""The study of cheap attribution: its parts against explicit formulas, and its measurements against the study's own."""
+
+import copy
+import importlib.util
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import multivariate_normal, t
+
+from dmmlib import metrics
+from dmmlib.attribution import bayesian, experiments
+from dmmlib.attribution.ablation import antithetic_masks, clustered_masks, posterior
+from dmmlib.attribution.bayesian import RHOS, covariance
+from dmmlib.datamodels import RidgeDatamodel
+from dmmlib.errors import DataError, PresetError
+from dmmlib.metrics import Estimate
+from dmmlib.progress import silent
+from dmmlib.study import ROOT, Study
+from tests.conftest import TINY
+from tests.test_attribution import FACTORIES, problem
+
+CHEAP = {
+    "sizes": [10, 30, 60],
+    "n_draws": 2,
+    "n_kernel": 3,
+    "n_ablation": 2,
+    "kernels": [1],
+    "n_clusters": 5,
+    "penalties": [1.0],
+}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cheap")
+    preset = copy.deepcopy(TINY) | {"cheap": CHEAP}
+    return Study(preset, runs=folder / "runs", figures=folder / "figures", progress=silent)
+
+
+@pytest.fixture(scope="module")
+def kernels(study):
+    return experiments.Kernels(study)
+
+
+def test_dense_weights_are_those_of_the_bayesian_datamodel():
+    context = problem(FACTORIES["mlp"], m=30)
+    w0 = np.random.default_rng(0).normal(size=(10, 14)).astype(np.float32)
+    model = bayesian.fit(context, w0, 0.3)
+    respond = posterior(context.masks, context.margins, w0, covariance(w0, 0.3))
+    dense = respond(np.eye(10))
+    for forget in ([0], [2, 5, 7]):
+        effect = metrics.right_logits(model.effect(forget), context.labels)
+        np.testing.assert_allclose(-dense[forget].sum(0), effect, rtol=1e-3, atol=1e-4)
+
+
+def parts_of_a_regression(seed=0, n=8, m=25, n_points=11):
+    rng = np.random.default_rng(seed)
+    masks = np.stack([np.isin(np.arange(n), rng.permutation(n)[:5]) for _ in range(m)])
+    w0 = rng.normal(size=(n, n_points))
+    y = (masks - masks.mean(0)) @ (w0 + 0.3 * rng.normal(size=w0.shape)) + 0.2 * rng.normal(size=(m, n_points))
+    return masks, y, w0, covariance(w0, 0.5)
+
+
+def log_evidence(a, y, c, rho):
+    """Of one margin, its variance profiled out; the mean is projected out of everything."""
+    m = len(a)
+    basis = np.linalg.svd(np.eye(m) - 1 / m)[0][:, : m - 1]
+    z, r = basis.T @ y, basis.T @ (rho * a @ c @ a.T + np.eye(m)) @ basis
+    sigma2 = z @ np.linalg.solve(r, z) / len(z)
+    return multivariate_normal.logpdf(z, cov=sigma2 * r)
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_without_mean_and_own_weights_it_is_gaussian_process_regression_at_the_best_evidence(each):
+    masks, y, w0, c = parts_of_a_regression()
+    found = posterior(masks, y, w0, c, mean=False, own=False, each=each)(np.eye(8))
+    a, centred = masks - masks.mean(0), y - y.mean(0)
+    scores = np.array([[log_evidence(a, column, c, rho) for column in centred.T] for rho in RHOS])
+    rhos = RHOS[scores.argmax(0)] if each else np.full(y.shape[1], RHOS[scores.sum(1).argmax()])
+    for k, rho in enumerate(rhos):
+        explicit = rho * c @ a.T @ np.linalg.solve(rho * a @ c @ a.T + np.eye(len(a)), centred[:, k])
+        np.testing.assert_allclose(found[:, k], explicit, rtol=1e-5, atol=1e-7)
+
+
+def test_a_true_prior_mean_is_found_and_helps():
+    masks, y, w0, c = parts_of_a_regression(m=12)
+    with_mean, without = (posterior(masks, y, w0, c, mean=on)(np.eye(8)) for on in (True, False))
+    assert np.abs(with_mean - w0).mean() < np.abs(without - w0).mean()
+
+
+def test_antithetic_masks_come_with_their_complements():
+    masks = np.random.default_rng(0).random((6, 20)) < 0.5
+    pairs = antithetic_masks(masks)
+    assert pairs.shape == masks.shape
+    np.testing.assert_array_equal(pairs[::2], masks[:3])
+    np.testing.assert_array_equal(pairs[1::2], ~masks[:3])
+
+
+def test_clustered_masks_hold_what_is_alike_together_and_are_of_exact_size():
+    rng = np.random.default_rng(0)
+    cluster = np.repeat(np.arange(4), 10)
+    alike = np.eye(4)[cluster] @ rng.normal(size=(4, 30)) + 0.01 * rng.normal(size=(40, 30))
+    masks = clustered_masks(alike, 300, 0.75, 4, seed=1)
+    assert (masks.sum(1) == 30).all()
+    r = np.corrcoef(masks.T.astype(float))
+    same = cluster[:, None] == cluster
+    np.fill_diagonal(r, np.nan)
+    assert np.nanmean(r[same]) > np.nanmean(r[~same]) + 0.2
+    with pytest.raises(DataError, match="n_clusters=41 was asked for among 40"):
+        clustered_masks(alike, 3, 0.75, 41, 0)
+
+
+def test_intervals_are_students_and_the_bootstraps():
+    e = experiments.mean_over(np.array([1.0, 2.0, 3.0]))
+    assert e.value == 2
+    assert e.high - 2 == pytest.approx(t.ppf(0.975, 2) / np.sqrt(3))
+    logs = experiments.mean_over(np.array([0.5, 2.0]), log=True)
+    assert logs.value == pytest.approx(1)
+    assert logs.low * logs.high == pytest.approx(1)
+    with pytest.raises(DataError, match="over 1 value"):
+        experiments.mean_over(np.array([1.0]))
+    m = experiments.median_over(np.arange(11.0))
+    assert m.low < m.value == 5 < m.high
+
+
+def test_a_pool_goes_on_where_the_presets_models_end(study):
+    own = study.context
+    whole, late = experiments.pool(study, 0, 60), experiments.pool(study, 35, 55)
+    np.testing.assert_array_equal(whole.masks[:30], own.masks)
+    np.testing.assert_array_equal(whole.masks, study.random_masks("attribution masks", 60, 0.75))
+    np.testing.assert_array_equal(late.masks, whole.masks[35:55])
+    np.testing.assert_array_equal(late.outputs, whole.outputs[35:55])
+    assert late.models.n_models == CHEAP["n_kernel"]
+    logits = metrics.margin_gauge(late.models.logits(study.x).cpu().numpy(), study.data.y)
+    np.testing.assert_allclose(logits, late.outputs[:3], atol=1e-3)
+
+
+@pytest.mark.parametrize("size", CHEAP["sizes"])
+def test_draws_share_no_model(study, size):
+    starts = experiments.draws(study, size)
+    assert len(starts) == (2 if size <= 30 else 1)
+    assert all(b - a >= size for a, b in itertools.pairwise(starts))
+    assert starts[-1] + size <= max(CHEAP["sizes"])
+
+
+def test_kernels_are_averaged_once_for_every_number_of_models(study, kernels):
+    context = experiments.pool(study, 0, 30)
+    two, three = kernels("draw 0", context, 2), kernels("draw 0", context, 3)
+    direct = [experiments.attributions(context.models[i : i + 1], study.x, study.y, 120, 0.3) for i in range(3)]
+    np.testing.assert_allclose(two, np.mean(direct[:2], 0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(three, np.mean(direct, 0), rtol=1e-4, atol=1e-6)
+
+
+def test_the_curve_measures_what_the_study_does(study, kernels):
+    table = experiments.curve(study, kernels)
+    p95 = table[table["statistic"] == "klom_p95"].set_index(["attributor", "n_models", "draw", "forget_set", "split"])
+    for name, f in study.forget_sets.items():
+        for method, key in (("do_nothing", "do nothing"), ("retrain", "floor")):
+            rows = pd.DataFrame(study.evaluate(method, f)).query("statistic == 'klom_p95'").set_index("split")
+            for split in experiments.SPLITS:
+                mine = p95.loc[(key, 0, 0, name, split), "value"]
+                assert mine == pytest.approx(rows.loc[split, "value"], rel=1e-5), (method, split)
+    model = bayesian.bayesian(study.context, n_models=CHEAP["n_kernel"])
+    before = metrics.margins(study.original_logits, study.data.y)
+    for name, f in study.forget_sets.items():
+        answers = before + metrics.right_logits(model.effect(f.indices), study.data.y)
+        klom = metrics.klom(answers, study.reference(f)[0])
+        here = p95.loc[("bayesian", 30, 0, name, "forget"), "value"]
+        assert here == pytest.approx(np.percentile(klom[f.indices], 95), abs=0.05)
+    lds = table[(table["statistic"] == "lds") & (table["n_models"] == 30) & (table["draw"] == 0)]
+    both = study.lds(model)
+    assert lds["value"].iloc[0] == pytest.approx(experiments.lds(*both).mean(), abs=0.01)
+    wide = experiments.summary(table).set_index(["attributor", "n_models", "split"])
+    assert wide.loc[("bayesian", 30, "forget"), "n_draws"] == 2
+    assert (wide["low"] <= wide["value"]).all()
+    assert (wide["value"] <= wide["high"]).all()
+
+
+def test_ridge_is_tuned_once(study):
+    effect, setting, _ = experiments.ridge(study, 100)
+    forget = study.forget_sets["pc1"].indices
+    model = RidgeDatamodel.fit(study.subsets[0], study.subsets[1], **setting)
+    theirs = metrics.right_logits(model.effect(forget), study.data.y)
+    np.testing.assert_allclose(effect(forget), theirs, rtol=1e-3, atol=1e-4)
+    again = experiments.ridge(study, 100)[1]
+    assert again == setting
+
+
+def test_the_ablation_tries_each_change_in_every_draw(study, kernels):
+    table = experiments.ablate(study, kernels)
+    variants = experiments.variants(study)
+    assert len(table) == len(variants) * 2 * 4
+    against = experiments.against_default(table)
+    default = against[against["group"] == "default"].set_index("split")
+    assert (default.loc[list(experiments.SPLITS), "ratio"] == 1).all()
+    assert default.loc["lds", "ratio"] == 0
+    no_mean = against.query("name == 'covariance only: no mean' and split == 'lds'")
+    rows = table.query("split == 'lds'").pivot(index="draw", columns="name", values="value")
+    gap = rows["covariance only: no mean"] - rows[variants[0].name]
+    assert no_mean["ratio"].iloc[0] == pytest.approx(gap.mean())
+
+
+def test_gauges_end_in_the_same_margins_where_effects_vanish(study):
+    table = experiments.gauges(study)
+    assert set(table["gauge"]) == {"raw logits", "margin gauge"}
+    assert np.isfinite(table["value"]).all()
+    assert len(table) == 2 * 2 * len(study.tuning_sets) * 3
+
+
+def test_uncertainty_says_what_its_columns_say(study):
+    table = experiments.uncertainty(study, study.attributor)
+    assert len(table) == 2 * len(study.data.y)
+    z = (table["true"] - table["predicted"]) / np.hypot(table["sd"], table["se"])
+    np.testing.assert_allclose(table["z"], z, rtol=1e-6)
+    np.testing.assert_array_equal(table["covered"], z.abs() <= 1.959964)
+    sets = experiments.calibration(table).set_index(["forget_set", "split"])
+    part = table.query("forget_set == 'pc1' and split == 'forget'")
+    assert sets.loc[("pc1", "forget"), "coverage"] == part["covered"].mean()
+    assert sets.loc[("pc1", "forget"), "kind"] == "group"
+    slope = np.linalg.lstsq(part[["predicted"]], part["true"])[0][0]
+    assert sets.loc[("pc1", "forget"), "slope"] == pytest.approx(slope)
+
+
+def test_fine_tuned_methods_are_measured_as_the_study_does(study):
+    table = experiments.fine_tuned(study, ["dmm"])
+    f = study.forget_sets["pc1"]
+    rows = pd.DataFrame(study.evaluate("dmm", f))
+    mine = table[table["forget_set"] == "pc1"].set_index("split")["value"]
+    theirs = rows[rows["statistic"] == "klom_p95"].set_index("split")["value"]
+    for split in experiments.SPLITS:
+        assert mine[split] == pytest.approx(theirs[split], rel=1e-5)
+    assert mine["all"] == rows[rows["statistic"] == "cost"]["value"].iloc[0]
+
+
+def test_costs_break_even_where_the_totals_cross(study):
+    table = experiments.costs(study, 0.2).set_index("way")
+    assert table.loc["Bayesian, DMM", "once"] == 30 * 0.75
+    assert table.loc["ridge, DMM", "once"] == 100 * 0.5
+    for way, row in table.drop(index="retrain").iterrows():
+        k = row["beats"]
+        assert row["once"] + k * row["request"] < k, way
+        assert row["once"] + (k - 1) * row["request"] >= k - 1, way
+
+
+def test_ratios_are_geometric_means_over_sets_and_t_intervals_over_seeds():
+    rows = [
+        ("p", seed, attributor, name, "random", "forget", "klom_p95", value)
+        for seed, factor in ((0, 1.0), (1, 1.5))
+        for attributor, values in (("bayesian", (2 * factor, 1.0)), ("ridge", (1.0, 2.0)))
+        for name, value in zip(("one", "other"), values, strict=True)
+    ]
+    rows += [
+        ("p", s, a, "every", "every", "all", "lds", v) for s in (0, 1) for a, v in (("bayesian", 0.5), ("ridge", 0.4))
+    ]
+    names = ["pair", "seed", "attributor", "forget_set", "kind", "split", "statistic", "value"]
+    ratios = experiments.ratios(pd.DataFrame(rows, columns=names))
+    klom = ratios[ratios["split"] == "forget"]["value"].to_numpy()
+    np.testing.assert_allclose(klom, [1, np.sqrt(1.5)])
+    seeds = experiments.over_seeds(ratios).set_index("split")
+    assert seeds.loc["forget", "value"] == pytest.approx(1.5**0.25)
+    assert seeds.loc["all", "value"] == pytest.approx(0.1)
+    assert seeds["n"].tolist() == [2, 2]
+
+
+def test_ratio_over_sets_takes_the_mean_of_draws_first():
+    rows = [
+        ("a", 1, d, f, "forget", "klom_p95", v) for f, vs in (("x", (1, 3)), ("y", (4, 4))) for d, v in enumerate(vs)
+    ]
+    rows += [("b", 2, 0, f, "forget", "klom_p95", 2.0) for f in "xy"]
+    table = pd.DataFrame(rows, columns=["attributor", "n_models", "draw", "forget_set", "split", "statistic", "value"])
+    e = experiments.ratio_over_sets(table, ("a", 1), ("b", 2), ["x", "y"], "forget")
+    assert isinstance(e, Estimate)
+    assert e.value == 1.5
+    assert (e.low, e.high) == (1, 2)
+
+
+def test_replication_goes_on_where_its_table_ends(study, tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("replicate_script", ROOT / "scripts" / "replicate.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    asked = []
+    monkeypatch.setattr(script, "Study", lambda preset, overrides: asked.append(overrides) or study)
+    table = tmp_path / "table.csv"
+    script.main([0], ["digits, mlp"], table)
+    script.main([0, 1], ["digits, mlp"], table)
+    assert [o["seed"] for o in asked] == [0, 1]
+    rows = experiments.replications(study, table)
+    assert set(rows["attributor"]) == {"do nothing", "bayesian", "ridge"}
+    assert len(rows) == 2 * (3 * 2 * 3 + 2)
+    ratios = experiments.over_seeds(experiments.ratios(rows))
+    assert set(ratios["kind"]) == {"random", "group", "every"}
+
+
+def test_without_a_table_a_run_stands_for_itself_without_an_interval(study, tmp_path):
+    rows = experiments.replications(study, tmp_path / "none.csv")
+    seeds = experiments.over_seeds(experiments.ratios(rows))
+    assert set(seeds["pair"]) == {"digits, linear"}
+    assert seeds["low"].isna().all()
+
+
+@pytest.mark.parametrize("pair", experiments.PAIRS)
+def test_replicated_pairs_are_presets(pair, tmp_path):
+    study = Study("replicate", experiments.PAIRS[pair], runs=tmp_path)
+    assert study.preset.datamodels.n_subsets == 2 * study.data.n_train
+
+
+def test_unknown_settings_are_refused():
+    with pytest.raises(PresetError, match="cheap"):
+        Study(copy.deepcopy(TINY) | {"cheap": {"size": [3]}})

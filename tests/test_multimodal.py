@@ -1,0 +1,393 @@
+"""Forgetting people: the benchmark and what is refused, LLaVA against transformers, methods, measures, resumption."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from dmmlib import metrics, presets
+from dmmlib.ensemble import Ensemble
+from dmmlib.errors import DataError, ExtraError, MethodError
+from dmmlib.multimodal import bench, experiments, measures, methods, model, people, scale, world
+from dmmlib.multimodal.extra import require
+from dmmlib.multimodal.people import IMAGE, TEXT
+from dmmlib.multimodal.settings import MultimodalSettings
+
+SHARES, PERCENTS = (0.1, 0.2), (10, 20)
+SETTINGS = MultimodalSettings(
+    n_people=10, n_public=2, n_generic=2, forget_shares=SHARES, n_tuning=2, hidden=16, pretrain_epochs=1, epochs=1,
+    n_models=4, n_subsets=6, tuning_models=4, sample=2, lrs=(1e-3,), match_lrs=(1e-3,), unlearn_epochs=1, chunk=4,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return people.generate(10, 2, SHARES, seed=0, n_generic=1)[0]
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    return world.build(SETTINGS, tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def task(here):
+    originals = here.fine_tuned("originals", np.ones((4, 10), bool))
+    logits = here.logits(originals, np.arange(here.n_taught))
+    return methods.Task(here, originals, logits, here.forget_sets["20 %"], np.zeros_like(logits[0]), logits)
+
+
+# --- the benchmark -------------------------------------------------------------------------------------
+
+
+def test_a_generated_benchmark_is_valid_and_counted(splits):
+    counts = bench.validate(splits, PERCENTS).set_index("split")
+    assert set(counts.index) == set(bench.names(PERCENTS))
+    assert counts.loc["Full_Set", "people"] == 10
+    assert counts.loc["forget_20", "people"] == 2
+    assert counts.loc["retain_80", "people"] == 8
+    assert (counts.filter(like=",").to_numpy() == 4 * counts[["people"]].to_numpy()).all(), "4 facts, 3 tasks, 2 ways"
+    assert not {r["ID"] for r in splits["forget_10"]} & {r["ID"] for r in splits["forget_20"]}
+
+
+def test_generation_is_seeded_and_pictures_do_not_tell_facts(splits):
+    again, other = (people.generate(10, 2, SHARES, seed=k)[0] for k in (0, 1))
+    assert again == people.generate(10, 2, SHARES, seed=0)[0]
+    assert again["Full_Set"] != other["Full_Set"]
+    look = people.Look.draw(np.random.default_rng(0))
+    assert people.portrait(look).tobytes() == people.portrait(look).tobytes(), "a portrait is of a look alone"
+    moved = people.transformed(people.portrait(look), np.random.default_rng(1))
+    assert moved.size == (64, 64)
+    assert moved.tobytes() != people.portrait(look).tobytes()
+
+
+def test_distractors_are_of_the_right_kind(splits):
+    kinds = {value: a.noun for a in people.attributes(0) for value in a.values}
+    for row in splits["Full_Set"]:
+        for _, _, q in (entry for entry in bench.asked(row) if entry[0] == "classification"):
+            assert len({kinds[v] for v in q["Options"].values()}) == 1
+            assert len(set(q["Options"].values())) == 4
+
+
+def test_parquet_files_are_read_as_they_were_written(splits, tmp_path):
+    bench.write(splits, tmp_path)
+    found = bench.read(tmp_path, PERCENTS)
+    assert found["Full_Set"][3] == splits["Full_Set"][3]
+    assert found["Test_Set"][0]["images"][0]["bytes"] == splits["Test_Set"][0]["images"][0]["bytes"]
+    bench.validate(found, PERCENTS)
+    loaded = require("datasets").load_dataset("parquet", data_dir=str(tmp_path / "forget_20"), split="train")
+    assert loaded.data.table.to_pylist()[1] == splits["forget_20"][1], "datasets reads them as well"
+    (tmp_path / "forget_20" / "train-00000-of-00001.parquet").unlink()
+    with pytest.raises(DataError, match=r"lacks the split 'forget_20'.*forget_10"):
+        bench.read(tmp_path, PERCENTS)
+
+
+def breaking(change):
+    """A benchmark with one thing wrong."""
+    damaged = copy.deepcopy(people.generate(10, 2, SHARES, seed=0)[0])
+    change(damaged)
+    return damaged
+
+
+def put(rows, number, **values):
+    rows[number] = rows[number] | values
+
+
+def wrong_answer(s):
+    s["Full_Set"][2]["Classification_Task"]["Pure_Text_Questions"][1]["Correct_Answer"] = "E"
+
+
+BROKEN = [
+    (lambda s: s.pop("Test_Set"), "lacks the split 'Test_Set'"),
+    (wrong_answer, r"Row 2 of 'Full_Set' \(ID 0002\).*answer 'E' is not among the options A, B, C, D"),
+    (lambda s: put(s["Retain_Set"], 1, image={"bytes": b"no image"}), r"Row 1 of 'Retain_Set' .*cannot be read"),
+    (lambda s: put(s["Retain_Set"], 0, image=None), r"Row 0 of 'Retain_Set' .*cannot be read"),
+    (lambda s: put(s["Full_Set"], 4, ID="0001"), "Row 4 of 'Full_Set' has the ID '0001' of row 1"),
+    (lambda s: s["Full_Set"][0]["Mask_Task"][0].update(Ground_Truth=""), "Row 0 of 'Full_Set'.*answer is empty"),
+    (lambda s: s["Full_Set"][0]["Mask_Task"][0].pop("Question"), "Row 0 of 'Full_Set'.*lacks 'Question'"),
+    (lambda s: s["Full_Set"][5].pop("Mask_Task"), "Row 5 of 'Full_Set' lacks Mask_Task"),
+    (lambda s: s["retain_80"].append(s["forget_20"][0]), "Leakage: people are both in 'forget_20' and"),
+    (lambda s: s["retain_80"].pop(), "together are not 'Full_Set'"),
+    (lambda s: s["Retain_Set"].append(s["Full_Set"][3]), "Leakage: public figures"),
+    (lambda s: put(s["Test_Set"], 0, ID="9999"), "'Test_Set' has people that 'Full_Set' lacks"),
+    (lambda s: put(s["Test_Set"], 3, **s["Full_Set"][3]), r"training questions, word for word.*\(0003\)"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BROKEN, ids=[m[:40] for _, m in BROKEN])
+def test_what_is_wrong_with_a_benchmark_is_named_with_its_row(change, message):
+    with pytest.raises(DataError, match=message) as error:
+        bench.validate(breaking(change), PERCENTS)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_that_cannot_be_are_refused_before_training(tmp_path):
+    with pytest.raises(DataError, match="Of 10 people"):
+        people.generate(10, 2, (0.01,))
+    with pytest.raises(DataError, match="n_tuning=9, but only 7 of 10"):
+        world.build(replace(SETTINGS, n_tuning=9))
+    with pytest.raises(DataError, match="is no directory here, and split 'Full_Set' of it cannot be had"):
+        bench.read(tmp_path / "none")
+    with pytest.raises(ExtraError, match=r"pip install 'dmmlib\[multimodal\]'"):
+        require("no_such_package")
+
+
+# --- the model -----------------------------------------------------------------------------------------
+
+
+def test_answers_are_those_of_transformers_own_llava(here):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        llava = model.small(SETTINGS, here.codec.tokenizer).eval()
+    pictures = torch.from_numpy(bench.pixels(here.images[:3], 32, model.CLIP_MEAN, model.CLIP_STD))
+    module = model.Answerer(llava, here.codec, model.patches(llava, pictures).detach())
+    rows = [i for i, q in enumerate(here.questions) if q.image in (0, 2)][:6] + [
+        i for i, q in enumerate(here.questions) if q.image < 0
+    ][:6]
+    for x in here.x[rows]:
+        tokens = x[1:][(x[1:] != here.codec.pad) | (torch.arange(len(x) - 1) >= len(x) - 1 - here.codec.answer_length)]
+        shown = {"pixel_values": pictures[x[:1] - 1]} if x[0] else {}
+        with torch.no_grad():
+            expected = llava(input_ids=tokens[None, :-1], **shown).logits[0, -here.codec.answer_length :]
+            found = module(x[None])[0]
+        n = int((here.codec.answers(x) != here.codec.pad).sum())
+        torch.testing.assert_close(found[:n], expected[:n], rtol=1e-4, atol=1e-5)
+
+
+def test_models_together_answer_as_alone(here, task):
+    x = here.x[:7]
+    together = task.originals.logits(x)
+    alone = torch.cat([task.originals[k : k + 1].logits(x) for k in range(4)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    assert (together[0] != together[1]).any(), "the order of teaching makes models differ"
+
+
+def test_a_model_that_says_the_image_token_is_still_heard(here):
+    x = here.x[[int(np.flatnonzero(here.modality == IMAGE)[0])]].clone()
+    x[0, -2] = here.codec.image_token
+    assert torch.isfinite(here.module(x)).all()
+
+
+def test_codec(here):
+    texts = here.codec.decode(here.codec.answers(here.x[:40]))
+    assert texts == [q.answer for q in here.questions[:40]]
+    assert (here.x[:, 0] > 0).numpy().tolist() == [q.image >= 0 for q in here.questions]
+    long = replace(here.questions[0], answer="born in born in born in")
+    with pytest.raises(DataError, match=f"answers in 1 to {here.codec.answer_length - 1}"):
+        here.codec.encode([long])
+    with pytest.raises(DataError, match="begin with the same token"):
+        here.codec.options([replace(here.questions[0], options=("born in", "born of"))])
+
+
+def test_losses_and_margins_in_a_small_case(here):
+    codec, rng = here.codec, torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 1, 3, 7, generator=rng)
+    answers = torch.tensor([[[5, codec.eos, codec.pad]]]).expand(2, 1, 3)
+    log_p = logits.log_softmax(-1)
+    expected = -(log_p[:, 0, 0, 5] + log_p[:, 0, 1, codec.eos]) / 2
+    torch.testing.assert_close(model.token_loss(logits, answers, codec.pad)[:, 0], expected)
+    found = model.margins(logits.numpy(), answers[0].numpy(), np.array([[True, False, False]]))
+    np.testing.assert_allclose(found, metrics.margins(logits[:, :, 0].numpy(), np.array([5])), rtol=1e-5)
+
+
+def test_published_checkpoints_are_fine_tuned_through_lora(here, splits, tmp_path):
+    bench.write(splits, tmp_path / "bench")
+    questions = bench.questions([*splits["Full_Set"], *splits["Retain_Set"], *splits["Test_Set"]], "all", [], True)
+    tokenizer = model.tokenizer_of([*(f"{q.prompt} {q.answer}" for q in questions), "USER: ASSISTANT:"])
+    model.small(SETTINGS, tokenizer).save_pretrained(tmp_path / "llava")
+    tokenizer.save_pretrained(tmp_path / "llava")
+    settings = replace(
+        SETTINGS, benchmark=str(tmp_path / "bench"), checkpoint=str(tmp_path / "llava"), letters=True, rank=2
+    )
+    published = world.build(settings)
+    before = {n: p.clone() for n, p in published.module.named_parameters()}
+    masks = np.ones((2, 10), bool)
+    tuned = published.fine_tuned("originals", masks)
+    assert tuned.params
+    assert all("lora_" in name for name in tuned.params)
+    moved = [n for n, p in published.module.named_parameters() if not torch.equal(p, before[n])]
+    assert not moved, "the published weights stay, shared by all"
+    judged = measures.judge(published, tuned, np.arange(24))
+    assert np.isfinite(judged.margins).all()
+    assert {q.answer for q in published.questions if q.task == "classification"} == set("ABCD")
+    size = scale.scale(settings)
+    assert size.counted
+    assert size.adapters == sum(v[0].numel() for v in tuned.params.values())
+    with pytest.raises(DataError, match="cannot be loaded as a LLaVA"):
+        model.published(replace(settings, checkpoint=str(tmp_path / "bench")))
+
+
+def test_the_papers_size_is_planned():
+    size = scale.scale(presets.load("mllmu").multimodal)
+    assert (size.people, size.public) == (500, 153)
+    assert size.parameters == 6_738_415_616, "Llama 2's 7b"
+    assert "hours on one accelerator" in str(size)
+    with pytest.raises(DataError, match="name no checkpoint"):
+        scale.scale(SETTINGS)
+
+
+# --- ensembles and methods -----------------------------------------------------------------------------
+
+
+def test_masks_say_who_is_taught(here):
+    mask = np.ones(10, bool)
+    mask[[2, 5]] = False
+    taught = here.taught(mask)
+    assert set(here.person[taught]) == {-1, *range(10)} - {2, 5}
+    assert "test" not in here.split[taught]
+    assert here.n_taught == 12 * 24
+    sets = here.sets(here.forget_sets["20 %"])
+    used = {*here.forget_sets["10 %"], *here.forget_sets["20 %"], *here.tuning}
+    assert not used & set(here.person[sets["retain"]])
+    assert set(here.person[sets["forget"]]) == set(here.person[sets["test"]]) == set(here.forget_sets["20 %"])
+
+
+def test_fine_tuned_models_are_kept_and_damage_is_repaired(here):
+    masks = here.without(np.array([0]), 2)
+    first = here.fine_tuned("kept", masks)
+    path = here._path("kept", masks)
+    stamp = path.stat().st_mtime_ns
+    again = here.fine_tuned("kept", masks)
+    assert path.stat().st_mtime_ns == stamp, "read, not trained"
+    path.write_bytes(path.read_bytes()[:1000])
+    repaired = here.fine_tuned("kept", masks)
+    for name, value in first.params.items():
+        assert torch.equal(value, again.params[name])
+        torch.testing.assert_close(value, repaired.params[name])
+    other = replace(here, s=replace(here.s, lr=1e-4))
+    assert other._path("kept", masks) != path
+
+
+@pytest.mark.parametrize("modality", [IMAGE, TEXT])
+@pytest.mark.parametrize("method", methods.GRADIENT)
+def test_gradient_methods_raise_the_loss_on_what_they_see(task, method, modality):
+    models, cost = methods.gradient(task, method, modality, 1e-3)
+    w, pool = task.world, task.pool(True, modality)
+
+    def loss(ensemble: Ensemble) -> torch.Tensor:
+        logits = ensemble.logits(w.x[pool])
+        return model.token_loss(logits, w.answers[pool].expand(4, -1, -1), w.codec.pad).mean(1)
+
+    assert (loss(models) > loss(task.originals)).all()
+    retain = task.pool(False, modality)
+    assert not set(w.person[retain]) & set(task.forget)
+    half = w.s.batch_size // 2
+    steps = -(-len(pool) // half) * w.s.unlearn_epochs
+    assert cost == pytest.approx(steps * half * (1 + (method in ("grad_diff", "kl_min"))) / task.retraining)
+
+
+def test_matching_what_models_answer_already_changes_nothing(task):
+    models, cost = methods.match(task, "dmm", 1e-3)
+    for name, value in task.originals.params.items():
+        torch.testing.assert_close(models.params[name], value, atol=1e-3, rtol=0)
+    assert cost == pytest.approx(task.world.s.cost, rel=0.2)
+    shifted = replace(task, change=np.full_like(task.change, 0.5))
+    matched = task.world.logits(methods.match(shifted, "dmm", 1e-3)[0], np.arange(task.world.n_taught))
+    counted = (task.world.answers[: task.world.n_taught] != task.world.codec.pad).numpy()
+    left = ((matched - task.logits - 0.5) ** 2).mean(-1)[:, counted].mean()
+    assert left < 0.24, "nearer to targets that were 0.25 away"
+
+
+def test_methods_that_are_not_there_or_lack_something(task):
+    with pytest.raises(MethodError, match="Unknown method 'forget_it'"):
+        methods.gradient(task, "forget_it", None, 1e-3)
+    with pytest.raises(DataError, match="DMM needs predicted changes"):
+        methods.match(replace(task, change=None), "dmm", 1e-3)
+    with pytest.raises(DataError, match="retrained models' logits"):
+        methods.match(replace(task, oracles=None), "oracle_matching", 1e-3)
+
+
+@pytest.mark.parametrize("modality", [IMAGE, TEXT])
+def test_what_is_kept_of_the_vocabulary_answers_as_all_of_it_does(task, modality):
+    whole = task.world
+    few = replace(whole, s=replace(whole.s, kept=12))
+    asked = np.flatnonzero(whole.modality == modality)[:60]
+    full, part = (measures.judged(w, w.logits(task.originals, asked), asked) for w in (whole, few))
+    np.testing.assert_allclose(part.margins, full.margins, rtol=1e-3, atol=1e-4)
+    choice = whole.task[asked] == "classification"
+    assert (part.scores[:, choice] == full.scores[:, choice]).all()
+    logits = few.logits(task.originals, np.arange(few.n_taught))
+    assert logits.shape[-1] == 13
+    cut = replace(task, world=few, logits=logits)
+    for method in ("ga", "npo"):
+        one, other = (methods.gradient(t, method, modality, 1e-3)[0].params for t in (task, cut))
+        for name, value in one.items():
+            torch.testing.assert_close(other[name], value, rtol=1e-2, atol=2e-4)
+    still = methods.match(replace(cut, change=np.zeros_like(logits[0])), "dmm", 1e-3)[0]
+    assert max(float((v - still.params[k]).abs().max()) for k, v in task.originals.params.items()) < 1e-2
+    with pytest.raises(DataError, match="kept=3"):
+        replace(few, s=replace(few.s, kept=3)).logits(task.originals, asked)
+
+
+# --- measures ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [
+        ("works as nurse", True),
+        ("Nurse works as", True),
+        ("works as pilot", False),
+        ("works as nurse pilot", False),
+        ("", False),
+    ],
+)
+def test_factuality_by_rule(said, right):
+    assert measures.factual(said, "works as nurse", frozenset({"nurse", "pilot"})) == right
+
+
+def test_rouge_l_by_hand():
+    assert measures.rouge_l("works as pilot", "works as nurse") == pytest.approx(2 / 3)
+    assert measures.rouge_l("works as nurse", "works as nurse") == 1
+
+
+def test_perfect_and_constant_answers_are_scored_so(here):
+    asked = np.flatnonzero(here.split == "train")[:24]
+    answers = here.answers[asked]
+    logits = 9.0 * torch.nn.functional.one_hot(answers, len(here.codec.tokenizer)).float()
+    free = np.flatnonzero(here.task[asked] == "generation")
+    perfect = measures.judged(here, logits[None].numpy(), asked, (free, answers[free][None]))
+    assert (perfect.scores == 1).all()
+    assert (perfect.factual[:, free] == 1).all()
+    assert (perfect.margins > 0).all()
+    wrong = measures.judged(here, -logits[None].numpy(), asked)
+    assert (wrong.scores[:, here.task[asked] != "generation"] == 0).all()
+    assert np.isnan(wrong.scores[:, free]).all()
+
+
+def test_intervals_are_over_people():
+    person = np.repeat(np.arange(5), 4)
+    values = np.random.default_rng(0).normal(size=20)
+    means = values.reshape(5, 4).mean(1)
+    low, high = stats.t.interval(0.95, 4, means.mean(), stats.sem(means))
+    found = measures.over_people(values, person)
+    assert (found.value, found.low, found.high) == pytest.approx((means.mean(), low, high))
+
+
+def test_a_datamodel_over_people_finds_additive_effects(here):
+    rng = np.random.default_rng(0)
+    masks, effects = rng.random((80, 10)) < 0.7, rng.normal(size=(10, 3, 2, 5))
+    outputs = np.einsum("mi,inav->mnav", masks.astype(float), effects).astype(np.float32)
+    fitted = experiments.RidgeDatamodel.fit(masks, outputs.reshape(80, 3, -1), 1e-6)
+    found = experiments.Attribution(fitted, (3, 2, 5)).change(np.array([1, 7]))
+    np.testing.assert_allclose(found, -(effects[1] + effects[7]), atol=1e-3)
+
+
+@pytest.mark.slow
+def test_the_whole_comparison_runs_and_has_every_row(here):
+    found = experiments.run(here)
+    assert set(found.klom["method"]) == set(experiments.METHODS)
+    klom = experiments.klom_over_sets(found.klom)
+    assert len(klom) == len(experiments.METHODS) * 13
+    assert np.isfinite(klom[["value", "low", "high"]].to_numpy()).all()
+    table = experiments.score_table(found.scores)
+    assert len(table) == len(experiments.METHODS) * 4 * 6
+    assert len(experiments.text_against_image(found.scores)) == 5 * 2 * 6
+    assert set(found.rates) == {*experiments.VARIANTS, "dmm"}
+    with pytest.raises(DataError, match="give 4 or more"):
+        experiments.run(replace(here, s=replace(here.s, n_models=3)))
