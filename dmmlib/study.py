@@ -489,9 +489,9 @@ class Study:
 
     @cached_property
     def subsets(self) -> tuple[np.ndarray, np.ndarray]:
-        """Masks (M, n_train) and outputs of the subset models that ridge is fitted on.
+        """Masks (M, n_train) and outputs of the many subset models.
 
-        Outputs are logits in the margin gauge (M, n_points, n_classes).
+        Outputs are logits in the margin gauge (M, n_points, n_classes); `raw_subset_logits` has them as they came.
         """
         m = self.preset.datamodels.n_subsets
         return self._subset_stream.masks[:m], self._outputs(self._subset_stream, 0, m)
