@@ -20,8 +20,8 @@ the solution for s = 1,
 so the sum over F gains (H 1_F)_j c_j at training point j, and nothing else changes.
 
 **What is predicted** are changes in the margin gauge (`metrics.margin_gauge`): the label's logit is then the margin
-that KLoM measures, and `retrained` puts a change back on a model's own logits. Outputs in that gauge are regressed as they
-are; a datamodel of raw logits is turned into it by `Gauged`.
+that KLoM measures, and `retrained` puts a change back on a model's own logits. Outputs in that gauge are regressed as
+they are; a datamodel of raw logits is turned into it by `Gauged`.
 """
 
 from __future__ import annotations
