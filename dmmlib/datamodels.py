@@ -43,7 +43,10 @@ from dmmlib.metrics import Estimate, margin_gauge, right_logits
 
 
 class Attributor(Protocol):
-    """Predicts how a model's logits, in the margin gauge, change when a forget set is left out of its training."""
+    """Predicts how a model's logits, in the margin gauge, change when a forget set is left out of its training.
+
+    One that predicts otherwise for each model has a method `retrained` beside it, as `Gauged` does.
+    """
 
     def effect(self, forget: Sequence[int] | np.ndarray) -> np.ndarray:
         """Predicted change of logits (n_points, n_classes) on retraining without the points `forget`."""
@@ -226,11 +229,11 @@ class RidgeDatamodel:
 
 @dataclass(frozen=True)
 class Gauged:
-    """A datamodel of raw logits as an attributor in the margin gauge.
+    """A datamodel of raw logits as an attributor.
 
-    Its change of logits is added to those of some originals, and the mean change in the gauge is taken. So the margin
-    bends as it does in a model where a class overtakes another, which the margin's own linear datamodel cannot see;
-    but noise of every logit enters it.
+    Its change of logits is added to each model's own, as the paper does. So the margin of each bends as it does where a
+    class overtakes another, which the margin's own linear datamodel cannot see; but noise of every logit enters it.
+    In the margin gauge, which is the same for all models, it predicts the mean change over some originals.
 
     Attributes:
         model: of raw logits.
@@ -244,8 +247,12 @@ class Gauged:
 
     def effect(self, forget: Sequence[int] | np.ndarray) -> np.ndarray:
         """Predicted change of logits (n_points, n_classes) on retraining without F; raises ForgetSetError."""
-        before, after = (margin_gauge(z, self.labels) for z in (self.logits, self.logits + self.model.effect(forget)))
+        before, after = (margin_gauge(z, self.labels) for z in (self.logits, self.retrained(self.logits, forget)))
         return (after - before).mean(0)
+
+    def retrained(self, logits: np.ndarray, forget: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Predicted logits (n_models, n_points, n_classes) of models without F, from theirs; raises ForgetSetError."""
+        return np.asarray(logits + self.model.effect(forget), np.float32)
 
 
 def lds(predicted: np.ndarray, actual: np.ndarray) -> np.ndarray:

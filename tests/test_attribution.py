@@ -13,7 +13,7 @@ from dmmlib import data as datasets
 from dmmlib.attribution import Context
 from dmmlib.attribution.base import calibrated
 from dmmlib.attribution.bayesian import covariance, fit
-from dmmlib.attribution.kernel import attributions, gram, kernel, kernel_weights, margin
+from dmmlib.attribution.kernel import EASY, Kernel, gradient_kernel, gram, hardness, kernel, kernel_response, margin
 from dmmlib.datamodels import retrained
 from dmmlib.errors import DataError, ForgetSetError, MethodError
 
@@ -74,14 +74,16 @@ def jacobians(context, i, models=None):
     return torch.stack([flat(z) for z in m]).double().numpy()
 
 
-def explicit_t(context, lam, models=None):
-    """T averaged over models (n_train, n_points)."""
-    models, n, t = models or context.models, context.n_train, 0
+def explicit_kernel(context, lam, h=1.0, models=None):
+    """T (n_train, n_points) and G (n_train, n_train), times mean diag K, averaged over models."""
+    n, t, g, models = context.n_train, 0, 0, models or context.models
     for i in range(models.n_models):
         phi = jacobians(context, i, models)
         k = phi[:n] @ phi.T
-        t = t + np.linalg.solve(k[:, :n] + lam * np.diag(k).mean() * np.eye(n), k) / models.n_models
-    return t
+        unit = np.diag(k).mean()
+        a = k[:, :n] + lam * unit * np.eye(n) / h
+        t, g = t + np.linalg.solve(a, k) / models.n_models, g + unit * np.linalg.inv(a) / models.n_models
+    return t, g
 
 
 def test_margin_is_that_of_the_metrics():
@@ -112,24 +114,49 @@ def test_many_gradients_are_projected(monkeypatch):
 @pytest.mark.parametrize("residual", ["mean", "held_out", "measured"])
 def test_kernel_equals_the_explicit_solve(name, residual):
     context = problem(FACTORIES[name])
-    t = explicit_t(context, 0.2)
-    np.testing.assert_allclose(attributions(context.models, context.x, context.y, 10, 0.2), t, rtol=1e-2, atol=1e-3)
     m = metrics.margins(context.outputs[:, :10], context.labels[:10])
     q, seen = 1 / (1 + np.exp(m)), context.masks
-    rise = [m[seen[:, i], i].mean() - m[~seen[:, i], i].mean() for i in range(10)]
-    r = {"mean": q.mean(0), "held_out": (q * ~seen).sum(0) / (~seen).sum(0), "measured": rise / np.diag(t)}[residual]
-    raw = r[:, None] * t
-    np.testing.assert_allclose(kernel_weights(context, 0.2, residual, "subsets"), raw, rtol=2e-2, atol=2e-3)
+    h = np.maximum(q.mean(0) / q.mean(), 0.01)
+    t, g = explicit_kernel(context, 0.2, h)
+    found = kernel_response(context, 0.2, residual, "subsets")
+    np.testing.assert_allclose(found.kernel.transfer, t, rtol=1e-2, atol=1e-3)
+    np.testing.assert_allclose(found.kernel.inverse, g, rtol=2e-2, atol=2e-3 * np.abs(g).max())
+    coupling = g / np.diag(g)[:, None]
+
+    def shortfall(r, without):
+        return np.linalg.solve(coupling[np.ix_(without, without)], r[without])
+
+    if residual == "measured":  # the mean shortfall of a point over the subsets without it is its rise
+        rise = np.array([m[seen[:, i], i].mean() - m[~seen[:, i], i].mean() for i in range(10)])
+        shortfalls = np.zeros((12, 10))
+        for row, mask in zip(shortfalls, seen, strict=True):
+            row[~mask] = shortfall(found.residuals, np.flatnonzero(~mask))
+        np.testing.assert_allclose(shortfalls.sum(0) / (~seen).sum(0), rise / np.diag(t), rtol=5e-2, atol=5e-2)
+    else:
+        r = {"mean": q.mean(0), "held_out": (q * ~seen).sum(0) / (~seen).sum(0)}[residual]
+        np.testing.assert_allclose(found.residuals, r, rtol=1e-4)
     fitted = kernel(context, lam=0.2, residual=residual)
-    slope = (fitted.weights * raw).sum() / (raw**2).sum()
-    np.testing.assert_allclose(fitted.weights, slope * raw, rtol=2e-2, atol=2e-3 * max(1, abs(slope)))
     effect, right = fitted.effect([0, 5]), np.eye(3, dtype=bool)[context.labels]
-    np.testing.assert_allclose(effect[right], -fitted.weights[[0, 5]].sum(0), atol=1e-5)
+    change = -shortfall(found.residuals, [0, 5]) @ t[[0, 5]]
+    np.testing.assert_allclose(effect[right], fitted.scale * change, rtol=5e-2, atol=1e-2 * np.abs(effect).max())
     assert (effect[~right] == 0).all()
-    centred = context.masks - context.masks.mean(0)
-    predicted = metrics.right_logits(fitted.predict(context.masks), context.labels)
-    mean = metrics.right_logits(context.outputs, context.labels).mean(0)
-    np.testing.assert_allclose(predicted, mean + centred @ fitted.weights, atol=1e-4)
+    predicted = metrics.right_logits(fitted.predict(seen), context.labels)
+    actual = metrics.right_logits(context.outputs, context.labels)
+    np.testing.assert_allclose(predicted.mean(0), actual.mean(0), atol=1e-4)
+    centred = [z - z.mean(0) for z in (predicted, actual)]
+    assert (centred[0] * centred[1]).sum() == pytest.approx((centred[0] ** 2).sum(), rel=1e-2)  # least squares
+
+
+def test_hardness_is_relative_and_bounded():
+    h = hardness(np.array([[0.0, 100.0, -100.0], [0.0, 100.0, 100.0]]))
+    np.testing.assert_allclose(h, [1.5, EASY, 1.5])
+
+
+def test_points_that_are_always_in_a_subset_have_no_residual():
+    found = Kernel(np.eye(4, 6, dtype=np.float32) + 0.1, np.eye(4, dtype=np.float32))
+    masks = np.array([[1, 1, 0, 1], [1, 0, 1, 1], [1, 1, 0, 0]], bool)
+    r = found.measured(np.where(masks, 3.0, 1.0), masks)
+    np.testing.assert_allclose(r, [0, 2 / 1.1, 2 / 1.1, 2 / 1.1], rtol=1e-6)
 
 
 def test_it_is_trak_as_published():
@@ -141,7 +168,8 @@ def test_it_is_trak_as_published():
         phi = every[:n]
         lam = 0.2 * (phi**2).sum(1).mean()
         tau = tau + every @ np.linalg.solve(phi.T @ phi + lam * np.eye(phi.shape[1]), phi.T) / 3  # (target, train)
-    np.testing.assert_allclose(attributions(context.models, context.x, context.y, n, 0.2).T, tau, atol=1e-3)
+    found = gradient_kernel(context.models, context.x, context.y, n, 0.2)
+    np.testing.assert_allclose(found.transfer.T, tau, atol=1e-3)
 
 
 def test_the_slope_that_calibrates_scores_recovers_their_unit():
@@ -155,17 +183,24 @@ def test_the_slope_that_calibrates_scores_recovers_their_unit():
     np.testing.assert_allclose(calibrated(moved, raw).weights, -2.5 * raw, rtol=1e-2, atol=1e-2)
 
 
-def test_a_group_of_kernel_ridge_regression_leaves_exactly():
-    """With residuals of the model without F, T^T r is the exact change of kernel ridge regression on leaving F out."""
+@pytest.mark.parametrize("forget", [[3], [1, 4, 6]])
+def test_a_group_leaves_kernel_ridge_regression_exactly(forget):
+    """Against regressions without F, whose points have penalties of their own; residuals are of single deletions."""
     rng = np.random.default_rng(0)
-    k, y, lam, forget = rng.normal(size=(8, 8)), rng.normal(size=8), 0.3, [1, 4, 6]
-    k = k @ k.T
-    keep = np.setdiff1d(np.arange(8), forget)
-    full = k @ np.linalg.solve(k + lam * np.eye(8), y)
-    without = k[:, keep] @ np.linalg.solve(k[np.ix_(keep, keep)] + lam * np.eye(5), y[keep])
-    t = np.linalg.solve(k + lam * np.eye(8), k)
-    r = y[forget] - without[forget]
-    np.testing.assert_allclose(full - t[forget].T @ r, without, atol=1e-10)
+    k, y, penalty = rng.normal(size=(11, 8)), rng.normal(size=8), rng.uniform(0.1, 3, 8)
+    k = k @ k.T  # 8 training points, 3 others
+
+    def predicted(keep):
+        return k[:, keep] @ np.linalg.solve(k[np.ix_(keep, keep)] + np.diag(penalty[keep]), y[keep])
+
+    everything = np.arange(8)
+    alone = np.array([y[i] - predicted(np.delete(everything, i))[i] for i in range(8)])
+    inverse = np.linalg.inv(k[:8, :8] + np.diag(penalty))
+    ridge = Kernel(inverse @ k[:8], 5 * inverse)
+    change = predicted(np.setdiff1d(everything, forget)) - predicted(everything)
+    mask = ~np.isin(everything, forget)
+    np.testing.assert_allclose(ridge.change(alone, mask[None])[0], change, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(ridge.change(alone, np.ones((1, 8), bool)), 0)
 
 
 def gaussian(n=12, n_points=40, m=60, rho=0.5, scale=1.5, sigma=0.3, delta=0.3, seed=0):
@@ -184,7 +219,7 @@ def gaussian(n=12, n_points=40, m=60, rho=0.5, scale=1.5, sigma=0.3, delta=0.3, 
 
 
 def test_the_posterior_is_that_of_generalised_least_squares():
-    """Against the textbook form: own weights by GLS, the others by kriging what is left, one output at a time."""
+    """Against the textbook form: own weights by GLS, the rest by kriging what is left, one output at a time."""
     context, _, w0 = gaussian(m=20)
     fitted = fit(context, w0, delta=0.3)
     a, n, labels = context.masks - context.masks.mean(0), 12, context.labels
@@ -303,7 +338,8 @@ def test_lasso_chooses_its_penalty_on_held_out_subsets():
 def test_gradients_at_the_originals():
     context = problem(FACTORIES["mlp"])
     fitted = kernel(context, lam=0.2, residual="mean", at="originals", n_models=2)
-    t = explicit_t(context, 0.2, context.originals[:2])
+    h = hardness(context.margins[:, :10])
+    t = explicit_kernel(context, 0.2, h, context.originals[:2])[0]
     r = 1 / (1 + np.exp(metrics.margins(context.outputs[:, :10], context.labels[:10]))).mean(0)
     raw = (1 / (1 + np.exp(metrics.margins(context.outputs, context.labels)))).mean(0)[:10, None] * t
     assert r.shape == (10,)
@@ -429,7 +465,7 @@ def test_dattri_agrees_with_explicit_scores(name):
         phi = jacobians(context, 0)
         lam = 0.01 * phi.shape[1] / (phi[:10] ** 2).sum(1).mean()
         r = 1 / (1 + np.exp(metrics.margins(context.outputs[:1, :10], context.labels[:10])[0]))
-        raw = r[:, None] * attributions(context.models[:1], context.x, context.y, 10, lam)
+        raw = r[:, None] * gradient_kernel(context.models[:1], context.x, context.y, 10, lam).transfer
     slope = (raw * fitted.weights).sum() / (raw**2).sum()
     np.testing.assert_allclose(fitted.weights, slope * raw, atol=1e-2 * np.abs(fitted.weights).max())
     if name == "trak":

@@ -12,7 +12,9 @@ from scipy.stats import multivariate_normal, t
 from dmmlib import metrics
 from dmmlib.attribution import bayesian, experiments
 from dmmlib.attribution.ablation import antithetic_masks, clustered_masks, posterior
+from dmmlib.attribution.base import Linear
 from dmmlib.attribution.bayesian import RHOS, covariance
+from dmmlib.attribution.kernel import gradient_kernel, hardness
 from dmmlib.datamodels import RidgeDatamodel
 from dmmlib.errors import DataError, PresetError
 from dmmlib.metrics import Estimate
@@ -44,15 +46,14 @@ def kernels(study):
     return experiments.Kernels(study)
 
 
-def test_dense_weights_are_those_of_the_bayesian_datamodel():
+def test_the_posterior_taken_apart_is_the_bayesian_datamodels():
     context = problem(FACTORIES["mlp"], m=30)
     w0 = np.random.default_rng(0).normal(size=(10, 14)).astype(np.float32)
     model = bayesian.fit(context, w0, 0.3)
-    respond = posterior(context.masks, context.margins, w0, covariance(w0, 0.3))
-    dense = respond(np.eye(10))
+    predict = posterior(context.masks, context.margins, Linear(w0), covariance(w0, 0.3))
     for forget in ([0], [2, 5, 7]):
         effect = metrics.right_logits(model.effect(forget), context.labels)
-        np.testing.assert_allclose(-dense[forget].sum(0), effect, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(experiments.leaving_out(predict, 10)(forget), effect, rtol=1e-3, atol=1e-4)
 
 
 def parts_of_a_regression(seed=0, n=8, m=25, n_points=11):
@@ -61,6 +62,11 @@ def parts_of_a_regression(seed=0, n=8, m=25, n_points=11):
     w0 = rng.normal(size=(n, n_points))
     y = (masks - masks.mean(0)) @ (w0 + 0.3 * rng.normal(size=w0.shape)) + 0.2 * rng.normal(size=(m, n_points))
     return masks, y, w0, covariance(w0, 0.5)
+
+
+def weights_of(predict, n=8):
+    """What each training point adds (n, n_points)."""
+    return predict(np.eye(n)) - predict(np.zeros((1, n)))
 
 
 def log_evidence(a, y, c, rho):
@@ -75,7 +81,7 @@ def log_evidence(a, y, c, rho):
 @pytest.mark.parametrize("each", [False, True])
 def test_without_mean_and_own_weights_it_is_gaussian_process_regression_at_the_best_evidence(each):
     masks, y, w0, c = parts_of_a_regression()
-    found = posterior(masks, y, w0, c, mean=False, own=False, each=each)(np.eye(8))
+    found = weights_of(posterior(masks, y, Linear(w0), c, mean=False, own=False, each=each))
     a, centred = masks - masks.mean(0), y - y.mean(0)
     scores = np.array([[log_evidence(a, column, c, rho) for column in centred.T] for rho in RHOS])
     rhos = RHOS[scores.argmax(0)] if each else np.full(y.shape[1], RHOS[scores.sum(1).argmax()])
@@ -86,7 +92,7 @@ def test_without_mean_and_own_weights_it_is_gaussian_process_regression_at_the_b
 
 def test_a_true_prior_mean_is_found_and_helps():
     masks, y, w0, c = parts_of_a_regression(m=12)
-    with_mean, without = (posterior(masks, y, w0, c, mean=on)(np.eye(8)) for on in (True, False))
+    with_mean, without = (weights_of(posterior(masks, y, Linear(w0), c, mean=on)) for on in (True, False))
     assert np.abs(with_mean - w0).mean() < np.abs(without - w0).mean()
 
 
@@ -148,9 +154,13 @@ def test_draws_share_no_model(study, size):
 def test_kernels_are_averaged_once_for_every_number_of_models(study, kernels):
     context = experiments.pool(study, 0, 30)
     two, three = kernels("draw 0", context, 2), kernels("draw 0", context, 3)
-    direct = [experiments.attributions(context.models[i : i + 1], study.x, study.y, 120, 0.3) for i in range(3)]
-    np.testing.assert_allclose(two, np.mean(direct[:2], 0), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(three, np.mean(direct, 0), rtol=1e-4, atol=1e-6)
+    h = hardness(context.margins[:, :120])
+    direct = [gradient_kernel(context.models[i : i + 1], study.x, study.y, 120, 0.1, h) for i in range(3)]
+    for part in ("transfer", "inverse"):
+        each = [getattr(k, part) for k in direct]
+        scale = np.abs(each[0]).max()
+        np.testing.assert_allclose(getattr(two, part), np.mean(each[:2], 0), rtol=1e-4, atol=1e-6 * scale)
+        np.testing.assert_allclose(getattr(three, part), np.mean(each, 0), rtol=1e-4, atol=1e-6 * scale)
 
 
 def test_the_curve_measures_what_the_study_does(study, kernels):

@@ -1,4 +1,4 @@
-"""The Bayesian datamodel taken apart: what it predicts of margins with parts switched off, and designs of subsets."""
+"""The Bayesian datamodel taken apart: what it predicts with parts switched off, and designs of subsets."""
 
 from __future__ import annotations
 
@@ -7,43 +7,44 @@ from collections.abc import Callable
 import numpy as np
 from sklearn.cluster import KMeans
 
+from dmmlib.attribution.base import Response
 from dmmlib.attribution.bayesian import RHOS, _evidence
 from dmmlib.errors import DataError
 
-Respond = Callable[[np.ndarray], np.ndarray]
-"""From directions (k, n_train), such as indicators of forget sets, to w.d of each margin (k, n_points)."""
+Predict = Callable[[np.ndarray], np.ndarray]
+"""From masks (k, n_train) to the margins (k, n_points) of models trained on them, up to a constant."""
 
 
 def posterior(
     masks: np.ndarray,
     margins: np.ndarray,
-    w0: np.ndarray,
+    response: Response,
     c: np.ndarray,
     *,
     mean: bool = True,
     own: bool = True,
     each: bool = False,
-) -> Respond:
-    """Posterior mean of the weights w on margins, as what it answers to directions; `bayesian` has model and terms.
+) -> Predict:
+    """Posterior mean of margins, for any mask; `bayesian` has model and terms.
 
     With the defaults it is what `bayesian.fit` predicts margins with.
 
     Args:
         masks: training sets of the subset models (M, n_train).
         margins: of the subset models (M, n_points), training points first.
-        w0: prior weights (n_train, n_points), up to a scale.
-        c: prior covariance of weights (n_train, n_train), up to a scale.
-        mean: whether the prior has the mean s w0, or 0.
-        own: whether each point's weight on its own margin is free of the prior.
+        response: f, up to a scale.
+        c: covariance of what is wrong with it (n_train, n_train), up to a scale.
+        mean: whether f is there, or 0.
+        own: whether each point's weight on its own margin is free.
         each: whether rho maximises the evidence of each margin on its own instead of that of all.
     """
     m, n = masks.shape
-    a, y = masks - masks.mean(0), margins - margins.mean(0)
+    a = masks - masks.mean(0)
     gram = a @ c @ a.T
     values, vectors = np.linalg.eigh(gram + (1 + np.trace(gram)) / m)  # the constant comes last
     values, vectors = np.maximum(values[:-1], 0), vectors[:, :-1]
-    prior = w0 if mean else np.zeros_like(w0)
-    y, f, points = (vectors.T @ z for z in (y, a @ prior, a))
+    change = response.change(masks) if mean else np.zeros_like(margins)
+    y, f, points = (vectors.T @ z for z in (margins, change, a))
     if not own:
         points = np.zeros_like(points)
     scale, common, _ = _evidence(values, y, f, points)
@@ -74,12 +75,13 @@ def posterior(
         b_own[here[:n]] = b[here[:n]]
     dual = vectors @ combined
 
-    def respond(d: np.ndarray) -> np.ndarray:
-        total = scale * (d @ prior) + (d @ c @ a.T) @ dual
+    def predict(some: np.ndarray) -> np.ndarray:
+        d = some - masks.mean(0)
+        total = (d @ c @ a.T) @ dual
         total[:, :n] += d * b_own
-        return np.asarray(total)
+        return np.asarray(total + scale * response.change(some) if mean else total)
 
-    return respond
+    return predict
 
 
 def antithetic_masks(masks: np.ndarray) -> np.ndarray:

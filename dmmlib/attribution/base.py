@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -89,36 +89,68 @@ class Context:
         return self.models
 
 
+class Response(Protocol):
+    """How margins respond to which points a model is trained on."""
+
+    @property
+    def weights(self) -> np.ndarray:
+        """By how much one more training point raises each margin (n_train, n_points)."""
+        ...
+
+    def change(self, masks: np.ndarray) -> np.ndarray:
+        """Change of margins (k, n_points) of models trained on each mask (k, n_train), against one trained on all."""
+        ...
+
+
 @dataclass(frozen=True)
-class MarginDatamodel:
-    """Weights of training points on margins; given that it is wrong, what a model answers is taken to stay.
+class Linear:
+    """A response that is the sum of single points'.
 
     Attributes:
-        weights: W (n_train, n_points): by how much training on a point raises each margin.
-        labels: (n_points,).
-        mean_mask: (n_train,), and
-        mean_output: (n_points, n_classes): a prediction for a mask is the mean output, in the margin gauge, plus the
-            effect of the mask's difference to the mean mask.
+        weights: W (n_train, n_points).
     """
 
     weights: np.ndarray
-    labels: np.ndarray
-    mean_mask: np.ndarray
-    mean_output: np.ndarray
 
-    def respond(self, directions: np.ndarray) -> np.ndarray:
-        """W^T d as a change of the label's logit (k, n_points, n_classes), for each row d of (k, n_train)."""
-        change = np.asarray(directions, np.float32) @ self.weights
-        right = np.arange(self.mean_output.shape[1]) == self.labels[:, None]
+    def change(self, masks: np.ndarray) -> np.ndarray:
+        """W^T (mask - 1), (k, n_points)."""
+        return (np.asarray(masks, np.float32) - 1) @ self.weights
+
+
+@dataclass(frozen=True)
+class MarginDatamodel:
+    """A response of margins, scaled; given that a model is wrong, what it answers is taken to stay.
+
+    Attributes:
+        response: of margins.
+        scale: of it.
+        labels: (n_points,).
+        offset: (n_points, n_classes), in the margin gauge: what a model trained on all points answers.
+    """
+
+    response: Response
+    scale: float
+    labels: np.ndarray
+    offset: np.ndarray
+
+    @property
+    def weights(self) -> np.ndarray:
+        """By how much one more training point raises each margin (n_train, n_points)."""
+        return np.float32(self.scale) * self.response.weights
+
+    def change(self, masks: np.ndarray) -> np.ndarray:
+        """Change of the label's logit (k, n_points, n_classes) of models trained on each mask, against on all."""
+        change = np.float32(self.scale) * self.response.change(masks)
+        right = np.arange(self.offset.shape[1]) == self.labels[:, None]
         return np.where(right, change[..., None], np.float32(0))
 
     def effect(self, forget: Sequence[int] | np.ndarray) -> np.ndarray:
         """Predicted change of logits (n_points, n_classes) on retraining without F; raises ForgetSetError."""
-        return -self.respond(indicator(forget, len(self.weights))[None])[0]
+        return self.change(indicator(forget, len(self.response.weights))[None] == 0)[0]
 
     def predict(self, masks: np.ndarray) -> np.ndarray:
         """Predicted logits (k, n_points, n_classes) of models trained on the given masks (k, n_train)."""
-        return self.mean_output + self.respond(masks - self.mean_mask)
+        return self.offset + self.change(masks)
 
 
 def indicator(forget: Sequence[int] | np.ndarray, n_train: int) -> np.ndarray:
@@ -128,14 +160,16 @@ def indicator(forget: Sequence[int] | np.ndarray, n_train: int) -> np.ndarray:
     return u
 
 
-def calibrated(context: Context, raw: np.ndarray) -> MarginDatamodel:
-    """Scores (n_train, n_points) of any unit, times the least-squares slope of the subset models' margins on them."""
-    outputs = np.asarray(context.outputs[: len(context.masks)])
-    actual = context.margins
-    actual = actual - actual.mean(0)
-    predicted = (context.masks - context.masks.mean(0)).astype(np.float32) @ raw
-    slope = float((predicted * actual).sum() / max(float((predicted**2).sum()), 1e-12))
-    return MarginDatamodel(np.float32(slope) * raw, context.labels, context.masks.mean(0), outputs.mean(0))
+def calibrated(context: Context, response: Response | np.ndarray) -> MarginDatamodel:
+    """A response up to its scale, or weights (n_train, n_points) of one; scaled to fit the subset models' margins."""
+    if isinstance(response, np.ndarray):
+        response = Linear(response)
+    change, actual = response.change(context.masks), context.margins
+    predicted, actual = change - change.mean(0), actual - actual.mean(0)
+    scale = float((predicted * actual).sum() / max(float((predicted**2).sum()), 1e-12))
+    unscaled = MarginDatamodel(response, scale, context.labels, np.zeros(context.outputs.shape[1:], np.float32))
+    offset = np.asarray(context.outputs[: len(context.masks)]).mean(0) - unscaled.change(context.masks).mean(0)
+    return replace(unscaled, offset=offset)
 
 
 Fit = Callable[..., Attributor]

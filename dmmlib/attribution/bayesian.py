@@ -1,22 +1,23 @@
 """Bayesian datamodels: what a gradient kernel expects, corrected by what a hundred subset models show.
 
-For every output y (a margin, or another logit in the margin gauge) of a model trained on the subset with the centred
-mask a, the datamodel is linear with Gaussian weights,
+For every output y (a margin, or another logit in the margin gauge) of a model trained on a subset, with centred mask a,
 
-    y = mean + a.w + own + noise,    w ~ N(s w0, rho sigma^2 C),    noise ~ N(0, sigma^2),
+    y = mean + s (f - mean f) + a.w + noise,    w ~ N(0, rho sigma^2 C) + own,    noise ~ N(0, sigma^2),
 
-- w0 is the gradient kernel's weight r_i T_it (`attribution.kernel`) of margins, 0 of other logits, s one scale;
-- C, the same for all outputs, says which training points act alike: with W0 = (w0 of every margin) of shape
-  (n_train, n_points), C = (1 - delta) W0 W0^T / n_points + delta times its diagonal, scaled to mean diagonal 1. So a
-  group of points that the kernel takes for one another is estimated together, from a hundred models;
-- own: what a training point does to *itself* is far more than the kernel or C allows for and is seen well, since a
-  share of the models has it and a share has not: the weight b_j a_j of training point j on its own outputs is free;
+- f is the change of the margin that the gradient kernel expects of that subset (`attribution.kernel`), groups and all;
+  0 for other logits; s is one scale;
+- w is what is wrong with it, linear in the mask. C, the same for all outputs, says which training points act alike:
+  with W0 (n_train, n_points) the kernel's effects of single points, C = (1 - delta) W0 W0^T / n_points + delta times
+  its diagonal, scaled to mean diagonal 1. So a group of points that the kernel takes for one another is estimated
+  together, from a hundred models;
+- own: what a training point does to *itself* is far more than C allows for and is seen well, since a share of the
+  models has it and a share has not: the weight b_j a_j of training point j on its own outputs is free;
 - noise: seed, batches, and what is not linear. s and rho maximise the evidence of all margins, sigma^2 and b_j being
   profiled out for each. No forget set and no oracle is needed for any of it.
 
-With R = rho A C A^T + I and F left out, the posterior mean of the change is linear in stored quantities,
+With R = rho A C A^T + I and F left out, the posterior mean of the change is
 
-    - 1_F.w = - ( s w0.1_F + rho (A C 1_F)^T R^-1 e + b_j [j in F] ),    e = Y - s A w0 - b_j a_j,
+    s f(S without F) - rho (A C 1_F)^T R^-1 e - b_j [j in F],    e = Y - s F - b_j a_j  (centred),
 
 one product a forget set, and its variance is that of universal kriging (Rasmussen and Williams, "Gaussian Processes for
 Machine Learning", 2006, sections 2.5 and 2.7): with q = A C 1_F and a = a_j,
@@ -27,16 +28,16 @@ Machine Learning", 2006, sections 2.5 and 2.7): with q = A C 1_F and a = a_j,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from dmmlib.attribution.base import Context, MarginDatamodel, indicator, register
-from dmmlib.attribution.kernel import At, Residual, kernel_weights
+from dmmlib.attribution.base import Context, Linear, MarginDatamodel, Response, indicator, register
+from dmmlib.attribution.kernel import At, Residual, kernel_response
 from dmmlib.errors import DataError
 
-RHOS = np.geomspace(1e-4, 1e3, 29)
+RHOS = np.geomspace(1e-5, 1e3, 33)
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,15 @@ class BayesianDatamodel:
     """The fitted posterior; see the module.
 
     Attributes:
-        prior: s w0.
+        prior: s f, and what is answered on average.
         cross: A C (M, n_train).
         coefficients: rho R^-1 e (M, n_points, n_classes).
         own: b (n_train, n_classes).
         covariance: C (n_train, n_train).
         precision: R^-1 on centred vectors (M, M).
         masks: A (M, n_train), centred.
-        scale, rho: s and rho.
+        mean_mask: (n_train,), what they were centred by.
+        rho: of the module.
         sigma: of the noise of each margin (n_points,).
     """
 
@@ -62,7 +64,7 @@ class BayesianDatamodel:
     covariance: np.ndarray
     precision: np.ndarray
     masks: np.ndarray
-    scale: float
+    mean_mask: np.ndarray
     rho: float
     sigma: np.ndarray
 
@@ -70,11 +72,15 @@ class BayesianDatamodel:
     def n_train(self) -> int:
         return self.cross.shape[1]
 
-    def respond(self, directions: np.ndarray) -> np.ndarray:
+    @property
+    def scale(self) -> float:
+        """s."""
+        return self.prior.scale
+
+    def correction(self, directions: np.ndarray) -> np.ndarray:
         """w.d, the own weights included (k, n_points, n_classes), for each row d of (k, n_train)."""
         d = np.asarray(directions, np.float32)
-        total = self.prior.respond(d)
-        total += np.tensordot(d @ self.cross.T, self.coefficients, 1)
+        total = np.tensordot(d @ self.cross.T, self.coefficients, 1)
         total[:, : self.n_train] += d[:, :, None] * self.own
         return total
 
@@ -84,11 +90,12 @@ class BayesianDatamodel:
         Raises:
             ForgetSetError: for indices that are no proper part of the training set.
         """
-        return -self.respond(indicator(forget, self.n_train)[None])[0]
+        u = indicator(forget, self.n_train)[None]
+        return (self.prior.change(u == 0) - self.correction(u))[0]
 
     def predict(self, masks: np.ndarray) -> np.ndarray:
         """Predicted logits (k, n_points, n_classes) of models trained on the given masks (k, n_train)."""
-        return self.prior.mean_output + self.respond(masks - self.prior.mean_mask)
+        return self.prior.predict(masks) + self.correction(masks - self.mean_mask)
 
     def sd(self, forget: Sequence[int] | np.ndarray) -> np.ndarray:
         """Posterior standard deviation (n_points,) of the predicted change of each margin.
@@ -109,7 +116,7 @@ class BayesianDatamodel:
 @register("bayesian")
 def bayesian(
     context: Context,
-    lam: float = 0.3,
+    lam: float = 0.1,
     delta: float = 0.2,
     residual: Residual = "measured",
     at: At = "subsets",
@@ -117,48 +124,50 @@ def bayesian(
 ) -> BayesianDatamodel:
     """Fit the posterior to all subset models of the context.
 
-    Takes what `kernel.attributions` does, M^3 for the evidence, and 4 M n_points n_classes bytes.
+    Takes what `gradient_kernel` does, M^3 for the evidence, and 4 M n_points n_classes bytes.
 
     Args:
         context: with the weights of subset models (or the originals).
         lam, residual, at, n_models: of the kernel; see `kernel`.
-        delta: share of C that is each point's own, in (0, 1]; 1 is ridge around the kernel.
+        delta: share of C that is each point's own, in (0, 1].
 
     Raises:
-        DataError: for a delta outside (0, 1], fewer than three subset models, or as `kernel_weights`.
+        DataError: for a delta outside (0, 1], fewer than three subset models, or as `kernel_response`.
     """
     if not 0 < delta <= 1:
         raise DataError(f"delta={delta} was given; use a share above 0 and at most 1, such as 0.2.")
     if len(context.masks) < 3:
         raise DataError(f"{len(context.masks)} subset models were given; a Bayesian datamodel takes at least 3.")
-    return fit(context, kernel_weights(context, lam, residual, at, n_models), delta)
+    return fit(context, kernel_response(context, lam, residual, at, n_models), delta)
 
 
-def fit(context: Context, w0: np.ndarray, delta: float = 0.2) -> BayesianDatamodel:
-    """The posterior around any prior mean w0 (n_train, n_points), up to a scale, of the weights on margins."""
+def fit(context: Context, response: Response | np.ndarray, delta: float = 0.2) -> BayesianDatamodel:
+    """The posterior around any response of margins, or weights (n_train, n_points) of a linear one, up to a scale."""
+    if isinstance(response, np.ndarray):
+        response = Linear(response)
     n, m = context.n_train, len(context.masks)
-    c = covariance(w0, delta)
+    c = covariance(response.weights, delta)
     mean_mask = context.masks.mean(0)
     a = context.masks - mean_mask
     outputs = np.asarray(context.outputs[:m], np.float32)
-    mean_output = outputs.mean(0)
     gram = a @ c @ a.T
     values, vectors = np.linalg.eigh(gram + (1 + np.trace(gram)) / m)  # the constant, which the mean takes, comes last
     values, vectors = np.maximum(values[:-1], 0), vectors[:, :-1]
-    margins = context.margins
-    y, f, own = (vectors.T @ z for z in (margins - margins.mean(0), a @ w0.astype(np.float64), a))
+    change = response.change(context.masks)
+    y, f, own = (vectors.T @ z for z in (context.margins, change, a))  # constants are gone
     scale, rho, sigma = _evidence(values, y, f, own)
     precision = (vectors / (1 + rho * values)) @ vectors.T
-    prior = MarginDatamodel(
-        np.asarray(scale * w0, np.float32), context.labels, mean_mask.astype(np.float32), mean_output
-    )
-    left = outputs - mean_output - prior.respond(a)
+    unshifted = MarginDatamodel(response, scale, context.labels, np.zeros(outputs.shape[1:], np.float32))
+    left = outputs - unshifted.predict(context.masks)
+    prior = replace(unshifted, offset=left.mean(0))
+    left -= prior.offset
     weighted = precision @ a  # R^-1 a_j
     b = np.einsum("mj,mjc->jc", weighted, left[:, :n]) / np.maximum((a * weighted).sum(0), 1e-9)[:, None]
     left[:, :n] -= a.astype(np.float32)[:, :, None] * b.astype(np.float32)
     coefficients = np.tensordot((rho * precision).astype(np.float32), left, 1)
+    cross = (a @ c).astype(np.float32)
     return BayesianDatamodel(
-        prior, (a @ c).astype(np.float32), coefficients, b.astype(np.float32), c, precision, a, scale, rho, sigma
+        prior, cross, coefficients, b.astype(np.float32), c, precision, a, mean_mask.astype(np.float32), rho, sigma
     )
 
 

@@ -6,7 +6,6 @@ on the tuning sets only; intervals are over forget sets, draws of subset models,
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,10 +17,10 @@ import pandas as pd
 from scipy.stats import norm, t
 
 from dmmlib import metrics
-from dmmlib.attribution.ablation import Respond, antithetic_masks, clustered_masks, posterior
-from dmmlib.attribution.base import Context, indicator
+from dmmlib.attribution.ablation import Predict, antithetic_masks, clustered_masks, posterior
+from dmmlib.attribution.base import Context, Response, calibrated, indicator
 from dmmlib.attribution.bayesian import BayesianDatamodel, covariance, fit
-from dmmlib.attribution.kernel import _residual, attributions, measured_residuals
+from dmmlib.attribution.kernel import Kernel, KernelResponse, Residual, gradient_kernel, hardness, residuals
 from dmmlib.datamodels import Attributor, RidgeDatamodel, lds, lds_estimate
 from dmmlib.errors import DataError
 from dmmlib.files import read_json, write_json
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from dmmlib.forget_sets import ForgetSet
 
 SPLITS = ("forget", "retain", "validation")
+LAM = 0.1  # the kernel's penalty, as the study has it
 Effect = Callable[[np.ndarray], np.ndarray]
 """From forget indices to the predicted change of margins (n_points,)."""
 
@@ -182,32 +182,39 @@ def draws(study: Study, size: int) -> list[int]:
 
 
 class Kernels:
-    """Attributions T (n_train, n_points) of the first models of contexts, each computed once."""
+    """Kernels of the first models of contexts, each computed once."""
 
     def __init__(self, study: Study) -> None:
         self.study = study
-        self._known: dict[tuple[str, int, float], np.ndarray] = {}
+        self._known: dict[tuple[str, int, float, bool], Kernel] = {}
 
-    def __call__(self, name: str, context: Context, k: int, lam: float = 0.3, originals: bool = False) -> np.ndarray:
-        """T averaged over the first k models of a context that is known by this name."""
+    def __call__(
+        self, name: str, context: Context, k: int, lam: float = LAM, hard: bool = True, originals: bool = False
+    ) -> Kernel:
+        """Averaged over the first k models of a context that is known by this name; `hard`: penalties by hardness."""
         models = context.originals if originals else context.subset_models()
         assert models is not None
+        n = context.n_train
+        h = hardness(context.margins[:, :n]) if hard else None
         cheap, done = self.study.preset.cheap, 0
         for j in sorted({j for j in (*cheap.kernels, cheap.n_ablation, k) if j <= k}):  # each on top of the last
-            if (name, j, lam) not in self._known:
+            key = (name, j, lam, hard)
+            if key not in self._known:
                 self.study.progress(f"gradient kernels ({name})", done, k)
-                new = attributions(models[done:j], context.x, context.y, context.n_train, lam, context.seed)
-                before = self._known[name, done, lam] * done if done else 0
-                self._known[name, j, lam] = (before + new * (j - done)) / j
+                new = gradient_kernel(models[done:j], context.x, context.y, n, lam, h, context.seed)
+                if done:
+                    old = self._known[name, done, lam, hard]
+                    pairs = ((old.transfer, new.transfer), (old.inverse, new.inverse))
+                    new = Kernel(*((was * done + more * (j - done)) / j for was, more in pairs))
+                self._known[key] = new
                 self.study.progress(f"gradient kernels ({name})", j, k)
             done = j
-        return self._known[name, k, lam]
+        return self._known[name, k, lam, hard]
 
 
-def measured(context: Context, t_: np.ndarray) -> np.ndarray:
-    """Prior weights (n_train, n_points) with measured residuals, as `kernel_weights` has them."""
-    r = measured_residuals(context.margins[:, : context.n_train], context.masks, np.diagonal(t_))
-    return np.asarray(r[:, None] * t_, np.float32)
+def measured(context: Context, kernel: Kernel) -> KernelResponse:
+    """A kernel with measured residuals, as `kernel_response` has it."""
+    return KernelResponse(kernel, kernel.measured(context.margins[:, : context.n_train], context.masks))
 
 
 # --- against the number of models ----------------------------------------------------------------------
@@ -261,31 +268,15 @@ def ridge(study: Study, size: int, yardstick: Yardstick | None = None) -> tuple[
 
 
 def raw_ridge(study: Study, yardstick: Yardstick) -> list[dict[str, Any]]:
-    """p95 KLoM, a row a forget set and split, of ridge as the paper has it: raw logits change, added to each original.
-
-    So every original's margin bends in its own way. On all subset models; penalty and share of it on own weights are
-    those of the lowest mean p95 KLoM on the tuning sets.
-    """
-    section, logits = study.preset.datamodels, study.raw_subset_logits()
-    masks = study.subsets[0]
-
-    def klom(model: RidgeDatamodel, of: Yardstick) -> list[dict[str, Any]]:
-        return [
-            {"forget_set": name, "split": split, "statistic": "klom_p95", "value": value}
-            for name, f in of.sets.items()
-            for split, value in of.p95(
-                metrics.margins(study.original_logits[: of.n] + model.effect(f.indices), study.data.y), name
-            ).items()
-        ]
-
-    tuning, scores = Yardstick.tuning(study), dict[tuple[float, float], float]()
-    for setting in itertools.product(section.lambdas, section.own_shares):
-        study.progress("ridge on raw logits", len(scores), len(section.lambdas) * len(section.own_shares))
-        model = RidgeDatamodel.fit(masks, logits, setting[0], study.device, setting[1])
-        scores[setting] = float(np.mean([row["value"] for row in klom(model, tuning)]))
-    study.progress("ridge on raw logits", len(scores), len(scores))
-    lam, share = min(scores, key=lambda setting: scores[setting])
-    return klom(RidgeDatamodel.fit(masks, logits, lam, study.device, share), yardstick)
+    """p95 KLoM, a row a forget set and split, of ridge as the paper and the study have it: raw logits change."""
+    before = study.original_logits[: yardstick.n]
+    return [
+        {"forget_set": name, "split": split, "statistic": "klom_p95", "value": value}
+        for name, f in yardstick.sets.items()
+        for split, value in yardstick.p95(
+            metrics.margins(study.datamodel.retrained(before, f.indices), study.data.y), name
+        ).items()
+    ]
 
 
 def first_class(model: RidgeDatamodel) -> Effect:
@@ -298,16 +289,16 @@ def margins_of(study: Study, model: Attributor) -> Effect:
     return lambda f: right(study, model.effect(f))
 
 
-def leaving_out(respond: Respond, n_train: int) -> Effect:
-    """The change of margins that weights predict."""
-    return lambda f: -respond(indicator(f, n_train)[None])[0]
+def leaving_out(predict: Predict, n_train: int) -> Effect:
+    """The change of margins between two masks: with everything, and without F."""
+    everything = np.ones((1, n_train), bool)
+    return lambda f: (predict(indicator(f, n_train)[None] == 0) - predict(everything))[0]
 
 
 def bayesian_lds(study: Study, model: BayesianDatamodel) -> Estimate:
     """LDS on the held-out subsets that chose nothing."""
     masks, actual = held_out_margins(study)
-    predicted = right(study, model.prior.mean_output) + right(study, model.respond(masks - model.prior.mean_mask))
-    return lds_estimate(predicted, actual)
+    return lds_estimate(right(study, model.predict(masks)), actual)
 
 
 def curve(study: Study, kernels: Kernels) -> pd.DataFrame:
@@ -389,8 +380,9 @@ class Variant:
     Attributes:
         group, name: what is changed, and to what.
         subsets: name of the design of subsets.
-        k, lam, originals: of the kernel.
+        k, lam, hard, originals: of the kernel.
         residual: "measured", "mean" or "held_out".
+        groups: whether points that leave together do more than the sum of what each does.
         delta: own share of the prior covariance.
         mean, own, each: of `posterior`.
         prior_only: the kernel alone, scaled to the subset models.
@@ -400,9 +392,11 @@ class Variant:
     name: str
     subsets: str = "default"
     k: int | None = None
-    lam: float = 0.3
+    lam: float = LAM
+    hard: bool = True
     originals: bool = False
-    residual: str = "measured"
+    residual: Residual = "measured"
+    groups: bool = True
     delta: float = 0.2
     mean: bool = True
     own: bool = True
@@ -424,9 +418,12 @@ def variants(study: Study) -> list[Variant]:
         *(Variant("kernel", f"of {k} models", k=k) for k in cheap.kernels),
         *(Variant("kernel", f"of {few} models, λ = {v:g}", k=few, lam=v) for v in cheap.penalties),
         Variant("kernel", f"at {cheap.n_ablation} originals", originals=True),
+        Variant("kernel", "one penalty for all points (TRAK's)", hard=False),
+        Variant("kernel", "effects of points add up", groups=False),
+        Variant("kernel", "both", hard=False, groups=False),
         Variant("prior", "mean only: the kernel alone", prior_only=True),
         Variant("prior", "covariance only: no mean", mean=False),
-        Variant("prior", "mean, independent weights (δ = 1)", delta=1.0),
+        Variant("prior", "independent corrections (δ = 1)", delta=1.0),
         Variant("prior", "δ = 0.05", delta=0.05),
         Variant("prior", "δ = 0.5", delta=0.5),
         Variant("own weights", "not free", own=False),
@@ -447,9 +444,10 @@ def _designs(study: Study, kernels: Kernels, draw: int) -> Iterator[tuple[str, C
     for fraction in cheap.fractions:
         yield f"{fraction:g}", trained(f"{fraction:g}", study.random_masks(f"masks:{fraction:g}:{draw}", m, fraction))
     yield "antithetic", trained("antithetic", antithetic_masks(study.random_masks(f"masks:pairs:{draw}", m, 0.5)))
-    t_ = kernels("originals", study.context, min(cheap.n_ablation, study.originals.n_models), originals=True)
+    kernel = kernels("originals", study.context, min(cheap.n_ablation, study.originals.n_models), originals=True)
     seed = study.seeds(f"masks:clustered:{draw}", 1)[0]
-    yield "clustered", trained("clustered", clustered_masks(t_, m, section.fraction, cheap.n_clusters, seed))
+    masks = clustered_masks(kernel.transfer, m, section.fraction, cheap.n_clusters, seed)
+    yield "clustered", trained("clustered", masks)
 
 
 def ablate(study: Study, kernels: Kernels) -> pd.DataFrame:
@@ -465,10 +463,10 @@ def ablate(study: Study, kernels: Kernels) -> pd.DataFrame:
     for draw in range(n_draws):
         for design, context in _designs(study, kernels, draw):
             for v in (v for v in wanted if v.subsets == design):
-                respond = _fitted(study, kernels, v, context, draw)
-                found = pd.DataFrame(yardstick.klom(leaving_out(respond, study.data.n_train)))
+                predict = _fitted(study, kernels, v, context, draw)
+                found = pd.DataFrame(yardstick.klom(leaving_out(predict, study.data.n_train)))
                 scores = np.exp(np.log(found["value"]).groupby(found["split"]).mean()).to_dict()
-                scores["lds"] = float(lds(respond(masks - context.masks.mean(0)), actual).mean())
+                scores["lds"] = float(lds(predict(masks), actual).mean())
                 rows += [(v.group, v.name, draw, split, value) for split, value in scores.items()]
     table = pd.DataFrame(rows, columns=["group", "name", "draw", "split", "value"])
     order = {(v.group, v.name): i for i, v in enumerate(wanted)}
@@ -476,28 +474,23 @@ def ablate(study: Study, kernels: Kernels) -> pd.DataFrame:
     return table.sort_values(["order", "draw"], kind="stable", ignore_index=True).drop(columns="order")
 
 
-def _fitted(study: Study, kernels: Kernels, v: Variant, context: Context, draw: int) -> Respond:
+def _fitted(study: Study, kernels: Kernels, v: Variant, context: Context, draw: int) -> Predict:
     n = context.n_train
     k = v.k or study.preset.cheap.n_ablation
     if v.originals:
-        t_ = kernels("originals", context, min(k, study.originals.n_models), v.lam, originals=True)
+        kernel = kernels("originals", context, min(k, study.originals.n_models), v.lam, v.hard, originals=True)
     else:
         start = draws(study, study.preset.attribution.n_subsets)[draw]
         name = f"draw {start}" if v.subsets == "default" else f"{v.subsets}, draw {draw}"
-        t_ = kernels(name, context, min(k, context.subset_models().n_models), v.lam)
-    margins = context.margins
-    if v.residual == "measured":
-        w0 = measured(context, t_)
-    else:
-        r = _residual(margins[:, :n], context.masks, held_out=v.residual == "held_out")
-        w0 = np.asarray(r[:, None] * t_, np.float32)
+        kernel = kernels(name, context, min(k, context.subset_models().n_models), v.lam, v.hard)
+    if not v.groups:
+        kernel = replace(kernel, inverse=np.eye(n, dtype=np.float32))
+    response: Response = KernelResponse(kernel, residuals(kernel, context.margins[:, :n], context.masks, v.residual))
     if v.prior_only:
-        predicted = (context.masks - context.masks.mean(0)) @ w0
-        actual = margins - margins.mean(0)
-        slope = float((predicted * actual).sum() / max(float((predicted**2).sum()), 1e-12))
-        return lambda d: slope * (d @ w0)
-    c = covariance(w0, v.delta)
-    return posterior(context.masks, margins, w0, c, mean=v.mean, own=v.own, each=v.each)
+        alone = calibrated(context, response)
+        return lambda masks: alone.scale * response.change(masks)
+    c = covariance(response.weights, v.delta)
+    return posterior(context.masks, context.margins, response, c, mean=v.mean, own=v.own, each=v.each)
 
 
 def against_default(table: pd.DataFrame) -> pd.DataFrame:

@@ -25,6 +25,6 @@ class CheapSettings:
     n_kernel: int = 20
     n_ablation: int = 10
     kernels: tuple[int, ...] = (5, 20)
-    penalties: tuple[float, ...] = (0.1, 1.0)
+    penalties: tuple[float, ...] = (0.03, 0.3)
     fractions: tuple[float, ...] = (0.5, 0.9)
     n_clusters: int = 50

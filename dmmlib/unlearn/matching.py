@@ -50,9 +50,12 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def predicted_oracle(problem: Problem) -> np.ndarray:
-    """Predicted oracle logits (N, n_points, n_classes): each original's own, moved by effect(F)."""
+    """Predicted oracle logits (N, n_points, n_classes): each original's own, moved by what the attributor predicts."""
     if problem.attributor is None:
         raise DataError("Datamodel methods need an attributor; give Problem(attributor=...).")
+    own = getattr(problem.attributor, "retrained", None)
+    if own is not None:
+        return np.asarray(own(problem.original_logits, problem.forget), np.float32)
     return retrained(problem.original_logits, problem.attributor.effect(problem.forget), problem.labels)
 
 
