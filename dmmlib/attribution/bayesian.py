@@ -37,7 +37,7 @@ from dmmlib.attribution.base import Context, Linear, MarginDatamodel, Response, 
 from dmmlib.attribution.kernel import At, Residual, kernel_response
 from dmmlib.errors import DataError
 
-RHOS = np.geomspace(1e-5, 1e3, 33)
+RHOS = np.geomspace(1e-4, 1e3, 29)
 
 
 @dataclass(frozen=True)
