@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -271,22 +272,24 @@ def together(
     """Sites, and logits (n_requests, n_retrained, n_points, n_classes) of models retrained for each site's requests.
 
     All poisons stand in one array after the honest points, and a model's mask says which of them it sees; so models of
-    different training sets share every step. Without originals (n_models 0) a site holds none.
+    different training sets share every step. Without originals (n_models 0) a site holds none. Originals have the seeds
+    0, 1, ..., and every request its own, from `seed` on.
     """
     data, victim, n = world.data, world.victim, world.s.n
     made = [with_poison(data, *poison) for poison in poisons]
     starts = n + np.concatenate([[0], np.cumsum([len(own) for _, own in made])])
     x = victim.points(np.concatenate([data.x_train, *(p[0] for p in poisons)]))
     y = np.concatenate([data.y_train, *(p[1] for p in poisons)])
-    masks, seeds = [], []
+    masks, seeds, fresh = [], [], itertools.count(seed, 1000)
     for (_, own), start, asked in zip(made, starts, requests, strict=False):
         place = np.concatenate([np.arange(n - len(own)), start + np.arange(len(own))])
-        for r, forget in enumerate([None, *asked]):
+        for forget in [None, *asked]:
             mask = np.zeros(len(x), bool)
             mask[place if forget is None else np.delete(place, forget)] = True
             count = n_models if forget is None else n_retrained
             masks += [mask] * count
-            seeds += [(0 if forget is None else seed + 1000 * r) + i for i in range(count)]
+            first = 0 if forget is None else next(fresh)
+            seeds += [first + i for i in range(count)]
     trained = victim.train(x, y, np.stack(masks), seeds)
     done, first = [], 0
     for (poisoned, own), asked in zip(made, requests, strict=True):
