@@ -18,14 +18,14 @@ from dmmlib.forget_sets import ForgetSet
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "do_nothing": [{}],
     "retrain": [{}],
-    "gd": [{"epochs": 1.0, "lr": lr} for lr in (1e-2, 3e-2, 1e-1)],
+    "gd": [{"epochs": 1.0, "batch_size": 100, "lr": lr} for lr in (1e-2, 3e-2, 1e-1)],
     "ga": [{"epochs": 3.0, "lr": lr} for lr in (1e-3, 3e-3, 1e-2)],
-    "ga_gd": [{"ascent_epochs": 2.0, "descent_epochs": 1.0, "lr": lr} for lr in (1e-3, 3e-3, 1e-2)],
-    "scrub": [{"epochs": 1, "max_epochs": 1, "lr": lr} for lr in (1e-2, 3e-2, 1e-1)],
-    "ssd": [{"alpha": a} for a in (5.0, 25.0, 125.0)],
-    "oracle_matching": [{"cost": 0.1, "batch_size": 40, "lr": lr} for lr in (3e-3, 1e-2, 3e-2)],
+    "ga_gd": [{"ascent_epochs": 2.0, "descent_epochs": 1.0, "batch_size": 100, "lr": lr} for lr in (1e-3, 3e-3, 1e-2)],
+    "scrub": [{"epochs": 1, "max_epochs": 1, "batch_size": 100, "lr": lr} for lr in (3e-3, 1e-2, 3e-2)],
+    "ssd": [{"alpha": a} for a in (5.0, 10.0, 25.0)],
+    "oracle_matching": [{"cost": 0.1, "batch_size": 40, "lr": lr} for lr in (1e-3, 3e-3, 1e-2)],
     "dm_direct": [{}],
-    "dmm": [{"cost": 0.1, "batch_size": 40, "lr": lr} for lr in (3e-3, 1e-2, 3e-2)],
+    "dmm": [{"cost": 0.1, "batch_size": 40, "lr": lr} for lr in (1e-3, 3e-3, 1e-2)],
 }
 """Settings tried of each method, on an honest request of the attack's size."""
 

@@ -47,7 +47,7 @@ class AdversarySettings:
     n_targets: int = 50
     n_tuning: int = 40
     n_models: int = 5
-    n_known: int = 5
+    n_known: int = 4
     n_candidates: int = 300
     k: int = 9
     damping: float = 0.3
@@ -62,7 +62,7 @@ class AdversarySettings:
     volume_samples: int = 200_000
     shares: tuple[float, ...] = (0.02, 0.2)
     epsilons: tuple[int, ...] = (0, 96)
-    ks: tuple[int, ...] = (3, 24)
+    ks: tuple[int, ...] = (3, 18)
     sizes: tuple[int, ...] = (6, 12)
     n_subsets: int = 100
     fraction: float = 0.75
