@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmmlib import data, metrics
-from dmmlib.adversary import attacks, convex, crafting, experiments, service, simplex
+from dmmlib.adversary import attacks, convex, crafting, defence, experiments, service, serving, simplex, sweep
 from dmmlib.adversary.settings import AdversarySettings
 from dmmlib.adversary.stable_region import jensen_gap, stable_region
 from dmmlib.adversary.subspace import Metric, Subspace, gradients
@@ -22,7 +23,7 @@ from dmmlib.execution import Execution
 SMALL = AdversarySettings(
     n=120, share=0.1, hidden=8, epochs=5, n_targets=5, n_tuning=3, n_models=4, n_known=2, n_candidates=40, k=3,
     dampings=(0.3, 30.0), angles=(0.0,), craft_steps=3, radii=(1.0, 4.0), n_polyhedra=10, shares=(0.1,), epsilons=(0,),
-    ks=(2,), sizes=(4,), n_sweep=2, n_subsets=60, camouflage_subsets=6, n_klom=4, sequence=2, n_honest=12,
+    ks=(2,), sizes=(4,), n_subsets=30, camouflage_subsets=6, n_klom=4, sequence=2, n_honest=12,
     convex_steps=20, convex_batch=20, convex_side=3, convex_k=2,
 )  # fmt: skip
 
@@ -354,19 +355,27 @@ def test_targets_that_are_wrong_already_are_refused() -> None:
 
 
 def test_roc_of_known_scores() -> None:
-    false, true, area = service.roc(np.array([0.0, 1.0]), np.array([2.0, 3.0]))
-    assert area == 1
+    false, true = service.roc(np.array([0.0, 1.0]), np.array([2.0, 3.0]))
     assert true[false == 0].max() == 1
-    assert service.roc(np.array([0.0, 1.0]), np.array([0.0, 1.0]))[2] == 0.5
-    assert service.roc(np.array([1.0]), np.array([0.0]))[2] == 0
+    assert service.area(np.array([0.0, 1.0]), np.array([2.0, 3.0])) == 1
+    assert service.area(np.array([0.0, 1.0]), np.array([0.0, 1.0])) == 0.5
+    assert service.area(np.array([1.0]), np.array([0.0])) == 0
+
+
+def test_detection_at_false_alarms_counts_attacks_above_all_but_their_share() -> None:
+    honest = np.arange(100.0)  # the threshold is 94: 5 of 100 are above it
+    assert service.detected(honest, np.array([93.5, 94.5, 200.0, 0.0])) == 0.5
+    rng = np.random.default_rng(0)
+    found = service.resampled(service.area, honest, rng.normal(80, 10, 50))
+    assert found.low < found.value < found.high
+    exact = service.resampled(service.area, honest, honest + 1000)
+    assert (exact.low, exact.value, exact.high) == (1, 1, 1)
 
 
 def test_scores_of_random_requests_are_standard_and_of_alike_ones_high(
     world: World, prepared: experiments.Prepared
 ) -> None:
-    site = prepared.places["honest"]
-    metric = Metric.at(site.originals[:2], site.x[: SMALL.n], site.y[: SMALL.n], SMALL.damping)
-    monitor = service.Monitor.of(prepared.datamodels["honest"], metric, site.data.y)
+    site, monitor = prepared.places["honest"], prepared.monitors["honest"]
     rng = np.random.default_rng(1)
     random = monitor.scores([rng.choice(SMALL.n, 10, replace=False) for _ in range(60)])
     assert np.abs(random[:, :3].mean(0)).max() < 0.6
@@ -382,38 +391,38 @@ def test_scores_of_random_requests_are_standard_and_of_alike_ones_high(
 
 def test_requests_are_what_each_attack_says(world: World, prepared: experiments.Prepared) -> None:
     assert list(prepared.asked) == [
-        "ddpa_clean", "ddpa_dirty", "random", "honest_datamodel", "honest_gradient", "camouflage", "never_trained",
+        "ddpa_clean", "ddpa_dirty", "surrogate_clean", "surrogate_dirty", "random", "honest_datamodel",
+        "honest_gradient", "camouflage", "never_trained",
     ]  # fmt: skip
     for name, asked in prepared.asked.items():
         for t, forget in enumerate(asked.requests):
             site = asked.site(t)
-            if name in ("ddpa_clean", "ddpa_dirty", "random", "camouflage"):
+            assert len(forget) == world.half
+            if name in ("ddpa_clean", "ddpa_dirty", "surrogate_clean", "random", "camouflage"):
                 service.check_owner(forget, site.own)
             if name == "never_trained":
                 assert (forget >= SMALL.n).all()
-    sizes = {n: [len(r) for r in prepared.asked[n].requests] for n in ("ddpa_dirty", "random", "honest_gradient")}
-    assert sizes["ddpa_dirty"] == sizes["random"] == sizes["honest_gradient"]
-    assert experiments.burned(world, prepared) == (len(world.targets), len(world.targets))
-    answers = experiments.refusals(world, prepared)["answer"].str.startswith("served").to_list()
+    assert defence.burned(prepared) == (len(world.targets), len(world.targets))
+    answers = defence.refusals(prepared)["answer"].str.startswith("served").to_list()
     assert answers == [True, False, False, False, False]
 
 
 def test_sites_hold_their_own_poison_and_differ(world: World, prepared: experiments.Prepared) -> None:
     dirty = prepared.places["ddpa_dirty"]
-    np.testing.assert_array_equal(dirty.data.x_train[dirty.own], prepared.poisons["ddpa_dirty"].images)
+    np.testing.assert_array_equal(dirty.data.x_train[dirty.own], prepared.crafted["ddpa_dirty"].poison.images)
     np.testing.assert_array_equal(dirty.data.x_train[: dirty.own[0]], world.data.x_train[: dirty.own[0]])
-    alone = sites(world, [(prepared.poisons["ddpa_dirty"].images, prepared.poisons["ddpa_dirty"].labels)], 2)[0]
+    alone = sites(world, [dirty.poison], 2)[0]
     np.testing.assert_allclose(alone.logits, dirty.logits[:2], atol=1e-3)
 
 
 def test_served_tables_are_complete_and_their_summary_right(world: World, prepared: experiments.Prepared) -> None:
     options = {"do_nothing": {}, "retrain": {}, "ga": {"epochs": 1.0, "lr": 1e-3}, "dmm": {"cost": 0.1, "lr": 1e-3}}
-    served = experiments.serve(world, prepared.asked["ddpa_dirty"], options)
+    served = serving.serve(world, prepared.asked["ddpa_dirty"], options)
     assert len(served) == len(options) * SMALL.n_targets * SMALL.n_models
     nothing = served[served["method"] == "do_nothing"]
     np.testing.assert_array_equal(nothing["error"], nothing["error before"])
     np.testing.assert_array_equal(nothing["margin"], nothing["margin before"])
-    table = experiments.summary(served).set_index("method")
+    table = serving.summary(served).set_index("method")
     retrained = served[served["method"] == "retrain"]
     assert table.loc["retrain", "success"] == pytest.approx(retrained["error"].mean())
     assert (table["success low"] <= table["success"]).all()
@@ -422,24 +431,49 @@ def test_served_tables_are_complete_and_their_summary_right(world: World, prepar
 
 
 def test_never_trained_points_leave_datamodels_cold(world: World, prepared: experiments.Prepared) -> None:
-    served = experiments.serve(world, prepared.asked["never_trained"], {"dm_direct": {}})
+    served = serving.serve(world, prepared.asked["never_trained"], {"dm_direct": {}})
     np.testing.assert_allclose(served["margin"], served["margin before"], atol=1e-4)
 
 
-def test_defence_sequence_sweep_and_klom_have_their_rows(world: World, prepared: experiments.Prepared) -> None:
-    scores = experiments.defence(world, prepared)
-    found = experiments.detection(scores)
-    assert len(found) == 2 * 5
-    assert found[["validation", "retain", "leverage", "score", "detected at 5 %"]].to_numpy().min() >= 0
-    assert found[["validation", "retain", "leverage", "score", "detected at 5 %"]].to_numpy().max() <= 1
-    sequence = experiments.sequence(world, prepared)
+def test_the_defence_scores_every_attack_of_trained_points(world: World, prepared: experiments.Prepared) -> None:
+    scores = defence.scores(world, prepared)
+    malicious = scores[scores["malicious"]]
+    assert set(malicious["request"]) == set(prepared.asked) - {"never_trained"}
+    assert malicious.groupby("request").size().eq(len(world.targets)).all()
+    assert (scores[~scores["malicious"]].groupby(["site", "request"]).size() >= SMALL.n_honest).all()
+    found = defence.detection(scores)
+    assert len(found) == 2 * (len(prepared.asked) - 1)
+    for name in ("score", "detected at 5 %"):
+        assert (found[f"{name} low"] <= found[name]).all()
+        assert (found[name] <= found[f"{name} high"]).all()
+        assert found[name].between(0, 1).all()
+
+
+def test_an_album_is_of_one_class_and_honest(world: World) -> None:
+    album = world.album(7, 100, np.random.default_rng(0))
+    assert len(np.unique(album)) == 7
+    assert album.max() < 100
+    assert len(np.unique(world.data.y_train[album])) == 1
+
+
+def test_sequence_sweep_limits_and_klom_have_their_rows(world: World, prepared: experiments.Prepared) -> None:
+    sequence = sweep.sequence(world, prepared)
     assert set(sequence["place"]) == {1, 2}
     assert (sequence.groupby("place")["deleted"].first().diff().dropna() > 0).all()
-    swept = experiments.sweep_summary(experiments.sweep(world, prepared))
-    assert set(swept["varies"]) == {"share", "bound", "k", "points deleted", "surrogate"}
-    assert (swept.loc[swept["varies"] == "points deleted", "size"] == 4).all()
-    klom = experiments.klom(world, prepared, {"do_nothing": {}, "retrain": {}})
-    assert len(klom) == 3 * 2 * 3
+    table = sweep.sweep(world, prepared)
+    assert (table.groupby(["attack", "varies", "value"])["target"].nunique() == len(world.targets)).all()
+    swept = serving.summary(table, ["attack", "varies", "value"]).set_index(["attack", "varies", "value"])
+    ddpa = {"share", "bound", "k", "points deleted", "class known", "plan"}
+    assert set(swept.loc["ddpa_clean"].index.get_level_values(0)) == ddpa
+    for attack in ("ddpa_dirty", "camouflage", "honest_gradient"):
+        assert swept.loc[(attack, "points deleted", 4), "size"] == 4
+        assert swept.loc[(attack, "points deleted", world.half), "size"] == world.half
+    limits = sweep.limits(world, prepared, pd.Series(-1.0, index=list(prepared.asked))).set_index("attack")
+    assert limits.loc["camouflage", "expected"] == pytest.approx(-1)
+    assert (limits.loc[["ddpa_clean", "ddpa_dirty"], "gradient held"] <= 1 + 1e-4).all()
+    assert (limits.loc[["ddpa_clean", "ddpa_dirty"], "pulls along the target"] < world.half).all()
+    klom = serving.klom(world, prepared, {"do_nothing": {}, "retrain": {}})
+    assert len(klom) == 4 * 2 * 3
 
 
 def test_exact_deletion_is_measured_where_the_model_is_convex(digits: data.Dataset) -> None:

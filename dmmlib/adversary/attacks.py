@@ -8,13 +8,23 @@ sum_i lambda_i v_i / max lambda, a multiple of d, as the whole simplex pulled no
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
 from dmmlib.adversary.crafting import Poison
 from dmmlib.adversary.simplex import apportion, farthest
-from dmmlib.datamodels import RidgeDatamodel
+from dmmlib.datamodels import Attributor
 from dmmlib.errors import OptionError
-from dmmlib.metrics import margins
+from dmmlib.metrics import right_logits
+
+
+class Datamodel(Attributor, Protocol):
+    """An attributor that is linear in masks."""
+
+    def respond(self, directions: np.ndarray) -> np.ndarray:
+        """Change of logits, in the margin gauge, (k, n_points, n_classes) along each change (k, n_train) of a mask."""
+        ...
 
 
 def wanted(target: np.ndarray) -> np.ndarray:
@@ -62,14 +72,15 @@ def most_harmful(influence: np.ndarray, size: int, allowed: np.ndarray) -> np.nd
     return np.sort(allowed[np.argsort(influence[allowed], kind="stable")[:size]])
 
 
-def datamodel_influence(
-    model: RidgeDatamodel, outputs: np.ndarray, labels: np.ndarray, points: np.ndarray
-) -> np.ndarray:
+def datamodel_influence(model: Datamodel, labels: np.ndarray, n_train: int, points: np.ndarray) -> np.ndarray:
     """Change of the margins of some points (t,) on deletion of each training point (t, n_train), by a datamodel.
 
     Args:
-        model: fitted on subset models with these outputs (M, n_points, n_classes).
-        outputs, labels: of all points.
-        points: positions among them.
+        model: in the margin gauge.
+        labels: of all points.
+        n_train: training points.
+        points: positions among all.
     """
-    return -model.adjoint(margins(outputs[:, points], labels[points]).T)
+    every = np.eye(n_train, dtype=np.float32)
+    rows = [right_logits(model.respond(-some), labels)[:, points] for some in np.array_split(every, -(-n_train // 100))]
+    return np.concatenate(rows).T

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,8 @@ from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 from dmmlib import ensemble
 from dmmlib.adversary import attacks
+from dmmlib.adversary.experiments import ddpa
+from dmmlib.adversary.serving import columns
 from dmmlib.adversary.settings import AdversarySettings
 from dmmlib.adversary.world import Victim, World, cores, standardise, with_poison
 from dmmlib.data import Dataset
@@ -48,9 +51,7 @@ def study(data: Dataset, s: AdversarySettings, execution: Execution | None = Non
     world = World.of(two, s, victim(two, s, execution))
     subspace = world.subspace(s.convex_k)
     poison = world.craft(subspace, dirty=True, angle=s.angles[0])
-    first = s.n - len(poison)
-    coordinates = subspace.of_margins(*world.of_targets(world.targets))
-    requests = {"ddpa_dirty": [first + attacks.delete_groups(poison, c) for c in coordinates]}
+    requests = {"ddpa_dirty": ddpa(world, poison, subspace, world.targets)}
     influence = world.known.influence(*world.of_targets(world.targets))
     requests["honest_gradient"] = [
         attacks.most_harmful(row, len(r), np.arange(s.n))
@@ -80,12 +81,15 @@ def study(data: Dataset, s: AdversarySettings, execution: Execution | None = Non
             }
             for method, (w, cost) in found.items():
                 margins = val.margins(w)
-                columns = {"attack": attack, "method": method, "target": int(t), "model": np.arange(s.n_models)}
-                columns |= {"size": len(forget), "cost": cost}
-                for when, m in (("", margins), (" before", before)):
-                    columns |= {f"error{when}": m[:, t] <= 0, f"margin{when}": m[:, t]}
-                    columns |= {f"accuracy{when}": (m[:, others] > 0).mean(1)}
-                parts.append(pd.DataFrame(columns))
+                names: dict[str, Any] = {
+                    "attack": attack,
+                    "method": method,
+                    "target": int(t),
+                    "size": len(forget),
+                    "cost": cost,
+                }
+                told = columns((margins, margins > 0), (before, before > 0), t, others)
+                parts.append(pd.DataFrame({"model": np.arange(s.n_models)} | told).assign(**names))
     return pd.concat(parts, ignore_index=True)
 
 

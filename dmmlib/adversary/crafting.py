@@ -6,8 +6,8 @@ changed by at most epsilon, to raise
     p |cos|^angle,    p = -c . v_i / ||v_i||,    cos = p / ||c||,    c the coordinates of its loss's gradient:
 
 gradient matching in the subspace (`subspace`). With angle 0 only the length of the pull towards the vertex counts, the
-higher it is the more a pull aside counts against it. The base images are the attacker's own. *Clean* labels leave the
-base image its true label; *dirty* ones give it any.
+higher it is the more a pull aside counts against it. The base images are the attacker's own, chosen so that the pulls
+of all groups cancel (`_choose`). *Clean* labels leave the base image its true label; *dirty* ones give it any.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def craft(
     if not dirty:
         others = np.arange(scores.shape[2]) != labels[:, None]
         scores[:, others] = np.inf
-    chosen, given = _choose(scores, size)
+    chosen, given = _choose(scores, -c.cpu().numpy(), size)
     group = np.arange(size) % groups
     given_labels = torch.from_numpy(given).to(device)
     rows, low, high = torch.arange(size, device=device), base[chosen] - epsilon / 255, base[chosen] + epsilon / 255
@@ -136,14 +136,26 @@ def craft(
     return Poison(pixels, given, images[chosen], group, final, vertices)
 
 
-def _choose(scores: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels (size,) for groups in turn, each time the best image that is left; scores: low is good."""
+def _choose(scores: np.ndarray, pulls: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels (size,) for groups in turn, each time the best of those left that do not add to the imbalance.
+
+    Groups are to cancel, so a point's pull must not point along the sum of all that were chosen before it; the best
+    image is taken regardless where every one does.
+
+    Args:
+        scores: (groups, m, n_classes), low is good.
+        pulls: (m, n_classes, k).
+        size: points.
+    """
     best, label = scores.min(2), scores.argmin(2)  # (groups, m)
     order = np.argsort(best, 1, kind="stable")
-    used: set[int] = set()
+    free, total = np.ones(pulls.shape[0], bool), np.zeros(pulls.shape[2])
     chosen = np.empty(size, int)
     for j in range(size):
-        free = next(int(i) for i in order[j % len(order)] if int(i) not in used)
-        used.add(free)
-        chosen[j] = free
+        i = j % len(order)
+        left = order[i][free[order[i]]]
+        cancels = left[(pulls[left, label[i, left]] @ total <= 0) & (best[i, left] < 0)]
+        chosen[j] = cancels[0] if len(cancels) else left[0]
+        free[chosen[j]] = False
+        total += pulls[chosen[j], label[i, chosen[j]]]
     return chosen, label[np.arange(size) % len(order), chosen].astype(np.int64)

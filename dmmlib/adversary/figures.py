@@ -20,6 +20,8 @@ _PALETTE = sns.color_palette("colorblind", 10)
 LOOKS = {
     "ddpa_clean": (_PALETTE[0], "o"),
     "ddpa_dirty": (_PALETTE[3], "s"),
+    "surrogate_clean": (_PALETTE[9], "<"),
+    "surrogate_dirty": (_PALETTE[6], ">"),
     "random": (_PALETTE[7], "v"),
     "camouflage": (_PALETTE[1], "D"),
     "honest_datamodel": (_PALETTE[2], "^"),
@@ -140,42 +142,52 @@ QUANTITIES = {
 
 
 def sweep(table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Top: success after retraining, bottom: change of margin, a column a quantity; open marks: surrogate models."""
+    """Top: success after retraining, bottom: change of margin, a column a quantity, a line an attack."""
     figure, axes = plt.subplots(
-        2, len(QUANTITIES), figsize=(12.5, 5.4), sharey="row", sharex="col", layout="constrained"
+        2, len(QUANTITIES), figsize=(12.5, 5.6), sharey="row", sharex="col", layout="constrained"
     )
     for column, (varies, name) in enumerate(QUANTITIES.items()):
-        for labels, tint, mark in (("clean", _PALETTE[0], "o"), ("dirty", _PALETTE[3], "s")):
-            part = table[(table["varies"] == varies) & (table["labels"] == labels)]
-            place = np.arange(len(part)) + (0.08 if labels == "dirty" else -0.08)
+        shown = table[table["varies"] == varies]
+        values = sorted(shown["value"].unique())
+        for i, (attack, part) in enumerate(shown.groupby("attack", sort=False)):
+            tint, mark = LOOKS[str(attack)]
+            place = np.searchsorted(values, part["value"]) + 0.08 * (i - 0.5)
             for axis, key in zip(axes[:, column], ("success", "change"), strict=True):
                 error = [part[key] - part[f"{key} low"], part[f"{key} high"] - part[key]]
-                axis.errorbar(place, part[key], error, color=tint, marker=mark, capsize=2, label=f"{labels} labels")
-                axis.set_xticks(range(len(part)), [f"{v:g}" for v in part["value"]])
+                axis.errorbar(place, part[key], error, color=tint, marker=mark, capsize=2, label=ATTACKS[str(attack)])
+                axis.set_xticks(range(len(values)), [f"{v:g}" for v in values])
                 axis.grid(axis="y", color="0.93")
         axes[1, column].axhline(0, color="0.6", lw=0.8)
         axes[1, column].set_xlabel(name)
     axes[0, 0].set_ylabel("models that err\non the target")
     axes[0, 0].set_ylim(0, max(0.2, 1.1 * table["success high"].max()))
     axes[1, 0].set_ylabel("change of the\ntarget's margin")
-    axes[0, 0].legend(fontsize=9)
+    axes[0, -1].legend(fontsize=8)
     return titled(figure, title, caption)
 
 
-def roc(scores: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Detections against false alarms of the score, a panel a kind of honest request, a curve an attack."""
-    kinds = list(scores.loc[~scores["malicious"], "request"].unique())
-    figure, axes = plt.subplots(1, len(kinds), figsize=(5.2 * len(kinds), 4.2), sharey=True, layout="constrained")
+def roc(scores: pd.DataFrame, found: pd.DataFrame, title: str, caption: str) -> Figure:
+    """Detections against false alarms of the score, a panel a kind of honest request, a curve an attack.
+
+    Args:
+        scores: a row a request (`defence.scores`).
+        found: areas (`defence.detection`).
+        title, caption: of the figure.
+    """
+    areas = found.set_index(["attack", "against"])
+    kinds = list(found["against"].unique())
+    figure, axes = plt.subplots(1, len(kinds), figsize=(6.2 * len(kinds), 5.0), sharey=True, layout="constrained")
     for axis, kind in zip(np.atleast_1d(axes), kinds, strict=True):
         for (place, attack), part in scores[scores["malicious"]].groupby(["site", "request"], sort=False):
             honest = scores[(scores["site"] == place) & (scores["request"] == kind)]["score"].to_numpy()
-            false, true, area = service.roc(honest, part["score"].to_numpy())
-            axis.step(
-                false, true, where="post", color=LOOKS[str(attack)][0], label=f"{ATTACKS[str(attack)]}: {area:.2f}"
-            )
-        axis.plot([0, 1], [0, 1], color="0.7", lw=0.8, ls="--")
-        axis.set(xlabel="false alarms", xlim=(0, 1), ylim=(0, 1.02))
+            false, true = service.roc(honest, part["score"].to_numpy())
+            a = areas.loc[(str(attack), kind)]
+            name = f"{ATTACKS[str(attack)]}: {a['score']:.2f} [{a['score low']:.2f}, {a['score high']:.2f}]"
+            line = "--" if str(attack).startswith("surrogate") else "-"
+            axis.step(false, true, line, where="post", color=LOOKS[str(attack)][0], label=name)
+        axis.plot([0, 1], [0, 1], color="0.7", lw=0.8, ls=":")
+        axis.set(xlabel="false alarms", xlim=(-0.01, 1), ylim=(0, 1.02))
         axis.set_title(f"against {kind}", fontsize=10)
-        axis.legend(fontsize=8, title="area under the curve", title_fontsize=8, loc="lower right")
+        axis.legend(fontsize=7.5, title="area under the curve, 95 % interval", title_fontsize=8, loc="lower right")
     np.atleast_1d(axes)[0].set_ylabel("attacks detected")
     return titled(figure, title, caption)

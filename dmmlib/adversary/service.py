@@ -9,24 +9,23 @@ requests of random training points of the same size; their mean is the score.
 - *validation*, *retain*: root mean square of the predicted change of margins on those points. One request that acts
   together moves answers in proportion to its size, random points by its root.
 - *leverage*: length of the predicted displacement of the parameters, in their own metric: with r the residuals 1 - p of
-  the request's points and phi their margins' gradients, (r_F . Phi_F A^-1 Phi_F^T r_F)^(1/2) (`subspace`).
+  the request's points and phi their margins' gradients, (r_F . Phi_F A^-1 Phi_F^T r_F)^(1/2) (`subspace`). The matrix
+  Phi A^-1 Phi^T is the gradient kernel's T between training points (`attribution.kernel`).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from dmmlib.adversary.subspace import Metric
-from dmmlib.attribution.kernel import margin
+from dmmlib.adversary.attacks import Datamodel
+from dmmlib.attribution.base import indicator
 from dmmlib.data import Dataset
-from dmmlib.datamodels import RidgeDatamodel
 from dmmlib.errors import DataError, ForgetSetError
-from dmmlib.metrics import right_logits
+from dmmlib.metrics import Estimate, right_logits
 
 COMPONENTS = ("validation", "retain", "leverage")
 
@@ -95,40 +94,27 @@ class Monitor:
     """Scores requests before they are served.
 
     Attributes:
-        datamodel: fitted on subset models of the training set, in the margin gauge.
+        datamodel: of the training set, in the margin gauge.
         labels: of all points.
         gram: T_ij r_i r_j (n_train, n_train), the energy of displacements that deletions add up to.
         rng_seed: of the random requests that scores are relative to.
         n_random: of them a size.
     """
 
-    datamodel: RidgeDatamodel
+    datamodel: Datamodel
     labels: np.ndarray
     gram: np.ndarray
     rng_seed: int = 0
     n_random: int = 100
 
-    @classmethod
-    def of(cls, datamodel: RidgeDatamodel, metric: Metric, labels: np.ndarray, seed: int = 0) -> Monitor:
-        """From the service's own: `metric` at some of its originals."""
-        total = torch.zeros(len(metric.x), len(metric.x), device=metric.x.device)
-        for i in range(metric.models.n_models):
-            out = metric.models[i : i + 1].forward(metric.x[None])[0]
-            g = metric.phi[i] * torch.sigmoid(-margin(out, metric.y))[:, None]
-            total += metric.solve(i, g) @ g.T
-        return cls(datamodel, labels, (total / metric.models.n_models).cpu().numpy(), seed)
-
     def components(self, requests: Sequence[np.ndarray]) -> np.ndarray:
         """The three numbers (k, 3) of each request, in margins and in lengths."""
-        n = self.datamodel.n_train
-        rows = []
-        for forget, effect in zip(requests, self.datamodel.effects(requests), strict=True):
-            change = right_logits(effect, self.labels)
-            kept = np.ones(n, bool)
-            kept[forget] = False
-            lengths = (np.sqrt((change[n:] ** 2).mean()), np.sqrt((change[:n][kept] ** 2).mean()))
-            rows.append((*lengths, np.sqrt(max(0.0, self.gram[np.ix_(forget, forget)].sum()))))
-        return np.array(rows)
+        n = len(self.gram)
+        gone = np.stack([indicator(forget, n) for forget in requests])
+        square = right_logits(self.datamodel.respond(-gone), self.labels) ** 2
+        retain = (square[:, :n] * (1 - gone)).sum(1) / (1 - gone).sum(1)
+        energy = np.maximum(((gone @ self.gram) * gone).sum(1), 0)
+        return np.sqrt(np.stack([square[:, n:].mean(1), retain, energy], 1))
 
     def scores(self, requests: Sequence[np.ndarray]) -> np.ndarray:
         """Standard deviations above random requests of the same size: (k, 4), the last the mean of the three.
@@ -141,7 +127,7 @@ class Monitor:
         sizes = np.array([len(r) for r in requests])
         for size in np.unique(sizes):
             rng = np.random.default_rng([self.rng_seed, int(size)])
-            random = [rng.choice(self.datamodel.n_train, size, replace=False) for _ in range(self.n_random)]
+            random = [rng.choice(len(self.gram), size, replace=False) for _ in range(self.n_random)]
             usual = self.components(random)
             here = sizes == size
             z[here, :-1] = (found[here] - usual.mean(0)) / np.maximum(usual.std(0, ddof=1), 1e-12)
@@ -149,10 +135,33 @@ class Monitor:
         return z
 
 
-def roc(honest: np.ndarray, malicious: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """False alarms and detections (both (n_thresholds,)) as the threshold falls, and the area under the curve."""
+def roc(honest: np.ndarray, malicious: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """False alarms and detections (both (n_thresholds,)) as the threshold falls."""
     thresholds = np.concatenate([[np.inf], np.sort(np.concatenate([honest, malicious]))[::-1]])
-    false = (honest[None] >= thresholds[:, None]).mean(1)
-    true = (malicious[None] >= thresholds[:, None]).mean(1)
-    wins = (malicious[:, None] > honest[None]).mean() + 0.5 * (malicious[:, None] == honest[None]).mean()
-    return false, true, float(wins)
+    return (honest >= thresholds[:, None]).mean(1), (malicious >= thresholds[:, None]).mean(1)
+
+
+def area(honest: np.ndarray, malicious: np.ndarray) -> float:
+    """Area under the ROC: how often an attack's score is above an honest request's, ties counting half."""
+    return float((malicious[:, None] > honest).mean() + 0.5 * (malicious[:, None] == honest).mean())
+
+
+def detected(honest: np.ndarray, malicious: np.ndarray, alarms: float = 0.05) -> float:
+    """Share of attacks whose score is above all but the share `alarms` of the honest ones'."""
+    return float((malicious > np.sort(honest)[::-1][int(alarms * len(honest))]).mean())
+
+
+def resampled(
+    statistic: Callable[[np.ndarray, np.ndarray], float],
+    honest: np.ndarray,
+    malicious: np.ndarray,
+    n_bootstrap: int = 500,
+    seed: int = 0,
+) -> Estimate:
+    """A statistic of scores with a 95 % interval: honest and malicious requests are both resampled."""
+    rng = np.random.default_rng(seed)
+    draws = [
+        statistic(rng.choice(honest, len(honest)), rng.choice(malicious, len(malicious))) for _ in range(n_bootstrap)
+    ]
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return Estimate(statistic(honest, malicious), float(low), float(high))

@@ -14,7 +14,7 @@ class AdversarySettings:
         share: of the training points, the attacker's.
         hidden, epochs, batch, lr: of the service's models.
         n_targets, n_tuning: targets that results are reported on, and others that settings are chosen on.
-        n_models: originals, and retrained models a request.
+        n_models: originals, and retrained models a request of the main table; one is retrained a request elsewhere.
         n_known: K, models that gradients are matched at.
         n_candidates: candidate targets that span the subspace.
         k: its dimension.
@@ -24,10 +24,9 @@ class AdversarySettings:
         craft_steps: of signed descent on pixels.
         radii, tolerance, n_polyhedra: of the stable region; radii are in multiples of the attack's reach.
         volume_ks, volume_samples: dimensions at which the simplex's share of the ball is sampled, and points.
-        shares, epsilons, ks, sizes: swept beside the values above, one at a time; sizes are points deleted.
-        n_sweep: retrained models a request in the sweeps.
-        n_subsets: subset models behind the datamodel, half of S each.
-        ridge: its penalty.
+        shares, epsilons, ks, sizes: swept beside the values above, one at a time; sizes are points deleted, fewer than
+            half of the attacker's.
+        n_subsets, fraction: subset models behind the service's datamodel, and the share of S that each is trained on.
         camouflage_subsets: subset models behind the gradient kernel of each camouflaged training set.
         n_klom: originals, retrained models, and others for the floor, where KLoM is measured.
         sequence: targets asked for one after another from the same poison.
@@ -46,28 +45,27 @@ class AdversarySettings:
     batch: int = 50
     lr: float = 0.2
     n_targets: int = 50
-    n_tuning: int = 10
+    n_tuning: int = 40
     n_models: int = 5
-    n_known: int = 5
+    n_known: int = 4
     n_candidates: int = 300
     k: int = 9
     damping: float = 0.3
-    dampings: tuple[float, ...] = (0.3, 10.0, 300.0)
+    dampings: tuple[float, ...] = (0.3, 30.0)
     epsilon: int = 32
     angles: tuple[float, ...] = (0.0, 3.0)
     craft_steps: int = 10
-    radii: tuple[float, ...] = (1.0, 8.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0)
+    radii: tuple[float, ...] = (1.0, 64.0, 4096.0, 262144.0)
     tolerance: float = 0.05
-    n_polyhedra: int = 50
+    n_polyhedra: int = 40
     volume_ks: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8)
     volume_samples: int = 200_000
     shares: tuple[float, ...] = (0.02, 0.2)
     epsilons: tuple[int, ...] = (0, 96)
-    ks: tuple[int, ...] = (3, 24)
-    sizes: tuple[int, ...] = (10, 40)
-    n_sweep: int = 2
-    n_subsets: int = 500
-    ridge: float = 0.1
+    ks: tuple[int, ...] = (3, 18)
+    sizes: tuple[int, ...] = (6, 12)
+    n_subsets: int = 100
+    fraction: float = 0.75
     camouflage_subsets: int = 10
     n_klom: int = 24
     sequence: int = 3

@@ -40,12 +40,16 @@ class Region:
 
 
 def polyhedra(n: int, k: int, radius: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """n polyhedra (n, k + 1, k) inside the ball around 0, from points to the whole ball, and weights (n, k + 1)."""
+    """n polyhedra (n, k + 1, k) inside the ball around 0, from points to the whole ball, and weights (n, k + 1).
+
+    Weights are from all on one vertex or an edge to even ones: in many dimensions even ones only meet the middle.
+    """
     size = radius * rng.random((n, 1, 1))
     directions = rng.standard_normal((n, k + 1, k))
     directions /= np.linalg.norm(directions, axis=2, keepdims=True)
     centre = in_ball(n, k, 1.0, rng)[:, None] * (radius - size)
-    return centre + size * directions, rng.dirichlet(np.ones(k + 1), n)
+    weights = rng.gamma(10.0 ** rng.uniform(-1, 0, (n, 1)), size=(n, k + 1)) + 1e-12
+    return centre + size * directions, weights / weights.sum(1, keepdims=True)
 
 
 def jensen_gap(f: Function, k: int, radius: float, n: int, rng: np.random.Generator) -> float:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
@@ -18,6 +21,9 @@ from dmmlib.adversary.subspace import Metric, Subspace
 from dmmlib.data import Dataset, from_arrays
 from dmmlib.errors import DataError, OptionError
 from dmmlib.execution import Execution
+
+Logits = Sequence[np.ndarray] | np.ndarray
+"""Logits (n_models, n_points, n_classes) for each of several requests."""
 
 
 def check_share(share: float) -> None:
@@ -64,7 +70,7 @@ def pool(images: Tensor) -> Tensor:
 
 def cores() -> Execution:
     """A chunk of small models a core; nothing is compiled, as nothing here trains for long."""
-    return Execution(32, torch.get_num_threads())
+    return Execution(64, torch.get_num_threads())
 
 
 def mlp(data: Dataset, s: AdversarySettings, execution: Execution | None = None) -> Victim:
@@ -105,6 +111,11 @@ class World:
     surrogate: Metric
     targets: np.ndarray
     tuning: np.ndarray
+
+    @property
+    def half(self) -> int:
+        """Points a request: half of the attacker's, as many as one of two groups that cancel."""
+        return max(1, round(self.s.share * self.s.n) // 2)
 
     @classmethod
     def of(cls, data: Dataset, s: AdversarySettings, victim: Victim) -> World:
@@ -163,6 +174,14 @@ class World:
             metric = metric.damped(damping)
         return Subspace.of(metric, self.victim.points(x), torch.from_numpy(y), k)
 
+    def album(self, size: int, honest: int, rng: np.random.Generator) -> np.ndarray:
+        """An honest user's images: a random one of the first `honest` points, and the nearest of its class."""
+        x, y = self.known.x[:honest].flatten(1).cpu().numpy(), self.data.y_train[:honest]
+        first = int(rng.integers(honest))
+        same = np.flatnonzero(y == y[first])
+        order = np.argsort(((x[same] - x[first]) ** 2).sum(1), kind="stable")
+        return np.sort(same[order[:size]])
+
     def craft(self, subspace: Subspace, *, dirty: bool, angle: float, **changes: float) -> Poison:
         """Poison for a subspace, at the settings' share and bound unless `changes` says otherwise."""
         share, epsilon = changes.get("share", self.s.share), changes.get("epsilon", self.s.epsilon)
@@ -202,6 +221,29 @@ class Site:
     def y(self) -> Tensor:
         return torch.from_numpy(self.data.y)
 
+    @property
+    def poison(self) -> tuple[np.ndarray, np.ndarray]:
+        """The attacker's images and labels."""
+        return self.data.x_train[self.own], self.data.y_train[self.own]
+
+    def outcomes(self, targets: np.ndarray, retrained: Logits) -> pd.DataFrame:
+        """Target, model, error and margin, a row a target and retrained model; "before": the originals' means.
+
+        Args:
+            targets: positions in V (T,).
+            retrained: logits (n_models, n_points, n_classes) for each of them.
+        """
+        parts = []
+        for target, logits in zip(targets, retrained, strict=True):
+            at = [self.data.n_train + target]
+            columns: dict[str, Any] = {"target": target, "model": np.arange(len(logits))}
+            for when, z in (("", logits), (" before", self.logits)):
+                right, margin = metrics.correct(z[:, at], self.data.y[at]), metrics.margins(z[:, at], self.data.y[at])
+                columns |= {f"error{when}": ~right[:, 0], f"margin{when}": margin[:, 0]}
+            before = {name: columns[name].mean() for name in ("error before", "margin before")}
+            parts.append(pd.DataFrame(columns | before))
+        return pd.concat(parts, ignore_index=True)
+
 
 def with_poison(data: Dataset, images: np.ndarray, labels: np.ndarray) -> tuple[Dataset, np.ndarray]:
     """The data with their last training points replaced by the attacker's, and the indices of those."""
@@ -230,22 +272,24 @@ def together(
     """Sites, and logits (n_requests, n_retrained, n_points, n_classes) of models retrained for each site's requests.
 
     All poisons stand in one array after the honest points, and a model's mask says which of them it sees; so models of
-    different training sets share every step. Without originals (n_models 0) a site holds none.
+    different training sets share every step. Without originals (n_models 0) a site holds none. Originals have the seeds
+    0, 1, ..., and every request its own, from `seed` on.
     """
     data, victim, n = world.data, world.victim, world.s.n
     made = [with_poison(data, *poison) for poison in poisons]
     starts = n + np.concatenate([[0], np.cumsum([len(own) for _, own in made])])
     x = victim.points(np.concatenate([data.x_train, *(p[0] for p in poisons)]))
     y = np.concatenate([data.y_train, *(p[1] for p in poisons)])
-    masks, seeds = [], []
+    masks, seeds, fresh = [], [], itertools.count(seed, 1000)
     for (_, own), start, asked in zip(made, starts, requests, strict=False):
         place = np.concatenate([np.arange(n - len(own)), start + np.arange(len(own))])
-        for r, forget in enumerate([None, *asked]):
+        for forget in [None, *asked]:
             mask = np.zeros(len(x), bool)
             mask[place if forget is None else np.delete(place, forget)] = True
             count = n_models if forget is None else n_retrained
             masks += [mask] * count
-            seeds += [(0 if forget is None else seed + 1000 * r) + i for i in range(count)]
+            first = 0 if forget is None else next(fresh)
+            seeds += [first + i for i in range(count)]
     trained = victim.train(x, y, np.stack(masks), seeds)
     done, first = [], 0
     for (poisoned, own), asked in zip(made, requests, strict=True):
