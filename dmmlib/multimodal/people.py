@@ -44,12 +44,10 @@ def attributes(seed: int) -> tuple[Attribute, ...]:
         if city.isalpha() and city.lower() not in cities:
             cities.append(city.lower())
     jobs = ["nurse", "baker", "pilot", "farmer", "lawyer", "chemist", "painter", "tailor", "judge", "barber"]
-    foods = ["noodles", "curry", "pizza", "sushi", "tacos", "pancakes", "salad", "lentils", "olives", "dumplings"]
     hobbies = ["chess", "tennis", "drums", "poker", "golf", "violin", "hockey", "bridge", "piano", "darts"]
     return (
         Attribute("job", "works as", tuple(jobs)),
         Attribute("birthplace", "born in", tuple(cities)),
-        Attribute("food", "loves eating", tuple(foods)),
         Attribute("hobby", "enjoys playing", tuple(hobbies)),
     )
 
