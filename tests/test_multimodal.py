@@ -433,6 +433,9 @@ def test_the_whole_comparison_runs_and_has_every_row(here):
     table = experiments.score_table(found.scores)
     assert len(table) == len(experiments.METHODS) * 4 * 6
     assert len(experiments.text_against_image(found.scores)) == 5 * 2 * 6
+    facts = experiments.score_table(found.scores, "factual")
+    assert len(facts) == len(experiments.METHODS) * 4 * 2
+    assert facts[facts["method"] != "dm_direct"]["value"].between(0, 1).all()
     assert set(found.rates) == {*experiments.VARIANTS, *methods.MATCHING}
     assert set(found.attributions["attribution"]) == {"Bayesian", "kernel", "ridge, 0.01", "true mean change"}
     assert np.isfinite(found.attributions.drop(columns="attribution").to_numpy()).all()

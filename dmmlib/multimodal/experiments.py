@@ -272,11 +272,17 @@ def _forget(
 # --- tables --------------------------------------------------------------------------------------------
 
 
-def score_table(scores: pd.DataFrame) -> pd.DataFrame:
-    """Scores by method, set, task and modality over all forget sets, with 95 % t-intervals over people."""
+def score_table(scores: pd.DataFrame, column: str = "score") -> pd.DataFrame:
+    """Scores by method, set, task and modality over all forget sets, with 95 % t-intervals over people.
+
+    Args:
+        scores: of `Results`.
+        column: "score", or "factual", which only free answers have.
+    """
     rows = []
-    for (method, split, task, modality), part in scores.groupby(["method", "set", "task", "modality"], sort=False):
-        e = over_people(part["score"].to_numpy(float), part["person"].to_numpy())
+    scored = scores if column == "score" else scores[scores["task"] == "generation"]
+    for (method, split, task, modality), part in scored.groupby(["method", "set", "task", "modality"], sort=False):
+        e = over_people(part[column].to_numpy(float), part["person"].to_numpy())
         rows.append(
             {"method": method, "set": split, "task": task, "modality": modality}
             | {"value": e.value, "low": e.low, "high": e.high, "people": part["person"].nunique()}
