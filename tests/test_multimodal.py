@@ -52,7 +52,10 @@ def test_a_generated_benchmark_is_valid_and_counted(splits):
     assert counts.loc["Full_Set", "people"] == 10
     assert counts.loc["forget_20", "people"] == 2
     assert counts.loc["retain_80", "people"] == 8
-    assert (counts.filter(like=",").to_numpy() == 3 * counts[["people"]].to_numpy()).all(), "3 facts, 3 tasks, 2 ways"
+    asked = counts.drop(index="ft_Data")
+    assert (asked.filter(like=",").to_numpy() == 3 * asked[["people"]].to_numpy()).all(), "3 facts, 3 tasks, 2 ways"
+    assert not asked["pairs"].any()
+    assert counts.loc["ft_Data", "pairs"] == 4 * 10, "a biography, and 3 facts"
     assert not {r["ID"] for r in splits["forget_10"]} & {r["ID"] for r in splits["forget_20"]}
 
 
@@ -112,6 +115,13 @@ BROKEN = [
     (lambda s: s["Full_Set"][0]["Mask_Task"][0].update(Ground_Truth=""), "Row 0 of 'Full_Set'.*answer is empty"),
     (lambda s: s["Full_Set"][0]["Mask_Task"][0].pop("Question"), "Row 0 of 'Full_Set'.*lacks 'Question'"),
     (lambda s: s["Full_Set"][5].pop("Mask_Task"), "Row 5 of 'Full_Set' lacks Mask_Task"),
+    (lambda s: s["ft_Data"][3].pop("metadata"), "Row 3 of 'ft_Data' lacks metadata"),
+    (lambda s: put(s["ft_Data"], 3, metadata="[1"), r"Row 3 of 'ft_Data' .*no JSON list"),
+    (
+        lambda s: put(s["ft_Data"], 3, metadata='[{"Question": "who ?"}]'),
+        r"Row 3 of 'ft_Data' .*empty question or answer",
+    ),
+    (lambda s: s["ft_Data"].pop(), "'ft_Data' and 'Full_Set' are not of the same people"),
     (lambda s: s["retain_80"].append(s["forget_20"][0]), "Leakage: people are both in 'forget_20' and"),
     (lambda s: s["retain_80"].pop(), "together are not 'Full_Set'"),
     (lambda s: s["Retain_Set"].append(s["Full_Set"][3]), "Leakage: public figures"),
