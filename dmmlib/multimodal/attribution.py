@@ -29,7 +29,7 @@ from torch.func import functional_call, grad, vmap
 
 from dmmlib import datamodels, metrics
 from dmmlib.attribution import Context, bayesian, kernel
-from dmmlib.attribution.base import calibrated
+from dmmlib.attribution.base import calibrated, indicator
 from dmmlib.ensemble import Ensemble
 from dmmlib.multimodal.world import World
 
@@ -101,6 +101,23 @@ class Profiles:
         return found
 
 
+@dataclass(frozen=True)
+class Own:
+    """What leaving a person out changes of the one output that is about them, and nothing else (n_people, V)."""
+
+    difference: np.ndarray
+
+    def effect(self, forget: Sequence[int] | np.ndarray) -> np.ndarray:
+        return indicator(forget, len(self.difference))[:, None] * self.difference
+
+    @classmethod
+    def fit(cls, masks: np.ndarray, outputs: np.ndarray) -> Own:
+        """Mean output (M, n_people, V) of the models that were not taught the person, minus that of the others."""
+        without, taught = ((~masks)[..., None], masks[..., None])
+        means = [(outputs * m).sum(0) / np.maximum(m.sum(0), 1) for m in (without, taught)]
+        return cls(np.asarray(means[0] - means[1], np.float32))
+
+
 def fit(world: World, masks: np.ndarray, logits: np.ndarray, models: Ensemble) -> dict[str, Profiles]:
     """What subset models tell of leaving people out, by several methods.
 
@@ -110,7 +127,8 @@ def fit(world: World, masks: np.ndarray, logits: np.ndarray, models: Ensemble) -
         models: the first of them, at which gradients are taken.
 
     Returns:
-        "Bayesian", as the module describes it; "kernel", its prior alone, scaled to fit; and "ridge", a penalty each.
+        "Bayesian", as the module describes it; its parts alone: "own", a person's weight on their own answers, and
+        "kernel", the prior, scaled to fit; and "ridge", a penalty each.
     """
     tokens, n = Tokens.of(world), len(world.people)
     outputs = gauged(logits, tokens)
@@ -122,13 +140,14 @@ def fit(world: World, masks: np.ndarray, logits: np.ndarray, models: Ensemble) -
 
     own = [np.flatnonzero(tokens.owner == p) for p in range(n)]
     places = [np.array([mine[min(j, len(mine) - 1)] for mine in own]) for j in range(max(map(len, own)))]
-    places[0] = np.concatenate([places[0], np.flatnonzero(tokens.owner < 0)])
-    by_place = [bayesian.fit(context(place), prior[:, place], DELTA) for place in places]
-    every = np.arange(len(tokens.right))
+    every, shape = np.arange(len(tokens.right)), logits.shape[1:]
+    alone = Profiles([Own.fit(masks, outputs[:, place]) for place in places], places, tokens, shape)
+    places = [np.concatenate([places[0], every[tokens.owner < 0]]), *places[1:]]
+    posteriors = [bayesian.fit(context(place), prior[:, place], DELTA) for place in places]
     whole: dict[str, datamodels.Attributor] = {"kernel": calibrated(context(every), prior)}
     whole |= {f"ridge, {lam:g}": datamodels.RidgeDatamodel.fit(masks, outputs, lam) for lam in world.s.lams}
-    return {"Bayesian": Profiles(by_place, places, tokens, logits.shape[1:])} | {
-        name: Profiles([attributor], [every], tokens, logits.shape[1:]) for name, attributor in whole.items()
+    return {"Bayesian": Profiles(posteriors, places, tokens, shape), "own": alone} | {
+        name: Profiles([attributor], [every], tokens, shape) for name, attributor in whole.items()
     }
 
 

@@ -62,13 +62,13 @@ class MultimodalSettings:
     n_subsets: int = 40
     fraction: float = 0.75
     kept: int | None = 16
-    kernel_models: int = 3
+    kernel_models: int = 2
     lams: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
     tuning_models: int = 8
     sample: int = 6
-    lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
-    match_lrs: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
-    unlearn_epochs: int = 5
+    lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    match_lrs: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    unlearn_epochs: int = 3
     cost: float = 0.2
     chunk: int = 10
     seed: int = 0
