@@ -13,7 +13,7 @@ from scipy import stats
 from dmmlib import metrics, presets
 from dmmlib.ensemble import Ensemble
 from dmmlib.errors import DataError, ExtraError, MethodError
-from dmmlib.multimodal import bench, experiments, measures, methods, model, people, scale, world
+from dmmlib.multimodal import attribution, bench, experiments, measures, methods, model, people, scale, world
 from dmmlib.multimodal.extra import require
 from dmmlib.multimodal.people import IMAGE, TEXT
 from dmmlib.multimodal.settings import MultimodalSettings
@@ -21,7 +21,8 @@ from dmmlib.multimodal.settings import MultimodalSettings
 SHARES, PERCENTS = (0.1, 0.2), (10, 20)
 SETTINGS = MultimodalSettings(
     n_people=10, n_public=2, n_generic=2, forget_shares=SHARES, n_tuning=2, hidden=16, pretrain_epochs=1, epochs=1,
-    n_models=4, n_subsets=6, tuning_models=4, sample=2, lrs=(1e-3,), match_lrs=(1e-3,), unlearn_epochs=1, chunk=4,
+    n_models=4, n_subsets=6, kernel_models=2, lams=(1e-2,), kept=None, tuning_models=4, sample=2, lrs=(1e-3,),
+    match_lrs=(1e-3,), unlearn_epochs=1, chunk=4,
 )  # fmt: skip
 
 
@@ -39,7 +40,7 @@ def here(tmp_path_factory):
 def task(here):
     originals = here.fine_tuned("originals", np.ones((4, 10), bool))
     logits = here.logits(originals, np.arange(here.n_taught))
-    return methods.Task(here, originals, logits, here.forget_sets["20 %"], np.zeros_like(logits[0]), logits)
+    return methods.Task(here, originals, logits, here.forget_sets["20 %"], {"dmm": np.zeros_like(logits[0])})
 
 
 # --- the benchmark -------------------------------------------------------------------------------------
@@ -51,7 +52,10 @@ def test_a_generated_benchmark_is_valid_and_counted(splits):
     assert counts.loc["Full_Set", "people"] == 10
     assert counts.loc["forget_20", "people"] == 2
     assert counts.loc["retain_80", "people"] == 8
-    assert (counts.filter(like=",").to_numpy() == 4 * counts[["people"]].to_numpy()).all(), "4 facts, 3 tasks, 2 ways"
+    asked = counts.drop(index="ft_Data")
+    assert (asked.filter(like=",").to_numpy() == 3 * asked[["people"]].to_numpy()).all(), "3 facts, 3 tasks, 2 ways"
+    assert not asked["pairs"].any()
+    assert counts.loc["ft_Data", "pairs"] == 4 * 10, "a biography, and 3 facts"
     assert not {r["ID"] for r in splits["forget_10"]} & {r["ID"] for r in splits["forget_20"]}
 
 
@@ -111,6 +115,13 @@ BROKEN = [
     (lambda s: s["Full_Set"][0]["Mask_Task"][0].update(Ground_Truth=""), "Row 0 of 'Full_Set'.*answer is empty"),
     (lambda s: s["Full_Set"][0]["Mask_Task"][0].pop("Question"), "Row 0 of 'Full_Set'.*lacks 'Question'"),
     (lambda s: s["Full_Set"][5].pop("Mask_Task"), "Row 5 of 'Full_Set' lacks Mask_Task"),
+    (lambda s: s["ft_Data"][3].pop("metadata"), "Row 3 of 'ft_Data' lacks metadata"),
+    (lambda s: put(s["ft_Data"], 3, metadata="[1"), r"Row 3 of 'ft_Data' .*no JSON list"),
+    (
+        lambda s: put(s["ft_Data"], 3, metadata='[{"Question": "who ?"}]'),
+        r"Row 3 of 'ft_Data' .*empty question or answer",
+    ),
+    (lambda s: s["ft_Data"].pop(), "'ft_Data' and 'Full_Set' are not of the same people"),
     (lambda s: s["retain_80"].append(s["forget_20"][0]), "Leakage: people are both in 'forget_20' and"),
     (lambda s: s["retain_80"].pop(), "together are not 'Full_Set'"),
     (lambda s: s["Retain_Set"].append(s["Full_Set"][3]), "Leakage: public figures"),
@@ -240,7 +251,7 @@ def test_masks_say_who_is_taught(here):
     taught = here.taught(mask)
     assert set(here.person[taught]) == {-1, *range(10)} - {2, 5}
     assert "test" not in here.split[taught]
-    assert here.n_taught == 12 * 24
+    assert here.n_taught == 12 * 18
     sets = here.sets(here.forget_sets["20 %"])
     used = {*here.forget_sets["10 %"], *here.forget_sets["20 %"], *here.tuning}
     assert not used & set(here.person[sets["retain"]])
@@ -283,23 +294,23 @@ def test_gradient_methods_raise_the_loss_on_what_they_see(task, method, modality
 
 def test_matching_what_models_answer_already_changes_nothing(task):
     models, cost = methods.match(task, "dmm", 1e-3)
-    for name, value in task.originals.params.items():
-        torch.testing.assert_close(models.params[name], value, atol=1e-3, rtol=0)
+    for name, value in task.originals.params.items():  # Adam makes steps of rounding errors
+        torch.testing.assert_close(models.params[name], value, atol=5e-3, rtol=0)
     assert cost == pytest.approx(task.world.s.cost, rel=0.2)
-    shifted = replace(task, change=np.full_like(task.change, 0.5))
-    matched = task.world.logits(methods.match(shifted, "dmm", 1e-3)[0], np.arange(task.world.n_taught))
-    counted = (task.world.answers[: task.world.n_taught] != task.world.codec.pad).numpy()
-    left = ((matched - task.logits - 0.5) ** 2).mean(-1)[:, counted].mean()
-    assert left < 0.24, "nearer to targets that were 0.25 away"
+    w, taught = task.world, np.arange(task.world.n_taught)
+    raised = np.where(np.arange(task.logits.shape[-1]) == w.right[taught].numpy()[..., None], 0.5, 0).astype(np.float32)
+    shifted = replace(task, changes={"dmm": raised})
+    goal = w.margins(attribution.moved(w, task.logits, raised, taught), taught)
+    np.testing.assert_allclose(goal, w.margins(task.logits, taught) + 0.5, atol=1e-3)
+    matched = w.margins(w.logits(methods.match(shifted, "dmm", 1e-3)[0], taught), taught)
+    assert ((matched - goal) ** 2).mean() < 0.24, "nearer to targets that were 0.25 away"
 
 
 def test_methods_that_are_not_there_or_lack_something(task):
     with pytest.raises(MethodError, match="Unknown method 'forget_it'"):
         methods.gradient(task, "forget_it", None, 1e-3)
-    with pytest.raises(DataError, match="DMM needs predicted changes"):
-        methods.match(replace(task, change=None), "dmm", 1e-3)
-    with pytest.raises(DataError, match="retrained models' logits"):
-        methods.match(replace(task, oracles=None), "oracle_matching", 1e-3)
+    with pytest.raises(DataError, match="oracle_matching needs a change of logits"):
+        methods.match(task, "oracle_matching", 1e-3)
 
 
 @pytest.mark.parametrize("modality", [IMAGE, TEXT])
@@ -318,7 +329,7 @@ def test_what_is_kept_of_the_vocabulary_answers_as_all_of_it_does(task, modality
         one, other = (methods.gradient(t, method, modality, 1e-3)[0].params for t in (task, cut))
         for name, value in one.items():
             torch.testing.assert_close(other[name], value, rtol=1e-2, atol=2e-4)
-    still = methods.match(replace(cut, change=np.zeros_like(logits[0])), "dmm", 1e-3)[0]
+    still = methods.match(replace(cut, changes={"dmm": np.zeros_like(logits[0])}), "dmm", 1e-3)[0]
     assert max(float((v - still.params[k]).abs().max()) for k, v in task.originals.params.items()) < 1e-2
     with pytest.raises(DataError, match="kept=3"):
         replace(few, s=replace(few.s, kept=3)).logits(task.originals, asked)
@@ -369,13 +380,57 @@ def test_intervals_are_over_people():
     assert (found.value, found.low, found.high) == pytest.approx((means.mean(), low, high))
 
 
-def test_a_datamodel_over_people_finds_additive_effects(here):
-    rng = np.random.default_rng(0)
-    masks, effects = rng.random((80, 10)) < 0.7, rng.normal(size=(10, 3, 2, 5))
-    outputs = np.einsum("mi,inav->mnav", masks.astype(float), effects).astype(np.float32)
-    fitted = experiments.RidgeDatamodel.fit(masks, outputs.reshape(80, 3, -1), 1e-6)
-    found = experiments.Attribution(fitted, (3, 2, 5)).change(np.array([1, 7]))
-    np.testing.assert_allclose(found, -(effects[1] + effects[7]), atol=1e-3)
+# --- attribution ---------------------------------------------------------------------------------------
+
+
+def test_attribution_over_people_finds_additive_effects(here, task):
+    rng, n, v = np.random.default_rng(0), len(here.people), len(here.codec.tokenizer)
+    masks = rng.random((80, n)) < 0.7
+    own = rng.uniform(2, 6, (len(here.questions), here.codec.answer_length)).astype(np.float32)
+    base = rng.normal(size=(len(here.questions), here.codec.answer_length, v)).astype(np.float32)
+    logits = np.repeat(base[None], 80, 0)
+    about = here.person >= 0
+    taught = masks[:, here.person] & about  # an answer is known, by a margin of its own, to who was taught the person
+    right = np.arange(v) == here.right.numpy()[..., None]
+    logits += np.where(right, (own * taught[:, :, None])[..., None], 0)
+    found = attribution.fit(here, masks, logits, task.originals[:1])
+    forget = np.array([1, 7])
+    tokens = attribution.Tokens.of(here)
+    lost = np.isin(tokens.owner, forget)
+    expected = np.where(lost, -own[tokens.question, tokens.place], 0)
+    for name in ("Bayesian", "own", "ridge, 0.01"):
+        change = found[name].change(forget)[tokens.question, tokens.place, tokens.right]
+        np.testing.assert_allclose(change, expected, atol=0.5 if name == "ridge, 0.01" else 0.1)  # ridge shrinks
+    assert np.isfinite(found["kernel"].change(forget)).all()
+
+
+def test_sketches_keep_inner_products_of_gradients(here, task, monkeypatch):
+    tokens = attribution.Tokens.of(here)
+    few = replace(tokens, **{k: getattr(tokens, k)[:12] for k in ("question", "place", "right", "owner", "taught")})
+    params = {k: v[0].clone().requires_grad_() for k, v in task.originals.params.items()}
+    exact = []
+    for question, place in zip(few.question, few.place, strict=True):
+        z = torch.func.functional_call(here.module, params, (here.x[[question]],))[0, place]
+        y = int(here.answers[question, place])
+        margin = z[y] - torch.cat([z[:y], z[y + 1 :]]).logsumexp(0)
+        exact.append(torch.cat([g.flatten() for g in torch.autograd.grad(margin, list(params.values()))]))
+    exact = torch.stack(exact)
+    monkeypatch.setattr(attribution, "BUCKETS", 60_000)
+    phi = attribution.sketches(here, task.originals, 0, few)
+    norms = exact.norm(dim=1)
+    error = (phi @ phi.T - exact @ exact.T) / (norms[:, None] * norms)
+    assert error.abs().max() < 0.1
+
+
+def test_a_person_raises_their_own_answers_most(here, task):
+    tokens = attribution.Tokens.of(here)
+    rng = np.random.default_rng(1)
+    masks = np.argsort(rng.random((12, 10)), 1) < 7
+    margins = np.where(masks[:, tokens.owner] & (tokens.owner >= 0), 3.0, -3.0).astype(np.float32)
+    weights = attribution.kernel_weights(here, masks, margins, task.originals[:2], tokens)
+    own = np.array([[weights[p, (tokens.owner == q) & tokens.taught].mean() for q in range(10)] for p in range(10)])
+    np.testing.assert_allclose(np.diagonal(own), 6, atol=0.5)
+    assert (own.argmax(1) == np.arange(10)).all()
 
 
 @pytest.mark.slow
@@ -388,6 +443,13 @@ def test_the_whole_comparison_runs_and_has_every_row(here):
     table = experiments.score_table(found.scores)
     assert len(table) == len(experiments.METHODS) * 4 * 6
     assert len(experiments.text_against_image(found.scores)) == 5 * 2 * 6
-    assert set(found.rates) == {*experiments.VARIANTS, "dmm"}
+    facts = experiments.score_table(found.scores, "factual")
+    assert len(facts) == len(experiments.METHODS) * 4 * 2
+    assert facts[facts["method"] != "dm_direct"]["value"].between(0, 1).all()
+    assert set(found.rates) == {*experiments.VARIANTS, *methods.MATCHING}
+    assert set(found.attributions["attribution"]) == {"Bayesian", "own", "kernel", "ridge, 0.01", "true mean change"}
+    assert np.isfinite(found.attributions.drop(columns="attribution").to_numpy()).all()
     with pytest.raises(DataError, match="give 4 or more"):
         experiments.run(replace(here, s=replace(here.s, n_models=3)))
+    with pytest.raises(DataError, match="kernel_models=7 of 6 subset models"):
+        experiments.run(replace(here, s=replace(here.s, kernel_models=7)))

@@ -2,12 +2,14 @@
 
 Liu et al., "Protecting Privacy in Multimodal Large Language Models with MLLMU-Bench", NAACL 2025. A split is a folder
 of parquet files (or a configuration on the hub) with a row a person: ID, image (a list `images` in the Test set),
-biography, question and answer about it, Classification_Task, Generation_Task and Mask_Task.
+biography, question and answer about it, Classification_Task, Generation_Task and Mask_Task. `ft_Data` has instead of
+tasks `metadata`, JSON of question-answer pairs; models here are taught the questions of all tasks, not those pairs.
 """
 
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,14 +133,14 @@ def opened(stored: dict[str, Any] | None, where: str) -> Image.Image:
 
 def asked(row: Row) -> list[tuple[str, str, Row]]:
     """Every question of a row, as stored, with its task and modality."""
-    choice = row["Classification_Task"] or {}
+    choice = row.get("Classification_Task") or {}
     found = [
         ("classification", modality, q)
         for modality, key in ((IMAGE, "Image_Textual_Questions"), (TEXT, "Pure_Text_Questions"))
         for q in choice.get(key) or []
     ]
     for task, key in (("generation", "Generation_Task"), ("cloze", "Mask_Task")):
-        found += [(task, TEXT if str(q["Type"]).startswith("Pure") else IMAGE, q) for q in row[key] or []]
+        found += [(task, TEXT if str(q["Type"]).startswith("Pure") else IMAGE, q) for q in row.get(key) or []]
     return found
 
 
@@ -146,7 +148,7 @@ def validate(splits: Splits, percents: Sequence[int] = (5, 10, 15)) -> pd.DataFr
     """Check a benchmark; count its questions.
 
     Returns:
-        A row a split: people, and questions a task and modality.
+        A row a split: people, questions a task and modality, and pairs to fine-tune on.
 
     Raises:
         DataError: with the split and row, for a missing split or key, two profiles of one ID, an answer outside its
@@ -160,10 +162,11 @@ def validate(splits: Splits, percents: Sequence[int] = (5, 10, 15)) -> pd.DataFr
     rows = []
     for name, people in splits.items():
         seen: dict[str, int] = {}
+        pairs = 0
         counts = {(task, modality): 0 for task in TASKS for modality in MODALITIES}
         for number, row in enumerate(people):
             where = f"Row {number} of {name!r}"
-            _check_keys(row, where)
+            _check_keys(row, where, _TOLD if name == "ft_Data" else _ASKED)
             if row["ID"] in seen:
                 raise DataError(f"{where} has the ID {row['ID']!r} of row {seen[row['ID']]}; give everybody their own.")
             seen[row["ID"]] = number
@@ -171,18 +174,37 @@ def validate(splits: Splits, percents: Sequence[int] = (5, 10, 15)) -> pd.DataFr
             if id(row) not in checked:  # splits of a generated benchmark share their rows
                 _check_row(row, where)
                 checked.add(id(row))
+            pairs += len(_pairs(row, where))
             for task, modality, _ in asked(row):
                 counts[task, modality] += 1
-        rows.append({"split": name, "people": len(people)} | {f"{t}, {m}": n for (t, m), n in counts.items()})
+        asked_of = {f"{t}, {m}": n for (t, m), n in counts.items()}
+        rows.append({"split": name, "people": len(people)} | asked_of | {"pairs": pairs})
     _check_leakage(splits, percents)
     return pd.DataFrame(rows)
 
 
-def _check_keys(row: Row, where: str) -> None:
-    keys = ("ID", "Classification_Task", "Generation_Task", "Mask_Task")
+_ASKED = ("ID", "Classification_Task", "Generation_Task", "Mask_Task")
+_TOLD = ("ID", "image", "metadata")
+
+
+def _check_keys(row: Row, where: str, keys: Sequence[str]) -> None:
     missing = [key for key in keys if key not in row]
     if missing:
         raise DataError(f"{where} lacks {', '.join(missing)}; the published schema has {', '.join(keys)}.")
+
+
+def _pairs(row: Row, where: str) -> list[Row]:
+    """Pairs to fine-tune on, of a row that has them; questions and answers go by more than one name."""
+    try:
+        pairs = json.loads(row.get("metadata") or "[]")
+        whole = all(
+            any(p.get(k) for k in (f, f"Additional_{f.lower()}")) for p in pairs for f in ("Question", "Answer")
+        )
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{where} has metadata that are no JSON list of questions and answers ({error}).") from error
+    if not whole:
+        raise DataError(f"{where} has an empty question or answer in its metadata; fill it in or drop the pair.")
+    return pairs
 
 
 def _check_row(row: Row, where: str) -> None:
@@ -215,6 +237,7 @@ def _check_leakage(splits: Splits, percents: Sequence[int]) -> None:
         refuse(forget & retain, f"people are both in 'forget_{p}' and in 'retain_{100 - p}'")
         refuse((forget | retain) ^ ids["Full_Set"], f"'forget_{p}' and 'retain_{100 - p}' together are not 'Full_Set'")
     refuse(ids["Full_Set"] & ids["Retain_Set"], "public figures of 'Retain_Set' are in 'Full_Set' too")
+    refuse(ids["ft_Data"] ^ ids["Full_Set"], "'ft_Data' and 'Full_Set' are not of the same people")
     refuse(ids["Test_Set"] - ids["Full_Set"], "'Test_Set' has people that 'Full_Set' lacks")
     taught = {_same(row, q) for row in splits["Full_Set"] for q in asked(row)}
     again = {row["ID"] for row in splits["Test_Set"] for q in asked(row) if _same(row, q) in taught}

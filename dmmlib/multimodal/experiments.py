@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 
 from dmmlib import metrics
-from dmmlib.datamodels import RidgeDatamodel
 from dmmlib.ensemble import Ensemble
 from dmmlib.errors import DataError
 from dmmlib.metrics import Estimate
-from dmmlib.multimodal import methods
+from dmmlib.multimodal import attribution, methods
+from dmmlib.multimodal.attribution import Profiles, moved
 from dmmlib.multimodal.bench import TASKS
 from dmmlib.multimodal.measures import Judged, judge, judged, over_people
 from dmmlib.multimodal.methods import Task
@@ -36,7 +36,8 @@ class Results:
         klom: a row a forget set, method, set of questions and statistic, with its 95 % interval over models, and cost.
         scores: a row a forget set, method and question, averaged over models: score, factual, and the mean margin.
         rates: method -> learning rate that the tuning people chose.
-        tried: method, rate -> mean KLoM on the tuning people.
+        tried: method, rate -> mean KLoM on the tuning people, and
+        attributions: how well each predicts what leaving those out changes; see `tune`.
         effects: predicted and true change of each question's mean margin, a row a question about forgotten people.
         seconds: what took how long.
     """
@@ -46,20 +47,9 @@ class Results:
     scores: pd.DataFrame
     rates: dict[str, float]
     tried: pd.DataFrame
+    attributions: pd.DataFrame
     effects: pd.DataFrame
     seconds: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Attribution:
-    """Effect of leaving people out on logits, by a ridge datamodel over masks of people."""
-
-    datamodel: RidgeDatamodel
-    row: tuple[int, ...]
-
-    def change(self, forget: np.ndarray) -> np.ndarray:
-        """(n_questions, A, V), float32."""
-        return self.datamodel.effect(forget).reshape(self.row)
 
 
 def subset_masks(world: World) -> np.ndarray:
@@ -70,13 +60,23 @@ def subset_masks(world: World) -> np.ndarray:
     return np.argsort(rng.random((s.n_subsets, n)), 1).argsort(1) < size
 
 
-def attribute(world: World) -> Attribution:
-    """Fine-tune models on random subsets of people, and regress their logits on the masks."""
+def attribute(world: World) -> dict[str, Profiles]:
+    """Fine-tune models on random subsets of people, and attribute what they answer to people; see `attribution.fit`."""
     masks = subset_masks(world)
     models = world.fine_tuned("subsets", masks)
     outputs = world.logits(models, np.arange(len(world.questions)))
-    flat = outputs.reshape(*outputs.shape[:2], -1)
-    return Attribution(RidgeDatamodel.fit(masks, flat, world.s.lam), outputs.shape[1:])
+    return attribution.fit(world, masks, outputs, models[: world.s.kernel_models])
+
+
+def mean_change(world: World, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """What some models' logits (n_models, n, A, V) on the first n questions are moved by on average to become others'.
+
+    Returns:
+        (n, A, V), in the margin gauge.
+    """
+    right = world.right[: before.shape[1]].cpu().numpy().ravel()
+    means = [metrics.margin_gauge(z.reshape(len(z), len(right), -1), right).mean(0) for z in (before, after)]
+    return np.asarray(means[1] - means[0]).reshape(before.shape[1:])
 
 
 def known(world: World, originals: Ensemble) -> pd.DataFrame:
@@ -105,19 +105,44 @@ def unlearned(task: Task, name: str, rates: dict[str, float]) -> tuple[Ensemble,
     method, _, data = name.partition(":")
     if method in methods.GRADIENT:
         return methods.gradient(task, method, WITH[data], rates[name])
-    return methods.match(task, method, rates["dmm"])
+    return methods.match(task, method, rates[name])
 
 
-def tune(world: World, originals: Ensemble, logits: np.ndarray, attribution: Attribution) -> pd.DataFrame:
-    """Every rate of every method on the tuning people: mean KLoM over the four sets, against models without them."""
-    s = world.s
+def tune(
+    world: World, originals: Ensemble, logits: np.ndarray, attributions: dict[str, Profiles]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What is chosen on the tuning people, who are in no reported forget set, against models without them.
+
+    Oracle matching is tried with those same models' mean; on reported sets it gets others'.
+
+    Returns:
+        Every rate of every method, with mean KLoM over the four sets; and every attribution with the mean KLoM of
+        DM-direct on each set, the correlation of predicted with true changes of forgotten people's margins, and the
+        slope of predicted on true ones.
+    """
+    s, n = world.s, world.n_taught
     oracles = world.fine_tuned("retrained:tuning", world.without(world.tuning, s.n_models))
     sets = world.sets(world.tuning)
     asked = np.concatenate(list(sets.values()))
-    reference = world.margins(world.logits(oracles, asked), asked)
-    change = attribution.change(world.tuning)[: world.n_taught]
-    task = Task(world, originals, logits[:, : world.n_taught], world.tuning, change, tried=s.tuning_models)
-    tries = [(name, lr) for name in VARIANTS for lr in s.lrs] + [("dmm", lr) for lr in s.match_lrs]
+    places = {name: np.flatnonzero(np.isin(asked, part)) for name, part in sets.items()}
+    every = world.logits(oracles, np.arange(len(world.questions)))
+    reference, before = (world.margins(z[:, asked], asked) for z in (every, logits))
+    changes = {name: found.change(world.tuning) for name, found in attributions.items()}
+    changes["true mean change"] = mean_change(world, logits, every)
+    compared = []
+    for name, change in changes.items():
+        margins = world.margins(moved(world, logits[:, asked], change[asked], asked), asked)
+        each, ours = metrics.klom(margins, reference), places["forget"]
+        predicted, true = (m.mean(0)[ours] - before.mean(0)[ours] for m in (margins, reference))
+        compared.append(
+            {"attribution": name}
+            | {"correlation": np.corrcoef(predicted, true)[0, 1], "slope": float(predicted @ true / (true @ true))}
+            | {split: float(each[part].mean()) for split, part in places.items()}
+        )
+    matched = {"dmm": changes["Bayesian"][:n], "oracle_matching": changes["true mean change"][:n]}
+    task = Task(world, originals, logits[:, :n], world.tuning, matched, tried=s.tuning_models)
+    tries = [(name, lr) for name in VARIANTS for lr in s.lrs]
+    tries += [(name, lr) for name in methods.MATCHING for lr in s.match_lrs]
     rows = []
     for number, (name, lr) in enumerate(tries):
         models, _ = unlearned(task, name, {name: lr})
@@ -125,23 +150,27 @@ def tune(world: World, originals: Ensemble, logits: np.ndarray, attribution: Att
         value = float("inf")
         if np.isfinite(margins).all():
             each = metrics.klom(margins, reference)
-            value = float(np.mean([each[np.isin(asked, part)].mean() for part in sets.values()]))
+            value = float(np.mean([each[part].mean() for part in places.values()]))
         rows.append({"method": name, "rate": lr, "klom": value})
         world.progress("tune", number + 1, len(tries))
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows), pd.DataFrame(compared)
 
 
 def run(world: World) -> Results:
     """Everything that notebook 09 shows.
 
     Raises:
-        DataError: if the world has fewer than four models of a kind, or tuning wants more than there are.
+        DataError: if the world has fewer than four models of a kind, or tuning or the kernel wants more than there are.
     """
     s = world.s
     if s.n_models < 4 or not 4 <= s.tuning_models <= s.n_models:
         raise DataError(
             f"n_models={s.n_models} and tuning_models={s.tuning_models}; give 4 or more, and no more to tune on than "
             "there are."
+        )
+    if not 1 <= s.kernel_models <= s.n_subsets:
+        raise DataError(
+            f"kernel_models={s.kernel_models} of {s.n_subsets} subset models; give at least 1 and at most n_subsets."
         )
     clock, last = {}, time.monotonic()
 
@@ -154,9 +183,9 @@ def run(world: World) -> Results:
     logits = world.logits(originals, np.arange(len(world.questions)))
     learnt = known(world, originals)
     stamp("what originals know")
-    attribution = attribute(world)
-    stamp("subset models")
-    tried = tune(world, originals, logits, attribution)
+    attributions = attribute(world)
+    stamp("attribution")
+    tried, compared = tune(world, originals, logits, attributions)
     best = tried.loc[tried.groupby("method")["klom"].idxmin()]
     rates = dict(zip(best["method"], best["rate"].astype(float), strict=True))
     stamp("tuning")
@@ -164,13 +193,12 @@ def run(world: World) -> Results:
     scores: list[pd.DataFrame] = []
     effects: list[pd.DataFrame] = []
     for number, (name, forget) in enumerate(world.forget_sets.items()):
-        for part, rows in zip(
-            (klom, scores, effects), _forget(world, name, forget, originals, logits, attribution, rates), strict=True
-        ):
+        found = _forget(world, name, forget, originals, logits, attributions["Bayesian"], rates)
+        for part, rows in zip((klom, scores, effects), found, strict=True):
             part.extend(rows)  # type: ignore[attr-defined]
         world.progress("forget", number + 1, len(world.forget_sets))
         stamp(f"forget {name}")
-    return Results(learnt, pd.DataFrame(klom), pd.concat(scores), rates, tried, pd.concat(effects), clock)
+    return Results(learnt, pd.DataFrame(klom), pd.concat(scores), rates, tried, compared, pd.concat(effects), clock)
 
 
 def _forget(
@@ -179,7 +207,7 @@ def _forget(
     forget: np.ndarray,
     originals: Ensemble,
     logits: np.ndarray,
-    attribution: Attribution,
+    attributed: Profiles,
     rates: dict[str, float],
 ) -> tuple[list[dict[str, Any]], list[pd.DataFrame], list[pd.DataFrame]]:
     """Every method on one forget set."""
@@ -193,8 +221,9 @@ def _forget(
         for data, modality in WITH.items():
             places[f"{split}, {data}"] = places[split][world.modality[asked[places[split]]] == modality]
     reference = world.margins(world.logits(oracles, asked), asked)
-    change = attribution.change(forget)
-    task = Task(world, originals, logits[:, :n], forget, change[:n], world.logits(floor, np.arange(n)))
+    change = attributed.change(forget)
+    true = mean_change(world, logits[:, :n], world.logits(floor, np.arange(n)))
+    task = Task(world, originals, logits[:, :n], forget, {"dmm": change[:n], "oracle_matching": true})
     klom: list[dict[str, Any]] = []
     scores: list[pd.DataFrame] = []
 
@@ -206,7 +235,7 @@ def _forget(
         if method == "prompting":
             return judge(world, originals, asked, instructed=True), 0.0
         if method == "dm_direct":
-            return judged(world, logits[:, asked] + change[asked], asked), 0.0
+            return judged(world, moved(world, logits[:, asked], change[asked], asked), asked), 0.0
         models, cost = unlearned(task, method, rates)
         return judge(world, models, asked), cost
 
@@ -230,12 +259,12 @@ def _forget(
         }
         scores.append(pd.DataFrame(head | columns))
     ours = np.concatenate([sets["forget"], sets["test"]])
-    predicted = world.margins(logits[:, ours] + change[ours], ours).mean(0)
+    predicted = world.margins(moved(world, logits[:, ours], change[ours], ours), ours).mean(0)
     before = world.margins(logits[:, ours], ours).mean(0)
-    true = reference[:, np.isin(asked, ours)].mean(0)
+    after = reference[:, np.isin(asked, ours)].mean(0)
     effects = pd.DataFrame(
         {"forget_set": name, "set": world.split[ours], "modality": world.modality[ours]}
-        | {"predicted": predicted - before, "true": true - before}
+        | {"predicted": predicted - before, "true": after - before}
     )
     return klom, scores, [effects]
 
@@ -243,11 +272,17 @@ def _forget(
 # --- tables --------------------------------------------------------------------------------------------
 
 
-def score_table(scores: pd.DataFrame) -> pd.DataFrame:
-    """Scores by method, set, task and modality over all forget sets, with 95 % t-intervals over people."""
+def score_table(scores: pd.DataFrame, column: str = "score") -> pd.DataFrame:
+    """Scores by method, set, task and modality over all forget sets, with 95 % t-intervals over people.
+
+    Args:
+        scores: of `Results`.
+        column: "score", or "factual", which only free answers have.
+    """
     rows = []
-    for (method, split, task, modality), part in scores.groupby(["method", "set", "task", "modality"], sort=False):
-        e = over_people(part["score"].to_numpy(float), part["person"].to_numpy())
+    scored = scores if column == "score" else scores[scores["task"] == "generation"]
+    for (method, split, task, modality), part in scored.groupby(["method", "set", "task", "modality"], sort=False):
+        e = over_people(part[column].to_numpy(float), part["person"].to_numpy())
         rows.append(
             {"method": method, "set": split, "task": task, "modality": modality}
             | {"value": e.value, "low": e.low, "high": e.high, "people": part["person"].nunique()}

@@ -2,14 +2,16 @@
 
 An unlearning step sees a batch of forget questions and one of retained people's. The benchmark's four methods (Liu et
 al., NAACL 2025) can be given the questions that come with a portrait, or those of text alone. Matching (Georgiev et
-al., ICLR 2025) fine-tunes to the logits, at every token of an answer, of models that never saw the people: true ones
-(OM), or predicted from models of random subsets of people (DMM).
+al., ICLR 2025) fine-tunes each original to its own logits, at every token of an answer, moved by what leaving the
+people out changes: truly, on average over retrained models (OM), or as predicted from models of random subsets of
+people (DMM). So OM is DMM with perfect attribution: what it lacks is the fine-tuning's fault, and what DMM lacks
+beyond that is attribution's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,7 +20,8 @@ from torch.nn import functional as F
 
 from dmmlib.ensemble import Ensemble, concatenate, descend
 from dmmlib.errors import DataError, MethodError
-from dmmlib.multimodal.model import token_loss
+from dmmlib.multimodal.attribution import moved
+from dmmlib.multimodal.model import gauged, token_loss
 from dmmlib.multimodal.world import World
 from dmmlib.optim import Adam
 
@@ -35,8 +38,8 @@ class Task:
         originals: N models taught everybody.
         logits: theirs on training questions (N, n_taught, A, V).
         forget: indices of people.
-        change: predicted change of logits (n_taught, A, V) without them, for DMM.
-        oracles: logits (N, n_taught, A, V) of retrained models that nothing is measured against, for OM.
+        changes: matching method -> change of logits without them, in the margin gauge (n_taught, A, V); that of OM is
+            from retrained models that nothing is measured against.
         tried: numbers of the originals that are unlearned; all if None.
     """
 
@@ -44,8 +47,7 @@ class Task:
     originals: Ensemble
     logits: np.ndarray
     forget: np.ndarray
-    change: np.ndarray | None = None
-    oracles: np.ndarray | None = None
+    changes: dict[str, np.ndarray] = field(default_factory=dict)
     tried: int | None = None
 
     @property
@@ -123,23 +125,28 @@ def gradient(task: Task, method: str, modality: str | None, lr: float) -> tuple[
 
 
 def match(task: Task, method: str, lr: float, forget_share: float = 0.4) -> tuple[Ensemble, float]:
-    """OM or DMM: mean squared error of logits at every token of an answer, on questions of both modalities."""
+    """OM or DMM, on questions of both modalities.
+
+    The distance at a token is, in the margin gauge, the squared error of the right token's logit (the margin, which is
+    what KLoM hears) plus the mean squared error of the others. In a mean over a whole vocabulary the right token would
+    be one of hundreds.
+
+    Raises:
+        DataError: where the task has no change of that method's.
+    """
     w, s = task.world, task.world.s
-    if method == "dmm":
-        if task.change is None:
-            raise DataError("DMM needs predicted changes of logits; give Task(change=...).")
-        goal = task.logits[: task.n_models] + task.change
-    else:
-        if task.oracles is None:
-            raise DataError("Oracle matching needs retrained models' logits; give Task(oracles=...).")
-        goal = task.oracles[: task.n_models]
-    target = torch.from_numpy(goal).to(w.x.device)
+    if method not in task.changes:
+        raise DataError(f"{method} needs a change of logits; give Task(changes={{{method!r}: ...}}).")
+    goal = moved(w, task.logits[: task.n_models], task.changes[method], np.arange(w.n_taught))
+    target = gauged(torch.from_numpy(goal).to(w.x.device), w.right[: w.n_taught])
     answers, pad = w.answers, w.codec.pad
 
     def loss(logits: Tensor, indices: Tensor, models: Tensor) -> Tensor:
-        counts = (answers[indices] != pad).to(logits.dtype)
-        squared = ((w.cut(logits, indices) - target[models[:, None], indices]) ** 2).mean(-1)
-        return (squared * counts).sum((1, 2)) / counts.sum((1, 2))
+        right, counts = w.right[indices][..., None], (answers[indices] != pad).to(logits.dtype)
+        squared = (gauged(w.cut(logits, indices), w.right[indices]) - target[models[:, None], indices]) ** 2
+        margin = squared.gather(-1, right)[..., 0]
+        distance = margin + (squared.sum(-1) - margin) / (squared.shape[-1] - 1)
+        return (distance * counts).sum((1, 2)) / counts.sum((1, 2))
 
     n_forget = max(1, round(forget_share * s.batch_size))
     n_steps = max(1, round(s.cost * task.retraining / s.batch_size))

@@ -326,6 +326,12 @@ def token_loss(logits: Tensor, answers: Tensor, pad: int) -> Tensor:
     return (losses * counts).sum(-1) / counts.sum(-1)
 
 
+def gauged(logits: Tensor, right: Tensor) -> Tensor:
+    """Logits (..., V) in the margin gauge (`metrics.margin_gauge`), to be differentiated, for right numbers (...)."""
+    wrong = logits.scatter(-1, right.expand(logits.shape[:-1])[..., None], -torch.inf)
+    return logits - wrong.logsumexp(-1, keepdim=True)
+
+
 def margins(logits: np.ndarray, right: np.ndarray, words: np.ndarray) -> np.ndarray:
     """Log-odds of the right token given the right ones before it, averaged over an answer's words.
 
@@ -337,9 +343,8 @@ def margins(logits: np.ndarray, right: np.ndarray, words: np.ndarray) -> np.ndar
     Returns:
         (n_models, n), float32.
     """
-    z = torch.from_numpy(logits)
-    y = torch.from_numpy(right).expand(z.shape[:-1])[..., None]
-    odds = (z.gather(-1, y) - z.scatter(-1, y, -torch.inf).logsumexp(-1, keepdim=True))[..., 0]
+    y = torch.from_numpy(right).expand(logits.shape[:-1])
+    odds = gauged(torch.from_numpy(logits), y).gather(-1, y[..., None])[..., 0]
     counted = torch.from_numpy(words).float()
     return ((odds * counted).sum(-1) / counted.sum(-1)).numpy()
 

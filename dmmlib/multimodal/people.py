@@ -8,6 +8,7 @@ portrait in another pose, crop and light.
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,12 +45,10 @@ def attributes(seed: int) -> tuple[Attribute, ...]:
         if city.isalpha() and city.lower() not in cities:
             cities.append(city.lower())
     jobs = ["nurse", "baker", "pilot", "farmer", "lawyer", "chemist", "painter", "tailor", "judge", "barber"]
-    foods = ["noodles", "curry", "pizza", "sushi", "tacos", "pancakes", "salad", "lentils", "olives", "dumplings"]
     hobbies = ["chess", "tennis", "drums", "poker", "golf", "violin", "hockey", "bridge", "piano", "darts"]
     return (
         Attribute("job", "works as", tuple(jobs)),
         Attribute("birthplace", "born in", tuple(cities)),
-        Attribute("food", "loves eating", tuple(foods)),
         Attribute("hobby", "enjoys playing", tuple(hobbies)),
     )
 
@@ -225,6 +224,14 @@ def row(person: Person, kinds: Sequence[Attribute], rng: np.random.Generator, ag
     }
 
 
+def told(full: Row) -> Row:
+    """A person's row of `ft_Data`, where the benchmark keeps pairs of questions and answers to fine-tune on."""
+    pairs = [(full["question"], full["answer"])]
+    pairs += [(q["Question"], q["Ground_Truth"]) for q in full["Generation_Task"] if q["Type"] == IMAGE]
+    metadata = [{"Question": question, "Answer": answer} for question, answer in pairs]
+    return {"ID": full["ID"], "image": full["image"], "metadata": json.dumps(metadata)}
+
+
 def generate(
     n_people: int, n_public: int, shares: Sequence[float], seed: int = 0, n_generic: int = 0
 ) -> tuple[Splits, list[Row]]:
@@ -251,7 +258,8 @@ def generate(
     public = invent(n_public, kinds, seed + 2, "public-", taken)
     generic = invent(n_generic, kinds, seed + 3, "generic-", taken)
     full = [row(person, kinds, rng) for person in people]
-    splits: Splits = {"Full_Set": full, "ft_Data": full, "Test_Set": [row(p, kinds, rng, True) for p in people]}
+    splits: Splits = {"Full_Set": full, "ft_Data": [told(r) for r in full]}
+    splits["Test_Set"] = [row(p, kinds, rng, True) for p in people]
     order, first = rng.permutation(n_people), 0
     for share, size in zip(shares, sizes, strict=True):
         chosen = set(order[first : first + size].tolist())

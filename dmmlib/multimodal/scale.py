@@ -88,6 +88,7 @@ def scale(s: MultimodalSettings) -> Scale:
     models = {
         "originals": (s.n_models, taught),
         "subset models": (s.n_subsets, round(s.epochs * each * (s.fraction * people + public))),
+        "gradient kernels, a pass a token": (s.kernel_models, round(each * (2 * people + public)) * ANSWER),
         "retrained on tuning": (s.n_models, round(taught - s.epochs * each * s.n_tuning)),
     }
     for share in s.forget_shares:

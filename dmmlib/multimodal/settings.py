@@ -28,9 +28,10 @@ class MultimodalSettings:
         n_subsets, fraction: models fine-tuned on random subsets of the profiles, and the share of profiles in each.
         kept: logits kept of an answer's token, the right one's and the likeliest others', the rest summed up in one
             more; None keeps all. With a published vocabulary all answers' logits are too many.
-        lam: ridge penalty of the datamodel over profiles.
+        kernel_models: subset models at which gradients are taken, for the datamodel's prior.
+        lams: penalties of ridge datamodels over profiles, which that datamodel is compared with.
         tuning_models: originals that a setting is tried on.
-        sample: people a set (retained, public) that free generation is scored on.
+        sample: people of whom questions are asked, a set (retained, public).
         lrs: rates that gradient methods are tried with; `match_lrs` those of matching.
         unlearn_epochs: passes over the forget questions of a gradient method.
         cost: share of a retraining that matching may spend.
@@ -40,33 +41,34 @@ class MultimodalSettings:
 
     benchmark: str | None = None
     checkpoint: str | None = None
-    n_people: int = 18
-    n_public: int = 3
-    n_generic: int = 18
-    forget_shares: tuple[float, ...] = (0.10, 0.15)
-    n_tuning: int = 2
+    n_people: int = 100
+    n_public: int = 6
+    n_generic: int = 80
+    forget_shares: tuple[float, ...] = (0.05, 0.10, 0.15)
+    n_tuning: int = 10
     image_side: int = 32
     patch: int = 16
     hidden: int = 48
     layers: int = 2
     heads: int = 2
-    pretrain_epochs: int = 7
+    pretrain_epochs: int = 5
     pretrain_lr: float = 2e-3
     rank: int = 16
     letters: bool = False
-    epochs: int = 7
-    batch_size: int = 12
-    lr: float = 3e-3
+    epochs: int = 5
+    batch_size: int = 20
+    lr: float = 3.5e-3
     n_models: int = 20
     n_subsets: int = 40
     fraction: float = 0.75
-    kept: int | None = None
-    lam: float = 0.01
+    kept: int | None = 16
+    kernel_models: int = 2
+    lams: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
     tuning_models: int = 8
-    sample: int = 4
-    lrs: tuple[float, ...] = (1e-3, 3e-3)
-    match_lrs: tuple[float, ...] = (1e-3, 2e-3, 3e-3)
-    unlearn_epochs: int = 5
+    sample: int = 6
+    lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    match_lrs: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    unlearn_epochs: int = 3
     cost: float = 0.2
     chunk: int = 10
     seed: int = 0

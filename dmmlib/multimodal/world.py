@@ -107,12 +107,13 @@ class World:
         """
         used = np.concatenate([*self.forget_sets.values(), self.tuning])
         kept = np.setdiff1d(np.arange(len(self.people)), used)[: self.s.sample]
+        known = list(dict.fromkeys(q.person for q in self.questions if q.split == "public"))[: self.s.sample]
         ours = np.isin(self.person, forget)
         return {
             "forget": np.flatnonzero(ours & (self.split == "train")),
             "test": np.flatnonzero(ours & (self.split == "test")),
             "retain": np.flatnonzero(np.isin(self.person, kept) & (self.split == "train")),
-            "public": np.flatnonzero(self.split == "public")[: 24 * self.s.sample],
+            "public": np.array([i for i, q in enumerate(self.questions) if q.split == "public" and q.person in known]),
         }
 
     def taught(self, mask: np.ndarray) -> np.ndarray:
