@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,10 @@ from dmmlib.models import resolve_device
 
 BATCH, STEPS = 50, 400  # a half model takes 20 epochs of 20 steps
 OPTIONS = {"mlp": {}, "convnet": {}, "resnet9": {"width": 16}}
-SIZE = {"mlp": 400, "convnet": 200, "resnet9": 16}  # steps a measurement
-CHUNK = {"mlp": 16, "convnet": 1, "resnet9": 1}  # models a compiled step
+SIZE = {"mlp": 400, "convnet": 400, "resnet9": 40}  # steps a measurement
+MODELS = {"mlp": 128, "convnet": 8, "resnet9": 4}  # that dmmlib trains in a measurement: about a shard's way of work
+CHUNK = {"mlp": 16, "convnet": 4, "resnet9": 1}  # models a compiled step
+CHUNK_BFLOAT16 = {"mlp": 16, "convnet": 1, "resnet9": 1}
 
 
 def task(name: str, device: torch.device) -> tuple[Callable[[], nn.Module], Tensor, Tensor]:
@@ -133,7 +136,7 @@ def by_hand(name: str, device: torch.device, chunk: int) -> Contender | None:
 def ours(name: str, device: torch.device, way: Execution, precision: str = "float32") -> Contender:
     """`ensemble.train` on masks of one size, its set-up included."""
     factory, x, y = task(name, device)
-    n_models = way.chunk * way.workers
+    n_models = max(MODELS[name], way.chunk * way.workers) if way.workers > 1 else way.chunk
 
     def steps(n: int) -> int:
         an_epoch = min(n, len(x) // BATCH)
@@ -301,7 +304,7 @@ def main() -> None:
         if cores > 1:
             contenders["dmmlib, compiled, threads"] = ours(name, device, Execution(chunk, cores, compile=True))
         contenders["dmmlib"] = ours(name, device, fast)
-        contenders["dmmlib, bfloat16"] = ours(name, device, fast, "bfloat16")
+        contenders["dmmlib, bfloat16"] = ours(name, device, replace(fast, chunk=CHUNK_BFLOAT16[name]), "bfloat16")
         if client and name == "mlp":
             contenders["dmmlib, a Dask process a core"] = dask_processes(name, chunk, client)
         rates, peak = measure(
@@ -333,6 +336,8 @@ def main() -> None:
             )
         for what, rate in peak.items():
             print(f"  products {what:24s} {rate / 1e9:8.0f} GFLOP/s")
+        arguments.out.parent.mkdir(exist_ok=True)
+        arguments.out.write_text(json.dumps(report, indent=1))
     if device.type == "cuda":
         report["cifar10_models_an_hour"] = cifar10(device)
         for way, rate in report["cifar10_models_an_hour"].items():
