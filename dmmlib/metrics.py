@@ -113,16 +113,19 @@ def _uniform(n: int) -> np.ndarray:
     return np.full(n, 1 / n)
 
 
-def _bins(margins: np.ndarray, low: np.ndarray, high: np.ndarray, n_bins: int) -> np.ndarray:
+def _bins(
+    margins: np.ndarray, low: np.ndarray, high: np.ndarray, n_bins: int, room: np.ndarray | None = None
+) -> np.ndarray:
     """Bin numbers (n_models, n_points) by numpy.histogram's rule: half-open, the last one closed.
 
     Values are scaled to a point's range and cut off. Where that could round one over an edge, or the range is too
-    narrow for it, the point's values are compared with the edges, as numpy does with all.
+    narrow for it, the point's values are compared with the edges, as numpy does with all. `room`, an array like the
+    margins, is written over if given: memory that is new each time costs more than the arithmetic.
     """
     kind = margins.dtype.type
     narrow = np.maximum(1e-30, 1e-6 * np.maximum(-low, high))  # there the edges themselves are rounded
     width = np.maximum(high - low, narrow)
-    place = margins - low.astype(kind)
+    place = np.subtract(margins, low.astype(kind), out=room)
     place *= (n_bins / width).astype(kind)
     error = kind(n_bins * max(4 * np.finfo(kind).eps, 1e-9))
     place -= error
@@ -222,31 +225,45 @@ def klom(
     check = functools.partial(_check_margins, unlearned, oracle)
     starts = range(0, max(1, unlearned.shape[1]), BLOCK)
 
-    def block(first: int) -> np.ndarray:
-        u, o = unlearned[:, first : first + BLOCK], oracle[:, first : first + BLOCK]
-        return _klom_by_counting(u, o, convention, n_bins, check)
+    workers = min(len(starts), os.cpu_count() or 1)
 
-    with ThreadPoolExecutor(min(len(starts), os.cpu_count() or 1)) as pool:  # numpy works outside the lock
-        parts = list(pool.map(block, starts))
-    return np.concatenate(parts)
+    def blocks(worker: int) -> list[np.ndarray]:
+        shape = max(len(unlearned), len(oracle)), min(BLOCK, unlearned.shape[1])
+        room = np.empty(shape, np.result_type(unlearned, oracle, np.float32))
+        parts = []
+        for first in starts[worker::workers]:
+            u, o = unlearned[:, first : first + BLOCK], oracle[:, first : first + BLOCK]
+            parts.append(_klom_by_counting(u, o, convention, n_bins, check, room))
+        return parts
+
+    with ThreadPoolExecutor(workers) as pool:  # numpy works outside the lock
+        found = list(pool.map(blocks, range(workers)))
+    return np.concatenate([found[i % workers][i // workers] for i in range(len(starts))])
 
 
 def _klom_by_counting(
-    unlearned: np.ndarray, oracle: np.ndarray, convention: Convention, n_bins: int, check: Callable[[], None]
+    unlearned: np.ndarray,
+    oracle: np.ndarray,
+    convention: Convention,
+    n_bins: int,
+    check: Callable[[], None],
+    room: np.ndarray,
 ) -> np.ndarray:
     """KLoM (n_points,) of a block of points whose bin numbers, a byte each, stay in a core's cache."""
     u, o, low, top, high = _joint(unlearned, oracle, check)
     shares = []
     for m in (u, o):
-        numbers = _bins(m, low, high, n_bins)
+        numbers = _bins(m, low, high, n_bins, room[: len(m), : len(low)])
         if convention == "easydub":
             numbers[m >= top] = n_bins  # which is no bin
         kind = np.min_scalar_type(len(m))
         counts = np.array([np.add.reduce((numbers == k).view(np.uint8), 0, kind) for k in range(n_bins)])
         whole = np.maximum(counts.sum(0), FLOOR) if convention == "easydub" else len(m)
         shares.append(counts / whole)
-    p, q = shares[0], np.maximum(shares[1], FLOOR)
-    return (p * np.log(np.where(p > 0, p, q) / q)).sum(0)
+    p, q = shares
+    ratio = np.divide(p, np.maximum(q, FLOOR, out=q), out=q)
+    p *= np.log(ratio, out=ratio, where=ratio > 0)  # where p is 0, so is its term
+    return p.sum(0)
 
 
 @dataclass(frozen=True)
