@@ -32,13 +32,14 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from dmmlib import data, ensemble, execution, models
+from dmmlib.cluster import UNTRIMMED
 from dmmlib.execution import Execution
 from dmmlib.models import resolve_device
 
 BATCH, STEPS = 50, 400  # a half model takes 20 epochs of 20 steps
 OPTIONS = {"mlp": {}, "convnet": {}, "resnet9": {"width": 16}}
-SIZE = {"mlp": 400, "convnet": 400, "resnet9": 40}  # steps a measurement
-MODELS = {"mlp": 128, "convnet": 8, "resnet9": 4}  # that dmmlib trains in a measurement: about a shard's way of work
+SIZE = {"mlp": 400, "convnet": 200, "resnet9": 20}  # steps a measurement
+MODELS = {"mlp": 64, "convnet": 8, "resnet9": 2}  # that dmmlib trains in a measurement
 CHUNK = {"mlp": 16, "convnet": 4, "resnet9": 1}  # models a compiled step
 CHUNK_BFLOAT16 = {"mlp": 16, "convnet": 1, "resnet9": 1}
 
@@ -281,8 +282,10 @@ def main() -> None:
         torch.set_num_threads(1)
         clock = time.process_time
     elif device.type == "cpu":
+        import dask
         import distributed
 
+        dask.config.set(UNTRIMMED)
         workers = distributed.LocalCluster(torch.get_num_threads(), threads_per_worker=1, dashboard_address=None)
         client = distributed.Client(workers)
         folder = str(Path(__file__).parent)
