@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,16 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from dmmlib import data, ensemble, execution, models
+from dmmlib.cluster import UNTRIMMED
 from dmmlib.execution import Execution
 from dmmlib.models import resolve_device
 
 BATCH, STEPS = 50, 400  # a half model takes 20 epochs of 20 steps
 OPTIONS = {"mlp": {}, "convnet": {}, "resnet9": {"width": 16}}
-SIZE = {"mlp": 400, "convnet": 200, "resnet9": 16}  # steps a measurement
-CHUNK = {"mlp": 16, "convnet": 1, "resnet9": 1}  # models a compiled step
+SIZE = {"mlp": 400, "convnet": 200, "resnet9": 20}  # steps a measurement
+MODELS = {"mlp": 64, "convnet": 8, "resnet9": 2}  # that dmmlib trains in a measurement
+CHUNK = {"mlp": 16, "convnet": 4, "resnet9": 1}  # models a compiled step
+CHUNK_BFLOAT16 = {"mlp": 16, "convnet": 1, "resnet9": 1}
 
 
 def task(name: str, device: torch.device) -> tuple[Callable[[], nn.Module], Tensor, Tensor]:
@@ -133,7 +137,7 @@ def by_hand(name: str, device: torch.device, chunk: int) -> Contender | None:
 def ours(name: str, device: torch.device, way: Execution, precision: str = "float32") -> Contender:
     """`ensemble.train` on masks of one size, its set-up included."""
     factory, x, y = task(name, device)
-    n_models = way.chunk * way.workers
+    n_models = max(MODELS[name], way.chunk * way.workers) if way.workers > 1 else way.chunk
 
     def steps(n: int) -> int:
         an_epoch = min(n, len(x) // BATCH)
@@ -278,8 +282,10 @@ def main() -> None:
         torch.set_num_threads(1)
         clock = time.process_time
     elif device.type == "cpu":
+        import dask
         import distributed
 
+        dask.config.set(UNTRIMMED)
         workers = distributed.LocalCluster(torch.get_num_threads(), threads_per_worker=1, dashboard_address=None)
         client = distributed.Client(workers)
         folder = str(Path(__file__).parent)
@@ -301,7 +307,7 @@ def main() -> None:
         if cores > 1:
             contenders["dmmlib, compiled, threads"] = ours(name, device, Execution(chunk, cores, compile=True))
         contenders["dmmlib"] = ours(name, device, fast)
-        contenders["dmmlib, bfloat16"] = ours(name, device, fast, "bfloat16")
+        contenders["dmmlib, bfloat16"] = ours(name, device, replace(fast, chunk=CHUNK_BFLOAT16[name]), "bfloat16")
         if client and name == "mlp":
             contenders["dmmlib, a Dask process a core"] = dask_processes(name, chunk, client)
         rates, peak = measure(
@@ -333,6 +339,8 @@ def main() -> None:
             )
         for what, rate in peak.items():
             print(f"  products {what:24s} {rate / 1e9:8.0f} GFLOP/s")
+        arguments.out.parent.mkdir(exist_ok=True)
+        arguments.out.write_text(json.dumps(report, indent=1))
     if device.type == "cuda":
         report["cifar10_models_an_hour"] = cifar10(device)
         for way, rate in report["cifar10_models_an_hour"].items():

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Arguments = tuple[np.ndarray, list[int], bool]
 Arrays = dict[str, np.ndarray]
+# Dask has its workers give freed memory back at once, and training then waits for it at every step.
+UNTRIMMED = {"distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None}
 CLUSTERS = ("distributed", "dask_jobqueue", "dask_cuda", "dask_kubernetes")
 
 
@@ -48,6 +50,7 @@ def connect(study: Study) -> Workers:
     if scheduler == "local":
         return _Here(study)
     try:
+        import dask
         import distributed
     except ImportError:
         raise SchedulerError(
@@ -55,7 +58,8 @@ def connect(study: Study) -> Workers:
         ) from None
     if scheduler == "local-cluster":
         options = {"n_workers": study.preset.threads, "threads_per_worker": 1, "dashboard_address": None}
-        address: Any = distributed.LocalCluster(**options)
+        with dask.config.set(UNTRIMMED):
+            address: Any = distributed.LocalCluster(**options)
     elif scheduler == "cluster":
         address = _start(study.preset.cluster.type, study.preset.cluster.options, study.preset.cluster.jobs)
     else:

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import pickle
 import platform
+import re
 import threading
 import time
 import types
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import cloudpickle
@@ -210,10 +212,23 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     torch._dynamo.config.recompile_limit = 256
     torch._dynamo.config.accumulated_recompile_limit = 1024
-    return _compile(function)
+    return functools.partial(_call, _compile(function))
 
 
 _compile = functools.cache(torch.compile)
+HALF_WRITTEN = re.compile(r"(\S+\.so): (?:file too short|invalid ELF header|cannot read file data|ELF load command)")
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """A compiled function's result, also where a compilation that was killed left half a library in torch's cache."""
+    while True:
+        try:
+            return function(*arguments)
+        except Exception as error:
+            half = HALF_WRITTEN.search(str(error))
+            if half is None:
+                raise
+            Path(half[1]).unlink(missing_ok=True)  # then it is compiled anew
 
 
 def vary_in_size(tensors: Sequence[torch.Tensor], *dims: int) -> None:

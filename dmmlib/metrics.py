@@ -6,6 +6,7 @@ models come first: margins are (n_models, n_points).
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from dmmlib.errors import DataError
 CLIP = 100.0
 N_BINS = 20
 FLOOR = 1e-5
-BLOCK = 256  # points whose histograms are counted together
+BLOCK = 5000  # points whose histograms are counted together
 
 Convention = Literal["closed", "easydub"]
 
@@ -87,15 +88,10 @@ def correct(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 # --- KLoM ----------------------------------------------------------------------------------------------
 
 
-def _check_margins(unlearned: np.ndarray, oracle: np.ndarray) -> None:
+def _check_shapes(unlearned: np.ndarray, oracle: np.ndarray) -> None:
     for name, m in (("unlearned", unlearned), ("oracle", oracle)):
         if m.ndim != 2 or m.shape[0] == 0:
             raise DataError(f"The {name} margins have shape {m.shape}; give (n_models, n_points), at least one model.")
-        if not np.isfinite(m).all():
-            raise DataError(
-                f"The {name} margins hold {int((~np.isfinite(m)).sum())} NaN or infinite values; a model "
-                "diverged: lower its learning rate or drop it."
-            )
     if unlearned.shape[1] != oracle.shape[1]:
         raise DataError(
             f"Unlearned margins have {unlearned.shape[1]} points and oracle margins {oracle.shape[1]}; "
@@ -103,39 +99,63 @@ def _check_margins(unlearned: np.ndarray, oracle: np.ndarray) -> None:
         )
 
 
+def _check_margins(unlearned: np.ndarray, oracle: np.ndarray) -> None:
+    _check_shapes(unlearned, oracle)
+    for name, m in (("unlearned", unlearned), ("oracle", oracle)):
+        if not np.isfinite(m).all():
+            raise DataError(
+                f"The {name} margins hold {int((~np.isfinite(m)).sum())} NaN or infinite values; a model "
+                "diverged: lower its learning rate or drop it."
+            )
+
+
 def _uniform(n: int) -> np.ndarray:
     return np.full(n, 1 / n)
 
 
-def _bins(margins: np.ndarray, low: np.ndarray, high: np.ndarray, n_bins: int) -> np.ndarray:
+def _bins(
+    margins: np.ndarray, low: np.ndarray, high: np.ndarray, n_bins: int, room: np.ndarray | None = None
+) -> np.ndarray:
     """Bin numbers (n_models, n_points) by numpy.histogram's rule: half-open, the last one closed.
 
-    Only values within rounding of an edge are compared with it, as numpy does with all.
+    Values are scaled to a point's range and cut off. Where that could round one over an edge, or the range is too
+    narrow for it, the point's values are compared with the edges, as numpy does with all. `room`, an array like the
+    margins, is written over if given: memory that is new each time costs more than the arithmetic.
     """
-    place = (margins - low) * (n_bins / (high - low))
-    numbers = place.astype(np.int32)
-    np.minimum(numbers, n_bins - 1, out=numbers)
-    place -= np.rint(place)
-    np.abs(place, out=place)
-    near = np.nonzero(place < 1e-9)
-    if len(near[0]):
-        edges = np.linspace(low, high, n_bins + 1)
-        at, value, points = numbers[near], margins[near], near[1]
-        at -= value < edges[at, points]
-        at += (value >= edges[at + 1, points]) & (at < n_bins - 1)
-        numbers[near] = at
+    kind = margins.dtype.type
+    narrow = np.maximum(1e-30, 1e-6 * np.maximum(-low, high))  # there the edges themselves are rounded
+    width = np.maximum(high - low, narrow)
+    place = np.subtract(margins, low.astype(kind), out=room)
+    place *= (n_bins / width).astype(kind)
+    error = kind(n_bins * max(4 * np.finfo(kind).eps, 1e-9))
+    place -= error
+    np.clip(place, 0, n_bins - 0.5, out=place)
+    numbers = place.astype(np.min_scalar_type(n_bins))
+    place += 2 * error
+    unsure = (numbers != place.astype(numbers.dtype)).any(0)
+    unsure |= (low != low.astype(kind)) | (width == narrow)
+    if unsure.any():
+        edges = np.linspace(low[unsure], high[unsure], n_bins + 1)[1:-1]
+        numbers[:, unsure] = (margins[:, unsure] >= edges[:, None]).sum(0)
     return numbers
 
 
 def _joint(
-    unlearned: np.ndarray, oracle: np.ndarray
+    unlearned: np.ndarray, oracle: np.ndarray, check: Callable[[], None] = lambda: None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Clipped margins, in double precision, and the least, greatest and widened greatest of each point's range.
+    """Clipped margins, and the least, greatest and widened greatest of each point's range, in double precision.
 
     numpy.histogram widens a range of one value by a half on either side; the first returned bound is widened too.
+    `check` is called where a range is not finite.
     """
-    u, o = (np.clip(m, -CLIP, CLIP).astype(np.float64) for m in (unlearned, oracle))
-    low, high = np.minimum(u.min(0), o.min(0)), np.maximum(u.max(0), o.max(0))
+    kind = np.result_type(unlearned, oracle, np.float32)
+    low = np.minimum(unlearned.min(0), oracle.min(0)).astype(np.float64)
+    high = np.maximum(unlearned.max(0), oracle.max(0)).astype(np.float64)
+    if not np.isfinite(high - low).all():
+        check()
+    u, o = (m.astype(kind, copy=False) for m in (unlearned, oracle))
+    if max(-low.min(initial=0), high.max(initial=0)) > CLIP:
+        u, o, low, high = (m.clip(-CLIP, CLIP) for m in (u, o, low, high))
     half = 0.5 * (low == high)
     return u, o, low - half, high, high + half
 
@@ -201,33 +221,49 @@ def klom(
     if convention not in ("closed", "easydub"):
         raise DataError(f"Unknown KLoM convention {convention!r}; use 'closed' or 'easydub'.")
     unlearned, oracle = np.asarray(unlearned), np.asarray(oracle)
-    _check_margins(unlearned, oracle)
+    _check_shapes(unlearned, oracle)
+    check = functools.partial(_check_margins, unlearned, oracle)
     starts = range(0, max(1, unlearned.shape[1]), BLOCK)
 
-    def block(first: int) -> np.ndarray:
-        u, o = unlearned[:, first : first + BLOCK], oracle[:, first : first + BLOCK]
-        return _klom_by_counting(u, o, convention, n_bins)
+    workers = min(len(starts), os.cpu_count() or 1)
 
-    with ThreadPoolExecutor(min(len(starts), os.cpu_count() or 1)) as pool:  # numpy works outside the lock
-        parts = list(pool.map(block, starts))
-    return np.concatenate(parts)
+    def blocks(worker: int) -> list[np.ndarray]:
+        shape = max(len(unlearned), len(oracle)), min(BLOCK, unlearned.shape[1])
+        room = np.empty(shape, np.result_type(unlearned, oracle, np.float32))
+        parts = []
+        for first in starts[worker::workers]:
+            u, o = unlearned[:, first : first + BLOCK], oracle[:, first : first + BLOCK]
+            parts.append(_klom_by_counting(u, o, convention, n_bins, check, room))
+        return parts
+
+    with ThreadPoolExecutor(workers) as pool:  # numpy works outside the lock
+        found = list(pool.map(blocks, range(workers)))
+    return np.concatenate([found[i % workers][i // workers] for i in range(len(starts))])
 
 
-def _klom_by_counting(unlearned: np.ndarray, oracle: np.ndarray, convention: Convention, n_bins: int) -> np.ndarray:
-    """KLoM (n_points,) of a block of points small enough to stay in a core's cache."""
-    u, o, low, top, high = _joint(unlearned, oracle)
-    n_points = u.shape[1]
-    offsets = np.arange(n_points, dtype=np.int32) * n_bins
+def _klom_by_counting(
+    unlearned: np.ndarray,
+    oracle: np.ndarray,
+    convention: Convention,
+    n_bins: int,
+    check: Callable[[], None],
+    room: np.ndarray,
+) -> np.ndarray:
+    """KLoM (n_points,) of a block of points whose bin numbers, a byte each, stay in a core's cache."""
+    u, o, low, top, high = _joint(unlearned, oracle, check)
     shares = []
     for m in (u, o):
-        cells = _bins(m, low, high, n_bins) + offsets
+        numbers = _bins(m, low, high, n_bins, room[: len(m), : len(low)])
         if convention == "easydub":
-            cells = cells[m < top]
-        counts = np.bincount(cells.ravel(), minlength=n_points * n_bins).reshape(n_points, n_bins)
-        whole = np.maximum(counts.sum(1, keepdims=True), FLOOR) if convention == "easydub" else len(m)
+            numbers[m >= top] = n_bins  # which is no bin
+        kind = np.min_scalar_type(len(m))
+        counts = np.array([np.add.reduce((numbers == k).view(np.uint8), 0, kind) for k in range(n_bins)])
+        whole = np.maximum(counts.sum(0), FLOOR) if convention == "easydub" else len(m)
         shares.append(counts / whole)
-    p, q = shares[0], np.maximum(shares[1], FLOOR)
-    return (p * np.log(np.where(p > 0, p, q) / q)).sum(1)
+    p, q = shares
+    ratio = np.divide(p, np.maximum(q, FLOOR, out=q), out=q)
+    p *= np.log(ratio, out=ratio, where=ratio > 0)  # where p is 0, so is its term
+    return p.sum(0)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from zarr.errors import GroupNotFoundError
 
 from dmmlib import data as datasets
 from dmmlib import ensemble, models, unlearn
+from dmmlib.attribution import experiments
 from dmmlib.errors import DataError
 from dmmlib.hashing import short
 from dmmlib.presets import DataSection, Preset
@@ -53,12 +55,14 @@ class Job:
         n_models: how many the preset asks for.
         done: how many of them lie in a store of the same configuration.
         gradients: sample gradients of one.
+        weights: whether their weights are kept as well.
     """
 
     what: str
     n_models: int
     done: int
     gradients: float
+    weights: bool = False
 
     @property
     def missing(self) -> float:
@@ -170,7 +174,7 @@ def plan(preset: Preset, runs: Path | None = None) -> Plan:
     record = (1 + preset.unlearning.checkpoints) * 4 + 1  # margins at each moment, and whether the answer is right
     written = {
         "outputs of models": sum(j.n_models for j in jobs) * (4 * size.n_points * size.n_classes + size.n_train),
-        "weights of originals": n * weights,
+        "weights": sum(j.n_models for j in jobs if j.weights) * weights,
         "unlearned margins": len(preset.forget_sets) * len(preset.unlearning.methods) * n * size.n_points * record,
     }
     rate = measure(module, shape, size.n_classes, preset, device)
@@ -203,28 +207,38 @@ def _jobs(preset: Preset, size: Size, study: Study | None) -> Iterator[Job]:
     d, t = preset.datamodels, preset.tuning
 
     def done(stream: str, n_models: int, mask: np.ndarray | None = None) -> int:
-        """Of the stores whose stream is, or begins with, this one, the fullest; masks compared where they are known."""
+        """How many of a stream lie in the fullest store of it; masks are compared where they are known."""
         found = [
             min(store["done"], n_models)
             for store in stores
-            if store["stream"].rpartition(":")[0] == stream or store["stream"] == stream
+            if store["stream"] == stream or (":" in stream and store["stream"].rpartition(":")[0] == stream)
             if store["n_models"] == n_models and (mask is None or store["masks"] == short(np.packbits(mask).tobytes()))
         ]
         return max(found, default=0)
 
     full = np.ones((n, size.n_train), bool) if study else None
-    yield Job("originals", n, done("originals", n, full), epochs * size.n_train)
+    yield Job("originals", n, done("originals", n, full), epochs * size.n_train, True)
     m = d.n_subsets + d.n_held_out
     masks = study.subset_masks() if study and any(s["stream"] == "subsets" for s in stores) else None
     yield Job("subset models", m, done("subsets", m, masks), epochs * round(d.fraction * size.n_train))
     a = preset.attribution
     size_a = round(a.fraction * size.n_train)
-    yield Job("attribution models", a.n_subsets, done("attribution", a.n_subsets), epochs * size_a)
+    yield Job("attribution models", a.n_subsets, done("attribution", a.n_subsets), epochs * size_a, True)
     for section, count, kind in ((preset.forget_sets, n, ""), (t.forget_sets, t.n_models, "tuning: ")):
         for part in section:
             forget = part.size or round(part.share * size.n_train / size.n_classes)
             here = sum(done(f"{stream}:{part.name}", count) for stream in ("oracles", "floor"))
             yield Job(f"{kind}oracles and floor, {part.name}", 2 * count, here, epochs * (size.n_train - forget))
+    asked = cast(Study, SimpleNamespace(preset=preset))  # all that these look at, where the data are absent too
+    more = max(experiments.sizes(asked)) - a.n_subsets
+    if more:
+        yield Job("stage 07: more of attribution", more, done("attribution:more", more), epochs * size_a, True)
+    n_draws, pairs = len(experiments.draws(asked, a.n_subsets)), a.n_subsets // 2 * 2
+    designs = [(f"{f:g}", a.n_subsets, f) for f in preset.cheap.fractions]
+    for name, count, fraction in (*designs, ("antithetic", pairs, 0.5), ("clustered", a.n_subsets, a.fraction)):
+        here = sum(done(f"attribution:{name}:{draw}", count) for draw in range(n_draws))
+        gradients = epochs * round(fraction * size.n_train)
+        yield Job(f"stage 07: ablation, {name}", n_draws * count, here, gradients, True)
 
 
 def _stores(study: Study) -> Iterator[dict[str, Any]]:

@@ -228,6 +228,27 @@ def _alive(pid):
     return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
+def test_half_a_library_is_compiled_anew(tmp_path):
+    """What a kill -9 during a compilation leaves in torch's cache must not stop every later run."""
+    library = tmp_path / "kernel.so"
+    library.touch()
+
+    def load(x):
+        if library.exists():
+            raise ImportError(f"InductorError: ImportError: {library}: file too short")
+        return x
+
+    assert execution._call(load, 3) == 3
+
+
+def test_what_else_a_compiled_function_raises_is_raised():
+    def fail():
+        raise ImportError("no such module")
+
+    with pytest.raises(ImportError, match="no such module"):
+        execution._call(fail)
+
+
 def test_many_kinds_of_steps_stay_compiled_in_threads():
     """torch's limit on recompilation is a setting of each thread, and 8 unless raised there."""
     if not can_compile():

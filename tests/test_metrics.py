@@ -28,12 +28,12 @@ def test_klom_equals_golden_values(golden, convention, key):
     np.testing.assert_allclose(found, golden[key], atol=1e-5)
 
 
-def by_numpy(u, o):
+def by_numpy(u, o, n_bins=20):
     """The definition, a point at a time, with numpy.histogram."""
     values = []
-    for p, q in zip(np.clip(u, -100, 100).T, np.clip(o, -100, 100).T, strict=True):
+    for p, q in zip(*(np.clip(m.astype(float), -100, 100).T for m in (u, o)), strict=True):
         span = (min(p.min(), q.min()), max(p.max(), q.max()))
-        p, q = (np.histogram(m, 20, span)[0] / len(m) for m in (p, q))
+        p, q = (np.histogram(m, n_bins, span)[0] / len(m) for m in (p, q))
         q = np.maximum(q, 1e-5)
         values.append(sum(a * np.log(a / b) for a, b in zip(p, q, strict=True) if a > 0))
     return np.array(values)
@@ -48,7 +48,20 @@ def test_klom_is_its_definition(u, o):
     np.testing.assert_allclose(metrics.klom(u, o), by_numpy(u, o), atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("n_bins", [2, 20, 300])
+@pytest.mark.parametrize("scale", [1e-7, 1e-3, 1, 30])
+@pytest.mark.parametrize("offset", [0, -3.3, 99])
+def test_every_margin_is_in_numpys_bin(kind, n_bins, scale, offset):
+    rng = np.random.default_rng(4)
+    smooth, tied = rng.normal(size=(300, 12)), rng.integers(-9, 9, (300, 12))  # ties lie on edges
+    constant = np.ones((300, 2))
+    u, o = np.split((np.hstack([smooth, tied, constant]) * scale + offset).astype(kind), 2)
+    np.testing.assert_allclose(metrics.klom(u, o, n_bins=n_bins), by_numpy(u, o, n_bins), atol=1e-9)
+
+
 def test_klom_of_many_points_equals_klom_of_each(monkeypatch):
+    monkeypatch.setattr(metrics, "BLOCK", 7)  # several blocks of points
     rng = np.random.default_rng(0)
     u, o = rng.normal(size=(50, 40)), rng.normal(1, 2, size=(60, 40))
     whole = metrics.klom(u, o)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dmmlib import plan, presets
+from dmmlib.attribution import experiments
 from dmmlib.errors import DataError, MethodError
 from dmmlib.progress import silent
 from dmmlib.study import Study
@@ -15,12 +16,16 @@ def quick(monkeypatch):
     monkeypatch.setattr(plan, "measure", lambda *a, **k: plan.Rate(1000.0, 2, 8, "cpu"))
 
 
+CHEAP = {"sizes": [10, 40], "n_draws": 2, "n_kernel": 2, "n_ablation": 2, "kernels": [1], "n_clusters": 4}
+
+
 def test_a_plan_counts_what_a_run_trains(tmp_path, quick, monkeypatch):
-    preset = presets.load(TINY)
+    tiny = TINY | {"attribution": {"n_subsets": 20}, "cheap": CHEAP}
+    preset = presets.load(tiny)
     before = plan.plan(preset, tmp_path)
     assert not list(tmp_path.iterdir()), "a plan leaves nothing"
     assert before.total.done == 0
-    study = Study(TINY, runs=tmp_path, progress=silent)
+    study = Study(tiny, runs=tmp_path, progress=silent)
     trained = {}
     original = Study.train
 
@@ -31,13 +36,15 @@ def test_a_plan_counts_what_a_run_trains(tmp_path, quick, monkeypatch):
 
     monkeypatch.setattr(Study, "train", counted)
     study.results()
-    assert before.total.n_models == 8 + 120 + 30 + 2 * 2 * 8 + 2 * 8
+    experiments.ablate(study, experiments.Kernels(study))
+    experiments.pool(study, 0, 40)
+    assert before.total.n_models == 8 + 120 + 20 + 2 * 2 * 8 + 2 * 8 + 20 + 4 * 2 * 20
     assert before.total.missing == sum(trained.values()), "to the sample gradient"
     after = plan.plan(preset, tmp_path)
     assert after.total.done == after.total.n_models
     assert after.hours == 0
     stores = sum(f.stat().st_size for f in tmp_path.rglob("*.zarr/**/*") if f.is_file())
-    assert before.bytes["outputs of models"] == pytest.approx(stores, rel=0.3)
+    assert before.bytes["outputs of models"] + before.bytes["weights"] == pytest.approx(stores, rel=0.3)
 
 
 def test_stores_of_another_configuration_do_not_count(tmp_path, quick):
@@ -57,7 +64,7 @@ def test_every_preset_can_be_planned(name, tmp_path, quick, monkeypatch):
     assert "measured just now on this machine" in text
     if name == "cifar10":
         assert found.n_parameters == 2_274_880
-        assert found.total.n_models == 200 + 20_200 + 100 + 10 * 400 + 2 * 100
+        assert found.total.n_models == 200 + 20_200 + 100 + 10 * 400 + 2 * 100 + 900 + 4 * 3 * 100
         assert "random images stand in" in text
     if name == "living17":
         assert (found.size.n_train, found.size.n_classes) == (88_400, 17)
