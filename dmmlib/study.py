@@ -543,7 +543,7 @@ class Study:
         return self._search("datamodel", dm_direct, settings, "ridge", {"datamodels": self._datamodel_config()})
 
     def _ridge(self, logits: np.ndarray, lam: float, own_share: float) -> datamodels.Gauged:
-        """The paper's kind of datamodel: of raw logits."""
+        """The paper's kind of datamodel: of raw logits, and added to them."""
         model = datamodels.RidgeDatamodel.fit(self.subset_masks()[: len(logits)], logits, lam, self.device, own_share)
         return datamodels.Gauged(model, self.original_logits[:N_GAUGE], self.data.y)
 
@@ -701,7 +701,7 @@ class Study:
         )
 
     def _datamodel_config(self) -> dict[str, Any]:
-        return self.preset.datamodels.model_dump(exclude={"sizes"}) | {"regressed": "raw logits"}
+        return self.preset.datamodels.model_dump(exclude={"sizes"}) | {"regressed": "raw logits", "added to": "logits"}
 
     def search(self, method: str) -> pd.DataFrame:
         """Every setting tried of a method on the tuning sets, best first; kept on disk.

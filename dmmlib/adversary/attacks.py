@@ -20,10 +20,10 @@ from dmmlib.metrics import right_logits
 
 
 class Datamodel(Attributor, Protocol):
-    """An attributor that is linear in masks."""
+    """An attributor of any number of requests at a time."""
 
-    def respond(self, directions: np.ndarray) -> np.ndarray:
-        """Change of logits, in the margin gauge, (k, n_points, n_classes) along each change (k, n_train) of a mask."""
+    def change(self, masks: np.ndarray) -> np.ndarray:
+        """Change of logits, in the margin gauge, (k, n_points, n_classes) of models trained on each of some masks."""
         ...
 
 
@@ -81,6 +81,6 @@ def datamodel_influence(model: Datamodel, labels: np.ndarray, n_train: int, poin
         n_train: training points.
         points: positions among all.
     """
-    every = np.eye(n_train, dtype=np.float32)
-    rows = [right_logits(model.respond(-some), labels)[:, points] for some in np.array_split(every, -(-n_train // 100))]
+    without = np.array_split(~np.eye(n_train, dtype=bool), -(-n_train // 100))
+    rows = [right_logits(model.change(masks), labels)[:, points] for masks in without]
     return np.concatenate(rows).T

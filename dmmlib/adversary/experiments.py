@@ -21,7 +21,7 @@ from dmmlib.adversary.stable_region import Region, stable_region
 from dmmlib.adversary.subspace import Subspace, gradients
 from dmmlib.adversary.world import Logits, Site, World, check_targets, retrain, sites, together
 from dmmlib.attribution.base import calibrated
-from dmmlib.attribution.kernel import attributions
+from dmmlib.attribution.kernel import gradient_kernel
 from dmmlib.datamodels import Attributor
 from dmmlib.execution import Execution
 
@@ -247,7 +247,7 @@ def fit_datamodel(world: World, site: Site) -> Monitor:
     models = world.victim.train(site.x[:n], site.data.y_train, masks, rng.integers(0, 2**31, s.n_subsets).tolist())
     outputs = metrics.margin_gauge(models.logits(site.x).numpy(), site.data.y)
     context = attribution.Context(site.x, site.y, masks, outputs, models=models)
-    t = attributions(site.originals[:4], site.x[:n], site.y[:n], n, s.damping)
+    t = gradient_kernel(site.originals[:4], site.x[:n], site.y[:n], n, s.damping).transfer
     return monitor(attribution.fit("bayesian", context), context, t)  # type: ignore[arg-type]
 
 
@@ -287,7 +287,7 @@ def camouflage(world: World) -> tuple[Asked, list[Poison], pd.DataFrame]:
     def judge(t: int) -> tuple[Predicted, pd.DataFrame]:
         site, outputs = done[t][0], metrics.margin_gauge(subsets[t][1][:, 0], done[t][0].data.y)
         context = attribution.Context(site.x, site.y, masks, outputs)
-        kernel = attributions(site.originals[:2].clone(), site.x, site.y, n, s.damping)
+        kernel = gradient_kernel(site.originals[:2].clone(), site.x, site.y, n, s.damping).transfer
         weights = expit(-context.margins[:, :n]).mean(0)[:, None] * kernel
         its = monitor(calibrated(context, weights), context, kernel)
         watched = watch(world, its, site, "camouflage", {"camouflage": [requests[t]]}, n_honest, t)

@@ -111,7 +111,7 @@ class Monitor:
         """The three numbers (k, 3) of each request, in margins and in lengths."""
         n = len(self.gram)
         gone = np.stack([indicator(forget, n) for forget in requests])
-        square = right_logits(self.datamodel.respond(-gone), self.labels) ** 2
+        square = right_logits(self.datamodel.change(gone == 0), self.labels) ** 2
         retain = (square[:, :n] * (1 - gone)).sum(1) / (1 - gone).sum(1)
         energy = np.maximum(((gone @ self.gram) * gone).sum(1), 0)
         return np.sqrt(np.stack([square[:, n:].mean(1), retain, energy], 1))

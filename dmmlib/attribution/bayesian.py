@@ -84,14 +84,17 @@ class BayesianDatamodel:
         total[:, : self.n_train] += d[:, :, None] * self.own
         return total
 
+    def change(self, masks: np.ndarray) -> np.ndarray:
+        """Predicted change of logits (k, n_points, n_classes) of models trained on each mask, against one on all."""
+        return self.prior.change(masks) + self.correction(np.asarray(masks, np.float32) - 1)
+
     def effect(self, forget: Sequence[int] | np.ndarray) -> np.ndarray:
         """Predicted change of logits (n_points, n_classes) on retraining without the points `forget`.
 
         Raises:
             ForgetSetError: for indices that are no proper part of the training set.
         """
-        u = indicator(forget, self.n_train)[None]
-        return (self.prior.change(u == 0) - self.correction(u))[0]
+        return self.change(indicator(forget, self.n_train)[None] == 0)[0]
 
     def predict(self, masks: np.ndarray) -> np.ndarray:
         """Predicted logits (k, n_points, n_classes) of models trained on the given masks (k, n_train)."""
