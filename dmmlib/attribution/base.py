@@ -178,11 +178,16 @@ Fit = Callable[..., Attributor]
 _ATTRIBUTORS: dict[str, tuple[Fit, str]] = {}
 
 
-def register(name: str) -> Callable[[Fit], Fit]:
-    """Register a method by name: a function of a `Context` (and options) that returns an `Attributor`."""
+def register(name: str, *uses: Callable[..., Any]) -> Callable[[Fit], Fit]:
+    """Register a method by name: a function of a `Context` (and options) that returns an `Attributor`.
+
+    Args:
+        name: what presets and `method@name` call it by.
+        uses: functions in other files that its predictions depend on: where they change, results are made anew.
+    """
 
     def add(method: Fit) -> Fit:
-        _ATTRIBUTORS[name] = method, source_hash(method)
+        _ATTRIBUTORS[name] = method, "-".join(source_hash(function) for function in (method, *uses))
         return method
 
     return add
@@ -207,7 +212,7 @@ def get(name: str) -> Fit:
 
 
 def source(name: str) -> str:
-    """Hash of the source of the attribution method of that name; raises MethodError if there is none."""
+    """Hashes of the source of the attribution method of that name; raises MethodError if there is none."""
     get(name)
     return _ATTRIBUTORS[name][1]
 

@@ -116,7 +116,7 @@ class BayesianDatamodel:
         return self.sigma * np.sqrt(variance)
 
 
-@register("bayesian")
+@register("bayesian", kernel_response)
 def bayesian(
     context: Context,
     lam: float = 0.1,
