@@ -288,20 +288,26 @@ def measure(
     """Time plain training steps on random points, of as many models and examples as fit the budget in seconds.
 
     It starts with one model and few examples and grows towards the preset's batch and 32 models at a time; what would
-    take longer than the budget is not tried. So it errs on the slow side: larger steps, threads and compilation gain.
+    take longer than the budget is not tried. So it errs on the slow side: larger steps, more cores and compilation gain.
+    It takes one thread, as a worker does: of several that wait for one another the rate is what else the machine does.
     """
     batch, chunk = preset.training.batch_size, preset.ensembles.chunk
     most = min(chunk, 32) if isinstance(chunk, int) else 32
     sizes = [(1, min(batch, 8)), (1, batch), *((k, batch) for k in (4, 16, 32) if k < most), (most, batch)]
     best, spent = Rate(0.0, 1, 1, device.type), 0.0
-    for n_models, examples in dict.fromkeys(sizes):
-        expected = 5 * n_models * examples / best.per_second if best.per_second else 0.0
-        if expected > budget - spent:
-            break
-        start = time.perf_counter()
-        seconds = _step(module, shape, n_classes, preset, n_models, examples, device)
-        spent += time.perf_counter() - start
-        best = Rate(n_models * examples / seconds, n_models, examples, device.type)
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for n_models, examples in dict.fromkeys(sizes):
+            expected = 5 * n_models * examples / best.per_second if best.per_second else 0.0
+            if expected > budget - spent:
+                break
+            start = time.perf_counter()
+            seconds = _step(module, shape, n_classes, preset, n_models, examples, device)
+            spent += time.perf_counter() - start
+            best = Rate(n_models * examples / seconds, n_models, examples, device.type)
+    finally:
+        torch.set_num_threads(n_threads)
     return best
 
 
