@@ -288,7 +288,7 @@ def measure(
     """Time plain training steps on random points, of as many models and examples as fit the budget in seconds.
 
     It starts with one model and few examples and grows towards the preset's batch and 32 models at a time; what would
-    take longer than the budget is not tried. So it errs on the slow side: larger steps, more cores and compilation gain.
+    take longer than the budget is not tried. So it errs on the slow side: larger steps, cores and compilation gain.
     It takes one thread, as a worker does: of several that wait for one another the rate is what else the machine does.
     """
     batch, chunk = preset.training.batch_size, preset.ensembles.chunk
