@@ -10,7 +10,7 @@ Importing this package registers the built-in ones.
 """
 
 from dmmlib.attribution import bayesian, gradient, kernel, lasso, ridge  # noqa: F401 (register themselves)
-from dmmlib.attribution.base import Context, MarginDatamodel, fit, get, names, register, source
+from dmmlib.attribution.base import Context, MarginDatamodel, calibrated, fit, get, names, register, source
 from dmmlib.attribution.compare import compare
 
-__all__ = ["Context", "MarginDatamodel", "compare", "fit", "get", "names", "register", "source"]
+__all__ = ["Context", "MarginDatamodel", "calibrated", "compare", "fit", "get", "names", "register", "source"]
