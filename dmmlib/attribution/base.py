@@ -93,6 +93,9 @@ class Response(Protocol):
     """How margins respond to which points a model is trained on."""
 
     @property
+    def n_train(self) -> int: ...
+
+    @property
     def weights(self) -> np.ndarray:
         """By how much one more training point raises each margin (n_train, n_points)."""
         ...
@@ -111,6 +114,10 @@ class Linear:
     """
 
     weights: np.ndarray
+
+    @property
+    def n_train(self) -> int:
+        return len(self.weights)
 
     def change(self, masks: np.ndarray) -> np.ndarray:
         """W^T (mask - 1), (k, n_points)."""
@@ -140,13 +147,16 @@ class MarginDatamodel:
 
     def change(self, masks: np.ndarray) -> np.ndarray:
         """Change of the label's logit (k, n_points, n_classes) of models trained on each mask, against on all."""
-        change = np.float32(self.scale) * self.response.change(masks)
+        return self.scaled(self.response.change(masks))
+
+    def scaled(self, change: np.ndarray) -> np.ndarray:
+        """A change that the response foresees (k, n_points), scaled, as one of the label's logit."""
         right = np.arange(self.offset.shape[1]) == self.labels[:, None]
-        return np.where(right, change[..., None], np.float32(0))
+        return np.where(right, np.float32(self.scale) * change[..., None], np.float32(0))
 
     def effect(self, forget: Sequence[int] | np.ndarray) -> np.ndarray:
         """Predicted change of logits (n_points, n_classes) on retraining without F; raises ForgetSetError."""
-        return self.change(indicator(forget, len(self.response.weights))[None] == 0)[0]
+        return self.change(indicator(forget, self.response.n_train)[None] == 0)[0]
 
     def predict(self, masks: np.ndarray) -> np.ndarray:
         """Predicted logits (k, n_points, n_classes) of models trained on the given masks (k, n_train)."""
@@ -167,9 +177,9 @@ def calibrated(context: Context, response: Response | np.ndarray) -> MarginDatam
     change, actual = response.change(context.masks), context.margins
     predicted, actual = change - change.mean(0), actual - actual.mean(0)
     scale = float((predicted * actual).sum() / max(float((predicted**2).sum()), 1e-12))
-    unscaled = MarginDatamodel(response, scale, context.labels, np.zeros(context.outputs.shape[1:], np.float32))
-    offset = np.asarray(context.outputs[: len(context.masks)]).mean(0) - unscaled.change(context.masks).mean(0)
-    return replace(unscaled, offset=offset)
+    unshifted = MarginDatamodel(response, scale, context.labels, np.zeros(context.outputs.shape[1:], np.float32))
+    offset = np.asarray(context.outputs[: len(context.masks)]).mean(0) - unshifted.scaled(change).mean(0)
+    return replace(unshifted, offset=offset)
 
 
 Fit = Callable[..., Attributor]

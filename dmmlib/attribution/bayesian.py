@@ -17,7 +17,7 @@ For every output y (a margin, or another logit in the margin gauge) of a model t
 
 With R = rho A C A^T + I and F left out, the posterior mean of the change is
 
-    s f(S without F) - rho (A C 1_F)^T R^-1 e - b_j [j in F],    e = Y - s F - b_j a_j  (centred),
+    s f(S without F) - rho (A C 1_F)^T R^-1 e - b_j [j in F],    e = Y - s f - b_j a_j  (centred),
 
 one product a forget set, and its variance is that of universal kriging (Rasmussen and Williams, "Gaussian Processes for
 Machine Learning", 2006, sections 2.5 and 2.7): with q = A C 1_F and a = a_j,
@@ -161,7 +161,7 @@ def fit(context: Context, response: Response | np.ndarray, delta: float = 0.2) -
     scale, rho, sigma = _evidence(values, y, f, own)
     precision = (vectors / (1 + rho * values)) @ vectors.T
     unshifted = MarginDatamodel(response, scale, context.labels, np.zeros(outputs.shape[1:], np.float32))
-    left = outputs - unshifted.predict(context.masks)
+    left = outputs - unshifted.scaled(change)
     prior = replace(unshifted, offset=left.mean(0))
     left -= prior.offset
     weighted = precision @ a  # R^-1 a_j

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import numpy as np
@@ -165,7 +166,7 @@ class Kernel:
     transfer: np.ndarray
     inverse: np.ndarray
 
-    @property
+    @cached_property
     def coupling(self) -> np.ndarray:
         """D^-1 G (n_train, n_train), of diagonal 1."""
         return np.asarray(self.inverse / np.diagonal(self.inverse)[:, None], np.float32)
@@ -247,6 +248,10 @@ class KernelResponse:
 
     kernel: Kernel
     residuals: np.ndarray
+
+    @property
+    def n_train(self) -> int:
+        return len(self.residuals)
 
     @property
     def weights(self) -> np.ndarray:
