@@ -5,6 +5,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize
+from scipy.special import expit
 from sklearn import linear_model
 from torch import nn
 
@@ -14,6 +16,7 @@ from dmmlib.attribution import Context
 from dmmlib.attribution.base import calibrated
 from dmmlib.attribution.bayesian import covariance, fit
 from dmmlib.attribution.kernel import EASY, Kernel, gradient_kernel, gram, hardness, kernel, kernel_response, margin
+from dmmlib.attribution.linearised import LinearisedResponse, compressed, linearise, linearised_response
 from dmmlib.datamodels import retrained
 from dmmlib.errors import DataError, ForgetSetError, MethodError
 
@@ -145,6 +148,69 @@ def test_kernel_equals_the_explicit_solve(name, residual):
     np.testing.assert_allclose(predicted.mean(0), actual.mean(0), atol=1e-4)
     centred = [z - z.mean(0) for z in (predicted, actual)]
     assert (centred[0] * centred[1]).sum() == pytest.approx((centred[0] ** 2).sum(), rel=1e-2)  # least squares
+
+
+def logistic_regression(phi, keep, initial, penalty):
+    """Weights of the penalised logistic regression of the module `linearised`, by quasi-Newton steps."""
+
+    def loss(theta):
+        m = initial + phi[keep] @ theta
+        gradient = penalty * theta - phi[keep].T @ expit(-m)
+        return np.logaddexp(0, -m).sum() + penalty / 2 * theta @ theta, gradient
+
+    return minimize(
+        loss, np.zeros(phi.shape[1]), jac=True, method="L-BFGS-B", options={"maxiter": 5000, "gtol": 1e-7}
+    ).x
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_linearised_retraining_is_logistic_regression_on_gradients(name):
+    context = problem(FACTORIES[name])
+    n, lam = context.n_train, 0.1
+    found, margins, first_order = linearised_response(context, lam, n_models=2), 0, 0
+    masks = np.ones((3, n), bool)
+    masks[0, [3]] = masks[1, [0, 4, 5, 8]] = False
+    for i in range(2):
+        phi = jacobians(context, i)
+        penalty = lam * (phi[:n] ** 2).sum(1).mean()
+        thetas = [logistic_regression(phi[:n], mask, -np.log(2), penalty) for mask in (*masks, masks[2])]
+        margins = margins + np.stack([phi @ (theta - thetas[3]) for theta in thetas[:3]]) / 2
+        p = expit(np.log(2) - phi[:n] @ thetas[3])
+        hessian = (phi[:n].T * (p * (1 - p))) @ phi[:n] + penalty * np.eye(phi.shape[1])
+        first_order = first_order + p[:, None] * (phi[:n] @ np.linalg.solve(hessian, phi.T)) / 2
+    change = found.change(masks)
+    size = np.abs(margins).max()
+    np.testing.assert_allclose(change, margins, atol=0.01 * size)
+    np.testing.assert_allclose(change[2], 0, atol=1e-5)
+    np.testing.assert_allclose(found.weights, first_order, atol=0.01 * np.abs(first_order).max())
+    fitted = attribution.fit("linearised", context, lam=lam, n_models=2)
+    right = np.eye(3, dtype=bool)[context.labels]
+    effect = fitted.effect([0, 4, 5, 8])
+    np.testing.assert_allclose(effect[right], fitted.scale * change[1], atol=1e-3 * size)
+    assert (effect[~right] == 0).all()
+
+
+def test_masks_are_solved_for_one_by_one_or_together(monkeypatch):
+    context = problem(FACTORIES["mlp"])
+    response = linearised_response(context, n_models=1)
+    together = response.change(context.masks)
+    monkeypatch.setattr("dmmlib.attribution.linearised.BLOCK", 5)
+    np.testing.assert_allclose(response.change(context.masks), together, atol=1e-4)
+    every = linearise(context.models, context.x, context.y, 10, -np.log(2))
+    mean = np.mean([LinearisedResponse((model,)).change(context.masks) for model in every], 0)
+    np.testing.assert_allclose(LinearisedResponse(every).change(context.masks), mean, atol=1e-4)
+
+
+def test_compressed_features_keep_the_leading_directions_of_a_kernel():
+    rng = np.random.default_rng(0)
+    phi = rng.normal(size=(30, 12)) * np.geomspace(1, 1e-3, 12)
+    kernel = torch.from_numpy(phi[:20] @ phi.T).float()
+    full, few = (compressed(kernel, 20, rank) for rank in (20, 5))
+    np.testing.assert_allclose(full[:20] @ full.T, kernel, atol=1e-4)
+    assert few.shape == (30, 5)
+    u, s, _ = np.linalg.svd(phi[:20])
+    best = (u[:, :5] * s[:5] ** 2) @ u[:, :5].T
+    np.testing.assert_allclose(few[:20] @ few[:20].T, best, atol=1e-3 * s[0] ** 2)
 
 
 def test_hardness_is_relative_and_bounded():
@@ -366,8 +432,14 @@ def test_bad_input():
     few = Context(**parts | {"masks": context.masks[:2], "outputs": context.outputs[:2]}, models=context.models[:2])
     with pytest.raises(DataError, match="takes at least 3"):
         attribution.fit("bayesian", few)
-    with pytest.raises(DataError, match="penalty is 0; give a positive number"):
-        attribution.fit("kernel", context, lam=0)
+    for name, given in (("kernel", "penalty is 0"), ("linearised", "penalty is lam=0")):
+        with pytest.raises(DataError, match=f"{given}; give a positive number"):
+            attribution.fit(name, context, lam=0)
+    for options in ({"rank": 0}, {"n_models": 0}):
+        with pytest.raises(DataError, match="give at least 1 of each"):
+            attribution.fit("bayesian", context, **options)
+    with pytest.raises(DataError, match="give the context `models`"):
+        attribution.fit("linearised", bare)
     with pytest.raises(ForgetSetError, match="index 10 is outside the training set of 10"):
         attribution.fit("kernel", context).effect([10])
     with pytest.raises(DataError, match="give numbers between 0 and 1"):
@@ -420,6 +492,7 @@ def test_comparison_at_equal_cost(name, options):
     context, held_out, oracles = trained(name, options)
     settings = {
         "kernel": ("kernel", {}),
+        "linearised": ("linearised", {}),
         "bayesian": ("bayesian", {}),
         "ridge": ("ridge", {"lam": 0.3}),
         "lasso": ("lasso", {"shares": [0.3]}),
@@ -439,6 +512,7 @@ def test_comparison_at_equal_cost(name, options):
     assert klom["kernel"] < klom["nothing"]
     assert klom["bayesian"] < klom["ridge"]
     assert lds["bayesian"] > lds["ridge"]
+    assert lds["linearised"] > lds["ridge"]
 
 
 def test_gradient_attributors_of_dattri_or_a_clear_error(monkeypatch):

@@ -14,7 +14,7 @@ from dmmlib.attribution import bayesian, experiments
 from dmmlib.attribution.ablation import antithetic_masks, clustered_masks, posterior
 from dmmlib.attribution.base import Linear
 from dmmlib.attribution.bayesian import RHOS, covariance
-from dmmlib.attribution.kernel import gradient_kernel, hardness
+from dmmlib.attribution.linearised import LinearisedResponse, linearised_response
 from dmmlib.datamodels import RidgeDatamodel
 from dmmlib.errors import DataError, PresetError
 from dmmlib.metrics import Estimate
@@ -30,7 +30,8 @@ CHEAP = {
     "n_ablation": 2,
     "kernels": [1],
     "n_clusters": 5,
-    "penalties": [1.0],
+    "penalties": [0.1],
+    "ranks": [20],
 }
 
 
@@ -42,8 +43,8 @@ def study(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def kernels(study):
-    return experiments.Kernels(study)
+def cache(study):
+    return experiments.Cache(study)
 
 
 def test_the_posterior_taken_apart_is_the_bayesian_datamodels():
@@ -151,20 +152,27 @@ def test_draws_share_no_model(study, size):
     assert starts[-1] + size <= max(CHEAP["sizes"])
 
 
-def test_kernels_are_averaged_once_for_every_number_of_models(study, kernels):
+def test_models_are_linearised_once_for_every_number_of_them(study, cache):
     context = experiments.pool(study, 0, 30)
-    two, three = kernels("draw 0", context, 2), kernels("draw 0", context, 3)
-    h = hardness(context.margins[:, :120])
-    direct = [gradient_kernel(context.models[i : i + 1], study.x, study.y, 120, 0.1, h) for i in range(3)]
-    for part in ("transfer", "inverse"):
-        each = [getattr(k, part) for k in direct]
-        scale = np.abs(each[0]).max()
-        np.testing.assert_allclose(getattr(two, part), np.mean(each[:2], 0), rtol=1e-4, atol=1e-6 * scale)
-        np.testing.assert_allclose(getattr(three, part), np.mean(each, 0), rtol=1e-4, atol=1e-6 * scale)
+    two, three = cache("draw 0", context, 2), cache("draw 0", context, 3)
+    assert three.models[:2] == two.models
+    assert cache("draw 0", context, 2).models[0] is two.models[0]
+    direct = linearised_response(context, n_models=3)
+    np.testing.assert_allclose(three.change(context.masks), direct.change(context.masks), atol=1e-3)
 
 
-def test_the_curve_measures_what_the_study_does(study, kernels):
-    table = experiments.curve(study, kernels)
+def test_a_remembered_response_predicts_the_same_masks_once(study, cache, monkeypatch):
+    context = experiments.pool(study, 0, 30)
+    response = cache("draw 0", context, 1)
+    remembered = experiments.Remembered(response)
+    first = remembered.change(context.masks)
+    np.testing.assert_array_equal(remembered.change(~context.masks), response.change(~context.masks))
+    monkeypatch.setattr(LinearisedResponse, "change", None)
+    assert remembered.change(context.masks) is first
+
+
+def test_the_curve_measures_what_the_study_does(study, cache):
+    table = experiments.curve(study, cache)
     p95 = table[table["statistic"] == "klom_p95"].set_index(["attributor", "n_models", "draw", "forget_set", "split"])
     for name, f in study.forget_sets.items():
         for method, key in (("do_nothing", "do nothing"), ("retrain", "floor")):
@@ -198,8 +206,8 @@ def test_ridge_is_tuned_once(study):
     assert again == setting
 
 
-def test_the_ablation_tries_each_change_in_every_draw(study, kernels):
-    table = experiments.ablate(study, kernels)
+def test_the_ablation_tries_each_change_in_every_draw(study, cache):
+    table = experiments.ablate(study, cache)
     variants = experiments.variants(study)
     assert len(table) == len(variants) * 2 * 4
     against = experiments.against_default(table)

@@ -36,7 +36,7 @@ def test_a_plan_counts_what_a_run_trains(tmp_path, quick, monkeypatch):
 
     monkeypatch.setattr(Study, "train", counted)
     study.results()
-    experiments.ablate(study, experiments.Kernels(study))
+    experiments.ablate(study, experiments.Cache(study))
     experiments.pool(study, 0, 40)
     assert before.total.n_models == 8 + 120 + 20 + 2 * 2 * 8 + 2 * 8 + 20 + 4 * 2 * 20
     assert before.total.missing == sum(trained.values()), "to the sample gradient"

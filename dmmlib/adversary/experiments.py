@@ -20,8 +20,9 @@ from dmmlib.adversary.settings import AdversarySettings
 from dmmlib.adversary.stable_region import Region, stable_region
 from dmmlib.adversary.subspace import Subspace, gradients
 from dmmlib.adversary.world import Logits, Site, World, check_targets, retrain, sites, together
+from dmmlib.attribution import bayesian
 from dmmlib.attribution.base import calibrated
-from dmmlib.attribution.kernel import gradient_kernel
+from dmmlib.attribution.kernel import gradient_kernel, kernel_response
 from dmmlib.datamodels import Attributor
 from dmmlib.execution import Execution
 
@@ -248,7 +249,8 @@ def fit_datamodel(world: World, site: Site) -> Monitor:
     outputs = metrics.margin_gauge(models.logits(site.x).numpy(), site.data.y)
     context = attribution.Context(site.x, site.y, masks, outputs, models=models)
     t = gradient_kernel(site.originals[:4], site.x[:n], site.y[:n], n, s.damping).transfer
-    return monitor(attribution.fit("bayesian", context), context, t)  # type: ignore[arg-type]
+    response = kernel_response(context, 0.1, "measured", "subsets", 20)  # predicts hundreds of requests in a moment
+    return monitor(bayesian.fit(context, response, 0.2), context, t)
 
 
 def monitor(datamodel: Datamodel, context: attribution.Context, t: np.ndarray) -> Monitor:

@@ -9,7 +9,7 @@ some of their weights, and the originals. One of your own registers by name:
 Importing this package registers the built-in ones.
 """
 
-from dmmlib.attribution import bayesian, gradient, kernel, lasso, ridge  # noqa: F401 (register themselves)
+from dmmlib.attribution import bayesian, gradient, kernel, lasso, linearised, ridge  # noqa: F401 (register themselves)
 from dmmlib.attribution.base import Context, MarginDatamodel, calibrated, fit, get, names, register, source
 from dmmlib.attribution.compare import compare
 

@@ -1,15 +1,14 @@
-"""Bayesian datamodels: what a gradient kernel expects, corrected by what a hundred subset models show.
+"""Bayesian datamodels: what linearised retraining expects, corrected by what a hundred subset models show.
 
 For every output y (a margin, or another logit in the margin gauge) of a model trained on a subset, with centred mask a,
 
     y = mean + s (f - mean f) + a.w + noise,    w ~ N(0, rho sigma^2 C) + own,    noise ~ N(0, sigma^2),
 
-- f is the change of the margin that the gradient kernel expects of that subset (`attribution.kernel`), groups and all;
-  0 for other logits; s is one scale;
-- w is what is wrong with it, linear in the mask. C, the same for all outputs, says which training points act alike:
-  with W0 (n_train, n_points) the kernel's effects of single points, C = (1 - delta) W0 W0^T / n_points + delta times
-  its diagonal, scaled to mean diagonal 1. So a group of points that the kernel takes for one another is estimated
-  together, from a hundred models;
+- f is the change of the margin that `attribution.linearised` expects of that subset; 0 for other logits; s is a scale;
+- w is what is wrong with it, linear in the mask. C, the same for all outputs, says how much of it is to be expected of
+  a training point: with W0 (n_train, n_points) the response's effects of single points, C = (1 - delta) W0 W0^T /
+  n_points + delta times its diagonal, scaled to mean diagonal 1. By default delta = 1: points err independently, each
+  in proportion to its effects;
 - own: what a training point does to *itself* is far more than C allows for and is seen well, since a share of the
   models has it and a share has not: the weight b_j a_j of training point j on its own outputs is free;
 - noise: seed, batches, and what is not linear. s and rho maximise the evidence of all margins, sigma^2 and b_j being
@@ -34,7 +33,8 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 
 from dmmlib.attribution.base import Context, Linear, MarginDatamodel, Response, indicator, register
-from dmmlib.attribution.kernel import At, Residual, kernel_response
+from dmmlib.attribution.kernel import gram
+from dmmlib.attribution.linearised import LAM, RANK, linearised_response
 from dmmlib.errors import DataError
 
 RHOS = np.geomspace(1e-4, 1e3, 29)
@@ -94,7 +94,11 @@ class BayesianDatamodel:
         Raises:
             ForgetSetError: for indices that are no proper part of the training set.
         """
-        return self.change(indicator(forget, self.n_train)[None] == 0)[0]
+        return self.effects([forget])[0]
+
+    def effects(self, sets: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
+        """`effect` of several forget sets at once (k, n_points, n_classes)."""
+        return self.change(np.stack([indicator(forget, self.n_train) for forget in sets]) == 0)
 
     def predict(self, masks: np.ndarray) -> np.ndarray:
         """Predicted logits (k, n_points, n_classes) of models trained on the given masks (k, n_train)."""
@@ -116,35 +120,31 @@ class BayesianDatamodel:
         return self.sigma * np.sqrt(variance)
 
 
-@register("bayesian", kernel_response)
+@register("bayesian", gram, linearised_response)
 def bayesian(
-    context: Context,
-    lam: float = 0.1,
-    delta: float = 0.2,
-    residual: Residual = "measured",
-    at: At = "subsets",
-    n_models: int | None = 20,
+    context: Context, lam: float = LAM, delta: float = 1.0, n_models: int | None = 20, rank: int = RANK
 ) -> BayesianDatamodel:
     """Fit the posterior to all subset models of the context.
 
-    Takes what `gradient_kernel` does, M^3 for the evidence, and 4 M n_points n_classes bytes.
+    Takes what `linearised_response` does, its prediction of every subset, M^3 for the evidence, and 4 M n_points
+    n_classes bytes.
 
     Args:
-        context: with the weights of subset models (or the originals).
-        lam, residual, at, n_models: of the kernel; see `kernel`.
+        context: with the weights of subset models.
+        lam, n_models, rank: of the linearised models; see `linearised`.
         delta: share of C that is each point's own, in (0, 1].
 
     Raises:
-        DataError: for a delta outside (0, 1], fewer than three subset models, or as `kernel_response`.
+        DataError: for a delta outside (0, 1], fewer than three subset models, or as `linearised_response`.
     """
     if not 0 < delta <= 1:
-        raise DataError(f"delta={delta} was given; use a share above 0 and at most 1, such as 0.2.")
+        raise DataError(f"delta={delta} was given; use a share above 0 and at most 1, such as 1.")
     if len(context.masks) < 3:
         raise DataError(f"{len(context.masks)} subset models were given; a Bayesian datamodel takes at least 3.")
-    return fit(context, kernel_response(context, lam, residual, at, n_models), delta)
+    return fit(context, linearised_response(context, lam, n_models, rank), delta)
 
 
-def fit(context: Context, response: Response | np.ndarray, delta: float = 0.2) -> BayesianDatamodel:
+def fit(context: Context, response: Response | np.ndarray, delta: float = 1.0) -> BayesianDatamodel:
     """The posterior around any response of margins, or weights (n_train, n_points) of a linear one, up to a scale."""
     if isinstance(response, np.ndarray):
         response = Linear(response)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -18,9 +18,10 @@ from scipy.stats import norm, t
 
 from dmmlib import metrics
 from dmmlib.attribution.ablation import Predict, antithetic_masks, clustered_masks, posterior
-from dmmlib.attribution.base import Context, Response, calibrated, indicator
+from dmmlib.attribution.base import Context, Linear, Response, calibrated, indicator
 from dmmlib.attribution.bayesian import BayesianDatamodel, covariance, fit
-from dmmlib.attribution.kernel import Kernel, KernelResponse, Residual, gradient_kernel, hardness, residuals
+from dmmlib.attribution.kernel import kernel_response
+from dmmlib.attribution.linearised import LAM, RANK, Linearised, LinearisedResponse, linearise
 from dmmlib.datamodels import Attributor, RidgeDatamodel, lds, lds_estimate
 from dmmlib.errors import DataError
 from dmmlib.files import read_json, write_json
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from dmmlib.forget_sets import ForgetSet
 
 SPLITS = ("forget", "retain", "validation")
-LAM = 0.1  # the kernel's penalty, as the study has it
 Effect = Callable[[np.ndarray], np.ndarray]
 """From forget indices to the predicted change of margins (n_points,)."""
 
@@ -181,40 +181,51 @@ def draws(study: Study, size: int) -> list[int]:
     return [k * max(size, apart) for k in range(n)]
 
 
-class Kernels:
-    """Kernels of the first models of contexts, each computed once."""
+class Cache:
+    """Linearised models of contexts, each made once."""
 
     def __init__(self, study: Study) -> None:
         self.study = study
-        self._known: dict[tuple[str, int, float, bool], Kernel] = {}
+        self._known: dict[tuple[Any, ...], tuple[Linearised, ...]] = {}
 
     def __call__(
-        self, name: str, context: Context, k: int, lam: float = LAM, hard: bool = True, originals: bool = False
-    ) -> Kernel:
-        """Averaged over the first k models of a context that is known by this name; `hard`: penalties by hardness."""
+        self, name: str, context: Context, k: int, lam: float = LAM, rank: int = RANK, originals: bool = False
+    ) -> LinearisedResponse:
+        """The response of the first k models of a context that is known by this name, or of k originals."""
         models = context.originals if originals else context.subset_models()
         assert models is not None
-        n = context.n_train
-        h = hardness(context.margins[:, :n]) if hard else None
-        cheap, done = self.study.preset.cheap, 0
-        for j in sorted({j for j in (*cheap.kernels, cheap.n_ablation, k) if j <= k}):  # each on top of the last
-            key = (name, j, lam, hard)
-            if key not in self._known:
-                self.study.progress(f"gradient kernels ({name})", done, k)
-                new = gradient_kernel(models[done:j], context.x, context.y, n, lam, h, context.seed)
-                if done:
-                    old = self._known[name, done, lam, hard]
-                    pairs = ((old.transfer, new.transfer), (old.inverse, new.inverse))
-                    new = Kernel(*((was * done + more * (j - done)) / j for was, more in pairs))
-                self._known[key] = new
-                self.study.progress(f"gradient kernels ({name})", j, k)
-            done = j
-        return self._known[name, k, lam, hard]
+        key = (name, lam, rank)
+        known = self._known.get(key, ())
+        if len(known) < k:
+            self.study.progress(f"linearised models ({name})", len(known), k)
+            initial = -float(np.log(context.n_classes - 1))
+            some = models[len(known) : k]
+            known += linearise(some, context.x, context.y, context.n_train, initial, lam, rank, context.seed)
+            self._known[key] = known
+            self.study.progress(f"linearised models ({name})", k, k)
+        return LinearisedResponse(known[:k])
 
 
-def measured(context: Context, kernel: Kernel) -> KernelResponse:
-    """A kernel with measured residuals, as `kernel_response` has it."""
-    return KernelResponse(kernel, kernel.measured(context.margins[:, : context.n_train], context.masks))
+@dataclass(frozen=True)
+class Remembered:
+    """A response that predicts the same masks once."""
+
+    response: Response
+    _known: dict[bytes, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def n_train(self) -> int:
+        return self.response.n_train
+
+    @property
+    def weights(self) -> np.ndarray:
+        return self.response.weights
+
+    def change(self, masks: np.ndarray) -> np.ndarray:
+        key = np.packbits(np.asarray(masks, bool)).tobytes()
+        if key not in self._known:
+            self._known[key] = self.response.change(masks)
+        return self._known[key]
 
 
 # --- against the number of models ----------------------------------------------------------------------
@@ -301,7 +312,7 @@ def bayesian_lds(study: Study, model: BayesianDatamodel) -> Estimate:
     return lds_estimate(right(study, model.predict(masks)), actual)
 
 
-def curve(study: Study, kernels: Kernels) -> pd.DataFrame:
+def curve(study: Study, cache: Cache) -> pd.DataFrame:
     """p95 KLoM of DM-direct on the reported forget sets, and LDS, against the number of subset models.
 
     Returns:
@@ -326,7 +337,7 @@ def curve(study: Study, kernels: Kernels) -> pd.DataFrame:
         for draw, start in enumerate(draws(study, size)):
             context = pool(study, start, start + size)
             k = context.subset_models().n_models
-            model = fit(context, measured(context, kernels(f"draw {start}", context, k)))
+            model = fit(context, cache(f"draw {start}", context, k))
             found = yardstick.klom(margins_of(study, model))
             add([*found, _lds_row(bayesian_lds(study, model))], "bayesian", size, draw)
     columns = ["attributor", "n_models", "draw", "forget_set", "split", "statistic", "value", "low", "high"]
@@ -375,17 +386,18 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Variant:
-    """One change to the default; what is None or the default's stays.
+    """The default, with something changed.
 
     Attributes:
-        group, name: what is changed, and to what.
-        subsets: name of the design of subsets.
-        k, lam, hard, originals: of the kernel.
-        residual: "measured", "mean" or "held_out".
-        groups: whether points that leave together do more than the sum of what each does.
-        delta: own share of the prior covariance.
-        mean, own, each: of `posterior`.
-        prior_only: the kernel alone, scaled to the subset models.
+        group, name: what is changed, and how.
+        subsets: a design of `_designs`.
+        k: linearised models; the preset's `n_ablation` if None.
+        lam, rank: of them.
+        originals: whether gradients are taken at originals instead of subset models.
+        response: the "linearised" models retrained, their single points' effects added up ("linear"), or the "kernel"
+            with exact deletions and measured residuals.
+        delta, mean, own, each: see `posterior`.
+        prior_only: the response alone, scaled.
     """
 
     group: str
@@ -393,11 +405,10 @@ class Variant:
     subsets: str = "default"
     k: int | None = None
     lam: float = LAM
-    hard: bool = True
+    rank: int = RANK
     originals: bool = False
-    residual: Residual = "measured"
-    groups: bool = True
-    delta: float = 0.2
+    response: Literal["linearised", "linear", "kernel"] = "linearised"
+    delta: float = 1.0
     mean: bool = True
     own: bool = True
     each: bool = False
@@ -407,31 +418,26 @@ class Variant:
 def variants(study: Study) -> list[Variant]:
     """The default, and one change at a time."""
     cheap, own = study.preset.cheap, study.preset.attribution.fraction
-    few = min(cheap.kernels)
     return [
-        Variant("default", f"subsets of {own:.0%}, kernel of {cheap.n_ablation}"),
+        Variant("default", f"subsets of {own:.0%}, {cheap.n_ablation} linearised models"),
         *(Variant("subsets", f"of {f:.0%}", subsets=f"{f:g}") for f in cheap.fractions),
         Variant("subsets", "of 50%, in antithetic pairs", subsets="antithetic"),
         Variant("subsets", f"of {own:.0%}, clustered", subsets="clustered"),
-        Variant("residual", "mean (TRAK's)", residual="mean"),
-        Variant("residual", "held out", residual="held_out"),
-        *(Variant("kernel", f"of {k} models", k=k) for k in cheap.kernels),
-        *(Variant("kernel", f"of {few} models, λ = {v:g}", k=few, lam=v) for v in cheap.penalties),
-        Variant("kernel", f"at {cheap.n_ablation} originals", originals=True),
-        Variant("kernel", "one penalty for all points (TRAK's)", hard=False),
-        Variant("kernel", "effects of points add up", groups=False),
-        Variant("kernel", "both", hard=False, groups=False),
-        Variant("prior", "mean only: the kernel alone", prior_only=True),
+        Variant("response", "kernel ridge, deletions exact", response="kernel"),
+        Variant("response", "to first order: effects add up", response="linear"),
+        *(Variant("linearised models", f"{k} of them", k=k) for k in cheap.kernels),
+        *(Variant("linearised models", f"λ = {v:g}", lam=v) for v in cheap.penalties),
+        *(Variant("linearised models", f"rank {r}", rank=r) for r in cheap.ranks),
+        Variant("linearised models", f"at {cheap.n_ablation} originals", originals=True),
+        Variant("prior", "mean only: linearised models alone", prior_only=True),
         Variant("prior", "covariance only: no mean", mean=False),
-        Variant("prior", "independent corrections (δ = 1)", delta=1.0),
-        Variant("prior", "δ = 0.05", delta=0.05),
-        Variant("prior", "δ = 0.5", delta=0.5),
+        Variant("prior", "correlated corrections (δ = 0.2)", delta=0.2),
         Variant("own weights", "not free", own=False),
         Variant("scale", "ρ for each target", each=True),
     ]
 
 
-def _designs(study: Study, kernels: Kernels, draw: int) -> Iterator[tuple[str, Context]]:
+def _designs(study: Study, cache: Cache, draw: int) -> Iterator[tuple[str, Context]]:
     """Each design of subsets with its models, of one draw."""
     m, section, cheap = study.preset.attribution.n_subsets, study.preset.attribution, study.preset.cheap
     start = draws(study, m)[draw]
@@ -444,13 +450,13 @@ def _designs(study: Study, kernels: Kernels, draw: int) -> Iterator[tuple[str, C
     for fraction in cheap.fractions:
         yield f"{fraction:g}", trained(f"{fraction:g}", study.random_masks(f"masks:{fraction:g}:{draw}", m, fraction))
     yield "antithetic", trained("antithetic", antithetic_masks(study.random_masks(f"masks:pairs:{draw}", m, 0.5)))
-    kernel = kernels("originals", study.context, min(cheap.n_ablation, study.originals.n_models), originals=True)
+    at_originals = cache("originals", study.context, min(cheap.n_ablation, study.originals.n_models), originals=True)
     seed = study.seeds(f"masks:clustered:{draw}", 1)[0]
-    masks = clustered_masks(kernel.transfer, m, section.fraction, cheap.n_clusters, seed)
+    masks = clustered_masks(at_originals.weights, m, section.fraction, cheap.n_clusters, seed)
     yield "clustered", trained("clustered", masks)
 
 
-def ablate(study: Study, kernels: Kernels) -> pd.DataFrame:
+def ablate(study: Study, cache: Cache) -> pd.DataFrame:
     """Every variant on the tuning sets, with `n_draws` independent draws of the preset's number of subset models.
 
     Returns:
@@ -461,9 +467,13 @@ def ablate(study: Study, kernels: Kernels) -> pd.DataFrame:
     masks, actual = held_out_margins(study, chosen=True)
     n_draws = len(draws(study, study.preset.attribution.n_subsets))
     for draw in range(n_draws):
-        for design, context in _designs(study, kernels, draw):
+        for design, context in _designs(study, cache, draw):
+            responses: dict[tuple[Any, ...], Remembered] = {}
             for v in (v for v in wanted if v.subsets == design):
-                predict = _fitted(study, kernels, v, context, draw)
+                key = (v.response, v.k, v.lam, v.rank, v.originals)
+                if key not in responses:
+                    responses[key] = Remembered(_response(study, cache, v, context, draw))
+                predict = _predicting(v, context, responses[key])
                 found = pd.DataFrame(yardstick.klom(leaving_out(predict, study.data.n_train)))
                 scores = np.exp(np.log(found["value"]).groupby(found["split"]).mean()).to_dict()
                 scores["lds"] = float(lds(predict(masks), actual).mean())
@@ -474,18 +484,22 @@ def ablate(study: Study, kernels: Kernels) -> pd.DataFrame:
     return table.sort_values(["order", "draw"], kind="stable", ignore_index=True).drop(columns="order")
 
 
-def _fitted(study: Study, kernels: Kernels, v: Variant, context: Context, draw: int) -> Predict:
-    n = context.n_train
+def _response(study: Study, cache: Cache, v: Variant, context: Context, draw: int) -> Response:
+    """What a variant takes for the prior's mean."""
     k = v.k or study.preset.cheap.n_ablation
+    if v.response == "kernel":
+        return kernel_response(context, 0.1, "measured", "subsets", k)
     if v.originals:
-        kernel = kernels("originals", context, min(k, study.originals.n_models), v.lam, v.hard, originals=True)
+        name, k = "originals", min(k, study.originals.n_models)
+    elif v.subsets == "default":
+        name = f"draw {draws(study, study.preset.attribution.n_subsets)[draw]}"
     else:
-        start = draws(study, study.preset.attribution.n_subsets)[draw]
-        name = f"draw {start}" if v.subsets == "default" else f"{v.subsets}, draw {draw}"
-        kernel = kernels(name, context, min(k, context.subset_models().n_models), v.lam, v.hard)
-    if not v.groups:
-        kernel = replace(kernel, inverse=np.eye(n, dtype=np.float32))
-    response: Response = KernelResponse(kernel, residuals(kernel, context.margins[:, :n], context.masks, v.residual))
+        name = f"{v.subsets}, draw {draw}"
+    found = cache(name, context, k, v.lam, v.rank, v.originals)
+    return Linear(found.weights) if v.response == "linear" else found
+
+
+def _predicting(v: Variant, context: Context, response: Response) -> Predict:
     if v.prior_only:
         alone = calibrated(context, response)
         return lambda masks: alone.scale * response.change(masks)

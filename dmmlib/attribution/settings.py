@@ -12,12 +12,12 @@ class CheapSettings:
     Attributes:
         sizes: subset models of Bayesian datamodels; the largest number of them is trained.
         n_draws: independent draws of subset models, of every size that fits in as many blocks, and of every design.
-        n_kernel: models that a kernel is averaged over, the first of a draw.
+        n_kernel: linearised models, the first of a draw.
         n_ablation: the same in the ablation, and
         kernels: other numbers tried there.
-        penalties: of the kernel, in the ablation.
+        penalties, ranks: of linearised models, in the ablation.
         fractions: of S in a subset, in the ablation, besides the preset's.
-        n_clusters: of training points that the kernel takes for one another, for clustered subsets.
+        n_clusters: of training points whose effects are alike, for clustered subsets.
     """
 
     sizes: tuple[int, ...] = (25, 50, 100, 250, 1000)
@@ -25,6 +25,7 @@ class CheapSettings:
     n_kernel: int = 20
     n_ablation: int = 10
     kernels: tuple[int, ...] = (5, 20)
-    penalties: tuple[float, ...] = (0.03, 0.3)
+    penalties: tuple[float, ...] = (0.002, 0.02)
+    ranks: tuple[int, ...] = (100,)
     fractions: tuple[float, ...] = (0.5, 0.9)
     n_clusters: int = 50
