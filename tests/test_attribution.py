@@ -293,6 +293,7 @@ def test_the_posterior_is_that_of_generalised_least_squares():
     inverse = np.linalg.inv(fitted.rho * a @ c @ a.T + np.eye(20))
     u = np.isin(np.arange(n), [0, 4, 7]).astype(float)
     effect, sd = fitted.effect([0, 4, 7]), fitted.sd([0, 4, 7])
+    np.testing.assert_allclose(fitted.effects([[2], [0, 4, 7]]), [fitted.effect([2]), effect], atol=1e-5)
     for j in range(40):
         for k in range(3):
             y = context.outputs[:, j, k].astype(float)
