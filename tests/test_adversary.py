@@ -23,7 +23,7 @@ from dmmlib.execution import Execution
 SMALL = AdversarySettings(
     n=120, share=0.1, hidden=8, epochs=5, n_targets=5, n_tuning=3, n_models=4, n_known=2, n_candidates=40, k=3,
     dampings=(0.3, 30.0), angles=(0.0,), craft_steps=3, radii=(1.0, 4.0), n_polyhedra=10, shares=(0.1,), epsilons=(0,),
-    ks=(2,), sizes=(4,), n_subsets=30, camouflage_subsets=6, n_klom=4, n_klom_requests=2, sequence=2, n_honest=12,
+    ks=(2,), sizes=(4,), n_subsets=30, camouflage_subsets=6, n_klom=4, n_requests=2, sequence=2, n_honest=12,
     convex_steps=20, convex_batch=20, convex_side=3, convex_k=2,
 )  # fmt: skip
 
@@ -504,7 +504,7 @@ def test_klom_is_measured_of_every_attack_by_every_method(world: World, prepared
     klom = serving.klom(world, prepared, options)
     assert set(klom["attack"]) == {"album", *prepared.asked}
     assert len(klom) == (len(prepared.asked) + 1) * len(options) * 3
-    assert (klom["n_requests"] == SMALL.n_klom_requests).all()
+    assert (klom["n_requests"] == SMALL.n_requests).all()
     assert ((klom["low"] <= klom["value"]) & (klom["value"] <= klom["high"])).all()
     value = klom.pivot_table(index="attack", columns=["method", "split"], values="value")
     cold = value.loc["never_trained"]

@@ -23,16 +23,18 @@ from dmmlib.unlearn.matching import predicted_oracle
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "do_nothing": [{}],
     "retrain": [{}],
-    "gd": [{"epochs": 1.0, "batch_size": 100, "lr": lr} for lr in (1e-2, 3e-2, 1e-1)],
-    "ga": [{"epochs": 3.0, "lr": lr} for lr in (1e-3, 3e-3, 1e-2)],
-    "ga_gd": [{"ascent_epochs": 2.0, "descent_epochs": 1.0, "batch_size": 100, "lr": lr} for lr in (1e-3, 3e-3, 1e-2)],
-    "scrub": [{"epochs": 1, "max_epochs": 1, "batch_size": 100, "lr": lr} for lr in (3e-3, 1e-2, 3e-2)],
-    "ssd": [{"alpha": a} for a in (5.0, 10.0, 25.0)],
-    "oracle_matching": [{"cost": 0.1, "batch_size": 40, "lr": lr} for lr in (1e-3, 3e-3, 1e-2)],
+    "gd": [{"epochs": 1.0, "batch_size": 100, "lr": lr} for lr in (1e-2, 3e-2, 1e-1, 3e-1)],
+    "ga": [{"epochs": 3.0, "lr": lr} for lr in (1e-3, 3e-3, 1e-2, 3e-2)],
+    "ga_gd": [
+        {"ascent_epochs": 2.0, "descent_epochs": 1.0, "batch_size": 100, "lr": lr} for lr in (1e-3, 3e-3, 1e-2, 3e-2)
+    ],
+    "scrub": [{"epochs": 1, "max_epochs": 1, "batch_size": 100, "lr": lr} for lr in (1e-2, 3e-2, 1e-1, 3e-1)],
+    "ssd": [{"alpha": a} for a in (2.0, 5.0, 10.0, 25.0, 50.0)],
+    "oracle_matching": [{"cost": 0.1, "batch_size": 40, "lr": lr} for lr in (3e-3, 1e-2, 3e-2)],
     "dm_direct": [{}],
-    "dmm": [{"cost": 0.1, "batch_size": 40, "lr": lr} for lr in (1e-3, 3e-3, 1e-2)],
+    "dmm": [{"cost": 0.1, "batch_size": 40, "lr": lr} for lr in (3e-3, 1e-2, 3e-2)],
 }
-"""Settings tried of each method, on an honest request of the attack's size."""
+"""Settings tried of each method, on honest requests of the attack's size."""
 
 ALONE = ("ssd",)
 """Methods that look at the forget set's points themselves, not only at batches of them: no steps to share."""
@@ -146,24 +148,27 @@ def _several(world: World, asked: Asked, ts: Sequence[int]) -> Several:
 
 
 def choose_options(world: World, prepared: Prepared) -> tuple[dict[str, dict[str, Any]], pd.DataFrame]:
-    """Each method's setting: the one nearest to retraining on an honest request of the attack's size.
+    """Each method's setting: the one nearest to retraining on honest requests of the attack's size.
 
-    The request is a class-pure set of images alike, from the site without poison. Distance: mean over F, R and V of the
-    mean absolute difference of mean margins to retrained models. No target plays a part.
+    They are class-pure sets of images alike, from the site without poison. Distance: mean over requests and over F, R
+    and V of the mean absolute difference of mean margins to retrained models. No target plays a part.
     """
     s, site = world.s, prepared.places["honest"]
-    forget = world.album(world.half, s.n, np.random.default_rng([s.seed, 7]))
-    retrained = retrain(world, site, [forget], 2 * s.n_models)
-    asked = Asked("search", [site], [forget], retrained[:, : s.n_models], [prepared.monitors["honest"].datamodel])
-    goal = metrics.margins(retrained[0, s.n_models :], site.data.y).mean(0)
-    parts = ForgetSet("", forget).splits(s.n, site.data.n_val)
-    tried = [(0, method, setting) for method, grid in OPTIONS.items() for setting in grid if len(grid) > 1]
+    rng = np.random.default_rng([s.seed, 7])
+    albums = [world.album(world.half, s.n, rng) for _ in range(s.n_requests)]
+    retrained = retrain(world, site, albums, 2 * s.n_models)
+    asked = Asked("search", [site], albums, retrained[:, : s.n_models], [prepared.monitors["honest"].datamodel])
+    goals = [metrics.margins(z[s.n_models :], site.data.y).mean(0) for z in retrained]
+    grid = [(method, setting) for method, grid in OPTIONS.items() for setting in grid if len(grid) > 1]
+    tried = [(t, *option) for option in grid for t in range(len(albums))]
     rows = []
-    for (_, method, setting), result in zip(tried, solve(world, asked, tried), strict=True):
-        gap = np.nan_to_num(np.abs(result.margins.mean(0) - goal), nan=1e3, posinf=1e3)
-        distance = float(np.mean([gap[part].mean() for part in parts.values()]))
-        rows.append({"method": method, "setting": setting, "distance": distance})
-    table = pd.DataFrame(rows)
+    for (t, method, setting), result in zip(tried, solve(world, asked, tried), strict=True):
+        gap = np.nan_to_num(np.abs(result.margins.mean(0) - goals[t]), nan=1e3, posinf=1e3)
+        parts = ForgetSet("", albums[t]).splits(s.n, site.data.n_val).values()
+        distance = float(np.mean([gap[part].mean() for part in parts]))
+        rows.append({"method": method, "setting": repr(setting), "distance": distance})
+    table = pd.DataFrame(rows).groupby(["method", "setting"], sort=False)["distance"].mean().reset_index()
+    table["setting"] = [setting for _, setting in grid]
     best = {method: grid[0] for method, grid in OPTIONS.items()}
     nearest = table.loc[table.groupby("method")["distance"].idxmin()]
     return best | dict(zip(nearest["method"], nearest["setting"], strict=True)), table
@@ -271,11 +276,11 @@ def _with_many_models(world: World, prepared: Prepared) -> list[Asked]:
     """
     s, every = world.s, prepared.asked
     rng = np.random.default_rng([s.seed, 10])
-    albums = [world.album(world.half, s.n, rng) for _ in range(s.n_klom_requests)]
+    albums = [world.album(world.half, s.n, rng) for _ in range(s.n_requests)]
     few = [replace(every["honest_datamodel"], attack="album", requests=albums)]
     for asked in every.values():
         if asked.attack != "never_trained":
-            first = slice(s.n_klom_requests)
+            first = slice(s.n_requests)
             few.append(replace(asked, sites=asked.sites[first], requests=asked.requests[first]))
     pairs = [site.poison for asked in few for site in asked.sites]
     requests = [part for asked in few for part in np.array_split(np.stack(asked.requests), len(asked.sites))]
