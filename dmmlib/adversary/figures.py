@@ -158,7 +158,9 @@ def klom(table: pd.DataFrame, title: str, caption: str) -> Figure:
             vmin=table["value"].min(), vmax=-np.log(FLOOR), cbar_kws={"label": "KLoM, p95"},
         )  # fmt: skip
         _lines(axis)
-        axis.set_title(f"{split} points", fontsize=10, loc="left")
+        axis.set_title(
+            {"forget": "deleted points", "retain": "points that stay"}.get(str(split), f"{split} points"), fontsize=10
+        )
     return titled(figure, title, caption)
 
 

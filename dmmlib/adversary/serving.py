@@ -26,7 +26,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "gd": [{"epochs": 1.0, "batch_size": 100, "lr": lr} for lr in (1e-2, 3e-2, 1e-1, 3e-1)],
     "ga": [{"epochs": 3.0, "lr": lr} for lr in (1e-3, 3e-3, 1e-2, 3e-2)],
     "ga_gd": [
-        {"ascent_epochs": 2.0, "descent_epochs": 1.0, "batch_size": 100, "lr": lr} for lr in (1e-3, 3e-3, 1e-2, 3e-2)
+        {"ascent_epochs": 2.0, "descent_epochs": 1.0, "batch_size": 100, "lr": lr} for lr in (3e-3, 1e-2, 3e-2, 1e-1)
     ],
     "scrub": [{"epochs": 1, "max_epochs": 1, "batch_size": 100, "lr": lr} for lr in (1e-2, 3e-2, 1e-1, 3e-1)],
     "ssd": [{"alpha": a} for a in (2.0, 5.0, 10.0, 25.0, 50.0)],

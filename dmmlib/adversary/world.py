@@ -70,7 +70,7 @@ def pool(images: Tensor) -> Tensor:
 
 def cores() -> Execution:
     """Many small models a step on each core; nothing is compiled, as nothing here trains for long."""
-    return Execution(128, torch.get_num_threads())
+    return Execution(512, torch.get_num_threads())
 
 
 def mlp(data: Dataset, s: AdversarySettings, execution: Execution | None = None) -> Victim:
