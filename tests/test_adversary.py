@@ -23,7 +23,7 @@ from dmmlib.execution import Execution
 SMALL = AdversarySettings(
     n=120, share=0.1, hidden=8, epochs=5, n_targets=5, n_tuning=3, n_models=4, n_known=2, n_candidates=40, k=3,
     dampings=(0.3, 30.0), angles=(0.0,), craft_steps=3, radii=(1.0, 4.0), n_polyhedra=10, shares=(0.1,), epsilons=(0,),
-    ks=(2,), sizes=(4,), n_subsets=30, camouflage_subsets=6, n_klom=4, sequence=2, n_honest=12,
+    ks=(2,), sizes=(4,), n_subsets=30, camouflage_subsets=6, n_klom=4, n_requests=2, sequence=2, n_honest=12,
     convex_steps=20, convex_batch=20, convex_side=3, convex_k=2,
 )  # fmt: skip
 
@@ -430,6 +430,31 @@ def test_served_tables_are_complete_and_their_summary_right(world: World, prepar
     assert table.loc["do_nothing", "change"] == 0
 
 
+def test_requests_that_share_steps_are_served_as_each_alone(world: World, prepared: experiments.Prepared) -> None:
+    options = {name: grid[0] for name, grid in serving.OPTIONS.items()}
+    for attack in ("ddpa_clean", "honest_datamodel"):
+        asked = prepared.asked[attack]
+        cases = [(t, method, setting) for t in range(3) for method, setting in options.items()]
+        for case, found in zip(cases, serving.solve(world, asked, cases), strict=True):
+            alone = serving._one(world, asked, *case)
+            np.testing.assert_allclose(found.margins, alone.margins, atol=2e-3, err_msg=f"{attack}, {case[1]}")
+            assert found.cost == alone.cost
+            assert (found.correct == alone.correct).mean() > 0.99
+
+
+def test_every_attack_is_served_by_every_method(world: World, prepared: experiments.Prepared) -> None:
+    options = {name: grid[0] for name, grid in serving.OPTIONS.items()}
+    served = pd.concat([serving.serve(world, asked, options) for asked in prepared.asked.values()])
+    assert set(served["method"]) >= {
+        "do_nothing", "retrain", "gd", "ga", "ga_gd", "scrub", "ssd", "oracle_matching", "dm_direct", "dmm",
+    }  # fmt: skip
+    counts = served.groupby(["attack", "method"]).size().unstack()
+    assert (counts == SMALL.n_targets * SMALL.n_models).all(axis=None), "no cell of attacks x methods is empty"
+    assert served.notna().all(axis=None)
+    differ = served.pivot_table(index=["attack", "target", "model"], columns="method", values="margin")
+    assert differ.loc["random"].std(axis=1).gt(0).all()
+
+
 def test_never_trained_points_leave_datamodels_cold(world: World, prepared: experiments.Prepared) -> None:
     served = serving.serve(world, prepared.asked["never_trained"], {"dm_direct": {}})
     np.testing.assert_allclose(served["margin"], served["margin before"], atol=1e-4)
@@ -472,8 +497,31 @@ def test_sequence_sweep_limits_and_klom_have_their_rows(world: World, prepared: 
     assert limits.loc["camouflage", "expected"] == pytest.approx(-1)
     assert (limits.loc[["ddpa_clean", "ddpa_dirty"], "gradient held"] <= 1 + 1e-4).all()
     assert (limits.loc[["ddpa_clean", "ddpa_dirty"], "pulls along the target"] < world.half).all()
-    klom = serving.klom(world, prepared, {"do_nothing": {}, "retrain": {}})
-    assert len(klom) == 4 * 2 * 3
+
+
+def test_klom_is_measured_of_every_attack_by_every_method(world: World, prepared: experiments.Prepared) -> None:
+    options = {"do_nothing": {}, "retrain": {}, "ga": {"epochs": 3.0, "lr": 1e-2}, "dm_direct": {}}
+    klom = serving.klom(world, prepared, options)
+    assert set(klom["attack"]) == {"album", *prepared.asked}
+    assert len(klom) == (len(prepared.asked) + 1) * len(options) * 3
+    assert (klom["n_requests"] == SMALL.n_requests).all()
+    assert ((klom["low"] <= klom["value"]) & (klom["value"] <= klom["high"])).all()
+    value = klom.pivot_table(index="attack", columns=["method", "split"], values="value")
+    cold = value.loc["never_trained"]
+    assert cold["dm_direct"].equals(cold["do_nothing"]), "a datamodel has no column for such a point"
+    trained = value.drop(index="never_trained")
+    assert (trained["do_nothing"]["forget"] > trained["retrain"]["forget"]).mean() > 0.5
+
+
+def test_interval_covers_the_mean_of_its_table() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.random((40, 5))
+    table = pd.DataFrame([{"target": t, "model": m, "error": values[t, m]} for t in range(40) for m in range(5)])
+    e = serving.interval(table, "error", n_bootstrap=4000)
+    assert e.value == pytest.approx(values.mean())
+    assert e.low < e.value < e.high
+    two_ways = np.sqrt(values.mean(1).var() / 40 + values.mean(0).var() / 5)
+    assert two_ways < (e.high - e.low) / 2 / 1.96 < 2 * two_ways
 
 
 def test_exact_deletion_is_measured_where_the_model_is_convex(digits: data.Dataset) -> None:

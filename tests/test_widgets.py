@@ -11,6 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmmlib import forget_sets, metrics
+from dmmlib.adversary.subspace import gradients
+from dmmlib.attribution.base import MarginDatamodel
+from dmmlib.attribution.kernel import KernelResponse, gradient_kernel
 from dmmlib.errors import ForgetSetError
 from dmmlib.progress import silent
 from dmmlib.study import Study
@@ -188,12 +191,53 @@ def test_a_request_that_acts_together_stands_out_against_random_ones():
     previewer = Previewer(Alike(), rng.normal(size=(4, 60, 3)).astype(np.float32), rng.integers(0, 3, 60), n_train=50)
     usual = previewer.usual(shares=(0.04, 0.1, 0.2), n_sets=12)
     assert [u.size for u in usual] == [2, 5, 10]
-    assert usual[0].mean < usual[-1].mean
+    assert usual[0].mean["validation"] < usual[-1].mean["validation"]
     together, ordinary = previewer.preview(range(5)), previewer.preview(range(20, 25))
     assert "it stands out" in previews.beyond_usual(usual, together)
     assert "does not stand out" in previews.beyond_usual(usual, ordinary)
-    assert f"{together.elsewhere:.1%} would change" in previews.beyond_usual(usual, together)
+    assert f"{together.reach['validation']:.1%} of validation answers" in previews.beyond_usual(usual, together)
     assert previews.beyond_usual([], together) == "", "nothing measured, nothing claimed"
+    assert "leverage" not in together.reach
+    assert "knows no gradients, so leverage does not count" in previews.beyond_usual(usual, together)
+
+
+def test_leverage_is_the_length_of_the_displacement_in_the_models_own_metric(tiny):
+    models, n, lam = tiny.originals[:1], tiny.data.n_train, 0.1
+    h, r = (np.random.default_rng(i).uniform(0.2, 2, n).astype(np.float32) for i in (0, 1))
+    found = KernelResponse(gradient_kernel(models, tiny.x, tiny.y, n, lam, h), r)
+    phi = gradients(models, 0, tiny.x[:n], tiny.y[:n]).cpu().double().numpy()
+    mu = lam * (phi**2).sum(1).mean()
+    metric = phi.T @ (h[:, None] * phi) + mu * np.eye(phi.shape[1])
+
+    def length(forget):
+        moved = np.linalg.solve(metric, phi[forget].T @ (h * r)[forget])
+        return np.sqrt(moved @ metric @ moved)
+
+    attributor = MarginDatamodel(found, 1.0, tiny.data.y, np.zeros((len(tiny.x), 10), np.float32))
+    forgets = [np.arange(3), np.arange(20, 40), np.array([7])]
+    ratios = [previews.leverage(attributor, f) / length(f) for f in forgets]
+    np.testing.assert_allclose(ratios, ratios[0], rtol=0.02)
+
+
+def test_the_studys_attributor_gives_a_preview_all_three_parts_of_the_score(tiny):
+    previewer = Previewer(tiny.attributor, tiny.original_logits, tiny.data.y, tiny.data.n_train)
+    usual = previewer.usual(shares=(0.05, 0.2), n_sets=8)
+    assert all(set(u.spread) == {"retain", "validation", "leverage"} for u in usual)
+    assert min(u.spread["leverage"] for u in usual) > 0
+    rng = np.random.default_rng(1)
+    random = previewer.preview(rng.choice(120, 6, replace=False))
+
+    def together(forget):
+        """Length of the displacement over what it would be if the points pulled in unrelated directions."""
+        alone = [previews.leverage(tiny.attributor, np.array([i])) for i in forget]
+        return previews.leverage(tiny.attributor, forget) / np.linalg.norm(alone)
+
+    alike = [together(np.flatnonzero(tiny.data.y_train == c)[:6]) for c in range(10)]
+    unlike = [together(rng.choice(120, 6, replace=False)) for _ in range(20)]
+    assert np.mean(alike) > np.mean(unlike) + 0.1, "images of one class move the parameters together"
+    assert "leverage on the parameters" in previews.beyond_usual(usual, random)
+    assert "does not count" not in previews.beyond_usual(usual, random)
+    assert previews.leverage(Known(np.zeros((160, 10))), np.arange(3)) is None, "not known, not claimed"
 
 
 def test_a_preview_says_where_it_cannot_tell():

@@ -236,7 +236,7 @@ def prepare(world: World) -> Prepared:
         after = retrain(world, places[home], wanted, s.n_models)
         asked[name] = Asked(name, [places[home]], wanted, after, [monitors[home].datamodel])
     asked["camouflage"], hidden, watched = camouflage(world)
-    asked["never_trained"] = never_trained(world, honest, asked["camouflage"])
+    asked["never_trained"] = never_trained(world, honest, asked["camouflage"], s.n_models)
     return Prepared(crafted, asked, places, monitors, hidden, watched)
 
 
@@ -300,15 +300,15 @@ def camouflage(world: World) -> tuple[Asked, list[Poison], pd.DataFrame]:
     return asked, poisons, pd.concat([table for _, table in judged], ignore_index=True)
 
 
-def never_trained(world: World, honest: Site, camouflaged: Asked) -> Asked:
+def never_trained(world: World, honest: Site, camouflaged: Asked, n_models: int) -> Asked:
     """Requests for points that hold a target up and were never contributed: an unchecked service "forgets" them.
 
     In the manner of "unlearn and burn". They are the points that `camouflage` would ask to delete, and stand behind the
-    training points, in no model's training set, so that retraining without them is training again.
+    training points, in no model's training set, so that retraining without them is training again: `n_models` for all.
     """
     s, data = world.s, honest.data
     again = world.victim.train(
-        honest.x[: s.n], data.y_train, np.ones((s.n_models, s.n), bool), [30_000 + i for i in range(s.n_models)]
+        honest.x[: s.n], data.y_train, np.ones((n_models, s.n), bool), [30_000 + i for i in range(n_models)]
     )
     made, requests, retrained = [], [], []
     for t, forget in enumerate(camouflaged.requests):

@@ -8,12 +8,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dmmlib.adversary import service
 from dmmlib.adversary.crafting import Poison
 from dmmlib.adversary.experiments import ATTACKS
 from dmmlib.adversary.stable_region import Region
+from dmmlib.metrics import FLOOR
 from dmmlib.plots import label, titled
 
 _PALETTE = sns.color_palette("colorblind", 10)
@@ -113,23 +115,52 @@ def success(table: pd.DataFrame, title: str, caption: str) -> Figure:
     return titled(figure, title, caption)
 
 
-def methods(table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Success of each attack against each method: a heat map with the numbers, retraining first."""
+def _grid(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """A column as attacks x methods, in the order of their rows, retraining and doing nothing first."""
     order = [m for m in ("retrain", "do_nothing") if m in set(table["method"])]
     order += [m for m in dict.fromkeys(table["method"]) if m not in order]
-    values = table.pivot(index="attack", columns="method", values="success").loc[
-        list(dict.fromkeys(table["attack"])), order
-    ]
-    values.index = pd.Index([ATTACKS[a] for a in values.index])
-    values.columns = pd.Index([LABELS.get(m, label(m)) for m in values.columns])
+    values = table.pivot(index="attack", columns="method", values=column)
+    values = values.loc[list(dict.fromkeys(table["attack"])), order]
+    return values.rename(index=ATTACKS | {"album": "honest, images alike"}, columns=lambda m: LABELS.get(m, label(m)))
+
+
+def _lines(axis: Axes) -> None:
+    """What all heat maps of attacks x methods share: a line beside retraining, slanted names."""
+    axis.axvline(1, color="white", lw=4)
+    axis.set(xlabel="", ylabel="")
+    plt.setp(axis.get_xticklabels(), rotation=35, ha="right", rotation_mode="anchor")
+
+
+def methods(table: pd.DataFrame, title: str, caption: str) -> Figure:
+    """Success of each attack against each method: a heat map with the numbers, retraining first."""
+    values = _grid(table, "success")
     figure, axis = plt.subplots(figsize=(10.5, 0.5 * len(values) + 1.9), layout="constrained")
     sns.heatmap(
         100 * values, annot=True, fmt=".0f", cmap="cividis", vmin=0, vmax=100, ax=axis, linewidths=0.5,
         cbar_kws={"label": "models that err on the target, %"},
     )  # fmt: skip
-    axis.axvline(1, color="white", lw=4)
-    axis.set(xlabel="", ylabel="")
-    plt.setp(axis.get_xticklabels(), rotation=35, ha="right", rotation_mode="anchor")
+    _lines(axis)
+    return titled(figure, title, caption)
+
+
+def klom(table: pd.DataFrame, title: str, caption: str) -> Figure:
+    """KLoM of each attack's requests after each method, with half intervals: a heat map a split."""
+    parts = dict(tuple(table.groupby("split", sort=False)))
+    n = table["attack"].nunique()
+    figure, axes = plt.subplots(
+        len(parts), 1, figsize=(10.5, 0.36 * n * len(parts) + 2.2), sharex=True, layout="constrained"
+    )
+    for axis, (split, part) in zip(axes, parts.items(), strict=True):
+        values, error = _grid(part, "value"), _grid(part, "error")
+        text = values.map("{:.1f}".format) + error.map(" ±{:.1f}".format)
+        sns.heatmap(
+            values, annot=text, fmt="", annot_kws={"fontsize": 8}, cmap="cividis", ax=axis, linewidths=0.5,
+            vmin=table["value"].min(), vmax=-np.log(FLOOR), cbar_kws={"label": "KLoM, p95"},
+        )  # fmt: skip
+        _lines(axis)
+        axis.set_title(
+            {"forget": "deleted points", "retain": "points that stay"}.get(str(split), f"{split} points"), fontsize=10
+        )
     return titled(figure, title, caption)
 
 

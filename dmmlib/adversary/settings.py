@@ -29,6 +29,8 @@ class AdversarySettings:
         n_subsets, fraction: subset models behind the service's datamodel, and the share of S that each is trained on.
         camouflage_subsets: subset models behind the gradient kernel of each camouflaged training set.
         n_klom: originals, retrained models, and others for the floor, where KLoM is measured.
+        n_requests: of each attack there, each retrained for twice `n_klom` times; and honest ones on which the settings
+            of methods are chosen.
         sequence: targets asked for one after another from the same poison.
         n_honest: honest requests of each kind that the defence is compared with.
         convex_side, convex_steps, convex_batch, convex_lr, convex_noise, convex_radius: of the noisy SGD that is
@@ -67,7 +69,8 @@ class AdversarySettings:
     n_subsets: int = 100
     fraction: float = 0.75
     camouflage_subsets: int = 10
-    n_klom: int = 24
+    n_klom: int = 20
+    n_requests: int = 5
     sequence: int = 3
     n_honest: int = 100
     convex_side: int = 5

@@ -38,22 +38,32 @@ class Case:
     targets: Sequence[np.ndarray]
     sites: Sequence[Site] = ()
 
-    def outcomes(self, world: World) -> pd.DataFrame:
-        """A row a target, with one retrained model; originals are trained where there are none."""
-        pairs = [site.poison for site in self.sites] or [(p.images, p.labels) for p in self.poisons]
-        n_models = 0 if self.sites else world.s.n_models
-        done = together(world, pairs, n_models, self.requests, 1, seed=50_000)
-        made = self.sites or [site for site, _ in done]
-        found = [site.outcomes(t, z) for site, t, (_, z) in zip(made, self.targets, done, strict=True)]
-        right = [site.logits[:, world.s.n :].argmax(2) == world.data.y_val for site in made]
-        names: dict[str, Any] = {
-            "attack": self.attack,
-            "varies": self.varies,
-            "value": self.value,
-            "size": len(self.requests[0][0]),
-        }
-        names |= {"balance": float(np.mean([p.balance for p in self.poisons])) if self.poisons else 0.0}
-        return pd.concat(found).assign(**names | {"accuracy before": float(np.mean(right))})
+    @property
+    def pairs(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Images and labels of each training set's poison."""
+        return [site.poison for site in self.sites] or [(p.images, p.labels) for p in self.poisons]
+
+
+def outcomes(world: World, cases: Sequence[Case]) -> list[pd.DataFrame]:
+    """A table a case: a row a target, with one retrained model; originals are trained where there are none.
+
+    All cases' models are trained together, which is what makes a step of many small models cheap.
+    """
+    tables: dict[int, pd.DataFrame] = {}
+    for n_models in (0, world.s.n_models):
+        part = [case for case in cases if bool(case.sites) == (n_models == 0)]
+        pairs = [pair for case in part for pair in case.pairs]
+        done = iter(together(world, pairs, n_models, [r for case in part for r in case.requests], 1, seed=50_000))
+        for case in part:
+            trained = [next(done) for _ in case.pairs]
+            made = case.sites or [site for site, _ in trained]
+            found = [s.outcomes(t, z) for s, t, (_, z) in zip(made, case.targets, trained, strict=True)]
+            names: dict[str, Any] = {"attack": case.attack, "varies": case.varies, "value": case.value}
+            names |= {"size": len(case.requests[0][0])}
+            names |= {"balance": float(np.mean([p.balance for p in case.poisons])) if case.poisons else 0.0}
+            right = [site.logits[:, world.s.n :].argmax(2) == world.data.y_val for site in made]
+            tables[id(case)] = pd.concat(found).assign(**names | {"accuracy before": float(np.mean(right))})
+    return [tables[id(case)] for case in cases]
 
 
 def sweep(world: World, prepared: Prepared) -> pd.DataFrame:
@@ -66,7 +76,7 @@ def sweep(world: World, prepared: Prepared) -> pd.DataFrame:
     """
     s = world.s
     cases = [case for name in ("ddpa_clean", "ddpa_dirty") for case in _of_ddpa(world, prepared, name)]
-    parts = [case.outcomes(world) for case in [*cases, *_of_fixed_targets(world, prepared)]]
+    parts = outcomes(world, [*cases, *_of_fixed_targets(world, prepared)])
     usual = {"share": s.share, "bound": float(s.epsilon), "k": float(s.k), "points deleted": float(world.half)}
     for name in ("ddpa_clean", "ddpa_dirty", "camouflage", "honest_gradient"):
         asked = prepared.asked[name]

@@ -69,8 +69,8 @@ def pool(images: Tensor) -> Tensor:
 
 
 def cores() -> Execution:
-    """A chunk of small models a core; nothing is compiled, as nothing here trains for long."""
-    return Execution(64, torch.get_num_threads())
+    """Many small models a step on each core; nothing is compiled, as nothing here trains for long."""
+    return Execution(512, torch.get_num_threads())
 
 
 def mlp(data: Dataset, s: AdversarySettings, execution: Execution | None = None) -> Victim:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from scipy.special import softmax
 
 from dmmlib import forget_sets, metrics, unlearn
@@ -76,7 +77,9 @@ class Preview:
         size: of F.
         before, after: split (forget, retain, validation) -> outcome of the originals, and predicted for oracles.
         changes: every point, the most changed first.
-        elsewhere: mean change of answers on images that are not in the set, a total variation.
+        reach: how far it reaches beyond the set: "retain" and "validation" -> mean change of answers on images that
+            stay and on validation images, a total variation; "leverage" -> length of the predicted displacement of the
+            parameters, absent where the attributor knows no gradients (`leverage`).
         told: split -> share of its points whose predicted change of margin is more than twice its uncertainty; empty
             where the attributor knows none.
     """
@@ -85,37 +88,67 @@ class Preview:
     before: dict[str, Outcome]
     after: dict[str, Outcome]
     changes: Changes
-    elsewhere: float
+    reach: dict[str, float]
     told: dict[str, float]
 
 
 @dataclass(frozen=True)
 class Usual:
-    """What random sets of one size do to answers on images that they do not hold: mean and spread of `elsewhere`."""
+    """What random sets of one size do: mean and spread of each part of `Preview.reach`."""
 
     size: int
-    mean: float
-    spread: float
+    mean: dict[str, float]
+    spread: dict[str, float]
+
+
+def leverage(attributor: Attributor, forget: np.ndarray) -> float | None:
+    """Length of the parameters' displacement that forgetting amounts to, up to a constant; None if it isn't known.
+
+    With phi the gradients of margins, h the hardness of points and r their residuals (`attribution.kernel`), deleting F
+    moves the parameters by sum_F r_i h_i A^-1 phi_i, A = sum h_i phi_i phi_i^T + mu. Its squared length in the metric A
+    is r_F . T_FF (h r)_F, T = G K the kernel's transfer, and h_i is proportional to G_ii / (1 - T_ii).
+    """
+    response = getattr(getattr(attributor, "prior", attributor), "response", None)
+    kernel, r = (getattr(response, name, None) for name in ("kernel", "residuals"))
+    if not (hasattr(kernel, "transfer") and hasattr(kernel, "inverse")) or r is None:
+        return None
+    own, inverse = np.diagonal(kernel.transfer)[forget], np.diagonal(kernel.inverse)[forget]
+    h = inverse / np.maximum(1 - own, 1e-6)
+    return float(np.sqrt(max(0.0, r[forget] @ kernel.transfer[np.ix_(forget, forget)] @ (h * r[forget]))))
+
+
+WORDS = {
+    "retain": "answers on images that stay",
+    "validation": "answers on validation images",
+    "leverage": "leverage on the parameters",
+}
 
 
 def beyond_usual(usual: Sequence[Usual], preview: Preview) -> str:
     """What a request would do beyond what random requests of its size do, as a sentence; empty where nothing is known.
 
-    Mean and spread are interpolated between the measured sizes, all in logarithms. An attack by deletion has to act
+    The score is that of `adversary.service`: the mean over the parts of `Preview.reach`, each in standard deviations.
+    Means and spreads are interpolated between the measured sizes, all in logarithms. An attack by deletion has to act
     together, and so stands out; so do honest requests for images alike (notebook 08).
     """
     if not usual:
         return ""
     sizes = np.log([u.size for u in usual])
-    mean, spread = (
-        float(np.exp(np.interp(np.log(preview.size), sizes, np.log(np.maximum(values, 1e-9)))))
-        for values in ([u.mean for u in usual], [u.spread for u in usual])
-    )
-    score = (preview.elsewhere - mean) / spread
+
+    def at(values: Sequence[float]) -> float:
+        return float(np.exp(np.interp(np.log(preview.size), sizes, np.log(np.maximum(values, 1e-9)))))
+
+    scores = {
+        part: (value - at([u.mean[part] for u in usual])) / at([u.spread[part] for u in usual])
+        for part, value in preview.reach.items()
+    }
+    score = float(np.mean(list(scores.values())))
     verdict = "it stands out: look who asks" if score > 3 else "it does not stand out"
+    each = ", ".join(f"{WORDS[part]} {z:+.1f}" for part, z in scores.items())
+    missing = "" if "leverage" in scores else " The attributor knows no gradients, so leverage does not count."
     return (
-        f"Answers on other images: {preview.elsewhere:.1%} would change; random requests of this size {mean:.1%} ± "
-        f"{spread:.1%}, so {verdict} ({score:+.1f} standard deviations)."
+        f"Beyond random requests of this size, in standard deviations: {each}; mean {score:+.1f}, so "
+        f"{verdict}.{missing} {preview.reach['validation']:.1%} of validation answers would change."
     )
 
 
@@ -165,9 +198,11 @@ class Previewer:
         sets = [np.sort(rng.choice(self._n_train, size, replace=False)) for size in sizes for _ in range(n_sets)]
         effects = getattr(self._attributor, "effects", None)
         predicted = effects(sets) if effects else [self._attributor.effect(forget) for forget in sets]
-        found = [self._preview(forget, effect).elsewhere for forget, effect in zip(sets, predicted, strict=True)]
-        by_size = zip(sizes, np.reshape(found, (len(sizes), n_sets)), strict=True)
-        return [Usual(size, float(row.mean()), float(row.std(ddof=1))) for size, row in by_size]
+        found = pd.DataFrame([self._preview(*pair).reach for pair in zip(sets, predicted, strict=True)])
+        by_size = [found.iloc[i * n_sets : (i + 1) * n_sets] for i in range(len(sizes))]
+        return [
+            Usual(size, part.mean().to_dict(), part.std().to_dict()) for size, part in zip(sizes, by_size, strict=True)
+        ]
 
     def _preview(self, indices: np.ndarray, effect: np.ndarray) -> Preview:
         margins, right, probability = self._read(retrained(self._logits, effect, self._labels))
@@ -180,9 +215,14 @@ class Previewer:
             outcomes(self._margins, self._right, splits),
             outcomes(margins, right, splits),
             changes,
-            float(np.delete(changes.distance, indices).mean()),
+            self._reach(indices, changes, splits),
             self._told(indices, effect, splits),
         )
+
+    def _reach(self, indices: np.ndarray, changes: Changes, splits: Mapping[str, np.ndarray]) -> dict[str, float]:
+        reach = {split: float(changes.distance[splits[split]].mean()) for split in ("retain", "validation")}
+        length = leverage(self._attributor, indices)
+        return reach if length is None else reach | {"leverage": length}
 
     def _told(self, indices: np.ndarray, effect: np.ndarray, splits: Mapping[str, np.ndarray]) -> dict[str, float]:
         sd = getattr(self._attributor, "sd", None)
