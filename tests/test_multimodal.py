@@ -184,6 +184,18 @@ def test_a_model_that_says_the_image_token_is_still_heard(here):
     assert torch.isfinite(here.module(x)).all()
 
 
+def test_greedy_answers_are_the_likeliest_tokens_after_one_another(here, task):
+    asked = np.concatenate([np.flatnonzero(here.modality == m)[:20] for m in (IMAGE, TEXT)])
+    rows, length = here.x[asked], here.codec.answer_length
+    said = here.generate(task.originals, rows)
+    assert len(torch.unique(said.flatten(0, 1), dim=0)) > 1
+    for k, answers in enumerate(said):
+        again = torch.cat([rows[:, :-length], answers], 1)
+        assert (task.originals[[k]].logits(again)[0].argmax(-1) == answers).all()
+    unseen = torch.cat([rows[:, :-length], torch.full_like(said[0], here.codec.pad)], 1)
+    assert (here.generate(task.originals, unseen) == said).all(), "the right answers are not looked at"
+
+
 def test_codec(here):
     texts = here.codec.decode(here.codec.answers(here.x[:40]))
     assert texts == [q.answer for q in here.questions[:40]]
