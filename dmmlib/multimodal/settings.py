@@ -70,5 +70,5 @@ class MultimodalSettings:
     match_lrs: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     unlearn_epochs: int = 3
     cost: float = 0.2
-    chunk: int = 10
+    chunk: int = 20
     seed: int = 0
