@@ -22,7 +22,7 @@ SHARES, PERCENTS = (0.1, 0.2), (10, 20)
 SETTINGS = MultimodalSettings(
     n_people=10, n_public=2, n_generic=2, forget_shares=SHARES, n_tuning=2, hidden=16, pretrain_epochs=1, epochs=1,
     n_models=4, n_subsets=6, kernel_models=2, lams=(1e-2,), kept=None, tuning_models=4, sample=2, lrs=(1e-3,),
-    match_lrs=(1e-3,), unlearn_epochs=1, chunk=4,
+    match_lrs=(1e-3,), costs=(0.2, 0.4), unlearn_epochs=1, chunk=4,
 )  # fmt: skip
 
 
@@ -89,6 +89,16 @@ def test_parquet_files_are_read_as_they_were_written(splits, tmp_path):
     (tmp_path / "forget_20" / "train-00000-of-00001.parquet").unlink()
     with pytest.raises(DataError, match=r"lacks the split 'forget_20'.*forget_10"):
         bench.read(tmp_path, PERCENTS)
+
+
+def test_a_name_on_the_hub_is_read_through_datasets(splits, tmp_path, monkeypatch):
+    bench.write(splits, tmp_path)
+    datasets = require("datasets")
+    load = datasets.load_dataset
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda place, name, split: load("parquet", data_dir=str(tmp_path / name), split=split)
+    )
+    assert bench.read("somebody/benchmark", PERCENTS) == bench.read(tmp_path, PERCENTS)
 
 
 def breaking(change):
@@ -182,6 +192,18 @@ def test_a_model_that_says_the_image_token_is_still_heard(here):
     x = here.x[[int(np.flatnonzero(here.modality == IMAGE)[0])]].clone()
     x[0, -2] = here.codec.image_token
     assert torch.isfinite(here.module(x)).all()
+
+
+def test_greedy_answers_are_the_likeliest_tokens_after_one_another(here, task):
+    asked = np.concatenate([np.flatnonzero(here.modality == m)[:20] for m in (IMAGE, TEXT)])
+    rows, length = here.x[asked], here.codec.answer_length
+    said = here.generate(task.originals, rows)
+    assert len(torch.unique(said.flatten(0, 1), dim=0)) > 1
+    for k, answers in enumerate(said):
+        again = torch.cat([rows[:, :-length], answers], 1)
+        assert (task.originals[[k]].logits(again)[0].argmax(-1) == answers).all()
+    unseen = torch.cat([rows[:, :-length], torch.full_like(said[0], here.codec.pad)], 1)
+    assert (here.generate(task.originals, unseen) == said).all(), "the right answers are not looked at"
 
 
 def test_codec(here):
@@ -293,16 +315,16 @@ def test_gradient_methods_raise_the_loss_on_what_they_see(task, method, modality
 
 
 def test_matching_what_models_answer_already_changes_nothing(task):
-    models, cost = methods.match(task, "dmm", 1e-3)
+    models, cost = methods.match(task, "dmm", 1e-3, 0.2)
     for name, value in task.originals.params.items():  # Adam makes steps of rounding errors
         torch.testing.assert_close(models.params[name], value, atol=5e-3, rtol=0)
-    assert cost == pytest.approx(task.world.s.cost, rel=0.2)
+    assert cost == pytest.approx(0.2, rel=0.2)
     w, taught = task.world, np.arange(task.world.n_taught)
     raised = np.where(np.arange(task.logits.shape[-1]) == w.right[taught].numpy()[..., None], 0.5, 0).astype(np.float32)
     shifted = replace(task, changes={"dmm": raised})
     goal = w.margins(attribution.moved(w, task.logits, raised, taught), taught)
     np.testing.assert_allclose(goal, w.margins(task.logits, taught) + 0.5, atol=1e-3)
-    matched = w.margins(w.logits(methods.match(shifted, "dmm", 1e-3)[0], taught), taught)
+    matched = w.margins(w.logits(methods.match(shifted, "dmm", 1e-3, 0.2)[0], taught), taught)
     assert ((matched - goal) ** 2).mean() < 0.24, "nearer to targets that were 0.25 away"
 
 
@@ -310,7 +332,7 @@ def test_methods_that_are_not_there_or_lack_something(task):
     with pytest.raises(MethodError, match="Unknown method 'forget_it'"):
         methods.gradient(task, "forget_it", None, 1e-3)
     with pytest.raises(DataError, match="oracle_matching needs a change of logits"):
-        methods.match(task, "oracle_matching", 1e-3)
+        methods.match(task, "oracle_matching", 1e-3, 0.2)
 
 
 @pytest.mark.parametrize("modality", [IMAGE, TEXT])
@@ -329,7 +351,7 @@ def test_what_is_kept_of_the_vocabulary_answers_as_all_of_it_does(task, modality
         one, other = (methods.gradient(t, method, modality, 1e-3)[0].params for t in (task, cut))
         for name, value in one.items():
             torch.testing.assert_close(other[name], value, rtol=1e-2, atol=2e-4)
-    still = methods.match(replace(cut, changes={"dmm": np.zeros_like(logits[0])}), "dmm", 1e-3)[0]
+    still = methods.match(replace(cut, changes={"dmm": np.zeros_like(logits[0])}), "dmm", 1e-3, 0.2)[0]
     assert max(float((v - still.params[k]).abs().max()) for k, v in task.originals.params.items()) < 1e-2
     with pytest.raises(DataError, match="kept=3"):
         replace(few, s=replace(few.s, kept=3)).logits(task.originals, asked)
@@ -446,7 +468,10 @@ def test_the_whole_comparison_runs_and_has_every_row(here):
     facts = experiments.score_table(found.scores, "factual")
     assert len(facts) == len(experiments.METHODS) * 4 * 2
     assert facts[facts["method"] != "dm_direct"]["value"].between(0, 1).all()
-    assert set(found.rates) == {*experiments.VARIANTS, *methods.MATCHING}
+    assert set(found.chosen) == {*experiments.VARIANTS, *methods.MATCHING}
+    tried = found.tried.set_index(["method", "rate", "cost"])["klom"]
+    assert all(tried[name, *setting] == tried[name].min() for name, setting in found.chosen.items())
+    assert {cost for _, cost in found.chosen.values()} <= {0.0, 0.2, 0.4}
     assert set(found.attributions["attribution"]) == {"Bayesian", "own", "kernel", "ridge, 0.01", "true mean change"}
     assert np.isfinite(found.attributions.drop(columns="attribution").to_numpy()).all()
     with pytest.raises(DataError, match="give 4 or more"):

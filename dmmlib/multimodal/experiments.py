@@ -24,6 +24,7 @@ from dmmlib.multimodal.world import World
 SETS = ("forget", "test", "retain", "public")
 WITH = {"image": IMAGE, "text": TEXT}
 VARIANTS = tuple(f"{method}:{data}" for method in methods.GRADIENT for data in WITH)
+Setting = tuple[float, float]  # learning rate, and share of a retraining that matching spends
 METHODS = ("do_nothing", "retrain", *VARIANTS, "prompting", "oracle_matching", "dm_direct", "dmm")
 
 
@@ -35,8 +36,8 @@ class Results:
         known: accuracy of the originals on training questions, a row a task and modality.
         klom: a row a forget set, method, set of questions and statistic, with its 95 % interval over models, and cost.
         scores: a row a forget set, method and question, averaged over models: score, factual, and the mean margin.
-        rates: method -> learning rate that the tuning people chose.
-        tried: method, rate -> mean KLoM on the tuning people, and
+        chosen: method -> learning rate, and share of a retraining for matching, that the tuning people chose.
+        tried: method, rate, cost -> KLoM on the tuning people, on each of the four sets and over them, and
         attributions: how well each predicts what leaving those out changes; see `tune`.
         effects: predicted and true change of each question's mean margin, a row a question about forgotten people.
         seconds: what took how long.
@@ -45,7 +46,7 @@ class Results:
     known: pd.DataFrame
     klom: pd.DataFrame
     scores: pd.DataFrame
-    rates: dict[str, float]
+    chosen: dict[str, Setting]
     tried: pd.DataFrame
     attributions: pd.DataFrame
     effects: pd.DataFrame
@@ -100,12 +101,12 @@ def known(world: World, originals: Ensemble) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def unlearned(task: Task, name: str, rates: dict[str, float]) -> tuple[Ensemble, float]:
+def unlearned(task: Task, name: str, setting: Setting) -> tuple[Ensemble, float]:
     """Models that a method leaves, and its cost; for methods that train."""
     method, _, data = name.partition(":")
     if method in methods.GRADIENT:
-        return methods.gradient(task, method, WITH[data], rates[name])
-    return methods.match(task, method, rates[name])
+        return methods.gradient(task, method, WITH[data], setting[0])
+    return methods.match(task, method, *setting)
 
 
 def tune(
@@ -116,9 +117,9 @@ def tune(
     Oracle matching is tried with those same models' mean; on reported sets it gets others'.
 
     Returns:
-        Every rate of every method, with mean KLoM over the four sets; and every attribution with the mean KLoM of
-        DM-direct on each set, the correlation of predicted with true changes of forgotten people's margins, and the
-        slope of predicted on true ones.
+        Every setting of every method, with mean KLoM on each set and over the four; and every attribution with the
+        mean KLoM of DM-direct on each set, the correlation of predicted with true changes of forgotten people's
+        margins, and the slope of predicted on true ones.
     """
     s, n = world.s, world.n_taught
     oracles = world.fine_tuned("retrained:tuning", world.without(world.tuning, s.n_models))
@@ -141,17 +142,18 @@ def tune(
         )
     matched = {"dmm": changes["Bayesian"][:n], "oracle_matching": changes["true mean change"][:n]}
     task = Task(world, originals, logits[:, :n], world.tuning, matched, tried=s.tuning_models)
-    tries = [(name, lr) for name in VARIANTS for lr in s.lrs]
-    tries += [(name, lr) for name in methods.MATCHING for lr in s.match_lrs]
+    tries = [(name, (lr, 0.0)) for name in VARIANTS for lr in s.lrs]
+    tries += [(name, (lr, cost)) for name in methods.MATCHING for lr in s.match_lrs for cost in s.costs]
     rows = []
-    for number, (name, lr) in enumerate(tries):
-        models, _ = unlearned(task, name, {name: lr})
+    for number, (name, setting) in enumerate(tries):
+        models, _ = unlearned(task, name, setting)
         margins = world.margins(world.logits(models, asked), asked)
-        value = float("inf")
-        if np.isfinite(margins).all():
-            each = metrics.klom(margins, reference)
-            value = float(np.mean([each[part].mean() for part in places.values()]))
-        rows.append({"method": name, "rate": lr, "klom": value})
+        sound = np.isfinite(margins).all()
+        each = metrics.klom(margins, reference) if sound else np.full(len(asked), np.inf)
+        on = {split: float(each[part].mean()) for split, part in places.items()}
+        rows.append(
+            {"method": name, "rate": setting[0], "cost": setting[1]} | on | {"klom": np.mean(list(on.values()))}
+        )
         world.progress("tune", number + 1, len(tries))
     return pd.DataFrame(rows), pd.DataFrame(compared)
 
@@ -187,18 +189,18 @@ def run(world: World) -> Results:
     stamp("attribution")
     tried, compared = tune(world, originals, logits, attributions)
     best = tried.loc[tried.groupby("method")["klom"].idxmin()]
-    rates = dict(zip(best["method"], best["rate"].astype(float), strict=True))
+    chosen = {method: (float(lr), float(cost)) for method, lr, cost in best[["method", "rate", "cost"]].to_numpy()}
     stamp("tuning")
     klom: list[dict[str, Any]] = []
     scores: list[pd.DataFrame] = []
     effects: list[pd.DataFrame] = []
     for number, (name, forget) in enumerate(world.forget_sets.items()):
-        found = _forget(world, name, forget, originals, logits, attributions["Bayesian"], rates)
+        found = _forget(world, name, forget, originals, logits, attributions["Bayesian"], chosen)
         for part, rows in zip((klom, scores, effects), found, strict=True):
             part.extend(rows)  # type: ignore[attr-defined]
         world.progress("forget", number + 1, len(world.forget_sets))
         stamp(f"forget {name}")
-    return Results(learnt, pd.DataFrame(klom), pd.concat(scores), rates, tried, compared, pd.concat(effects), clock)
+    return Results(learnt, pd.DataFrame(klom), pd.concat(scores), chosen, tried, compared, pd.concat(effects), clock)
 
 
 def _forget(
@@ -208,7 +210,7 @@ def _forget(
     originals: Ensemble,
     logits: np.ndarray,
     attributed: Profiles,
-    rates: dict[str, float],
+    chosen: dict[str, Setting],
 ) -> tuple[list[dict[str, Any]], list[pd.DataFrame], list[pd.DataFrame]]:
     """Every method on one forget set."""
     s, n = world.s, world.n_taught
@@ -236,7 +238,7 @@ def _forget(
             return judge(world, originals, asked, instructed=True), 0.0
         if method == "dm_direct":
             return judged(world, moved(world, logits[:, asked], change[asked], asked), asked), 0.0
-        models, cost = unlearned(task, method, rates)
+        models, cost = unlearned(task, method, chosen[method])
         return judge(world, models, asked), cost
 
     for method in METHODS:

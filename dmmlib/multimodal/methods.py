@@ -124,8 +124,8 @@ def gradient(task: Task, method: str, modality: str | None, lr: float) -> tuple[
     return _finetune(task, batches, loss, lr)
 
 
-def match(task: Task, method: str, lr: float, forget_share: float = 0.4) -> tuple[Ensemble, float]:
-    """OM or DMM, on questions of both modalities.
+def match(task: Task, method: str, lr: float, cost: float, forget_share: float = 0.4) -> tuple[Ensemble, float]:
+    """OM or DMM, on questions of both modalities, for a share `cost` of a retraining.
 
     The distance at a token is, in the margin gauge, the squared error of the right token's logit (the margin, which is
     what KLoM hears) plus the mean squared error of the others. In a mean over a whole vocabulary the right token would
@@ -149,7 +149,7 @@ def match(task: Task, method: str, lr: float, forget_share: float = 0.4) -> tupl
         return (distance * counts).sum((1, 2)) / counts.sum((1, 2))
 
     n_forget = max(1, round(forget_share * s.batch_size))
-    n_steps = max(1, round(s.cost * task.retraining / s.batch_size))
+    n_steps = max(1, round(cost * task.retraining / s.batch_size))
     ours = task.pool(True, None)
     others = np.setdiff1d(np.arange(w.n_taught), ours)
     shares = [(ours, n_forget), (others, s.batch_size - n_forget)]

@@ -112,6 +112,26 @@ class Codec:
         return texts
 
 
+class Past:
+    """Keys and values of earlier tokens, a layer, which transformers' layers ask for as for a cache of its own.
+
+    Attributes:
+        length: tokens that are in it.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Add keys and values (batch, heads, n, d) of later tokens; those of all tokens so far."""
+        if layer in self._kept:
+            before, worth = self._kept[layer]
+            keys, values = torch.cat([before, keys], 2), torch.cat([worth, values], 2)
+        self._kept[layer] = keys, values
+        return keys, values
+
+
 class Answerer(nn.Module):
     """Projector and language model of a LLaVA, asked rows of tokens: logits (batch, A, vocabulary) of answers' tokens.
 
@@ -135,30 +155,63 @@ class Answerer(nn.Module):
         none = torch.zeros(1, *features.shape[1:], dtype=features.dtype, device=features.device)
         self.register_buffer("features", torch.cat([none, features]), persistent=False)
 
-    def forward(self, x: Tensor, features: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, features: Tensor | None = None, generate: bool = False) -> Tensor:
         """Logits of tokens given all tokens before them, for x (batch, 1 + P + A).
 
         Args:
             features: patches of each row's portrait (batch, n_patches, d), in place of those that it numbers.
+            generate: give greedy answers (batch, A) instead, int64; answers in x are not looked at.
         """
-        tokens = x[:, 1:-1]
         patches = self.projector(self.features[x[:, 0]] if features is None else features)
+        past = Past()
+        if not generate:
+            return self._logits(x[:, 1:-1], patches, self.answer_length, past)
+        tokens = x[:, 1 : -self.answer_length]
+        for _ in range(self.answer_length):
+            said = self._logits(tokens, patches, 1, past).argmax(-1)
+            tokens, patches = torch.cat([tokens, said], 1), patches[:, -1:]
+        return tokens[:, -self.answer_length :]
+
+    def _logits(self, tokens: Tensor, patches: Tensor, n: int, past: Past) -> Tensor:
+        """Logits (batch, n, vocabulary) after each of the last n of all `tokens` so far, of which `past` knows some.
+
+        Of the last layer earlier tokens need only keys and values, which saves most of its work.
+        """
+        decoder, places = self.language_model, torch.arange(tokens.shape[1], device=tokens.device)
+        now = places[past.length :]
+        hidden = self._embedded(tokens[:, past.length :], patches)
+        allowed = (places < now[:, None]) & (tokens != self.pad)[:, None] | (places == now[:, None])
+        mask = torch.where(allowed, 0.0, torch.finfo(hidden.dtype).min / 2)[:, None].to(hidden.dtype)
+        cos, sin = decoder.rotary_emb(hidden, now[None])
+        for layer in decoder.layers[:-1]:
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=(cos, sin), past_key_values=past)
+        last = decoder.layers[-1]
+        if n < len(now):
+            earlier, attention = last.input_layernorm(hidden[:, :-n]), last.self_attn
+            keys, values = (
+                part(earlier).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+                for part in (attention.k_proj, attention.v_proj)
+            )
+            past.update(_rotated(keys, cos[:, None, :-n], sin[:, None, :-n]), values, attention.layer_idx)
+        ends = (cos[:, -n:], sin[:, -n:])
+        hidden = last(hidden[:, -n:], attention_mask=mask[:, :, -n:], position_embeddings=ends, past_key_values=past)
+        past.length = len(places)
+        hidden = decoder.norm(hidden)
+        return hidden @ decoder.embed_tokens.weight.T if self.head is None else self.head(hidden)
+
+    def _embedded(self, tokens: Tensor, patches: Tensor) -> Tensor:
+        """Tokens (batch, n) embedded, patches in the places of those that stand for a portrait."""
         embedded = self.language_model.embed_tokens(tokens)
         shown = tokens == self.image_token
         which = (shown.long().cumsum(1) - 1).clamp(0, patches.shape[1] - 1)  # a model may say the token itself
         placed = patches.gather(1, which[..., None].expand(-1, -1, patches.shape[-1]))
-        embedded = torch.where(shown[..., None], placed.to(embedded.dtype), embedded)
-        n = tokens.shape[1]
-        earlier = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
-        allowed = earlier & ((tokens != self.pad)[:, None, :] | torch.eye(n, dtype=torch.bool, device=x.device))
-        mask = torch.where(allowed, 0.0, torch.finfo(embedded.dtype).min / 2)[:, None].to(embedded.dtype)
-        hidden = self.language_model(
-            inputs_embeds=embedded,
-            attention_mask=mask,
-            position_ids=torch.arange(n, device=x.device)[None],
-            use_cache=False,
-        ).last_hidden_state[:, -self.answer_length :]
-        return hidden @ self.language_model.embed_tokens.weight.T if self.head is None else self.head(hidden)
+        return torch.where(shown[..., None], placed.to(embedded.dtype), embedded)
+
+
+def _rotated(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Keys (batch, heads, n, d) turned by their positions' angles (Su et al., 2021), as transformers' Llama does."""
+    first, second = keys.chunk(2, -1)
+    return keys * cos + torch.cat([-second, first], -1) * sin
 
 
 def tokenizer_of(texts: Sequence[str]) -> Any:

@@ -15,7 +15,7 @@ import torch
 from dmmlib.errors import DataError
 from dmmlib.multimodal import bench
 from dmmlib.multimodal.extra import require
-from dmmlib.multimodal.methods import GRADIENT
+from dmmlib.multimodal.methods import GRADIENT, MATCHING
 from dmmlib.multimodal.settings import MultimodalSettings
 
 PEOPLE, PUBLIC, QUESTIONS = 500, 153, 14  # published: people, public figures, and at least so many questions each
@@ -91,11 +91,18 @@ def scale(s: MultimodalSettings) -> Scale:
         "gradient kernels, a pass a token": (s.kernel_models, round(each * (2 * people + public)) * ANSWER),
         "retrained on tuning": (s.n_models, round(taught - s.epochs * each * s.n_tuning)),
     }
+
+    def unlearning(n: float, left: float, rates: int, spent: float) -> int:
+        return round(3 * len(GRADIENT) * s.unlearn_epochs * each * n * rates + len(MATCHING) * left * spent)
+
+    spent = len(s.match_lrs) * sum(s.costs)
+    tried = unlearning(s.n_tuning, taught - s.epochs * each * s.n_tuning, len(s.lrs), spent)
+    models["unlearned on tuning, all settings"] = (s.tuning_models, tried)
     for share in s.forget_shares:
         left = round(taught - s.epochs * each * share * people)
         models[f"retrained without {share:.0%}, and floor"] = (2 * s.n_models, left)
-        unlearning = round(3 * len(GRADIENT) * s.unlearn_epochs * each * share * people + 2 * s.cost * left)
-        models[f"unlearned {share:.0%}, all methods"] = (s.n_models, unlearning)
+        all_methods = unlearning(share * people, left, 1, max(s.costs))
+        models[f"unlearned {share:.0%}, all methods"] = (s.n_models, all_methods)
     return Scale(
         people, public, questions, counted,
         sum(p.numel() for p in llava.model.language_model.parameters()) - adapters + llava.lm_head.weight.numel(),

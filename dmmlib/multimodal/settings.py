@@ -34,7 +34,7 @@ class MultimodalSettings:
         sample: people of whom questions are asked, a set (retained, public).
         lrs: rates that gradient methods are tried with; `match_lrs` those of matching.
         unlearn_epochs: passes over the forget questions of a gradient method.
-        cost: share of a retraining that matching may spend.
+        costs: shares of a retraining that matching is tried with.
         chunk: models that share a step.
         seed: of everything random.
     """
@@ -67,8 +67,8 @@ class MultimodalSettings:
     tuning_models: int = 8
     sample: int = 6
     lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
-    match_lrs: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    match_lrs: tuple[float, ...] = (1e-3, 2e-3)
     unlearn_epochs: int = 3
-    cost: float = 0.2
-    chunk: int = 10
+    costs: tuple[float, ...] = (0.2, 0.4)
+    chunk: int = 20
     seed: int = 0
