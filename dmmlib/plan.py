@@ -235,7 +235,8 @@ def _jobs(preset: Preset, size: Size, study: Study | None) -> Iterator[Job]:
         yield Job("stage 07: more of attribution", more, done("attribution:more", more), epochs * size_a, True)
     n_draws, pairs = len(experiments.draws(asked, a.n_subsets)), a.n_subsets // 2 * 2
     designs = [(f"{f:g}", a.n_subsets, f) for f in preset.cheap.fractions]
-    for name, count, fraction in (*designs, ("antithetic", pairs, 0.5), ("clustered", a.n_subsets, a.fraction)):
+    designs += [("antithetic", pairs, 0.5), *((name, a.n_subsets, a.fraction) for name in ("twice", "clustered"))]
+    for name, count, fraction in designs:
         here = sum(done(f"attribution:{name}:{draw}", count) for draw in range(n_draws))
         gradients = epochs * round(fraction * size.n_train)
         yield Job(f"stage 07: ablation, {name}", n_draws * count, here, gradients, True)

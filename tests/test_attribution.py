@@ -16,7 +16,7 @@ from dmmlib.attribution import Context
 from dmmlib.attribution.base import calibrated
 from dmmlib.attribution.bayesian import covariance, fit
 from dmmlib.attribution.kernel import EASY, Kernel, gradient_kernel, gram, hardness, kernel, kernel_response, margin
-from dmmlib.attribution.linearised import LinearisedResponse, compressed, linearise, linearised_response
+from dmmlib.attribution.linearised import FLAT, LinearisedResponse, compressed, linearise, linearised_response
 from dmmlib.datamodels import retrained
 from dmmlib.errors import DataError, ForgetSetError, MethodError
 
@@ -188,6 +188,18 @@ def test_linearised_retraining_is_logistic_regression_on_gradients(name):
     effect = fitted.effect([0, 4, 5, 8])
     np.testing.assert_allclose(effect[right], fitted.scale * change[1], atol=1e-3 * size)
     assert (effect[~right] == 0).all()
+
+
+def test_leverage_is_the_length_of_a_newton_step():
+    context = problem(FACTORIES["mlp"])
+    response = linearised_response(context, n_models=1)
+    (model,) = response.models
+    phi = model.features[:10].double().numpy()
+    p = expit(-(model.initial + phi @ model.weights.double().numpy()))
+    metric = (phi.T * np.maximum(p * (1 - p), FLAT)) @ phi / 10 + model.penalty * np.eye(phi.shape[1])
+    pull = p[[1, 6]] @ phi[[1, 6]] / 10
+    moved = np.linalg.solve(metric, pull)
+    assert response.leverage(np.array([1, 6])) == pytest.approx(np.sqrt(moved @ metric @ moved), rel=1e-3)
 
 
 def test_masks_are_solved_for_one_by_one_or_together(monkeypatch):

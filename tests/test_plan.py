@@ -38,7 +38,7 @@ def test_a_plan_counts_what_a_run_trains(tmp_path, quick, monkeypatch):
     study.results()
     experiments.ablate(study, experiments.Cache(study))
     experiments.pool(study, 0, 40)
-    assert before.total.n_models == 8 + 120 + 20 + 2 * 2 * 8 + 2 * 8 + 20 + 4 * 2 * 20
+    assert before.total.n_models == 8 + 120 + 20 + 2 * 2 * 8 + 2 * 8 + 20 + 5 * 2 * 20
     assert before.total.missing == sum(trained.values()), "to the sample gradient"
     after = plan.plan(preset, tmp_path)
     assert after.total.done == after.total.n_models
@@ -64,7 +64,7 @@ def test_every_preset_can_be_planned(name, tmp_path, quick, monkeypatch):
     assert "measured just now on this machine" in text
     if name == "cifar10":
         assert found.n_parameters == 2_274_880
-        assert found.total.n_models == 200 + 20_200 + 100 + 10 * 400 + 2 * 100 + 900 + 4 * 3 * 100
+        assert found.total.n_models == 200 + 20_200 + 100 + 10 * 400 + 2 * 100 + 900 + 5 * 3 * 100
         assert "random images stand in" in text
     if name == "living17":
         assert (found.size.n_train, found.size.n_classes) == (88_400, 17)

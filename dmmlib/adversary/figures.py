@@ -152,15 +152,14 @@ def klom(table: pd.DataFrame, title: str, caption: str) -> Figure:
     )
     for axis, (split, part) in zip(axes, parts.items(), strict=True):
         values, error = _grid(part, "value"), _grid(part, "error")
-        text = values.map("{:.1f}".format) + error.map(" ±{:.1f}".format)
+        text = values.map(lambda v: f"{v:.1f}") + error.map(lambda e: f" ±{e:.1f}")
         sns.heatmap(
             values, annot=text, fmt="", annot_kws={"fontsize": 8}, cmap="cividis", ax=axis, linewidths=0.5,
             vmin=table["value"].min(), vmax=-np.log(FLOOR), cbar_kws={"label": "KLoM, p95"},
         )  # fmt: skip
         _lines(axis)
-        axis.set_title(
-            {"forget": "deleted points", "retain": "points that stay"}.get(str(split), f"{split} points"), fontsize=10
-        )
+        names = {"forget": "deleted points", "retain": "points that stay", "validation": "validation points"}
+        axis.set_title(names[str(split)], fontsize=10)
     return titled(figure, title, caption)
 
 

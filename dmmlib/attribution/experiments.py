@@ -16,13 +16,14 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm, t
 
-from dmmlib import metrics
+from dmmlib import ensemble, metrics
 from dmmlib.attribution.ablation import Predict, antithetic_masks, clustered_masks, posterior
 from dmmlib.attribution.base import Context, Linear, Response, calibrated, indicator
 from dmmlib.attribution.bayesian import BayesianDatamodel, covariance, fit
 from dmmlib.attribution.kernel import kernel_response
 from dmmlib.attribution.linearised import LAM, RANK, Linearised, LinearisedResponse, linearise
 from dmmlib.datamodels import Attributor, RidgeDatamodel, lds, lds_estimate
+from dmmlib.ensemble import Ensemble
 from dmmlib.errors import DataError
 from dmmlib.files import read_json, write_json
 from dmmlib.hashing import config_hash
@@ -393,9 +394,10 @@ class Variant:
         subsets: a design of `_designs`.
         k: linearised models; the preset's `n_ablation` if None.
         lam, rank: of them.
-        originals: whether gradients are taken at originals instead of subset models.
+        at: whose gradients: of "subsets", of "originals", or of the subset models "half-way" through their training.
         response: the "linearised" models retrained, their single points' effects added up ("linear"), or the "kernel"
             with exact deletions and measured residuals.
+        by_class: whether each target's class has a scale of its own.
         delta, mean, own, each: see `posterior`.
         prior_only: the response alone, scaled.
     """
@@ -406,8 +408,9 @@ class Variant:
     k: int | None = None
     lam: float = LAM
     rank: int = RANK
-    originals: bool = False
+    at: Literal["subsets", "originals", "half-way"] = "subsets"
     response: Literal["linearised", "linear", "kernel"] = "linearised"
+    by_class: bool = False
     delta: float = 1.0
     mean: bool = True
     own: bool = True
@@ -423,17 +426,20 @@ def variants(study: Study) -> list[Variant]:
         *(Variant("subsets", f"of {f:.0%}", subsets=f"{f:g}") for f in cheap.fractions),
         Variant("subsets", "of 50%, in antithetic pairs", subsets="antithetic"),
         Variant("subsets", f"of {own:.0%}, clustered", subsets="clustered"),
+        Variant("subsets", f"of {own:.0%}, each twice", subsets="twice"),
         Variant("response", "kernel ridge, deletions exact", response="kernel"),
         Variant("response", "to first order: effects add up", response="linear"),
         *(Variant("linearised models", f"{k} of them", k=k) for k in cheap.kernels),
         *(Variant("linearised models", f"λ = {v:g}", lam=v) for v in cheap.penalties),
         *(Variant("linearised models", f"rank {r}", rank=r) for r in cheap.ranks),
-        Variant("linearised models", f"at {cheap.n_ablation} originals", originals=True),
+        Variant("linearised models", f"at {cheap.n_ablation} originals", at="originals"),
+        Variant("linearised models", "half-way through training", at="half-way"),
         Variant("prior", "mean only: linearised models alone", prior_only=True),
         Variant("prior", "covariance only: no mean", mean=False),
         Variant("prior", "correlated corrections (δ = 0.2)", delta=0.2),
         Variant("own weights", "not free", own=False),
         Variant("scale", "ρ for each target", each=True),
+        Variant("scale", "s for each class", by_class=True),
     ]
 
 
@@ -450,6 +456,8 @@ def _designs(study: Study, cache: Cache, draw: int) -> Iterator[tuple[str, Conte
     for fraction in cheap.fractions:
         yield f"{fraction:g}", trained(f"{fraction:g}", study.random_masks(f"masks:{fraction:g}:{draw}", m, fraction))
     yield "antithetic", trained("antithetic", antithetic_masks(study.random_masks(f"masks:pairs:{draw}", m, 0.5)))
+    twice = np.repeat(study.random_masks(f"masks:twice:{draw}", -(-m // 2), section.fraction), 2, 0)[:m]
+    yield "twice", trained("twice", twice)
     at_originals = cache("originals", study.context, min(cheap.n_ablation, study.originals.n_models), originals=True)
     seed = study.seeds(f"masks:clustered:{draw}", 1)[0]
     masks = clustered_masks(at_originals.weights, m, section.fraction, cheap.n_clusters, seed)
@@ -470,7 +478,7 @@ def ablate(study: Study, cache: Cache) -> pd.DataFrame:
         for design, context in _designs(study, cache, draw):
             responses: dict[tuple[Any, ...], Remembered] = {}
             for v in (v for v in wanted if v.subsets == design):
-                key = (v.response, v.k, v.lam, v.rank, v.originals)
+                key = (v.response, v.k, v.lam, v.rank, v.at)
                 if key not in responses:
                     responses[key] = Remembered(_response(study, cache, v, context, draw))
                 predict = _predicting(v, context, responses[key])
@@ -489,17 +497,58 @@ def _response(study: Study, cache: Cache, v: Variant, context: Context, draw: in
     k = v.k or study.preset.cheap.n_ablation
     if v.response == "kernel":
         return kernel_response(context, 0.1, "measured", "subsets", k)
-    if v.originals:
+    name = (
+        f"draw {draws(study, study.preset.attribution.n_subsets)[draw]}"
+        if v.subsets == "default"
+        else (f"{v.subsets}, draw {draw}")
+    )
+    if v.at == "originals":
         name, k = "originals", min(k, study.originals.n_models)
-    elif v.subsets == "default":
-        name = f"draw {draws(study, study.preset.attribution.n_subsets)[draw]}"
-    else:
-        name = f"{v.subsets}, draw {draw}"
-    found = cache(name, context, k, v.lam, v.rank, v.originals)
+    elif v.at == "half-way":
+        name, context = f"half-way, draw {draw}", replace(context, models=_half_way(study, context.masks[:k], draw))
+    found = cache(name, context, k, v.lam, v.rank, v.at == "originals")
     return Linear(found.weights) if v.response == "linear" else found
 
 
+def _half_way(study: Study, masks: np.ndarray, draw: int) -> Ensemble:
+    """Models trained for half as many epochs."""
+    n, training = study.data.n_train, study.training
+    training = replace(training, epochs=max(1, training.epochs // 2))
+    seeds = study.seeds(f"half-way:{draw}", len(masks))
+    return ensemble.train(study.module, study.x[:n], study.y[:n], masks, seeds, training, study.execution)
+
+
+@dataclass(frozen=True)
+class ByClass:
+    """A response times a factor for the class of each target (n_classes,)."""
+
+    response: Response
+    factors: np.ndarray
+    labels: np.ndarray
+
+    @classmethod
+    def fit(cls, context: Context, response: Response) -> ByClass:
+        """Factors of least squares on the margins of the context's subset models."""
+        f, y = (z - z.mean(0) for z in (response.change(context.masks), context.margins))
+        of_class = context.labels == np.arange(context.n_classes)[:, None]
+        fy, ff = (of_class @ (f * z).sum(0) for z in (y, f))
+        return cls(response, (fy / np.maximum(ff, 1e-12)).astype(np.float32), context.labels)
+
+    @property
+    def n_train(self) -> int:
+        return self.response.n_train
+
+    @property
+    def weights(self) -> np.ndarray:
+        return self.factors[self.labels] * self.response.weights
+
+    def change(self, masks: np.ndarray) -> np.ndarray:
+        return self.factors[self.labels] * self.response.change(masks)
+
+
 def _predicting(v: Variant, context: Context, response: Response) -> Predict:
+    if v.by_class:
+        response = ByClass.fit(context, response)
     if v.prior_only:
         alone = calibrated(context, response)
         return lambda masks: alone.scale * response.change(masks)

@@ -262,6 +262,17 @@ class KernelResponse:
         """`Kernel.change` (k, n_points)."""
         return self.kernel.change(self.residuals, masks)
 
+    def leverage(self, forget: np.ndarray) -> float:
+        """Length, in the models' own metric, of the displacement without the points `forget`, up to a constant.
+
+        With phi the gradients of margins, h the hardness of points and r their residuals, the displacement is
+        sum_F r_i h_i A^-1 phi_i, A = sum h_i phi_i phi_i^T + mu. Its squared length in the metric A is
+        r_F . T_FF (h r)_F, and h_i is proportional to G_ii / (1 - T_ii).
+        """
+        own, inverse = (np.diagonal(z)[forget] for z in (self.kernel.transfer, self.kernel.inverse))
+        r, h = self.residuals[forget], inverse / np.maximum(1 - own, 1e-6)
+        return float(np.sqrt(max(0.0, r @ self.kernel.transfer[np.ix_(forget, forget)] @ (h * r))))
+
 
 def kernel_response(
     context: Context, lam: float, residual: Residual, at: At, n_models: int | None = None

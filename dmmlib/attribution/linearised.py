@@ -116,6 +116,11 @@ class Linearised:
         spread = self._rows @ torch.linalg.solve(self._hessian(0.0), self.features.T)
         return self._wrong[:, None] / self.n_train * spread
 
+    def leverage(self, forget: np.ndarray) -> float:
+        """Length, in the metric of the preconditioner, of the Newton step that takes the points `forget` out."""
+        step = self._wrong[forget] @ self._rows[forget] / self.n_train
+        return float((step @ self._preconditioner @ step).sqrt())
+
 
 @dataclass(frozen=True)
 class LinearisedResponse:
@@ -148,6 +153,10 @@ class LinearisedResponse:
                 total += model.margins(model.trained(some))
             out[at : at + BLOCK] = ((total[1:] - total[0]) / len(self.models)).cpu().numpy()
         return out
+
+    def leverage(self, forget: np.ndarray) -> float:
+        """`Linearised.leverage`, mean over models: how far the parameters move without the points `forget`."""
+        return float(np.mean([model.leverage(forget) for model in self.models]))
 
 
 def compressed(kernel: Tensor, n_train: int, rank: int, seed: int = 0) -> Tensor:
@@ -194,7 +203,7 @@ def linearise(
 def linearised_response(
     context: Context, lam: float = LAM, n_models: int | None = 20, rank: int = RANK
 ) -> LinearisedResponse:
-    """The response of a context's first subset models, linearised.
+    """The response of a context's first subset models, linearised: 4 n_models n_points rank bytes.
 
     Raises:
         DataError: for a penalty, rank or number of models that is not positive, or a context without weights.

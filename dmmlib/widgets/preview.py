@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 from scipy.special import softmax
 
 from dmmlib import forget_sets, metrics, unlearn
@@ -102,19 +101,10 @@ class Usual:
 
 
 def leverage(attributor: Attributor, forget: np.ndarray) -> float | None:
-    """Length of the parameters' displacement that forgetting amounts to, up to a constant; None if it isn't known.
-
-    With phi the gradients of margins, h the hardness of points and r their residuals (`attribution.kernel`), deleting F
-    moves the parameters by sum_F r_i h_i A^-1 phi_i, A = sum h_i phi_i phi_i^T + mu. Its squared length in the metric A
-    is r_F . T_FF (h r)_F, T = G K the kernel's transfer, and h_i is proportional to G_ii / (1 - T_ii).
-    """
+    """Length of the parameters' displacement that forgetting amounts to, up to a constant; None if it isn't known."""
     response = getattr(getattr(attributor, "prior", attributor), "response", None)
-    kernel, r = (getattr(response, name, None) for name in ("kernel", "residuals"))
-    if not (hasattr(kernel, "transfer") and hasattr(kernel, "inverse")) or r is None:
-        return None
-    own, inverse = np.diagonal(kernel.transfer)[forget], np.diagonal(kernel.inverse)[forget]
-    h = inverse / np.maximum(1 - own, 1e-6)
-    return float(np.sqrt(max(0.0, r[forget] @ kernel.transfer[np.ix_(forget, forget)] @ (h * r[forget]))))
+    length = getattr(response, "leverage", None)
+    return None if length is None else float(length(forget))
 
 
 WORDS = {
@@ -198,10 +188,15 @@ class Previewer:
         sets = [np.sort(rng.choice(self._n_train, size, replace=False)) for size in sizes for _ in range(n_sets)]
         effects = getattr(self._attributor, "effects", None)
         predicted = effects(sets) if effects else [self._attributor.effect(forget) for forget in sets]
-        found = pd.DataFrame([self._preview(*pair).reach for pair in zip(sets, predicted, strict=True)])
-        by_size = [found.iloc[i * n_sets : (i + 1) * n_sets] for i in range(len(sizes))]
+        found = [self._preview(*pair).reach for pair in zip(sets, predicted, strict=True)]
+        by_part = {part: np.reshape([reach[part] for reach in found], (len(sizes), n_sets)) for part in found[0]}
         return [
-            Usual(size, part.mean().to_dict(), part.std().to_dict()) for size, part in zip(sizes, by_size, strict=True)
+            Usual(
+                size,
+                {part: float(values[k].mean()) for part, values in by_part.items()},
+                {part: float(values[k].std(ddof=1)) for part, values in by_part.items()},
+            )
+            for k, size in enumerate(sizes)
         ]
 
     def _preview(self, indices: np.ndarray, effect: np.ndarray) -> Preview:
