@@ -7,8 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -229,11 +228,10 @@ def _jobs(preset: Preset, size: Size, study: Study | None) -> Iterator[Job]:
             forget = part.size or round(part.share * size.n_train / size.n_classes)
             here = sum(done(f"{stream}:{part.name}", count) for stream in ("oracles", "floor"))
             yield Job(f"{kind}oracles and floor, {part.name}", 2 * count, here, epochs * (size.n_train - forget))
-    asked = cast(Study, SimpleNamespace(preset=preset))  # all that these look at, where the data are absent too
-    more = max(experiments.sizes(asked)) - a.n_subsets
+    more = max(experiments.sizes(preset)) - a.n_subsets
     if more:
         yield Job("stage 07: more of attribution", more, done("attribution:more", more), epochs * size_a, True)
-    n_draws, pairs = len(experiments.draws(asked, a.n_subsets)), a.n_subsets // 2 * 2
+    n_draws, pairs = len(experiments.draws(preset, a.n_subsets)), a.n_subsets // 2 * 2
     designs = [(f"{f:g}", a.n_subsets, f) for f in preset.cheap.fractions]
     designs += [("antithetic", pairs, 0.5), *((name, a.n_subsets, a.fraction) for name in ("twice", "clustered"))]
     for name, count, fraction in designs:

@@ -146,7 +146,7 @@ def test_a_pool_goes_on_where_the_presets_models_end(study):
 
 @pytest.mark.parametrize("size", CHEAP["sizes"])
 def test_draws_share_no_model(study, size):
-    starts = experiments.draws(study, size)
+    starts = experiments.draws(study.preset, size)
     assert len(starts) == (2 if size <= 30 else 1)
     assert all(b - a >= size for a, b in itertools.pairwise(starts))
     assert starts[-1] + size <= max(CHEAP["sizes"])

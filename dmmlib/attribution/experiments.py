@@ -32,6 +32,7 @@ from dmmlib.study import Stream, Study
 
 if TYPE_CHECKING:
     from dmmlib.forget_sets import ForgetSet
+    from dmmlib.presets import Preset
 
 SPLITS = ("forget", "retain", "validation")
 Effect = Callable[[np.ndarray], np.ndarray]
@@ -145,9 +146,9 @@ def held_out_margins(study: Study, chosen: bool = False) -> tuple[np.ndarray, np
 # --- subset models -------------------------------------------------------------------------------------
 
 
-def sizes(study: Study) -> list[int]:
+def sizes(preset: Preset) -> list[int]:
     """Numbers of subset models that Bayesian datamodels are fitted to; the preset's own is always one of them."""
-    return sorted({*study.preset.cheap.sizes, study.preset.attribution.n_subsets})
+    return sorted({*preset.cheap.sizes, preset.attribution.n_subsets})
 
 
 def pool(study: Study, start: int, stop: int) -> Context:
@@ -157,7 +158,9 @@ def pool(study: Study, start: int, stop: int) -> Context:
     """
     section, own = study.preset.attribution, len(study.context.masks)
     more = Stream(
-        "attribution:more", study.random_masks("attribution masks", max(sizes(study)), section.fraction)[own:], True
+        "attribution:more",
+        study.random_masks("attribution masks", max(sizes(study.preset)), section.fraction)[own:],
+        True,
     )
     parts = [replace(study.context, masks=study.context.masks[start:own], outputs=study.context.outputs[start:own],
                      models=None)] if start < own else []  # fmt: skip
@@ -174,9 +177,9 @@ def pool(study: Study, start: int, stop: int) -> Context:
     return replace(study.context, masks=masks, outputs=outputs, models=models[:k])
 
 
-def draws(study: Study, size: int) -> list[int]:
+def draws(preset: Preset, size: int) -> list[int]:
     """Where blocks of `size` models start: up to `n_draws` that share none."""
-    n_draws, every = study.preset.cheap.n_draws, max(sizes(study))
+    n_draws, every = preset.cheap.n_draws, max(sizes(preset))
     apart = every // n_draws
     n = n_draws if size <= apart else max(1, every // size)
     return [k * max(size, apart) for k in range(n)]
@@ -334,8 +337,8 @@ def curve(study: Study, cache: Cache) -> pd.DataFrame:
         effect, _, score = ridge(study, size)
         add([*yardstick.klom(effect), _lds_row(score)], "ridge", size)
     add(raw_ridge(study, yardstick), "ridge, raw logits", study.preset.datamodels.n_subsets)
-    for size in sizes(study):
-        for draw, start in enumerate(draws(study, size)):
+    for size in sizes(study.preset):
+        for draw, start in enumerate(draws(study.preset, size)):
             context = pool(study, start, start + size)
             k = context.subset_models().n_models
             model = fit(context, cache(f"draw {start}", context, k))
@@ -446,7 +449,7 @@ def variants(study: Study) -> list[Variant]:
 def _designs(study: Study, cache: Cache, draw: int) -> Iterator[tuple[str, Context]]:
     """Each design of subsets with its models, of one draw."""
     m, section, cheap = study.preset.attribution.n_subsets, study.preset.attribution, study.preset.cheap
-    start = draws(study, m)[draw]
+    start = draws(study.preset, m)[draw]
     yield "default", pool(study, start, start + m)
 
     def trained(name: str, masks: np.ndarray) -> Context:
@@ -473,7 +476,7 @@ def ablate(study: Study, cache: Cache) -> pd.DataFrame:
     """
     yardstick, wanted, rows = Yardstick.tuning(study), variants(study), list[tuple[Any, ...]]()
     masks, actual = held_out_margins(study, chosen=True)
-    n_draws = len(draws(study, study.preset.attribution.n_subsets))
+    n_draws = len(draws(study.preset, study.preset.attribution.n_subsets))
     for draw in range(n_draws):
         for design, context in _designs(study, cache, draw):
             responses: dict[tuple[Any, ...], Remembered] = {}
@@ -498,7 +501,7 @@ def _response(study: Study, cache: Cache, v: Variant, context: Context, draw: in
     if v.response == "kernel":
         return kernel_response(context, 0.1, "measured", "subsets", k)
     name = (
-        f"draw {draws(study, study.preset.attribution.n_subsets)[draw]}"
+        f"draw {draws(study.preset, study.preset.attribution.n_subsets)[draw]}"
         if v.subsets == "default"
         else (f"{v.subsets}, draw {draw}")
     )
