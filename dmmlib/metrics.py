@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 from scipy.special import logsumexp
 
 from dmmlib.errors import DataError
@@ -142,7 +143,7 @@ def _bins(
     return numbers
 
 
-def _room(shape: tuple[int, ...], kind: np.dtype, n_bins: int) -> list[np.ndarray]:
+def _room(shape: tuple[int, ...], kind: npt.DTypeLike, n_bins: int) -> list[np.ndarray]:
     """What `_bins` writes to: scaled margins, bin numbers twice, and whether these differ."""
     number = np.min_scalar_type(n_bins)
     return [np.empty(shape, dtype) for dtype in (kind, number, number, bool)]
