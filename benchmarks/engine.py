@@ -1,10 +1,11 @@
 """How fast models train, against how peers do it and against the machine's own product rate.
 
-    python benchmarks/engine.py [--models mlp convnet resnet9] [--rounds 5] [--out results/engine.json]
+    python benchmarks/engine.py [--models mlp convnet resnet9] [--rounds 5] [--one-core]
 
 Everything is measured in one run, interleaved round by round; medians over rounds, and ratios to the plain
 loop. A model is one of the laptop preset's subset models: 1,000 of 2,000 images, 20 epochs, batches of 50.
-What is dmmlib's includes its set-up and the way of weights and data to worker processes and back.
+What is dmmlib's includes its set-up and the way of weights and data to worker processes and back. Beside each rate
+stands how many cores other programs kept busy at the time. Results of models that are not asked for are kept.
 On a GPU it prints the same, and models an hour of ResNet-9 (width 64, half of CIFAR-10's size, 24 epochs).
 """
 
@@ -15,17 +16,16 @@ import functools
 import json
 import math
 import multiprocessing as mp
-import os
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,10 +38,9 @@ from dmmlib.models import resolve_device
 
 BATCH, STEPS = 50, 400  # a half model takes 20 epochs of 20 steps
 OPTIONS = {"mlp": {}, "convnet": {}, "resnet9": {"width": 16}}
-SIZE = {"mlp": 400, "convnet": 200, "resnet9": 20}  # steps a measurement
+SIZE = {"mlp": 400, "convnet": 400, "resnet9": 40}  # steps a measurement
 MODELS = {"mlp": 64, "convnet": 8, "resnet9": 2}  # that dmmlib trains in a measurement
-CHUNK = {"mlp": 16, "convnet": 4, "resnet9": 1}  # models a compiled step
-CHUNK_BFLOAT16 = {"mlp": 16, "convnet": 1, "resnet9": 1}
+CHUNK = {"mlp": 16, "convnet": 1, "resnet9": 1}  # models a compiled step
 
 
 def task(name: str, device: torch.device) -> tuple[Callable[[], nn.Module], Tensor, Tensor]:
@@ -184,29 +183,45 @@ def overhead_a_shard(client: Any, repeats: int = 20) -> float:
     return statistics.median(times)
 
 
+def busy() -> tuple[float, float]:
+    """Core-seconds that this program with all its processes, and the whole machine, have used so far."""
+    ours = 0.0
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        try:
+            ours += sum(process.cpu_times()[:4])  # its own, and of children that have ended
+        except psutil.NoSuchProcess:
+            continue
+    every = psutil.cpu_times()
+    return ours, sum(every) - every.idle - getattr(every, "iowait", 0.0)
+
+
 def measure(
     contenders: dict[str, Contender],
     size: int,
     rounds: int,
     beside: Callable[[], dict[str, float]],
     clock: Callable[[], float] = time.perf_counter,
-) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Model-steps a second of each, a number a round, and medians of what is measured beside them.
+) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, float]]:
+    """Model-steps a second of each, a number a round; cores that others kept busy then; medians of what is beside.
 
     The first round warms up and does not count.
     """
     rates: dict[str, list[float]] = {name: [] for name in contenders}
+    others: dict[str, list[float]] = {name: [] for name in contenders}
     also = []
     for number in range(rounds + 1):
         for name, steps in contenders.items():
-            start = clock()
+            before, begun, start = busy(), time.perf_counter(), clock()
             done = steps(size)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
+            seconds, wall = clock() - start, time.perf_counter() - begun
             if number:
-                rates[name].append(done / (clock() - start))
+                rates[name].append(done / seconds)
+                ours, every = (b - a for a, b in zip(before, busy(), strict=True))
+                others[name].append(max(0.0, every - ours) / wall)
         also.append(beside())
-    return rates, {k: statistics.median(numbers[k] for numbers in also) for k in also[0]}
+    return rates, others, {k: statistics.median(numbers[k] for numbers in also) for k in also[0]}
 
 
 def products(
@@ -271,11 +286,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--one-core", action="store_true", help="one thread, in processor time: where others compute")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "engine.json")
+    parser.add_argument("--out", type=Path, help="default: results/engine.json, or results/one_core.json")
     arguments = parser.parse_args()
+    name = "one_core" if arguments.one_core else "engine"
+    out: Path = arguments.out or Path(__file__).parent / "results" / f"{name}.json"
     device = resolve_device(arguments.device)
-    report: dict = {"machine": execution.machine(device) | {"platform": platform.platform()}, "models": {}}
-    report["load_before"] = os.getloadavg()[0]  # of what else runs: above 0, ratios hold better than rates
+    report: dict = json.loads(out.read_text()) if out.exists() else {"models": {}, "products": {}}
+    report["machine"] = execution.machine(device) | {"platform": platform.platform()}
     client: Any = None
     clock = time.perf_counter
     if arguments.one_core:
@@ -307,10 +324,10 @@ def main() -> None:
         if cores > 1:
             contenders["dmmlib, compiled, threads"] = ours(name, device, Execution(chunk, cores, compile=True))
         contenders["dmmlib"] = ours(name, device, fast)
-        contenders["dmmlib, bfloat16"] = ours(name, device, replace(fast, chunk=CHUNK_BFLOAT16[name]), "bfloat16")
+        contenders["dmmlib, bfloat16"] = ours(name, device, fast, "bfloat16")
         if client and name == "mlp":
             contenders["dmmlib, a Dask process a core"] = dask_processes(name, chunk, client)
-        rates, peak = measure(
+        rates, others, peak = measure(
             contenders, SIZE[name], arguments.rounds, functools.partial(products, CHUNK["mlp"], device, clock), clock
         )
         if stop:
@@ -319,7 +336,7 @@ def main() -> None:
         ratios = {k: statistics.median(a / b for a, b in zip(v, rates["loop"], strict=True)) for k, v in rates.items()}
         flop = step_flop(name)
         shape = "of the mlp, float32" if name == "mlp" else "large, float32"
-        report["products_flops"] = peak
+        report["products"][name] = peak  # FLOP/s, measured between the rounds
         report["models"][name] = {
             k: {
                 "models_per_second": medians[k] / STEPS,
@@ -327,6 +344,7 @@ def main() -> None:
                 "flops": medians[k] * flop,
                 "share_of_float32_products": medians[k] * flop / peak[shape],
                 "rounds": len(v),
+                "cores_busy_with_others": statistics.mean(others[k]),
             }
             for k, v in rates.items()
         }
@@ -334,20 +352,21 @@ def main() -> None:
         for k, row in report["models"][name].items():
             print(
                 f"  {k:30s} {row['models_per_second']:8.2f}   {row['ratio_to_loop']:5.1f} x loop   "
-                f"{row['flops'] / 1e9:4.0f} GFLOP/s, {row['share_of_float32_products']:.2f} of products ({shape})",
+                f"{row['flops'] / 1e9:4.0f} GFLOP/s, {row['share_of_float32_products']:.2f} of products ({shape}), "
+                f"others {row['cores_busy_with_others']:.2f} cores",
                 flush=True,
             )
         for what, rate in peak.items():
             print(f"  products {what:24s} {rate / 1e9:8.0f} GFLOP/s")
-        arguments.out.parent.mkdir(exist_ok=True)
-        arguments.out.write_text(json.dumps(report, indent=1))
+        out.parent.mkdir(exist_ok=True)
+        out.write_text(json.dumps(report, indent=1))
     if device.type == "cuda":
         report["cifar10_models_an_hour"] = cifar10(device)
         for way, rate in report["cifar10_models_an_hour"].items():
             print(f"ResNet-9 (width 64) on 25,000 images, 24 epochs, {way}: {rate:.0f} models an hour")
-    arguments.out.parent.mkdir(exist_ok=True)
-    arguments.out.write_text(json.dumps(report, indent=1))
-    print(f"\nsaved: {arguments.out}")
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(report, indent=1))
+    print(f"\nsaved: {out}")
 
 
 if __name__ == "__main__":

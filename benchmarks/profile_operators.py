@@ -2,19 +2,35 @@
 
     python benchmarks/profile_operators.py convnet [--steps 200] [--chunks 1 4] [--precision float32 bfloat16]
 
-Milliseconds of a model-step in processor time, then those of its largest operators under torch's profiler.
+Milliseconds of a model-step in processor time, then those of its largest operators under torch's profiler; and the
+GFLOP/s that large products reach on one core, beside those of the step's convolutions. Saved, model by model, in
+results/operators.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
+from pathlib import Path
 
 import engine  # the script beside this one
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from dmmlib.execution import Execution
+
+OUT = Path(__file__).parent / "results" / "operators.json"
+CONVOLUTIONS = ("aten::mkldnn_convolution", "aten::convolution_backward")
+
+
+def convolution_flop(name: str) -> float:
+    """FLOP of a model-step in its convolutions, forward and backward."""
+    factory, x, _ = engine.task(name, torch.device("cpu"))
+    with FlopCounterMode(display=False) as counter:
+        factory()(x[: engine.BATCH]).sum().backward()
+    return sum(n for operator, n in counter.get_flop_counts()["Global"].items() if "conv" in str(operator))
 
 
 def main() -> None:
@@ -31,15 +47,28 @@ def main() -> None:
         for precision in arguments.precision:
             way = Execution(chunk, 1, compile=True)
             ways[f"compiled, {chunk} a step, {precision}"] = engine.ours(arguments.model, cpu, way, precision)
+    rates = engine.products(engine.CHUNK["mlp"], cpu, time.process_time, 10)
+    flop = convolution_flop(arguments.model)
+    report: dict = {"products_flops": rates, "convolution_flop_a_step": flop, "ways": {}}
     for name, steps in ways.items():
         steps(arguments.steps)  # compiles
         start = time.process_time()
         n = steps(arguments.steps)
-        print(f"{name}: {1000 * (time.process_time() - start) / n:.2f} ms a model-step")
+        row = {"milliseconds": 1000 * (time.process_time() - start) / n}
         with profile(activities=[ProfilerActivity.CPU]) as kept:
             n = steps(arguments.steps)
-        for event in sorted(kept.key_averages(), key=lambda e: -e.self_cpu_time_total)[:8]:
-            print(f"  {event.key[:60]:60s} {event.self_cpu_time_total / n / 1000:7.3f} ms")
+        times = {e.key[:60]: e.self_cpu_time_total / n / 1000 for e in kept.key_averages()}
+        largest = dict(sorted(times.items(), key=lambda item: -item[1])[:8])
+        row["convolutions"] = sum(times.get(operator, 0.0) for operator in CONVOLUTIONS)
+        report["ways"][name] = row | {"operators": largest}
+        rate = flop / row["convolutions"] / 1e6
+        print(f"{name}: {row['milliseconds']:.2f} ms a model-step, {row['convolutions']:.2f} of convolutions at "
+              f"{rate:.0f} GFLOP/s")  # fmt: skip
+        for operator, milliseconds in largest.items():
+            print(f"  {operator:60s} {milliseconds:7.3f} ms")
+    every = json.loads(OUT.read_text()) if OUT.exists() else {}
+    OUT.write_text(json.dumps(every | {arguments.model: report}, indent=1))
+    print(f"products: {', '.join(f'{what} {rate / 1e9:.0f} GFLOP/s' for what, rate in rates.items())}; saved: {OUT}")
 
 
 if __name__ == "__main__":

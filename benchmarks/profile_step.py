@@ -3,15 +3,17 @@
     python benchmarks/profile_step.py [--chunk 16] [--precision float32]
 
 One thread, the mlp of the laptop preset, in processor time, which other processes disturb less than time. Under the
-profiler a step takes somewhat longer than without.
+profiler a step takes somewhat longer than without. Saved in results/step.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import cProfile
+import json
 import pstats
 import time
+from pathlib import Path
 
 import engine  # the script beside this one
 import torch
@@ -53,7 +55,15 @@ def main() -> None:
     print(f"{plain / n * 1e3:.2f} ms a step of {arguments.chunk} models, {total / n * 1e3:.2f} ms under the profiler:")
     for name, seconds in groups.items():
         print(f"  {name:28s} {seconds / n * 1e3:6.3f} ms  {seconds / total:5.0%}")
-    rate = engine.products(arguments.chunk, torch.device("cpu"))["of the mlp, float32"]
+    rate = engine.products(arguments.chunk, torch.device("cpu"), time.process_time)["of the mlp, float32"]
+    out = Path(__file__).parent / "results" / "step.json"
+    every = json.loads(out.read_text()) if out.exists() else {}
+    every[f"mlp, {arguments.chunk} a step, {arguments.precision}"] = {
+        "milliseconds": plain / n * 1e3,
+        "products_flops": rate,
+        "profiled_milliseconds": {name: seconds / n * 1e3 for name, seconds in groups.items()},
+    }
+    out.write_text(json.dumps(every, indent=1))
     print(f"float32 products of the step at their own rate ({rate / 1e9:.0f} GFLOP/s): "
           f"{arguments.chunk * engine.step_flop('mlp') / rate * 1e3:.3f} ms")  # fmt: skip
 

@@ -102,12 +102,13 @@ def status(
     runs: Annotated[Path | None, typer.Option(help="As for `dmm run`.")] = None,
 ) -> None:
     """Show what is trained, missing and damaged; trains nothing."""
+    from dmmlib import plan
     from dmmlib.progress import silent
     from dmmlib.study import Study
 
     with _one_line():
         overrides = _parse(set_ or []) | ({"store": store} if store else {})
-        table = Study(preset, overrides, runs=runs, progress=silent).status()
+        table = plan.status(Study(preset, overrides, runs=runs, progress=silent))
     typer.echo(table.to_string(index=False))
     done, planned = int(table["done"].sum()), int(table["planned"].sum())
     typer.echo(f"{done:,} of {planned:,} models trained, {int(table['damaged'].sum()):,} damaged")

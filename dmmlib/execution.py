@@ -14,12 +14,14 @@ import os
 import pickle
 import platform
 import re
+import sys
 import threading
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -78,6 +80,17 @@ class Execution:
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch with one thread, as a worker has it, and with as many as before afterwards."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 IDLE = 600  # seconds after which idle worker processes end
@@ -162,8 +175,9 @@ def candidates(
     larger = (4, 32, 128) if cuda else (1, 4, 16)  # a compiled step has less to share
     made = [Execution(chunk or c, workers) for c in plain if compile is not True]
     made += [Execution(chunk or c, workers, compile=True) for c in larger if compile is not False]
-    if many and workers > 1:  # the smallest and the largest chunk also in processes, which take time to start
-        made += [replace(way, processes=True) for way in (made[0], made[-1])]
+    if many and workers > 1:  # which take time to start
+        small = next((way for way in made if way.compile), made[0])
+        made += [replace(way, processes=True) for way in (made[0], small, made[-1])]
     return tuple(dict.fromkeys(made))
 
 
@@ -212,6 +226,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     torch._dynamo.config.recompile_limit = 256
     torch._dynamo.config.accumulated_recompile_limit = 1024
+    _sweep()
     return functools.partial(_call, _compile(function))
 
 
@@ -229,6 +244,32 @@ def _call(function: Callable[..., Any], *arguments: Any) -> Any:
             if half is None:
                 raise
             Path(half[1]).unlink(missing_ok=True)  # then it is compiled anew
+
+
+@functools.cache
+def _sweep() -> None:
+    """Delete libraries in torch's cache that were cut short: loading one kills the process (SIGBUS).
+
+    Once a process. What was written within a minute may still be another process's to finish.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    for library in Path(cache_dir()).rglob("*.so"):
+        try:
+            if library.stat().st_mtime < time.time() - 60 and _cut_short(library):
+                library.unlink()
+        except OSError:
+            continue  # gone, or not ours
+
+
+def _cut_short(library: Path) -> bool:
+    """Whether an ELF file ends before the table of its sections does, which linkers put last."""
+    with library.open("rb") as file:
+        header = file.read(64)
+    if header[:5] != b"\x7fELF\x02":  # of 64 bits; what is no library at all, loading says
+        return False
+    start, size, n = (int.from_bytes(header[a:b], sys.byteorder) for a, b in ((40, 48), (58, 60), (60, 62)))
+    return library.stat().st_size < start + size * n
 
 
 def vary_in_size(tensors: Sequence[torch.Tensor], *dims: int) -> None:

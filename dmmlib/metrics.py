@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 from scipy.special import logsumexp
 
 from dmmlib.errors import DataError
@@ -21,6 +22,7 @@ from dmmlib.errors import DataError
 CLIP = 100.0
 N_BINS = 20
 FLOOR = 1e-5
+TINY = 1e-300  # in place of 0 in a logarithm that is multiplied with 0
 BLOCK = 5000  # points whose histograms are counted together
 
 Convention = Literal["closed", "easydub"]
@@ -114,30 +116,37 @@ def _uniform(n: int) -> np.ndarray:
 
 
 def _bins(
-    margins: np.ndarray, low: np.ndarray, high: np.ndarray, n_bins: int, room: np.ndarray | None = None
+    margins: np.ndarray, low: np.ndarray, high: np.ndarray, n_bins: int, room: Sequence[np.ndarray] | None = None
 ) -> np.ndarray:
     """Bin numbers (n_models, n_points) by numpy.histogram's rule: half-open, the last one closed.
 
-    Values are scaled to a point's range and cut off. Where that could round one over an edge, or the range is too
-    narrow for it, the point's values are compared with the edges, as numpy does with all. `room`, an array like the
-    margins, is written over if given: memory that is new each time costs more than the arithmetic.
+    Values are scaled to a point's range, a trifle too low, and cut off. Where a trifle more would lift one over an
+    edge, or the range is too narrow for it, the point's values are compared with the edges, as numpy does with all.
+    `room`, of `_room`, is written over if given: memory that is new each time costs more than the arithmetic.
     """
     kind = margins.dtype.type
+    place, numbers, others, unlike = room or _room(margins.shape, kind, n_bins)
     narrow = np.maximum(1e-30, 1e-6 * np.maximum(-low, high))  # there the edges themselves are rounded
     width = np.maximum(high - low, narrow)
-    place = np.subtract(margins, low.astype(kind), out=room)
-    place *= (n_bins / width).astype(kind)
-    error = kind(n_bins * max(4 * np.finfo(kind).eps, 1e-9))
-    place -= error
-    np.clip(place, 0, n_bins - 0.5, out=place)
-    numbers = place.astype(np.min_scalar_type(n_bins))
-    place += 2 * error
-    unsure = (numbers != place.astype(numbers.dtype)).any(0)
+    trifle = max(4 * np.finfo(kind).eps, n_bins * 1e-9)
+    np.subtract(margins, low.astype(kind), out=place)
+    place *= ((1 - trifle) * n_bins / width).astype(kind)
+    np.copyto(numbers, place, casting="unsafe")
+    place += kind(2 * trifle * n_bins)
+    np.copyto(others, place, casting="unsafe")
+    others -= np.equal(others, n_bins, out=unlike)  # the greatest value
+    unsure = np.not_equal(numbers, others, out=unlike).any(0)
     unsure |= (low != low.astype(kind)) | (width == narrow)
-    if unsure.any():
-        edges = np.linspace(low[unsure], high[unsure], n_bins + 1)[1:-1]
-        numbers[:, unsure] = (margins[:, unsure] >= edges[:, None]).sum(0)
+    if len(at := np.flatnonzero(unsure)):
+        edges = np.linspace(low[at], high[at], n_bins + 1)[1:-1]
+        numbers[:, at] = (margins[:, at] >= edges[:, None]).sum(0, dtype=numbers.dtype)
     return numbers
+
+
+def _room(shape: tuple[int, ...], kind: npt.DTypeLike, n_bins: int) -> list[np.ndarray]:
+    """What `_bins` writes to: scaled margins, bin numbers twice, and whether these differ."""
+    number = np.min_scalar_type(n_bins)
+    return [np.empty(shape, dtype) for dtype in (kind, number, number, bool)]
 
 
 def _joint(
@@ -229,7 +238,7 @@ def klom(
 
     def blocks(worker: int) -> list[np.ndarray]:
         shape = max(len(unlearned), len(oracle)), min(BLOCK, unlearned.shape[1])
-        room = np.empty(shape, np.result_type(unlearned, oracle, np.float32))
+        room = _room(shape, np.result_type(unlearned, oracle, np.float32), n_bins)
         parts = []
         for first in starts[worker::workers]:
             u, o = unlearned[:, first : first + BLOCK], oracle[:, first : first + BLOCK]
@@ -247,22 +256,25 @@ def _klom_by_counting(
     convention: Convention,
     n_bins: int,
     check: Callable[[], None],
-    room: np.ndarray,
+    room: Sequence[np.ndarray],
 ) -> np.ndarray:
     """KLoM (n_points,) of a block of points whose bin numbers, a byte each, stay in a core's cache."""
     u, o, low, top, high = _joint(unlearned, oracle, check)
     shares = []
     for m in (u, o):
-        numbers = _bins(m, low, high, n_bins, room[: len(m), : len(low)])
+        its = [array[: len(m), : len(low)] for array in room]
+        numbers, hot = _bins(m, low, high, n_bins, its), its[-1]
         if convention == "easydub":
             numbers[m >= top] = n_bins  # which is no bin
-        kind = np.min_scalar_type(len(m))
-        counts = np.array([np.add.reduce((numbers == k).view(np.uint8), 0, kind) for k in range(n_bins)])
+        counts = np.empty((n_bins, len(low)), np.min_scalar_type(len(m)))
+        for k in range(n_bins):
+            np.equal(numbers, k, out=hot)
+            np.add.reduce(hot.view(np.uint8), 0, counts.dtype, counts[k])
         whole = np.maximum(counts.sum(0), FLOOR) if convention == "easydub" else len(m)
         shares.append(counts / whole)
     p, q = shares
-    ratio = np.divide(p, np.maximum(q, FLOOR, out=q), out=q)
-    p *= np.log(ratio, out=ratio, where=ratio > 0)  # where p is 0, so is its term
+    np.divide(p, np.clip(q, FLOOR, 1, out=q), out=q)
+    p *= np.log(np.clip(q, TINY, np.inf, out=q), out=q)  # where p is 0, so is its term
     return p.sum(0)
 
 

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
-import zarr
+from fsspec.core import url_to_fs
 from platformdirs import user_cache_dir
-from zarr.errors import GroupNotFoundError
 
 from dmmlib import data as datasets
 from dmmlib import ensemble, models, unlearn
 from dmmlib.attribution import experiments
+from dmmlib.attribution.ablation import antithetic_masks
 from dmmlib.errors import DataError
+from dmmlib.execution import one_thread
 from dmmlib.hashing import short
 from dmmlib.presets import DataSection, Preset
+from dmmlib.store import Store
 from dmmlib.study import Study
 
 # Published sizes of data sets that need not be on this machine: point, classes, training and validation points.
@@ -203,58 +206,96 @@ def _size_of(section: DataSection, study: Study | None) -> Size:
 def _jobs(preset: Preset, size: Size, study: Study | None) -> Iterator[Job]:
     stores = list(_stores(study)) if study is not None else []
     epochs, n = preset.training.epochs, preset.ensembles.n_models
-    d, t = preset.datamodels, preset.tuning
+    d, t, a = preset.datamodels, preset.tuning, preset.attribution
 
-    def done(stream: str, n_models: int, mask: np.ndarray | None = None) -> int:
-        """How many of a stream lie in the fullest store of it; masks are compared where they are known."""
-        found = [
-            min(store["done"], n_models)
-            for store in stores
-            if store["stream"] == stream or (":" in stream and store["stream"].rpartition(":")[0] == stream)
-            if store["n_models"] == n_models and (mask is None or store["masks"] == short(np.packbits(mask).tobytes()))
-        ]
-        return max(found, default=0)
+    def done(stream: str, n_models: int, masks: np.ndarray | None = None) -> int:
+        return max((n_models - _missing(store) for store in _of(stores, stream, n_models, masks)), default=0)
 
     full = np.ones((n, size.n_train), bool) if study else None
     yield Job("originals", n, done("originals", n, full), epochs * size.n_train, True)
     m = d.n_subsets + d.n_held_out
-    masks = study.subset_masks() if study and any(s["stream"] == "subsets" for s in stores) else None
+    masks = study.subset_masks() if study and any(s.config["stream"] == "subsets" for s in stores) else None
     yield Job("subset models", m, done("subsets", m, masks), epochs * round(d.fraction * size.n_train))
-    a = preset.attribution
-    size_a = round(a.fraction * size.n_train)
-    yield Job("attribution models", a.n_subsets, done("attribution", a.n_subsets), epochs * size_a, True)
+    masks = study.random_masks("attribution masks", a.n_subsets, a.fraction) if study else None
+    gradients = epochs * round(a.fraction * size.n_train)
+    yield Job("attribution models", a.n_subsets, done("attribution", a.n_subsets, masks), gradients, True)
     for section, count, kind in ((preset.forget_sets, n, ""), (t.forget_sets, t.n_models, "tuning: ")):
         for part in section:
             forget = part.size or round(part.share * size.n_train / size.n_classes)
             here = sum(done(f"{stream}:{part.name}", count) for stream in ("oracles", "floor"))
             yield Job(f"{kind}oracles and floor, {part.name}", 2 * count, here, epochs * (size.n_train - forget))
-    more = max(experiments.sizes(preset)) - a.n_subsets
-    if more:
-        yield Job("stage 07: more of attribution", more, done("attribution:more", more), epochs * size_a, True)
-    n_draws, pairs = len(experiments.draws(preset, a.n_subsets)), a.n_subsets // 2 * 2
-    designs = [(f"{f:g}", a.n_subsets, f) for f in preset.cheap.fractions]
-    designs += [("antithetic", pairs, 0.5), *((name, a.n_subsets, a.fraction) for name in ("twice", "clustered"))]
-    for name, count, fraction in designs:
-        here = sum(done(f"attribution:{name}:{draw}", count) for draw in range(n_draws))
-        gradients = epochs * round(fraction * size.n_train)
-        yield Job(f"stage 07: ablation, {name}", n_draws * count, here, gradients, True)
+    for what, count, fraction, streams in _more(preset, study):
+        here = sum(done(name, count, masks) for name, masks in streams.items())
+        yield Job(what, count * len(streams), here, epochs * round(fraction * size.n_train), True)
 
 
-def _stores(study: Study) -> Iterator[dict[str, Any]]:
-    """The stores of this configuration: stream, hash of the masks, models, and how many are done."""
-    identity = study._identity()
-    for path in sorted((study.runs / "store").glob("*.zarr")):
-        try:
-            group = zarr.open_group(path, mode="r")
-        except (KeyError, ValueError, TypeError, GroupNotFoundError, OSError):
-            continue  # a run would say what is wrong with it
-        attributes: Any = group.attrs
-        config, n_models, shard = (attributes.get(k) for k in ("config", "n_models", "shard_size"))
-        same = isinstance(config, dict) and all(config.get(k) == v for k, v in identity.items())
-        if same and config.get("seed") == study.preset.seed:
-            shards: Any = group["done"]
-            done = min(int(np.count_nonzero(shards[:])) * shard, n_models)
-            yield {"stream": config["stream"], "masks": config["masks"], "n_models": n_models, "done": done}
+def _more(preset: Preset, study: Study | None) -> Iterator[tuple[str, int, float, dict[str, np.ndarray | None]]]:
+    """Subset models that notebook 07 trains: what they are, how many a stream, share of S, and streams with masks.
+
+    Masks are None where they are not known: without the data, and where they are made from effects.
+    """
+    m, fraction = preset.attribution.n_subsets, preset.attribution.fraction
+    every, draws = max(experiments.sizes(preset)), range(len(experiments.draws(preset, m)))
+
+    def masks(stream: str, n: int, share: float) -> np.ndarray | None:
+        return study.random_masks(stream, n, share) if study else None
+
+    if every > m:
+        drawn = masks("attribution masks", every, fraction)
+        streams = {"attribution:more": drawn if drawn is None else drawn[m:]}
+        yield "stage 07: more of attribution", every - m, fraction, streams
+    for f in preset.cheap.fractions:
+        streams = {f"attribution:{f:g}:{draw}": masks(f"masks:{f:g}:{draw}", m, f) for draw in draws}
+        yield f"stage 07: ablation, {f:g}", m, f, streams
+    halves = [masks(f"masks:pairs:{draw}", m, 0.5) for draw in draws]
+    pairs = [half if half is None else antithetic_masks(half) for half in halves]
+    streams = {f"attribution:antithetic:{draw}": pairs[draw] for draw in draws}
+    yield "stage 07: ablation, antithetic", m // 2 * 2, 0.5, streams
+    halves = [masks(f"masks:twice:{draw}", -(-m // 2), fraction) for draw in draws]
+    twice = [half if half is None else np.repeat(half, 2, 0)[:m] for half in halves]
+    yield "stage 07: ablation, twice", m, fraction, {f"attribution:twice:{draw}": twice[draw] for draw in draws}
+    yield "stage 07: ablation, clustered", m, fraction, {f"attribution:clustered:{draw}": None for draw in draws}
+
+
+def status(study: Study) -> pd.DataFrame:
+    """`Study.status`, and the subset models that notebook 07 trains besides, by the names of a plan."""
+    stores, rows = list(_stores(study)), []
+    for what, count, _, streams in _more(study.preset, study):
+        done = damaged = 0
+        for name, masks in streams.items():
+            fullest = min(_of(stores, name, count, masks), key=_missing, default=None)
+            if fullest is not None:
+                bad = sum(len(fullest.models(shard)) for shard in fullest.damaged())
+                damaged += bad
+                done += count - _missing(fullest) - bad
+        planned = count * len(streams)
+        missing = planned - done - damaged
+        rows.append({"models": what, "planned": planned, "done": done, "missing": missing, "damaged": damaged})
+    return pd.concat([study.status(), pd.DataFrame(rows)], ignore_index=True)
+
+
+def _stores(study: Study) -> Iterator[Store]:
+    """The stores of this configuration."""
+    identity = study._identity() | {"seed": study.preset.seed}
+    files, root = url_to_fs(study.preset.store or str(study.runs / "store"))
+    for path in sorted(files.glob(f"{root}/*.zarr")):
+        store = Store.existing(files.unstrip_protocol(path))  # a run would say what is wrong with one that is no store
+        if store is not None and all(store.config.get(k) == v for k, v in identity.items()):
+            yield store
+
+
+def _of(stores: Sequence[Store], stream: str, n_models: int, masks: np.ndarray | None) -> Iterator[Store]:
+    """Stores of a stream, whose name may go on with a hash or a draw; masks are compared where they are known."""
+    drawn = None if masks is None else short(np.packbits(masks).tobytes())
+    for store in stores:
+        name = store.config["stream"]
+        same = name == stream or (":" in stream and name.rpartition(":")[0] == stream)
+        if same and store.n_models == n_models and drawn in (None, store.config["masks"]):
+            yield store
+
+
+def _missing(store: Store) -> int:
+    return sum(len(store.models(shard)) for shard in store.missing())
 
 
 def _unlearning(preset: Preset, size: Size) -> float:
@@ -294,9 +335,7 @@ def measure(
     most = min(chunk, 32) if isinstance(chunk, int) else 32
     sizes = [(1, min(batch, 8)), (1, batch), *((k, batch) for k in (4, 16, 32) if k < most), (most, batch)]
     best, spent = Rate(0.0, 1, 1, device.type), 0.0
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         for n_models, examples in dict.fromkeys(sizes):
             expected = 5 * n_models * examples / best.per_second if best.per_second else 0.0
             if expected > budget - spent:
@@ -305,8 +344,6 @@ def measure(
             seconds = _step(module, shape, n_classes, preset, n_models, examples, device)
             spent += time.perf_counter() - start
             best = Rate(n_models * examples / seconds, n_models, examples, device.type)
-    finally:
-        torch.set_num_threads(n_threads)
     return best
 
 

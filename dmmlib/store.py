@@ -64,8 +64,7 @@ class Store:
         """
         address, wanted = str(place), config_hash(config)
         try:
-            remote = "://" in address and not address.startswith("file://")
-            files = FsspecStore.from_url(address) if remote else LocalStore(address.removeprefix("file://"))
+            files = _files(address)
         except (ImportError, ValueError, OSError) as error:
             raise StoreError(f"The store {address} cannot be reached ({error}); give another place.") from error
         try:
@@ -90,6 +89,20 @@ class Store:
                 "another directory, or delete the store to train again."
             )
         return store
+
+    @classmethod
+    def existing(cls, place: str | Path) -> Store | None:
+        """The store at `place`, of whatever configuration, to be looked at; None if there is none that can be read."""
+        try:
+            return cls(str(place), zarr.open_group(_files(str(place)), mode="r"))
+        except (ImportError, KeyError, ValueError, TypeError, GroupNotFoundError, OSError):
+            return None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the content depends on."""
+        attributes: Any = self._group.attrs
+        return dict(attributes["config"])
 
     @staticmethod
     def _describe(
@@ -231,3 +244,8 @@ class Store:
         done = set(range(self.n_shards)) - set(self.missing())
         files = self._group.store
         return [s for s in sorted(done) if not sync(files.exists(f"{name}/c/{s}{row_chunks}"))]
+
+
+def _files(address: str) -> LocalStore | FsspecStore:
+    remote = "://" in address and not address.startswith("file://")
+    return FsspecStore.from_url(address) if remote else LocalStore(address.removeprefix("file://"))

@@ -241,6 +241,36 @@ def test_half_a_library_is_compiled_anew(tmp_path):
     assert execution._call(load, 3) == 3
 
 
+COMPILES = """
+import torch
+from dmmlib.execution import compiled
+assert compiled(lambda x: (x.sin() + 1).sum())(torch.zeros(64)).item() == 64
+"""
+
+
+def test_a_library_cut_short_is_compiled_anew(tmp_path):
+    """What a full disk leaves: loading it would end the process with SIGBUS."""
+    if not can_compile():
+        pytest.skip("no C++ compiler on this machine")
+
+    def run():
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        return subprocess.run([sys.executable, "-c", COMPILES], env=environment, capture_output=True, text=True)
+
+    assert run().returncode == 0
+    libraries = list(tmp_path.rglob("*.so"))
+    whole = {library: library.stat().st_size for library in libraries}
+    assert whole
+    assert not any(execution._cut_short(library) for library in libraries)
+    for library, size in whole.items():
+        os.truncate(library, size // 3)
+        os.utime(library, (0, 0))
+        assert execution._cut_short(library)
+    again = run()
+    assert again.returncode == 0, again.stderr
+    assert not any(execution._cut_short(library) for library in libraries if library.exists())
+
+
 def test_what_else_a_compiled_function_raises_is_raised():
     def fail():
         raise ImportError("no such module")

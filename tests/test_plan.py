@@ -1,5 +1,7 @@
 """A plan counts what a run trains, finds what is there, and writes nothing."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -43,8 +45,39 @@ def test_a_plan_counts_what_a_run_trains(tmp_path, quick, monkeypatch):
     after = plan.plan(preset, tmp_path)
     assert after.total.done == after.total.n_models
     assert after.hours == 0
+    status = plan.status(study).set_index("models")
+    asked = {job.what: job.n_models for job in after.jobs if job.what.startswith("stage 07")}
+    assert len(asked) == 6
+    assert status.loc[list(asked), "done"].to_dict() == asked
+    assert status["planned"].sum() == status["done"].sum() == after.total.n_models
     stores = sum(f.stat().st_size for f in tmp_path.rglob("*.zarr/**/*") if f.is_file())
     assert before.bytes["outputs of models"] + before.bytes["weights"] == pytest.approx(stores, rel=0.3)
+
+
+def test_status_shows_what_notebook_07_trains(tmp_path, quick):
+    study = Study(TINY | {"attribution": {"n_subsets": 20}, "cheap": CHEAP}, runs=tmp_path, progress=silent)
+    before = plan.status(study).set_index("models")
+    assert before.loc["stage 07: more of attribution"].to_dict() == {
+        "planned": 20, "done": 0, "missing": 20, "damaged": 0
+    }  # fmt: skip
+    assert not list(tmp_path.iterdir()), "a status leaves nothing"
+    experiments.pool(study, 0, 40)
+    (store,) = (s for s in plan._stores(study) if s.config["stream"] == "attribution:more")
+    chunk = next(Path(store.address.removeprefix("file://")).glob("logits/c/0/0/0"))
+    chunk.write_bytes(chunk.read_bytes()[:50])
+    after = plan.status(study).set_index("models")
+    assert after.loc["stage 07: more of attribution", "damaged"] == 20
+    assert after.loc["attribution", "done"] == 20
+    changed = presets.load(study.preset.model_dump(), {"attribution.fraction": 0.6})
+    there = {job.what: job.done for job in plan.plan(changed, tmp_path).jobs}
+    assert there["attribution models"] == there["stage 07: more of attribution"] == 0, "other masks, other models"
+
+
+def test_a_plan_finds_stores_elsewhere(tmp_path, quick):
+    for place in ("memory://planned/runs", (tmp_path / "elsewhere").as_uri()):
+        study = Study(TINY, {"store": place}, runs=tmp_path, progress=silent)
+        study.original_logits  # noqa: B018 (trains)
+        assert plan.plan(study.preset, tmp_path).jobs[0].done == 8
 
 
 def test_stores_of_another_configuration_do_not_count(tmp_path, quick):
