@@ -1,12 +1,13 @@
-"""Cheap attribution on other data, models and seeds; notebook 07 reads what this writes.
+"""The main table and cheap attribution on other data, models and seeds; notebooks 04 and 07 read what this writes.
 
     python scripts/replicate.py [SEED ...] [--pair PAIR]
 
-Appends to figures/laptop/07_replication.csv what is not in it yet.
+Appends to figures/laptop/04_replication.csv and 07_replication.csv what is not in them yet.
 """
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -14,23 +15,30 @@ import pandas as pd
 from dmmlib.attribution.experiments import PAIRS, replicate
 from dmmlib.files import replacing
 from dmmlib.study import ROOT, Study
+from dmmlib.tables import klom_p95
 
-TABLE = ROOT / "figures" / "laptop" / "07_replication.csv"
+TABLES: dict[str, Callable[[Study], pd.DataFrame]] = {
+    "07_replication.csv": replicate,
+    "04_replication.csv": lambda study: klom_p95(study.results()),
+}
 
 
-def main(seeds: list[int], pairs: list[str], table: Path = TABLE) -> int:
-    """Replicate every pair with every seed that the table lacks."""
-    done = pd.read_csv(table) if table.exists() else pd.DataFrame({"pair": [], "seed": []})
+def main(seeds: list[int], pairs: list[str], folder: Path = ROOT / "figures" / "laptop") -> int:
+    """Replicate every pair with every seed that a table lacks."""
     for seed in seeds:
         for pair in pairs:
-            if ((done["pair"] == pair) & (done["seed"] == seed)).any():
-                continue
-            study = Study("replicate", {**PAIRS[pair], "seed": seed, "data.seed": seed})
-            found = replicate(study).assign(pair=pair, seed=seed)
-            done = pd.concat([done, found], ignore_index=True).astype({"seed": int})
-            with replacing(table) as temporary:
-                done.to_csv(temporary, index=False, float_format="%.6g")
-            sys.stdout.write(f"{pair}, seed {seed}: done\n")
+            study = None
+            for name, measure in TABLES.items():
+                path = folder / name
+                done = pd.read_csv(path) if path.exists() else pd.DataFrame({"pair": [], "seed": []})
+                if ((done["pair"] == pair) & (done["seed"] == seed)).any():
+                    continue
+                study = study or Study("replicate", {**PAIRS[pair], "seed": seed, "data.seed": seed})
+                found = measure(study).assign(pair=pair, seed=seed)
+                done = pd.concat([done, found], ignore_index=True).astype({"seed": int})
+                with replacing(path) as temporary:
+                    done.to_csv(temporary, index=False, float_format="%.6g")
+                sys.stdout.write(f"{name}, {pair}, seed {seed}: done\n")
     return 0
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy.stats import multivariate_normal, t
 
-from dmmlib import metrics
+from dmmlib import metrics, tables
 from dmmlib.attribution import bayesian, experiments
 from dmmlib.attribution.ablation import antithetic_masks, clustered_masks, posterior
 from dmmlib.attribution.base import Linear
@@ -300,15 +300,43 @@ def test_replication_goes_on_where_its_table_ends(study, tmp_path, monkeypatch):
     spec.loader.exec_module(script)
     asked = []
     monkeypatch.setattr(script, "Study", lambda preset, overrides: asked.append(overrides) or study)
-    table = tmp_path / "table.csv"
-    script.main([0], ["digits, mlp"], table)
-    script.main([0, 1], ["digits, mlp"], table)
+    script.main([0], ["digits, mlp"], tmp_path)
+    script.main([0, 1], ["digits, mlp"], tmp_path)
     assert [o["seed"] for o in asked] == [0, 1]
-    rows = experiments.replications(study, table)
+    main = pd.read_csv(tmp_path / "04_replication.csv")
+    assert len(main) == 2 * len(study.forget_sets) * len(study.preset.unlearning.methods) * 3
+    (tmp_path / "04_replication.csv").unlink()
+    script.main([1], ["digits, mlp"], tmp_path)
+    assert [o["seed"] for o in asked] == [0, 1, 1], "each table goes on for itself"
+    rows = experiments.replications(study, tmp_path / "07_replication.csv")
     assert set(rows["attributor"]) == {"do nothing", "bayesian", "ridge"}
     assert len(rows) == 2 * (3 * 2 * 3 + 2)
     ratios = experiments.over_seeds(experiments.ratios(rows))
     assert set(ratios["kind"]) == {"random", "group", "every"}
+
+
+def test_the_main_table_over_seeds():
+    values = {"do_nothing": 9.0, "gd": 5.0, "ga": 4.0, "dmm": 2.0, "retrain": 1.0}
+    rows = [
+        ("p", seed, f"set {k}", method, split, value + seed + (split == "retain") * (method == "ga") * 9)
+        for seed in (0, 2)
+        for k in range(3)
+        for method, value in values.items()
+        for split in experiments.SPLITS
+    ]
+    rows[-3:] = [(*row[:-1], 10.0) for row in rows[-3:]]  # retraining, once
+    rows += [("p", 0, "set 0", "oracle_matching", split, 4.5) for split in experiments.SPLITS]
+    table = tables.replications(
+        pd.DataFrame(rows, columns=["pair", "seed", "forget_set", "method", "split", "value"])
+    ).xs("p")
+    assert list(table.columns) == [*experiments.SPLITS, "ahead"]
+    assert table.loc["DMM", "forget"] == str(experiments.mean_over(np.array([2.0, 4.0])))
+    assert table.loc["best baseline", "forget"] == str(experiments.mean_over(np.array([4.0, 6.0])))
+    assert table.loc["best baseline", "retain"] == str(experiments.mean_over(np.array([5.0, 7.0])))
+    assert table.loc["DMM", "ahead"] == "6 of 6"
+    assert table.loc["do nothing", "ahead"] == "0 of 6"
+    assert table.loc["oracle matching", "ahead"] == "0 of 1"
+    assert table.loc["best baseline", "ahead"] == ""
 
 
 def test_without_a_table_a_run_stands_for_itself_without_an_interval(study, tmp_path):
