@@ -22,7 +22,7 @@ from dmmlib.attribution.base import Context, Linear, Response, calibrated, indic
 from dmmlib.attribution.bayesian import BayesianDatamodel, covariance, fit
 from dmmlib.attribution.kernel import kernel_response
 from dmmlib.attribution.linearised import LAM, RANK, Linearised, LinearisedResponse, linearise
-from dmmlib.datamodels import Attributor, RidgeDatamodel, lds, lds_estimate
+from dmmlib.datamodels import RidgeDatamodel, lds, lds_estimate
 from dmmlib.ensemble import Ensemble
 from dmmlib.errors import DataError
 from dmmlib.files import read_json, write_json
@@ -299,9 +299,11 @@ def first_class(model: RidgeDatamodel) -> Effect:
     return lambda f: model.effect(f)[:, 0]
 
 
-def margins_of(study: Study, model: Attributor) -> Effect:
-    """The change of margins that an attributor predicts."""
-    return lambda f: right(study, model.effect(f))
+def margins_of(study: Study, model: BayesianDatamodel) -> Effect:
+    """The change of margins that a datamodel predicts; the reported forget sets', all at once."""
+    sets = [f.indices for f in study.forget_sets.values()]
+    known = {np.asarray(f).tobytes(): change for f, change in zip(sets, right(study, model.effects(sets)), strict=True)}
+    return lambda f: known[np.asarray(f).tobytes()]
 
 
 def leaving_out(predict: Predict, n_train: int) -> Effect:
