@@ -20,7 +20,7 @@ right; so does it give a group's effect, and what a point loses itself, without 
 Features are compressed to the leading `RANK` directions of the kernel (by a randomised Nystroem approximation: Halko,
 Martinsson and Tropp, SIAM Review 2011; Gittens and Mahoney, JMLR 2016), so that a model with any number of weights
 becomes a matrix (n_points, rank). All masks are solved for at once by gradient descent with momentum, from the solution
-on all points and preconditioned by its Hessian.
+on all points and preconditioned by its Hessian; for 2,000 points the steps leave about a tenth of a change undone.
 """
 
 from __future__ import annotations
