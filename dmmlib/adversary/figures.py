@@ -143,6 +143,9 @@ def methods(table: pd.DataFrame, title: str, caption: str) -> Figure:
     return titled(figure, title, caption)
 
 
+SPLITS = {"forget": "deleted points", "retain": "points that stay", "validation": "validation points"}
+
+
 def klom(table: pd.DataFrame, title: str, caption: str) -> Figure:
     """KLoM of each attack's requests after each method, with half intervals: a heat map a split."""
     parts = dict(tuple(table.groupby("split", sort=False)))
@@ -158,9 +161,7 @@ def klom(table: pd.DataFrame, title: str, caption: str) -> Figure:
             vmin=table["value"].min(), vmax=-np.log(FLOOR), cbar_kws={"label": "KLoM, p95"},
         )  # fmt: skip
         _lines(axis)
-        axis.set_title(
-            {"forget": "deleted points", "retain": "points that stay"}.get(str(split), f"{split} points"), fontsize=10
-        )
+        axis.set_title(SPLITS[str(split)], fontsize=10)
     return titled(figure, title, caption)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 from scipy.special import softmax
 
 from dmmlib import forget_sets, metrics, unlearn
@@ -110,11 +109,11 @@ def leverage(attributor: Attributor, forget: np.ndarray) -> float | None:
     """
     response = getattr(getattr(attributor, "prior", attributor), "response", None)
     kernel, r = (getattr(response, name, None) for name in ("kernel", "residuals"))
-    if not (hasattr(kernel, "transfer") and hasattr(kernel, "inverse")) or r is None:
+    transfer, inverse = (getattr(kernel, name, None) for name in ("transfer", "inverse"))
+    if transfer is None or inverse is None or r is None:
         return None
-    own, inverse = np.diagonal(kernel.transfer)[forget], np.diagonal(kernel.inverse)[forget]
-    h = inverse / np.maximum(1 - own, 1e-6)
-    return float(np.sqrt(max(0.0, r[forget] @ kernel.transfer[np.ix_(forget, forget)] @ (h * r[forget]))))
+    h = np.diagonal(inverse)[forget] / np.maximum(1 - np.diagonal(transfer)[forget], 1e-6)
+    return float(np.sqrt(max(0.0, r[forget] @ transfer[np.ix_(forget, forget)] @ (h * r[forget]))))
 
 
 WORDS = {
@@ -198,11 +197,14 @@ class Previewer:
         sets = [np.sort(rng.choice(self._n_train, size, replace=False)) for size in sizes for _ in range(n_sets)]
         effects = getattr(self._attributor, "effects", None)
         predicted = effects(sets) if effects else [self._attributor.effect(forget) for forget in sets]
-        found = pd.DataFrame([self._preview(*pair).reach for pair in zip(sets, predicted, strict=True)])
-        by_size = [found.iloc[i * n_sets : (i + 1) * n_sets] for i in range(len(sizes))]
-        return [
-            Usual(size, part.mean().to_dict(), part.std().to_dict()) for size, part in zip(sizes, by_size, strict=True)
-        ]
+        found = [self._preview(*pair).reach for pair in zip(sets, predicted, strict=True)]
+        usual = []
+        for i, size in enumerate(sizes):
+            values = {name: [reach[name] for reach in found[i * n_sets : (i + 1) * n_sets]] for name in found[0]}
+            mean = {name: float(np.mean(v)) for name, v in values.items()}
+            spread = {name: float(np.std(v, ddof=1)) for name, v in values.items()}
+            usual.append(Usual(size, mean, spread))
+        return usual
 
     def _preview(self, indices: np.ndarray, effect: np.ndarray) -> Preview:
         margins, right, probability = self._read(retrained(self._logits, effect, self._labels))
