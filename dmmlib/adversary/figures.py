@@ -143,6 +143,9 @@ def methods(table: pd.DataFrame, title: str, caption: str) -> Figure:
     return titled(figure, title, caption)
 
 
+SPLITS = {"forget": "deleted points", "retain": "points that stay", "validation": "validation points"}
+
+
 def klom(table: pd.DataFrame, title: str, caption: str) -> Figure:
     """KLoM of each attack's requests after each method, with half intervals: a heat map a split."""
     parts = dict(tuple(table.groupby("split", sort=False)))
@@ -152,14 +155,13 @@ def klom(table: pd.DataFrame, title: str, caption: str) -> Figure:
     )
     for axis, (split, part) in zip(axes, parts.items(), strict=True):
         values, error = _grid(part, "value"), _grid(part, "error")
-        text = values.map(lambda v: f"{v:.1f}") + error.map(lambda e: f" ±{e:.1f}")
+        text = values.map("{:.1f}".format) + error.map(" ±{:.1f}".format)
         sns.heatmap(
             values, annot=text, fmt="", annot_kws={"fontsize": 8}, cmap="cividis", ax=axis, linewidths=0.5,
             vmin=table["value"].min(), vmax=-np.log(FLOOR), cbar_kws={"label": "KLoM, p95"},
         )  # fmt: skip
         _lines(axis)
-        names = {"forget": "deleted points", "retain": "points that stay", "validation": "validation points"}
-        axis.set_title(names[str(split)], fontsize=10)
+        axis.set_title(SPLITS[str(split)], fontsize=10)
     return titled(figure, title, caption)
 
 

@@ -168,7 +168,7 @@ def choose_options(world: World, prepared: Prepared) -> tuple[dict[str, dict[str
         distance = float(np.mean([gap[part].mean() for part in parts]))
         rows.append({"method": method, "setting": repr(setting), "distance": distance})
     table = pd.DataFrame(rows).groupby(["method", "setting"], sort=False)["distance"].mean().reset_index()
-    table["setting"] = pd.Series([setting for _, setting in grid], dtype=object)
+    table = table.assign(setting=pd.Series([setting for _, setting in grid], dtype=object))
     best = {method: grid[0] for method, grid in OPTIONS.items()}
     nearest = table.loc[table.groupby("method")["distance"].idxmin()]
     return best | dict(zip(nearest["method"], nearest["setting"], strict=True)), table
