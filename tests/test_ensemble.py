@@ -266,6 +266,8 @@ def test_a_library_cut_short_is_compiled_anew(tmp_path):
         os.truncate(library, size // 3)
         os.utime(library, (0, 0))
         assert execution._cut_short(library)
+    load = "import ctypes, sys; ctypes.CDLL(sys.argv[1])"
+    assert subprocess.run([sys.executable, "-c", load, libraries[0]]).returncode == -signal.SIGBUS
     again = run()
     assert again.returncode == 0, again.stderr
     assert not any(execution._cut_short(library) for library in libraries if library.exists())
