@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from dmmlib.ensemble import Ensemble
 from dmmlib.errors import DataError
+from dmmlib.execution import one_thread
 from dmmlib.multimodal.bench import Question, pixels
 from dmmlib.multimodal.extra import require
 from dmmlib.multimodal.settings import MultimodalSettings
@@ -296,9 +297,7 @@ def pretrain(
     n_steps = s.pretrain_epochs * -(-len(x) // s.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, s.pretrain_lr, total_steps=n_steps, pct_start=0.1)
     llava.train()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # products this small only wait for one another
-    try:
+    with one_thread():  # products this small only wait for one another
         for epoch in range(s.pretrain_epochs):
             for batch in torch.randperm(len(x), generator=rng).split(s.batch_size):
                 rows = x[batch]
@@ -309,8 +308,6 @@ def pretrain(
                 optimizer.step()
                 schedule.step()
             progress("pretrain", epoch + 1, s.pretrain_epochs)
-    finally:
-        torch.set_num_threads(threads)
     llava.eval()
 
 
