@@ -30,7 +30,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-replicate: $(READY)  ## cheap attribution on other data, models and seeds, for notebook 07
+replicate: $(READY)  ## the main table and cheap attribution on other data, models and seeds, for notebooks 04 and 07
 	$(BIN)/python scripts/replicate.py
 
 publish: study  ## put the executed notebooks of the run into notebooks/
