@@ -63,8 +63,8 @@ def replications(table: pd.DataFrame) -> pd.DataFrame:
         table: columns pair, seed, and those of `klom_p95`.
 
     Returns:
-        Rows (pair, method), columns the splits: text, the median over forget sets, its mean over seeds with a 95 %
-        t-interval. "best baseline" is, a forget set and split, the lowest of all baselines; "ahead" is the number of
+        Rows (pair, method), columns the splits: text, the median over forget sets, its geometric mean over seeds with
+        a 95 % t-interval. "best baseline" is, a forget set and split, the lowest of all baselines; "ahead" is the number of
         forget sets, of all seeds, on which the method's forget KLoM is below every baseline's.
     """
     keys = ["pair", "seed", "forget_set", "split"]
@@ -80,7 +80,7 @@ def replications(table: pd.DataFrame) -> pd.DataFrame:
             row = {}
             for split in SPLITS if len(part) else ():
                 medians = part[part["split"] == split].groupby("seed")["value"].median().to_numpy()
-                row[split] = str(mean_over(medians)) if len(medians) > 1 else f"{medians[0]:.2f}"
+                row[split] = str(mean_over(medians, log=True)) if len(medians) > 1 else f"{medians[0]:.2f}"
             if row:
                 forget = part[(part["split"] == "forget") & part["best"].notna()]
                 row["ahead"] = f"{(forget['value'] < forget['best']).sum()} of {len(forget)}" if len(forget) else ""

@@ -330,9 +330,9 @@ def test_the_main_table_over_seeds():
         pd.DataFrame(rows, columns=["pair", "seed", "forget_set", "method", "split", "value"])
     ).xs("p")
     assert list(table.columns) == [*experiments.SPLITS, "ahead"]
-    assert table.loc["DMM", "forget"] == str(experiments.mean_over(np.array([2.0, 4.0])))
-    assert table.loc["best baseline", "forget"] == str(experiments.mean_over(np.array([4.0, 6.0])))
-    assert table.loc["best baseline", "retain"] == str(experiments.mean_over(np.array([5.0, 7.0])))
+    assert table.loc["DMM", "forget"] == str(experiments.mean_over(np.array([2.0, 4.0]), log=True))
+    assert table.loc["best baseline", "forget"] == str(experiments.mean_over(np.array([4.0, 6.0]), log=True))
+    assert table.loc["best baseline", "retain"] == str(experiments.mean_over(np.array([5.0, 7.0]), log=True))
     assert table.loc["DMM", "ahead"] == "6 of 6"
     assert table.loc["do nothing", "ahead"] == "0 of 6"
     assert table.loc["oracle matching", "ahead"] == "0 of 1"
