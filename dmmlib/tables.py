@@ -64,8 +64,8 @@ def replications(table: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         Rows (pair, method), columns the splits: text, the median over forget sets, its geometric mean over seeds with
-        a 95 % t-interval. "best baseline" is, a forget set and split, the lowest of all baselines; "ahead" is the number
-        of forget sets, of all seeds, on which the method's forget KLoM is below every baseline's.
+        a 95 % t-interval. "best baseline" is, a forget set and split, the lowest of all baselines; "ahead" is how many
+        forget sets, of all seeds, there are on which the method's forget KLoM is below every baseline's.
     """
     keys = ["pair", "seed", "forget_set", "split"]
     baseline = table["method"].map(is_baseline)
