@@ -249,7 +249,7 @@ assert compiled(lambda x: (x.sin() + 1).sum())(torch.zeros(64)).item() == 64
 
 
 def test_a_library_cut_short_is_compiled_anew(tmp_path):
-    """What a full disk leaves: loading it would end the process with SIGBUS."""
+    """What a full disk leaves: loading it may end the process with SIGBUS, or raise, by where it ends."""
     if not can_compile():
         pytest.skip("no C++ compiler on this machine")
 
@@ -266,8 +266,6 @@ def test_a_library_cut_short_is_compiled_anew(tmp_path):
         os.truncate(library, size // 3)
         os.utime(library, (0, 0))
         assert execution._cut_short(library)
-    load = "import ctypes, sys; ctypes.CDLL(sys.argv[1])"
-    assert subprocess.run([sys.executable, "-c", load, libraries[0]]).returncode == -signal.SIGBUS
     again = run()
     assert again.returncode == 0, again.stderr
     assert not any(execution._cut_short(library) for library in libraries if library.exists())
