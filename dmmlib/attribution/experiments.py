@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from dmmlib.presets import Preset
 
 SPLITS = ("forget", "retain", "validation")
-Effect = Callable[[np.ndarray], np.ndarray]
-"""From forget indices to the predicted change of margins (n_points,)."""
+Effects = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray] | np.ndarray]
+"""From forget sets, indices each, to the predicted changes of margins (n_points,), one a set."""
 
 
 # --- intervals -----------------------------------------------------------------------------------------
@@ -103,12 +103,13 @@ class Yardstick:
         splits = self.sets[name].splits(self.study.data.n_train, self.study.data.n_val)
         return {split: float(np.percentile(klom[at], 95)) for split, at in splits.items()}
 
-    def klom(self, effect: Effect) -> list[dict[str, Any]]:
+    def klom(self, effects: Effects) -> list[dict[str, Any]]:
         """p95 KLoM of DM-direct: a row a forget set and split."""
+        changes = effects([f.indices for f in self.sets.values()])
         return [
             {"forget_set": name, "split": split, "statistic": "klom_p95", "value": value}
-            for name, f in self.sets.items()
-            for split, value in self.p95(self.before + effect(f.indices), name).items()
+            for name, change in zip(self.sets, changes, strict=True)
+            for split, value in self.p95(self.before + change, name).items()
         ]
 
     def floor(self) -> list[dict[str, Any]]:
@@ -235,7 +236,7 @@ class Remembered:
 # --- against the number of models ----------------------------------------------------------------------
 
 
-def ridge(study: Study, size: int, yardstick: Yardstick | None = None) -> tuple[Effect, dict[str, Any], Estimate]:
+def ridge(study: Study, size: int, yardstick: Yardstick | None = None) -> tuple[Effects, dict[str, Any], Estimate]:
     """Ridge on margins with the first `size` subset models of halves.
 
     Penalty and share of it on own weights are those of the lowest mean p95 KLoM on the tuning sets. Its LDS is that of
@@ -294,22 +295,20 @@ def raw_ridge(study: Study, yardstick: Yardstick) -> list[dict[str, Any]]:
     ]
 
 
-def first_class(model: RidgeDatamodel) -> Effect:
-    """The change that a datamodel of margins alone predicts."""
-    return lambda f: model.effect(f)[:, 0]
+def first_class(model: RidgeDatamodel) -> Effects:
+    """The changes that a datamodel of margins alone predicts."""
+    return lambda sets: [model.effect(f)[:, 0] for f in sets]
 
 
-def margins_of(study: Study, model: BayesianDatamodel) -> Effect:
-    """The change of margins that a datamodel predicts; the reported forget sets', all at once."""
-    sets = [f.indices for f in study.forget_sets.values()]
-    known = {np.asarray(f).tobytes(): change for f, change in zip(sets, right(study, model.effects(sets)), strict=True)}
-    return lambda f: known[np.asarray(f).tobytes()]
+def margins_of(study: Study, model: BayesianDatamodel) -> Effects:
+    """The changes of margins that a datamodel predicts."""
+    return lambda sets: right(study, model.effects(sets))
 
 
-def leaving_out(predict: Predict, n_train: int) -> Effect:
-    """The change of margins between two masks: with everything, and without F."""
+def leaving_out(predict: Predict, n_train: int) -> Effects:
+    """The changes of margins between masks: with everything, and without each set."""
     everything = np.ones((1, n_train), bool)
-    return lambda f: (predict(indicator(f, n_train)[None] == 0) - predict(everything))[0]
+    return lambda sets: predict(np.stack([indicator(f, n_train) for f in sets]) == 0) - predict(everything)
 
 
 def bayesian_lds(study: Study, model: BayesianDatamodel) -> Estimate:
@@ -332,7 +331,7 @@ def curve(study: Study, cache: Cache) -> pd.DataFrame:
         rows.extend(row | {"attributor": attributor, "n_models": n_models, "draw": draw} for row in found)
 
     zero = np.zeros(len(study.data.y), np.float32)
-    add(yardstick.klom(lambda _: zero), "do nothing")
+    add(yardstick.klom(lambda sets: [zero] * len(sets)), "do nothing")
     add(yardstick.floor(), "floor")
     add(yardstick.true_shift(), "true mean shift")
     for size in (s for s in study.preset.datamodels.sizes if s <= study.preset.datamodels.n_subsets):
@@ -592,14 +591,12 @@ def gauges(study: Study) -> pd.DataFrame:
         for gauge, y in (("raw logits", raw), ("margin gauge", right(study, outputs)[:, :, None])):
             model = RidgeDatamodel.fit(masks, y, lam, study.device)
 
-            def effect(f: np.ndarray, model: RidgeDatamodel = model, gauge: str = gauge) -> np.ndarray:
-                change = model.effect(f)
-                if gauge == "margin gauge":
-                    return change[:, 0]
-                moved = metrics.margins(study.original_logits[: yardstick.n] + change, study.data.y)
-                return moved - yardstick.before
+            def bent(sets: Sequence[np.ndarray], model: RidgeDatamodel = model) -> list[np.ndarray]:
+                logits = (study.original_logits[: yardstick.n] + model.effect(f) for f in sets)
+                return [metrics.margins(moved, study.data.y) - yardstick.before for moved in logits]
 
-            rows += [{"gauge": gauge, "lam": lam, **row} for row in yardstick.klom(effect)]
+            effects = first_class(model) if gauge == "margin gauge" else bent
+            rows += [{"gauge": gauge, "lam": lam, **row} for row in yardstick.klom(effects)]
     return pd.DataFrame(rows)[["gauge", "lam", "forget_set", "split", "value"]]
 
 
@@ -666,7 +663,7 @@ def replicate(study: Study) -> pd.DataFrame:
     model = study.attributor_of("bayesian")
     assert isinstance(model, BayesianDatamodel)
     found = {
-        ("do nothing", 0): yardstick.klom(lambda _: zero),
+        ("do nothing", 0): yardstick.klom(lambda sets: [zero] * len(sets)),
         ("ridge", many): [*yardstick.klom(effect), _lds_row(score)],
         ("bayesian", m): [
             *yardstick.klom(margins_of(study, model)),
