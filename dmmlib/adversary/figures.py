@@ -190,7 +190,7 @@ def exact(results: pd.DataFrame, table: pd.DataFrame, title: str, caption: str) 
     for axis, (quantity, part) in zip(axes, panels.items(), strict=True):
         for i, (method, (tint, mark, told)) in enumerate(EXACT.items()):
             its = part[part["method"] == method]
-            place = its["attack"].map(names.index) + 0.2 * (i - 1)
+            place = [names.index(a) + 0.2 * (i - 1) for a in its["attack"]]
             error = [its["value"] - its["low"], its["high"] - its["value"]]
             axis.errorbar(its["value"], place, xerr=error, fmt=mark, color=tint, ms=5, capsize=2, label=told)
         axis.set_xlabel(quantity)
