@@ -18,6 +18,7 @@ from dmmlib.adversary.stable_region import jensen_gap, stable_region
 from dmmlib.adversary.subspace import Metric, Subspace, gradients
 from dmmlib.adversary.world import World, check_targets, mlp, retrain, sites
 from dmmlib.errors import DataError, ForgetSetError, OptionError
+from dmmlib.exact.chains import delete
 from dmmlib.execution import Execution
 
 SMALL = AdversarySettings(
@@ -524,8 +525,33 @@ def test_interval_covers_the_mean_of_its_table() -> None:
     assert two_ways < (e.high - e.low) / 2 / 1.96 < 2 * two_ways
 
 
-def test_exact_deletion_is_measured_where_the_model_is_convex(digits: data.Dataset) -> None:
-    table = convex.study(digits, SMALL, Execution(16))
+@pytest.fixture(scope="module")
+def convex_attacks(digits: data.Dataset) -> list[convex.Attack]:
+    return convex.prepare(digits, SMALL, Execution(16))
+
+
+def test_exact_deletion_meets_every_attack_on_points_that_were_trained_on(convex_attacks: list[convex.Attack]) -> None:
+    table = convex.study(convex_attacks, SMALL)
+    assert set(table["attack"]) == set(experiments.ATTACKS) - {"never_trained"}
     assert set(table["method"]) == {"do_nothing", "retrain", "tv_stable"}
     assert table.groupby(["attack", "method"]).size().eq(SMALL.n_targets * SMALL.n_models).all()
     assert (table.loc[table["method"] == "tv_stable", "cost"] <= 1).all()
+    assert table["size"].eq(SMALL.n * SMALL.share // 2).all()
+
+
+def test_klom_of_exact_deletion_is_that_of_retraining(convex_attacks: list[convex.Attack]) -> None:
+    table = convex.klom(convex_attacks, replace(SMALL, convex_n_klom=100, n_requests=3))
+    assert set(table["attack"]) == set(experiments.ATTACKS) - {"never_trained"}
+    assert (table["n_requests"] == 3).all()
+    value = table.groupby(["method", "split"])["value"].mean()
+    for split in ("retain", "validation"):
+        floor = value["retrain", split]
+        assert value["tv_stable", split] == pytest.approx(floor, rel=0.15)
+        assert value["do_nothing", split] > 1.3 * floor
+
+
+def test_exact_deletion_refuses_what_was_never_trained_on(convex_attacks: list[convex.Attack]) -> None:
+    attack = convex_attacks[0]
+    trained, originals = convex.learned(attack, SMALL, 2, np.random.default_rng(0))
+    with pytest.raises(ForgetSetError, match="never in the data"):
+        delete(trained, originals, attack.n, np.random.default_rng(0))

@@ -1,6 +1,7 @@
 """Attribution methods equal their explicit definitions on small cases, and share one protocol."""
 
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -211,6 +212,49 @@ def test_masks_are_solved_for_one_by_one_or_together(monkeypatch):
     every = linearise(context.models, context.x, context.y, 10, -np.log(2))
     mean = np.mean([LinearisedResponse((model,)).change(context.masks) for model in every], 0)
     np.testing.assert_allclose(LinearisedResponse(every).change(context.masks), mean, atol=1e-4)
+
+
+def test_a_mean_over_models_knows_how_noisy_it_is():
+    context = problem(FACTORIES["mlp"])
+    every = linearise(context.models, context.x, context.y, 10, -np.log(2))
+    for same in (every[:1] * 3, every[:1]):
+        np.testing.assert_allclose(LinearisedResponse(same).foresee(context.masks)[1], 0, atol=1e-5)
+    changes = np.stack([model.change(context.masks) for model in every])
+    centred = changes - changes.mean(1, keepdims=True)
+    k = len(every)
+    expected = centred.var(0, ddof=1).mean(0) / k  # of a mean of k models
+    mean, noise = LinearisedResponse(every).foresee(context.masks)
+    np.testing.assert_allclose(mean, changes.mean(0), atol=1e-4)
+    np.testing.assert_allclose(noise, expected, rtol=1e-3, atol=1e-5)
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """A linear response with noise of some variance."""
+
+    weights: np.ndarray
+    noise: float
+
+    @property
+    def n_train(self) -> int:
+        return len(self.weights)
+
+    def change(self, masks: np.ndarray) -> np.ndarray:
+        clean = (masks - 1.0) @ self.weights
+        return clean + np.sqrt(self.noise) * np.random.default_rng(0).normal(size=clean.shape)
+
+    def foresee(self, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.change(masks), np.full(self.weights.shape[1], self.noise)
+
+
+@pytest.mark.parametrize("scaled", [fit, calibrated])
+def test_noise_in_a_response_does_not_shrink_its_scale(scaled, monkeypatch):
+    context, _, w0 = gaussian(n=80, n_points=400, m=50, rho=1e-3, scale=1.5)
+    noise = float(((context.masks - context.masks.mean(0)) @ w0).var()) / 2
+    clean, noisy = (scaled(context, Noisy(w0, v)).scale for v in (0.0, noise))
+    assert noisy == pytest.approx(clean, rel=0.05)
+    monkeypatch.setattr(Noisy, "foresee", lambda response, masks: (response.change(masks), np.zeros(400)))
+    assert scaled(context, Noisy(w0, noise)).scale < 0.8 * clean
 
 
 def test_compressed_features_keep_the_leading_directions_of_a_kernel():

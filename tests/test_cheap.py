@@ -167,7 +167,7 @@ def test_a_remembered_response_predicts_the_same_masks_once(study, cache, monkey
     remembered = experiments.Remembered(response)
     first = remembered.change(context.masks)
     np.testing.assert_array_equal(remembered.change(~context.masks), response.change(~context.masks))
-    monkeypatch.setattr(LinearisedResponse, "change", None)
+    monkeypatch.setattr(LinearisedResponse, "foresee", None)
     assert remembered.change(context.masks) is first
 
 

@@ -272,14 +272,7 @@ def camouflage(world: World) -> tuple[Asked, list[Poison], pd.DataFrame]:
         The requests, the poison, and what the service's scores say (`watch`).
     """
     s, n = world.s, world.s.n
-    x, y = world.of_targets(world.targets)
-
-    def make(t: int) -> tuple[Poison, np.ndarray]:
-        line = Subspace.of(world.known, x[[t]], y[[t]], 1)
-        poison = world.craft(line, dirty=False, angle=0.0)
-        return poison, ddpa(world, poison, line, world.targets[[t]])[0]
-
-    poisons, requests = map(list, zip(*(make(t) for t in range(len(world.targets))), strict=True))
+    poisons, requests = hidden(world)
     pairs = [(p.images, p.labels) for p in poisons]
     done = together(world, pairs, s.n_models, [[r] for r in requests], s.n_models)
     masks = np.random.default_rng([s.seed, 6]).random((s.camouflage_subsets, n)).argsort(1) < n // 2
@@ -298,6 +291,19 @@ def camouflage(world: World) -> tuple[Asked, list[Poison], pd.DataFrame]:
     judged = list(threads(world).run(judge, range(len(pairs))))
     asked = Asked("camouflage", [site for site, _ in done], requests, [z[0] for _, z in done], [p for p, _ in judged])
     return asked, poisons, pd.concat([table for _, table in judged], ignore_index=True)
+
+
+def hidden(world: World) -> tuple[list[Poison], list[np.ndarray]]:
+    """Camouflaged poison for each target, and the request that uncovers it."""
+    x, y = world.of_targets(world.targets)
+
+    def make(t: int) -> tuple[Poison, np.ndarray]:
+        line = Subspace.of(world.known, x[[t]], y[[t]], 1)
+        poison = world.craft(line, dirty=False, angle=0.0)
+        return poison, ddpa(world, poison, line, world.targets[[t]])[0]
+
+    poisons, requests = zip(*(make(t) for t in range(len(world.targets))), strict=True)
+    return list(poisons), list(requests)
 
 
 def never_trained(world: World, honest: Site, camouflaged: Asked, n_models: int) -> Asked:

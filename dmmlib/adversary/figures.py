@@ -165,6 +165,45 @@ def klom(table: pd.DataFrame, title: str, caption: str) -> Figure:
     return titled(figure, title, caption)
 
 
+EXACT = {
+    "retrain": (_PALETTE[0], "o", "retrained"),
+    "tv_stable": (_PALETTE[1], "D", "TV-stable deletion"),
+    "do_nothing": ("0.45", "v", "nothing done"),
+}
+
+
+def exact(results: pd.DataFrame, table: pd.DataFrame, title: str, caption: str) -> Figure:
+    """Served exactly, retrained and not served, an attack a row: change of the target's margin, KLoM's p95 by split.
+
+    Args:
+        results: `serving.summary` of `convex.study`.
+        table: `convex.klom`.
+        title, caption: of the figure.
+    """
+    changes = results.rename(columns={"change": "value", "change low": "low", "change high": "high"})
+    panels = {"change of the target's margin": changes[changes["method"] != "do_nothing"]}
+    panels |= {f"KLoM, p95: {name}": table[table["split"] == split] for split, name in SPLITS.items()}
+    names = list(dict.fromkeys(results["attack"]))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(12.5, 0.38 * len(names) + 1.8), sharey=True, layout="constrained"
+    )
+    for axis, (quantity, part) in zip(axes, panels.items(), strict=True):
+        for i, (method, (tint, mark, told)) in enumerate(EXACT.items()):
+            its = part[part["method"] == method]
+            place = [names.index(a) + 0.2 * (i - 1) for a in its["attack"]]
+            error = [its["value"] - its["low"], its["high"] - its["value"]]
+            axis.errorbar(its["value"], place, xerr=error, fmt=mark, color=tint, ms=5, capsize=2, label=told)
+        axis.set_xlabel(quantity)
+        axis.grid(axis="x", color="0.93")
+    axes[0].set_yticks(range(len(names)), [ATTACKS[a] for a in names])
+    axes[0].invert_yaxis()
+    axes[0].axvline(0, color="0.7", lw=0.8)
+    for axis in axes[2:]:
+        axis.sharex(axes[1])
+    axes[-1].legend(fontsize=8)
+    return titled(figure, title, caption)
+
+
 QUANTITIES = {
     "share": "attacker's share of S",
     "bound": "bound on pixels, of 255",

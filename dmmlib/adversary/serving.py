@@ -259,10 +259,22 @@ def klom(world: World, prepared: Prepared, options: Mapping[str, dict[str, Any]]
         cases = [(t, method, setting) for method, setting in options.items() for t in range(len(asked.requests))]
         for (t, method, _), result in zip(cases, solve(world, served, cases), strict=True):
             data = asked.site(t).data
-            points = metrics.klom(result.margins, metrics.margins(asked.retrained[t][n:], data.y))
             parts = ForgetSet("", asked.requests[t]).splits(data.n_train, data.n_val)
             names = {"attack": asked.attack, "method": method, "request": t}
-            rows += [names | {"split": name, "value": np.percentile(points[i], 95)} for name, i in parts.items()]
+            rows += klom_rows(names, result.margins, metrics.margins(asked.retrained[t][n:], data.y), parts)
+    return over_requests(rows)
+
+
+def klom_rows(
+    names: dict[str, Any], unlearned: np.ndarray, oracle: np.ndarray, splits: Mapping[str, np.ndarray]
+) -> list[dict[str, Any]]:
+    """KLoM's p95 of margins (n_models, n_points), a row a split."""
+    points = metrics.klom(unlearned, oracle)
+    return [names | {"split": name, "value": np.percentile(points[i], 95)} for name, i in splits.items()]
+
+
+def over_requests(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Mean of `klom_rows` over an attack's requests, with Student's 95 % interval."""
     by = pd.DataFrame(rows).groupby(["attack", "method", "split"], sort=False)["value"]
     table = by.agg(value="mean", n_requests="count", error="sem").reset_index()
     table["error"] *= student.ppf(0.975, table["n_requests"] - 1)

@@ -35,6 +35,7 @@ class AdversarySettings:
         n_honest: honest requests of each kind that the defence is compared with.
         convex_side, convex_steps, convex_batch, convex_lr, convex_noise, convex_radius: of the noisy SGD that is
             unlearned exactly.
+        convex_n_klom: `n_klom` there, where a chain costs little.
         positive: classes labelled +1 there.
         convex_k: dimension of its subspace.
         seed: of everything random.
@@ -79,6 +80,7 @@ class AdversarySettings:
     convex_lr: float = 2.0
     convex_noise: float = 0.05
     convex_radius: float = 10.0
+    convex_n_klom: int = 100
     positive: tuple[int, ...] = (0, 1, 2, 3, 4)
     convex_k: int = 9
     seed: int = 0

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from sklearn.cluster import KMeans
 
-from dmmlib.attribution.base import Response
+from dmmlib.attribution.base import Response, foresee
 from dmmlib.attribution.bayesian import RHOS, _evidence
 from dmmlib.errors import DataError
 
@@ -43,11 +43,11 @@ def posterior(
     gram = a @ c @ a.T
     values, vectors = np.linalg.eigh(gram + (1 + np.trace(gram)) / m)  # the constant comes last
     values, vectors = np.maximum(values[:-1], 0), vectors[:, :-1]
-    change = response.change(masks) if mean else np.zeros_like(margins)
+    change, noise = foresee(response, masks) if mean else (np.zeros_like(margins), np.zeros(margins.shape[1]))
     y, f, points = (vectors.T @ z for z in (margins, change, a))
     if not own:
         points = np.zeros_like(points)
-    scale, common, _ = _evidence(values, y, f, points)
+    scale, common, _ = _evidence(values, y, f, points, noise)
     e = y - scale * f
 
     def left(rho: float) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -105,6 +105,32 @@ class Response(Protocol):
         ...
 
 
+@runtime_checkable
+class Averaged(Response, Protocol):
+    """A response that is a mean over models, and knows how noisy it is."""
+
+    def foresee(self, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`change`, and the variance of each margin's (n_points,) over masks that is due to which models they are."""
+        ...
+
+
+def foresee(response: Response, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The change and its noise, 0 where the response does not know."""
+    if isinstance(response, Averaged):
+        return response.foresee(masks)
+    change = response.change(masks)
+    return change, np.zeros(change.shape[1])
+
+
+def slope(yf: float, ff: float, noise: float) -> float:
+    """Of least squares of y on f, from their products, without the noise in f that shrinks it.
+
+    Spearman, "The proof and measurement of association between two things", 1904. Where that leaves less than half of
+    f's variance, which a few models or masks cannot tell from chance, it is half.
+    """
+    return yf / max(ff - noise, ff / 2, 1e-12)
+
+
 @dataclass(frozen=True)
 class Linear:
     """A response that is the sum of single points'.
@@ -174,9 +200,10 @@ def calibrated(context: Context, response: Response | np.ndarray) -> MarginDatam
     """A response up to its scale, or weights (n_train, n_points) of one; scaled to fit the subset models' margins."""
     if isinstance(response, np.ndarray):
         response = Linear(response)
-    change, actual = response.change(context.masks), context.margins
+    (change, noise), actual = foresee(response, context.masks), context.margins
     predicted, actual = change - change.mean(0), actual - actual.mean(0)
-    scale = float((predicted * actual).sum() / max(float((predicted**2).sum()), 1e-12))
+    squares = float((predicted**2).sum()), float(noise.sum()) * (len(change) - 1)
+    scale = slope(float((predicted * actual).sum()), *squares)
     unshifted = MarginDatamodel(response, scale, context.labels, np.zeros(context.outputs.shape[1:], np.float32))
     offset = np.asarray(context.outputs[: len(context.masks)]).mean(0) - unshifted.scaled(change).mean(0)
     return replace(unshifted, offset=offset)

@@ -11,8 +11,12 @@ For every output y (a margin, or another logit in the margin gauge) of a model t
   in proportion to its effects;
 - own: what a training point does to *itself* is far more than C allows for and is seen well, since a share of the
   models has it and a share has not: the weight b_j a_j of training point j on its own outputs is free;
-- noise: seed, batches, and what is not linear. s and rho maximise the evidence of all margins, sigma^2 and b_j being
-  profiled out for each. No forget set and no oracle is needed for any of it.
+- noise: seed, batches, and what is not linear. rho maximises the evidence of all margins, s, sigma^2 and b_j being
+  profiled out. No forget set and no oracle is needed for any of it.
+
+f is the mean over a few linearised models, and so is noisy itself. The noise hardly matters for a group, whose points
+act together, but where a quarter of S is left out at random it is a good part of f, and shrinks any fitted s. So s is
+that of generalised least squares without the noise in f (`attribution.base.slope`).
 
 With R = rho A C A^T + I and F left out, the posterior mean of the change is
 
@@ -30,9 +34,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 
-from dmmlib.attribution.base import Context, Linear, MarginDatamodel, Response, indicator, register
+from dmmlib.attribution.base import Context, Linear, MarginDatamodel, Response, foresee, indicator, register, slope
 from dmmlib.attribution.kernel import gram
 from dmmlib.attribution.linearised import LAM, RANK, linearised_response
 from dmmlib.errors import DataError
@@ -156,9 +159,9 @@ def fit(context: Context, response: Response | np.ndarray, delta: float = 1.0) -
     gram = a @ c @ a.T
     values, vectors = np.linalg.eigh(gram + (1 + np.trace(gram)) / m)  # the constant, which the mean takes, comes last
     values, vectors = np.maximum(values[:-1], 0), vectors[:, :-1]
-    change = response.change(context.masks)
+    change, noise = foresee(response, context.masks)
     y, f, own = (vectors.T @ z for z in (context.margins, change, a))  # constants are gone
-    scale, rho, sigma = _evidence(values, y, f, own)
+    scale, rho, sigma = _evidence(values, y, f, own, noise)
     precision = (vectors / (1 + rho * values)) @ vectors.T
     unshifted = MarginDatamodel(response, scale, context.labels, np.zeros(outputs.shape[1:], np.float32))
     left = outputs - unshifted.scaled(change)
@@ -183,37 +186,31 @@ def covariance(w0: np.ndarray, delta: float) -> np.ndarray:
     return c / max(float(diagonal.mean()), 1e-12)
 
 
-def _evidence(values: np.ndarray, y: np.ndarray, f: np.ndarray, own: np.ndarray) -> tuple[float, float, np.ndarray]:
-    """The scale and rho that maximise the evidence of all margins, and each margin's sigma there.
+def _evidence(
+    values: np.ndarray, y: np.ndarray, f: np.ndarray, own: np.ndarray, noise: np.ndarray
+) -> tuple[float, float, np.ndarray]:
+    """The scale of least squares, the rho that maximises the evidence of all margins, and each margin's sigma there.
 
     Everything is in the eigenbasis of A C A^T, whose eigenvalues are `values` (k,): margins y (k, n_points), the
-    prior's predictions f of them, and the masks of single points own (k, n_train). In that basis, with R = 1 + rho
-    values, the log evidence of a margin is - k / 2 log (e^T R^-1 e / k) - 1 / 2 log det R up to a constant, with e what
-    is left.
+    prior's predictions f of them, with white noise of variance `noise` (n_points,), and the masks of single points own
+    (k, n_train). In that basis, with R = 1 + rho values, the log evidence of a margin is - k / 2 log (e^T R^-1 e / k)
+    - 1 / 2 log det R up to a constant, with e what is left.
     """
     k, n = own.shape
-
-    def forms(rho: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """y R^-1 y, y R^-1 f and f R^-1 f of each margin, its own mask projected out."""
-        w = 1 / (1 + rho * values)
-        yy, yf, ff = ((w[:, None] * p * q).sum(0) for p, q in ((y, y), (y, f), (f, f)))
-        aa, ay, af = ((w[:, None] * own * q).sum(0) for q in (own, y[:, :n], f[:, :n]))
-        aa = np.maximum(aa, 1e-9)
+    best, found = -np.inf, (0.0, 0.0, np.zeros(y.shape[1]))
+    for rho in RHOS:
+        w = 1 / (1 + rho * values)[:, None]
+        yy, yf, ff = ((w * p * q).sum(0) for p, q in ((y, y), (y, f), (f, f)))
+        white = noise * w.sum()
+        aa, ay, af, a2 = ((w * own * q).sum(0) for q in (own, y[:, :n], f[:, :n], w * own))
+        aa = np.maximum(aa, 1e-9)  # each margin's own mask is projected out
         yy[:n] -= ay**2 / aa
         yf[:n] -= ay * af / aa
         ff[:n] -= af**2 / aa
-        return yy, yf, ff
-
-    def square(scale: float, of: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
-        yy, yf, ff = of
-        return np.maximum(yy - 2 * scale * yf + scale**2 * ff, 1e-12)
-
-    best, found = -np.inf, (0.0, 0.0, np.zeros(y.shape[1]))
-    for rho in RHOS:
-        of = forms(rho)
-        guess = float(of[1].sum() / max(float(of[2].sum()), 1e-12))
-        at = minimize_scalar(lambda s, of=of: np.log(square(s, of)).sum(), bracket=(0.0, guess or 1.0))
-        evidence = -0.5 * k * at.fun - 0.5 * y.shape[1] * np.log1p(rho * values).sum()
+        white[:n] -= noise[:n] * a2 / aa
+        scale = slope(float(yf.sum()), float(ff.sum()), float(white.sum()))
+        square = np.maximum(yy - 2 * scale * yf + scale**2 * ff, 1e-12)
+        evidence = -0.5 * k * np.log(square).sum() - 0.5 * y.shape[1] * np.log1p(rho * values).sum()
         if evidence > best:
-            best, found = evidence, (float(at.x), float(rho), np.sqrt(square(float(at.x), of) / k))
+            best, found = evidence, (scale, float(rho), np.sqrt(square / k))
     return found

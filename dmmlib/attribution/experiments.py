@@ -18,7 +18,7 @@ from scipy.stats import norm, t
 
 from dmmlib import ensemble, metrics
 from dmmlib.attribution.ablation import Predict, antithetic_masks, clustered_masks, posterior
-from dmmlib.attribution.base import Context, Linear, Response, calibrated, indicator
+from dmmlib.attribution.base import Context, Linear, Response, calibrated, foresee, indicator
 from dmmlib.attribution.bayesian import BayesianDatamodel, covariance, fit
 from dmmlib.attribution.kernel import kernel_response
 from dmmlib.attribution.linearised import LAM, RANK, Linearised, LinearisedResponse, linearise
@@ -216,7 +216,7 @@ class Remembered:
     """A response that predicts the same masks once."""
 
     response: Response
-    _known: dict[bytes, np.ndarray] = field(default_factory=dict)
+    _known: dict[bytes, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     @property
     def n_train(self) -> int:
@@ -227,9 +227,12 @@ class Remembered:
         return self.response.weights
 
     def change(self, masks: np.ndarray) -> np.ndarray:
+        return self.foresee(masks)[0]
+
+    def foresee(self, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         key = np.packbits(np.asarray(masks, bool)).tobytes()
         if key not in self._known:
-            self._known[key] = self.response.change(masks)
+            self._known[key] = foresee(self.response, masks)
         return self._known[key]
 
 
