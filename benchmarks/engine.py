@@ -6,7 +6,8 @@ Everything is measured in one run, interleaved round by round; medians over roun
 loop. A model is one of the laptop preset's subset models: 1,000 of 2,000 images, 20 epochs, batches of 50.
 What is dmmlib's includes its set-up and the way of weights and data to worker processes and back. Beside each rate
 stands how many cores other programs kept busy at the time. Results of models that are not asked for are kept.
-On a GPU it prints the same, and models an hour of ResNet-9 (width 64, half of CIFAR-10's size, 24 epochs).
+On a GPU it prints the same (results/gpu.json), and models an hour of ResNet-9 (width 64, half of CIFAR-10's size, 24
+epochs).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from dmmlib import data, ensemble, execution, models
 from dmmlib.cluster import UNTRIMMED
 from dmmlib.execution import Execution
 from dmmlib.models import resolve_device
+from dmmlib.optim import Tensors
 
 BATCH, STEPS = 50, 400  # a half model takes 20 epochs of 20 steps
 OPTIONS = {"mlp": {}, "convnet": {}, "resnet9": {"width": 16}}
@@ -99,34 +101,50 @@ def two_processes(name: str) -> tuple[Contender, Callable[[], None]]:
     return steps, lambda: [pipe.send(None) for pipe in pipes] and None
 
 
-def by_hand(name: str, device: torch.device, chunk: int) -> Contender | None:
+def layers_by_hand(module: nn.Module, w: Tensors, h: Tensor, at: str = "") -> Tensor:
+    """What the layers of many models answer in training, to images (batch, models * channels, ...) or features
+    (models, batch, n).
+
+    `w` holds parameters and buffers by name, a row a model; `module` says only which layers there are.
+    """
+    n = len(next(iter(w.values())))
+    match module:
+        case nn.Sequential():
+            for name, layer in module.named_children():
+                h = layers_by_hand(layer, w, h, f"{at}{name}.")
+            return h
+        case models._Residual():
+            return h + layers_by_hand(module.block, w, h, f"{at}block.")
+        case nn.Conv2d():
+            bias = w[f"{at}bias"].flatten() if module.bias is not None else None
+            return F.conv2d(h, w[f"{at}weight"].flatten(0, 1), bias, module.stride, module.padding, groups=n)
+        case nn.BatchNorm2d():
+            rows = (w[f"{at}{name}"].flatten() for name in ("running_mean", "running_var", "weight", "bias"))
+            return F.batch_norm(h, *rows, training=True)
+        case nn.Flatten():
+            return h.unflatten(1, (n, -1)).transpose(0, 1).flatten(2)
+        case nn.Linear() if module.bias is None:
+            return torch.bmm(h, w[f"{at}weight"].mT)
+        case nn.Linear():
+            return torch.baddbmm(w[f"{at}bias"][:, None], h, w[f"{at}weight"].mT)
+    return module(h)  # what has no weights and knows no models: ReLU, pooling, a factor
+
+
+def by_hand(name: str, device: torch.device, chunk: int) -> Contender:
     """Layers written for many models: batched products for dense layers, grouped convolutions otherwise."""
     factory, x, y = task(name, device)
-    stacked = ensemble.initialise(factory, range(chunk), device)
-    w = {k: v.clone().requires_grad_() for k, v in stacked.params.items()}
-    if name == "resnet9":
-        return None  # residual blocks and batch norm by hand are another project
-    optimizer = torch.optim.SGD(list(w.values()), 0.05, 0.9, weight_decay=5e-4, nesterov=True)
-
-    def mlp(batch: Tensor) -> Tensor:
-        hidden = torch.baddbmm(w["0.bias"][:, None], batch, w["0.weight"].mT).relu()
-        return torch.baddbmm(w["2.bias"][:, None], hidden, w["2.weight"].mT)
-
-    def convnet(batch: Tensor) -> Tensor:
-        h = batch.transpose(0, 1).flatten(1, 2)
-        for layer in ("0", "2"):
-            weight, bias = w[f"{layer}.weight"].flatten(0, 1), w[f"{layer}.bias"].flatten()
-            h = F.conv2d(h, weight, bias, stride=2, padding=1, groups=chunk).relu()
-        flat = h.unflatten(1, (chunk, -1)).transpose(0, 1).flatten(2)
-        return torch.baddbmm(w["5.bias"][:, None], flat, w["5.weight"].mT)
-
-    forward = {"mlp": mlp, "convnet": convnet}[name]
+    stacked, module = ensemble.initialise(factory, range(chunk), device), factory()
+    params = {k: v.clone().requires_grad_() for k, v in stacked.params.items()}
+    optimizer = torch.optim.SGD(list(params.values()), 0.05, 0.9, weight_decay=5e-4, nesterov=True)
 
     def steps(n: int) -> int:
         for indices in torch.randint(0, len(x), (n, chunk, BATCH), device=device):
+            batch = x[indices]
             optimizer.zero_grad()
-            loss = F.cross_entropy(forward(x[indices]).flatten(0, 1), y[indices].flatten(), reduction="sum") / BATCH
-            loss.backward()
+            logits = layers_by_hand(
+                module, params | stacked.buffers, batch.transpose(0, 1).flatten(1, 2) if batch.ndim == 5 else batch
+            )
+            F.cross_entropy(logits.flatten(0, 1), y[indices].flatten(), reduction="sum").div(BATCH).backward()
             optimizer.step()
         return n * chunk
 
@@ -249,7 +267,10 @@ def products(
 
 
 def cifar10(device: torch.device, width: int = 64, batch: int = 500, steps: int = 20) -> dict[str, float]:
-    """Models an hour of the paper's subset models, from some steps on random images, by way of training."""
+    """Models an hour of the paper's subset models, from some steps on random images, by way of training.
+
+    Ways whose steps do not fit into the device's memory are left out.
+    """
     x = torch.randn(2_000, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
     y = torch.randint(0, 10, (len(x),), device=device)
     loss, training = ensemble.classification(y), ensemble.Training()
@@ -260,13 +281,15 @@ def cifar10(device: torch.device, width: int = 64, batch: int = 500, steps: int 
         )
         batches = [np.random.default_rng(i).integers(0, len(x), (way.chunk, batch)) for i in range(steps)]
         start = training.optimizer.start(stacked.params)
-        for _ in range(2):  # the first time compiles and warms up
-            began = time.perf_counter()
-            ensemble.descend(
-                stacked, x, batches, loss, training.optimizer, start, precision="bfloat16", compile=way.compile
-            )
-            float(next(iter(stacked.params.values())).sum())  # waits for the device
-            seconds = time.perf_counter() - began
+        take = functools.partial(ensemble.descend, stacked, x, batches, loss, training.optimizer, start)
+        try:
+            for _ in range(2):  # the first time compiles and warms up
+                began = time.perf_counter()
+                take(precision="bfloat16", compile=way.compile)
+                float(next(iter(stacked.params.values())).sum())  # waits for the device
+                seconds = time.perf_counter() - began
+        except torch.OutOfMemoryError:
+            continue
         a_model = 24 * 25_000 / batch
         rates[f"{way.chunk} a step{', compiled' * way.compile}"] = 3600 * way.chunk * steps / seconds / a_model
     return rates
@@ -286,11 +309,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--one-core", action="store_true", help="one thread, in processor time: where others compute")
-    parser.add_argument("--out", type=Path, help="default: results/engine.json, or results/one_core.json")
+    parser.add_argument("--out", type=Path, help="default: results/engine.json, one_core.json or gpu.json")
     arguments = parser.parse_args()
-    name = "one_core" if arguments.one_core else "engine"
+    device = resolve_device("cpu" if arguments.one_core else arguments.device)
+    name = "one_core" if arguments.one_core else "engine" if device.type == "cpu" else "gpu"
     out: Path = arguments.out or Path(__file__).parent / "results" / f"{name}.json"
-    device = resolve_device(arguments.device)
     report: dict = json.loads(out.read_text()) if out.exists() else {"models": {}, "products": {}}
     report["machine"] = execution.machine(device) | {"platform": platform.platform()}
     client: Any = None
@@ -309,18 +332,18 @@ def main() -> None:
         client.run(lambda: sys.path.insert(0, folder))
         report["dask_overhead_a_shard_seconds"] = overhead_a_shard(client)
         print(f"Dask: {1000 * report['dask_overhead_a_shard_seconds']:.0f} ms a shard of 100 models besides training")
+    shared = 32 if device.type == "cuda" else CHUNK["mlp"]
     for name in arguments.models:
-        chunk = CHUNK[name]
+        many = 32 if name == "mlp" or device.type == "cuda" else 4
+        chunk = many if device.type == "cuda" else CHUNK[name]
         cores = 1 if device.type == "cuda" else torch.get_num_threads()
         fast = Execution(chunk, cores, compile=True, processes=cores > 1)
         contenders: dict[str, Contender] = {"loop": loop(name, device)}
         stop = None
         if cores > 1:
             contenders["loop in a process a core"], stop = two_processes(name)
-        hand = by_hand(name, device, 32 if name == "mlp" else 4)
-        if hand:
-            contenders["layers by hand"] = hand
-        contenders["dmmlib, not compiled, threads"] = ours(name, device, Execution(32 if name == "mlp" else 1, cores))
+        contenders["layers by hand"] = by_hand(name, device, many)
+        contenders["dmmlib, not compiled, threads"] = ours(name, device, Execution(many if chunk > 1 else 1, cores))
         if cores > 1:
             contenders["dmmlib, compiled, threads"] = ours(name, device, Execution(chunk, cores, compile=True))
         contenders["dmmlib"] = ours(name, device, fast)
@@ -328,7 +351,7 @@ def main() -> None:
         if client and name == "mlp":
             contenders["dmmlib, a Dask process a core"] = dask_processes(name, chunk, client)
         rates, others, peak = measure(
-            contenders, SIZE[name], arguments.rounds, functools.partial(products, CHUNK["mlp"], device, clock), clock
+            contenders, SIZE[name], arguments.rounds, functools.partial(products, shared, device, clock), clock
         )
         if stop:
             stop()

@@ -30,8 +30,9 @@ import cloudpickle
 import joblib
 import numpy as np
 import torch
+from joblib.externals.loky.backend.process import LokyProcess
 
-from dmmlib.errors import SchedulerError
+from dmmlib.errors import DeviceError, SchedulerError
 
 C = TypeVar("C")
 R = TypeVar("R")
@@ -115,6 +116,11 @@ def _in_processes(workers: int, threads: int, packed: np.ndarray, chunks: Sequen
             "A training process was killed, perhaps for want of memory; lower ensembles.chunk or threads, or free "
             "memory, and run again. Finished shards are kept."
         ) from error
+    except KeyboardInterrupt:
+        for child in multiprocessing.active_children():  # joblib forgets those that just started; our exit would wait
+            if isinstance(child, LokyProcess):
+                child.terminate()
+        raise
 
 
 def _apply(packed: np.ndarray, parent: int, threads: int, chunk: C) -> Any:
@@ -191,17 +197,28 @@ def measure(tried: Sequence[Execution], steps: Callable[[Execution, int], None])
     """Model-steps a second under each execution, all its workers together.
 
     What would take over two seconds a step, going by a smaller chunk, is not tried: nothing is gained by
-    sharing steps as long as that.
+    sharing steps as long as that. What a GPU's memory does not hold is left out.
 
     Args:
         tried: what to compare, small chunks first.
         steps: (execution, n) -> None takes n steps of `execution.chunk` models in each of its workers.
+
+    Raises:
+        DeviceError: if not even the first, smallest chunk fits into the GPU's memory.
     """
     rates: dict[Execution, float] = {}
     for execution in tried:
         if execution.chunk > 1 and any(execution.chunk * execution.workers / rate > 2 for rate in rates.values()):
             continue
-        steps(execution, 2)  # starts processes, compiles, and warms caches
+        try:
+            steps(execution, 2)  # starts processes, compiles, and warms caches
+        except torch.OutOfMemoryError as error:
+            if rates:
+                continue
+            raise DeviceError(
+                f"A step of {execution.chunk} models does not fit into the GPU's memory; lower ensembles.chunk or "
+                "training.batch_size."
+            ) from error
         n = 5
         while (once := _seconds(steps, execution, n)) < 0.2 and n < 500:  # too short to tell anything
             n *= 3
@@ -285,10 +302,10 @@ def vary_in_size(tensors: Sequence[torch.Tensor], *dims: int) -> None:
 
 
 @functools.cache
-def can_compile() -> bool:
-    """Whether torch.compile works here: it needs a C++ compiler on CPU, Triton on CUDA."""
+def can_compile(device: torch.device | str = "cpu") -> bool:
+    """Whether torch.compile works on a device: it needs a C++ compiler on CPU, Triton on CUDA."""
     try:
-        torch.compile(_double)(torch.ones(2))
+        torch.compile(_double)(torch.ones(2, device=device))
     except Exception:  # whatever the reason, the answer is no
         return False
     return True

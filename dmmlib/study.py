@@ -235,10 +235,10 @@ class Study:
         many = self._planned_steps() >= MANY_STEPS
         allowed = (None if many else False) if section.compile == "auto" else section.compile
         options = execution.candidates(self.device, chunk, allowed, many)
-        if all(o.compile for o in options) and not execution.can_compile():
+        if all(o.compile for o in options) and not execution.can_compile(self.device):
             raise DeviceError(
-                "ensembles.compile is true, but torch.compile does not work here (on CPU it needs a C++ compiler); "
-                "install one, or set it to auto or false."
+                "ensembles.compile is true, but torch.compile does not work here (it needs a C++ compiler, on a GPU "
+                "Triton); install it, or set it to auto or false."
             )
         if len(options) == 1:
             return options[0]
@@ -254,7 +254,7 @@ class Study:
         path = self.runs / "store" / f"execution-{config_hash(config)}.json"
         if not path.exists():
             self.progress("measure how to train fastest", 0, 1)
-            options = tuple(o for o in options if not o.compile or execution.can_compile())
+            options = tuple(o for o in options if not o.compile or execution.can_compile(self.device))
             rates = execution.measure(options, self._steps)
             table = [dataclasses.asdict(o) | {"model_steps_per_second": round(r, 1)} for o, r in rates.items()]
             write_json(path, table)

@@ -84,6 +84,19 @@ def test_a_dry_run_trains_nothing(dmm, tiny_file, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_status_says_what_is_done_missing_and_damaged(dmm, tiny_file, tmp_path):
+    assert "0 of " in dmm("status", tiny_file).output
+    _ = Study(str(tiny_file), runs=tmp_path / "runs", progress=silent).subsets
+    (chunk,) = (tmp_path / "runs").glob("store/subsets-*.zarr/logits/c/2/0/0")
+    chunk.write_bytes(chunk.read_bytes()[:50])
+    said = dmm("status", tiny_file)
+    assert said.exit_code == 0, said.output
+    rows = {line.split()[0]: line.split()[1:] for line in said.output.splitlines()}
+    assert rows["subsets"] == ["120", "100", "0", "20"], "planned, done, missing, damaged"
+    assert rows["originals"] == ["8", "0", "8", "0"]
+    assert "20 damaged\nthe next run trains the damaged shards again" in said.output
+
+
 @pytest.mark.slow
 def test_a_failing_notebook_keeps_what_was_done(dmm, tiny_file, tmp_path, monkeypatch):
     bad = tmp_path / "notebooks" / "03_bad.ipynb"

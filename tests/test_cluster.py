@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from dmmlib.errors import PresetError, SchedulerError
 from dmmlib.progress import silent
@@ -35,6 +36,19 @@ def test_results_equal_the_serial_ones(tmp_path, workers, tiny):
     far.train_oracles()
     np.testing.assert_allclose(far.oracles(forget_set), tiny.oracles(forget_set), atol=1e-5)
     assert far.preset.name == "tiny", "where it runs is not part of what it is"
+
+
+@pytest.mark.parametrize("scheduler", ["local-cluster", "cluster"])
+def test_clusters_that_a_preset_names_train_the_same(tmp_path, tiny, scheduler):
+    threads = torch.get_num_threads()
+    options = {"n_workers": 0, "threads_per_worker": 1, "dashboard_address": None}  # `jobs` are started afterwards
+    try:
+        far = study(tmp_path, scheduler=scheduler, threads=1, cluster={"options": options, "jobs": 1})
+        np.testing.assert_allclose(far.subsets[1], tiny.subsets[1], atol=1e-5)
+    finally:
+        torch.set_num_threads(threads)
+    with far._workers._client.cluster as started:
+        assert len(started.workers) == 1
 
 
 def test_a_worker_killed_in_the_middle_of_a_shard_loses_nothing(tmp_path, workers, tiny):

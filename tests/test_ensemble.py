@@ -14,6 +14,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from joblib.externals.loky import get_reusable_executor
+from joblib.externals.loky.backend.process import LokyProcess
 from torch.nn import functional as F
 
 from dmmlib import data, ensemble, execution, models
@@ -220,6 +222,26 @@ def test_worker_processes_end_with_the_one_that_started_them(tmp_path, blow):
         time.sleep(0.1)
 
 
+def test_an_interrupt_while_workers_start_leaves_none(monkeypatch):
+    """joblib does not know of one that has only just started; at its end this process would wait for it."""
+    get_reusable_executor(kill_workers=True).shutdown()
+    start, started = LokyProcess.start, []
+
+    def interrupted(process):
+        started.append((process, process._args))  # while its queues are kept, it goes on starting
+        start(process)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LokyProcess, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(Execution(1, 2, processes=True).run(_shift(1), range(3)))
+    ((process, _),) = started
+    process.join(timeout=30)
+    assert not process.is_alive()
+    assert [value for value, *_ in Execution(1, 2, processes=True).run(_shift(1), range(3))] == [1, 2, 3]
+
+
 def _alive(pid):
     try:
         os.kill(pid, 0)
@@ -315,6 +337,19 @@ def test_measuring_prefers_what_is_fast_and_leaves_out_what_would_take_ages(monk
     assert max(rates, key=rates.get) == Execution(4)
     assert rates[Execution(4)] == pytest.approx(4 / 0.02)
     assert Execution(1024) not in rates, "at the rate of 64, over two seconds a step"
+
+
+def test_measuring_leaves_out_what_a_gpus_memory_does_not_hold():
+    def steps(execution, n):
+        if execution.chunk > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        time.sleep(0.3)
+
+    most = 4
+    assert set(measure([Execution(4), Execution(32)], steps)) == {Execution(4)}
+    most = 1
+    with pytest.raises(DeviceError, match=r"A step of 4 models does not fit .* lower ensembles.chunk"):
+        measure([Execution(4), Execution(32)], steps)
 
 
 def test_what_a_preset_settles_is_not_tried():
@@ -442,6 +477,46 @@ def test_same_seed_means_same_start_on_cuda(points):
     x = models.pooled(d, d.x)
     cpu, cuda = (ensemble.initialise(factory_for("mlp", x), [3], device) for device in ("cpu", "cuda"))
     torch.testing.assert_close(cpu.logits(x), cuda.logits(x.cuda()), rtol=1e-3, atol=1e-3)
+
+
+@needs_cuda
+@pytest.mark.parametrize("compile", [False, True])
+def test_training_on_cuda_gives_the_models_of_the_cpu(points, compile):
+    if not can_compile("cuda") and compile:
+        pytest.skip("torch.compile does not work on this GPU")
+    d, _, y = points
+    x = models.pooled(d, d.x).double()
+
+    def factory():
+        return models.build("mlp", tuple(x.shape[1:]), 10, hidden=8).double()
+
+    def trained(device):
+        way = Execution(2, compile=compile and device == "cuda")
+        at = x.to(device), y.to(device)
+        masks = masks_of_sizes([45, 45], len(y))
+        return ensemble.train(factory, *at, masks, [0, 1], TRAINING, way).logits(at[0])
+
+    torch.testing.assert_close(trained("cuda"), trained("cpu"), rtol=1e-4, atol=1e-4)
+
+
+@needs_cuda
+def test_a_step_on_cuda_never_waits_for_the_device(points):
+    _, x, y = points
+    x, training = x.cuda(), Training(precision="bfloat16")
+    stacked = ensemble.initialise(factory_for("convnet", x), [0, 1], "cuda")
+
+    def batches():
+        yield np.arange(32).reshape(2, 16)  # the first starts libraries
+        torch.cuda.set_sync_debug_mode("error")
+        yield from np.arange(64).reshape(2, 2, 16)
+
+    start = training.optimizer.start(stacked.params)
+    try:
+        ensemble.descend(
+            stacked, x, batches(), ensemble.classification(y.cuda()), training.optimizer, start, precision="bfloat16"
+        )
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_resnet9_on_real_colour_images():

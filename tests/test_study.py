@@ -123,7 +123,7 @@ def test_processes_train_the_same_study(tmp_path, tiny):
 
 
 def test_compilation_that_cannot_be_had_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(execution, "can_compile", lambda: False)
+    monkeypatch.setattr(execution, "can_compile", lambda device: False)
     with pytest.raises(DeviceError, match=r"torch.compile does not work here .* set it to auto or false"):
         _ = study(tmp_path, {"ensembles.compile": True}).execution
     many = study(tmp_path, {"ensembles.chunk": "auto", "training.epochs": 20_000})
