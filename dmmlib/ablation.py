@@ -19,7 +19,7 @@ from dmmlib.errors import OptionError
 from dmmlib.files import read_json, write_json
 from dmmlib.hashing import config_hash
 from dmmlib.metrics import Estimate
-from dmmlib.unlearn import match
+from dmmlib.unlearn.matching import dmm, match
 
 if TYPE_CHECKING:
     from dmmlib.forget_sets import ForgetSet
@@ -31,8 +31,9 @@ GRID: dict[str, tuple[Any, ...]] = {
     "lr": (1e-3, 3e-3, 1e-2, 3e-2),
     "batch_size": (10, 20, 50),
     "cost": (0.01, 0.05, 0.1, 0.2, 0.5),
+    "weighted": (False, True),
 }
-"""Values of DMM's options, tried one at a time around the defaults of `match`."""
+"""Values of DMM's options, tried one at a time around its defaults."""
 
 N_ORACLES = (1, 2, 5, 10)
 COLUMNS = ["forget_set", "split", "value", "low", "high", "cost", "n_models"]
@@ -71,8 +72,8 @@ def measure(
 
 
 def default_setting() -> dict[str, Any]:
-    """The defaults of `match`."""
-    parameters = inspect.signature(match).parameters.values()
+    """The defaults of DMM."""
+    parameters = [p for method in (match, dmm) for p in inspect.signature(method).parameters.values()]
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
@@ -86,12 +87,12 @@ def run(study: Study, grid: Mapping[str, Sequence[Any]] | None = None) -> pd.Dat
         Columns option, setting (the value), default (whether it is), and those of `measure`.
 
     Raises:
-        OptionError: for an option that `match` does not have.
+        OptionError: for an option that DMM does not have.
     """
     base, wanted = default_setting(), dict(GRID if grid is None else grid)
     for option in wanted:
         if option not in base:
-            raise OptionError(f"Ablation of {option!r} was asked for; `match` has the options {', '.join(base)}.")
+            raise OptionError(f"Ablation of {option!r} was asked for; DMM has the options {', '.join(base)}.")
     trials = [(o, v) for o, values in wanted.items() for v in dict.fromkeys([*values, base[o]])]
     pairs = [(trial, f) for f in study.tuning_sets.values() for trial in trials]
     parts = []

@@ -477,7 +477,7 @@ def ablation(scores: pd.DataFrame, title: str, caption: str) -> Figure:
         scores: `dmmlib.ablation.scores`.
     """
     options = list(scores["option"].unique())
-    figure, axes = _grid(len(options), 5, (2.6, 2.8))
+    figure, axes = _grid(len(options), 3, (3.4, 2.6))
     for axis, option in zip(axes.flat, options, strict=False):
         here = scores[scores["option"] == option]
         numbers = pd.to_numeric(here["setting"], errors="coerce")

@@ -498,7 +498,11 @@ class Study:
 
     def raw_subset_logits(self) -> np.ndarray:
         """Logits (M, n_points, n_classes) of the same models as they came, in no gauge."""
-        return self._read(self._subset_stream, "logits", 0, self.preset.datamodels.n_subsets)
+        return self.logits_of(self._subset_stream, 0, self.preset.datamodels.n_subsets)
+
+    def logits_of(self, stream: Stream, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Logits (n_models, n_points, n_classes) of a stream's models as they came."""
+        return self._read(stream, "logits", start, stop)
 
     @cached_property
     def held_out(self) -> tuple[np.ndarray, np.ndarray]:

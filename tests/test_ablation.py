@@ -1,12 +1,14 @@
 """Losses of matching, ablations on the tuning sets, oracle matching with more or fewer oracles."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from dmmlib import ablation, metrics, plots, unlearn
 from dmmlib.errors import OptionError
-from dmmlib.unlearn.matching import LOSSES
+from dmmlib.unlearn.matching import LOSSES, dmm
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -16,7 +18,7 @@ def test_a_loss_is_zero_on_its_target_and_falls_towards_it(loss):
     assert LOSSES[loss](goal, goal, labels).abs().max() < 1e-6
     start = goal + torch.randn_like(goal)
     for_each = LOSSES[loss](start, goal, labels)
-    assert for_each.shape == (3,)
+    assert for_each.shape == (3, 5)
     assert (for_each > 0).all()
     assert (LOSSES[loss](goal + (start - goal) / 2, goal, labels) < for_each).all()
 
@@ -25,12 +27,12 @@ def test_losses_are_what_they_say():
     torch.manual_seed(1)
     logits, goal, labels = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.randint(4, (2, 3))
     p, q = goal.softmax(2), logits.softmax(2)
-    torch.testing.assert_close(LOSSES["kl"](logits, goal, labels), (p * (p / q).log()).sum(2).mean(1))
+    torch.testing.assert_close(LOSSES["kl"](logits, goal, labels), (p * (p / q).log()).sum(2))
     margins = [
         np.stack([metrics.margins(z[i : i + 1].numpy(), labels[i].numpy())[0] for i in range(2)])
         for z in (logits, goal)
     ]
-    expected = ((margins[0] - margins[1]) ** 2).mean(1)
+    expected = (margins[0] - margins[1]) ** 2
     np.testing.assert_allclose(LOSSES["margin"](logits, goal, labels).numpy(), expected, rtol=1e-5)
 
 
@@ -50,6 +52,23 @@ def test_matching_lowers_the_loss_that_it_was_given(tiny):
         unlearn.match(problem, targets, loss="l1")
 
 
+def test_points_whose_change_is_uncertain_count_less(tiny):
+    """Against the same matching with the weights written out; and a weight of 0 is not matched at all."""
+    problem = tiny.problem(next(iter(tiny.tuning_sets.values())), "dmm", tuning=True)
+    n = problem.n_train
+    sd = problem.attributor.sd(problem.forget)[:n]
+    v = metrics.margins(problem.original_logits, problem.labels)[:, :n].var(0)
+    targets = unlearn.predicted_oracle(problem)[:, :n]
+    found = dmm(problem, weighted=True, cost=0.1).margins
+    np.testing.assert_allclose(found, unlearn.match(problem, targets, v / (v + sd**2), cost=0.1).margins, rtol=1e-3)
+    assert not np.allclose(found, dmm(problem, cost=0.1).margins)
+    untouched = unlearn.match(problem, targets, np.zeros(n, np.float32), cost=0.1).margins
+    np.testing.assert_allclose(untouched, metrics.margins(problem.original_logits, problem.labels), atol=1e-3)
+    plain = dataclasses.replace(problem, attributor=tiny.attributor_of("ridge"))
+    with pytest.raises(OptionError, match="weighted=True needs an attributor that has an `sd`"):
+        dmm(plain, weighted=True)
+
+
 def test_ablation_runs_on_tuning_sets_only_and_is_kept(tiny, monkeypatch):
     grid = {"loss": ("mse", "kl"), "cost": (0.05,)}
     table = ablation.run(tiny, grid)
@@ -65,9 +84,9 @@ def test_ablation_runs_on_tuning_sets_only_and_is_kept(tiny, monkeypatch):
     assert len(plots.ablation(scores, "t", "c").axes) == 2
 
 
-def test_default_setting_is_that_of_match_and_unknown_options_are_refused(tiny):
+def test_default_setting_is_that_of_dmm_and_unknown_options_are_refused(tiny):
     assert set(ablation.GRID) == set(ablation.default_setting())
-    with pytest.raises(OptionError, match="'optimiser' was asked for; `match` has the options cost, lr"):
+    with pytest.raises(OptionError, match="'optimiser' was asked for; DMM has the options cost, lr"):
         ablation.run(tiny, {"optimiser": (1,)})
 
 

@@ -24,6 +24,7 @@ def posterior(
     mean: bool = True,
     own: bool = True,
     each: bool = False,
+    noisy: bool = False,
 ) -> Predict:
     """Posterior mean of margins, for any mask; `bayesian` has model and terms.
 
@@ -37,6 +38,7 @@ def posterior(
         mean: whether f is there, or 0.
         own: whether each point's weight on its own margin is free.
         each: whether rho maximises the evidence of each margin on its own instead of that of all.
+        noisy: whether s is fitted as if f were free of noise.
     """
     m, n = masks.shape
     a = masks - masks.mean(0)
@@ -47,7 +49,7 @@ def posterior(
     y, f, points = (vectors.T @ z for z in (margins, change, a))
     if not own:
         points = np.zeros_like(points)
-    scale, common, _ = _evidence(values, y, f, points, noise)
+    scale, common, _ = _evidence(values, y, f, points, 0 * noise if noisy else noise)
     e = y - scale * f
 
     def left(rho: float) -> tuple[np.ndarray, np.ndarray]:

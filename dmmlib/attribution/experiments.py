@@ -298,6 +298,37 @@ def raw_ridge(study: Study, yardstick: Yardstick) -> list[dict[str, Any]]:
     ]
 
 
+def more_ridge(study: Study, size: int) -> pd.DataFrame:
+    """Ridge on raw logits with more subset models than the preset has: penalty as in `ridge`, on the tuning sets.
+
+    Returns:
+        Columns n_models, forget_set, split, statistic, value: p95 KLoM of DM-direct on the reported forget sets.
+    """
+    section = study.preset.datamodels
+    more = Stream("subsets:more", study.random_masks("masks:more", size - section.n_subsets, section.fraction))
+    masks = np.concatenate([study.subsets[0], more.masks])
+    logits = np.concatenate([study.raw_subset_logits(), study.logits_of(more)])
+
+    def measured(yardstick: Yardstick, lam: float) -> list[dict[str, Any]]:
+        model = RidgeDatamodel.fit(masks, logits, lam, study.device)
+        return yardstick.klom(bending(study, yardstick, model))
+
+    yardstick = Yardstick.tuning(study)
+    scores = [np.mean([row["value"] for row in measured(yardstick, lam)]) for lam in section.lambdas]
+    lam = section.lambdas[int(np.argmin(scores))]
+    return pd.DataFrame(measured(Yardstick.reported(study), lam)).assign(n_models=size)
+
+
+def bending(study: Study, yardstick: Yardstick, model: RidgeDatamodel) -> Effects:
+    """Changes of margins (n, n_points) where a datamodel of raw logits moves each original's own."""
+
+    def effects(sets: Sequence[np.ndarray]) -> list[np.ndarray]:
+        logits = (study.original_logits[: yardstick.n] + model.effect(f) for f in sets)
+        return [metrics.margins(moved, study.data.y) - yardstick.before for moved in logits]
+
+    return effects
+
+
 def first_class(model: RidgeDatamodel) -> Effects:
     """The changes that a datamodel of margins alone predicts."""
     return lambda sets: [model.effect(f)[:, 0] for f in sets]
@@ -405,7 +436,7 @@ class Variant:
         response: the "linearised" models retrained, their single points' effects added up ("linear"), or the "kernel"
             with exact deletions and measured residuals.
         by_class: whether each target's class has a scale of its own.
-        delta, mean, own, each: see `posterior`.
+        delta, mean, own, each, noisy: see `posterior`.
         prior_only: the response alone, scaled.
     """
 
@@ -422,6 +453,7 @@ class Variant:
     mean: bool = True
     own: bool = True
     each: bool = False
+    noisy: bool = False
     prior_only: bool = False
 
 
@@ -447,6 +479,7 @@ def variants(study: Study) -> list[Variant]:
         Variant("own weights", "not free", own=False),
         Variant("scale", "ρ for each target", each=True),
         Variant("scale", "s for each class", by_class=True),
+        Variant("scale", "s as if f had no noise", noisy=True),
     ]
 
 
@@ -560,7 +593,7 @@ def _predicting(v: Variant, context: Context, response: Response) -> Predict:
         alone = calibrated(context, response)
         return lambda masks: alone.scale * response.change(masks)
     c = covariance(response.weights, v.delta)
-    return posterior(context.masks, context.margins, response, c, mean=v.mean, own=v.own, each=v.each)
+    return posterior(context.masks, context.margins, response, c, mean=v.mean, own=v.own, each=v.each, noisy=v.noisy)
 
 
 def against_default(table: pd.DataFrame) -> pd.DataFrame:
@@ -593,12 +626,7 @@ def gauges(study: Study) -> pd.DataFrame:
     for lam in study.preset.datamodels.lambdas:
         for gauge, y in (("raw logits", raw), ("margin gauge", right(study, outputs)[:, :, None])):
             model = RidgeDatamodel.fit(masks, y, lam, study.device)
-
-            def bent(sets: Sequence[np.ndarray], model: RidgeDatamodel = model) -> list[np.ndarray]:
-                logits = (study.original_logits[: yardstick.n] + model.effect(f) for f in sets)
-                return [metrics.margins(moved, study.data.y) - yardstick.before for moved in logits]
-
-            effects = first_class(model) if gauge == "margin gauge" else bent
+            effects = first_class(model) if gauge == "margin gauge" else bending(study, yardstick, model)
             rows += [{"gauge": gauge, "lam": lam, **row} for row in yardstick.klom(effects)]
     return pd.DataFrame(rows)[["gauge", "lam", "forget_set", "split", "value"]]
 

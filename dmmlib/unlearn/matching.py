@@ -17,6 +17,7 @@ from torch.nn.functional import kl_div
 
 from dmmlib.datamodels import retrained
 from dmmlib.errors import DataError, OptionError
+from dmmlib.metrics import margins
 from dmmlib.optim import Adam
 from dmmlib.unlearn.base import Phase, Problem, Unlearned, finetune, register
 from dmmlib.unlearn.gradient import stream
@@ -37,15 +38,15 @@ def _log_odds(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _kl(logits: Tensor, goal: Tensor) -> Tensor:
-    return kl_div(logits.log_softmax(2), goal.log_softmax(2), log_target=True, reduction="none")
+    return kl_div(logits.log_softmax(2), goal.log_softmax(2), log_target=True, reduction="none").sum(2)
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "mse": lambda logits, goal, labels: ((logits - goal) ** 2).mean((1, 2)),
-    "kl": lambda logits, goal, labels: _kl(logits, goal).sum(2).mean(1),
-    "margin": lambda logits, goal, labels: ((_log_odds(logits, labels) - _log_odds(goal, labels)) ** 2).mean(1),
+    "mse": lambda logits, goal, labels: ((logits - goal) ** 2).mean(2),
+    "kl": lambda logits, goal, labels: _kl(logits, goal),
+    "margin": lambda logits, goal, labels: (_log_odds(logits, labels) - _log_odds(goal, labels)) ** 2,
 }
-"""Distances (n_models,) of logits from target logits, both (n_models, batch, n_classes), given labels
+"""Distances (n_models, batch) of logits from target logits, both (n_models, batch, n_classes), given labels
 (n_models, batch): squared error of logits, KL(target || model) of probabilities, squared error of margins."""
 
 
@@ -79,9 +80,31 @@ def dm_direct(problem: Problem) -> Unlearned:
     elsewhere=ELSEWHERE,
     attributed=True,
 )
-def dmm(problem: Problem, **hyperparameters: float) -> Unlearned:
-    """Datamodel matching: `match` with predicted oracle logits as targets."""
-    return match(problem, predicted_oracle(problem)[:, : problem.n_train], **hyperparameters)  # type: ignore[arg-type]
+def dmm(problem: Problem, *, weighted: bool = False, **hyperparameters: float) -> Unlearned:
+    """Datamodel matching: `match` with predicted oracle logits as targets.
+
+    Args:
+        problem: what to unlearn; its attributor predicts.
+        weighted: let a point count by v / (v + sd^2), with v the variance of its margin over originals and sd how
+            uncertain the attributor is of its change: as a normal target of that variance would.
+        hyperparameters: of `match`.
+
+    Raises:
+        OptionError: for weights where the attributor has no `sd`.
+    """
+    targets = predicted_oracle(problem)[:, : problem.n_train]
+    weights = _confidence(problem) if weighted else None
+    return match(problem, targets, weights, **hyperparameters)  # type: ignore[arg-type]
+
+
+def _confidence(problem: Problem) -> np.ndarray:
+    """v / (v + sd^2) of each training point (n_train,)."""
+    sd = getattr(problem.attributor, "sd", None)
+    if sd is None:
+        raise OptionError("weighted=True needs an attributor that has an `sd`; use 'bayesian', or weighted=False.")
+    n = problem.n_train
+    v = margins(problem.original_logits[:, :n], problem.labels[:n]).var(0)
+    return np.asarray(v / np.maximum(v + sd(problem.forget)[:n] ** 2, 1e-12), np.float32)
 
 
 @register(
@@ -128,6 +151,7 @@ def oracle_matching(
 def match(
     problem: Problem,
     targets: np.ndarray,
+    weights: np.ndarray | None = None,
     *,
     cost: float = 0.1,
     lr: float = 3e-3,
@@ -145,6 +169,7 @@ def match(
     Args:
         problem: what to unlearn, from which models.
         targets: logits (N, n_train, n_classes) to match.
+        weights: how much each point's distance counts (n_train,); equally, if None.
         cost: sample gradients to spend, relative to one retraining.
         lr: Adam's rate at the start.
         batch_size: examples a step.
@@ -158,9 +183,10 @@ def match(
         raise OptionError(f"Option loss={loss!r} was given; use one of {', '.join(map(repr, LOSSES))}.")
     goal = torch.from_numpy(targets).to(problem.x.device)
     distance, y = LOSSES[loss], problem.y
+    counts = torch.ones_like(y, dtype=goal.dtype) if weights is None else torch.from_numpy(weights).to(goal.device)
 
     def to_targets(logits: Tensor, indices: Tensor, models: Tensor) -> Tensor:
-        return distance(logits, goal[models[:, None], indices], y[indices])
+        return (counts[indices] * distance(logits, goal[models[:, None], indices], y[indices])).mean(1)
 
     n_steps = max(1, round(cost * problem.retraining / batch_size))
     from_forget = min(max(1, round(forget_share * batch_size)), batch_size - 1)
