@@ -19,7 +19,7 @@ from dmmlib.datamodels import RidgeDatamodel
 from dmmlib.errors import DataError, PresetError
 from dmmlib.metrics import Estimate
 from dmmlib.progress import silent
-from dmmlib.study import ROOT, Study
+from dmmlib.study import ROOT, Stream, Study
 from tests.conftest import TINY
 from tests.test_attribution import FACTORIES, problem
 
@@ -313,6 +313,27 @@ def test_replication_goes_on_where_its_table_ends(study, tmp_path, monkeypatch):
     assert len(rows) == 2 * (3 * 2 * 3 + 2)
     ratios = experiments.over_seeds(experiments.ratios(rows))
     assert set(ratios["kind"]) == {"random", "group", "every"}
+
+
+def test_ridge_may_have_more_models_than_the_preset(study):
+    section = study.preset.datamodels
+    size, m = section.n_subsets + 20, section.n_subsets
+    table = experiments.more_ridge(study, size)
+    assert (table["n_models"] == size).all()
+    masks = study.random_masks("masks:more", 20, section.fraction)
+    assert not any((masks[:, None] == study.subsets[0][None]).all(2).ravel())
+    logits = np.concatenate([study.raw_subset_logits(), study.logits_of(Stream("subsets:more", masks))])
+    yardstick = experiments.Yardstick.reported(study)
+    possible = []
+    for lam in section.lambdas:
+        model = RidgeDatamodel.fit(np.concatenate([study.subsets[0], masks]), logits, lam)
+        assert len(logits) == m + 20
+        moved = {
+            name: metrics.margins(study.original_logits[: yardstick.n] + model.effect(f.indices), study.data.y)
+            for name, f in study.forget_sets.items()
+        }
+        possible.append([v for name, z in moved.items() for v in yardstick.p95(z, name).values()])
+    assert any(np.allclose(table["value"], values, rtol=1e-3) for values in possible)
 
 
 def test_the_main_table_over_seeds():
