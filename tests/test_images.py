@@ -7,9 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dmmlib import data, images, models, presets
+from dmmlib import data, images, metrics, models, presets
 from dmmlib.errors import DataError
+from dmmlib.progress import silent
 from dmmlib.resnet18 import resnet18
+from dmmlib.study import Study
 from tests.conftest import SHARED
 
 CIFAR = SHARED / "data" / "cifar10_jpeg_12k.npz"
@@ -110,18 +112,23 @@ def test_resnet18_is_the_published_size_and_trains_as_an_ensemble():
 
 
 @pytest.mark.skipif(not CIFAR.exists(), reason="shared/data is not beside this checkout")
-def test_colour_images_train_a_narrow_resnet9(tmp_path):
-    from dmmlib.progress import silent
-    from dmmlib.study import Study
-
+def test_the_main_table_on_colour_images_with_a_narrow_resnet9(tmp_path):
     overrides = {
-        "data.path": str(CIFAR), "data.n_train": 200, "data.n_val": 20, "training.epochs": 1,
-        "ensembles.n_models": 4, "tuning.n_models": 4, "model.options.width": 4,
+        "data.path": str(CIFAR), "data.n_train": 200, "data.n_val": 20, "training.epochs": 2,
+        "ensembles.n_models": 6, "tuning.n_models": 4, "tuning.budget": 1, "model.options.width": 4,
+        "datamodels.n_subsets": 20, "datamodels.n_held_out": 8, "datamodels.sizes": [20],
+        "attribution.n_subsets": 12, "unlearning.checkpoints": 0,
+        "forget_sets": [{"name": "random_20", "kind": "random", "size": 20}],
+        "tuning.forget_sets": [{"name": "tune", "kind": "random", "size": 10}],
     }  # fmt: skip
     study = Study("cifar10-images", overrides, runs=tmp_path, progress=silent)
     assert study.data.x_train.shape == (200, 32, 32, 3)
-    assert study.original_logits.shape == (4, 220, 10)
-    assert np.isfinite(study.original_logits).all()
+    assert study.original_logits.shape == (6, 220, 10)
+    table = study.results()
+    table = table[table["statistic"] == "klom_p95"]
+    assert set(table["method"]) == set(study.preset.unlearning.methods)
+    assert table.groupby("method")["split"].agg(set).map(len).eq(3).all()
+    assert table["value"].between(0, -np.log(metrics.FLOOR)).all()
 
 
 def test_living17_is_the_papers_setting():
