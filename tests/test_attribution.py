@@ -16,6 +16,7 @@ from dmmlib.attribution import Context
 from dmmlib.attribution.base import calibrated
 from dmmlib.attribution.bayesian import covariance, fit
 from dmmlib.attribution.kernel import EASY, Kernel, gradient_kernel, gram, hardness, kernel, kernel_response, margin
+from dmmlib.attribution.lasso import solve
 from dmmlib.attribution.linearised import FLAT, LinearisedResponse, compressed, linearise, linearised_response
 from dmmlib.datamodels import retrained
 from dmmlib.errors import DataError, ForgetSetError, MethodError
@@ -385,7 +386,7 @@ def sparse(m=60, n=12, points=5, seed=0):
 def test_lasso_equals_that_of_scikit_learn(share, m, monkeypatch):
     monkeypatch.setattr("dmmlib.attribution.lasso.BLOCK", 7)  # several blocks of targets
     context, _ = sparse(m)
-    fitted = attribution.fit("lasso", context, shares=[share], tol=1e-6)
+    fitted = attribution.fit("lasso", context, shares=[share], tol=1e-5)
     a = context.masks - context.masks.mean(0)
     y = context.outputs.reshape(m, -1) - context.outputs.reshape(m, -1).mean(0)
     for target in range(0, y.shape[1], 5):
@@ -400,6 +401,40 @@ def test_lasso_equals_that_of_scikit_learn(share, m, monkeypatch):
     np.testing.assert_allclose(fitted.effect([1, 4]), -w[[1, 4]].sum(0), atol=1e-6)
     predicted = context.outputs.mean(0) + np.einsum("mn,npc->mpc", a, w)
     np.testing.assert_allclose(fitted.predict(context.masks), predicted, atol=1e-5)
+
+
+@pytest.mark.parametrize("m", [15, 200], ids=["fewer subsets than points", "more"])
+def test_lasso_by_masks_or_by_their_gram_matrix_is_that_of_scikit_learn(m):
+    rng = np.random.default_rng(0)
+    a = rng.random((m, 40)) < 0.7
+    a, y = a - a.mean(0), rng.normal(size=(30, m))
+    y = y - y.mean(1, keepdims=True)
+    lam = rng.uniform(0.1, 0.9, 30) * np.abs(y @ a / m).max(1)
+    given = [torch.from_numpy(v) for v in (a, y, lam)]
+    by_masks = solve(*given, tol=1e-11).numpy()
+    by_gram = solve(*given, tol=1e-11, gram=given[0].T @ given[0] / m).numpy()
+    warm = solve(*given, start=torch.from_numpy(rng.normal(size=by_gram.shape)), tol=1e-11).numpy()
+    theirs = [
+        linear_model.Lasso(alpha=l, tol=1e-13, max_iter=100_000).fit(a, v).coef_ for l, v in zip(lam, y, strict=True)
+    ]
+    for ours in (by_masks, by_gram, warm):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    loose = solve(*given, tol=0.05).numpy()
+    objective = [((y - w @ a.T) ** 2).sum(1) / 2 / m + lam * np.abs(w).sum(1) for w in (loose, by_masks)]
+    assert (objective[0] - objective[1] <= 0.05 * (y**2).sum(1) / 2 / m).all()  # what the duality gap promises
+    with pytest.raises(DataError, match="has not converged after 5,000 steps"):
+        solve(*given, tol=-1.0)
+
+
+def test_lasso_goes_no_denser_than_its_held_out_error_falls():
+    context, _ = sparse(40)
+    noise = np.random.default_rng(1).normal(size=context.outputs.shape).astype("f4")
+    fitted = attribution.fit("lasso", Context(context.x, context.y, context.masks, noise), shares=[0.9, 0.3, 0.02])
+    alone = attribution.fit("lasso", Context(context.x, context.y, context.masks, noise), shares=[0.9])
+    sparsest = fitted.shares.reshape(-1) == np.float32(0.9)
+    assert 0.3 < sparsest.mean() < 1
+    both = [f.weights.toarray()[:, sparsest] for f in (fitted, alone)]
+    np.testing.assert_allclose(*both, atol=2e-2)
 
 
 def test_lasso_chooses_its_penalty_on_held_out_subsets():
