@@ -548,10 +548,13 @@ def test_comparison_at_equal_cost(name, options):
     }
     table = attribution.compare(settings, context, held_out, oracles)
     assert list(table.columns) == [
-        *("attributor", "n_models", "forget_set", "split", "statistic", "value", "low", "high")
+        *("attributor", "n_models", "method", "forget_set", "split", "statistic", "value", "low", "high")
     ]
     assert (table["n_models"] == 40).all()
-    assert len(table) == len(settings) * (1 + 3 * 3)
+    assert len(table) == len(settings) * (3 + 3 * (2 + 1))
+    cost = table[table["statistic"] == "cost"].set_index("attributor")["value"]
+    assert (cost == context.masks.mean(1).sum()).all()  # models of halves cost half a retraining each
+    assert (table.loc[table["statistic"] == "seconds", "value"] > 0).all()
     lds = table[table["statistic"] == "lds"].set_index("attributor")["value"]
     assert lds["nothing"] == 0
     assert lds["kernel"] > lds["ridge"] > 0.05  # what gradients add where models are few
@@ -561,6 +564,23 @@ def test_comparison_at_equal_cost(name, options):
     assert klom["bayesian"] < klom["ridge"]
     assert lds["bayesian"] > lds["ridge"]
     assert lds["linearised"] > lds["ridge"]
+
+
+def test_comparison_takes_other_ways_of_unlearning_by_an_attributor():
+    context, held_out, oracles = trained("linear", {})
+    before, after = (metrics.margins(z, context.labels) for z in (context.original_logits, oracles["f"][1]))
+
+    def half_way(attributor, forget_set):
+        return before + metrics.right_logits(attributor.effect(forget_set.indices), context.labels) / 2
+
+    table = attribution.compare({"ridge": ("ridge", {})}, context, held_out, oracles, {"half": half_way}, n_bootstrap=0)
+    found = table[table["statistic"] == "klom_p95"].set_index(["method", "split"])["value"]
+    fitted = attribution.fit("ridge", context)
+    expected = np.percentile(metrics.klom(half_way(fitted, oracles["f"][0]), after)[:6], 95)
+    assert found["half", "forget"] == pytest.approx(expected)
+    assert found["dm_direct", "forget"] != found["half", "forget"]
+    assert set(table.loc[table["statistic"] == "slope", "method"]) == {"dm_direct"}
+    assert set(table.loc[table["low"].notna(), "statistic"]) == {"lds"}  # no resamples of models were asked for
 
 
 def test_gradient_attributors_of_dattri_or_a_clear_error(monkeypatch):
@@ -592,3 +612,17 @@ def test_dattri_agrees_with_explicit_scores(name):
     np.testing.assert_allclose(fitted.weights, slope * raw, atol=1e-2 * np.abs(fitted.weights).max())
     if name == "trak":
         assert attribution.fit(name, context, n_models=2).effect([1]).shape == (14, 3)
+
+
+def test_ekfac_of_dattri_damped_away_is_the_product_of_gradients(capfd):
+    pytest.importorskip("dattri")
+    context = problem(FACTORIES["mlp"], n=20, m=30)
+    flat, damped, curved = (
+        attribution.fit(name, context, n_models=1, **options).weights
+        for name, options in (("tracin", {}), ("ekfac", {"damping": 1e6}), ("ekfac", {}))
+    )
+    np.testing.assert_allclose(damped, flat, atol=1e-3 * np.abs(flat).max())
+    assert np.abs(curved - flat).max() > 0.05 * np.abs(flat).max()
+    with pytest.raises(DataError, match="of linear layers only"):
+        attribution.fit("ekfac", problem(lambda: nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 3))))
+    assert "calculating gradient" not in capfd.readouterr().err
