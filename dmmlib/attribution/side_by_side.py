@@ -72,7 +72,9 @@ def _tuned_ridge(study: Study, context: Context, tuning: Yardstick) -> dict[str,
 
     def score(setting: Mapping[str, float]) -> float:
         model = ridge(context, **setting)
-        return float(np.mean([row["value"] for row in tuning.klom(lambda sets: right(study, model.effects(sets)))]))
+        return float(
+            np.mean([row["value"] for row in tuning.klom(lambda sets: [right(study, model.effect(f)) for f in sets])])
+        )
 
     section = study.preset.datamodels
     return min(({"lam": lam, "own_share": s} for lam in section.lambdas for s in section.own_shares), key=score)
@@ -133,7 +135,8 @@ def best(table: pd.DataFrame, n_models: int) -> tuple[list[str], list[str]]:
     rank = here[here["statistic"] == "lds"].sort_values("value", ascending=False)
     tied = rank.loc[rank["high"] >= rank["low"].iloc[0], "attributor"]
     part = here[(here["method"] == "dmm") & (here["split"] == "forget") & (here["statistic"] == "klom_p95")]
-    logs = np.log(part.pivot_table(index="forget_set", columns="attributor", values="value"))
+    part = part.assign(log=np.log(part["value"]))
+    logs = part.pivot_table(index="forget_set", columns="attributor", values="log")
     order = list(logs.median().sort_values().index)
     behind = {name: median_over((logs[name] - logs[order[0]]).to_numpy()).low for name in order}
     return list(tied), [name for name in order if behind[name] <= 0]
