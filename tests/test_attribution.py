@@ -17,6 +17,7 @@ from dmmlib.attribution import Context
 from dmmlib.attribution.base import calibrated
 from dmmlib.attribution.bayesian import covariance, fit
 from dmmlib.attribution.kernel import EASY, Kernel, gradient_kernel, gram, hardness, kernel, kernel_response, margin
+from dmmlib.attribution.lasso import solve
 from dmmlib.attribution.linearised import FLAT, LinearisedResponse, compressed, linearise, linearised_response
 from dmmlib.datamodels import retrained
 from dmmlib.errors import DataError, ForgetSetError, MethodError
@@ -429,7 +430,7 @@ def sparse(m=60, n=12, points=5, seed=0):
 def test_lasso_equals_that_of_scikit_learn(share, m, monkeypatch):
     monkeypatch.setattr("dmmlib.attribution.lasso.BLOCK", 7)  # several blocks of targets
     context, _ = sparse(m)
-    fitted = attribution.fit("lasso", context, shares=[share], tol=1e-6)
+    fitted = attribution.fit("lasso", context, shares=[share], tol=1e-5)
     a = context.masks - context.masks.mean(0)
     y = context.outputs.reshape(m, -1) - context.outputs.reshape(m, -1).mean(0)
     for target in range(0, y.shape[1], 5):
@@ -444,6 +445,40 @@ def test_lasso_equals_that_of_scikit_learn(share, m, monkeypatch):
     np.testing.assert_allclose(fitted.effect([1, 4]), -w[[1, 4]].sum(0), atol=1e-6)
     predicted = context.outputs.mean(0) + np.einsum("mn,npc->mpc", a, w)
     np.testing.assert_allclose(fitted.predict(context.masks), predicted, atol=1e-5)
+
+
+@pytest.mark.parametrize("m", [15, 200], ids=["fewer subsets than points", "more"])
+def test_lasso_by_masks_or_by_their_gram_matrix_is_that_of_scikit_learn(m):
+    rng = np.random.default_rng(0)
+    a = rng.random((m, 40)) < 0.7
+    a, y = a - a.mean(0), rng.normal(size=(30, m))
+    y = y - y.mean(1, keepdims=True)
+    lam = rng.uniform(0.1, 0.9, 30) * np.abs(y @ a / m).max(1)
+    given = [torch.from_numpy(v) for v in (a, y, lam)]
+    by_masks = solve(*given, tol=1e-11).numpy()
+    by_gram = solve(*given, tol=1e-11, gram=given[0].T @ given[0] / m).numpy()
+    warm = solve(*given, start=torch.from_numpy(rng.normal(size=by_gram.shape)), tol=1e-11).numpy()
+    theirs = [
+        linear_model.Lasso(alpha=l, tol=1e-13, max_iter=100_000).fit(a, v).coef_ for l, v in zip(lam, y, strict=True)
+    ]
+    for ours in (by_masks, by_gram, warm):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    loose = solve(*given, tol=0.05).numpy()
+    objective = [((y - w @ a.T) ** 2).sum(1) / 2 / m + lam * np.abs(w).sum(1) for w in (loose, by_masks)]
+    assert (objective[0] - objective[1] <= 0.05 * (y**2).sum(1) / 2 / m).all()  # what the duality gap promises
+    with pytest.raises(DataError, match="has not converged after 5,000 steps"):
+        solve(*given, tol=-1.0)
+
+
+def test_lasso_goes_no_denser_than_its_held_out_error_falls():
+    context, _ = sparse(40)
+    noise = np.random.default_rng(1).normal(size=context.outputs.shape).astype("f4")
+    fitted = attribution.fit("lasso", Context(context.x, context.y, context.masks, noise), shares=[0.9, 0.3, 0.02])
+    alone = attribution.fit("lasso", Context(context.x, context.y, context.masks, noise), shares=[0.9])
+    sparsest = fitted.shares.reshape(-1) == np.float32(0.9)
+    assert 0.3 < sparsest.mean() < 1
+    both = [f.weights.toarray()[:, sparsest] for f in (fitted, alone)]
+    np.testing.assert_allclose(*both, atol=2e-2)
 
 
 def test_lasso_chooses_its_penalty_on_held_out_subsets():
@@ -557,10 +592,13 @@ def test_comparison_at_equal_cost(name, options):
     }
     table = attribution.compare(settings, context, held_out, oracles)
     assert list(table.columns) == [
-        *("attributor", "n_models", "forget_set", "split", "statistic", "value", "low", "high")
+        *("attributor", "n_models", "method", "forget_set", "split", "statistic", "value", "low", "high")
     ]
     assert (table["n_models"] == 40).all()
-    assert len(table) == len(settings) * (1 + 3 * 3)
+    assert len(table) == len(settings) * (3 + 3 * (2 + 1))
+    cost = table[table["statistic"] == "cost"].set_index("attributor")["value"]
+    assert (cost == context.masks.mean(1).sum()).all()  # models of halves cost half a retraining each
+    assert (table.loc[table["statistic"] == "seconds", "value"] > 0).all()
     lds = table[table["statistic"] == "lds"].set_index("attributor")["value"]
     assert lds["nothing"] == 0
     assert lds["kernel"] > lds["ridge"] > 0.05  # what gradients add where models are few
@@ -570,6 +608,23 @@ def test_comparison_at_equal_cost(name, options):
     assert klom["bayesian"] < klom["ridge"]
     assert lds["bayesian"] > lds["ridge"]
     assert lds["linearised"] > lds["ridge"]
+
+
+def test_comparison_takes_other_ways_of_unlearning_by_an_attributor():
+    context, held_out, oracles = trained("linear", {})
+    before, after = (metrics.margins(z, context.labels) for z in (context.original_logits, oracles["f"][1]))
+
+    def half_way(attributor, forget_set):
+        return before + metrics.right_logits(attributor.effect(forget_set.indices), context.labels) / 2
+
+    table = attribution.compare({"ridge": ("ridge", {})}, context, held_out, oracles, {"half": half_way}, n_bootstrap=0)
+    found = table[table["statistic"] == "klom_p95"].set_index(["method", "split"])["value"]
+    fitted = attribution.fit("ridge", context)
+    expected = np.percentile(metrics.klom(half_way(fitted, oracles["f"][0]), after)[:6], 95)
+    assert found["half", "forget"] == pytest.approx(expected)
+    assert found["dm_direct", "forget"] != found["half", "forget"]
+    assert set(table.loc[table["statistic"] == "slope", "method"]) == {"dm_direct"}
+    assert set(table.loc[table["low"].notna(), "statistic"]) == {"lds"}  # no resamples of models were asked for
 
 
 def test_gradient_attributors_of_dattri_or_a_clear_error(monkeypatch):
@@ -601,3 +656,17 @@ def test_dattri_agrees_with_explicit_scores(name):
     np.testing.assert_allclose(fitted.weights, slope * raw, atol=1e-2 * np.abs(fitted.weights).max())
     if name == "trak":
         assert attribution.fit(name, context, n_models=2).effect([1]).shape == (14, 3)
+
+
+def test_ekfac_of_dattri_damped_away_is_the_product_of_gradients(capfd):
+    pytest.importorskip("dattri")
+    context = problem(FACTORIES["mlp"], n=20, m=30)
+    flat, damped, curved = (
+        attribution.fit(name, context, n_models=1, **options).weights
+        for name, options in (("tracin", {}), ("ekfac", {"damping": 1e6}), ("ekfac", {}))
+    )
+    np.testing.assert_allclose(damped, flat, atol=1e-3 * np.abs(flat).max())
+    assert np.abs(curved - flat).max() > 0.05 * np.abs(flat).max()
+    with pytest.raises(DataError, match="of linear layers only"):
+        attribution.fit("ekfac", problem(lambda: nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 3))))
+    assert "calculating gradient" not in capfd.readouterr().err

@@ -15,6 +15,7 @@ from dmmlib.attribution.ablation import antithetic_masks, clustered_masks, poste
 from dmmlib.attribution.base import Linear
 from dmmlib.attribution.bayesian import RHOS, covariance
 from dmmlib.attribution.linearised import LinearisedResponse, linearised_response
+from dmmlib.attribution.side_by_side import FLOOR, best, over_sets, side_by_side, wide
 from dmmlib.datamodels import RidgeDatamodel
 from dmmlib.errors import DataError, PresetError
 from dmmlib.metrics import Estimate
@@ -376,3 +377,36 @@ def test_replicated_pairs_are_presets(pair, tmp_path):
 def test_unknown_settings_are_refused():
     with pytest.raises(PresetError, match="cheap"):
         Study(copy.deepcopy(TINY) | {"cheap": {"size": [3]}})
+
+
+def test_attributors_stand_side_by_side_a_users_own_and_those_that_cannot_be_fitted(study):
+    settings = {"ridge": {}, "kernel": {"n_models": 2}, "nothing": {}, "lasso": {"shares": [2.0]}}
+    table, missing = side_by_side(study, settings, sizes=[100], n_models=6)
+    assert list(missing) == ["lasso"]
+    assert "give numbers between 0 and 1" in missing["lasso"]
+    spent = table.drop_duplicates("attributor").set_index("attributor")["n_models"].to_dict()
+    assert spent == {"do nothing": 0, FLOOR: 0, "ridge": 30, "kernel": 30, "nothing": 30, "ridge, 100 models": 100}
+    klom = table[table["statistic"] == "klom_p95"].set_index(["attributor", "method", "forget_set", "split"])["value"]
+    for name, f in study.forget_sets.items():
+        oracles, originals = study.reference(f)[0], metrics.margins(study.original_logits[:6], study.data.y)
+        expected = np.percentile(metrics.klom(originals, oracles)[f.indices], 95)
+        assert klom["do nothing", "", name, "forget"] == pytest.approx(expected)
+        assert klom["nothing", "dm_direct", name, "forget"] == pytest.approx(expected)  # it predicts no change
+    assert set(table["method"]) == {"", "dm_direct", "dmm"}
+    medians = over_sets(table)
+    floor = medians[(medians["attributor"] == FLOOR) & (medians["split"] == "retain")].iloc[0]
+    assert floor["value"] == pytest.approx(np.median([klom[FLOOR, "", name, "retain"] for name in study.forget_sets]))
+    lines = wide(medians)
+    assert list(lines.index) == ["do nothing", FLOOR, *("ridge", "kernel", "nothing", "ridge, 100 models")]
+    assert lines.loc["ridge, 100 models", "retrainings"] == "50"
+
+
+def test_who_is_best_is_a_matter_of_intervals():
+    rows = []
+    for name, lds, kloms in (("a", 0.6, [1, 2, 1, 2, 1]), ("b", 0.58, [2, 1, 2, 1, 2]), ("c", 0.3, [5, 6, 5, 6, 5])):
+        rows.append((name, "", "", "all", "lds", lds, lds - 0.03, lds + 0.03))
+        rows += [(name, "dmm", str(i), "forget", "klom_p95", float(v), np.nan, np.nan) for i, v in enumerate(kloms)]
+    columns = ["attributor", "method", "forget_set", "split", "statistic", "value", "low", "high"]
+    table = pd.DataFrame(rows, columns=columns).assign(n_models=100)
+    assert best(table, 100) == (["a", "b"], ["a", "b"])
+    assert best(table[table["attributor"] != "b"], 100) == (["a"], ["a"])

@@ -1,4 +1,4 @@
-"""The figures of notebook 07; titles are the caller's, who knows the finding."""
+"""The figures of notebook 07, and of 02's comparison; titles are the caller's, who knows the finding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from dmmlib.attribution.experiments import SPLITS
-from dmmlib.plots import titled
+from dmmlib.plots import label, titled
 
 _PALETTE = sns.color_palette("colorblind", 10)
 LOOKS = {"bayesian": ("Bayesian", _PALETTE[3], "o"), "ridge": ("ridge, margin gauge", _PALETTE[0], "s"),
@@ -191,4 +191,38 @@ def totals(table: pd.DataFrame, requests: Sequence[int], title: str, caption: st
         each.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
     axis.grid(color="0.93")
     axis.legend(fontsize=9)
+    return titled(figure, title, caption)
+
+
+def side_by_side(medians: pd.DataFrame, title: str, caption: str) -> Figure:
+    """LDS, and p95 KLoM of DM-direct and DMM on forget and retain points: a row an attributor.
+
+    Args:
+        medians: `side_by_side.over_sets`.
+    """
+    known = medians[medians["statistic"] == "lds"]
+    names = list(known["attributor"])
+    figure, axes = plt.subplots(1, 3, figsize=(11.5, 0.36 * len(names) + 1.4), sharey=True, layout="constrained")
+    rows = np.arange(len(names))
+    axes[0].errorbar(known["value"], rows, xerr=_bars(known), fmt="o", color="black", capsize=2)
+    axes[0].axvline(0, color="0.6", lw=0.8)
+    axes[0].set(xlabel="LDS, mean over points", title="rank of effects")
+    klom = medians[medians["statistic"] == "klom_p95"]
+    for axis, split in zip(axes[1:], ("forget", "retain"), strict=True):
+        here = klom[klom["split"] == split].set_index("attributor")
+        for method, shift, tint, mark in (("dm_direct", -0.14, _PALETTE[2], "D"), ("dmm", 0.14, _PALETTE[3], "o")):
+            part = here[here["method"] == method].loc[names]
+            look = {"fmt": mark, "color": tint, "ms": 5, "capsize": 2}
+            axis.errorbar(part["value"], rows + shift, xerr=_bars(part), label=label(method), **look)
+        for name, ls in (("do nothing", ":"), ("retrain (floor)", "-")):
+            axis.axvline(here.loc[name, "value"], color="0.35", ls=ls, lw=1.2, label=name)
+        axis.set(xscale="log", xlabel="p95 KLoM", title=f"{split} points")
+        axis.set_xticks([0.5, 1, 2, 5, 10], ["0.5", "1", "2", "5", "10"])
+        axis.xaxis.set_minor_formatter(NullFormatter())
+    for axis in axes:
+        axis.grid(axis="x", color="0.93")
+    axes[0].set_yticks(rows, names)
+    axes[0].invert_yaxis()
+    handles, labels = axes[1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=9)
     return titled(figure, title, caption)
