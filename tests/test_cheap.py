@@ -381,7 +381,7 @@ def test_unknown_settings_are_refused():
 
 def test_attributors_stand_side_by_side_a_users_own_and_those_that_cannot_be_fitted(study):
     settings = {"ridge": {}, "kernel": {"n_models": 2}, "nothing": {}, "lasso": {"shares": [2.0]}}
-    table, missing = side_by_side(study, settings, sizes=[100], n_models=6)
+    table, missing = side_by_side(study, settings, study.forget_sets, sizes=[100], n_models=6)
     assert list(missing) == ["lasso"]
     assert "give numbers between 0 and 1" in missing["lasso"]
     spent = table.drop_duplicates("attributor").set_index("attributor")["n_models"].to_dict()

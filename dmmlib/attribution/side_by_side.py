@@ -23,15 +23,20 @@ FLOOR, NOTHING = "retrain (floor)", "do nothing"
 
 
 def side_by_side(
-    study: Study, settings: Mapping[str, Mapping[str, Any]], sizes: Iterable[int] = (), n_models: int = 16
+    study: Study,
+    settings: Mapping[str, Mapping[str, Any]],
+    forget_sets: Mapping[str, ForgetSet],
+    sizes: Iterable[int] = (),
+    n_models: int = 16,
 ) -> tuple[pd.DataFrame, dict[str, str]]:
-    """`compare` of registered attributors on the study's own subset models and forget sets, by DM-direct and DMM.
+    """`compare` of registered attributors on the study's own subset models, by DM-direct and DMM.
 
     Ridge takes the penalty, and the share of it on own weights, of the lowest p95 KLoM of DM-direct on the tuning sets;
     DMM the setting that was tuned there with the study's own attributor. LDS is on the held-out subsets that report.
 
     Args:
         settings: registered name -> options.
+        forget_sets: those to unlearn.
         sizes: of the many subset models of halves, how many ridge is fitted to as well, for reference.
         n_models: originals that are unlearned; they are compared with all oracles.
 
@@ -42,7 +47,7 @@ def side_by_side(
     masks, outputs = study.held_out
     half, tuning = len(masks) // 2, Yardstick.tuning(study)
     before = study.original_logits[:n_models]
-    oracles = {name: (f, study.oracles(f)) for name, f in study.forget_sets.items()}
+    oracles = {name: (f, study.oracles(f)) for name, f in forget_sets.items()}
 
     def run(label: str, name: str, options: Mapping[str, Any], context: Context) -> pd.DataFrame:
         study.progress(f"attributor {label}", 0, 1)
