@@ -47,7 +47,14 @@ def main(preset: str) -> int:
         return 1
     for path in executed:
         publish_notebook(path)
-    for name in ("results.csv", "trajectories.csv", "datamodels.csv", "attributors.csv", "convex.csv", "run.json"):  # for `dmm report`
+    for name in (
+        "results.csv",
+        "trajectories.csv",
+        "datamodels.csv",
+        "attributors.csv",
+        "convex.csv",
+        "run.json",
+    ):  # for `dmm report`
         if (run / name).exists():
             shutil.copy(run / name, ROOT / "figures" / preset / name)
     readme = ROOT / "README.md"
