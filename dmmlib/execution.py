@@ -14,6 +14,7 @@ import os
 import pickle
 import platform
 import re
+import signal
 import sys
 import threading
 import time
@@ -131,7 +132,10 @@ def _apply(packed: np.ndarray, parent: int, threads: int, chunk: C) -> Any:
 
 @functools.cache
 def _settle(parent: int, threads: int) -> None:
-    """Once a worker process: it takes its share of threads, and ends when its parent is gone."""
+    """Once a worker process: it takes its share of threads, and ends with its parent, which alone hears Ctrl-C.
+
+    One that heard it itself would die, or go on with the next chunk, just while its parent ends it.
+    """
     from joblib.externals.loky import process_executor
 
     process_executor._USE_PSUTIL = False  # or it takes compiled code for a leak, and ends the process
@@ -142,6 +146,8 @@ def _settle(parent: int, threads: int) -> None:
             time.sleep(1)
         os._exit(1)
 
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     if os.name == "posix":
         threading.Thread(target=watch, daemon=True).start()
 
