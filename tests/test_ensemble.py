@@ -510,13 +510,14 @@ def test_a_step_on_cuda_never_waits_for_the_device(points):
         torch.cuda.set_sync_debug_mode("error")
         yield from np.arange(64).reshape(2, 2, 16)
 
-    start = training.optimizer.start(stacked.params)
+    start, before = training.optimizer.start(stacked.params), {k: v.clone() for k, v in stacked.params.items()}
     try:
         ensemble.descend(
             stacked, x, batches(), ensemble.classification(y.cuda()), training.optimizer, start, precision="bfloat16"
         )
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert all((stacked.params[k] != v).any() for k, v in before.items()), "all steps were taken, and none raised"
 
 
 def test_resnet9_on_real_colour_images():
