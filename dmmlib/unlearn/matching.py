@@ -92,9 +92,8 @@ def dmm(problem: Problem, *, weighted: bool = False, **hyperparameters: float) -
     Raises:
         OptionError: for weights where the attributor has no `sd`.
     """
-    targets = predicted_oracle(problem)[:, : problem.n_train]
     weights = _confidence(problem) if weighted else None
-    return match(problem, targets, weights, **hyperparameters)  # type: ignore[arg-type]
+    return match(problem, predicted_oracle(problem)[:, : problem.n_train], weights, **hyperparameters)  # type: ignore[arg-type]
 
 
 def _confidence(problem: Problem) -> np.ndarray:
