@@ -230,9 +230,19 @@ class Study:
 
         Processes and compiling take some seconds to start, so they are tried only where many steps are planned.
         """
+        return self._fastest(many=self._planned_steps() >= MANY_STEPS)
+
+    @cached_property
+    def fine_tuning(self) -> Execution:
+        """How unlearning is carried out here: without processes, and not compiled unless the preset says so.
+
+        Each loss would be compiled anew for a few hundred steps, which take less time than that.
+        """
+        return self._fastest(many=False)
+
+    def _fastest(self, many: bool) -> Execution:
         section = self.preset.ensembles
         chunk = None if section.chunk == "auto" else section.chunk
-        many = self._planned_steps() >= MANY_STEPS
         allowed = (None if many else False) if section.compile == "auto" else section.compile
         options = execution.candidates(self.device, chunk, allowed, many)
         if all(o.compile for o in options) and not execution.can_compile(self.device):
@@ -701,7 +711,7 @@ class Study:
             oracle_logits=self.oracles(forget_set, floor=True, n=n),
             checkpoints=0 if tuning else self.preset.unlearning.checkpoints,
             seed=self.seeds(f"unlearn:{forget_set.name}", 1)[0],
-            execution=self.execution,
+            execution=self.fine_tuning,
         )
 
     def _datamodel_config(self) -> dict[str, Any]:

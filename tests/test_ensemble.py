@@ -370,14 +370,16 @@ def test_what_a_preset_settles_is_not_tried():
         (Adam(0.03), lambda p: torch.optim.Adam(p, 0.03)),
     ],
 )
-def test_optimizers_are_those_of_torch(ours, theirs):
+@pytest.mark.parametrize("fused", [True, False])  # in order of memory or not: by torch's kernel, or as arithmetic
+def test_optimizers_are_those_of_torch(ours, theirs, fused):
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    start = start if fused else start.T
     params = {"w": start.clone()}
     leaf = start.clone().requires_grad_()
     state, reference = ours.start(params), theirs([leaf])
     for step in range(5):
-        leaf.grad = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+        leaf.grad = torch.randn(4, 3, generator=generator, dtype=torch.float64).T.reshape(start.shape)
         rate = ours.lr / (step + 1)
         reference.param_groups[0]["lr"] = rate
         reference.step()

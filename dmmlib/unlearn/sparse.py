@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from dmmlib.optim import SGD, Tensors, counter
+from dmmlib.optim import SGD, Tensors
 from dmmlib.unlearn.base import Phase, Problem, Unlearned, check_options, finetune, register
 from dmmlib.unlearn.gradient import descent, passes
 
@@ -41,7 +42,8 @@ class SparseSGD(SGD):
     n_steps: int = 1
 
     def start(self, params: Tensors) -> dict[str, Tensors]:
-        return super().start(params) | counter(params)
+        device = next(iter(params.values())).device
+        return super().start(params) | {"steps": {"taken": torch.zeros((), device=device)}}  # compiled once for all
 
     def update(self, params: Tensors, gradients: Tensors, state: dict[str, Tensors], rate: Tensor) -> None:
         weight = self.gamma * (1 - state["steps"]["taken"] / self.n_steps)
