@@ -103,32 +103,29 @@ class Yardstick:
         splits = self.sets[name].splits(self.study.data.n_train, self.study.data.n_val)
         return {split: float(np.percentile(klom[at], 95)) for split, at in splits.items()}
 
-    def klom(self, effects: Effects) -> list[dict[str, Any]]:
-        """p95 KLoM of DM-direct: a row a forget set and split."""
-        changes = effects([f.indices for f in self.sets.values()])
+    def rows(self, answers: Callable[[str], np.ndarray]) -> list[dict[str, Any]]:
+        """`p95` of the margins (n, n_points) that answer each forget set, by its name: a row a set and split."""
         return [
             {"forget_set": name, "split": split, "statistic": "klom_p95", "value": value}
-            for name, change in zip(self.sets, changes, strict=True)
-            for split, value in self.p95(self.before + change, name).items()
+            for name in self.sets
+            for split, value in self.p95(answers(name), name).items()
         ]
 
+    def klom(self, effects: Effects) -> list[dict[str, Any]]:
+        """`rows` of DM-direct."""
+        changes = dict(zip(self.sets, effects([f.indices for f in self.sets.values()]), strict=True))
+        return self.rows(lambda name: self.before + changes[name])
+
     def floor(self) -> list[dict[str, Any]]:
-        """The same of a second, independent set of oracles."""
-        rows = []
-        for name, f in self.sets.items():
-            again = metrics.margins(self.study.oracles(f, floor=True, n=self.n), self.study.data.y)
-            for split, value in self.p95(again, name).items():
-                rows.append({"forget_set": name, "split": split, "statistic": "klom_p95", "value": value})
-        return rows
+        """`rows` of a second, independent set of oracles."""
+        study = self.study
+        return self.rows(
+            lambda name: metrics.margins(study.oracles(self.sets[name], floor=True, n=self.n), study.data.y)
+        )
 
     def true_shift(self) -> list[dict[str, Any]]:
-        """The same if every original moved by the true change of the mean margin: what no better prediction beats."""
-        rows = []
-        for name in self.sets:
-            answers = self.before + self.oracles(name).mean(0) - self.before.mean(0)
-            for split, value in self.p95(answers, name).items():
-                rows.append({"forget_set": name, "split": split, "statistic": "klom_p95", "value": value})
-        return rows
+        """`rows` if every original moved by the true change of the mean margin: what no better prediction beats."""
+        return self.rows(lambda name: self.before + self.oracles(name).mean(0) - self.before.mean(0))
 
 
 def right(study: Study, effect: np.ndarray) -> np.ndarray:
@@ -302,13 +299,11 @@ def ridge(study: Study, size: int, yardstick: Yardstick | None = None) -> tuple[
 def raw_ridge(study: Study, yardstick: Yardstick) -> list[dict[str, Any]]:
     """p95 KLoM, a row a forget set and split, of ridge as the paper and the study have it: raw logits change."""
     before = study.original_logits[: yardstick.n]
-    return [
-        {"forget_set": name, "split": split, "statistic": "klom_p95", "value": value}
-        for name, f in yardstick.sets.items()
-        for split, value in yardstick.p95(
-            metrics.margins(study.datamodel.retrained(before, f.indices), study.data.y), name
-        ).items()
-    ]
+
+    def answers(name: str) -> np.ndarray:
+        return metrics.margins(study.datamodel.retrained(before, yardstick.sets[name].indices), study.data.y)
+
+    return yardstick.rows(answers)
 
 
 def more_ridge(study: Study, size: int) -> pd.DataFrame:
