@@ -29,7 +29,7 @@ CHEAP = {
     "n_draws": 2,
     "n_kernel": 3,
     "n_ablation": 2,
-    "kernels": [1],
+    "linearised": [1],
     "n_clusters": 5,
     "penalties": [0.1],
     "ranks": [20],

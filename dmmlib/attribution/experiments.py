@@ -472,7 +472,7 @@ def variants(study: Study) -> list[Variant]:
         Variant("subsets", f"of {own:.0%}, each twice", subsets="twice"),
         Variant("response", "kernel ridge, deletions exact", response="kernel"),
         Variant("response", "to first order: effects add up", response="linear"),
-        *(Variant("linearised models", f"{k} of them", k=k) for k in cheap.kernels),
+        *(Variant("linearised models", f"{k} of them", k=k) for k in cheap.linearised),
         *(Variant("linearised models", f"λ = {v:g}", lam=v) for v in cheap.penalties),
         *(Variant("linearised models", f"rank {r}", rank=r) for r in cheap.ranks),
         Variant("linearised models", f"at {cheap.n_ablation} originals", at="originals"),
