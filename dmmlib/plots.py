@@ -4,6 +4,7 @@ who knows the finding.
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Mapping, Sequence
 
@@ -114,6 +115,14 @@ def titled(figure: Figure, title: str, caption: str) -> Figure:
     figure.suptitle(textwrap.fill(title, int(9 * width)), x=0.01, ha="left", y=1.02, va="bottom", fontweight="bold")
     figure.text(0.01, -0.01, textwrap.fill(caption, int(15 * width)), ha="left", va="top", fontsize=9, color="0.35")
     return figure
+
+
+def png(figure: Figure, dpi: int = 90) -> bytes:
+    """A figure as the PNG that stands for a widget where none can be shown; the figure is closed."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+    return buffer.getvalue()
 
 
 def lds_curve(sizes: Sequence[int], scores: Mapping[str, Sequence[Estimate]], title: str, caption: str) -> Figure:

@@ -74,6 +74,11 @@ class DatamodelsSection(Section):
     own_shares: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (1.0, 0.3, 0.1)
     sizes: tuple[PositiveInt, ...] = (250, 500, 1000, 2000, 4000)  # of M, for the LDS curve
 
+    @property
+    def grid(self) -> list[dict[str, float]]:
+        """Settings of ridge to choose from: every penalty with every share of it on own weights."""
+        return [{"lam": lam, "own_share": share} for lam in self.lambdas for share in self.own_shares]
+
 
 class AttributionSection(Section):
     """The attributor that DM-direct, DMM and the widget use, and the subset models that it gets, weights included."""

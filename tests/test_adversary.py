@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmmlib import data, metrics
+from dmmlib import data, metrics, models
 from dmmlib.adversary import attacks, convex, crafting, defence, experiments, service, serving, simplex, sweep
 from dmmlib.adversary.settings import AdversarySettings
 from dmmlib.adversary.stable_region import jensen_gap, stable_region
@@ -235,12 +235,10 @@ def test_crafting_pulls_harder_than_the_images_as_they_are(world: World, subspac
     assert pull[1] > pull[0] > 0
 
 
-def test_prepared_images_are_what_models_take(world: World) -> None:
-    from dmmlib import models
-
-    np.testing.assert_allclose(
-        world.victim.points(world.data.x_val[:5]), models.pooled(world.data, world.data.x_val[:5]), atol=1e-6
-    )
+@pytest.mark.parametrize("name", ["digits", "fashion-mnist"])  # of 8 rows, left as they are, and of 28, pooled
+def test_prepared_images_are_what_models_take(name: str) -> None:
+    d = data.load(name, 20, 5)
+    np.testing.assert_allclose(mlp(d, SMALL).points(d.x_val), models.pooled(d, d.x_val), atol=1e-6)
 
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 0.51])

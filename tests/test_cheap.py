@@ -15,7 +15,7 @@ from dmmlib.attribution.ablation import antithetic_masks, clustered_masks, poste
 from dmmlib.attribution.base import Linear
 from dmmlib.attribution.bayesian import RHOS, covariance
 from dmmlib.attribution.linearised import LinearisedResponse, linearised_response
-from dmmlib.attribution.side_by_side import FLOOR, best, over_sets, side_by_side, wide
+from dmmlib.attribution.side_by_side import FLOOR, _tuned_ridge, best, over_sets, side_by_side, wide
 from dmmlib.datamodels import RidgeDatamodel
 from dmmlib.errors import DataError, PresetError
 from dmmlib.metrics import Estimate
@@ -29,7 +29,7 @@ CHEAP = {
     "n_draws": 2,
     "n_kernel": 3,
     "n_ablation": 2,
-    "kernels": [1],
+    "linearised": [1],
     "n_clusters": 5,
     "penalties": [0.1],
     "ranks": [20],
@@ -399,6 +399,24 @@ def test_attributors_stand_side_by_side_a_users_own_and_those_that_cannot_be_fit
     lines = wide(medians)
     assert list(lines.index) == ["do nothing", FLOOR, *("ridge", "kernel", "nothing", "ridge, 100 models")]
     assert lines.loc["ridge, 100 models", "retrainings"] == "50"
+
+
+def test_ridge_beside_others_has_the_setting_that_is_best_on_the_tuning_sets(study):
+    context, y = study.context, study.data.y
+    before = metrics.margins(study.original_logits, y)
+    scores = {}
+    for setting in itertools.product(study.preset.datamodels.lambdas, study.preset.datamodels.own_shares):
+        lam, own_share = setting
+        model = RidgeDatamodel.fit(context.masks, context.outputs, lam, own_share=own_share)
+        p95 = []
+        for f in study.tuning_sets.values():
+            answers = before + metrics.right_logits(model.effect(f.indices), y)
+            klom = metrics.klom(answers, metrics.margins(study.oracles(f, n=len(before)), y))
+            p95 += [np.percentile(klom[at], 95) for at in f.splits(study.data.n_train, study.data.n_val).values()]
+        scores[setting] = np.mean(p95)
+    assert len(set(scores.values())) > 1
+    tuned = _tuned_ridge(study, context, experiments.Yardstick.tuning(study))
+    assert scores[tuned["lam"], tuned["own_share"]] == pytest.approx(min(scores.values()))
 
 
 def test_who_is_best_is_a_matter_of_intervals():

@@ -22,6 +22,7 @@ from dmmlib.exact import chains, compare, evidence, experiments, problem
 
 SETTINGS = exact.ExactSettings(n_runs=2000, n_permutations=199)
 LEVEL = 0.01
+LINEAR = exact.Loss("linear", lambda s, y: -y * s, lambda s, y: -y, lambda s, y: 0 * s, lipschitz=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -134,16 +135,14 @@ def test_price_is_below_its_bound(few: problem.Problem, changes: dict[str, Any])
 
 
 def test_bound_is_attained_where_gradients_are_as_far_apart_as_they_can_be() -> None:
-    linear = exact.Loss("linear", lambda s, y: -y * s, lambda s, y: -y, lambda s, y: 0 * s, lipschitz=1.0)
-    opposite = problem.Problem(np.ones((10, 1)), np.r_[-1.0, np.ones(9)], linear)
+    opposite = problem.Problem(np.ones((10, 1)), np.r_[-1.0, np.ones(9)], LINEAR)
     chain, rng = exact.SGD(20, 4, 0.1, 5.0, 0.7), np.random.default_rng(0)
     _, receipt = exact.delete(opposite, exact.learn(opposite, chain, 20_000, rng), 0, rng)
     assert abs(receipt.recomputed.mean() - exact.recomputation_bound(chain, 10, 1.0)) < 0.015
 
 
 def test_tv_bound_holds_where_the_distance_is_known() -> None:
-    linear = exact.Loss("linear", lambda s, y: -y * s, lambda s, y: -y, lambda s, y: 0 * s, lipschitz=1.0)
-    opposite = problem.Problem(np.ones((100, 1)), np.r_[-1.0, np.ones(99)], linear)
+    opposite = problem.Problem(np.ones((100, 1)), np.r_[-1.0, np.ones(99)], LINEAR)
     chain, rng = exact.SGD(10, 50, 0.1, 1e6, 0.5), np.random.default_rng(0)
     a = exact.learn(opposite, chain, 20_000, rng).final[:, 0]
     b = exact.learn(opposite.part(np.arange(1, 100)), chain, 20_000, rng).final[:, 0]

@@ -5,35 +5,26 @@ import pytest
 from dmmlib.errors import StoreError
 from dmmlib.files import read_json, replacing, write_json
 
+FULL = r"cannot be written \(No space left on device\).*is unchanged"
 
-def test_a_failed_write_leaves_the_old_content(tmp_path):
+
+@pytest.mark.parametrize(
+    ("error", "raised", "message"),
+    [(OSError(28, "No space left on device"), StoreError, FULL), (KeyboardInterrupt(), KeyboardInterrupt, None)],
+)
+def test_a_failed_or_interrupted_write_leaves_the_old_content(tmp_path, error, raised, message):
     path = tmp_path / "a.json"
     write_json(path, {"x": 1})
 
-    def fill_the_disk():
+    def write():
         with replacing(path) as temporary:
             temporary.write_text("half of")
-            raise OSError(28, "No space left on device")
+            raise error
 
-    with pytest.raises(StoreError, match=r"cannot be written \(No space left on device\).*is unchanged"):
-        fill_the_disk()
+    with pytest.raises(raised, match=message):
+        write()
     assert read_json(path) == {"x": 1}
     assert list(tmp_path.iterdir()) == [path], "nothing is left lying about"
-
-
-def test_an_interruption_leaves_the_old_content(tmp_path):
-    path = tmp_path / "a.json"
-    write_json(path, {"x": 1})
-
-    def interrupt():
-        with replacing(path) as temporary:
-            temporary.write_text("half of")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupt()
-    assert read_json(path) == {"x": 1}
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_place_that_cannot_be_written(tmp_path):

@@ -18,7 +18,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(plan, "measure", lambda *a, **k: plan.Rate(1000.0, 2, 8, "cpu"))
 
 
-CHEAP = {"sizes": [10, 40], "n_draws": 2, "n_kernel": 2, "n_ablation": 2, "kernels": [1], "n_clusters": 4}
+CHEAP = {"sizes": [10, 40], "n_draws": 2, "n_kernel": 2, "n_ablation": 2, "linearised": [1], "n_clusters": 4}
 
 
 def test_a_plan_counts_what_a_run_trains(tmp_path, quick, monkeypatch):

@@ -58,7 +58,10 @@ class Victim:
 
 
 def standardise(data: Dataset, images: Tensor) -> Tensor:
-    """`models.normalise` of pixels in [0, 1] (n, height, width, channels), to be differentiated in them."""
+    """`models.normalise` of pixels in [0, 1] (n, height, width, channels), to be differentiated in them.
+
+    It is not there, since stored models are named by the source of `models`.
+    """
     mean, std = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in (data.mean, data.std))
     return (images.permute(0, 3, 1, 2).contiguous() - mean) / std
 

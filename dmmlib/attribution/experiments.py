@@ -6,9 +6,9 @@ on the tuning sets only; intervals are over forget sets, draws of subset models,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -103,32 +103,29 @@ class Yardstick:
         splits = self.sets[name].splits(self.study.data.n_train, self.study.data.n_val)
         return {split: float(np.percentile(klom[at], 95)) for split, at in splits.items()}
 
-    def klom(self, effects: Effects) -> list[dict[str, Any]]:
-        """p95 KLoM of DM-direct: a row a forget set and split."""
-        changes = effects([f.indices for f in self.sets.values()])
+    def rows(self, answers: Callable[[str], np.ndarray]) -> list[dict[str, Any]]:
+        """`p95` of the margins (n, n_points) that answer each forget set, by its name: a row a set and split."""
         return [
             {"forget_set": name, "split": split, "statistic": "klom_p95", "value": value}
-            for name, change in zip(self.sets, changes, strict=True)
-            for split, value in self.p95(self.before + change, name).items()
+            for name in self.sets
+            for split, value in self.p95(answers(name), name).items()
         ]
 
+    def klom(self, effects: Effects) -> list[dict[str, Any]]:
+        """`rows` of DM-direct."""
+        changes = dict(zip(self.sets, effects([f.indices for f in self.sets.values()]), strict=True))
+        return self.rows(lambda name: self.before + changes[name])
+
     def floor(self) -> list[dict[str, Any]]:
-        """The same of a second, independent set of oracles."""
-        rows = []
-        for name, f in self.sets.items():
-            again = metrics.margins(self.study.oracles(f, floor=True, n=self.n), self.study.data.y)
-            for split, value in self.p95(again, name).items():
-                rows.append({"forget_set": name, "split": split, "statistic": "klom_p95", "value": value})
-        return rows
+        """`rows` of a second, independent set of oracles."""
+        study = self.study
+        return self.rows(
+            lambda name: metrics.margins(study.oracles(self.sets[name], floor=True, n=self.n), study.data.y)
+        )
 
     def true_shift(self) -> list[dict[str, Any]]:
-        """The same if every original moved by the true change of the mean margin: what no better prediction beats."""
-        rows = []
-        for name in self.sets:
-            answers = self.before + self.oracles(name).mean(0) - self.before.mean(0)
-            for split, value in self.p95(answers, name).items():
-                rows.append({"forget_set": name, "split": split, "statistic": "klom_p95", "value": value})
-        return rows
+        """`rows` if every original moved by the true change of the mean margin: what no better prediction beats."""
+        return self.rows(lambda name: self.before + self.oracles(name).mean(0) - self.before.mean(0))
 
 
 def right(study: Study, effect: np.ndarray) -> np.ndarray:
@@ -239,11 +236,26 @@ class Remembered:
 # --- against the number of models ----------------------------------------------------------------------
 
 
+def search(
+    yardstick: Yardstick,
+    fit: Callable[..., RidgeDatamodel],
+    effects: Callable[[RidgeDatamodel], Effects],
+    grid: Iterable[dict[str, float]],
+) -> Iterator[tuple[dict[str, float], RidgeDatamodel, float]]:
+    """Each setting of a grid, the datamodel fitted with it, and its score, of which the lowest is to be chosen.
+
+    The score is the mean over forget sets and splits of p95 KLoM of DM-direct.
+    """
+    for setting in grid:
+        model = fit(**setting)
+        yield setting, model, float(np.mean([row["value"] for row in yardstick.klom(effects(model))]))
+
+
 def ridge(study: Study, size: int, yardstick: Yardstick | None = None) -> tuple[Effects, dict[str, Any], Estimate]:
     """Ridge on margins with the first `size` subset models of halves.
 
-    Penalty and share of it on own weights are those of the lowest mean p95 KLoM on the tuning sets. Its LDS is that of
-    the penalty that has the best LDS on the first half of the held-out subsets, reported on the second.
+    Penalty and share of it on own weights are those of the lowest score of `search` on the tuning sets. Its LDS is that
+    of the penalty that has the best LDS on the first half of the held-out subsets, reported on the second.
 
     Returns:
         The predicted change of margins, the setting, and the LDS.
@@ -269,14 +281,12 @@ def ridge(study: Study, size: int, yardstick: Yardstick | None = None) -> tuple[
     if not path.exists():
         yardstick = yardstick or Yardstick.tuning(study)
         rows: list[dict[str, float]] = []
-        for lam in section.lambdas:
-            for share in section.own_shares:
-                study.progress(f"ridge on {size} models", len(rows), len(section.lambdas) * len(section.own_shares))
-                model = fitted(lam, share)
-                score = float(np.mean([row["value"] for row in yardstick.klom(first_class(model))]))
-                rank = float(lds(model.predict(chosen[0])[..., 0], chosen[1]).mean()) if share == 1 else -1.0
-                rows.append({"lam": lam, "own_share": share, "score": score, "lds": rank})
-        study.progress(f"ridge on {size} models", len(rows), len(rows))
+        study.progress(f"ridge on {size} models", 0, len(section.grid))
+        for setting, model, score in search(yardstick, fitted, first_class, section.grid):
+            plain = setting["own_share"] == 1
+            rank = float(lds(model.predict(chosen[0])[..., 0], chosen[1]).mean()) if plain else -1.0
+            rows.append(setting | {"score": score, "lds": rank})
+            study.progress(f"ridge on {size} models", len(rows), len(section.grid))
         write_json(path, rows)
     table = pd.DataFrame(read_json(path))
     best = table.iloc[int(table["score"].to_numpy().argmin())]
@@ -289,13 +299,11 @@ def ridge(study: Study, size: int, yardstick: Yardstick | None = None) -> tuple[
 def raw_ridge(study: Study, yardstick: Yardstick) -> list[dict[str, Any]]:
     """p95 KLoM, a row a forget set and split, of ridge as the paper and the study have it: raw logits change."""
     before = study.original_logits[: yardstick.n]
-    return [
-        {"forget_set": name, "split": split, "statistic": "klom_p95", "value": value}
-        for name, f in yardstick.sets.items()
-        for split, value in yardstick.p95(
-            metrics.margins(study.datamodel.retrained(before, f.indices), study.data.y), name
-        ).items()
-    ]
+
+    def answers(name: str) -> np.ndarray:
+        return metrics.margins(study.datamodel.retrained(before, yardstick.sets[name].indices), study.data.y)
+
+    return yardstick.rows(answers)
 
 
 def more_ridge(study: Study, size: int) -> pd.DataFrame:
@@ -308,15 +316,11 @@ def more_ridge(study: Study, size: int) -> pd.DataFrame:
     more = Stream("subsets:more", study.random_masks("masks:more", size - section.n_subsets, section.fraction))
     masks = np.concatenate([study.subsets[0], more.masks])
     logits = np.concatenate([study.raw_subset_logits(), study.logits_of(more)])
-
-    def measured(yardstick: Yardstick, lam: float) -> list[dict[str, Any]]:
-        model = RidgeDatamodel.fit(masks, logits, lam, study.device)
-        return yardstick.klom(bending(study, yardstick, model))
-
-    yardstick = Yardstick.tuning(study)
-    scores = [np.mean([row["value"] for row in measured(yardstick, lam)]) for lam in section.lambdas]
-    lam = section.lambdas[int(np.argmin(scores))]
-    return pd.DataFrame(measured(Yardstick.reported(study), lam)).assign(n_models=size)
+    fit = partial(RidgeDatamodel.fit, masks, logits, device=study.device)
+    tuning, reported = Yardstick.tuning(study), Yardstick.reported(study)
+    tried = search(tuning, fit, partial(bending, study, tuning), [{"lam": lam} for lam in section.lambdas])
+    _, model, _ = min(tried, key=lambda found: found[2])
+    return pd.DataFrame(reported.klom(bending(study, reported, model))).assign(n_models=size)
 
 
 def bending(study: Study, yardstick: Yardstick, model: RidgeDatamodel) -> Effects:
@@ -468,7 +472,7 @@ def variants(study: Study) -> list[Variant]:
         Variant("subsets", f"of {own:.0%}, each twice", subsets="twice"),
         Variant("response", "kernel ridge, deletions exact", response="kernel"),
         Variant("response", "to first order: effects add up", response="linear"),
-        *(Variant("linearised models", f"{k} of them", k=k) for k in cheap.kernels),
+        *(Variant("linearised models", f"{k} of them", k=k) for k in cheap.linearised),
         *(Variant("linearised models", f"λ = {v:g}", lam=v) for v in cheap.penalties),
         *(Variant("linearised models", f"rank {r}", rank=r) for r in cheap.ranks),
         Variant("linearised models", f"at {cheap.n_ablation} originals", at="originals"),

@@ -14,7 +14,7 @@ class CheapSettings:
         n_draws: independent draws of subset models, of every size that fits in as many blocks, and of every design.
         n_kernel: linearised models, the first of a draw.
         n_ablation: the same in the ablation, and
-        kernels: other numbers tried there.
+        linearised: other numbers of them tried there.
         penalties, ranks: of linearised models, in the ablation.
         fractions: of S in a subset, in the ablation, besides the preset's.
         n_clusters: of training points whose effects are alike, for clustered subsets.
@@ -24,7 +24,7 @@ class CheapSettings:
     n_draws: int = 3
     n_kernel: int = 20
     n_ablation: int = 10
-    kernels: tuple[int, ...] = (5, 20)
+    linearised: tuple[int, ...] = (5, 20)
     penalties: tuple[float, ...] = (0.002, 0.02)
     ranks: tuple[int, ...] = (100,)
     fractions: tuple[float, ...] = (0.5, 0.9)

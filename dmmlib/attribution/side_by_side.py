@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,8 @@ import pandas as pd
 from dmmlib import metrics, unlearn
 from dmmlib.attribution.base import Context
 from dmmlib.attribution.compare import Unlearn, compare
-from dmmlib.attribution.experiments import SPLITS, Yardstick, median_over, right
-from dmmlib.attribution.ridge import ridge
-from dmmlib.datamodels import Attributor
+from dmmlib.attribution.experiments import SPLITS, Effects, Yardstick, median_over, right, search
+from dmmlib.datamodels import Attributor, RidgeDatamodel
 from dmmlib.errors import DataError, MethodError
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.study import Study
@@ -75,14 +75,12 @@ def side_by_side(
 def _tuned_ridge(study: Study, context: Context, tuning: Yardstick) -> dict[str, float]:
     """The setting of lowest p95 KLoM of DM-direct, over splits and tuning sets."""
 
-    def score(setting: Mapping[str, float]) -> float:
-        model = ridge(context, **setting)
-        return float(
-            np.mean([row["value"] for row in tuning.klom(lambda sets: [right(study, model.effect(f)) for f in sets])])
-        )
+    def effects(model: RidgeDatamodel) -> Effects:
+        return lambda sets: [right(study, model.effect(f)) for f in sets]
 
-    section = study.preset.datamodels
-    return min(({"lam": lam, "own_share": s} for lam in section.lambdas for s in section.own_shares), key=score)
+    fit = partial(RidgeDatamodel.fit, context.masks, context.outputs, device=context.device)
+    tried = search(tuning, fit, effects, study.preset.datamodels.grid)
+    return min(tried, key=lambda found: found[2])[0]
 
 
 def _dmm(study: Study, n_models: int) -> Unlearn:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 from typing import Any
 
 import ipywidgets as widgets
@@ -16,6 +15,7 @@ from dmmlib.convex.ridge import effects, leverage
 from dmmlib.convex.settings import ConvexSettings
 from dmmlib.convex.synthetic import Span, synthetic
 from dmmlib.errors import PresetError
+from dmmlib.plots import png
 
 
 def draw(settings: ConvexSettings, condition: float, forget_size: int, relative_step: float, span: Span) -> Figure:
@@ -67,14 +67,12 @@ class Explorer(widgets.VBox):
         super().__init__([*rows, self.message, self.picture])
 
     def redraw(self, _: object = None) -> None:
-        buffer = io.BytesIO()
         try:
             figure = draw(self.settings, **{name: control.value for name, control in self.controls.items()})
         except PresetError as error:  # the last good picture stays
             self.message.value = f"<b>{html.escape(str(error))}</b>"
         else:
-            figure.savefig(buffer, format="png", dpi=90, bbox_inches="tight")
-            self.picture.value, self.message.value = buffer.getvalue(), ""
+            self.picture.value, self.message.value = png(figure), ""
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
         image = base64.b64encode(self.picture.value).decode()

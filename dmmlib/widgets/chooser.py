@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -527,8 +526,6 @@ class Chooser(w.VBox):
 
     def picture(self) -> bytes:
         """A PNG of the choice and of what its forgetting would do."""
-        import matplotlib.pyplot as plt
-
         if self.gallery.outdated:
             self.refresh()
         data, n = self.study.data, self.study.data.n_train
@@ -547,11 +544,8 @@ class Chooser(w.VBox):
             caption = "Predicted mean margins: " + ", ".join(
                 f"{split} {before[split].margin:.2f} → {after[split].margin:.2f}" for split in plots.SPLITS
             )
-        figure = plots.thumbnails(data, rows, title, f"{caption}. A still of the widget, which needs a running kernel.")
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=90, bbox_inches="tight", metadata={"Software": None})
-        plt.close(figure)
-        return buffer.getvalue()
+        caption = f"{caption}. A still of the widget, which needs a running kernel."
+        return plots.png(plots.thumbnails(data, rows, title, caption))
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
         return {**super()._repr_mimebundle_(**options), "image/png": base64.b64encode(self.picture()).decode()}

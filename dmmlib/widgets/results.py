@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import base64
-import io
 from typing import Any
 
 import ipywidgets as w
-import matplotlib.pyplot as plt
 import numpy as np
 
 from dmmlib import metrics, plots
@@ -93,10 +91,7 @@ class Results(w.VBox):
             f"{self.forget_set.name}; margins over N = {len(self._oracles)} models of each kind; filled: oracles, grey "
             "line: originals.",
         )
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=80, bbox_inches="tight", metadata={"Software": None})
-        plt.close(figure)
-        return buffer.getvalue()
+        return plots.png(figure, dpi=80)
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
         image = base64.b64encode(self.picture(self.gallery.focus)).decode()
