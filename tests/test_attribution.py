@@ -674,6 +674,30 @@ def test_ekfac_of_dattri_damped_away_is_the_product_of_gradients(capfd):
 
 
 @pytest.mark.parametrize("name", ["linear", "mlp"])
+def test_ekfac_of_dattri_equals_its_formula(name):
+    """A layer's gradients d a^T turned by eigenvectors of mean a a^T and mean d d^T, over their mean squares there."""
+    pytest.importorskip("dattri")
+    n, context, raw, turned = 20, problem(FACTORIES[name], n=20, m=30), 0, []
+    phi = jacobians(context, 0)
+    q = 1 / (1 + np.exp(metrics.margins(context.models[[0]].logits(context.x).numpy(), context.labels)[0, :n]))
+    shapes = [v[0].shape for v in context.models.params.values()][::2]
+    parts = np.split(phi, np.cumsum([n_out * (n_in + 1) for n_out, n_in in shapes])[:-1], axis=1)
+    for (n_out, n_in), part in zip(shapes, parts, strict=True):
+        weight, d = part[:, : n_out * n_in].reshape(-1, n_out, n_in), part[:, n_out * n_in :]
+        a = np.einsum("poi,po->pi", weight, d) / (d**2).sum(1, keepdims=True)
+        a, loss = np.concatenate([a, np.ones((len(a), 1))], 1), q[:, None] * d[:n]
+        q_a, q_d = (np.linalg.eigh(v.T @ v)[1] for v in (a[:n], loss))
+        a, d, loss = a @ q_a, d @ q_d, loss @ q_d
+        turned.append((a, d, loss, (loss**2).T @ (a[:n] ** 2) / n))
+    damping = 0.1 * np.concatenate([v.ravel() for *_, v in turned]).mean()
+    for a, d, loss, v in turned:
+        raw = raw + np.einsum("io,ip,jo,jp,op->ij", loss, a[:n], d, a, 1 / (v + damping), optimize=True)
+    fitted = attribution.fit("ekfac", context, n_models=1)
+    slope = (raw * fitted.weights).sum() / (raw**2).sum()
+    np.testing.assert_allclose(fitted.weights, slope * raw, atol=5e-3 * np.abs(fitted.weights).max())
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp"])
 def test_logra_of_dattri_with_enough_features_is_the_influence_function(name, tmp_path, monkeypatch, capfd):
     """A projection that loses nothing changes nothing: g_i^T H^-1 dm_j with the layers' mean products of gradients."""
     pytest.importorskip("dattri")

@@ -41,13 +41,13 @@ def _dattri(name: str) -> Any:
 
 
 def _models(context: Context, n_models: int | None) -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    """A module on the models' device, and the weights of each of the first of them."""
+    """A module on the models' device, and the weights of each of the first of them; a bare layer too has a name."""
     _dattri("TRAKAttributor")
     models = context.subset_models()[:n_models]
     if models.buffers:
         raise DataError("dattri's attributors take models without buffers such as batch norm's; use 'kernel'.")
-    module = copy.deepcopy(models.module).to_empty(device=context.device).eval()
-    return module, [{k: v[i] for k, v in models.params.items()} for i in range(models.n_models)]
+    module = nn.Sequential(copy.deepcopy(models.module).to_empty(device=context.device)).eval()
+    return module, [{f"0.{k}": v[i] for k, v in models.params.items()} for i in range(models.n_models)]
 
 
 def _check_linear(module: nn.Module, x: Tensor, name: str) -> None:
@@ -161,9 +161,36 @@ def tracin(context: Context, n_models: int | None = None, batch: int = 250) -> M
     return calibrated(context, found.detach().cpu().numpy())
 
 
-@register("ekfac")
+def _upright(attributor: Any, module: nn.Module) -> Any:
+    """dattri's EK-FAC, given eigenvectors in rows and a layer's bias as a column of its weights, as its formulas ask.
+
+    It gives them eigenvectors in columns, and the bias behind the weights: a curvature of quite other directions.
+    """
+    sizes = [p.numel() for p in module.parameters()]
+    indices = torch.arange(sum(sizes)).split(sizes)
+    layers: dict[str, list[Tensor]] = {}
+    for (name, p), i in zip(module.named_parameters(), indices, strict=True):
+        layers.setdefault(name.rpartition(".")[0], []).append(i.view(len(p), -1))
+    order = torch.cat([torch.cat(parts, 1).flatten() for parts in layers.values()])
+
+    class Upright(attributor):
+        @property
+        def cached_q(self) -> dict[str, tuple[Tensor, Tensor]]:
+            return self.rows
+
+        @cached_q.setter
+        def cached_q(self, columns: dict[str, tuple[Tensor, Tensor]]) -> None:
+            self.rows = {name: (a.T, s.T) for name, (a, s) in columns.items()}
+
+        def transform_test_rep(self, ckpt_idx: int, test_rep: Tensor) -> Tensor:
+            return super().transform_test_rep(ckpt_idx, test_rep[:, order])[:, order.argsort()]
+
+    return Upright
+
+
+@register("ekfac", _upright)
 def ekfac(context: Context, damping: float = 0.1, n_models: int | None = None, batch: int = 250) -> MarginDatamodel:
-    """Influence functions with the EK-FAC curvature, by dattri, averaged over the subset models.
+    """Influence functions with the EK-FAC curvature, by dattri (see `_upright`), averaged over the subset models.
 
     Args:
         context: with the weights of subset models, all of linear layers; gradients take 4 n_train bytes a weight.
@@ -176,11 +203,11 @@ def ekfac(context: Context, damping: float = 0.1, n_models: int | None = None, b
         DataError: for a context without weights, models with buffers, or with weights outside linear layers or in one
             that is used twice.
     """
-    attributor = _dattri("IFAttributorEKFAC")
     module, weights = _models(context, n_models)
     from dattri.task import AttributionTask
 
     _check_linear(module, context.x, "EK-FAC")
+    attributor = _upright(_dattri("IFAttributorEKFAC"), module)
 
     def loss(params: dict[str, Tensor], points: tuple[Tensor, Tensor]) -> Tensor:
         return nn.functional.cross_entropy(functional_call(module, params, (points[0],)), points[1])
