@@ -1,7 +1,7 @@
 """Attribution methods equal their explicit definitions on small cases, and share one protocol."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from dmmlib.attribution.bayesian import covariance, fit
 from dmmlib.attribution.kernel import EASY, Kernel, gradient_kernel, gram, hardness, kernel, kernel_response, margin
 from dmmlib.attribution.lasso import solve
 from dmmlib.attribution.linearised import FLAT, LinearisedResponse, compressed, linearise, linearised_response
-from dmmlib.datamodels import retrained
+from dmmlib.datamodels import lds, retrained
 from dmmlib.errors import DataError, ForgetSetError, MethodError
 
 
@@ -627,10 +627,11 @@ def test_comparison_takes_other_ways_of_unlearning_by_an_attributor():
     assert set(table.loc[table["low"].notna(), "statistic"]) == {"lds"}  # no resamples of models were asked for
 
 
-def test_gradient_attributors_of_dattri_or_a_clear_error(monkeypatch):
+@pytest.mark.parametrize("name", ["trak", "tracin", "ekfac", "logra"])
+def test_gradient_attributors_of_dattri_or_a_clear_error(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "dattri", None)
     with pytest.raises(MethodError, match=r"needs the library dattri .*pip install --no-deps dattri"):
-        attribution.fit("trak", problem(FACTORIES["mlp"]))
+        attribution.fit(name, problem(FACTORIES["mlp"]))
 
 
 @pytest.mark.parametrize("name", ["trak", "tracin"])
@@ -670,3 +671,72 @@ def test_ekfac_of_dattri_damped_away_is_the_product_of_gradients(capfd):
     with pytest.raises(DataError, match="of linear layers only"):
         attribution.fit("ekfac", problem(lambda: nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 3))))
     assert "calculating gradient" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp"])
+def test_ekfac_of_dattri_equals_its_formula(name):
+    """A layer's gradients d a^T turned by eigenvectors of mean a a^T and mean d d^T, over their mean squares there."""
+    pytest.importorskip("dattri")
+    n, context, raw, turned = 20, problem(FACTORIES[name], n=20, m=30), 0, []
+    phi = jacobians(context, 0)
+    q = 1 / (1 + np.exp(metrics.margins(context.models[[0]].logits(context.x).numpy(), context.labels)[0, :n]))
+    shapes = [v[0].shape for v in context.models.params.values()][::2]
+    parts = np.split(phi, np.cumsum([n_out * (n_in + 1) for n_out, n_in in shapes])[:-1], axis=1)
+    for (n_out, n_in), part in zip(shapes, parts, strict=True):
+        weight, d = part[:, : n_out * n_in].reshape(-1, n_out, n_in), part[:, n_out * n_in :]
+        a = np.einsum("poi,po->pi", weight, d) / (d**2).sum(1, keepdims=True)
+        a, loss = np.concatenate([a, np.ones((len(a), 1))], 1), q[:, None] * d[:n]
+        q_a, q_d = (np.linalg.eigh(v.T @ v)[1] for v in (a[:n], loss))
+        a, d, loss = a @ q_a, d @ q_d, loss @ q_d
+        turned.append((a, d, loss, (loss**2).T @ (a[:n] ** 2) / n))
+    damping = 0.1 * np.concatenate([v.ravel() for *_, v in turned]).mean()
+    for a, d, loss, v in turned:
+        raw = raw + np.einsum("io,ip,jo,jp,op->ij", loss, a[:n], d, a, 1 / (v + damping), optimize=True)
+    fitted = attribution.fit("ekfac", context, n_models=1)
+    slope = (raw * fitted.weights).sum() / (raw**2).sum()
+    np.testing.assert_allclose(fitted.weights, slope * raw, atol=5e-3 * np.abs(fitted.weights).max())
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp"])
+def test_logra_of_dattri_with_enough_features_is_the_influence_function(name, tmp_path, monkeypatch, capfd):
+    """A projection that loses nothing changes nothing: g_i^T H^-1 dm_j with the layers' mean products of gradients."""
+    pytest.importorskip("dattri")
+    monkeypatch.chdir(tmp_path)
+    n, context, raw = 300, problem(FACTORIES[name], n=300, m=40), 0
+    fitted = attribution.fit("logra", context, rank=32, damping=1e-3, n_models=2)
+    sizes = [v[0].numel() for v in context.models.params.values()]
+    ends = np.cumsum(sizes)[1::2]  # of each layer's weight and bias
+    for i in range(2):
+        phi = jacobians(context, i)
+        m = metrics.margins(context.models[[i]].logits(context.x).numpy(), context.labels)[0, :n]
+        for phi_l in np.split(phi, ends[:-1], axis=1):
+            g = phi_l[:n] / (1 + np.exp(m))[:, None]
+            raw = raw + g @ np.linalg.pinv(g.T @ g / n, rcond=1e-9, hermitian=True) @ phi_l.T
+    slope = (raw * fitted.weights).sum() / (raw**2).sum()
+    np.testing.assert_allclose(fitted.weights, slope * raw, atol=5e-3 * np.abs(fitted.weights).max())
+    assert not list(tmp_path.iterdir())  # dattri would leave one
+    assert "Computing" not in capfd.readouterr().err
+
+
+def test_logra_of_dattri_ranks_effects_in_their_unit():
+    pytest.importorskip("dattri")
+    context, (masks, outputs), _ = trained("mlp", {"hidden": 24})
+    fitted = attribution.fit("logra", context, rank=8, n_models=4)
+    predicted, actual = (metrics.right_logits(z, context.labels) for z in (fitted.predict(masks), outputs))
+    assert lds(predicted, actual).mean() > 0.3
+    predicted, actual = (z - z.mean(0) for z in (predicted, actual))
+    assert 0.5 < (predicted * actual).sum() / (predicted**2).sum() < 1.5
+    other = attribution.fit("logra", replace(context, seed=1), rank=8, n_models=4)
+    assert not np.allclose(other.weights, fitted.weights, atol=1e-3)  # other projections
+
+
+def test_logra_refuses_what_it_has_no_gradients_of():
+    pytest.importorskip("dattri")
+    with pytest.raises(DataError, match="models without buffers"):
+        attribution.fit("logra", problem(FACTORIES["conv"]))
+    for factory in (FACTORIES["twice"], lambda: nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 3))):
+        with pytest.raises(DataError, match=r"LoGra's curvature here is of linear layers only, each used once"):
+            attribution.fit("logra", problem(factory))
+    for options in ({"rank": 0}, {"damping": 0}):
+        with pytest.raises(DataError, match="give at least 1, and a share above 0"):
+            attribution.fit("logra", problem(FACTORIES["mlp"]), **options)
