@@ -31,9 +31,14 @@ GRID: dict[str, tuple[Any, ...]] = {
     "lr": (1e-3, 3e-3, 1e-2, 3e-2),
     "batch_size": (10, 20, 50),
     "cost": (0.01, 0.05, 0.1, 0.2, 0.5),
+    "influence": (0.0, 0.25, 0.5, 1.0),
     "weighted": (False, True),
+    "optimizer": (
+        "whitened",
+        *({"optimizer": name, "lr": lr} for name, lrs in (("adam", (3e-3, 1e-2)), ("sgd", (3e-3, 1e-2))) for lr in lrs),
+    ),
 }
-"""Values of DMM's options, tried one at a time around its defaults."""
+"""Values of DMM's options, tried one at a time around its defaults; a mapping changes what must change together."""
 
 N_ORACLES = (1, 2, 5, 10)
 COLUMNS = ["forget_set", "split", "value", "low", "high", "cost", "n_models"]
@@ -81,7 +86,7 @@ def run(study: Study, grid: Mapping[str, Sequence[Any]] | None = None) -> pd.Dat
     """DMM on the tuning sets with one option at a time changed from its default.
 
     Args:
-        grid: option -> values, `GRID` if None; the default is tried with every option.
+        grid: option -> values, or mappings of several options; `GRID` if None. The default is tried with every option.
 
     Returns:
         Columns option, setting (the value), default (whether it is), and those of `measure`.
@@ -93,13 +98,15 @@ def run(study: Study, grid: Mapping[str, Sequence[Any]] | None = None) -> pd.Dat
     for option in wanted:
         if option not in base:
             raise OptionError(f"Ablation of {option!r} was asked for; DMM has the options {', '.join(base)}.")
-    trials = [(o, v) for o, values in wanted.items() for v in dict.fromkeys([*values, base[o]])]
+    trials = [(o, v) for o, values in wanted.items() for v in (*values, *(() if base[o] in values else (base[o],)))]
     pairs = [(trial, f) for f in study.tuning_sets.values() for trial in trials]
     parts = []
     for i, ((option, value), forget_set) in enumerate(pairs):
         study.progress("ablation of DMM", i, len(pairs))
-        rows = measure(study, "dmm", base | {option: value}, forget_set, tuning=True)
-        parts.append(rows.assign(option=option, setting=str(value), default=value == base[option]))
+        changed: dict[str, Any] = dict(value) if isinstance(value, Mapping) else {option: value}
+        rows = measure(study, "dmm", base | changed, forget_set, tuning=True)
+        label = ", ".join(str(v) if k == option else f"{k} {v}" for k, v in changed.items())
+        parts.append(rows.assign(option=option, setting=label, default=value == base[option]))
     study.progress("ablation of DMM", len(pairs), len(pairs))
     table = pd.concat(parts, ignore_index=True)
     return table[["option", "setting", "default", *COLUMNS]]

@@ -304,6 +304,53 @@ def _step(
         buffers[name].copy_(value)
 
 
+@torch.no_grad()
+def whiteners(models: Ensemble, x: Tensor, points: np.ndarray, damping: float) -> Tensors:
+    """(A + damping tr(A) / d I)^(-1/2) of every model's linear and convolutional layers, for `optim.WhitenedAdam`.
+
+    A is the second moment of what enters the layer, over points (and over places, where it convolves: each of its
+    taps sees the same channels).
+
+    Args:
+        models: whose layers; they are left as they are.
+        x: points (n_points, ...).
+        points: which of them each model's layers are measured on (n_models, n).
+        damping: what is added to the eigenvalues of A, relative to their mean.
+
+    Returns:
+        Name of the layer's weight -> (n_models, d, d), d its inputs or input channels.
+    """
+    module = models.module.eval()
+    layers: dict[nn.Module, str] = {
+        part: f"{name}.weight" if name else "weight"
+        for name, part in module.named_modules()
+        if isinstance(part, nn.Linear) or (isinstance(part, nn.Conv2d) and part.groups == 1)
+    }
+    found: list[Tensors] = []
+
+    def see(layer: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+        rows = inputs[0].float()
+        rows = (rows.movedim(1, -1) if isinstance(layer, nn.Conv2d) else rows).flatten(0, -2)
+        found[-1][layers[layer]] = rows.T @ rows / len(rows) + found[-1].get(layers[layer], 0.0)
+
+    hooks = [layer.register_forward_hook(see) for layer in layers]
+    try:
+        for i in range(models.n_models):
+            found.append({})
+            its = tuple({k: v[i] for k, v in tensors.items()} for tensors in (models.params, models.buffers))
+            functional_call(module, its, (x[_to(torch.from_numpy(points[i]), x.device)],))
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    def root(moments: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(moments)
+        values = values.clamp_min(0) + damping * values.mean(1, keepdim=True)
+        return (vectors * values.rsqrt()[:, None]) @ vectors.mT
+
+    return {name: root(torch.stack([moments[name] for moments in found])) for name in found[0]}
+
+
 def check_masks(masks: np.ndarray, n_train: int) -> None:
     """Raise DataError unless masks are boolean (n_models, n_train) with no empty row."""
     if masks.dtype != bool or masks.ndim != 2 or masks.shape[1] != n_train:

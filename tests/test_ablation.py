@@ -8,7 +8,8 @@ import torch
 
 from dmmlib import ablation, metrics, plots, unlearn
 from dmmlib.errors import OptionError
-from dmmlib.unlearn.matching import LOSSES, dmm
+from dmmlib.unlearn.gradient import stream
+from dmmlib.unlearn.matching import LOSSES, _retained, dmm
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -52,6 +53,38 @@ def test_matching_lowers_the_loss_that_it_was_given(tiny):
         unlearn.match(problem, targets, loss="l1")
 
 
+def test_whitened_a_step_for_forgotten_points_leaves_the_others_more_alone(tiny):
+    """The same targets at the same cost, at rates that bring forgotten points equally near to theirs."""
+    problem = tiny.problem(next(iter(tiny.tuning_sets.values())), "dmm", tuning=True)
+    targets = unlearn.predicted_oracle(problem)[:, : problem.n_train]
+    goal = metrics.margins(targets, problem.labels[: problem.n_train])
+    error = {}
+    for optimizer, lr in (("whitened", 3e-3), ("adam", 1e-2), ("sgd", 1e-2)):
+        result = unlearn.match(problem, targets, optimizer=optimizer, lr=lr, cost=0.5)
+        assert result.cost == pytest.approx(0.5, rel=0.05), "the pass over points that whitens is counted"
+        squared = (result.margins[:, : problem.n_train] - goal) ** 2
+        error[optimizer] = {"forget": squared[:, problem.forget].mean(), "retain": squared[:, problem.retain].mean()}
+    assert error["whitened"]["forget"] < 1.1 * error["adam"]["forget"] < error["sgd"]["forget"]
+    assert error["whitened"]["retain"] < 0.8 * error["adam"]["retain"]
+    with pytest.raises(OptionError, match=r"optimizer='lbfgs' was given; use one of 'whitened', 'adam', 'sgd'"):
+        unlearn.match(problem, targets, optimizer="lbfgs")
+
+
+def test_retained_points_are_drawn_by_how_far_their_targets_lie(tiny):
+    problem = tiny.problem(next(iter(tiny.tuning_sets.values())), "dmm", tuning=True)
+    targets = problem.original_logits[:, : problem.n_train].copy()
+    far = problem.retain[:3]
+    targets[:, far] += 1.0
+    for influence, share in ((0.5, 0.5), (1.0, 1.0)):
+        drawn = _retained(problem, targets, 50, 4, influence)
+        assert drawn.shape == (50, problem.n_models, 4)
+        assert np.isin(drawn, far).mean() == pytest.approx(share, abs=0.05)
+        assert np.isin(drawn, problem.retain).all()
+    np.testing.assert_array_equal(_retained(problem, targets, 50, 4, 0.0), stream(problem, problem.retain, 50, 4))
+    with pytest.raises(OptionError, match=r"influence=1.5 was given; use a share between 0 and 1"):
+        unlearn.match(problem, targets, influence=1.5)
+
+
 def test_points_whose_change_is_uncertain_count_less(tiny):
     """Against the same matching with the weights written out; and a weight of 0 is not matched at all."""
     problem = tiny.problem(next(iter(tiny.tuning_sets.values())), "dmm", tuning=True)
@@ -70,18 +103,19 @@ def test_points_whose_change_is_uncertain_count_less(tiny):
 
 
 def test_ablation_runs_on_tuning_sets_only_and_is_kept(tiny, monkeypatch):
-    grid = {"loss": ("mse", "kl"), "cost": (0.05,)}
+    grid = {"loss": ("mse", "kl"), "cost": (0.05,), "optimizer": ({"optimizer": "adam", "lr": 1e-2},)}
     table = ablation.run(tiny, grid)
     assert set(table["forget_set"]) == set(tiny.tuning_sets)
-    assert len(table) == 3 * 4 * len(tiny.tuning_sets)
+    assert len(table) == 3 * 6 * len(tiny.tuning_sets)
+    assert table[table["option"] == "optimizer"]["setting"].unique().tolist() == ["adam, lr 0.01", "whitened"]
     assert table[table["option"] == "cost"].drop_duplicates("setting")["default"].tolist() == [False, True]
     monkeypatch.setattr(unlearn, "get", lambda name: pytest.fail(f"{name} ran again"))
     assert ablation.run(tiny, grid).equals(table)
     scores = ablation.scores(table)
     mean = table[(table["option"] == "loss") & (table["setting"] == "kl")]["value"].mean()
     assert scores.set_index("setting")["value"]["kl"] == pytest.approx(mean)
-    assert ablation.verdict(table).count("\n") == 1
-    assert len(plots.ablation(scores, "t", "c").axes) == 2
+    assert ablation.verdict(table).count("\n") == 2
+    assert len(plots.ablation(scores, "t", "c").axes) == 3
 
 
 def test_default_setting_is_that_of_dmm_and_unknown_options_are_refused(tiny):

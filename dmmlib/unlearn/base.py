@@ -270,6 +270,7 @@ def finetune(
     only: Collection[str] | None = None,
     masks: Tensors | None = None,
     spent: int = 0,
+    memory: Callable[[Ensemble, np.ndarray], dict[str, Tensors]] | None = None,
 ) -> Unlearned:
     """Fine-tune all originals through the phases and record their margins on the way.
 
@@ -281,6 +282,7 @@ def finetune(
         only: names of the parameters to move, the others being frozen; all if None.
         masks: name -> (N, ...), what gradients are multiplied with, if given.
         spent: sample gradients a model that were spent before, to be counted in the cost.
+        memory: what the optimizer's memory holds besides, made of models before they move and of their numbers.
     """
     gradients = spent + np.cumsum([batch.shape[1] for phase in phases for batch in phase.batches])
     n_steps = len(gradients)
@@ -293,6 +295,7 @@ def finetune(
     def tune_chunk(members: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         models = originals[members.tolist()].clone()
         state = optimizer.start({k: v for k, v in models.params.items() if only is None or k in only})
+        state |= {} if memory is None else memory(models, members)
         trajectory: list[np.ndarray] = []
 
         def run(phase: Phase, before: int) -> None:

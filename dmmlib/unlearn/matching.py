@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from dmmlib.datamodels import retrained
+from dmmlib.ensemble import Ensemble, whiteners
 from dmmlib.errors import DataError, OptionError
 from dmmlib.metrics import margins
-from dmmlib.optim import Adam
+from dmmlib.optim import SGD, Adam, Optimizer, Tensors, WhitenedAdam
 from dmmlib.unlearn.base import Phase, Problem, Unlearned, finetune, register
 from dmmlib.unlearn.gradient import stream
 
@@ -147,6 +148,12 @@ def oracle_matching(
     return match(problem, goal, **hyperparameters)  # type: ignore[arg-type]
 
 
+OPTIMIZERS: dict[str, Callable[[float], Optimizer]] = {"whitened": WhitenedAdam, "adam": Adam, "sgd": SGD}
+"""What fine-tunes, by the rate at its start."""
+
+N_WHITEN, DAMPING = 500, 0.03  # retained points that layers' inputs are measured on, at most; see `ensemble.whiteners`
+
+
 def match(
     problem: Problem,
     targets: np.ndarray,
@@ -156,12 +163,16 @@ def match(
     lr: float = 3e-3,
     batch_size: int = 20,
     forget_share: float = 0.4,
+    influence: float = 0.0,
     loss: str = "mse",
+    optimizer: str = "whitened",
 ) -> Unlearned:
     """Fine-tune every original to target logits on F and a random sample of R.
 
-    By default mean squared error on logits; Adam, a rate that falls linearly to zero. A batch holds a fixed share of F;
-    the rest is drawn from R. The published setting (F repeated 5 times with 20 |F| of R an epoch) is
+    By default mean squared error on logits, and Adam in whitened coordinates (`optim.WhitenedAdam`) at a rate that
+    falls linearly to zero: targets move the answers of F far and those of R hardly, so a step for the one must leave
+    the other alone, and inputs of layers that are all positive and alike tie them together. A batch holds a fixed
+    share of F; the rest is drawn from R. The published setting (F repeated 5 times with 20 |F| of R an epoch) is
     `forget_share` 0.2; here the *cost* is fixed instead of the number of epochs, so that small and large
     forget sets are given the same work, and small batches have been the better use of it.
 
@@ -169,17 +180,24 @@ def match(
         problem: what to unlearn, from which models.
         targets: logits (N, n_train, n_classes) to match.
         weights: how much each point's distance counts (n_train,); equally, if None.
-        cost: sample gradients to spend, relative to one retraining.
-        lr: Adam's rate at the start.
+        cost: sample gradients to spend, relative to one retraining. Up to an eighth of it goes to retained points that
+            are seen once, to whiten.
+        lr: the optimizer's rate at the start.
         batch_size: examples a step.
         forget_share: share of a batch that comes from F.
+        influence: share of what comes from R that is drawn in proportion to how far a point's targets lie from what
+            models answer; the rest of it evenly.
         loss: what to lower, one of `LOSSES`.
+        optimizer: one of `OPTIMIZERS`.
 
     Raises:
-        OptionError: for an unknown loss.
+        OptionError: for an unknown loss or optimizer, or a share that is none.
     """
-    if loss not in LOSSES:
-        raise OptionError(f"Option loss={loss!r} was given; use one of {', '.join(map(repr, LOSSES))}.")
+    for name, value, known in (("loss", loss, LOSSES), ("optimizer", optimizer, OPTIMIZERS)):
+        if value not in known:
+            raise OptionError(f"Option {name}={value!r} was given; use one of {', '.join(map(repr, known))}.")
+    if not 0 <= influence <= 1:
+        raise OptionError(f"Option influence={influence!r} was given; use a share between 0 and 1.")
     goal = torch.from_numpy(targets).to(problem.x.device)
     distance, y = LOSSES[loss], problem.y
     counts = torch.ones_like(y, dtype=goal.dtype) if weights is None else torch.from_numpy(weights).to(goal.device)
@@ -187,18 +205,40 @@ def match(
     def to_targets(logits: Tensor, indices: Tensor, models: Tensor) -> Tensor:
         return (counts[indices] * distance(logits, goal[models[:, None], indices], y[indices])).mean(1)
 
-    n_steps = max(1, round(cost * problem.retraining / batch_size))
+    budget, memory, seen = cost * problem.retraining, None, 0
+    if optimizer == "whitened":
+        seen = max(1, min(N_WHITEN, len(problem.retain), round(budget / 8)))
+        memory = _whitened(problem.x, np.stack([rng.permutation(problem.retain)[:seen] for rng in problem.rngs(2)]))
+    n_steps = max(1, round((budget - seen) / batch_size))
     from_forget = min(max(1, round(forget_share * batch_size)), batch_size - 1)
     batches = np.concatenate(
         [
             stream(problem, problem.forget, n_steps, from_forget),
-            stream(problem, problem.retain, n_steps, batch_size - from_forget),
+            _retained(problem, targets, n_steps, batch_size - from_forget, influence),
         ],
         axis=2,
     )
     return finetune(
         problem,
         [Phase(list(batches), to_targets)],
-        Adam(lr),
+        OPTIMIZERS[optimizer](lr),
         rate=lambda share: lr * (1 - share),
+        spent=seen,
+        memory=memory,
     )
+
+
+def _whitened(x: Tensor, points: np.ndarray) -> Callable[[Ensemble, np.ndarray], dict[str, Tensors]]:
+    return lambda models, members: {"whiteners": whiteners(models, x, points[members], DAMPING)}
+
+
+def _retained(problem: Problem, targets: np.ndarray, n_steps: int, size: int, influence: float) -> np.ndarray:
+    """Points of R (n_steps, N, size), some drawn evenly, some by how far their targets lie."""
+    by_influence = round(influence * size)
+    parts = [stream(problem, problem.retain, n_steps, size - by_influence)] if by_influence < size else []
+    if by_influence:
+        far = ((targets - problem.original_logits[:, : problem.n_train]) ** 2).mean((0, 2))[problem.retain] ** 0.5
+        shares = (far + 1e-12) / (far + 1e-12).sum()
+        drawn = [rng.choice(problem.retain, (n_steps, by_influence), p=shares) for rng in problem.rngs(stream=3)]
+        parts.append(np.stack(drawn, axis=1))
+    return np.concatenate(parts, axis=2)
