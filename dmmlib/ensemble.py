@@ -304,51 +304,74 @@ def _step(
         buffers[name].copy_(value)
 
 
-@torch.no_grad()
-def whiteners(models: Ensemble, x: Tensor, points: np.ndarray, damping: float) -> Tensors:
-    """(A + damping tr(A) / d I)^(-1/2) of every model's linear and convolutional layers, for `optim.WhitenedAdam`.
+WHITENER = "whitener"
 
-    A is the second moment of what enters the layer, over points (and over places, where it convolves: each of its
-    taps sees the same channels).
+
+@torch.no_grad()
+def whitened(models: Ensemble, x: Tensor, points: np.ndarray, damping: float) -> Ensemble:
+    """The same functions in other coordinates: what enters a linear or convolutional layer is made white first.
+
+    A layer W h becomes V (A^(-1/2) h) with V = W A^(1/2) and A = E[h h^T] + damping E[|h|^2] / d I, the second moment
+    of its d inputs, or input channels, over points (and places). Gradient descent on V is descent on W
+    preconditioned by A^(-1): the input's side of K-FAC (Martens and Grosse, ICML 2015), which does most of what K-FAC
+    does (Benzing, "Gradient descent on neurons", ICML 2022).
 
     Args:
         models: whose layers; they are left as they are.
         x: points (n_points, ...).
         points: which of them each model's layers are measured on (n_models, n).
-        damping: what is added to the eigenvalues of A, relative to their mean.
+        damping: relative to the mean eigenvalue.
 
     Returns:
-        Name of the layer's weight -> (n_models, d, d), d its inputs or input channels.
+        Models with the same names of parameters, and beside a layer's weight its frozen `whitener`, A^(-1/2)
+        (n_models, d, d), which must not move.
     """
-    module = models.module.eval()
-    layers: dict[nn.Module, str] = {
-        part: f"{name}.weight" if name else "weight"
-        for name, part in module.named_modules()
-        if isinstance(part, nn.Linear) or (isinstance(part, nn.Conv2d) and part.groups == 1)
-    }
-    found: list[Tensors] = []
-
-    def see(layer: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
-        rows = inputs[0].float()
-        rows = (rows.movedim(1, -1) if isinstance(layer, nn.Conv2d) else rows).flatten(0, -2)
-        found[-1][layers[layer]] = rows.T @ rows / len(rows) + found[-1].get(layers[layer], 0.0)
-
-    hooks = [layer.register_forward_hook(see) for layer in layers]
-    try:
-        for i in range(models.n_models):
-            found.append({})
-            its = tuple({k: v[i] for k, v in tensors.items()} for tensors in (models.params, models.buffers))
-            functional_call(module, its, (x[_to(torch.from_numpy(points[i]), x.device)],))
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-    def root(moments: Tensor) -> Tensor:
+    module, params = copy.deepcopy(models.module), {k: v.clone() for k, v in models.params.items()}
+    for name, moments in _input_moments(models, x, points).items():
         values, vectors = torch.linalg.eigh(moments)
         values = values.clamp_min(0) + damping * values.mean(1, keepdim=True)
-        return (vectors * values.rsqrt()[:, None]) @ vectors.mT
+        weight = f"{name}.weight" if name else "weight"
+        root = (vectors * values.sqrt()[:, None]) @ vectors.mT
+        params[weight] = torch.einsum("moi...,mij->moj...", params[weight], root).contiguous()
+        params[f"{name}.{WHITENER}" if name else WHITENER] = (vectors * values.rsqrt()[:, None]) @ vectors.mT
+    for _, layer in _taking_inputs(module):
+        layer.register_parameter(WHITENER, nn.Parameter(torch.empty(0, device="meta"), requires_grad=False))
+        layer.register_forward_pre_hook(_whiten)
+    return Ensemble(module, params, models.buffers)
 
-    return {name: root(torch.stack([moments[name] for moments in found])) for name in found[0]}
+
+def _taking_inputs(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Names and layers that multiply what enters them with a weight (n_out, n_in, ...)."""
+    kinds = (nn.Linear, nn.Conv2d)
+    return [
+        (k, part) for k, part in module.named_modules() if isinstance(part, kinds) and getattr(part, "groups", 1) == 1
+    ]
+
+
+def _whiten(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+    whitener = getattr(layer, WHITENER).to(inputs[0].dtype)
+    if isinstance(layer, nn.Conv2d):
+        return ((inputs[0].movedim(-3, -1) @ whitener).movedim(-1, -3),)
+    return (inputs[0] @ whitener,)
+
+
+def _input_moments(models: Ensemble, x: Tensor, points: np.ndarray) -> Tensors:
+    """E[h h^T] of what enters each linear and convolutional layer: its name -> (n_models, d, d)."""
+    module, found = copy.deepcopy(models.module).eval(), list[Tensors]()
+
+    def see(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        rows, name = inputs[0].float(), names[layer]
+        rows = (rows.movedim(1, -1) if isinstance(layer, nn.Conv2d) else rows).flatten(0, -2)
+        found[-1][name] = rows.T @ rows / len(rows) + found[-1].get(name, 0.0)
+
+    names = {layer: name for name, layer in _taking_inputs(module)}
+    for layer in names:
+        layer.register_forward_pre_hook(see)
+    for i in range(models.n_models):
+        found.append({})
+        its = tuple({k: v[i] for k, v in tensors.items()} for tensors in (models.params, models.buffers))
+        functional_call(module, its, (x[_to(torch.from_numpy(points[i]), x.device)],))
+    return {name: torch.stack([moments[name] for moments in found]) for name in found[0]}
 
 
 def check_masks(masks: np.ndarray, n_train: int) -> None:

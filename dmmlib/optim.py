@@ -112,23 +112,3 @@ class Adam:
             square[name].mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
             scale = (square[name] / (1 - self.beta2**t)).sqrt() + self.epsilon
             parameter.sub_(rate / (1 - self.beta1**t) * mean[name] / scale)
-
-
-@dataclass(frozen=True)
-class WhitenedAdam(Adam):
-    """Adam in coordinates that make white what enters a layer: W = V A^(-1/2), and Adam moves V.
-
-    A is the second moment of the layer's input, the input's side of K-FAC (Martens and Grosse, ICML 2015), which does
-    most of what K-FAC does (Benzing, "Gradient descent on neurons", ICML 2022). The memory from `start` needs
-    "whiteners" beside it, A^(-1/2) by the weight's name, as of `ensemble.whiteners`; other weights move as under Adam.
-    """
-
-    def update(self, params: Tensors, gradients: Tensors, state: dict[str, Tensors], rate: Tensor) -> None:
-        def turned(tensors: Tensors) -> Tensors:
-            maps = state["whiteners"]
-            return {k: torch.einsum("moi...,mij->moj...", v, maps[k]) if k in maps else v for k, v in tensors.items()}
-
-        step = {name: torch.zeros_like(v) for name, v in params.items()}
-        super().update(step, turned(gradients), state, rate)
-        for name, change in turned(step).items():
-            params[name].add_(change)

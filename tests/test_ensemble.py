@@ -22,7 +22,7 @@ from dmmlib import data, ensemble, execution, models
 from dmmlib.ensemble import Ensemble, Training
 from dmmlib.errors import DataError, DeviceError, MethodError, SchedulerError
 from dmmlib.execution import Execution, can_compile, candidates, compiled, measure
-from dmmlib.optim import SGD, Adam, WhitenedAdam
+from dmmlib.optim import SGD, Adam
 from tests.conftest import SHARED, needs_cuda
 
 TRAINING = Training(epochs=3, batch_size=16, lr=0.05)
@@ -387,44 +387,46 @@ def test_optimizers_are_those_of_torch(ours, theirs, fused):
         torch.testing.assert_close(params["w"], leaf.detach(), rtol=1e-12, atol=1e-12)
 
 
-def test_whitened_adam_is_adam_in_other_coordinates():
-    """W = V M for a layer with a map M, on a quadratic loss; what has none moves as under Adam. Taps change nothing."""
-    generator = torch.Generator().manual_seed(0)
-    v, m, bias = (torch.randn(*shape, generator=generator) for shape in ((2, 3, 4), (2, 4, 4), (2, 3)))
-    goal = torch.randn(2, 3, 4, generator=generator)
-    m = m + m.mT  # symmetric, as whiteners are
-    w, b = (v @ m).clone(), bias.clone()
-    taps = w[..., None, None].expand(-1, -1, -1, 1, 2).contiguous()
-    state = WhitenedAdam(0.01).start({"w": w, "b": b, "taps": taps}) | {"whiteners": {"w": m, "taps": m}}
-    plain = Adam(0.01).start({"v": v, "b": bias})
-    for _ in range(20):
-        slope = w - goal
-        gradients = {"w": slope, "b": b.clone(), "taps": taps - goal[..., None, None]}
-        Adam(0.01).update({"v": v, "b": bias}, {"v": slope @ m, "b": bias.clone()}, plain, torch.tensor(0.01))
-        WhitenedAdam(0.01).update({"w": w, "b": b, "taps": taps}, gradients, state, torch.tensor(0.01))
-    torch.testing.assert_close(w, v @ m, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(b, bias)
-    torch.testing.assert_close(taps, w[..., None, None].expand_as(taps), rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("name", ["mlp", "convnet", "resnet9"])
-def test_whiteners_make_inputs_white(name):
+def test_whitened_models_answer_as_before_and_take_white_inputs(name):
     x = torch.rand(100, *((20,) if name == "mlp" else (3, 32, 32)), generator=torch.Generator().manual_seed(0))
-    stacked = ensemble.initialise(factory_for(name, x), [1, 2])
-    before = {k: v.clone() for k, v in stacked.buffers.items()}
-    seen = np.stack([np.arange(100), np.arange(100)[::-1].copy() % 90])
-    maps = ensemble.whiteners(stacked, x, seen, 0.01)
-    weights = {k: v for k, v in stacked.params.items() if v.ndim > 2}
-    assert maps.keys() == weights.keys(), "every linear and convolutional layer, nothing else"
-    assert all(m.shape == (2, weights[k].shape[2], weights[k].shape[2]) for k, m in maps.items())
-    rows = x[torch.from_numpy(seen[1])]
-    rows = (rows.movedim(1, -1) if rows.ndim == 4 and name != "mlp" else rows.flatten(1)).flatten(0, -2)
+    models = ensemble.initialise(factory_for(name, x), [1, 2])
+    before = {k: v.clone() for k, v in (models.params | models.buffers).items()}
+    points = np.stack([np.arange(100), np.arange(100)[::-1].copy() % 90])
+    white = ensemble.whitened(models, x, points, 0.01)
+    torch.testing.assert_close(white.logits(x), models.logits(x), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(white[1:].logits(x), models[1:].logits(x), rtol=1e-3, atol=1e-4)
+    maps = {k: v for k, v in white.params.items() if k.endswith("whitener")}
+    weights = {k: v for k, v in models.params.items() if v.ndim > 2}
+    assert {k.replace("whitener", "weight") for k in maps} == weights.keys(), "every layer with inputs, no other"
+    rows = x[torch.from_numpy(points[1])]
+    rows = (rows.movedim(1, -1) if rows.ndim == 4 else rows).flatten(0, -2)
     moment = rows.T @ rows / len(rows)
     damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(len(moment))
     first = next(iter(maps.values()))[1]
     torch.testing.assert_close(first @ damped @ first, torch.eye(len(moment)), rtol=1e-3, atol=1e-3)
-    assert not stacked.module._forward_hooks
-    assert all(torch.equal(before[k], v) for k, v in stacked.buffers.items())
+    assert all(torch.equal(before[k], v) for k, v in (models.params | models.buffers).items())
+
+
+def test_descent_on_whitened_models_is_preconditioned_descent(points):
+    """A step of gradient descent on V is W - rate * gradient * A^(-1), and whiteners do not move."""
+    d, _, y = points
+    x = models.get("mlp").prepare(d, d.x)
+    stacked = ensemble.initialise(factory_for("mlp", x), [3, 4])
+    white = ensemble.whitened(stacked, x, np.tile(np.arange(90), (2, 1)), 0.1)
+    maps = {k.replace("whitener", "weight"): v.clone() for k, v in white.params.items() if k.endswith("whitener")}
+    batch, loss, plain = np.tile(np.arange(20), (2, 1)), ensemble.classification(y), SGD(0.05, 0.0)
+    slopes = torch.func.grad(
+        lambda p: loss(Ensemble(stacked.module, p, {}).forward(x[batch]), torch.from_numpy(batch), None).sum()
+    )(stacked.params)
+    names = list(stacked.params)
+    start = plain.start({k: white.params[k] for k in names})
+    ensemble.descend(white, x, [batch], loss, plain, start, only=names)
+    for name in names:
+        step = slopes[name] @ maps[name] @ maps[name] if name in maps else slopes[name]
+        moved = white.params[name] @ maps[name] if name in maps else white.params[name]
+        torch.testing.assert_close(moved, stacked.params[name] - 0.05 * step, rtol=1e-3, atol=1e-4)
+    assert all(torch.equal(white.params[k.replace("weight", "whitener")], v) for k, v in maps.items())
 
 
 def test_every_example_of_a_mask_is_used_each_epoch():

@@ -270,7 +270,7 @@ def finetune(
     only: Collection[str] | None = None,
     masks: Tensors | None = None,
     spent: int = 0,
-    memory: Callable[[Ensemble, np.ndarray], dict[str, Tensors]] | None = None,
+    prepare: Callable[[Ensemble, np.ndarray], Ensemble] | None = None,
 ) -> Unlearned:
     """Fine-tune all originals through the phases and record their margins on the way.
 
@@ -282,7 +282,8 @@ def finetune(
         only: names of the parameters to move, the others being frozen; all if None.
         masks: name -> (N, ...), what gradients are multiplied with, if given.
         spent: sample gradients a model that were spent before, to be counted in the cost.
-        memory: what the optimizer's memory holds besides, made of models before they move and of their numbers.
+        prepare: the models to fine-tune, made of a copy of originals and of their numbers; what it adds to their
+            parameters is frozen.
     """
     gradients = spent + np.cumsum([batch.shape[1] for phase in phases for batch in phase.batches])
     n_steps = len(gradients)
@@ -290,12 +291,12 @@ def finetune(
 
     # What follows may run in another process, so it refers to what it needs, not to the whole problem.
     originals, x, labels, precision = problem.originals, problem.x, problem.labels, problem.training.precision
-    compile = problem.execution.compile
+    compile, moving = problem.execution.compile, list(originals.params) if only is None else list(only)
 
     def tune_chunk(members: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         models = originals[members.tolist()].clone()
-        state = optimizer.start({k: v for k, v in models.params.items() if only is None or k in only})
-        state |= {} if memory is None else memory(models, members)
+        models = models if prepare is None else prepare(models, members)
+        state = optimizer.start({k: v for k, v in models.params.items() if k in moving})
         trajectory: list[np.ndarray] = []
 
         def run(phase: Phase, before: int) -> None:
@@ -310,7 +311,7 @@ def finetune(
                 phase.loss,
                 optimizer,
                 state,
-                only=only,
+                only=moving,
                 masks=None if masks is None else {k: v[members] for k, v in masks.items()},
                 models=members,
                 rate=None if rate is None else lambda t: rate((before + t) / n_steps),

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from dmmlib.datamodels import retrained
-from dmmlib.ensemble import Ensemble, whiteners
+from dmmlib.ensemble import Ensemble, whitened
 from dmmlib.errors import DataError, OptionError
 from dmmlib.metrics import margins
-from dmmlib.optim import SGD, Adam, Optimizer, Tensors, WhitenedAdam
+from dmmlib.optim import SGD, Adam, Optimizer
 from dmmlib.unlearn.base import Phase, Problem, Unlearned, finetune, register
 from dmmlib.unlearn.gradient import stream
 
@@ -148,10 +148,10 @@ def oracle_matching(
     return match(problem, goal, **hyperparameters)  # type: ignore[arg-type]
 
 
-OPTIMIZERS: dict[str, Callable[[float], Optimizer]] = {"whitened": WhitenedAdam, "adam": Adam, "sgd": SGD}
-"""What fine-tunes, by the rate at its start."""
+OPTIMIZERS: dict[str, Callable[[float], Optimizer]] = {"whitened": Adam, "adam": Adam, "sgd": SGD}
+"""What fine-tunes, by the rate at its start; the first on weights that take white inputs (`ensemble.whitened`)."""
 
-N_WHITEN, DAMPING = 500, 0.03  # retained points that layers' inputs are measured on, at most; see `ensemble.whiteners`
+N_WHITEN, DAMPING = 500, 0.03  # retained points that layers' inputs are measured on, at most; see `ensemble.whitened`
 
 
 def match(
@@ -169,7 +169,7 @@ def match(
 ) -> Unlearned:
     """Fine-tune every original to target logits on F and a random sample of R.
 
-    By default mean squared error on logits, and Adam in whitened coordinates (`optim.WhitenedAdam`) at a rate that
+    By default mean squared error on logits, and Adam in whitened coordinates (`ensemble.whitened`) at a rate that
     falls linearly to zero: targets move the answers of F far and those of R hardly, so a step for the one must leave
     the other alone, and inputs of layers that are all positive and alike tie them together. A batch holds a fixed
     share of F; the rest is drawn from R. The published setting (F repeated 5 times with 20 |F| of R an epoch) is
@@ -205,10 +205,10 @@ def match(
     def to_targets(logits: Tensor, indices: Tensor, models: Tensor) -> Tensor:
         return (counts[indices] * distance(logits, goal[models[:, None], indices], y[indices])).mean(1)
 
-    budget, memory, seen = cost * problem.retraining, None, 0
+    budget, prepare, seen = cost * problem.retraining, None, 0
     if optimizer == "whitened":
         seen = max(1, min(N_WHITEN, len(problem.retain), round(budget / 8)))
-        memory = _whitened(problem.x, np.stack([rng.permutation(problem.retain)[:seen] for rng in problem.rngs(2)]))
+        prepare = _whitened(problem.x, np.stack([rng.permutation(problem.retain)[:seen] for rng in problem.rngs(2)]))
     n_steps = max(1, round((budget - seen) / batch_size))
     from_forget = min(max(1, round(forget_share * batch_size)), batch_size - 1)
     batches = np.concatenate(
@@ -224,12 +224,12 @@ def match(
         OPTIMIZERS[optimizer](lr),
         rate=lambda share: lr * (1 - share),
         spent=seen,
-        memory=memory,
+        prepare=prepare,
     )
 
 
-def _whitened(x: Tensor, points: np.ndarray) -> Callable[[Ensemble, np.ndarray], dict[str, Tensors]]:
-    return lambda models, members: {"whiteners": whiteners(models, x, points[members], DAMPING)}
+def _whitened(x: Tensor, points: np.ndarray) -> Callable[[Ensemble, np.ndarray], Ensemble]:
+    return lambda models, members: whitened(models, x, points[members], DAMPING)
 
 
 def _retained(problem: Problem, targets: np.ndarray, n_steps: int, size: int, influence: float) -> np.ndarray:
