@@ -50,7 +50,7 @@ def measure(
     """KLoM's 95th percentile of a method with a setting on each split of a forget set, kept on disk.
 
     Args:
-        tuning: with tuning.n_models models, and nothing recorded on the way.
+        tuning: with tuning.n_models models, against all oracles, and nothing recorded on the way.
 
     Returns:
         A row a split: columns forget_set, split, value, low, high (95 % interval over models), cost, n_models. A
@@ -58,11 +58,12 @@ def measure(
     """
     n = study.preset.tuning.n_models if tuning else study.preset.ensembles.n_models
     config = study.unlearning_identity(method, dict(setting), forget_set) | {"n_models": n, "checkpoints": 0}
+    config["oracles"] = study.preset.ensembles.n_models
     file = study.runs / "store" / f"measured-{method}-{config_hash(config)}.json"
     if not file.exists():
         problem = dataclasses.replace(study.problem(forget_set, method, tuning), checkpoints=0)
         result = unlearn.get(method)(problem, **setting)
-        reference = metrics.margins(study.oracles(forget_set, n=n), study.data.y)
+        reference = metrics.margins(study.oracles(forget_set), study.data.y)
         worst = Estimate(*[-float(np.log(metrics.FLOOR))] * 3)
         rows = []
         for split, indices in forget_set.splits(study.data.n_train, study.data.n_val).items():

@@ -219,11 +219,11 @@ def _jobs(preset: Preset, size: Size, study: Study | None) -> Iterator[Job]:
     masks = study.random_masks("attribution masks", a.n_subsets, a.fraction) if study else None
     gradients = epochs * round(a.fraction * size.n_train)
     yield Job("attribution models", a.n_subsets, done("attribution", a.n_subsets, masks), gradients, True)
-    for section, count, kind in ((preset.forget_sets, n, ""), (t.forget_sets, t.n_models, "tuning: ")):
+    for section, n_floor, kind in ((preset.forget_sets, n, ""), (t.forget_sets, t.n_models, "tuning: ")):
         for part in section:
             forget = part.size or round(part.share * size.n_train / size.n_classes)
-            here = sum(done(f"{stream}:{part.name}", count) for stream in ("oracles", "floor"))
-            yield Job(f"{kind}oracles and floor, {part.name}", 2 * count, here, epochs * (size.n_train - forget))
+            here = done(f"oracles:{part.name}", n) + done(f"floor:{part.name}", n_floor)
+            yield Job(f"{kind}oracles and floor, {part.name}", n + n_floor, here, epochs * (size.n_train - forget))
     for what, count, fraction, streams in _more(preset, study):
         here = sum(done(name, count, masks) for name, masks in streams.items())
         yield Job(what, count * len(streams), here, epochs * round(fraction * size.n_train), True)

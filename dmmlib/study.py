@@ -369,10 +369,10 @@ class Study:
                 look(self._oracle_stream(forget_set))
                 look(self._oracle_stream(forget_set, floor=True))
             for forget_set in self.tuning_sets.values():
-                look(self._oracle_stream(forget_set, n=n_tuning))
+                look(self._oracle_stream(forget_set))
                 look(self._oracle_stream(forget_set, floor=True, n=n_tuning))
         else:
-            planned = 2 * (n * len(self.preset.forget_sets) + n_tuning * len(self.preset.tuning.forget_sets))
+            planned = 2 * n * len(self.preset.forget_sets) + (n + n_tuning) * len(self.preset.tuning.forget_sets)
             name = "oracles of forget sets not chosen yet"
             rows.append({"models": name, "planned": planned, "done": 0, "missing": planned, "damaged": 0})
         return pd.DataFrame(rows)
@@ -737,6 +737,7 @@ class Study:
             "code": source,
             "settings": settings,
             "tuning": section.model_dump(),
+            "oracles": self.preset.ensembles.n_models,
             "sets": {tuning: f.indices.tolist() for tuning, f in self.tuning_sets.items()},
             "seed": self.preset.seed,
             **more,
@@ -747,7 +748,7 @@ class Study:
         rows = []
         for tuning, forget_set in self.tuning_sets.items():
             problem = self.problem(forget_set, "" if name == "datamodel" else name, tuning=True)
-            reference = metrics.margins(self.oracles(forget_set, n=section.n_models), self.data.y)
+            reference = metrics.margins(self.oracles(forget_set), self.data.y)
             splits = forget_set.splits(self.data.n_train, self.data.n_val)
             task = f"search {name} on {tuning}"
             for i, setting in enumerate(settings):

@@ -25,7 +25,7 @@ from dmmlib.unlearn.gradient import stream
 
 GEORGIEV, ELSEWHERE = "Georgiev et al., ICLR 2025", "RoyRin/data-unlearning-bench"
 SPACE: dict[str, list[Any]] = {
-    "cost": [0.05, 0.1],
+    "cost": [0.1],
     "lr": [1e-3, 3e-3, 1e-2],
     "batch_size": [10, 20],
     "forget_share": [0.2, 0.4, 0.6],

@@ -280,8 +280,7 @@ def measure(study: Study, shares: Sequence[float] = SHARES, n_oracles: int = N_O
         if name in study.forget_sets:
             oracles = study.oracles(forget_set)
         else:
-            tuning = name in study.tuning_sets
-            oracles = study.oracles(forget_set, n=study.preset.tuning.n_models if tuning else n_oracles)
+            oracles = study.oracles(forget_set, n=None if name in study.tuning_sets else n_oracles)
         retrained = metrics.margins(oracles, study.data.y)
         true = retrained.mean(0) - originals.mean(0)
         variance = retrained.var(0, ddof=1) / len(retrained) + originals.var(0, ddof=1) / len(originals)
