@@ -97,7 +97,7 @@ def test_every_preset_can_be_planned(name, tmp_path, quick, monkeypatch):
     assert "measured just now on this machine" in text
     if name == "cifar10":
         assert found.n_parameters == 2_274_880
-        assert found.total.n_models == 200 + 20_200 + 100 + 10 * 400 + 2 * 100 + 900 + 5 * 3 * 100
+        assert found.total.n_models == 200 + 20_200 + 100 + 10 * 400 + 2 * (200 + 50) + 900 + 5 * 3 * 100
         assert "random images stand in" in text
     if name == "living17":
         assert (found.size.n_train, found.size.n_classes) == (88_400, 17)
