@@ -69,7 +69,7 @@ class Yardstick:
 
     Attributes:
         sets: name -> forget set.
-        n: originals; each set has as many oracles as the study.
+        n: originals and oracles a set.
     """
 
     study: Study
@@ -91,9 +91,9 @@ class Yardstick:
         return metrics.margins(self.study.original_logits[: self.n], self.study.data.y)
 
     def oracles(self, name: str) -> np.ndarray:
-        """Margins (N, n_points) of models retrained without a forget set."""
+        """Margins (n, n_points) of models retrained without a forget set."""
         if name not in self._oracles:
-            logits = self.study.oracles(self.sets[name])
+            logits = self.study.oracles(self.sets[name])[: self.n]
             self._oracles[name] = metrics.margins(logits, self.study.data.y)
         return self._oracles[name]
 
@@ -273,7 +273,7 @@ def ridge(study: Study, size: int, yardstick: Yardstick | None = None) -> tuple[
         "subsets": section.model_dump(mode="json"),
         "size": size,
         "tuning": sets,
-        "n": [study.preset.tuning.n_models, study.preset.ensembles.n_models],
+        "n": study.preset.tuning.n_models,
     }
     config |= {"data": study.data.sha256, "model": study.preset.model.model_dump(), "seed": study.preset.seed}
     config |= {"training": study.preset.training.model_dump(), "version": 1}
