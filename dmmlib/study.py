@@ -631,7 +631,11 @@ class Study:
         name = method.partition("@")[2] or self.preset.attribution.name
         if name == "ridge":
             tuning = {name: f.indices.tolist() for name, f in self.tuning_sets.items()}
-            return {"datamodels": self._datamodel_config(), "tuning sets": tuning}
+            return {
+                "datamodels": self._datamodel_config(),
+                "tuning sets": tuning,
+                "tuned at": self.preset.tuning.n_models,
+            }
         section = self.preset.attribution.model_dump(mode="json") | {"name": name}
         if name != self.preset.attribution.name:
             section["options"] = {}
