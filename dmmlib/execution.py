@@ -110,18 +110,49 @@ def _pack(work: Callable[..., Any]) -> np.ndarray | None:
 
 def _in_processes(workers: int, threads: int, packed: np.ndarray, chunks: Sequence[C]) -> Iterator[Any]:
     pool = joblib.Parallel(workers, "loky", batch_size=1, return_as="generator", idle_worker_timeout=IDLE)
-    try:  # joblib shares the large array `packed` instead of sending it with every chunk
-        yield from pool(joblib.delayed(_apply)(packed, os.getpid(), threads, chunk) for chunk in chunks)
-    except BrokenProcessPool as error:
-        raise SchedulerError(
-            "A training process was killed, perhaps for want of memory; lower ensembles.chunk or threads, or free "
-            "memory, and run again. Finished shards are kept."
-        ) from error
-    except KeyboardInterrupt:
-        for child in multiprocessing.active_children():  # joblib forgets those that just started; our exit would wait
-            if isinstance(child, LokyProcess):
-                child.terminate()
-        raise
+    with _ctrl_c_ends_workers() as interrupted:
+        try:  # joblib shares the large array `packed` instead of sending it with every chunk
+            yield from pool(joblib.delayed(_apply)(packed, os.getpid(), threads, chunk) for chunk in chunks)
+        except BrokenProcessPool as error:
+            if interrupted.is_set():
+                raise KeyboardInterrupt from error
+            raise SchedulerError(
+                "A training process was killed, perhaps for want of memory; lower ensembles.chunk or threads, or free "
+                "memory, and run again. Finished shards are kept."
+            ) from error
+        except KeyboardInterrupt:
+            _end_workers()  # joblib forgets those that just started; our exit would wait for them
+            raise
+
+
+def _end_workers() -> None:
+    for child in multiprocessing.active_children():
+        if isinstance(child, LokyProcess):
+            child.terminate()
+
+
+@contextmanager
+def _ctrl_c_ends_workers() -> Iterator[threading.Event]:
+    """Ctrl-C ends worker processes before it is raised, and sets the event.
+
+    Where it is raised in a callback that swallows exceptions, workers that are gone still end the wait.
+    """
+    interrupted, before = threading.Event(), signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield interrupted
+        return
+
+    def end(number: int, frame: types.FrameType | None) -> None:
+        interrupted.set()
+        _end_workers()
+        before(number, frame)
+
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield interrupted
+    finally:
+        if threading.current_thread() is threading.main_thread():  # or a generator that nobody finished is collected
+            signal.signal(signal.SIGINT, before)
 
 
 def _apply(packed: np.ndarray, parent: int, threads: int, chunk: C) -> Any:

@@ -242,6 +242,31 @@ def test_an_interrupt_while_workers_start_leaves_none(monkeypatch):
     assert [value for value, *_ in Execution(1, 2, processes=True).run(_shift(1), range(3))] == [1, 2, 3]
 
 
+def test_an_interrupt_that_is_swallowed_still_ends_the_wait(tmp_path):
+    """As in a callback of the garbage collector, which says `Exception ignored` and goes on."""
+    script = tmp_path / "waits.py"
+    script.write_text(
+        "import signal, time\n"
+        "from pathlib import Path\n"
+        "from dmmlib.execution import Execution\n"
+        "signal.signal(signal.SIGINT, lambda *_: None)\n"
+        "def wait(chunk):\n"
+        "    Path('working').touch()\n"
+        "    time.sleep(100)\n"
+        "list(Execution(1, 2, processes=True).run(wait, range(4)))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(execution.__file__).parents[1])}
+    process = subprocess.Popen([sys.executable, script], cwd=tmp_path, stderr=subprocess.PIPE, env=environment)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "working").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert b"KeyboardInterrupt" in errors
+
+
 def _alive(pid):
     try:
         os.kill(pid, 0)
