@@ -57,8 +57,8 @@ def measure(
         setting that makes models diverge has KLoM's maximum.
     """
     n = study.preset.tuning.n_models if tuning else study.preset.ensembles.n_models
-    config = study.unlearning_identity(method, dict(setting), forget_set) | {"n_models": n, "checkpoints": 0}
-    config["oracles"] = study.preset.ensembles.n_models
+    config = study.unlearning_identity(method, dict(setting), forget_set)
+    config |= {"n_models": n, "checkpoints": 0, "oracles": study.preset.ensembles.n_models}
     file = study.runs / "store" / f"measured-{method}-{config_hash(config)}.json"
     if not file.exists():
         problem = dataclasses.replace(study.problem(forget_set, method, tuning), checkpoints=0)

@@ -498,9 +498,9 @@ def ablation(scores: pd.DataFrame, title: str, caption: str) -> Figure:
             marker="o", mfc="white", capsize=3, lw=1.2,
         )  # fmt: skip
         axis.plot(x[here["default"]], here["value"][here["default"]], "o", color=_PALETTE[3], ms=9, zorder=5)
-        axis.set_xticks(x, here["setting"], fontsize=9)
+        axis.set_xticks(x, here["setting"].str.replace(", ", "\n"), fontsize=9 if len(here) < 5 else 8)
         axis.set_title(option)
-        axis.set_ylim(bottom=0)
+    axes[0, 0].set_ylim(bottom=0)  # all panels share it, so not before each has said what it needs
     for axis in axes[:, 0]:
         axis.set_ylabel("score (mean KLoM p95)")
     return titled(figure, title, caption)

@@ -547,7 +547,7 @@ class Study:
         on true ones. So the score is that of `search`, of DM-direct.
         """
         section = self.preset.datamodels
-        settings = [{"lam": lam, "own_share": s} for lam in section.lambdas for s in section.own_shares]
+        settings = section.grid
         logits = self.raw_subset_logits()
 
         def dm_direct(problem: Problem, **setting: float) -> Unlearned:
