@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
-import tempfile
-import threading
-import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,14 +11,11 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from dmmlib import presets
+from dmmlib import batch, presets
 from dmmlib.errors import DmmError, PresetError
-from dmmlib.files import read_json, write_json
-from dmmlib.hashing import config_hash, short
-from dmmlib.progress import PROGRESS_FILE
 
+TRAINING = ("02", "04", "07")  # stages that train by the thousand, in a process a core
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 
 @app.callback()
@@ -32,16 +23,11 @@ def _main() -> None:
     """Machine unlearning by datamodel matching: run the study in batch."""
 
 
-def stages() -> dict[str, Path]:
-    """The notebooks by their number: {"01": path, ...}."""
-    return {path.name[:2]: path for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))}
-
-
 @app.command("list")
 def list_() -> None:
     """Show presets and stages."""
     typer.echo("presets: " + ", ".join(presets.names()))
-    for number, path in stages().items():
+    for number, path in batch.stages().items():
         typer.echo(f"stage {number}: {path.stem[3:].replace('_', ' ')}")
 
 
@@ -171,10 +157,12 @@ def _run(
     force: bool,
     runs: Path | None,
 ) -> None:
-    from dmmlib.report import record
-    from dmmlib.study import Study  # imports torch: only once the arguments have been read
+    import torch  # only once the arguments have been read
 
-    known = stages()
+    from dmmlib.report import record
+    from dmmlib.study import Study
+
+    known = batch.stages()
     unknown = [s for s in wanted if s not in known]
     if unknown:
         raise PresetError(f"Unknown stage {unknown[0]!r}; use one of {', '.join(known)}.")
@@ -190,14 +178,19 @@ def _run(
     }
     out = study.output
     record(study, out)
-    for number, notebook in known.items():
-        if not wanted or number in wanted:
-            _stage(notebook, out, parameters, force)
+    threads = 1 if study.preset.threads else torch.get_num_threads()  # threads of one's own are for a single notebook
+    chosen = [path for number, path in known.items() if not wanted or number in wanted]
+    wide = TRAINING if study.trains_much else ()
+    batch.run(chosen, out / "notebooks", parameters, _say, force=force, threads=threads, wide=wide)
     tables = sorted(out.glob("*.csv"))
     typer.echo(f"executed notebooks: {out / 'notebooks'}")
     if tables:
         typer.echo("tables:             " + ", ".join(str(t) for t in tables))
     typer.echo(f"figures:            {study.figures / out.relative_to(study.runs)}")
+
+
+def _say(line: str, done: bool) -> None:
+    typer.secho(line, fg=typer.colors.GREEN if done else typer.colors.BRIGHT_BLACK)
 
 
 def _dry_run(preset: str, overrides: dict[str, Any], runs: Path | None) -> None:
@@ -209,109 +202,7 @@ def _dry_run(preset: str, overrides: dict[str, Any], runs: Path | None) -> None:
         from dmmlib.multimodal.scale import scale
 
         typer.echo(scale(loaded.multimodal))
-    typer.echo("  stages: " + ", ".join(path.stem.replace("_", " ") for path in stages().values()))
-
-
-def _stage(notebook: Path, out: Path, parameters: dict[str, Any], force: bool) -> None:
-    target, record = out / "notebooks" / notebook.name, out / "notebooks" / f".{notebook.stem}.json"
-    key = config_hash({"parameters": parameters, "notebook": _source(notebook), "library": _library()})
-    if not force and target.exists() and record.exists() and read_json(record).get("key") == key:
-        typer.secho(f"{notebook.stem}: already done", fg=typer.colors.BRIGHT_BLACK)
-        return
-    start = time.monotonic()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.part")
-    with _progress(notebook.stem):
-        error = _execute(notebook, unfinished, parameters)
-    if error:
-        failed = target.with_name(f"{notebook.stem}-failed.ipynb")
-        os.replace(unfinished, failed)
-        raise DmmError(f"{notebook.stem} failed: {error} Everything trained is kept; see {failed}.")
-    os.replace(unfinished, target)
-    target.with_name(f"{notebook.stem}-failed.ipynb").unlink(missing_ok=True)
-    write_json(record, {"key": key, "seconds": round(time.monotonic() - start, 1)})
-    typer.secho(f"{notebook.stem}: done in {time.monotonic() - start:.0f} s", fg=typer.colors.GREEN)
-
-
-def _execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> str:
-    """Run a notebook; the error's last line, or nothing."""
-    import papermill
-
-    logging.getLogger("papermill").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            papermill.execute_notebook(
-                str(notebook),
-                str(output),
-                parameters,
-                kernel_name="python3",
-                progress_bar=False,
-                start_timeout=300,  # a kernel is slow to come on a busy machine
-                cwd=str(NOTEBOOKS),
-                extra_arguments=["--IPKernelApp.log_level=50"],  # its chatter is not for the terminal
-            )
-        except papermill.PapermillExecutionError as error:
-            return f"{error.ename}: {error.evalue}"
-    _scrub(output)
-    return ""
-
-
-def _scrub(path: Path) -> None:
-    """Drop what says when and where a notebook was executed, so that the same run gives the same file."""
-    import nbformat
-
-    notebook = nbformat.read(path, as_version=4)
-    notebook.metadata.pop("papermill", None)
-    notebook.metadata.get("language_info", {}).pop("version", None)
-    for cell in notebook.cells:
-        cell.metadata.pop("papermill", None)
-        cell.metadata.pop("execution", None)
-        for key in ("collapsed", "jupyter"):
-            if "injected-parameters" not in cell.metadata.get("tags", []):
-                cell.metadata.pop(key, None)
-    nbformat.write(notebook, path)
-
-
-@contextmanager
-def _progress(name: str) -> Iterator[None]:
-    """Show on the terminal what the notebook's kernel reports."""
-    from tqdm import tqdm
-
-    if PROGRESS_FILE in os.environ:  # whoever started this command shows it
-        yield
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "progress.json"
-        os.environ[PROGRESS_FILE] = str(file)
-        stop = threading.Event()
-        bar = tqdm(bar_format="{desc}", leave=False, desc=name, disable=None)  # silent where it is no terminal
-
-        def watch() -> None:
-            while not stop.wait(0.5):
-                try:
-                    bar.set_description_str(f"{name}: {json.loads(file.read_text())['line']}")
-                except (OSError, ValueError):
-                    continue  # nothing reported yet, or caught half-written
-
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
-            bar.close()
-            os.environ.pop(PROGRESS_FILE, None)
-
-
-def _source(notebook: Path) -> str:
-    cells = json.loads(notebook.read_text())["cells"]
-    return short(json.dumps([c["source"] for c in cells]).encode())
-
-
-def _library() -> str:
-    return short(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py"))))
+    typer.echo("  stages: " + ", ".join(path.stem.replace("_", " ") for path in batch.stages().values()))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import logsumexp
+import torch
 
 from dmmlib.errors import DataError
 
@@ -55,7 +55,7 @@ def margins(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     right = np.take_along_axis(logits, labels[None, :, None], 2)
     others = logits.copy()
     np.put_along_axis(others, np.broadcast_to(labels[None, :, None], right.shape), -np.inf, 2)
-    return (right[..., 0] - logsumexp(others, axis=2)).astype(np.float32)
+    return (right[..., 0] - torch.from_numpy(others).logsumexp(2).numpy()).astype(np.float32)  # scipy's: 4 times slower
 
 
 def margin_gauge(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -230,7 +230,12 @@ class Study:
 
         Processes and compiling take some seconds to start, so they are tried only where many steps are planned.
         """
-        return self._fastest(many=self._planned_steps() >= MANY_STEPS)
+        return self._fastest(many=self.trains_much)
+
+    @property
+    def trains_much(self) -> bool:
+        """Whether so many steps are planned that processes and compiling pay, which take time to start."""
+        return self._planned_steps() >= MANY_STEPS
 
     @cached_property
     def fine_tuning(self) -> Execution:

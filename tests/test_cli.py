@@ -8,7 +8,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from dmmlib import cli
+from dmmlib import batch, cli
 from dmmlib.progress import silent
 from dmmlib.study import Study
 from tests.conftest import TINY
@@ -107,7 +107,7 @@ def test_a_failing_notebook_keeps_what_was_done(dmm, tiny_file, tmp_path, monkey
     ]
     metadata = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), bad)
-    monkeypatch.setattr(cli, "NOTEBOOKS", bad.parent)
+    monkeypatch.setattr(batch, "NOTEBOOKS", bad.parent)
     result = dmm("run", tiny_file)
     assert result.exit_code == 2
     assert "03_bad failed: ZeroDivisionError: division by zero" in result.output

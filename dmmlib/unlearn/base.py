@@ -271,6 +271,7 @@ def finetune(
     masks: Tensors | None = None,
     spent: int = 0,
     prepare: Callable[[Ensemble, np.ndarray], Ensemble] | None = None,
+    finish: Callable[[Ensemble], Ensemble] = lambda models: models,
 ) -> Unlearned:
     """Fine-tune all originals through the phases and record their margins on the way.
 
@@ -284,6 +285,7 @@ def finetune(
         spent: sample gradients a model that were spent before, to be counted in the cost.
         prepare: the models to fine-tune, made of a copy of originals and of their numbers; what it adds to their
             parameters is frozen.
+        finish: the models that answer, made of those that are fine-tuned.
     """
     gradients = spent + np.cumsum([batch.shape[1] for phase in phases for batch in phase.batches])
     n_steps = len(gradients)
@@ -301,8 +303,8 @@ def finetune(
 
         def run(phase: Phase, before: int) -> None:
             def record(taken: int) -> None:
-                if before + taken in checkpoints:
-                    trajectory.append(margins(models.logits(x).numpy(), labels))
+                if before + taken in checkpoints[:-1]:
+                    trajectory.append(margins(finish(models).logits(x).numpy(), labels))
 
             descend(
                 models,
@@ -324,14 +326,15 @@ def finetune(
         for phase in phases:
             run(phase, before)
             before += len(phase.batches)
-        return models.logits(x).numpy(), trajectory
+        return finish(models).logits(x).numpy(), trajectory
 
     chunks = problem.execution.split(np.arange(problem.n_models))
     logits, trajectories = zip(*problem.execution.run(tune_chunk, chunks), strict=True)
     answers = np.concatenate(logits)
-    moments = [np.concatenate(moment) for moment in zip(*trajectories, strict=True)]
+    end = margins(answers, problem.labels)
+    moments = [np.concatenate(moment) for moment in zip(*trajectories, strict=True)] + [end] * (len(checkpoints) > 0)
     return Unlearned(
-        margins(answers, problem.labels),
+        end,
         correct(answers, problem.labels),
         int(gradients[-1]) / problem.retraining,
         gradients[checkpoints - 1] / problem.retraining,

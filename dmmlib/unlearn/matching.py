@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from dmmlib.datamodels import retrained
-from dmmlib.ensemble import Ensemble, whitened
+from dmmlib.ensemble import Ensemble, unwhitened, whitened
 from dmmlib.errors import DataError, OptionError
 from dmmlib.metrics import margins
 from dmmlib.optim import SGD, Adam, Optimizer
@@ -205,10 +205,11 @@ def match(
     def to_targets(logits: Tensor, indices: Tensor, models: Tensor) -> Tensor:
         return (counts[indices] * distance(logits, goal[models[:, None], indices], y[indices])).mean(1)
 
-    budget, prepare, seen = cost * problem.retraining, None, 0
+    budget, seen, options = cost * problem.retraining, 0, dict[str, Any]()
     if optimizer == "whitened":
         seen = max(1, min(N_WHITEN, len(problem.retain), round(budget / 8)))
-        prepare = _whitened(problem.x, np.stack([rng.permutation(problem.retain)[:seen] for rng in problem.rngs(2)]))
+        points = np.stack([rng.permutation(problem.retain)[:seen] for rng in problem.rngs(2)])
+        options = {"prepare": _whitened(problem.x, points), "finish": _unwhitened(problem.originals.module)}
     n_steps = max(1, round((budget - seen) / batch_size))
     from_forget = min(max(1, round(forget_share * batch_size)), batch_size - 1)
     batches = np.concatenate(
@@ -224,12 +225,16 @@ def match(
         OPTIMIZERS[optimizer](lr),
         rate=lambda share: lr * (1 - share),
         spent=seen,
-        prepare=prepare,
+        **options,
     )
 
 
 def _whitened(x: Tensor, points: np.ndarray) -> Callable[[Ensemble, np.ndarray], Ensemble]:
     return lambda models, members: whitened(models, x, points[members], DAMPING)
+
+
+def _unwhitened(module: nn.Module) -> Callable[[Ensemble], Ensemble]:
+    return lambda models: unwhitened(models, module)
 
 
 def _retained(problem: Problem, targets: np.ndarray, n_steps: int, size: int, influence: float) -> np.ndarray:
