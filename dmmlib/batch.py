@@ -147,7 +147,7 @@ def _side_by_side(
 
     def may_start() -> str | None:
         ready = [n for n in waiting if not {*waiting, *running}.intersection(NEEDS.get(n, ()))]
-        if failed is not None or not ready or (running and wide.intersection(ready[:1], running)):
+        if failed is not None or not ready or (running and wide & {ready[0], *running}):
             return None
         return ready[0] if len(running) < 2 else None
 

@@ -14,7 +14,7 @@ import yaml
 from dmmlib import batch, presets
 from dmmlib.errors import DmmError, PresetError
 
-TRAINING = ("02", "04", "07")  # stages that train by the thousand, in a process a core
+TRAINING = ("02", "04")  # stages that keep every core busy by themselves
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 

@@ -559,7 +559,9 @@ class Study:
             fitted = self._ridge(logits, **setting)
             return unlearn.get("dm_direct")(dataclasses.replace(problem, attributor=fitted))
 
-        return self._search("datamodel", dm_direct, settings, "ridge", {"datamodels": self._datamodel_config()})
+        # Ridge keeps the coarser measure that its replications were chosen by; the sharper one likes ridge less.
+        config, n = {"datamodels": self._datamodel_config()}, self.preset.tuning.n_models
+        return self._search("datamodel", dm_direct, settings, "ridge", config, problem_of="", n=n)
 
     def _ridge(self, logits: np.ndarray, lam: float, own_share: float) -> datamodels.Gauged:
         """The paper's kind of datamodel: of raw logits, and added to them."""
@@ -734,14 +736,22 @@ class Study:
         """
         settings = unlearn.configurations(method, self.preset.tuning.budget, self.preset.seed)
         known = unlearn.registered(method)
-        return self._search(method, known.run, settings, known.source, self._attribution_config(method))
+        config, n = self._attribution_config(method), self.preset.ensembles.n_models
+        return self._search(method, known.run, settings, known.source, config, problem_of=method, n=n)
 
     def _search(
-        self, name: str, method: unlearn.Method, settings: list[dict[str, Any]], source: str, more: dict[str, Any]
+        self,
+        name: str,
+        method: unlearn.Method,
+        settings: list[dict[str, Any]],
+        source: str,
+        more: dict[str, Any],
+        *,
+        problem_of: str,
+        n: int,
     ) -> pd.DataFrame:
+        """Settings of a method, measured against n oracles on the tuning sets, best first; `problem_of` names it."""
         section = self.preset.tuning
-        # Ridge keeps the coarser measure that its replications were chosen by; the sharper one likes ridge less.
-        n = section.n_models if name == "datamodel" else self.preset.ensembles.n_models
         config = {
             **self._identity(),
             "method": name,
@@ -758,7 +768,7 @@ class Study:
             return pd.DataFrame(read_json(path))
         rows = []
         for tuning, forget_set in self.tuning_sets.items():
-            problem = self.problem(forget_set, "" if name == "datamodel" else name, tuning=True)
+            problem = self.problem(forget_set, problem_of, tuning=True)
             reference = metrics.margins(self.oracles(forget_set)[:n], self.data.y)
             splits = forget_set.splits(self.data.n_train, self.data.n_val)
             task = f"search {name} on {tuning}"

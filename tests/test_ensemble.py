@@ -421,6 +421,11 @@ def test_whitened_models_answer_as_before_and_take_white_inputs(name):
     white = ensemble.whitened(models, x, points, 0.01)
     torch.testing.assert_close(white.logits(x), models.logits(x), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(white[1:].logits(x), models[1:].logits(x), rtol=1e-3, atol=1e-4)
+    back = ensemble.unwhitened(white, models.module)
+    assert back.params.keys() == models.params.keys()
+    for name, value in back.params.items():
+        torch.testing.assert_close(value, models.params[name], rtol=1e-3, atol=1e-4)
+    assert back.module is not models.module, "threads evaluate models that were made of the same originals"
     maps = {k: v for k, v in white.params.items() if k.endswith("whitener")}
     weights = {k: v for k, v in models.params.items() if v.ndim > 2}
     assert {k.replace("whitener", "weight") for k in maps} == weights.keys(), "every layer with inputs, no other"

@@ -1,0 +1,131 @@
+"""Notebooks side by side: what runs when, with how many threads, and what is left where one fails or all stop."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+
+from dmmlib import batch
+from dmmlib.errors import DmmError
+
+NOTE = """
+import json, os, pathlib, time
+start = time.time()
+time.sleep(1)
+threads = os.environ.get("OMP_NUM_THREADS")
+pathlib.Path(place, "{number}.json").write_text(json.dumps([start, time.time(), threads]))
+"""
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes notebooks, number -> what is executed at the end of each, and returns their paths."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    monkeypatch.setattr(batch, "NOTEBOOKS", folder)
+
+    def make(codes):
+        for number, code in codes.items():
+            cells = [
+                nbformat.v4.new_code_cell("place = '.'", metadata={"tags": ["parameters"]}),
+                nbformat.v4.new_code_cell(NOTE.format(number=number)),
+                nbformat.v4.new_code_cell(code),
+            ]
+            metadata = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
+            nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), folder / f"{number}_note.ipynb")
+        return list(batch.stages().values())
+
+    return make
+
+
+@pytest.mark.slow
+def test_two_at_a_time_after_what_they_need_and_the_wide_alone(write, tmp_path):
+    notebooks = write(dict.fromkeys(["01", "02", "03", "04", "05", "11"], ""))
+    said = []
+    batch.run(
+        notebooks, tmp_path / "out", {"place": str(tmp_path)}, lambda *s: said.append(s), threads=6, wide=["02", "04"]
+    )
+    noted = {p.stem: json.loads(p.read_text()) for p in tmp_path.glob("*.json")}
+    assert sorted(noted) == ["01", "02", "03", "04", "05", "11"]
+    span = {number: (start, end) for number, (start, end, _) in noted.items()}
+    beside = {(a, b) for a in span for b in span if a < b and span[a][0] < span[b][1] and span[b][0] < span[a][1]}
+    assert beside, "some ran at the same time"
+    assert not any({"02", "04"} & set(pair) for pair in beside), "the wide ones ran alone"
+    assert all(span[need][1] < span[n][0] for n in span for need in batch.NEEDS.get(n, ()))
+    assert span["02"][0] == min(start for start, _ in span.values()), "the main results come first"
+    assert {number: threads for number, (_, _, threads) in noted.items()} == dict.fromkeys(
+        ["01", "03", "05", "11"], "3"
+    ) | dict.fromkeys(["02", "04"]), "half of the threads each; the wide take all"
+    assert "OMP_NUM_THREADS" not in os.environ
+    assert len(said) == 6
+    assert all("done in" in line and done for line, done in said)
+
+    said.clear()
+    batch.run(notebooks, tmp_path / "out", {"place": str(tmp_path)}, lambda *s: said.append(s), threads=6)
+    assert all("already done" in line for line, _ in said)
+    assert len(said) == 6
+
+
+@pytest.mark.slow
+def test_where_one_fails_the_other_is_finished_and_nothing_else_begun(write, tmp_path):
+    notebooks = write({"02": "1 / 0", "09": "time.sleep(3)", "04": "", "01": ""})
+    with pytest.raises(
+        DmmError, match=r"02_note failed: ZeroDivisionError.* Everything trained is kept; see .*-failed"
+    ):
+        batch.run(notebooks, tmp_path / "out", {"place": str(tmp_path)}, lambda *s: None, threads=2)
+    assert (tmp_path / "out" / "09_note.ipynb").exists()
+    assert (tmp_path / "out" / "02_note-failed.ipynb").exists()
+    assert not list((tmp_path / "out").glob("0[14]*"))
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_said_in_one_line(write, tmp_path):
+    notebooks = write({"01": "import os; os.kill(os.getppid(), 9)", "06": ""})
+    with pytest.raises(DmmError, match="process that executes notebooks was killed, perhaps for want of memory"):
+        batch.run(notebooks, tmp_path / "out", {"place": str(tmp_path)}, lambda *s: None, threads=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole_group", [True, False], ids=["as a terminal does", "the command alone"])
+def test_ctrl_c_ends_the_command_and_its_kernels(write, tmp_path, whole_group):
+    for number in ("01", "06"):
+        write({number: f"pathlib.Path(place, '{number}.pid').write_text(str(os.getpid())); time.sleep(600)"})
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys, pathlib\n"
+        "from dmmlib import batch\n"
+        "if __name__ == '__main__':\n"
+        f"    here = pathlib.Path({str(tmp_path)!r})\n"
+        "    batch.GRACE, batch.NOTEBOOKS = 2.0, here / 'notebooks'\n"
+        "    try:\n"
+        "        batch.run(batch.stages().values(), here / 'out', {'place': str(here)}, print, threads=2)\n"
+        "    except KeyboardInterrupt:\n"
+        "        sys.exit(130)\n"
+    )
+    process = subprocess.Popen([sys.executable, str(script)], start_new_session=True)
+    pids = [tmp_path / "01.pid", tmp_path / "06.pid"]
+    until = time.monotonic() + 120
+    while not all(p.exists() and p.read_text() for p in pids):
+        assert process.poll() is None, "it runs until it is stopped"
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT)
+    assert process.wait(60) == 130
+    until = time.monotonic() + 30
+    while any(_alive(int(p.read_text())) for p in pids):
+        assert time.monotonic() < until, "kernels end with it"
+        time.sleep(0.1)
+
+
+def _alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
