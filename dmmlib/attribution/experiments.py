@@ -376,11 +376,14 @@ def curve(study: Study, cache: Cache) -> pd.DataFrame:
         effect, _, score = ridge(study, size)
         add([*yardstick.klom(effect), _lds_row(score)], "ridge", size)
     add(raw_ridge(study, yardstick), "ridge, raw logits", study.preset.datamodels.n_subsets)
+    responses: dict[tuple[int, int], Remembered] = {}  # asked for the same held-out masks and sets at every size
     for size in sizes(study.preset):
         for draw, start in enumerate(draws(study.preset, size)):
             context = pool(study, start, start + size)
             k = context.subset_models().n_models
-            model = fit(context, cache(f"draw {start}", context, k))
+            if (start, k) not in responses:
+                responses[start, k] = Remembered(cache(f"draw {start}", context, k))
+            model = fit(context, responses[start, k])
             found = yardstick.klom(margins_of(study, model))
             add([*found, _lds_row(bayesian_lds(study, model))], "bayesian", size, draw)
     columns = ["attributor", "n_models", "draw", "forget_set", "split", "statistic", "value", "low", "high"]
