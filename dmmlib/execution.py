@@ -234,7 +234,8 @@ def measure(tried: Sequence[Execution], steps: Callable[[Execution, int], None])
     """Model-steps a second under each execution, all its workers together.
 
     What would take over two seconds a step, going by a smaller chunk, is not tried: nothing is gained by
-    sharing steps as long as that. What a GPU's memory does not hold is left out.
+    sharing steps as long as that; nor are processes, which take time to start and compile, where threads doing the same
+    are less than half as fast as other threads. What a GPU's memory does not hold is left out.
 
     Args:
         tried: what to compare, small chunks first.
@@ -246,6 +247,8 @@ def measure(tried: Sequence[Execution], steps: Callable[[Execution, int], None])
     rates: dict[Execution, float] = {}
     for execution in tried:
         if execution.chunk > 1 and any(execution.chunk * execution.workers / rate > 2 for rate in rates.values()):
+            continue
+        if rates.get(replace(execution, processes=False), torch.inf) < 0.5 * max(rates.values(), default=0):
             continue
         try:
             steps(execution, 2)  # starts processes, compiles, and warms caches

@@ -364,6 +364,18 @@ def test_measuring_prefers_what_is_fast_and_leaves_out_what_would_take_ages(monk
     assert Execution(1024) not in rates, "at the rate of 64, over two seconds a step"
 
 
+def test_measuring_starts_no_processes_for_what_is_slow_in_threads(monkeypatch):
+    now = 0.0
+
+    def steps(execution, n):
+        nonlocal now
+        now += 0.1 * n / (1 + execution.processes)
+
+    monkeypatch.setattr("dmmlib.execution.time", SimpleNamespace(perf_counter=lambda: now))
+    tried = [Execution(k, 2, processes=p) for p in (False, True) for k in (1, 4, 16)]
+    assert [(e.chunk, e.processes) for e in measure(tried, steps)] == [(1, False), (4, False), (16, False), (16, True)]
+
+
 def test_measuring_leaves_out_what_a_gpus_memory_does_not_hold():
     def steps(execution, n):
         if execution.chunk > most:
