@@ -49,3 +49,12 @@ def device() -> torch.device:
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs: it exists, and not only because nobody asked how it ended."""
+    try:
+        os.kill(pid, 0)
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (ProcessLookupError, FileNotFoundError):
+        return False

@@ -12,6 +12,7 @@ import pytest
 
 from dmmlib import batch
 from dmmlib.errors import DmmError
+from tests.conftest import alive
 
 NOTE = """
 import json, os, pathlib, time
@@ -118,14 +119,6 @@ def test_ctrl_c_ends_the_command_and_its_kernels(write, tmp_path, whole_group):
     (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT)
     assert process.wait(60) == 130
     until = time.monotonic() + 30
-    while any(_alive(int(p.read_text())) for p in pids):
+    while any(alive(int(p.read_text())) for p in pids):
         assert time.monotonic() < until, "kernels end with it"
         time.sleep(0.1)
-
-
-def _alive(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False

@@ -23,7 +23,7 @@ from dmmlib.ensemble import Ensemble, Training
 from dmmlib.errors import DataError, DeviceError, MethodError, SchedulerError
 from dmmlib.execution import Execution, can_compile, candidates, compiled, measure
 from dmmlib.optim import SGD, Adam
-from tests.conftest import SHARED, needs_cuda
+from tests.conftest import SHARED, alive, needs_cuda
 
 TRAINING = Training(epochs=3, batch_size=16, lr=0.05)
 
@@ -192,11 +192,25 @@ def test_a_killed_process_gives_one_clear_error_and_the_next_run_works():
 @pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGKILL])
 def test_worker_processes_end_with_the_one_that_started_them(tmp_path, blow):
     """As Ctrl-C in a terminal, where the whole group is told; as a killed kernel, whose workers hear nothing."""
-    script = tmp_path / "waits.py"
+    process, workers = waits(tmp_path)
+    (os.killpg if blow == signal.SIGINT else os.kill)(process.pid, blow)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert blow == signal.SIGKILL or b"KeyboardInterrupt" in errors
+    deadline = time.monotonic() + 60
+    while any(alive(worker) for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def waits(folder, first="pass"):
+    """A command whose two worker processes are at work, and their numbers; `first` is done before they start."""
+    script = folder / "waits.py"
     script.write_text(
-        "import os, time\n"
+        "import os, signal, time\n"
         "from pathlib import Path\n"
         "from dmmlib.execution import Execution\n"
+        f"{first}\n"
         "def wait(chunk):\n"
         "    Path(f'worker-{os.getpid()}').touch()\n"
         "    time.sleep(100)\n"
@@ -204,22 +218,16 @@ def test_worker_processes_end_with_the_one_that_started_them(tmp_path, blow):
     )
     process = subprocess.Popen(
         [sys.executable, script],
-        cwd=tmp_path,
+        cwd=folder,
         stderr=subprocess.PIPE,
         start_new_session=True,
         env=os.environ | {"PYTHONPATH": str(Path(execution.__file__).parents[1])},
     )
     deadline = time.monotonic() + 60
-    while len(workers := [int(p.name.split("-")[1]) for p in tmp_path.glob("worker-*")]) < 2:
+    while len(workers := [int(p.name.split("-")[1]) for p in folder.glob("worker-*")]) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    (os.killpg if blow == signal.SIGINT else os.kill)(process.pid, blow)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode != 0
-    assert blow == signal.SIGKILL or b"KeyboardInterrupt" in errors
-    while any(_alive(worker) for worker in workers):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    return process, workers
 
 
 def test_an_interrupt_while_workers_start_leaves_none(monkeypatch):
@@ -244,35 +252,11 @@ def test_an_interrupt_while_workers_start_leaves_none(monkeypatch):
 
 def test_an_interrupt_that_is_swallowed_still_ends_the_wait(tmp_path):
     """As in a callback of the garbage collector, which says `Exception ignored` and goes on."""
-    script = tmp_path / "waits.py"
-    script.write_text(
-        "import signal, time\n"
-        "from pathlib import Path\n"
-        "from dmmlib.execution import Execution\n"
-        "signal.signal(signal.SIGINT, lambda *_: None)\n"
-        "def wait(chunk):\n"
-        "    Path('working').touch()\n"
-        "    time.sleep(100)\n"
-        "list(Execution(1, 2, processes=True).run(wait, range(4)))\n"
-    )
-    environment = os.environ | {"PYTHONPATH": str(Path(execution.__file__).parents[1])}
-    process = subprocess.Popen([sys.executable, script], cwd=tmp_path, stderr=subprocess.PIPE, env=environment)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "working").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    process, _ = waits(tmp_path, "signal.signal(signal.SIGINT, lambda *_: None)")
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert process.returncode != 0
     assert b"KeyboardInterrupt" in errors
-
-
-def _alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def test_half_a_library_is_compiled_anew(tmp_path):
