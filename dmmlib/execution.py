@@ -214,7 +214,7 @@ def candidates(
     """
     cuda = device.type == "cuda"
     workers = 1 if cuda else torch.get_num_threads()
-    plain = (4, 32, 128) if cuda else (1, 16, 64)
+    plain = (4, 32, 128) if cuda else (1, 64)
     larger = (4, 32, 128) if cuda else (1, 4, 16)  # a compiled step has less to share
     made = [Execution(chunk or c, workers) for c in plain if compile is not True]
     made += [Execution(chunk or c, workers, compile=True) for c in larger if compile is not False]
