@@ -99,8 +99,9 @@ def test_ctrl_c_ends_the_command_and_its_kernels(write, tmp_path, whole_group):
         write({number: f"pathlib.Path(place, '{number}.pid').write_text(str(os.getpid())); time.sleep(600)"})
     script = tmp_path / "run.py"
     script.write_text(
-        "import sys, pathlib\n"
+        "import signal, sys, pathlib\n"
         "from dmmlib import batch\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # in the background it may be ignored
         "if __name__ == '__main__':\n"
         f"    here = pathlib.Path({str(tmp_path)!r})\n"
         "    batch.GRACE, batch.NOTEBOOKS = 2.0, here / 'notebooks'\n"

@@ -203,7 +203,7 @@ def test_worker_processes_end_with_the_one_that_started_them(tmp_path, blow):
         time.sleep(0.1)
 
 
-def waits(folder, first="pass"):
+def waits(folder, first="signal.signal(signal.SIGINT, signal.default_int_handler)"):
     """A command whose two worker processes are at work, and their numbers; `first` is done before they start."""
     script = folder / "waits.py"
     script.write_text(

@@ -20,6 +20,7 @@ from dmmlib.execution import Execution
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.unlearn.matching import predicted_oracle
 
+MATCHING = [{"cost": 0.1, "batch_size": 10, "lr": lr} for lr in (1e-3, 3e-3, 1e-2, 3e-2)]
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "do_nothing": [{}],
     "retrain": [{}],
@@ -30,9 +31,9 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     ],
     "scrub": [{"epochs": 1, "max_epochs": 1, "batch_size": 100, "lr": lr} for lr in (1e-2, 3e-2, 1e-1, 3e-1)],
     "ssd": [{"alpha": a} for a in (2.0, 5.0, 10.0, 25.0, 50.0)],
-    "oracle_matching": [{"cost": 0.1, "batch_size": 40, "lr": lr} for lr in (3e-3, 1e-2, 3e-2)],
+    "oracle_matching": MATCHING,
     "dm_direct": [{}],
-    "dmm": [{"cost": 0.1, "batch_size": 40, "lr": lr} for lr in (3e-3, 1e-2, 3e-2)],
+    "dmm": MATCHING,
 }
 """Settings tried of each method, on honest requests of the attack's size."""
 
