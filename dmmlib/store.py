@@ -9,6 +9,7 @@ and damage is found when it is read. Runs at the same time write the same conten
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +26,19 @@ from dmmlib.errors import DamageError, StoreError
 from dmmlib.hashing import config_hash
 
 FORMAT = 1
+
+
+def _opened(files: LocalStore | FsspecStore, attributes: dict[str, Any]) -> zarr.Group:
+    """The group, made where there is nothing; another run may be making it at this moment."""
+    for seconds in (0.0, 0.1, 0.3, 1.0):
+        time.sleep(seconds)
+        try:
+            return zarr.open_group(files, mode="r+")
+        except GroupNotFoundError:
+            if sync(files.is_empty("")):
+                with suppress(ContainsGroupError):
+                    return zarr.create_group(files, attributes=attributes)
+    return zarr.open_group(files, mode="r+")
 
 
 class Store:
@@ -120,15 +134,7 @@ class Store:
             "n_models": n_models,
             "shard_size": shard_size,
         }
-        try:
-            group = zarr.open_group(files, mode="r+")
-        except GroupNotFoundError:
-            if not sync(files.is_empty("")):
-                raise
-            try:
-                group = zarr.create_group(files, attributes=attributes)
-            except ContainsGroupError:  # another run was faster
-                group = zarr.open_group(files, mode="r+")
+        group = _opened(files, attributes)
         if group.attrs.get("config_hash") != attributes["config_hash"] or "done" in group:
             return group
         for name, (row, dtype) in arrays.items():

@@ -257,6 +257,28 @@ def test_two_runs_on_one_store_do_no_harm(tmp_path):
         np.testing.assert_array_equal(store.read("logits", rows.start, rows.stop), values(rows)["logits"])
 
 
+MAKER = """
+import sys, time
+from pathlib import Path
+from tests.test_store import make
+print("ready", flush=True)
+sys.stdin.readline()
+for i in range(60):
+    make(Path(sys.argv[1]) / str(i), n=40, shard_size=4)
+"""
+
+
+def test_two_runs_that_create_the_same_stores_at_once(tmp_path):
+    command = [sys.executable, "-c", MAKER, str(tmp_path)]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    runs = [subprocess.Popen(command, cwd=os.getcwd(), text=True, **pipes) for _ in range(2)]
+    assert [run.stdout.readline() for run in runs] == ["ready\n"] * 2
+    for run in runs:
+        run.stdin.write("go\n")
+        run.stdin.flush()
+    assert [run.communicate()[1] for run in runs] == ["", ""]
+
+
 def test_description_says_what_it_holds(full, folder):
     attributes = json.loads((folder / "zarr.json").read_text())["attributes"]
     assert attributes["config"] == {"lr": 0.1}
