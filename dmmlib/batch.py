@@ -66,9 +66,9 @@ def run(
         DmmError: if one fails; what runs beside it is finished, nothing else is begun.
     """
     out.mkdir(parents=True, exist_ok=True)
-    todo = []
+    todo, library = [], _library()
     for notebook in notebooks:
-        key = config_hash({"parameters": parameters, "notebook": _source(notebook), "library": _library()})
+        key = config_hash({"parameters": parameters, "notebook": _source(notebook), "library": library})
         stage = _Stage(notebook, out, key)
         if stage.done and not force:
             say(f"{notebook.stem}: already done", False)

@@ -750,7 +750,10 @@ class Study:
         problem_of: str,
         n: int,
     ) -> pd.DataFrame:
-        """Settings of a method, measured against n oracles on the tuning sets, best first; `problem_of` names it."""
+        """Settings of a method, measured against n oracles on the tuning sets, best first.
+
+        Its problems are those of the registered method `problem_of`, attributor included; with none if "".
+        """
         section = self.preset.tuning
         config = {
             **self._identity(),
