@@ -103,6 +103,10 @@ class Ensemble:
         self.module.train(training)
         return _forward(self.module, self.params, self.buffers, x)
 
+    def _state_of(self, i: int) -> tuple[Tensors, Tensors]:
+        """Parameters and buffers of one model, as `functional_call` takes them."""
+        return {k: v[i] for k, v in self.params.items()}, {k: v[i] for k, v in self.buffers.items()}
+
     @torch.no_grad()
     def logits(self, x: Tensor, batch_size: int = 500) -> Tensor:
         """Logits (n_models, n_points, n_classes), float32 on the CPU, of the points x (n_points, ...).
@@ -112,7 +116,7 @@ class Ensemble:
         self.module.eval()
         answers = []
         for i in range(self.n_models):
-            its = tuple({k: v[i] for k, v in tensors.items()} for tensors in (self.params, self.buffers))
+            its = self._state_of(i)
             rows = [functional_call(self.module, its, (batch.to(self.device),)) for batch in x.split(batch_size)]
             answers.append(torch.cat(rows).float().cpu())
         return torch.stack(answers)
@@ -375,8 +379,7 @@ def _input_moments(models: Ensemble, x: Tensor, points: np.ndarray) -> Tensors:
         layer.register_forward_pre_hook(see)
     for i in range(models.n_models):
         found.append({})
-        its = tuple({k: v[i] for k, v in tensors.items()} for tensors in (models.params, models.buffers))
-        functional_call(module, its, (x[_to(torch.from_numpy(points[i]), x.device)],))
+        functional_call(module, models._state_of(i), (x[_to(torch.from_numpy(points[i]), x.device)],))
     return {name: torch.stack([moments[name] for moments in found]) for name in found[0]}
 
 
