@@ -2,7 +2,7 @@
 
 A worker makes the study anew from its preset, so it needs the data (embedded, or at the same path) but not
 the store: it sends back what it trained, and the one process that asked writes it. Workers may come, go and
-die; what a dead one had in hand is given to another.
+die; what a dead one had in hand is given to another. A worker trains one shard at a time, with all its threads.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ import functools
 import importlib
 import json
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
+import torch
 
 from dmmlib.errors import PresetError, SchedulerError
 from dmmlib.progress import silent
@@ -83,8 +86,29 @@ def _start(name: str, options: dict[str, Any], jobs: int) -> Any:
         raise SchedulerError(
             f"The cluster {name} cannot be started ({error}); correct the preset's cluster."
         ) from error
-    made.scale(jobs)
+    made.scale(**{"jobs" if package.startswith("dask_jobqueue") else "n": jobs})
+    try:
+        made.sync(_asked_for, made)
+    except Exception as error:  # whatever the queue's commands say
+        with suppress(Exception):  # what has not started cannot always be ended
+            made.close()
+        raise SchedulerError(
+            f"The cluster {name} cannot start its workers ({_last_line(error)}); correct the preset's cluster, or "
+            "run where its commands are."
+        ) from error
     return made
+
+
+async def _asked_for(cluster: Any) -> None:
+    """Until every worker is there or, in a queue, asked for: what fails would only be logged otherwise."""
+    await cluster
+    for worker in getattr(cluster, "workers", {}).values():
+        await worker
+
+
+def _last_line(error: Exception) -> str:
+    """Where a queue's command says what it objects to."""
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
 
 
 class _Here:
@@ -99,12 +123,17 @@ class _Here:
 class _Dask:
     def __init__(self, client: Any, study: Study) -> None:
         self._client = client
+        self._progress = study.progress
         local = study.preset.model_copy(update={"scheduler": "local", "threads": None})
         self._preset = json.dumps(local.model_dump(mode="json"))
 
     def map(self, arguments: Callable[[T], Arguments], tasks: Sequence[T]) -> Iterator[tuple[T, Arrays]]:
         from distributed import KilledWorker, as_completed
 
+        if not self._client.scheduler_info()["workers"]:  # jobs may wait in a queue for hours
+            self._progress("wait for a worker", 0, 1)
+            self._client.wait_for_workers(1)
+            self._progress("wait for a worker", 1, 1)
         futures = {}
         for task in tasks:
             masks, seeds, keep = arguments(task)
@@ -125,9 +154,16 @@ class _Dask:
 
 def train_shard(preset: str, packed: np.ndarray, seeds: list[int], keep_models: bool) -> Arrays:
     """`Study.train_shard` in a worker, for a preset as JSON and masks as bits."""
-    study = _study(preset)
-    masks = np.unpackbits(packed, axis=1, count=study.data.n_train).astype(bool)
-    return study.train_shard(masks, seeds, keep_models)
+    from distributed import get_worker
+
+    with _ONE_SHARD:
+        torch.set_num_threads(get_worker().state.nthreads)  # of this one of the worker's threads
+        study = _study(preset)
+        masks = np.unpackbits(packed, axis=1, count=study.data.n_train).astype(bool)
+        return study.train_shard(masks, seeds, keep_models)
+
+
+_ONE_SHARD = threading.Lock()
 
 
 @functools.lru_cache(maxsize=2)

@@ -277,12 +277,14 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` through torch.compile; see `vary_in_size`.
 
     To be asked for in the thread that calls it: one step serves every model and loss, which is more kinds than
-    torch allows unless told, and torch keeps that setting for each thread.
+    torch allows unless told, and torch keeps these settings for each thread. Left to itself, it would also take what
+    differs between one architecture and the next for sizes that vary, and make slower code for the second.
     """
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = 256
     torch._dynamo.config.accumulated_recompile_limit = 1024
+    torch._dynamo.config.automatic_dynamic_shapes = False
     _sweep()
     return functools.partial(_call, _compile(function))
 

@@ -26,6 +26,10 @@ from dmmlib.errors import DamageError, StoreError
 from dmmlib.hashing import config_hash
 
 FORMAT = 1
+_NO_STORE = (
+    "{} is no store of this library, or its description is damaged ({}); choose another directory, or delete it to "
+    "train again."
+)
 
 
 def _opened(files: LocalStore | FsspecStore, attributes: dict[str, Any]) -> zarr.Group:
@@ -86,11 +90,16 @@ class Store:
             store = cls(address, group)
         except PermissionError as error:
             raise StoreError(f"The store {address} cannot be created ({error}); choose another place.") from error
-        except (KeyError, ValueError, TypeError, GroupNotFoundError, OSError) as error:
-            raise StoreError(
-                f"{address} is no store of this library, or its description is damaged ({error}); choose another "
-                "directory, or delete it to train again."
-            ) from error
+        except (KeyError, ValueError, TypeError, GroupNotFoundError) as error:
+            raise StoreError(_NO_STORE.format(address, error)) from error
+        except Exception as error:
+            if isinstance(files, FsspecStore):  # each kind of address has errors of its own
+                raise StoreError(
+                    f"The store {address} cannot be reached ({error}); try again, or give another place."
+                ) from error
+            if not isinstance(error, OSError):
+                raise
+            raise StoreError(_NO_STORE.format(address, error)) from error
         if group.attrs.get("format") != FORMAT:
             raise StoreError(
                 f"The store {address} has format {group.attrs.get('format')}, this version reads {FORMAT}; "
@@ -184,10 +193,12 @@ class Store:
                 if not same:
                     raise OSError(f"{name} does not read back as it was written")
             self._array("done")[shard] = 1
-        except OSError as error:
+        except Exception as error:
+            if not isinstance(error, OSError) and not isinstance(self._group.store, FsspecStore):
+                raise
             raise StoreError(
-                f"Shard {shard} of {self.address} cannot be written ({error.strerror or error}); free space and "
-                "run again: finished shards are kept."
+                f"Shard {shard} of {self.address} cannot be written ({getattr(error, 'strerror', None) or error}); "
+                "free space and run again: finished shards are kept."
             ) from error
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Shards sent to other processes come back the same, and a dead worker loses nothing."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -49,6 +50,84 @@ def test_clusters_that_a_preset_names_train_the_same(tmp_path, tiny, scheduler):
         torch.set_num_threads(threads)
     with far._workers._client.cluster as started:
         assert len(started.workers) == 1
+
+
+@pytest.fixture
+def queue(tmp_path, monkeypatch):
+    """Slurm's two commands that dask_jobqueue calls, for a queue that starts every job at once; jobs it has had."""
+    jobs = tmp_path / "jobs"
+    jobs.mkdir()
+    commands = {
+        "sbatch": f"""
+grep -q "SBATCH -p nosuch" "$1" && echo "sbatch: error: invalid partition specified: nosuch" >&2 && exit 1
+setsid sh "$1" > /dev/null 2>&1 &
+cp "$1" {jobs}/$!
+echo "Submitted batch job $!"
+""",
+        "scancel": 'kill -9 -- -"$1"\n',
+    }
+    for name, script in commands.items():
+        (tmp_path / name).write_text("#!/bin/sh\n" + script)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    yield jobs
+    for job in jobs.iterdir():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(int(job.name), signal.SIGKILL)
+
+
+SLURM = {
+    "type": "dask_jobqueue.SLURMCluster",
+    "options": {"cores": 2, "processes": 1, "memory": "1GB", "scheduler_options": {"dashboard_address": None}},
+    "jobs": 2,
+}
+
+
+def test_jobs_of_a_queue_train_the_same(tmp_path, queue, tiny):
+    pytest.importorskip("dask_jobqueue", reason="dask-jobqueue is not installed")
+    told = []
+    places = {"scheduler": "cluster", "cluster": SLURM}
+    far = Study(TINY | {"device": "cpu"}, places, runs=tmp_path, progress=lambda *done: told.append(done))
+    np.testing.assert_allclose(far.subsets[1], tiny.subsets[1], atol=1e-5)
+    assert told.index(("wait for a worker", 0, 1)) < told.index(("wait for a worker", 1, 1))
+    scripts = [job.read_text() for job in queue.iterdir()]
+    assert len(scripts) == 2
+    assert all("--nthreads 2" in script for script in scripts)
+    far._workers._client.cluster.close()
+
+
+def test_a_queue_that_refuses_is_quoted(tmp_path, queue):
+    pytest.importorskip("dask_jobqueue", reason="dask-jobqueue is not installed")
+    refused = SLURM | {"options": SLURM["options"] | {"queue": "nosuch"}}
+    with pytest.raises(SchedulerError, match="invalid partition specified: nosuch.*correct the preset's cluster"):
+        _ = study(tmp_path, scheduler="cluster", cluster=refused).subsets
+    assert not list(queue.iterdir())
+
+
+def test_a_worker_trains_one_shard_at_a_time_with_all_its_threads(tmp_path, tiny):
+    with (
+        distributed.LocalCluster(n_workers=1, threads_per_worker=3, dashboard_address=None) as cluster,
+        distributed.Client(cluster, set_as_default=False) as client,
+    ):
+
+        def watch():
+            train, inside = Study.train_shard, []
+
+            def watched(*given):
+                inside.append(torch.get_num_threads())
+                assert len(inside) == 1, "another shard is being trained"
+                time.sleep(0.05)
+                try:
+                    assert inside == [3]
+                    return train(*given)
+                finally:
+                    inside.pop()
+
+            Study.train_shard = watched
+
+        client.run(watch)
+        far = study(tmp_path, scheduler=cluster.scheduler_address)
+        np.testing.assert_allclose(far.subsets[1], tiny.subsets[1], atol=1e-5)
 
 
 def test_a_worker_killed_in_the_middle_of_a_shard_loses_nothing(tmp_path, workers, tiny):

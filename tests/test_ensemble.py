@@ -16,6 +16,7 @@ import pytest
 import torch
 from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.backend.process import LokyProcess
+from torch import nn
 from torch.nn import functional as F
 
 from dmmlib import data, ensemble, execution, models
@@ -320,6 +321,28 @@ def test_many_kinds_of_steps_stay_compiled_in_threads():
         return torch._dynamo.config.recompile_limit
 
     assert list(Execution(1, 2).run(limit, [0, 1, 2])) == [256] * 3
+
+
+def test_a_second_architecture_is_compiled_for_its_own_sizes(monkeypatch):
+    """What differs between two architectures is no size that varies: as one, the second would be slower."""
+    shapes = []
+
+    def sees(graph, inputs):
+        shapes.append([value.shape for value in inputs if isinstance(value, torch.Tensor)])
+        return graph
+
+    monkeypatch.setattr(execution, "_compile", lambda function: torch.compile(function, backend=sees))
+    torch._dynamo.reset()
+    for width in (6, 9):
+        module = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3))
+        models = ensemble.initialise(lambda module=module: module, range(3))
+        optimizer = Adam(0.01)
+        batches = np.zeros((2, 3, 5), np.int64)
+        labels = ensemble.classification(torch.zeros(7, dtype=torch.long))
+        ensemble.descend(models, torch.zeros(7, 4), batches, labels, optimizer, optimizer.start(models.params), compile=True)
+        sizes = {size for shape in shapes.pop() for size in shape if isinstance(size, int)}
+        assert {4, width, 3} <= sizes
+        assert not shapes, "one compilation an architecture"
 
 
 def test_a_failure_in_a_thread_is_raised_and_leaves_the_threads_as_they_were():

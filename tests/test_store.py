@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import zarr
+from zarr.storage import FsspecStore
 
 from dmmlib.errors import StoreError
 from dmmlib.hashing import config_hash
@@ -179,6 +180,22 @@ def test_a_store_at_an_fsspec_address():
         make(place, config={"lr": 0.2})
     with pytest.raises(StoreError, match="cannot be reached"):
         make("nosuch://bucket/s")
+
+
+def test_an_address_that_fails_in_its_own_way(monkeypatch):
+    store = make("memory://bucket/runs/unreachable.zarr")
+
+    async def fails(*_, **__):
+        raise RuntimeWarning("no route to bucket")  # like botocore's, no OSError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FsspecStore, "set", fails)
+        with pytest.raises(StoreError, match=r"Shard 0 .* cannot be written \(no route to bucket\)"):
+            store.write(0, values(store.models(0)))
+    assert 0 in store.missing()
+    monkeypatch.setattr(FsspecStore, "get", fails)
+    with pytest.raises(StoreError, match=r"cannot be reached \(no route to bucket\); try again"):
+        make("memory://bucket/runs/unreachable.zarr")
 
 
 def test_a_creation_that_was_interrupted_is_completed(tmp_path):
