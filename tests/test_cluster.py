@@ -99,7 +99,7 @@ def test_jobs_of_a_queue_train_the_same(tmp_path, queue, tiny):
 def test_a_queue_that_refuses_is_quoted(tmp_path, queue):
     pytest.importorskip("dask_jobqueue", reason="dask-jobqueue is not installed")
     refused = SLURM | {"options": SLURM["options"] | {"queue": "nosuch"}}
-    with pytest.raises(SchedulerError, match="invalid partition specified: nosuch.*correct the preset's cluster"):
+    with pytest.raises(SchedulerError, match=r"invalid partition specified: nosuch.*correct the preset's cluster"):
         _ = study(tmp_path, scheduler="cluster", cluster=refused).subsets
     assert not list(queue.iterdir())
 

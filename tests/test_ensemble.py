@@ -328,18 +328,19 @@ def test_a_second_architecture_is_compiled_for_its_own_sizes(monkeypatch):
     shapes = []
 
     def sees(graph, inputs):
-        shapes.append([value.shape for value in inputs if isinstance(value, torch.Tensor)])
+        values = (node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder")
+        shapes.append([value.shape for value in values if isinstance(value, torch.Tensor)])
         return graph
 
-    monkeypatch.setattr(execution, "_compile", lambda function: torch.compile(function, backend=sees))
+    step = torch.compile(ensemble._step, backend=sees)
+    monkeypatch.setattr(execution, "_compile", lambda _: step)
     torch._dynamo.reset()
     for width in (6, 9):
         module = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3))
-        models = ensemble.initialise(lambda module=module: module, range(3))
-        optimizer = Adam(0.01)
-        batches = np.zeros((2, 3, 5), np.int64)
-        labels = ensemble.classification(torch.zeros(7, dtype=torch.long))
-        ensemble.descend(models, torch.zeros(7, 4), batches, labels, optimizer, optimizer.start(models.params), compile=True)
+        stacked = ensemble.initialise(lambda module=module: module, range(3))
+        loss, optimizer = ensemble.classification(torch.zeros(7, dtype=torch.long)), Adam(0.01)
+        state, batches = optimizer.start(stacked.params), np.zeros((2, 3, 5), np.int64)
+        ensemble.descend(stacked, torch.zeros(7, 4), batches, loss, optimizer, state, compile=True)
         sizes = {size for shape in shapes.pop() for size in shape if isinstance(size, int)}
         assert {4, width, 3} <= sizes
         assert not shapes, "one compilation an architecture"
