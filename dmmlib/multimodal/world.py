@@ -203,7 +203,8 @@ class World:
     @property
     def teaching(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """The loss of fine-tuning: cross-entropy of the right answers, (n_models,)."""
-        return lambda logits, indices, models: model.token_loss(logits, self.answers[indices], self.codec.pad).mean(1)
+        answers, pad = self.answers, self.codec.pad
+        return lambda logits, indices, models: model.token_loss(logits, answers[indices], pad).mean(1)
 
     @cached_property
     def columns(self) -> Tensor | None:
