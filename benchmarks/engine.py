@@ -42,7 +42,7 @@ BATCH, STEPS = 50, 400  # a half model takes 20 epochs of 20 steps
 OPTIONS = {"mlp": {}, "convnet": {}, "resnet9": {"width": 16}}
 SIZE = {"mlp": 400, "convnet": 400, "resnet9": 40}  # steps a measurement
 MODELS = {"mlp": 64, "convnet": 8, "resnet9": 2}  # that dmmlib trains in a measurement
-CHUNK = {"mlp": 16, "convnet": 1, "resnet9": 1}  # models a compiled step
+CHUNK = {"mlp": 8, "convnet": 1, "resnet9": 1}  # models a compiled step
 
 
 def task(name: str, device: torch.device) -> tuple[Callable[[], nn.Module], Tensor, Tensor]:

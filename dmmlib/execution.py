@@ -215,12 +215,11 @@ def candidates(
     cuda = device.type == "cuda"
     workers = 1 if cuda else torch.get_num_threads()
     plain = (4, 32, 128) if cuda else (1, 64)
-    larger = (4, 32, 128) if cuda else (1, 4, 16)  # a compiled step has less to share
+    larger = (4, 32, 128) if cuda else (1, 4, 8, 16)  # a compiled step has less to share, and should stay in cache
     made = [Execution(chunk or c, workers) for c in plain if compile is not True]
     made += [Execution(chunk or c, workers, compile=True) for c in larger if compile is not False]
     if many and workers > 1:  # which take time to start
-        small = next((way for way in made if way.compile), made[0])
-        made += [replace(way, processes=True) for way in (made[0], small, made[-1])]
+        made += [replace(way, processes=True) for way in made if way.compile or way == made[0]]
     return tuple(dict.fromkeys(made))
 
 
@@ -248,7 +247,8 @@ def measure(tried: Sequence[Execution], steps: Callable[[Execution, int], None])
     for execution in tried:
         if execution.chunk > 1 and any(execution.chunk * execution.workers / rate > 2 for rate in rates.values()):
             continue
-        if rates.get(replace(execution, processes=False), torch.inf) < 0.5 * max(rates.values(), default=0):
+        in_threads = {way: rate for way, rate in rates.items() if not way.processes}
+        if in_threads.get(replace(execution, processes=False), torch.inf) < 0.5 * max(in_threads.values(), default=0):
             continue
         try:
             steps(execution, 2)  # starts processes, compiles, and warms caches
@@ -259,18 +259,22 @@ def measure(tried: Sequence[Execution], steps: Callable[[Execution, int], None])
                 f"A step of {execution.chunk} models does not fit into the GPU's memory; lower ensembles.chunk or "
                 "training.batch_size."
             ) from error
-        n = 5
-        while (once := _seconds(steps, execution, n)) < 0.2 and n < 500:  # too short to tell anything
+        known = in_threads.get(replace(execution, processes=False), 0.0) if execution.processes else 0.0
+        n = max(5, round(known / execution.chunk / execution.workers))  # a second's worth, for what is sent to last
+        while (median := _seconds(steps, execution, n)) < 0.2 and n < 500:  # too short to tell anything
             n *= 3
-        median = sorted([once, _seconds(steps, execution, n), _seconds(steps, execution, n)])[1]
         rates[execution] = n * execution.chunk * execution.workers / median
     return rates
 
 
 def _seconds(steps: Callable[[Execution, int], None], execution: Execution, n: int) -> float:
-    start = time.perf_counter()
-    steps(execution, n)
-    return time.perf_counter() - start
+    """Median of three: the first may find a process that is still compiling."""
+    taken = []
+    for _ in range(3):
+        start = time.perf_counter()
+        steps(execution, n)
+        taken.append(time.perf_counter() - start)
+    return sorted(taken)[1]
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
