@@ -41,7 +41,7 @@ from dmmlib.optim import Tensors
 BATCH, STEPS = 50, 400  # a half model takes 20 epochs of 20 steps
 OPTIONS = {"mlp": {}, "convnet": {}, "resnet9": {"width": 16}}
 SIZE = {"mlp": 400, "convnet": 400, "resnet9": 40}  # steps a measurement
-MODELS = {"mlp": 64, "convnet": 8, "resnet9": 2}  # that dmmlib trains in a measurement
+MODELS = {"mlp": 192, "convnet": 8, "resnet9": 2}  # that dmmlib trains in a measurement
 CHUNK = {"mlp": 8, "convnet": 1, "resnet9": 1}  # models a compiled step
 
 
@@ -154,7 +154,7 @@ def by_hand(name: str, device: torch.device, chunk: int) -> Contender:
 def ours(name: str, device: torch.device, way: Execution, precision: str = "float32") -> Contender:
     """`ensemble.train` on masks of one size, its set-up included."""
     factory, x, y = task(name, device)
-    n_models = max(MODELS[name], way.chunk * way.workers) if way.workers > 1 else way.chunk
+    n_models = max(MODELS[name], way.chunk * way.workers) if way.workers > 1 else 4 * way.chunk
 
     def steps(n: int) -> int:
         an_epoch = min(n, len(x) // BATCH)
