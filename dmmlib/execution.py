@@ -247,8 +247,8 @@ def measure(tried: Sequence[Execution], steps: Callable[[Execution, int], None])
     for execution in tried:
         if execution.chunk > 1 and any(execution.chunk * execution.workers / rate > 2 for rate in rates.values()):
             continue
-        in_threads = {way: rate for way, rate in rates.items() if not way.processes}
-        if in_threads.get(replace(execution, processes=False), torch.inf) < 0.5 * max(in_threads.values(), default=0):
+        in_threads = rates.get(replace(execution, processes=False))  # of the same, where this is in processes
+        if in_threads and in_threads < 0.5 * max(rate for way, rate in rates.items() if not way.processes):
             continue
         try:
             steps(execution, 2)  # starts processes, compiles, and warms caches
@@ -259,8 +259,7 @@ def measure(tried: Sequence[Execution], steps: Callable[[Execution, int], None])
                 f"A step of {execution.chunk} models does not fit into the GPU's memory; lower ensembles.chunk or "
                 "training.batch_size."
             ) from error
-        known = in_threads.get(replace(execution, processes=False), 0.0) if execution.processes else 0.0
-        n = max(5, round(known / execution.chunk / execution.workers))  # a second's worth, for what is sent to last
+        n = max(5, round((in_threads or 0) / execution.chunk / execution.workers))  # a second's: sending takes time
         while (median := _seconds(steps, execution, n)) < 0.2 and n < 500:  # too short to tell anything
             n *= 3
         rates[execution] = n * execution.chunk * execution.workers / median

@@ -26,10 +26,6 @@ from dmmlib.errors import DamageError, StoreError
 from dmmlib.hashing import config_hash
 
 FORMAT = 1
-_NO_STORE = (
-    "{} is no store of this library, or its description is damaged ({}); choose another directory, or delete it to "
-    "train again."
-)
 
 
 def _opened(files: LocalStore | FsspecStore, attributes: dict[str, Any]) -> zarr.Group:
@@ -85,21 +81,23 @@ class Store:
             files = _files(address)
         except (ImportError, ValueError, OSError) as error:
             raise StoreError(f"The store {address} cannot be reached ({error}); give another place.") from error
+        unreadable: tuple[type[Exception], ...] = (KeyError, ValueError, TypeError, GroupNotFoundError)
+        if isinstance(files, LocalStore):
+            unreadable += (OSError,)
         try:
             group = cls._describe(files, config, n_models, arrays, shard_size)
             store = cls(address, group)
         except PermissionError as error:
             raise StoreError(f"The store {address} cannot be created ({error}); choose another place.") from error
-        except (KeyError, ValueError, TypeError, GroupNotFoundError) as error:
-            raise StoreError(_NO_STORE.format(address, error)) from error
-        except Exception as error:
-            if isinstance(files, FsspecStore):  # each kind of address has errors of its own
-                raise StoreError(
-                    f"The store {address} cannot be reached ({error}); try again, or give another place."
-                ) from error
-            if not isinstance(error, OSError):
-                raise
-            raise StoreError(_NO_STORE.format(address, error)) from error
+        except unreadable as error:
+            raise StoreError(
+                f"{address} is no store of this library, or its description is damaged ({error}); choose another "
+                "directory, or delete it to train again."
+            ) from error
+        except _failures(files) as error:
+            raise StoreError(
+                f"The store {address} cannot be reached ({error}); try again, or give another place."
+            ) from error
         if group.attrs.get("format") != FORMAT:
             raise StoreError(
                 f"The store {address} has format {group.attrs.get('format')}, this version reads {FORMAT}; "
@@ -193,9 +191,7 @@ class Store:
                 if not same:
                     raise OSError(f"{name} does not read back as it was written")
             self._array("done")[shard] = 1
-        except Exception as error:
-            if not isinstance(error, OSError) and not isinstance(self._group.store, FsspecStore):
-                raise
+        except _failures(self._group.store) as error:
             raise StoreError(
                 f"Shard {shard} of {self.address} cannot be written ({getattr(error, 'strerror', None) or error}); "
                 "free space and run again: finished shards are kept."
@@ -266,3 +262,8 @@ class Store:
 def _files(address: str) -> LocalStore | FsspecStore:
     remote = "://" in address and not address.startswith("file://")
     return FsspecStore.from_url(address) if remote else LocalStore(address.removeprefix("file://"))
+
+
+def _failures(files: Any) -> tuple[type[Exception], ...]:
+    """What writing and reaching raise: each kind of remote address has errors of its own."""
+    return (Exception,) if isinstance(files, FsspecStore) else (OSError,)

@@ -93,7 +93,9 @@ def test_jobs_of_a_queue_train_the_same(tmp_path, queue, tiny):
     scripts = [job.read_text() for job in queue.iterdir()]
     assert len(scripts) == 2
     assert all("--nthreads 2" in script for script in scripts)
-    far._workers._client.cluster.close()
+    with far._workers._client as client:
+        started = client.cluster
+    started.close()
 
 
 def test_a_queue_that_refuses_is_quoted(tmp_path, queue):
