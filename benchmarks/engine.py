@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from dmmlib import data, ensemble, execution, models
-from dmmlib.cluster import UNTRIMMED
+from dmmlib.app.cluster import UNTRIMMED
 from dmmlib.execution import Execution
 from dmmlib.models import resolve_device
 from dmmlib.optim import Tensors

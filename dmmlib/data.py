@@ -17,9 +17,11 @@ import numpy as np
 import pooch
 from platformdirs import user_cache_dir
 
-from dmmlib.errors import ChecksumError, DataError, MethodError
+from dmmlib.errors import ChecksumError, DataError
+from dmmlib.files import resource
+from dmmlib.registry import Registry
 
-EMBEDDED_FASHION_MNIST = Path(__file__).parents[1] / "data" / "fashion_mnist_12k.npz"
+EMBEDDED_FASHION_MNIST = resource("data") / "fashion_mnist_12k.npz"
 FASHION_MNIST_SHA256 = "5842fe826a288fad272026e5787b76d182bd1474bec6f4fca925d0dabbfafff0"
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
@@ -145,14 +147,14 @@ def from_arrays(
 # --- loaders -------------------------------------------------------------------------------------------
 
 Loader = Callable[..., Dataset]
-_LOADERS: dict[str, Loader] = {}
+DATASETS: Registry[Loader] = Registry("data set", "dmmlib.app.images")
 
 
-def register(name: str) -> Callable[[Loader], Loader]:
+def register(name: str, version: int = 1) -> Callable[[Loader], Loader]:
     """Make `load(name, ...)` and presets find a loader: a function of keyword options to a `Dataset`."""
 
     def add(loader: Loader) -> Loader:
-        _LOADERS[name] = loader
+        DATASETS.add(name, loader, version)
         return loader
 
     return add
@@ -160,7 +162,7 @@ def register(name: str) -> Callable[[Loader], Loader]:
 
 def names() -> tuple[str, ...]:
     """The registered data sets."""
-    return tuple(sorted(_LOADERS))
+    return tuple(DATASETS)
 
 
 def load(name: str, n_train: int | None = None, n_val: int | None = None, seed: int = 0, **options: Any) -> Dataset:
@@ -178,12 +180,8 @@ def load(name: str, n_train: int | None = None, n_val: int | None = None, seed: 
         DataError: for arrays that cannot be used, or more points asked for than there are.
         ChecksumError: for a file whose content is not the expected one.
     """
-    if name.endswith(".npz"):
-        full = _from_npz(Path(name), name=Path(name).stem)
-    elif name in _LOADERS:
-        full = _LOADERS[name](**options)
-    else:
-        raise MethodError(f"Unknown data set {name!r}; use one of {', '.join(names())}, or an .npz file.")
+    own = name.endswith(".npz")
+    full = _from_npz(Path(name), name=Path(name).stem) if own else DATASETS[name](**options)
     rng = np.random.default_rng(seed)
     parts = []
     for part, x, y, n in (
@@ -267,14 +265,6 @@ def _cifar10(path: str | Path | None = None) -> Dataset:
 
     train = sorted(k for k in batches if k.startswith("data_batch"))
     return from_arrays(*stack(train), *stack(["test_batch"]), **constants)
-
-
-@register("living17")
-def _living17(path: str | None = None, side: int = 160, classes: str | None = None) -> Dataset:
-    """ImageNet Living-17 from a directory of ImageNet; see `images.living17`."""
-    from dmmlib import images  # which builds on this module
-
-    return images.living17(path, side, classes)
 
 
 def _from_npz(path: Path, **options: Any) -> Dataset:

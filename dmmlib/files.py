@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import json
 import os
 import uuid
@@ -11,6 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from dmmlib.errors import StoreError
+
+
+def resource(name: str) -> Path:
+    """A folder that comes with the library (presets, notebooks, data): beside the package, or in it from a wheel."""
+    inside = Path(str(importlib.resources.files("dmmlib"))) / "share" / name
+    return inside if inside.exists() else Path(__file__).parents[1] / name
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dmmlib.data import Dataset
-from dmmlib.errors import DeviceError, MethodError
-from dmmlib.hashing import source_hash
+from dmmlib.errors import DeviceError
+from dmmlib.registry import Registry
 
 
 def normalise(data: Dataset, x: np.ndarray) -> Tensor:
@@ -53,22 +53,20 @@ class ModelSpec:
             forward takes (n, *input shape) and returns logits (n, n_classes). Weights are drawn from
             torch's global generator, which `ensemble` seeds a model.
         prepare: the fixed, parameter-free part of the model, applied once to all points.
-        source: hash of the factory's source.
     """
 
     factory: Factory
     prepare: Prepare
-    source: str
 
 
-_MODELS: dict[str, ModelSpec] = {}
+MODELS: Registry[ModelSpec] = Registry("model")
 
 
-def register(name: str, prepare: Prepare = normalise) -> Callable[[Factory], Factory]:
+def register(name: str, prepare: Prepare = normalise, version: int = 1) -> Callable[[Factory], Factory]:
     """Make presets find a model factory by name."""
 
     def add(factory: Factory) -> Factory:
-        _MODELS[name] = ModelSpec(factory, prepare, source_hash(factory))
+        MODELS.add(name, ModelSpec(factory, prepare), version)
         return factory
 
     return add
@@ -76,18 +74,12 @@ def register(name: str, prepare: Prepare = normalise) -> Callable[[Factory], Fac
 
 def names() -> tuple[str, ...]:
     """The registered models."""
-    return tuple(sorted(_MODELS))
+    return tuple(MODELS)
 
 
 def get(name: str) -> ModelSpec:
-    """The registered model of that name.
-
-    Raises:
-        MethodError: if there is none.
-    """
-    if name not in _MODELS:
-        raise MethodError(f"Unknown model {name!r}; use one of {', '.join(names())}, or register your own.")
-    return _MODELS[name]
+    """The registered model of that name; raises MethodError if there is none."""
+    return MODELS[name]
 
 
 def resolve_device(device: str) -> torch.device:

@@ -7,23 +7,24 @@ A preset file has one top-level key, `preset`, so that papermill can pass it to 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
-from dmmlib.adversary.settings import AdversarySettings
-from dmmlib.attribution.settings import CheapSettings
-from dmmlib.convex import ConvexSettings
-from dmmlib.ensemble import Training
-from dmmlib.errors import PresetError
-from dmmlib.exact.settings import ExactSettings
-from dmmlib.meta.settings import MetaSettings
-from dmmlib.multimodal.settings import MultimodalSettings
+from dmmlib.errors import MethodError, PresetError
+from dmmlib.files import resource
+from dmmlib.registry import Registry
 
-PRESETS_DIR = Path(__file__).parents[1] / "presets"
+if TYPE_CHECKING:
+    from dmmlib.ensemble import Training
+
+PRESETS_DIR = resource("presets")
+
+
+S = TypeVar("S", bound="Section")
 
 
 class Section(BaseModel):
@@ -56,6 +57,8 @@ class TrainingSection(Section):
     precision: Literal["float32", "bfloat16"] = "float32"
 
     def training(self) -> Training:
+        from dmmlib.ensemble import Training
+
         return Training(**self.model_dump())
 
 
@@ -147,12 +150,20 @@ class Preset(Section):
     forget_sets: tuple[ForgetSetSection, ...]
     tuning: TuningSection
     unlearning: UnlearningSection = UnlearningSection()
-    convex: ConvexSettings = ConvexSettings()
-    exact: ExactSettings = ExactSettings()
-    meta: MetaSettings = MetaSettings()
-    cheap: CheapSettings = CheapSettings()
-    multimodal: MultimodalSettings = MultimodalSettings()
-    adversary: AdversarySettings = AdversarySettings()
+    studies: dict[str, Any] = {}  # name -> the settings of that study; `load` fills in those that are not given
+
+
+STUDIES: Registry[type[Section]] = Registry("study", "dmmlib.studies")
+
+
+def study(name: str) -> Callable[[type[S]], type[S]]:
+    """Register the settings of a study; a preset has them under `studies.<name>`."""
+
+    def add(settings: type[S]) -> type[S]:
+        STUDIES.add(name, settings)
+        return settings
+
+    return add
 
 
 PLACES = ("device", "threads", "scheduler", "cluster", "store")  # where things run and lie, not what is computed
@@ -182,10 +193,25 @@ def load(preset: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | 
         settings = ",".join(f"{k.split('.')[-1]}={v}" for k, v in sorted(named.items()))
         suffix = "".join(c if c.isalnum() or c in "=.-," else "_" for c in settings).replace(",", "+")
         content["name"] = f"{content.get('name', 'preset')}+{suffix.replace('=', '-')}"[:80]
+    given = content.get("studies") or {}
     try:
-        return Preset.model_validate(content)
+        sections = {part: _settings(part, given.get(part, {}), content) for part in {**dict.fromkeys(STUDIES), **given}}
+    except (MethodError, AttributeError, TypeError) as error:
+        raise PresetError(f"Preset {content.get('name')!r}, key 'studies': {error}") from error
+    return _validated(Preset, {**content, "studies": sections}, content.get("name"))
+
+
+def _settings(name: str, given: Any, content: Mapping[str, Any]) -> Section:
+    if isinstance(given, Section):
+        return given
+    return _validated(STUDIES[name], given, content.get("name"), "studies", name)
+
+
+def _validated(model: type[S], content: Any, name: Any, *where: str) -> S:
+    try:
+        return model.model_validate(content)
     except ValidationError as error:
-        raise PresetError("; ".join(_explain(e, content.get("name")) for e in error.errors()) + ".") from error
+        raise PresetError("; ".join(_explain(model, e, name, where) for e in error.errors()) + ".") from error
 
 
 def _read(preset: str) -> dict[str, Any]:
@@ -214,10 +240,9 @@ def _set(content: dict[str, Any], key: str, value: Any) -> None:
     content[last] = value
 
 
-def _explain(error: Any, name: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"])
+def _explain(model: Any, error: Any, name: Any, before: tuple[str, ...]) -> str:
+    where = ".".join(str(part) for part in (*before, *error["loc"]))
     if error["type"] == "extra_forbidden":
-        model: Any = Preset
         for part in error["loc"][:-1]:
             field = getattr(model, "model_fields", {}).get(part)
             model = field.annotation if field is not None else None

@@ -13,9 +13,9 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -23,14 +23,16 @@ import torch
 from fsspec.core import url_to_fs
 from torch import Tensor
 
-from dmmlib import attribution, cluster, datamodels, ensemble, execution, forget_sets, metrics, models, presets, unlearn
+from dmmlib import attribution, datamodels, ensemble, execution, forget_sets, metrics, models, presets, unlearn
 from dmmlib import data as datasets
+from dmmlib.app import cluster
 from dmmlib.errors import DamageError, DeviceError, ForgetSetError, MethodError, PresetError, StoreError
 from dmmlib.execution import Execution
 from dmmlib.files import read_json, replacing, write_json
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.hashing import config_hash, short
 from dmmlib.progress import Progress, Reporter
+from dmmlib.registry import versions
 from dmmlib.resnet18 import resnet18  # noqa: F401 (registers itself)
 from dmmlib.store import Store
 from dmmlib.unlearn import Problem, Unlearned
@@ -40,13 +42,26 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
+T = TypeVar("T")
 N_GAUGE = 20  # originals that a ridge datamodel's change of logits is turned into one of margins at
 MANY_STEPS = 200_000  # model-steps from which on processes and compilation can pay
-VERSION = 2  # of everything in runs/store: raise it when the same configuration gives other numbers
+
+
+def once(method: Callable[[Any], T]) -> Callable[[Any], T]:
+    """A verb whose answer is kept: called again, it gives what it gave."""
+    name = f"_once_{method.__name__}"
+
+    @wraps(method)
+    def kept(self: Any) -> T:
+        if name not in self.__dict__:
+            self.__dict__[name] = method(self)
+        return self.__dict__[name]
+
+    return kept
 
 
 @dataclass(frozen=True)
-class Stream:
+class ModelSet:
     """Models to train: their name determines the seeds, and with the masks their place on disk.
 
     Attributes:
@@ -70,7 +85,7 @@ class Predictor(Protocol):
 
 @dataclass(frozen=True)
 class _Job:
-    stream: Stream
+    stream: ModelSet
     seeds: list[int]
     store: Store
 
@@ -224,7 +239,7 @@ class Study:
     def training(self) -> ensemble.Training:
         return self.preset.training.training()
 
-    @cached_property
+    @once
     def execution(self) -> Execution:
         """How training is carried out here: measured once a machine and model, and kept, unless the preset says.
 
@@ -237,7 +252,7 @@ class Study:
         """Whether so many steps are planned that processes and compiling pay, which take time to start."""
         return self._planned_steps() >= MANY_STEPS
 
-    @cached_property
+    @once
     def fine_tuning(self) -> Execution:
         """How unlearning is carried out here: without processes, and not compiled unless the preset says so.
 
@@ -260,7 +275,7 @@ class Study:
         config = {
             "machine": execution.machine(self.device),
             "model": self.preset.model.model_dump(),
-            "source": self._spec.source,
+            "version": versions("engine", f"model {self.preset.model.name}"),
             "shape": list(self.x.shape[1:]),
             "batch": self.preset.training.batch_size,
             "precision": self.preset.training.precision,
@@ -306,10 +321,9 @@ class Study:
     def _identity(self) -> dict[str, Any]:
         """What every trained model depends on besides its mask and seed."""
         return {
-            "version": VERSION,
+            "versions": versions("engine", "seeds", f"model {self.preset.model.name}"),
             "data": self.data.sha256,
             "model": self.preset.model.model_dump(),
-            "source": self._spec.source,
             "training": self.preset.training.model_dump(),
         }
 
@@ -318,7 +332,7 @@ class Study:
         sequence = np.random.SeedSequence([self.preset.seed, zlib.crc32(stream.encode())])
         return sequence.generate_state(n).tolist()
 
-    def train(self, *streams: Stream) -> list[Store]:
+    def train(self, *streams: ModelSet) -> list[Store]:
         """Train the models of some streams, unless that is done; their outputs go to a store each.
 
         Shards of all streams are sent to the workers of the preset's scheduler, or trained here one by one.
@@ -352,7 +366,7 @@ class Study:
         """
         rows = []
 
-        def look(stream: Stream) -> bool:
+        def look(stream: ModelSet) -> bool:
             planned = len(stream.masks)
             done = damaged = 0
             if self._exists(stream):
@@ -370,10 +384,10 @@ class Study:
         look(self._original_stream)
         n, n_tuning = self.preset.ensembles.n_models, self.preset.tuning.n_models
         if known:
-            for forget_set in self.forget_sets.values():
+            for forget_set in self.forget_sets().values():
                 look(self._oracle_stream(forget_set))
                 look(self._oracle_stream(forget_set, floor=True))
-            for forget_set in self.tuning_sets.values():
+            for forget_set in self.tuning_sets().values():
                 look(self._oracle_stream(forget_set))
                 look(self._oracle_stream(forget_set, floor=True, n=n_tuning))
         else:
@@ -382,7 +396,7 @@ class Study:
             rows.append({"models": name, "planned": planned, "done": 0, "missing": planned, "damaged": 0})
         return pd.DataFrame(rows)
 
-    def _exists(self, stream: Stream) -> bool:
+    def _exists(self, stream: ModelSet) -> bool:
         files, path = url_to_fs(self._place(stream)[0])
         return bool(files.exists(path))
 
@@ -397,10 +411,10 @@ class Study:
         def keep(models: ensemble.Ensemble) -> dict[str, np.ndarray]:
             return {"logits": models.logits(x).numpy(), **(models.state() if keep_models else {})}
 
-        kept = ensemble.train_and(keep, self.module, x[:n], self.y[:n], masks, seeds, self.training, self.execution)
+        kept = ensemble.train_and(keep, self.module, x[:n], self.y[:n], masks, seeds, self.training, self.execution())
         return {**kept, "masks": masks}
 
-    def _place(self, stream: Stream) -> tuple[str, dict[str, Any]]:
+    def _place(self, stream: ModelSet) -> tuple[str, dict[str, Any]]:
         """Where a stream's store is, and the configuration that it belongs to."""
         config = {
             **self._identity(),
@@ -411,7 +425,7 @@ class Study:
         root = self.preset.store or (self.runs / "store").as_posix()
         return f"{root.rstrip('/')}/{stream.name.split(':')[0]}-{config_hash(config)}.zarr", config
 
-    def _store(self, stream: Stream) -> Store:
+    def _store(self, stream: ModelSet) -> Store:
         place, config = self._place(stream)
         arrays: dict[str, tuple[Sequence[int], str]] = {
             "logits": ((len(self.x), self.data.n_classes), "float32"),
@@ -422,7 +436,7 @@ class Study:
             arrays |= {name: (array.shape[1:], str(array.dtype)) for name, array in state.items()}
         return Store.open(place, config, len(stream.masks), arrays, self.preset.ensembles.shard)
 
-    def _read(self, stream: Stream, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+    def _read(self, stream: ModelSet, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows of an array of a stream; what is missing or damaged is trained first."""
         (store,) = self.train(stream)
         try:
@@ -433,32 +447,32 @@ class Study:
             return self.train(stream)[0].read(name, start, stop)
 
     @cached_property
-    def _original_stream(self) -> Stream:
+    def _original_stream(self) -> ModelSet:
         masks = np.ones((self.preset.ensembles.n_models, self.data.n_train), bool)
-        return Stream("originals", masks, keep_models=True)
+        return ModelSet("originals", masks, keep_models=True)
 
-    def _models(self, stream: Stream, start: int = 0, stop: int | None = None) -> ensemble.Ensemble:
+    def _models(self, stream: ModelSet, start: int = 0, stop: int | None = None) -> ensemble.Ensemble:
         """The models of a stream that keeps them."""
         module = self.module()
         names = ensemble.initialise(lambda: module, [0]).state()
         state = {name: self._read(stream, name, start, stop) for name in names}
         return ensemble.Ensemble.from_state(module, state, self.device)
 
-    @cached_property
+    @once
     def originals(self) -> ensemble.Ensemble:
         """N models trained on S."""
         return self._models(self._original_stream)
 
-    @cached_property
+    @once
     def original_logits(self) -> np.ndarray:
         """Their logits (N, n_points, n_classes), training points first."""
         return self._read(self._original_stream, "logits")
 
-    def _oracle_stream(self, forget_set: ForgetSet, floor: bool = False, n: int | None = None) -> Stream:
+    def _oracle_stream(self, forget_set: ForgetSet, floor: bool = False, n: int | None = None) -> ModelSet:
         content = short(forget_set.indices.tobytes())[:8]
         name = f"{'floor' if floor else 'oracles'}:{forget_set.name}:{content}"
         n = n or self.preset.ensembles.n_models
-        return Stream(name, np.tile(forget_set.mask(self.data.n_train), (n, 1)))
+        return ModelSet(name, np.tile(forget_set.mask(self.data.n_train), (n, 1)))
 
     def oracles(self, forget_set: ForgetSet, floor: bool = False, n: int | None = None) -> np.ndarray:
         """Logits (n, n_points, n_classes) of models trained on R.
@@ -472,7 +486,7 @@ class Study:
 
     def train_oracles(self) -> None:
         """Train the oracles of all forget sets, at once where there are workers for it."""
-        self.train(*(self._oracle_stream(f, floor) for f in self.forget_sets.values() for floor in (False, True)))
+        self.train(*(self._oracle_stream(f, floor) for f in self.forget_sets().values() for floor in (False, True)))
 
     def has_oracles(self, forget_set: ForgetSet) -> bool:
         """Whether the oracles that a forget set's results are measured against are all trained."""
@@ -494,15 +508,15 @@ class Study:
             mask[np.random.default_rng(seed).permutation(self.data.n_train)[:size]] = True
         return masks
 
-    def _outputs(self, stream: Stream, start: int = 0, stop: int | None = None) -> np.ndarray:
+    def _outputs(self, stream: ModelSet, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Logits of a stream's models in the margin gauge."""
         return metrics.margin_gauge(self._read(stream, "logits", start, stop), self.data.y)
 
     @cached_property
-    def _subset_stream(self) -> Stream:
-        return Stream("subsets", self.subset_masks())
+    def _subset_stream(self) -> ModelSet:
+        return ModelSet("subsets", self.subset_masks())
 
-    @cached_property
+    @once
     def subsets(self) -> tuple[np.ndarray, np.ndarray]:
         """Masks (M, n_train) and outputs of the many subset models.
 
@@ -515,11 +529,11 @@ class Study:
         """Logits (M, n_points, n_classes) of the same models as they came, in no gauge."""
         return self.logits_of(self._subset_stream, 0, self.preset.datamodels.n_subsets)
 
-    def logits_of(self, stream: Stream, start: int = 0, stop: int | None = None) -> np.ndarray:
+    def logits_of(self, stream: ModelSet, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Logits (n_models, n_points, n_classes) of a stream's models as they came."""
         return self._read(stream, "logits", start, stop)
 
-    @cached_property
+    @once
     def held_out(self) -> tuple[np.ndarray, np.ndarray]:
         """Masks and outputs of the further subset models: the first half chooses lambda, the second reports."""
         m = self.preset.datamodels.n_subsets
@@ -527,13 +541,13 @@ class Study:
 
     def datamodel_of(self, n_subsets: int) -> tuple[datamodels.RidgeDatamodel, dict[float, float]]:
         """A ridge datamodel on the first `n_subsets` subset models, and the LDS of each lambda tried."""
-        masks, logits = (a[:n_subsets] for a in self.subsets)
+        masks, logits = (a[:n_subsets] for a in self.subsets())
         half = self.preset.datamodels.n_held_out // 2
         lam, scores = datamodels.choose_lambda(
             masks,
             logits,
-            self.held_out[0][:half],
-            self.held_out[1][:half],
+            self.held_out()[0][:half],
+            self.held_out()[1][:half],
             self.data.y,
             self.preset.datamodels.lambdas,
             self.device,
@@ -561,14 +575,14 @@ class Study:
 
         # Ridge keeps the coarser measure that its replications were chosen by; the sharper one likes ridge less.
         config, n = {"datamodels": self._datamodel_config()}, self.preset.tuning.n_models
-        return self._search("datamodel", dm_direct, settings, "ridge", config, problem_of="", n=n)
+        return self._search("datamodel", dm_direct, settings, versions("ridge"), config, problem_of="", n=n)
 
     def _ridge(self, logits: np.ndarray, lam: float, own_share: float) -> datamodels.Gauged:
         """The paper's kind of datamodel: of raw logits, and added to them."""
         model = datamodels.RidgeDatamodel.fit(self.subset_masks()[: len(logits)], logits, lam, self.device, own_share)
-        return datamodels.Gauged(model, self.original_logits[:N_GAUGE], self.data.y)
+        return datamodels.Gauged(model, self.original_logits()[:N_GAUGE], self.data.y)
 
-    @cached_property
+    @once
     def datamodel(self) -> datamodels.Gauged:
         """Ridge on the raw logits of all M subset models, with the setting that did best on the tuning sets."""
         best = self.search_datamodel().iloc[0]
@@ -577,23 +591,23 @@ class Study:
     def lds(self, model: Predictor) -> np.ndarray:
         """Predicted and actual margins (2, n_held_out / 2, n_points) on subsets that chose nothing."""
         half = self.preset.datamodels.n_held_out // 2
-        masks, outputs = (a[half:] for a in self.held_out)
+        masks, outputs = (a[half:] for a in self.held_out())
         return np.stack([metrics.right_logits(z, self.data.y) for z in (model.predict(masks), outputs)])
 
     # --- attribution -----------------------------------------------------------------------------------
 
     @cached_property
-    def _attribution_stream(self) -> Stream:
+    def _attribution_stream(self) -> ModelSet:
         section = self.preset.attribution
         masks = self.random_masks("attribution masks", section.n_subsets, section.fraction)
-        return Stream("attribution", masks, keep_models=True)
+        return ModelSet("attribution", masks, keep_models=True)
 
-    @cached_property
+    @once
     def context(self) -> attribution.Context:
         """What attributors are fitted to: the subset models of the preset's attribution, and the originals."""
         return self.context_of(self._attribution_stream)
 
-    def context_of(self, stream: Stream, start: int = 0, stop: int | None = None) -> attribution.Context:
+    def context_of(self, stream: ModelSet, start: int = 0, stop: int | None = None) -> attribution.Context:
         """The same of other subset models: some rows of a stream that keeps its models."""
         return attribution.Context(
             self.x,
@@ -601,25 +615,24 @@ class Study:
             stream.masks[start:stop],
             self._outputs(stream, start, stop),
             self._models(stream, start, stop),
-            self.originals,
-            self.original_logits,
+            self.originals(),
+            self.original_logits(),
             self.preset.seed,
         )
 
-    @property
-    def attributor(self) -> datamodels.Attributor:
-        """The preset's own: what DM-direct, DMM and the widget predict with."""
-        return self.attributor_of(self.preset.attribution.name)
+    def attributor(self, name: str = "") -> datamodels.Attributor:
+        """An attributor, fitted once; the preset's own, which DM-direct, DMM and the widget predict with, by default.
 
-    def attributor_of(self, name: str) -> datamodels.Attributor:
-        """A registered attributor, fitted once; ridge has the many subset models of `datamodels`, others `context`."""
+        Ridge has the many subset models of `datamodels`, others `context`.
+        """
+        name = name or self.preset.attribution.name
         if name == "ridge":
-            return self.datamodel
+            return self.datamodel()
         if name not in self._attributors:
             own = name == self.preset.attribution.name
             self.progress(f"fit the attributor {name}", 0, 1)
             options = self.preset.attribution.options if own else {}
-            self._attributors[name] = attribution.fit(name, self.context, **options)
+            self._attributors[name] = attribution.fit(name, self.context(), **options)
             self.progress(f"fit the attributor {name}", 1, 1)
         return self._attributors[name]
 
@@ -637,7 +650,7 @@ class Study:
             return {}
         name = method.partition("@")[2] or self.preset.attribution.name
         if name == "ridge":
-            tuning = {name: f.indices.tolist() for name, f in self.tuning_sets.items()}
+            tuning = {name: f.indices.tolist() for name, f in self.tuning_sets().items()}
             return {
                 "datamodels": self._datamodel_config(),
                 "tuning sets": tuning,
@@ -646,25 +659,25 @@ class Study:
         section = self.preset.attribution.model_dump(mode="json") | {"name": name}
         if name != self.preset.attribution.name:
             section["options"] = {}
-        return {"attribution": section, "attributor": attribution.source(name)}
+        return {"attribution": section, "attributor": versions(f"attributor {name}", "gradients")}
 
     # --- forget sets -----------------------------------------------------------------------------------
 
-    @cached_property
+    @once
     def loadings(self) -> np.ndarray:
         """Loadings (n_train, k) on the principal components of the train x train datamodel matrix."""
         every = (*self.preset.forget_sets, *self.preset.tuning.forget_sets)
         wanted = max((p.component for p in every if p.kind in ("pc", "pc_both")), default=2)
         n = self.data.n_train
-        train_margins = metrics.margins(self.subsets[1][:, :n], self.data.y_train)
+        train_margins = metrics.margins(self.subsets()[1][:, :n], self.data.y_train)
         return datamodels.principal_loadings(self._plain_datamodel, train_margins, max(wanted, 2))
 
     def influences(self, point: int) -> np.ndarray:
         """How every training point acts on the margin of one point: its row (n_train,) of the datamodel matrix."""
-        margins = metrics.margins(self.subsets[1][:, [point]], self.data.y[[point]])
+        margins = metrics.margins(self.subsets()[1][:, [point]], self.data.y[[point]])
         return self._plain_datamodel.adjoint(margins.T)[0]
 
-    @cached_property
+    @once
     def forget_sets(self) -> dict[str, ForgetSet]:
         """The reported forget sets by name; also saved as JSON in the run's directory."""
         own = {} if self._own is None else {self._own.name: self._own}
@@ -672,10 +685,10 @@ class Study:
             return own
         return self._make_forget_sets(self.preset.forget_sets, exclude=None) | own
 
-    @cached_property
+    @once
     def tuning_sets(self) -> dict[str, ForgetSet]:
         """Forget sets for the search of hyperparameters: they share no point with the reported ones."""
-        reported = np.unique(np.concatenate([f.indices for f in self.forget_sets.values()]))
+        reported = np.unique(np.concatenate([f.indices for f in self.forget_sets().values()]))
         return self._make_forget_sets(self.preset.tuning.forget_sets, exclude=reported)
 
     def _make_forget_sets(
@@ -693,7 +706,7 @@ class Study:
                 indices = forget_sets.class_share(self.data, part.label, part.share, rng)
             else:
                 choose = forget_sets.highest if part.kind == "pc" else forget_sets.both_ends
-                indices = choose(self.loadings[:, part.component - 1], size, exclude)
+                indices = choose(self.loadings()[:, part.component - 1], size, exclude)
             made[part.name] = forget_sets.make(
                 part.name, indices, self.data, preset=self.preset.name, **part.model_dump(exclude={"name"})
             )
@@ -711,18 +724,18 @@ class Study:
         name = method.partition("@")[2] or self.preset.attribution.name
         n = self.preset.tuning.n_models if tuning else self.preset.ensembles.n_models
         return Problem(
-            originals=self.originals[:n],
-            original_logits=self.original_logits[:n],
+            originals=self.originals()[:n],
+            original_logits=self.original_logits()[:n],
             x=self.x,
             y=self.y,
             n_train=self.data.n_train,
             forget=forget_set.indices,
             training=self.training,
-            attributor=self.attributor_of(name) if attributed else None,
+            attributor=self.attributor(name) if attributed else None,
             oracle_logits=self.oracles(forget_set, floor=True, n=n),
             checkpoints=0 if tuning else self.preset.unlearning.checkpoints,
             seed=self.seeds(f"unlearn:{forget_set.name}", 1)[0],
-            execution=self.fine_tuning,
+            execution=self.fine_tuning(),
         )
 
     def _datamodel_config(self) -> dict[str, Any]:
@@ -737,14 +750,14 @@ class Study:
         settings = unlearn.configurations(method, self.preset.tuning.budget, self.preset.seed)
         known = unlearn.registered(method)
         config, n = self._attribution_config(method), self.preset.ensembles.n_models
-        return self._search(method, known.run, settings, known.source, config, problem_of=method, n=n)
+        return self._search(method, known.run, settings, self._versions(method), config, problem_of=method, n=n)
 
     def _search(
         self,
         name: str,
         method: unlearn.Method,
         settings: list[dict[str, Any]],
-        source: str,
+        source: dict[str, int],
         more: dict[str, Any],
         *,
         problem_of: str,
@@ -762,7 +775,7 @@ class Study:
             "settings": settings,
             "tuning": section.model_dump(),
             "oracles": n,
-            "sets": {tuning: f.indices.tolist() for tuning, f in self.tuning_sets.items()},
+            "sets": {tuning: f.indices.tolist() for tuning, f in self.tuning_sets().items()},
             "seed": self.preset.seed,
             **more,
         }
@@ -770,7 +783,7 @@ class Study:
         if path.exists():
             return pd.DataFrame(read_json(path))
         rows = []
-        for tuning, forget_set in self.tuning_sets.items():
+        for tuning, forget_set in self.tuning_sets().items():
             problem = self.problem(forget_set, problem_of, tuning=True)
             reference = metrics.margins(self.oracles(forget_set)[:n], self.data.y)
             splits = forget_set.splits(self.data.n_train, self.data.n_val)
@@ -798,12 +811,15 @@ class Study:
             return settings[0]
         return settings[int(self.search(method)["setting"].iloc[0])]
 
+    def _versions(self, method: str) -> dict[str, int]:
+        return versions("finetune", "whitening", "matching", f"method {method.partition('@')[0]}")
+
     def unlearning_identity(self, method: str, setting: dict[str, Any], forget_set: ForgetSet) -> dict[str, Any]:
         """All that the result of a method with a setting on a forget set depends on."""
         return {
             **self._identity(),
             "method": method,
-            "code": unlearn.registered(method).source,
+            "code": self._versions(method),
             "setting": setting,
             "forget": forget_set.indices.tolist(),
             "name": forget_set.name,
@@ -865,7 +881,7 @@ class Study:
         """All methods on all forget sets, tidy: a row a forget set, method, split and statistic."""
         self.train_oracles()
         rows: list[dict[str, Any]] = []
-        pairs = [(f, m) for f in self.forget_sets.values() for m in self.preset.unlearning.methods]
+        pairs = [(f, m) for f in self.forget_sets().values() for m in self.preset.unlearning.methods]
         for i, (forget_set, method) in enumerate(pairs):
             self.progress("unlearn and measure", i, len(pairs))
             rows += self.evaluate(method, forget_set)
@@ -879,7 +895,7 @@ class Study:
         points whose mean margin is more than one of the oracles' standard deviations above, or below, theirs.
         """
         rows = []
-        for forget_set in self.forget_sets.values():
+        for forget_set in self.forget_sets().values():
             margins, _ = self.reference(forget_set)
             sd = margins.std(0)
             splits = forget_set.splits(self.data.n_train, self.data.n_val)

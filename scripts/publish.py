@@ -14,7 +14,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 
-from dmmlib import tables
+from dmmlib.analysis import tables
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from dmmlib.attribution.experiments import PAIRS, more_ridge, replicate
+from dmmlib.analysis.tables import klom_p95
 from dmmlib.files import replacing
+from dmmlib.studies.cheap.experiments import PAIRS, more_ridge, replicate
 from dmmlib.study import ROOT, Study
-from dmmlib.tables import klom_p95
 
 MORE = 6000
 TABLES: dict[str, Callable[[Study], pd.DataFrame]] = {

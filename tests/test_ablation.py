@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from dmmlib import ablation, metrics, plots, unlearn
+from dmmlib import metrics, unlearn
+from dmmlib.analysis import ablation, plots
 from dmmlib.errors import OptionError
-from dmmlib.unlearn.gradient import stream
+from dmmlib.unlearn import matching
+from dmmlib.unlearn.base import draw_batches
 from dmmlib.unlearn.matching import LOSSES, _retained, dmm
 
 
@@ -38,40 +40,40 @@ def test_losses_are_what_they_say():
 
 
 def test_matching_lowers_the_loss_that_it_was_given(tiny):
-    problem = tiny.problem(next(iter(tiny.tuning_sets.values())), "dmm", tuning=True)
-    targets = unlearn.predicted_oracle(problem)[:, : problem.n_train]
+    problem = tiny.problem(next(iter(tiny.tuning_sets().values())), "dmm", tuning=True)
+    targets = matching.predicted_oracle(problem)[:, : problem.n_train]
     goal = metrics.margins(targets, problem.labels[: problem.n_train])[:, problem.forget]
     start = metrics.margins(problem.original_logits, problem.labels)[:, problem.forget]
     found = {
-        loss: unlearn.match(problem, targets, loss=loss, cost=0.5, lr=1e-2).margins[:, problem.forget]
+        loss: matching.match(problem, targets, loss=loss, cost=0.5, lr=1e-2).margins[:, problem.forget]
         for loss in LOSSES
     }
     error = {loss: ((m - goal) ** 2).mean() for loss, m in found.items()}
     assert max(error.values()) < ((start - goal) ** 2).mean()
     assert not np.allclose(found["mse"], found["kl"])
     with pytest.raises(OptionError, match=r"loss='l1' was given; use one of 'mse', 'kl', 'margin'"):
-        unlearn.match(problem, targets, loss="l1")
+        matching.match(problem, targets, loss="l1")
 
 
 def test_whitened_a_step_for_forgotten_points_leaves_the_others_more_alone(tiny):
     """The same targets at the same cost, at rates that bring forgotten points equally near to theirs."""
-    problem = tiny.problem(next(iter(tiny.tuning_sets.values())), "dmm", tuning=True)
-    targets = unlearn.predicted_oracle(problem)[:, : problem.n_train]
+    problem = tiny.problem(next(iter(tiny.tuning_sets().values())), "dmm", tuning=True)
+    targets = matching.predicted_oracle(problem)[:, : problem.n_train]
     goal = metrics.margins(targets, problem.labels[: problem.n_train])
     error = {}
     for optimizer, lr in (("whitened", 3e-3), ("adam", 1e-2), ("sgd", 1e-2)):
-        result = unlearn.match(problem, targets, optimizer=optimizer, lr=lr, cost=0.5)
+        result = matching.match(problem, targets, optimizer=optimizer, lr=lr, cost=0.5)
         assert result.cost == pytest.approx(0.5, rel=0.05), "the pass over points that whitens is counted"
         squared = (result.margins[:, : problem.n_train] - goal) ** 2
         error[optimizer] = {"forget": squared[:, problem.forget].mean(), "retain": squared[:, problem.retain].mean()}
     assert error["whitened"]["forget"] < 1.1 * error["adam"]["forget"] < error["sgd"]["forget"]
     assert error["whitened"]["retain"] < 0.8 * error["adam"]["retain"]
     with pytest.raises(OptionError, match=r"optimizer='lbfgs' was given; use one of 'whitened', 'adam', 'sgd'"):
-        unlearn.match(problem, targets, optimizer="lbfgs")
+        matching.match(problem, targets, optimizer="lbfgs")
 
 
 def test_retained_points_are_drawn_by_how_far_their_targets_lie(tiny):
-    problem = tiny.problem(next(iter(tiny.tuning_sets.values())), "dmm", tuning=True)
+    problem = tiny.problem(next(iter(tiny.tuning_sets().values())), "dmm", tuning=True)
     targets = problem.original_logits[:, : problem.n_train].copy()
     far = problem.retain[:3]
     targets[:, far] += 1.0
@@ -80,24 +82,24 @@ def test_retained_points_are_drawn_by_how_far_their_targets_lie(tiny):
         assert drawn.shape == (50, problem.n_models, 4)
         assert np.isin(drawn, far).mean() == pytest.approx(share, abs=0.05)
         assert np.isin(drawn, problem.retain).all()
-    np.testing.assert_array_equal(_retained(problem, targets, 50, 4, 0.0), stream(problem, problem.retain, 50, 4))
+    np.testing.assert_array_equal(_retained(problem, targets, 50, 4, 0.0), draw_batches(problem, problem.retain, 50, 4))
     with pytest.raises(OptionError, match=r"influence=1.5 was given; use a share between 0 and 1"):
-        unlearn.match(problem, targets, influence=1.5)
+        matching.match(problem, targets, influence=1.5)
 
 
 def test_points_whose_change_is_uncertain_count_less(tiny):
     """Against the same matching with the weights written out; and a weight of 0 is not matched at all."""
-    problem = tiny.problem(next(iter(tiny.tuning_sets.values())), "dmm", tuning=True)
+    problem = tiny.problem(next(iter(tiny.tuning_sets().values())), "dmm", tuning=True)
     n = problem.n_train
     sd = problem.attributor.sd(problem.forget)[:n]
     v = metrics.margins(problem.original_logits, problem.labels)[:, :n].var(0)
-    targets = unlearn.predicted_oracle(problem)[:, :n]
+    targets = matching.predicted_oracle(problem)[:, :n]
     found = dmm(problem, weighted=True, cost=0.1).margins
-    np.testing.assert_allclose(found, unlearn.match(problem, targets, v / (v + sd**2), cost=0.1).margins, rtol=1e-3)
+    np.testing.assert_allclose(found, matching.match(problem, targets, v / (v + sd**2), cost=0.1).margins, rtol=1e-3)
     assert not np.allclose(found, dmm(problem, cost=0.1).margins)
-    untouched = unlearn.match(problem, targets, np.zeros(n, np.float32), cost=0.1).margins
+    untouched = matching.match(problem, targets, np.zeros(n, np.float32), cost=0.1).margins
     np.testing.assert_allclose(untouched, metrics.margins(problem.original_logits, problem.labels), atol=1e-3)
-    plain = dataclasses.replace(problem, attributor=tiny.attributor_of("ridge"))
+    plain = dataclasses.replace(problem, attributor=tiny.attributor("ridge"))
     with pytest.raises(OptionError, match="weighted=True needs an attributor that has an `sd`"):
         dmm(plain, weighted=True)
 
@@ -105,8 +107,8 @@ def test_points_whose_change_is_uncertain_count_less(tiny):
 def test_ablation_runs_on_tuning_sets_only_and_is_kept(tiny, monkeypatch):
     grid = {"loss": ("mse", "kl"), "cost": (0.05,), "optimizer": ({"optimizer": "adam", "lr": 1e-2},)}
     table = ablation.run(tiny, grid)
-    assert set(table["forget_set"]) == set(tiny.tuning_sets)
-    assert len(table) == 3 * 6 * len(tiny.tuning_sets)
+    assert set(table["forget_set"]) == set(tiny.tuning_sets())
+    assert len(table) == 3 * 6 * len(tiny.tuning_sets())
     assert table[table["option"] == "optimizer"]["setting"].unique().tolist() == ["adam, lr 0.01", "whitened"]
     assert table[table["option"] == "cost"].drop_duplicates("setting")["default"].tolist() == [False, True]
     monkeypatch.setattr(unlearn, "get", lambda name: pytest.fail(f"{name} ran again"))
@@ -135,5 +137,5 @@ def test_matching_compares_targets_at_one_setting(tiny):
     matched = table[table["variant"].str.startswith(("OM", "DMM"))]
     assert matched.groupby("forget_set")["cost"].nunique().max() == 1
     assert "OM, shifted, 5: clearly above on" in ablation.matching_verdict(table)
-    assert f"of {len(tiny.forget_sets)} sets" in ablation.reach(table)
+    assert f"of {len(tiny.forget_sets())} sets" in ablation.reach(table)
     assert plots.matching(table, "t", "c").axes[0].get_title() == "forget"

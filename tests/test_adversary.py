@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmmlib import data, metrics, models
-from dmmlib.adversary import attacks, convex, crafting, defence, experiments, service, serving, simplex, sweep
-from dmmlib.adversary.settings import AdversarySettings
-from dmmlib.adversary.stable_region import jensen_gap, stable_region
-from dmmlib.adversary.subspace import Metric, Subspace, gradients
-from dmmlib.adversary.world import World, check_targets, mlp, retrain, sites
 from dmmlib.errors import DataError, ForgetSetError, OptionError
-from dmmlib.exact.chains import delete
 from dmmlib.execution import Execution
+from dmmlib.studies.adversary import attacks, convex, crafting, defence, experiments, service, serving, simplex, sweep
+from dmmlib.studies.adversary.settings import AdversarySettings
+from dmmlib.studies.adversary.stable_region import jensen_gap, stable_region
+from dmmlib.studies.adversary.subspace import Metric, Subspace, gradients
+from dmmlib.studies.adversary.world import World, check_targets, mlp, retrain, sites
+from dmmlib.studies.exact.chains import delete
 
 SMALL = AdversarySettings(
     n=120, share=0.1, hidden=8, epochs=5, n_targets=5, n_tuning=3, n_models=4, n_known=2, n_candidates=40, k=3,

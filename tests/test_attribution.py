@@ -13,12 +13,14 @@ from torch import nn
 
 from dmmlib import attribution, ensemble, forget_sets, metrics, models
 from dmmlib import data as datasets
+from dmmlib.analysis import compare
 from dmmlib.attribution import Context
 from dmmlib.attribution.base import calibrated
 from dmmlib.attribution.bayesian import covariance, fit
-from dmmlib.attribution.kernel import EASY, Kernel, gradient_kernel, gram, hardness, kernel, kernel_response, margin
-from dmmlib.attribution.lasso import solve
+from dmmlib.attribution.gradients import gram, margin
 from dmmlib.attribution.linearised import FLAT, LinearisedResponse, compressed, linearise, linearised_response
+from dmmlib.attributors.kernel import EASY, Kernel, gradient_kernel, hardness, kernel, kernel_response
+from dmmlib.attributors.lasso import solve
 from dmmlib.datamodels import lds, retrained
 from dmmlib.errors import DataError, ForgetSetError, MethodError
 
@@ -105,7 +107,7 @@ def test_gram_equals_products_of_explicit_gradients(name):
 
 
 def test_many_gradients_are_projected(monkeypatch):
-    monkeypatch.setattr("dmmlib.attribution.kernel.FEATURES", 10)
+    monkeypatch.setattr("dmmlib.attribution.gradients.FEATURES", 10)
     context = problem(FACTORIES["conv"])
     n = context.n_train
     phi = jacobians(context, 0)[:n]
@@ -428,7 +430,7 @@ def sparse(m=60, n=12, points=5, seed=0):
 @pytest.mark.parametrize("share", [0.02, 0.2, 0.7])
 @pytest.mark.parametrize("m", [8, 60], ids=["fewer subsets than points", "more"])
 def test_lasso_equals_that_of_scikit_learn(share, m, monkeypatch):
-    monkeypatch.setattr("dmmlib.attribution.lasso.BLOCK", 7)  # several blocks of targets
+    monkeypatch.setattr("dmmlib.attributors.lasso.BLOCK", 7)  # several blocks of targets
     context, _ = sparse(m)
     fitted = attribution.fit("lasso", context, shares=[share], tol=1e-5)
     a = context.masks - context.masks.mean(0)
@@ -538,7 +540,7 @@ def test_bad_input():
         attribution.fit("lasso", bare, shares=[0.5, 1.5])
     with pytest.raises(DataError, match="leave at least two to fit to"):
         attribution.fit("lasso", bare, held_out=0.95)
-    with pytest.raises(MethodError, match="Unknown attribution method 'nope'; use one of"):
+    with pytest.raises(MethodError, match="Unknown attributor 'nope'; use one of"):
         attribution.get("nope")
 
 
@@ -590,7 +592,7 @@ def test_comparison_at_equal_cost(name, options):
         "lasso": ("lasso", {"shares": [0.3]}),
         "nothing": ("nothing", {}),
     }
-    table = attribution.compare(settings, context, held_out, oracles)
+    table = compare.compare(settings, context, held_out, oracles)
     assert list(table.columns) == [
         *("attributor", "n_models", "method", "forget_set", "split", "statistic", "value", "low", "high")
     ]
@@ -617,7 +619,7 @@ def test_comparison_takes_other_ways_of_unlearning_by_an_attributor():
     def half_way(attributor, forget_set):
         return before + metrics.right_logits(attributor.effect(forget_set.indices), context.labels) / 2
 
-    table = attribution.compare({"ridge": ("ridge", {})}, context, held_out, oracles, {"half": half_way}, n_bootstrap=0)
+    table = compare.compare({"ridge": ("ridge", {})}, context, held_out, oracles, {"half": half_way}, n_bootstrap=0)
     found = table[table["statistic"] == "klom_p95"].set_index(["method", "split"])["value"]
     fitted = attribution.fit("ridge", context)
     expected = np.percentile(metrics.klom(half_way(fitted, oracles["f"][0]), after)[:6], 95)

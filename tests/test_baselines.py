@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dmmlib import data, ensemble, metrics, models, tables, unlearn
+from dmmlib import data, ensemble, metrics, models, unlearn
+from dmmlib.analysis import tables
+from dmmlib.baselines import bad_teacher, dampening, gradient, last_layers, newton, relabel
 from dmmlib.ensemble import Ensemble, Training
 from dmmlib.errors import MethodError, OptionError
-from dmmlib.unlearn import Problem, bad_teacher, base, dampening, gradient, last_layers, newton, relabel
+from dmmlib.unlearn import Problem, base
 
 N_MODELS, N_TRAIN = 6, 120
 FORGET = np.array([1, 20, 33, 50, 64, 90])

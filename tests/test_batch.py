@@ -10,7 +10,7 @@ import time
 import nbformat
 import pytest
 
-from dmmlib import batch
+from dmmlib.app import batch
 from dmmlib.errors import DmmError
 from tests.conftest import alive
 
@@ -100,7 +100,7 @@ def test_ctrl_c_ends_the_command_and_its_kernels(write, tmp_path, whole_group):
     script = tmp_path / "run.py"
     script.write_text(
         "import signal, sys, pathlib\n"
-        "from dmmlib import batch\n"
+        "from dmmlib.app import batch\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # in the background it may be ignored
         "if __name__ == '__main__':\n"
         f"    here = pathlib.Path({str(tmp_path)!r})\n"

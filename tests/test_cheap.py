@@ -9,18 +9,20 @@ import pandas as pd
 import pytest
 from scipy.stats import multivariate_normal, t
 
-from dmmlib import metrics, tables
-from dmmlib.attribution import bayesian, experiments
-from dmmlib.attribution.ablation import antithetic_masks, clustered_masks, posterior
+from dmmlib import metrics
+from dmmlib.analysis import tables
+from dmmlib.analysis.side_by_side import FLOOR, _tuned_ridge, best, over_sets, side_by_side, wide
+from dmmlib.attribution import bayesian
 from dmmlib.attribution.base import Linear
 from dmmlib.attribution.bayesian import RHOS, covariance
 from dmmlib.attribution.linearised import LinearisedResponse, linearised_response
-from dmmlib.attribution.side_by_side import FLOOR, _tuned_ridge, best, over_sets, side_by_side, wide
 from dmmlib.datamodels import RidgeDatamodel
 from dmmlib.errors import DataError, PresetError
 from dmmlib.metrics import Estimate
 from dmmlib.progress import silent
-from dmmlib.study import ROOT, Stream, Study
+from dmmlib.studies.cheap import experiments
+from dmmlib.studies.cheap.ablation import antithetic_masks, clustered_masks, posterior
+from dmmlib.study import ROOT, ModelSet, Study
 from tests.conftest import TINY
 from tests.test_attribution import FACTORIES, problem
 
@@ -39,7 +41,7 @@ CHEAP = {
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cheap")
-    preset = copy.deepcopy(TINY) | {"cheap": CHEAP}
+    preset = copy.deepcopy(TINY) | {"studies": {"cheap": CHEAP}}
     return Study(preset, runs=folder / "runs", figures=folder / "figures", progress=silent)
 
 
@@ -134,7 +136,7 @@ def test_intervals_are_students_and_the_bootstraps():
 
 
 def test_a_pool_goes_on_where_the_presets_models_end(study):
-    own = study.context
+    own = study.context()
     whole, late = experiments.pool(study, 0, 60), experiments.pool(study, 35, 55)
     np.testing.assert_array_equal(whole.masks[:30], own.masks)
     np.testing.assert_array_equal(whole.masks, study.random_masks("attribution masks", 60, 0.75))
@@ -175,15 +177,15 @@ def test_a_remembered_response_predicts_the_same_masks_once(study, cache, monkey
 def test_the_curve_measures_what_the_study_does(study, cache):
     table = experiments.curve(study, cache)
     p95 = table[table["statistic"] == "klom_p95"].set_index(["attributor", "n_models", "draw", "forget_set", "split"])
-    for name, f in study.forget_sets.items():
+    for name, f in study.forget_sets().items():
         for method, key in (("do_nothing", "do nothing"), ("retrain", "floor")):
             rows = pd.DataFrame(study.evaluate(method, f)).query("statistic == 'klom_p95'").set_index("split")
             for split in experiments.SPLITS:
                 mine = p95.loc[(key, 0, 0, name, split), "value"]
                 assert mine == pytest.approx(rows.loc[split, "value"], rel=1e-5), (method, split)
-    model = bayesian.bayesian(study.context, n_models=CHEAP["n_kernel"])
-    before = metrics.margins(study.original_logits, study.data.y)
-    for name, f in study.forget_sets.items():
+    model = bayesian.bayesian(study.context(), n_models=CHEAP["n_kernel"])
+    before = metrics.margins(study.original_logits(), study.data.y)
+    for name, f in study.forget_sets().items():
         answers = before + metrics.right_logits(model.effect(f.indices), study.data.y)
         klom = metrics.klom(answers, study.reference(f)[0])
         here = p95.loc[("bayesian", 30, 0, name, "forget"), "value"]
@@ -199,8 +201,8 @@ def test_the_curve_measures_what_the_study_does(study, cache):
 
 def test_ridge_is_tuned_once(study):
     effect, setting, _ = experiments.ridge(study, 100)
-    forget = study.forget_sets["pc1"].indices
-    model = RidgeDatamodel.fit(study.subsets[0], study.subsets[1], **setting)
+    forget = study.forget_sets()["pc1"].indices
+    model = RidgeDatamodel.fit(study.subsets()[0], study.subsets()[1], **setting)
     theirs = metrics.right_logits(model.effect(forget), study.data.y)
     np.testing.assert_allclose(effect([forget])[0], theirs, rtol=1e-3, atol=1e-4)
     again = experiments.ridge(study, 100)[1]
@@ -225,11 +227,11 @@ def test_gauges_end_in_the_same_margins_where_effects_vanish(study):
     table = experiments.gauges(study)
     assert set(table["gauge"]) == {"raw logits", "margin gauge"}
     assert np.isfinite(table["value"]).all()
-    assert len(table) == 2 * 2 * len(study.tuning_sets) * 3
+    assert len(table) == 2 * 2 * len(study.tuning_sets()) * 3
 
 
 def test_uncertainty_says_what_its_columns_say(study):
-    table = experiments.uncertainty(study, study.attributor)
+    table = experiments.uncertainty(study, study.attributor())
     assert len(table) == 2 * len(study.data.y)
     z = (table["true"] - table["predicted"]) / np.hypot(table["sd"], table["se"])
     np.testing.assert_allclose(table["z"], z, rtol=1e-6)
@@ -244,7 +246,7 @@ def test_uncertainty_says_what_its_columns_say(study):
 
 def test_fine_tuned_methods_are_measured_as_the_study_does(study):
     table = experiments.fine_tuned(study, ["dmm"])
-    f = study.forget_sets["pc1"]
+    f = study.forget_sets()["pc1"]
     rows = pd.DataFrame(study.evaluate("dmm", f))
     mine = table[table["forget_set"] == "pc1"].set_index("split")["value"]
     theirs = rows[rows["statistic"] == "klom_p95"].set_index("split")["value"]
@@ -305,7 +307,7 @@ def test_replication_goes_on_where_its_table_ends(study, tmp_path, monkeypatch):
     script.main([0, 1], ["digits, mlp"], tmp_path)
     assert [o["seed"] for o in asked] == [0, 1]
     main = pd.read_csv(tmp_path / "04_replication.csv")
-    assert len(main) == 2 * len(study.forget_sets) * len(study.preset.unlearning.methods) * 3
+    assert len(main) == 2 * len(study.forget_sets()) * len(study.preset.unlearning.methods) * 3
     (tmp_path / "04_replication.csv").unlink()
     script.main([1], ["digits, mlp"], tmp_path)
     assert [o["seed"] for o in asked] == [0, 1, 1], "each table goes on for itself"
@@ -322,16 +324,16 @@ def test_ridge_may_have_more_models_than_the_preset(study):
     table = experiments.more_ridge(study, size)
     assert (table["n_models"] == size).all()
     masks = study.random_masks("masks:more", 20, section.fraction)
-    assert not any((masks[:, None] == study.subsets[0][None]).all(2).ravel())
-    logits = np.concatenate([study.raw_subset_logits(), study.logits_of(Stream("subsets:more", masks))])
+    assert not any((masks[:, None] == study.subsets()[0][None]).all(2).ravel())
+    logits = np.concatenate([study.raw_subset_logits(), study.logits_of(ModelSet("subsets:more", masks))])
     yardstick = experiments.Yardstick.reported(study)
     possible = []
     for lam in section.lambdas:
-        model = RidgeDatamodel.fit(np.concatenate([study.subsets[0], masks]), logits, lam)
+        model = RidgeDatamodel.fit(np.concatenate([study.subsets()[0], masks]), logits, lam)
         assert len(logits) == m + 20
         moved = {
-            name: metrics.margins(study.original_logits[: yardstick.n] + model.effect(f.indices), study.data.y)
-            for name, f in study.forget_sets.items()
+            name: metrics.margins(study.original_logits()[: yardstick.n] + model.effect(f.indices), study.data.y)
+            for name, f in study.forget_sets().items()
         }
         possible.append([v for name, z in moved.items() for v in yardstick.p95(z, name).values()])
     assert any(np.allclose(table["value"], values, rtol=1e-3) for values in possible)
@@ -376,40 +378,40 @@ def test_replicated_pairs_are_presets(pair, tmp_path):
 
 def test_unknown_settings_are_refused():
     with pytest.raises(PresetError, match="cheap"):
-        Study(copy.deepcopy(TINY) | {"cheap": {"size": [3]}})
+        Study(copy.deepcopy(TINY) | {"studies": {"cheap": {"size": [3]}}})
 
 
 def test_attributors_stand_side_by_side_a_users_own_and_those_that_cannot_be_fitted(study):
     settings = {"ridge": {}, "kernel": {"n_models": 2}, "nothing": {}, "lasso": {"shares": [2.0]}}
-    table, missing = side_by_side(study, settings, study.forget_sets, sizes=[100], n_models=6)
+    table, missing = side_by_side(study, settings, study.forget_sets(), sizes=[100], n_models=6)
     assert list(missing) == ["lasso"]
     assert "give numbers between 0 and 1" in missing["lasso"]
     spent = table.drop_duplicates("attributor").set_index("attributor")["n_models"].to_dict()
     assert spent == {"do nothing": 0, FLOOR: 0, "ridge": 30, "kernel": 30, "nothing": 30, "ridge, 100 models": 100}
     klom = table[table["statistic"] == "klom_p95"].set_index(["attributor", "method", "forget_set", "split"])["value"]
-    for name, f in study.forget_sets.items():
-        oracles, originals = study.reference(f)[0], metrics.margins(study.original_logits[:6], study.data.y)
+    for name, f in study.forget_sets().items():
+        oracles, originals = study.reference(f)[0], metrics.margins(study.original_logits()[:6], study.data.y)
         expected = np.percentile(metrics.klom(originals, oracles)[f.indices], 95)
         assert klom["do nothing", "", name, "forget"] == pytest.approx(expected)
         assert klom["nothing", "dm_direct", name, "forget"] == pytest.approx(expected)  # it predicts no change
     assert set(table["method"]) == {"", "dm_direct", "dmm"}
     medians = over_sets(table)
     floor = medians[(medians["attributor"] == FLOOR) & (medians["split"] == "retain")].iloc[0]
-    assert floor["value"] == pytest.approx(np.median([klom[FLOOR, "", name, "retain"] for name in study.forget_sets]))
+    assert floor["value"] == pytest.approx(np.median([klom[FLOOR, "", name, "retain"] for name in study.forget_sets()]))
     lines = wide(medians)
     assert list(lines.index) == ["do nothing", FLOOR, *("ridge", "kernel", "nothing", "ridge, 100 models")]
     assert lines.loc["ridge, 100 models", "retrainings"] == "50"
 
 
 def test_ridge_beside_others_has_the_setting_that_is_best_on_the_tuning_sets(study):
-    context, y = study.context, study.data.y
-    before = metrics.margins(study.original_logits, y)
+    context, y = study.context(), study.data.y
+    before = metrics.margins(study.original_logits(), y)
     scores = {}
     for setting in itertools.product(study.preset.datamodels.lambdas, study.preset.datamodels.own_shares):
         lam, own_share = setting
         model = RidgeDatamodel.fit(context.masks, context.outputs, lam, own_share=own_share)
         p95 = []
-        for f in study.tuning_sets.values():
+        for f in study.tuning_sets().values():
             answers = before + metrics.right_logits(model.effect(f.indices), y)
             klom = metrics.klom(answers, metrics.margins(study.oracles(f, n=len(before)), y))
             p95 += [np.percentile(klom[at], 95) for at in f.splits(study.data.n_train, study.data.n_val).values()]

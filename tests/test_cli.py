@@ -8,7 +8,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from dmmlib import batch, cli
+from dmmlib.app import batch, cli
 from dmmlib.progress import silent
 from dmmlib.study import Study
 from tests.conftest import TINY
@@ -86,7 +86,7 @@ def test_a_dry_run_trains_nothing(dmm, tiny_file, tmp_path):
 
 def test_status_says_what_is_done_missing_and_damaged(dmm, tiny_file, tmp_path):
     assert "0 of " in dmm("status", tiny_file).output
-    _ = Study(str(tiny_file), runs=tmp_path / "runs", progress=silent).subsets
+    _ = Study(str(tiny_file), runs=tmp_path / "runs", progress=silent).subsets()
     (chunk,) = (tmp_path / "runs").glob("store/subsets-*.zarr/logits/c/2/0/0")
     chunk.write_bytes(chunk.read_bytes()[:50])
     said = dmm("status", tiny_file)

@@ -30,10 +30,10 @@ def study(runs, **places):
 
 def test_results_equal_the_serial_ones(tmp_path, workers, tiny):
     far = study(tmp_path, scheduler=workers.scheduler_address)
-    np.testing.assert_allclose(far.subsets[1], tiny.subsets[1], atol=1e-5)
-    np.testing.assert_array_equal(far.subsets[0], tiny.subsets[0])
-    np.testing.assert_allclose(far.originals.logits(far.x).numpy(), tiny.original_logits, atol=1e-5)
-    forget_set = far.forget_sets["random_6"]
+    np.testing.assert_allclose(far.subsets()[1], tiny.subsets()[1], atol=1e-5)
+    np.testing.assert_array_equal(far.subsets()[0], tiny.subsets()[0])
+    np.testing.assert_allclose(far.originals().logits(far.x).numpy(), tiny.original_logits(), atol=1e-5)
+    forget_set = far.forget_sets()["random_6"]
     far.train_oracles()
     np.testing.assert_allclose(far.oracles(forget_set), tiny.oracles(forget_set), atol=1e-5)
     assert far.preset.name == "tiny", "where it runs is not part of what it is"
@@ -45,7 +45,7 @@ def test_clusters_that_a_preset_names_train_the_same(tmp_path, tiny, scheduler):
     options = {"n_workers": 0, "threads_per_worker": 1, "dashboard_address": None}  # `jobs` are started afterwards
     try:
         far = study(tmp_path, scheduler=scheduler, threads=1, cluster={"options": options, "jobs": 1})
-        np.testing.assert_allclose(far.subsets[1], tiny.subsets[1], atol=1e-5)
+        np.testing.assert_allclose(far.subsets()[1], tiny.subsets()[1], atol=1e-5)
     finally:
         torch.set_num_threads(threads)
     with far._workers._client.cluster as started:
@@ -88,7 +88,7 @@ def test_jobs_of_a_queue_train_the_same(tmp_path, queue, tiny):
     told = []
     places = {"scheduler": "cluster", "cluster": SLURM}
     far = Study(TINY | {"device": "cpu"}, places, runs=tmp_path, progress=lambda *done: told.append(done))
-    np.testing.assert_allclose(far.subsets[1], tiny.subsets[1], atol=1e-5)
+    np.testing.assert_allclose(far.subsets()[1], tiny.subsets()[1], atol=1e-5)
     assert told.index(("wait for a worker", 0, 1)) < told.index(("wait for a worker", 1, 1))
     scripts = [job.read_text() for job in queue.iterdir()]
     assert len(scripts) == 2
@@ -102,7 +102,7 @@ def test_a_queue_that_refuses_is_quoted(tmp_path, queue):
     pytest.importorskip("dask_jobqueue", reason="dask-jobqueue is not installed")
     refused = SLURM | {"options": SLURM["options"] | {"queue": "nosuch"}}
     with pytest.raises(SchedulerError, match=r"invalid partition specified: nosuch.*correct the preset's cluster"):
-        _ = study(tmp_path, scheduler="cluster", cluster=refused).subsets
+        _ = study(tmp_path, scheduler="cluster", cluster=refused).subsets()
     assert not list(queue.iterdir())
 
 
@@ -129,7 +129,7 @@ def test_a_worker_trains_one_shard_at_a_time_with_all_its_threads(tmp_path, tiny
 
         client.run(watch)
         far = study(tmp_path, scheduler=cluster.scheduler_address)
-        np.testing.assert_allclose(far.subsets[1], tiny.subsets[1], atol=1e-5)
+        np.testing.assert_allclose(far.subsets()[1], tiny.subsets()[1], atol=1e-5)
 
 
 def test_a_worker_killed_in_the_middle_of_a_shard_loses_nothing(tmp_path, workers, tiny):
@@ -154,18 +154,18 @@ def test_a_worker_killed_in_the_middle_of_a_shard_loses_nothing(tmp_path, worker
         killer = threading.Thread(target=kill_one, args=(client, client.run(os.getpid)))
         killer.start()
         try:
-            subsets = far.subsets[1]
+            subsets = far.subsets()[1]
         finally:
             over.set()
             killer.join()
     assert killed
-    np.testing.assert_allclose(subsets, tiny.subsets[1], atol=1e-5)
+    np.testing.assert_allclose(subsets, tiny.subsets()[1], atol=1e-5)
 
 
 def test_a_store_elsewhere(tmp_path, tiny):
     for place in ("memory://bucket/runs", (tmp_path / "elsewhere").as_uri()):
         far = study(tmp_path / "runs", store=place)
-        np.testing.assert_allclose(far.subsets[1], tiny.subsets[1], atol=1e-5)
+        np.testing.assert_allclose(far.subsets()[1], tiny.subsets()[1], atol=1e-5)
         status = far.status().set_index("models")
         assert status.loc["subsets", "done"] == 120
         assert status.loc["originals", "done"] == 0
@@ -175,8 +175,8 @@ def test_a_store_elsewhere(tmp_path, tiny):
 
 def test_what_cannot_be_reached_is_said_at_once(tmp_path):
     with pytest.raises(SchedulerError, match="No Dask scheduler answers at 'nonsense'"):
-        _ = study(tmp_path, scheduler="nonsense").subsets
+        _ = study(tmp_path, scheduler="nonsense").subsets()
     with pytest.raises(PresetError, match="give a class of distributed, dask_jobqueue"):
-        _ = study(tmp_path, **{"scheduler": "cluster", "cluster.type": "os.system"}).subsets
+        _ = study(tmp_path, **{"scheduler": "cluster", "cluster.type": "os.system"}).subsets()
     with pytest.raises(SchedulerError, match="cannot be started"):
-        _ = study(tmp_path, **{"scheduler": "cluster", "cluster.type": "distributed.NoSuch"}).subsets
+        _ = study(tmp_path, **{"scheduler": "cluster", "cluster.type": "distributed.NoSuch"}).subsets()

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmmlib import convex, data
-from dmmlib.convex.explorer import Explorer
+from dmmlib import data
 from dmmlib.errors import DataError, ForgetSetError, PresetError
+from dmmlib.studies import convex
+from dmmlib.studies.convex.explorer import Explorer
 
 
 def small(span: convex.Span = "random", condition: float = 100.0, **options: Any) -> convex.Synthetic:

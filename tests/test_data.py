@@ -128,4 +128,4 @@ def test_a_users_own_loader():
     try:
         assert data.load("three-points").n_train == 3
     finally:
-        data._LOADERS.pop("three-points")
+        data.DATASETS.remove("three-points")

@@ -24,6 +24,7 @@ from dmmlib.ensemble import Ensemble, Training
 from dmmlib.errors import DataError, DeviceError, MethodError, SchedulerError
 from dmmlib.execution import Execution, can_compile, candidates, compiled, measure
 from dmmlib.optim import SGD, Adam
+from dmmlib.unlearn import whitening
 from tests.conftest import SHARED, alive, needs_cuda
 
 TRAINING = Training(epochs=3, batch_size=16, lr=0.05)
@@ -438,10 +439,10 @@ def test_whitened_models_answer_as_before_and_take_white_inputs(name):
     models = ensemble.initialise(factory_for(name, x), [1, 2])
     before = {k: v.clone() for k, v in (models.params | models.buffers).items()}
     points = np.stack([np.arange(100), np.arange(100)[::-1].copy() % 90])
-    white = ensemble.whitened(models, x, points, 0.01)
+    white = whitening.whitened(models, x, points, 0.01)
     torch.testing.assert_close(white.logits(x), models.logits(x), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(white[1:].logits(x), models[1:].logits(x), rtol=1e-3, atol=1e-4)
-    back = ensemble.unwhitened(white, models.module)
+    back = whitening.unwhitened(white, models.module)
     assert back.params.keys() == models.params.keys()
     for name, value in back.params.items():
         torch.testing.assert_close(value, models.params[name], rtol=1e-3, atol=1e-4)
@@ -463,7 +464,7 @@ def test_descent_on_whitened_models_is_preconditioned_descent(points):
     d, _, y = points
     x = models.get("mlp").prepare(d, d.x)
     stacked = ensemble.initialise(factory_for("mlp", x), [3, 4])
-    white = ensemble.whitened(stacked, x, np.tile(np.arange(90), (2, 1)), 0.1)
+    white = whitening.whitened(stacked, x, np.tile(np.arange(90), (2, 1)), 0.1)
     maps = {k.replace("whitener", "weight"): v.clone() for k, v in white.params.items() if k.endswith("whitener")}
     batch, loss, plain = np.tile(np.arange(20), (2, 1)), ensemble.classification(y), SGD(0.05, 0.0)
     slopes = torch.func.grad(
@@ -550,7 +551,7 @@ def test_a_users_own_module(points):
         assert trained.logits(x).shape == (1, 110, 10)
         assert copy.copy(trained).n_models == 1
     finally:
-        models._MODELS.pop("own")
+        models.MODELS.remove("own")
     with pytest.raises(MethodError, match="Unknown model 'own'"):
         models.get("own")
 

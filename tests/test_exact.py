@@ -16,9 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmmlib import data, exact
+from dmmlib import data
 from dmmlib.errors import DataError, ForgetSetError, PresetError, StoreError
-from dmmlib.exact import chains, compare, evidence, experiments, problem
+from dmmlib.studies import exact
+from dmmlib.studies.exact import chains, compare, evidence, experiments, problem
 
 SETTINGS = exact.ExactSettings(n_runs=2000, n_permutations=199)
 LEVEL = 0.01
@@ -200,8 +201,8 @@ def test_failed_write_leaves_the_old_state(few: problem.Problem, saved: Path, mo
 
 KILLED = """
 import sys, numpy as np
-from dmmlib import exact
-from dmmlib.exact.problem import Problem
+from dmmlib.studies import exact
+from dmmlib.studies.exact.problem import Problem
 points = Problem(np.eye(40), np.resize([-1.0, 1.0], 40))
 chain = exact.SGD(400, 5, 1.0, 5.0, 0.2)
 rng = np.random.default_rng()

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dmmlib import data, images, metrics, models, presets
+from dmmlib import data, metrics, models, presets
+from dmmlib.app import images
 from dmmlib.errors import DataError
 from dmmlib.progress import silent
 from dmmlib.resnet18 import resnet18
@@ -123,7 +124,7 @@ def test_the_main_table_on_colour_images_with_a_narrow_resnet9(tmp_path):
     }  # fmt: skip
     study = Study("cifar10-images", overrides, runs=tmp_path, progress=silent)
     assert study.data.x_train.shape == (200, 32, 32, 3)
-    assert study.original_logits.shape == (6, 220, 10)
+    assert study.original_logits().shape == (6, 220, 10)
     table = study.results()
     table = table[table["statistic"] == "klom_p95"]
     assert set(table["method"]) == set(study.preset.unlearning.methods)

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from torch import Tensor
 
-from dmmlib import data, meta, metrics, presets, unlearn
+from dmmlib import data, metrics, presets, unlearn
 from dmmlib.errors import DataError, PresetError
-from dmmlib.meta import bounds, experiments, forgetting, losses, stability, tasks
-from dmmlib.meta.losses import LOGISTIC, PHASE, SQUARED, Loss
+from dmmlib.studies import meta
+from dmmlib.studies.meta import bounds, experiments, forgetting, losses, stability, tasks
+from dmmlib.studies.meta.losses import LOGISTIC, PHASE, SQUARED, Loss
 
 SMALL = meta.Sizes(repeats=3, probes=6, queries=16, seeds=8)
 

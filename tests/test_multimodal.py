@@ -13,10 +13,10 @@ from scipy import stats
 from dmmlib import metrics, presets
 from dmmlib.ensemble import Ensemble
 from dmmlib.errors import DataError, ExtraError, MethodError
-from dmmlib.multimodal import attribution, bench, experiments, measures, methods, model, people, scale, world
-from dmmlib.multimodal.extra import require
-from dmmlib.multimodal.people import IMAGE, TEXT
-from dmmlib.multimodal.settings import MultimodalSettings
+from dmmlib.studies.multimodal import attribution, bench, experiments, measures, methods, model, people, scale, world
+from dmmlib.studies.multimodal.extra import require
+from dmmlib.studies.multimodal.people import IMAGE, TEXT
+from dmmlib.studies.multimodal.settings import MultimodalSettings
 
 SHARES, PERCENTS = (0.1, 0.2), (10, 20)
 SETTINGS = MultimodalSettings(

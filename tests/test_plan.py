@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmmlib import plan, presets
-from dmmlib.attribution import experiments
+from dmmlib import presets
+from dmmlib.app import plan
 from dmmlib.errors import DataError, MethodError
 from dmmlib.progress import silent
+from dmmlib.studies.cheap import experiments
 from dmmlib.study import Study
 from tests.conftest import TINY
 
@@ -22,7 +23,7 @@ CHEAP = {"sizes": [10, 40], "n_draws": 2, "n_kernel": 2, "n_ablation": 2, "linea
 
 
 def test_a_plan_counts_what_a_run_trains(tmp_path, quick, monkeypatch):
-    tiny = TINY | {"attribution": {"n_subsets": 20}, "cheap": CHEAP}
+    tiny = TINY | {"attribution": {"n_subsets": 20}, "studies": {"cheap": CHEAP}}
     preset = presets.load(tiny)
     before = plan.plan(preset, tmp_path)
     assert not list(tmp_path.iterdir()), "a plan leaves nothing"
@@ -55,7 +56,9 @@ def test_a_plan_counts_what_a_run_trains(tmp_path, quick, monkeypatch):
 
 
 def test_status_shows_what_notebook_07_trains(tmp_path, quick):
-    study = Study(TINY | {"attribution": {"n_subsets": 20}, "cheap": CHEAP}, runs=tmp_path, progress=silent)
+    study = Study(
+        TINY | {"attribution": {"n_subsets": 20}, "studies": {"cheap": CHEAP}}, runs=tmp_path, progress=silent
+    )
     before = plan.status(study).set_index("models")
     assert before.loc["stage 07: more of attribution"].to_dict() == {
         "planned": 20, "done": 0, "missing": 20, "damaged": 0
@@ -76,13 +79,13 @@ def test_status_shows_what_notebook_07_trains(tmp_path, quick):
 def test_a_plan_finds_stores_elsewhere(tmp_path, quick):
     for place in ("memory://planned/runs", (tmp_path / "elsewhere").as_uri()):
         study = Study(TINY, {"store": place}, runs=tmp_path, progress=silent)
-        study.original_logits  # noqa: B018 (trains)
+        study.original_logits()
         assert plan.plan(study.preset, tmp_path).jobs[0].done == 8
 
 
 def test_stores_of_another_configuration_do_not_count(tmp_path, quick):
     study = Study(TINY, runs=tmp_path, progress=silent)
-    study.original_logits  # noqa: B018 (trains)
+    study.original_logits()
     assert plan.plan(presets.load(TINY), tmp_path).jobs[0].done == 8
     for change in ({"training.lr": 0.2}, {"seed": 1}, {"data.seed": 1}, {"ensembles.n_models": 9}):
         assert plan.plan(presets.load(TINY, change), tmp_path).total.done == 0, change

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from dmmlib import metrics, public
+from dmmlib import metrics
+from dmmlib.app import public
 from dmmlib.datamodels import RidgeDatamodel
 from dmmlib.errors import DataError, ForgetSetError
 

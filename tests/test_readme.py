@@ -7,7 +7,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from dmmlib import tables, unlearn
+from dmmlib import unlearn
+from dmmlib.analysis import tables
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

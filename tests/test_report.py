@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dmmlib import claims, evidence, report
+from dmmlib.analysis import claims, evidence
+from dmmlib.app import report
 from dmmlib.errors import PresetError, StoreError
 
 ROOT = Path(__file__).parents[1]
@@ -156,7 +157,7 @@ def test_evidence_of_a_study_is_tidy_and_feeds_the_claims(tiny):
     assert not table.duplicated(["n_subsets", "forget_set", "split", "statistic"]).any()
     assert (table["low"] <= table["value"]).all()
     assert (table["value"] <= table["high"]).all()
-    assert len(table) == 2 * (2 + len(tiny.forget_sets)) + 2 * len(tiny.forget_sets)
+    assert len(table) == 2 * (2 + len(tiny.forget_sets())) + 2 * len(tiny.forget_sets())
     assert all(v != "not run" for n, v in verdicts(datamodels=table).items() if n in (3, 6))
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dmmlib import plots, stopping
+from dmmlib.analysis import plots, stopping
 from dmmlib.errors import DataError
 from dmmlib.metrics import klom
 
@@ -56,7 +56,7 @@ def test_too_few_models_are_refused():
 
 def test_tables_of_a_study(tiny):
     stops, shares = stopping.table(tiny), stopping.shares(tiny)
-    methods, sets = tiny.preset.unlearning.methods, list(tiny.forget_sets)
+    methods, sets = tiny.preset.unlearning.methods, list(tiny.forget_sets())
     assert len(stops) == len(methods) * len(sets) * 4
     assert set(stops["stop"]) == {*stopping.STOPS, "gain"}
     assert (stops["low"] <= stops["value"]).all()

@@ -218,7 +218,7 @@ from tests.conftest import TINY
 
 def train_all(runs):
     torch.set_num_threads(1)
-    Study(TINY | {"device": "cpu"}, runs=runs, progress=silent).subsets
+    Study(TINY | {"device": "cpu"}, runs=runs, progress=silent).subsets()
 
 def shards(runs):
     return len(list(Path(runs).glob("store/subsets-*/done/c/*")))
@@ -249,8 +249,8 @@ def test_training_killed_fifty_times_ends_as_if_undisturbed(tmp_path, tiny):
     assert kills == 50
     for run in range(finished + 1):  # the last one is completed here
         resumed = Study(TINY, runs=tmp_path / str(run), progress=silent)
-        np.testing.assert_allclose(resumed.subsets[1], tiny.subsets[1], atol=1e-4)
-        np.testing.assert_array_equal(resumed.subsets[0], tiny.subsets[0])
+        np.testing.assert_allclose(resumed.subsets()[1], tiny.subsets()[1], atol=1e-4)
+        np.testing.assert_array_equal(resumed.subsets()[0], tiny.subsets()[0])
 
 
 WRITER = """

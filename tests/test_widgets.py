@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmmlib import forget_sets, metrics
-from dmmlib.adversary.subspace import gradients
 from dmmlib.attribution.base import MarginDatamodel
-from dmmlib.attribution.kernel import KernelResponse, gradient_kernel
+from dmmlib.attributors.kernel import KernelResponse, gradient_kernel
 from dmmlib.errors import ForgetSetError
 from dmmlib.progress import silent
+from dmmlib.studies.adversary.subspace import gradients
 from dmmlib.study import Study
 from dmmlib.widgets import Chooser, Filters, Measured, Previewer, Results, Selection
 from dmmlib.widgets import preview as previews
@@ -202,7 +202,7 @@ def test_a_request_that_acts_together_stands_out_against_random_ones():
 
 
 def test_leverage_is_the_length_of_the_displacement_in_the_models_own_metric(tiny):
-    models, n, lam = tiny.originals[:1], tiny.data.n_train, 0.1
+    models, n, lam = tiny.originals()[:1], tiny.data.n_train, 0.1
     h, r = (np.random.default_rng(i).uniform(0.2, 2, n).astype(np.float32) for i in (0, 1))
     found = KernelResponse(gradient_kernel(models, tiny.x, tiny.y, n, lam, h), r)
     phi = gradients(models, 0, tiny.x[:n], tiny.y[:n]).cpu().double().numpy()
@@ -220,7 +220,7 @@ def test_leverage_is_the_length_of_the_displacement_in_the_models_own_metric(tin
 
 
 def test_the_studys_attributor_gives_a_preview_all_three_parts_of_the_score(tiny):
-    previewer = Previewer(tiny.attributor, tiny.original_logits, tiny.data.y, tiny.data.n_train)
+    previewer = Previewer(tiny.attributor(), tiny.original_logits(), tiny.data.y, tiny.data.n_train)
     usual = previewer.usual(shares=(0.05, 0.2), n_sets=8)
     assert all(set(u.spread) == {"retain", "validation", "leverage"} for u in usual)
     assert min(u.spread["leverage"] for u in usual) > 0
@@ -229,8 +229,8 @@ def test_the_studys_attributor_gives_a_preview_all_three_parts_of_the_score(tiny
 
     def together(forget):
         """Length of the displacement over what it would be if the points pulled in unrelated directions."""
-        alone = [previews.leverage(tiny.attributor, np.array([i])) for i in forget]
-        return previews.leverage(tiny.attributor, forget) / np.linalg.norm(alone)
+        alone = [previews.leverage(tiny.attributor(), np.array([i])) for i in forget]
+        return previews.leverage(tiny.attributor(), forget) / np.linalg.norm(alone)
 
     alike = [together(np.flatnonzero(tiny.data.y_train == c)[:6]) for c in range(10)]
     unlike = [together(rng.choice(120, 6, replace=False)) for _ in range(20)]
@@ -383,7 +383,7 @@ def test_images_that_hold_the_current_image_up(chooser):
 
 def test_influences_are_the_datamodels_weights(tiny):
     """The row of the datamodel matrix is the effect of each single point on a linear function of the outputs."""
-    logits = tiny.subsets[1]
+    logits = tiny.subsets()[1]
     margins = metrics.margins(logits[:, [3]], tiny.data.y[[3]])
     model = tiny._plain_datamodel
     expected = (margins.T @ model.weights(np.eye(120, dtype=np.float32)))[0]
@@ -411,7 +411,7 @@ def test_saved_sets_are_those_of_code(chooser):
     assert "--stage 04 --forget-set" in chooser.command.value
     assert chooser.load.value == "by_eye"
     own = Study(chooser.study.directory / "preset.yaml", forget_set=chooser.saved, runs=chooser.study.runs)
-    assert list(own.forget_sets) == ["by_eye"], "the command's preset is the study's"
+    assert list(own.forget_sets()) == ["by_eye"], "the command's preset is the study's"
     assert own.preset == chooser.study.preset
 
 
@@ -500,7 +500,7 @@ def test_a_directory_that_cannot_be_written_is_said(tiny, tmp_path, monkeypatch)
 
 
 def test_predicted_and_actual_stand_side_by_side(tiny, tmp_path):
-    f = tiny.forget_sets["random_6"]
+    f = tiny.forget_sets()["random_6"]
     oracles, right = tiny.reference(f)
     chooser = fresh(tiny, tmp_path, start=f)
     assert "retrained" in chooser.outcome.value
@@ -522,7 +522,7 @@ def test_a_still_picture_stands_in_for_the_widget(chooser):
 
 
 def test_results_lead_from_a_number_to_its_image(tiny):
-    f = tiny.forget_sets["random_6"]
+    f = tiny.forget_sets()["random_6"]
     tiny.results()
     results = Results(tiny, f)
     expected = metrics.klom(tiny.unlearned("dmm", f).margins, tiny.reference(f)[0])
@@ -545,15 +545,15 @@ def test_a_users_own_set_gets_its_oracles_once_alone_and_beside(tiny, tmp_path, 
     assert chooser.save()
     places = {"runs": chooser.study.runs, "figures": tmp_path / "figures", "progress": silent}
     alone = Study(TINY, forget_set=chooser.saved, **places)
-    first = alone.reference(alone.forget_sets["mine"])[0]
+    first = alone.reference(alone.forget_sets()["mine"])[0]
 
     def never(*args, **kwargs):
         raise AssertionError("trained again")
 
     monkeypatch.setattr("dmmlib.ensemble.train_and", never)
     beside = Study(TINY, forget_set=chooser.saved, beside=True, **places)
-    assert list(beside.forget_sets) == ["random_6", "pc1", "mine"]
-    np.testing.assert_array_equal(beside.reference(beside.forget_sets["mine"])[0], first)
+    assert list(beside.forget_sets()) == ["random_6", "pc1", "mine"]
+    np.testing.assert_array_equal(beside.reference(beside.forget_sets()["mine"])[0], first)
     assert alone.output != beside.output != beside.directory, "neither writes over the preset's own tables"
     chooser.refresh()
     assert "retrained" in chooser.outcome.value, "and the widget shows them"

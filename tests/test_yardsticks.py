@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmmlib import metrics, plots, yardsticks
+from dmmlib import metrics
+from dmmlib.analysis import plots, yardsticks
 from dmmlib.errors import DataError
 
 
@@ -58,7 +59,7 @@ def test_halves_stay_apart_when_models_are_resampled():
 
 def test_tables_of_a_study(tiny):
     table = yardsticks.table(tiny)
-    methods, sets = tiny.preset.unlearning.methods, list(tiny.forget_sets)
+    methods, sets = tiny.preset.unlearning.methods, list(tiny.forget_sets())
     assert len(table) == len(sets) * (1 + len(methods) * (len(yardsticks.YARDSTICKS) + 1))
     results = tiny.results()
     same = results[(results["statistic"] == "klom_p95") & (results["split"] == "forget")]

@@ -5,12 +5,8 @@ some of their weights, and the originals. One of your own registers by name:
 
     @attribution.register("mine")
     def mine(context: Context) -> Attributor: ...
-
-Importing this package registers the built-in ones.
 """
 
-from dmmlib.attribution import bayesian, gradient, kernel, lasso, linearised, ridge  # noqa: F401 (register themselves)
-from dmmlib.attribution.base import Context, MarginDatamodel, calibrated, fit, get, names, register, source
-from dmmlib.attribution.compare import compare
+from dmmlib.attribution.base import ATTRIBUTORS, Context, MarginDatamodel, calibrated, fit, get, names, register
 
-__all__ = ["Context", "MarginDatamodel", "calibrated", "compare", "fit", "get", "names", "register", "source"]
+__all__ = ["ATTRIBUTORS", "Context", "MarginDatamodel", "calibrated", "fit", "get", "names", "register"]

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from dmmlib.datamodels import Attributor
 from dmmlib.ensemble import Ensemble, check_masks
-from dmmlib.errors import DataError, MethodError
+from dmmlib.errors import DataError
 from dmmlib.forget_sets import check_forget_indices
-from dmmlib.hashing import source_hash
 from dmmlib.metrics import right_logits
+from dmmlib.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -212,19 +212,21 @@ def calibrated(context: Context, response: Response | np.ndarray) -> MarginDatam
 Fit = Callable[..., Attributor]
 """Fits an attributor to a context, with options by keyword."""
 
-_ATTRIBUTORS: dict[str, tuple[Fit, str]] = {}
+ATTRIBUTORS: Registry[Fit] = Registry(
+    "attributor", "dmmlib.attribution.linearised", "dmmlib.attribution.bayesian", "dmmlib.attributors"
+)
 
 
-def register(name: str, *uses: Callable[..., Any]) -> Callable[[Fit], Fit]:
+def register(name: str, version: int = 1) -> Callable[[Fit], Fit]:
     """Register a method by name: a function of a `Context` (and options) that returns an `Attributor`.
 
     Args:
         name: what presets and `method@name` call it by.
-        uses: functions in other files that its predictions depend on: where they change, results are made anew.
+        version: to be raised when its predictions change, so that results are made anew.
     """
 
     def add(method: Fit) -> Fit:
-        _ATTRIBUTORS[name] = method, "-".join(source_hash(function) for function in (method, *uses))
+        ATTRIBUTORS.add(name, method, version)
         return method
 
     return add
@@ -232,26 +234,12 @@ def register(name: str, *uses: Callable[..., Any]) -> Callable[[Fit], Fit]:
 
 def names() -> tuple[str, ...]:
     """The registered attribution methods."""
-    return tuple(_ATTRIBUTORS)
+    return tuple(ATTRIBUTORS)
 
 
 def get(name: str) -> Fit:
-    """The attribution method of that name.
-
-    Raises:
-        MethodError: if there is none.
-    """
-    if name not in _ATTRIBUTORS:
-        raise MethodError(
-            f"Unknown attribution method {name!r}; use one of {', '.join(names())}, or register your own."
-        )
-    return _ATTRIBUTORS[name][0]
-
-
-def source(name: str) -> str:
-    """Hashes of the source of the attribution method of that name; raises MethodError if there is none."""
-    get(name)
-    return _ATTRIBUTORS[name][1]
+    """The attribution method of that name; raises MethodError if there is none."""
+    return ATTRIBUTORS[name]
 
 
 def fit(name: str, context: Context, **options: Any) -> Attributor:

@@ -36,7 +36,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dmmlib.attribution.base import Context, Linear, MarginDatamodel, Response, foresee, indicator, register, slope
-from dmmlib.attribution.kernel import gram
 from dmmlib.attribution.linearised import LAM, RANK, linearised_response
 from dmmlib.errors import DataError
 
@@ -123,7 +122,7 @@ class BayesianDatamodel:
         return self.sigma * np.sqrt(variance)
 
 
-@register("bayesian", gram, linearised_response)
+@register("bayesian")
 def bayesian(
     context: Context, lam: float = LAM, delta: float = 1.0, n_models: int | None = 20, rank: int = RANK
 ) -> BayesianDatamodel:

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from dmmlib.attribution.base import Context, MarginDatamodel, calibrated, register
-from dmmlib.attribution.kernel import gram
+from dmmlib.attribution.gradients import gram
 from dmmlib.ensemble import Ensemble
 from dmmlib.errors import DataError
 
@@ -264,7 +264,7 @@ def linearised_response(
     )
 
 
-@register("linearised", gram, linearised_response)
+@register("linearised")
 def linearised(context: Context, lam: float = LAM, n_models: int | None = 20, rank: int = RANK) -> MarginDatamodel:
     """Linearised retraining, scaled on the margins of the context's subset models.
 

@@ -7,50 +7,40 @@ grid that its hyperparameters are searched on:
     def my_method(problem, *, lr=1e-3): ...
 """
 
-from dmmlib.unlearn import reference  # methods are listed in the order of their registration
-
-# isort: split
-from dmmlib.unlearn import bad_teacher, dampening, last_layers, newton, relabel, scrub, sparse
 from dmmlib.unlearn.base import (
+    METHODS,
     Method,
     Phase,
     Problem,
     Unlearned,
     check_options,
     configurations,
+    descent,
+    draw_batches,
     finetune,
     fresh,
     get,
     names,
+    passes,
     register,
     registered,
 )
-from dmmlib.unlearn.gradient import descent, passes
-from dmmlib.unlearn.matching import match, predicted_oracle
 
 __all__ = [
+    "METHODS",
     "Method",
     "Phase",
     "Problem",
     "Unlearned",
-    "bad_teacher",
     "check_options",
     "configurations",
-    "dampening",
     "descent",
+    "draw_batches",
     "finetune",
     "fresh",
     "get",
-    "last_layers",
-    "match",
     "names",
-    "newton",
     "passes",
-    "predicted_oracle",
-    "reference",
     "register",
     "registered",
-    "relabel",
-    "scrub",
-    "sparse",
 ]

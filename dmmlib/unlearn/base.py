@@ -14,13 +14,13 @@ import numpy as np
 from torch import Tensor, nn
 
 from dmmlib.datamodels import Attributor
-from dmmlib.ensemble import Ensemble, Loss, Training, descend, initialise
+from dmmlib.ensemble import Ensemble, Loss, Training, classification, descend, epoch_batches, initialise
 from dmmlib.errors import DataError, MethodError, OptionError
 from dmmlib.execution import Execution
 from dmmlib.forget_sets import check_forget_indices
-from dmmlib.hashing import source_hash
 from dmmlib.metrics import correct, margins
 from dmmlib.optim import Optimizer, Tensors
+from dmmlib.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,6 @@ class Registered:
     Attributes:
         run: the method.
         space: the grid that its hyperparameters are searched on.
-        source: hash of its source.
         paper: who proposed it.
         cost: sample gradients that it spends a model, as a formula of options and of the sizes n_S, n_F, n_R.
         elsewhere: public code that implements it.
@@ -137,14 +136,15 @@ class Registered:
 
     run: Method
     space: Mapping[str, Sequence[Any]]
-    source: str
     paper: str = ""
     cost: str = ""
     elsewhere: str = ""
     attributed: bool = False
 
 
-_METHODS: dict[str, Registered] = {}
+METHODS: Registry[Registered] = Registry(
+    "method", "dmmlib.unlearn.reference", "dmmlib.baselines", "dmmlib.unlearn.matching"
+)
 
 
 def register(
@@ -155,6 +155,7 @@ def register(
     cost: str = "",
     elsewhere: str = "",
     attributed: bool = False,
+    version: int = 1,
 ) -> Callable[[Method], Method]:
     """Register a method by name.
 
@@ -163,10 +164,11 @@ def register(
         space: the grid on which its hyperparameters are searched; none if None.
         paper, cost, elsewhere: for `tables.catalogue`; see `Registered`.
         attributed: whether it asks for the problem's attributor; presets then also know `name@attributor`.
+        version: to be raised when its numbers change, so that results are made anew.
     """
 
     def add(method: Method) -> Method:
-        _METHODS[name] = Registered(method, dict(space or {}), source_hash(method), paper, cost, elsewhere, attributed)
+        METHODS.add(name, Registered(method, dict(space or {}), paper, cost, elsewhere, attributed), version)
         return method
 
     return add
@@ -174,28 +176,22 @@ def register(
 
 def names() -> tuple[str, ...]:
     """The registered methods."""
-    return tuple(_METHODS)
+    return tuple(METHODS)
 
 
 def get(name: str) -> Method:
-    """The method of that name.
-
-    Raises:
-        MethodError: if there is none.
-    """
+    """The method of that name; raises MethodError if there is none."""
     return registered(name).run
 
 
 def registered(name: str) -> Registered:
-    """A method with its grid and the hash of its source.
+    """A method with its grid and what is to be known of it.
 
     Raises:
         MethodError: if there is none, or it is named with an attributor (`dmm@ridge`) and takes none.
     """
     base, _, attributor = name.partition("@")
-    if base not in _METHODS:
-        raise MethodError(f"Unknown method {base!r}; use one of {', '.join(names())}, or register your own.")
-    found = _METHODS[base]
+    found = METHODS[base]
     if attributor and not found.attributed:
         raise MethodError(
             f"Method {name!r} names an attributor, but {base!r} takes none; write {base!r}, or register the method "
@@ -247,6 +243,35 @@ def fresh(problem: Problem) -> Ensemble:
 
     seeds = [int(rng.integers(2**32)) for rng in problem.rngs(stream=1)]
     return initialise(draw, seeds, problem.originals.device)
+
+
+def passes(problem: Problem, pool: np.ndarray, epochs: float, batch_size: int) -> list[np.ndarray]:
+    """Batches (n_models, batch) of so many passes over a pool, in an order of each model's own.
+
+    The pool is one for all models (size,), or one a model (n_models, size). Half a pass is the first half of
+    a pass's batches.
+    """
+    check_options(epochs=epochs)
+    check_options(batch_size=batch_size, whole=True)
+    whole = math.ceil(epochs)
+    pools = list(np.broadcast_to(pool, (problem.n_models, pool.shape[-1])))
+    batches = list(epoch_batches(pools, batch_size, whole, problem.rngs()))
+    return batches[: max(1, round(len(batches) * epochs / whole))]
+
+
+def descent(problem: Problem, sign: float = 1.0) -> Loss:
+    """Cross-entropy as a `Loss`; ascent with sign -1."""
+    return classification(problem.y, sign)
+
+
+def draw_batches(problem: Problem, pool: np.ndarray, n_steps: int, size: int) -> np.ndarray:
+    """`size` points of a pool a step, pass after pass without replacement: (n_steps, n_models, size)."""
+    n_passes = -(-n_steps * size // len(pool))
+    orders = []
+    for rng in problem.rngs():
+        order = np.concatenate([rng.permutation(pool) for _ in range(n_passes)])
+        orders.append(order[: n_steps * size].reshape(n_steps, size))
+    return np.stack(orders, axis=1)
 
 
 @dataclass(frozen=True)

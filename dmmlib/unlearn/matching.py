@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from dmmlib.datamodels import retrained
-from dmmlib.ensemble import Ensemble, unwhitened, whitened
+from dmmlib.ensemble import Ensemble
 from dmmlib.errors import DataError, OptionError
 from dmmlib.metrics import margins
 from dmmlib.optim import SGD, Adam, Optimizer
-from dmmlib.unlearn.base import Phase, Problem, Unlearned, finetune, register
-from dmmlib.unlearn.gradient import stream
+from dmmlib.unlearn.base import Phase, Problem, Unlearned, draw_batches, finetune, register
+from dmmlib.unlearn.whitening import unwhitened, whitened
 
 GEORGIEV, ELSEWHERE = "Georgiev et al., ICLR 2025", "RoyRin/data-unlearning-bench"
 SPACE: dict[str, list[Any]] = {
@@ -149,9 +149,9 @@ def oracle_matching(
 
 
 OPTIMIZERS: dict[str, Callable[[float], Optimizer]] = {"whitened": Adam, "adam": Adam, "sgd": SGD}
-"""What fine-tunes, by the rate at its start; the first on weights that take white inputs (`ensemble.whitened`)."""
+"""What fine-tunes, by the rate at its start; the first on weights that take white inputs (`whitening.whitened`)."""
 
-N_WHITEN, DAMPING = 500, 0.03  # retained points that layers' inputs are measured on, at most; see `ensemble.whitened`
+N_WHITEN, DAMPING = 500, 0.03  # retained points that layers' inputs are measured on, at most; see `whitening.whitened`
 
 
 def match(
@@ -169,7 +169,7 @@ def match(
 ) -> Unlearned:
     """Fine-tune every original to target logits on F and a random sample of R.
 
-    By default mean squared error on logits, and Adam in whitened coordinates (`ensemble.whitened`) at a rate that
+    By default mean squared error on logits, and Adam in whitened coordinates (`whitening.whitened`) at a rate that
     falls linearly to zero: targets move the answers of F far and those of R hardly, so a step for the one must leave
     the other alone, and inputs of layers that are all positive and alike tie them together. A batch holds a fixed
     share of F; the rest is drawn from R. The published setting (F repeated 5 times with 20 |F| of R an epoch) is
@@ -214,7 +214,7 @@ def match(
     from_forget = min(max(1, round(forget_share * batch_size)), batch_size - 1)
     batches = np.concatenate(
         [
-            stream(problem, problem.forget, n_steps, from_forget),
+            draw_batches(problem, problem.forget, n_steps, from_forget),
             _retained(problem, targets, n_steps, batch_size - from_forget, influence),
         ],
         axis=2,
@@ -240,7 +240,7 @@ def _unwhitened(module: nn.Module) -> Callable[[Ensemble], Ensemble]:
 def _retained(problem: Problem, targets: np.ndarray, n_steps: int, size: int, influence: float) -> np.ndarray:
     """Points of R (n_steps, N, size), some drawn evenly, some by how far their targets lie."""
     by_influence = round(influence * size)
-    parts = [stream(problem, problem.retain, n_steps, size - by_influence)] if by_influence < size else []
+    parts = [draw_batches(problem, problem.retain, n_steps, size - by_influence)] if by_influence < size else []
     if by_influence:
         far = ((targets - problem.original_logits[:, : problem.n_train]) ** 2).mean((0, 2))[problem.retain] ** 0.5
         shares = (far + 1e-12) / (far + 1e-12).sum()

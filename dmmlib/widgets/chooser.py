@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from dmmlib import forget_sets, metrics, plots, presets
+from dmmlib import forget_sets, metrics, presets
+from dmmlib.analysis import plots
 from dmmlib.errors import DmmError, ForgetSetError, StoreError
 from dmmlib.files import replacing
 from dmmlib.forget_sets import ForgetSet
@@ -44,15 +45,15 @@ class Chooser(w.VBox):
 
     def __init__(self, study: Study, start: ForgetSet | None = None, trust: bool = True) -> None:
         self.study, data = study, study.data
-        margins = metrics.margins(study.original_logits, data.y)
-        masks, logits = study.subsets
+        margins = metrics.margins(study.original_logits(), data.y)
+        masks, logits = study.subsets()
         right = metrics.correct(logits[:, : data.n_train], data.y_train)
         self.known = measures(margins)
         self.known["memorisation"] = np.concatenate([memorisation(masks, right), np.full(data.n_val, np.nan)])
-        self.known |= {f"PC {k + 1}": column for k, column in enumerate(study.loadings.T)}
+        self.known |= {f"PC {k + 1}": column for k, column in enumerate(study.loadings().T)}
         self.measured = previews.measure(study) if trust else []
         self._previewer = previews.Previewer(
-            study.attributor, study.original_logits[: previews.N_ORIGINALS], data.y, data.n_train
+            study.attributor(), study.original_logits()[: previews.N_ORIGINALS], data.y, data.n_train
         )
         self.usual = self._previewer.usual() if trust else []
         self.selection = Selection(data.n_train, start.indices if start else ())
@@ -340,8 +341,10 @@ class Chooser(w.VBox):
 
     def _actual(self) -> dict[str, previews.Outcome] | None:
         """What retraining really gives, if the choice is a set whose oracles are there."""
-        for name in [*self.study.forget_sets, self.name.value]:
-            known = self.study.forget_sets.get(name) or forget_sets.make(name, self.selection.indices, self.study.data)
+        for name in [*self.study.forget_sets(), self.name.value]:
+            known = self.study.forget_sets().get(name) or forget_sets.make(
+                name, self.selection.indices, self.study.data
+            )
             if not np.array_equal(known.indices, self.selection.indices):
                 continue
             key = (name, known.indices.tobytes())

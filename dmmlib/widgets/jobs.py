@@ -43,7 +43,7 @@ class Job:
         self.cancelled = False
         with open(self._log, "wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "dmmlib.cli", *arguments],
+                [sys.executable, "-m", "dmmlib.app.cli", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -267,24 +267,24 @@ def measure(study: Study, shares: Sequence[float] = SHARES, n_oracles: int = N_O
         By size.
     """
     n = study.data.n_train
-    sets = dict(study.tuning_sets)
+    sets = dict(study.tuning_sets())
     for share in shares:
         size = max(1, round(share * n))
         rng = np.random.default_rng(study.seeds(f"trust:{size}", 1)[0])
         name = f"random {size:,}"
         sets[name] = forget_sets.make(f"trust_{size}", forget_sets.random(study.data, size, rng), study.data)
-    sets |= {name: f for name, f in study.forget_sets.items() if study.has_oracles(f)}
-    originals = metrics.margins(study.original_logits, study.data.y)
+    sets |= {name: f for name, f in study.forget_sets().items() if study.has_oracles(f)}
+    originals = metrics.margins(study.original_logits(), study.data.y)
     measured = []
     for name, forget_set in sets.items():
-        if name in study.forget_sets:
+        if name in study.forget_sets():
             oracles = study.oracles(forget_set)
         else:
-            oracles = study.oracles(forget_set, n=None if name in study.tuning_sets else n_oracles)
+            oracles = study.oracles(forget_set, n=None if name in study.tuning_sets() else n_oracles)
         retrained = metrics.margins(oracles, study.data.y)
         true = retrained.mean(0) - originals.mean(0)
         variance = retrained.var(0, ddof=1) / len(retrained) + originals.var(0, ddof=1) / len(originals)
-        predicted = metrics.right_logits(study.attributor.effect(forget_set.indices), study.data.y)
+        predicted = metrics.right_logits(study.attributor().effect(forget_set.indices), study.data.y)
         splits = forget_set.splits(n, study.data.n_val)
         measured.append(
             Measured(

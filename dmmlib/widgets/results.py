@@ -8,7 +8,8 @@ from typing import Any
 import ipywidgets as w
 import numpy as np
 
-from dmmlib import metrics, plots
+from dmmlib import metrics
+from dmmlib.analysis import plots
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.study import Study
 from dmmlib.widgets.views import Gallery

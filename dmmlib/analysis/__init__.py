@@ -1,0 +1,1 @@
+"""Figures, tables, claims and side studies made of a study's results."""

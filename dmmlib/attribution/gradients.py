@@ -1,0 +1,124 @@
+"""Gradients of margins with respect to weights, and their inner products.
+
+The kernel K = Phi Phi^T, with phi_i the gradient of the margin of point i, is exact wherever a layer is linear on
+vectors: the gradient of one is an outer product of its input a and the gradient d at its output, so it adds
+(a_i.a_j + 1)(d_i.d_j), without the random projection of TRAK (Park et al., ICML 2023). All other weights take explicit
+gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from dmmlib.ensemble import Ensemble
+
+POINTS = 100  # explicit gradients at a time
+FEATURES = 20_000  # weights with explicit gradients, beyond which these are projected
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """Margins (n_points,) of logits (n_points, n_classes): z_y - logsumexp over c != y of z_c."""
+    right = y[..., None] == torch.arange(logits.shape[-1], device=y.device)
+    return logits.gather(-1, y[..., None])[..., 0] - logits.masked_fill(right, -torch.inf).logsumexp(-1)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """One model of an ensemble, as functions of its weights."""
+
+    module: nn.Module
+    params: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, models: Ensemble, i: int) -> _Model:
+        models.module.eval()
+        return cls(
+            models.module, {k: v[i] for k, v in models.params.items()}, {k: v[i] for k, v in models.buffers.items()}
+        )
+
+    def logits(self, params: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(self.module, (params, self.buffers), (x,))
+
+
+def _layers(model: _Model, x: Tensor, y: Tensor) -> list[tuple[str, Tensor, Tensor]]:
+    """Name, inputs a (n, n_in) and gradients d (n, n_out) of the margins at the outputs, of each linear layer.
+
+    Only of layers that a forward pass meets once, on vectors, and whose weights no other part shares.
+    """
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    linear = {name: part for name, part in model.module.named_modules() if type(part) is nn.Linear}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda part, inputs, output: calls.setdefault(name, []).append((inputs[0], output))
+
+    hooks = [part.register_forward_hook(keep(name)) for name, part in linear.items()]
+    try:
+        with torch.enable_grad():
+            params = {k: v.detach().requires_grad_() for k, v in model.params.items()}
+            m = margin(model.logits(params, x), y)
+            once = {k: c[0] for k, c in calls.items() if len(c) == 1 and c[0][0].ndim == 2}
+            gradients = torch.autograd.grad(m.sum(), [out for _, out in once.values()]) if once else ()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [(name, a.detach(), d) for (name, (a, _)), d in zip(once.items(), gradients, strict=True)]
+
+
+def _explicit(model: _Model, x: Tensor, y: Tensor, names: Sequence[str], seed: int) -> Tensor:
+    """Gradients (n, n_features) of each point's margin in the weights `names`, randomly projected if very many."""
+    rest = {k: v for k, v in model.params.items() if k not in names}
+    chosen = {k: model.params[k] for k in names}
+
+    def one(chosen: dict[str, Tensor], point: Tensor, label: Tensor) -> Tensor:
+        return margin(model.logits(chosen | rest, point[None]), label[None])[0]
+
+    per_point = vmap(grad(one), in_dims=(None, 0, 0))
+    n_weights = sum(v.numel() for v in chosen.values())
+    block = POINTS if n_weights <= 1_000_000 else max(1, 100_000_000 // n_weights)
+    rows = []
+    for points, labels in zip(x.split(block), y.split(block), strict=True):
+        gradients = torch.cat([g.flatten(1) for g in per_point(chosen, points, labels).values()], 1)
+        rows.append(_project(gradients, seed) if n_weights > FEATURES else gradients)
+    return torch.cat(rows)
+
+
+def _project(gradients: Tensor, seed: int, n_features: int = 4096, block: int = 10_000) -> Tensor:
+    """Inner products are kept in expectation: (n, n_features) by a fixed matrix of random signs, never built whole."""
+    generator = torch.Generator(gradients.device).manual_seed(seed)
+    total = gradients.new_zeros(len(gradients), n_features)
+    for part in gradients.split(block, 1):
+        signs = torch.randint(0, 2, (part.shape[1], n_features), generator=generator, device=part.device)
+        total += part @ (2.0 * signs - 1.0)
+    return total / n_features**0.5
+
+
+@torch.no_grad()
+def gram(models: Ensemble, i: int, x: Tensor, y: Tensor, seed: int = 0) -> Tensor:
+    """K (n, n): inner products of the gradients of the points' margins in the weights of model i.
+
+    Args:
+        models: an ensemble; evaluated as at test time (batch norm with its running statistics).
+        i: which of its models.
+        x: points (n, ...).
+        y: their labels (n,).
+        seed: of the random projection of gradients that are not outer products, where they are more than 20,000.
+    """
+    model = _Model.of(models, i)
+    layers = _layers(model, x, y)
+    k = x.new_zeros(len(x), len(x))
+    covered: set[str] = set()
+    for name, a, d in layers:
+        prefix = f"{name}." if name else ""
+        covered |= {f"{prefix}weight", f"{prefix}bias"} & set(model.params)
+        k += (a @ a.T + float(f"{prefix}bias" in model.params)) * (d @ d.T)
+    others = [name for name in model.params if name not in covered]
+    if others:
+        features = _explicit(model, x, y, others, seed)
+        k += features @ features.T
+    return k

@@ -1,0 +1,233 @@
+"""Gradient kernels: attribution from the weights of a few dozen models instead of the outputs of thousands.
+
+TRAK (Park et al., ICML 2023) replaces a network by its linearisation: phi_i is the gradient of the margin of point i
+with respect to the weights, K = Phi Phi^T over training points. Training is then ridge regression in the kernel, and
+leaving points out of that has a closed form. With a penalty Lambda, G = (K + Lambda)^-1 and T = G Phi phi_t, a model
+retrained without F has margins lower by
+
+    T_F^T (D^-1 G_FF)^-1 r_F,    D = diag G,
+
+(block inversion; for one point, the leave-one-out formula of Cook and Weisberg, "Residuals and Influence in
+Regression", 1982). r_i says by how much the margin of i falls short where i alone is missing, and (D^-1 G_FF)^-1 by how
+much more it does where its likes are missing too: a group's effect is not the sum of its points'. Here K is exact,
+without TRAK's random projection, wherever a layer is linear on vectors: the gradient of one is an outer product of its
+input a and the gradient d at its output, so it adds (a_i.a_j + 1)(d_i.d_j). All other weights take explicit gradients.
+
+**The penalty** of a point is lam mean(diag K) / h_i. TRAK has h = 1. But cross-entropy pulls at a point that models get
+right with next to no force, so that such a point hardly ties the model down: the Gauss-Newton step weighs it by little
+(Martens, "New insights and perspectives on the natural gradient method", JMLR 2020). So h_i is the mean over models of
+1 - p_i, p_i the probability of the right class, relative to its mean over points, and at least `EASY`.
+
+**The residual** r_i says how much there is to spread. TRAK's is 1 - p_i, "mean" over models; ridge regression's is that
+of a model *without* i ("held_out"). But some subset models were trained on i and some were not, so the rise of its own
+margin is *measured*. Where a subset leaves B out, i among it, the formula above gives that rise as
+T_ii ((D^-1 G_BB)^-1 r)_i; its mean over subsets is linear in r and is solved for it. So r is of models with all
+other points present, although no model was trained so, and the kernel says only how an effect spreads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from scipy.special import expit
+from torch import Tensor
+
+from dmmlib.attribution.base import Context, MarginDatamodel, calibrated, register
+from dmmlib.attribution.gradients import gram
+from dmmlib.ensemble import Ensemble
+from dmmlib.errors import DataError
+
+Residual = Literal["mean", "held_out", "measured"]
+RESIDUALS: tuple[Residual, ...] = get_args(Residual)
+At = Literal["subsets", "originals"]
+EASY = 0.01  # of the mean: below it a point's hardness does not fall
+MASKS = 100  # subsets that residuals are solved with; each costs an inverse of what it leaves out
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Ridge regression in a gradient kernel, averaged over models; see the module.
+
+    Attributes:
+        transfer: T (n_train, n_points).
+        inverse: G times mean diag K (n_train, n_train).
+    """
+
+    transfer: np.ndarray
+    inverse: np.ndarray
+
+    @cached_property
+    def coupling(self) -> np.ndarray:
+        """D^-1 G (n_train, n_train), of diagonal 1."""
+        return np.asarray(self.inverse / np.diagonal(self.inverse)[:, None], np.float32)
+
+    def change(self, residuals: np.ndarray, masks: np.ndarray) -> np.ndarray:
+        """Change of margins (k, n_points) of models trained on each mask of (k, n_train), against one trained on all.
+
+        Costs a solve of as many equations as a mask leaves points out.
+        """
+        coupling, r = self.coupling, residuals.astype(np.float32)
+        out = np.zeros((len(masks), self.transfer.shape[1]), np.float32)
+        for row, mask in zip(out, masks, strict=True):
+            b = np.flatnonzero(~np.asarray(mask, bool))
+            if len(b):
+                row[:] = -np.linalg.solve(coupling[np.ix_(b, b)], r[b]) @ self.transfer[b]
+        return out
+
+    def measured(self, margins: np.ndarray, masks: np.ndarray) -> np.ndarray:
+        """r (n_train,) from the rise of each training point's own margin, by means of the first `MASKS` subsets.
+
+        Args:
+            margins: of subset models on the training points (M, n_train).
+            masks: their training sets (M, n_train); points in all or none of them get 0.
+        """
+        rise = measured_residuals(margins, masks, np.diagonal(self.transfer))
+        coupling = self.coupling
+        mean, left_out = np.zeros_like(coupling), np.zeros(len(coupling))
+        for mask in masks[:MASKS]:
+            b = np.flatnonzero(~mask)
+            mean[np.ix_(b, b)] += np.linalg.inv(coupling[np.ix_(b, b)])
+            left_out[b] += 1
+        mean /= np.maximum(left_out, 1)[:, None]
+        mean[left_out == 0, left_out == 0] = 1
+        return np.linalg.solve(mean, rise.astype(np.float32))
+
+
+def hardness(margins: np.ndarray) -> np.ndarray:
+    """h (n_train,): mean of 1 - p over models, relative to its mean over points; at least `EASY`.
+
+    Args:
+        margins: (M, n_train).
+    """
+    h = expit(-margins).mean(0)
+    return np.maximum(h / max(float(h.mean()), 1e-12), EASY)
+
+
+def gradient_kernel(
+    models: Ensemble, x: Tensor, y: Tensor, n_train: int, lam: float, hardness: np.ndarray | None = None, seed: int = 0
+) -> Kernel:
+    """The kernel averaged over models.
+
+    Takes 4 (n_points^2 + 2 n_train^2 + n_train n_points) bytes, and a model 2 n_train^2 n_points multiplications.
+
+    Args:
+        models: where gradients are taken.
+        x, y: all points (n_points, ...), training points first, and their labels.
+        n_train: how many are training points.
+        lam: penalty, relative to the kernel's mean diagonal.
+        hardness: h (n_train,), by which a point's penalty is divided; 1 by default, which is TRAK's.
+        seed: see `gram`.
+    """
+    transfer = torch.zeros(n_train, len(x), device=x.device)
+    inverse = torch.zeros(n_train, n_train, device=x.device)
+    h = torch.ones(n_train) if hardness is None else torch.from_numpy(np.asarray(hardness, np.float32))
+    for i in range(models.n_models):
+        k = gram(models, i, x, y, seed)[:n_train]
+        a = k[:, :n_train].clone()
+        unit = a.diagonal().mean()
+        a.diagonal().add_(lam * unit / h.to(x.device))
+        factor = torch.linalg.cholesky(a)
+        transfer += torch.cholesky_solve(k, factor)
+        inverse += unit * torch.cholesky_inverse(factor)
+    return Kernel(*(z.cpu().numpy() / models.n_models for z in (transfer, inverse)))
+
+
+@dataclass(frozen=True)
+class KernelResponse:
+    """How margins respond to training points, up to a scale, by a kernel and its residuals r (n_train,)."""
+
+    kernel: Kernel
+    residuals: np.ndarray
+
+    @property
+    def n_train(self) -> int:
+        return len(self.residuals)
+
+    @property
+    def weights(self) -> np.ndarray:
+        """r_i T_it (n_train, n_points): what one point does where all others are present."""
+        return np.asarray(self.residuals[:, None] * self.kernel.transfer, np.float32)
+
+    def change(self, masks: np.ndarray) -> np.ndarray:
+        """`Kernel.change` (k, n_points)."""
+        return self.kernel.change(self.residuals, masks)
+
+    def leverage(self, forget: np.ndarray) -> float:
+        """Length, in the models' own metric, of the displacement without the points `forget`, up to a constant.
+
+        With phi the gradients of margins, h the hardness of points and r their residuals, the displacement is
+        sum_F r_i h_i A^-1 phi_i, A = sum h_i phi_i phi_i^T + mu. Its squared length in the metric A is
+        r_F . T_FF (h r)_F, and h_i is proportional to G_ii / (1 - T_ii).
+        """
+        own, inverse = (np.diagonal(z)[forget] for z in (self.kernel.transfer, self.kernel.inverse))
+        r, h = self.residuals[forget], inverse / np.maximum(1 - own, 1e-6)
+        return float(np.sqrt(max(0.0, r @ self.kernel.transfer[np.ix_(forget, forget)] @ (h * r))))
+
+
+def kernel_response(
+    context: Context, lam: float, residual: Residual, at: At, n_models: int | None = None
+) -> KernelResponse:
+    """The kernel of a context's models, with residuals.
+
+    Raises:
+        DataError: for a penalty that is not positive, or a context that lacks what the options need.
+    """
+    if not lam > 0:
+        raise DataError(f"The kernel's penalty is {lam}; give a positive number, such as 0.1.")
+    if residual not in RESIDUALS:
+        raise DataError(f"residual={residual!r} was asked for; use one of {', '.join(map(repr, RESIDUALS))}.")
+    models = context.subset_models() if at == "subsets" else context.originals
+    if models is None:
+        raise DataError("Gradients at the originals were asked for, but the context has no `originals`.")
+    n = context.n_train
+    margins = context.margins[:, :n]
+    found = gradient_kernel(models[:n_models], context.x, context.y, n, lam, hardness(margins), context.seed)
+    return KernelResponse(found, residuals(found, margins, context.masks, residual))
+
+
+def residuals(kernel: Kernel, margins: np.ndarray, masks: np.ndarray, residual: Residual) -> np.ndarray:
+    """r (n_train,) of the module, from margins (M, n_train) of models trained on masks (M, n_train)."""
+    if residual == "measured":
+        return kernel.measured(margins, masks)
+    r = expit(-margins)
+    if residual == "mean":
+        return np.asarray(r.mean(0))
+    out = ~masks
+    return np.where(out.any(0), (r * out).sum(0) / np.maximum(out.sum(0), 1), r.mean(0))
+
+
+@register("kernel")
+def kernel(
+    context: Context, lam: float = 0.1, residual: Residual = "measured", at: At = "subsets", n_models: int | None = None
+) -> MarginDatamodel:
+    """Fit a gradient kernel, and its scale on the margins of the context's subset models.
+
+    Args:
+        context: with the weights of subset models, or of the originals.
+        lam: penalty on the kernel, relative to its mean diagonal.
+        residual: r of the module's formula: the "mean" over models (TRAK's), "held_out": over those not trained on
+            the point, or "measured": from the rise of each point's own margin.
+        at: whose gradients: of "subsets", or of the "originals".
+        n_models: of how many, the first so many; all that there are by default.
+
+    Raises:
+        DataError: as `kernel_response`.
+    """
+    return calibrated(context, kernel_response(context, lam, residual, at, n_models))
+
+
+def measured_residuals(margins: np.ndarray, masks: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """r (n_train,) such that T_ii r_i is how far training on point i raised its own margin.
+
+    Args:
+        margins: of subset models on the training points (M, n_train).
+        masks: their training sets (M, n_train); points in all or none of them get 0.
+        own: T_ii (n_train,).
+    """
+    n_in, n_out = masks.sum(0), (~masks).sum(0)
+    rise = (margins * masks).sum(0) / np.maximum(n_in, 1) - (margins * ~masks).sum(0) / np.maximum(n_out, 1)
+    return np.where((n_in > 0) & (n_out > 0), rise, 0) / np.maximum(own, 1e-6)

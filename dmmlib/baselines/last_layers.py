@@ -1,0 +1,70 @@
+"""Fine-tuning the last k layers: from where they are (CF-k), or drawn anew (EU-k).
+
+Goel et al., "Towards Adversarial Evaluation of Inexact Unlearning", 2022.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from dmmlib.ensemble import Ensemble
+from dmmlib.errors import OptionError
+from dmmlib.optim import SGD
+from dmmlib.unlearn.base import Phase, Problem, Unlearned, check_options, descent, finetune, fresh, passes, register
+
+PAPER = "Goel et al., arXiv 2201.06640"
+ELSEWHERE = "shash42/Evaluating-Inexact-Unlearning, meghdadk/SCRUB, xcadet/deepunlearn"
+
+
+def last_layers(models: Ensemble, k: int) -> set[str]:
+    """Names of the parameters of the last k layers.
+
+    A layer is a module with a weight matrix or kernel. Modules with vectors only (batch norm) do not count
+    and go with the layer that they follow, as in the authors' code.
+
+    Raises:
+        OptionError: unless k is from 1 to the number of layers.
+    """
+    owners = list(dict.fromkeys(name.rpartition(".")[0] for name in models.params))
+    of = {owner: [name for name in models.params if name.rpartition(".")[0] == owner] for owner in owners}
+    layers = [owner for owner in owners if any(models.params[name].ndim > 2 for name in of[owner])]
+    if not isinstance(k, int) or not 1 <= k <= len(layers):
+        raise OptionError(f"Option k={k!r} was given, but the model has {len(layers)} layers; use 1 to {len(layers)}.")
+    chosen = owners[owners.index(layers[-k]) :]
+    return {name for owner in chosen for name in of[owner]}
+
+
+@register(
+    "cf_k",
+    space={"epochs": [1.0, 3.0, 6.0], "lr": [3e-3, 1e-2, 3e-2, 1e-1, 3e-1], "k": [1]},
+    paper=f"CF-k; {PAPER}",
+    cost="epochs n_R",
+    elsewhere=ELSEWHERE,
+)
+def cf_k(problem: Problem, *, k: int = 1, epochs: float = 3.0, lr: float = 3e-2, batch_size: int = 64) -> Unlearned:
+    """Catastrophic forgetting of the last k layers: descend on R with the layers before them frozen.
+
+    SGD with momentum 0.9, a rate that falls linearly to 0. Frozen are weights; running statistics of batch
+    norm move, as in the authors' code. A sample gradient counts as one although it stops at layer k.
+    """
+    check_options(lr=lr)
+    only = last_layers(problem.originals, k)
+    phase = Phase(passes(problem, problem.retain, epochs, batch_size), descent(problem))
+    return finetune(problem, [phase], SGD(lr), rate=lambda share: lr * (1 - share), only=only)
+
+
+@register(
+    "eu_k",
+    space={"epochs": [3.0, 6.0, 10.0], "lr": [3e-2, 5e-2, 7e-2, 1e-1], "k": [1]},
+    paper=f"EU-k; {PAPER}",
+    cost="epochs n_R",
+    elsewhere=ELSEWHERE,
+)
+def eu_k(problem: Problem, *, k: int = 1, epochs: float = 6.0, lr: float = 1e-1, batch_size: int = 64) -> Unlearned:
+    """Exact unlearning of the last k layers: as `cf_k`, from newly drawn weights of those layers."""
+    only = last_layers(problem.originals, k)
+    drawn = fresh(problem).params
+    originals = problem.originals
+    params = {name: drawn[name] if name in only else p for name, p in originals.params.items()}
+    restarted = dataclasses.replace(problem, originals=Ensemble(originals.module, params, originals.buffers))
+    return cf_k(restarted, k=k, epochs=epochs, lr=lr, batch_size=batch_size)

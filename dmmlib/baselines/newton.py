@@ -1,0 +1,113 @@
+"""One Newton step away from F: the influence of leaving F out, to second order of the loss on R."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import jvp, vjp
+
+from dmmlib.baselines.gradient import mean_gradient
+from dmmlib.ensemble import Ensemble
+from dmmlib.optim import Tensors
+from dmmlib.unlearn.base import Problem, Unlearned, check_options, register
+
+Product = Callable[[Tensor], Tensor]
+"""v (n_models, n_weights) -> A v, one symmetric positive definite A a model."""
+
+
+def conjugate_gradients(product: Product, b: Tensor, iterations: int) -> Tensor:
+    """Solve A x = b by so many iterations from x = 0, for each model on its own: (n_models, n_weights)."""
+    x, residual = torch.zeros_like(b), b
+    direction, size = b, (b * b).sum(1, keepdim=True)
+    tiny = torch.finfo(b.dtype).tiny  # a model that is done stays where it is
+    for _ in range(iterations):
+        image = product(direction)
+        step = size / (direction * image).sum(1, keepdim=True).clamp(min=tiny)
+        x, residual = x + step * direction, residual - step * image
+        before, size = size, (residual * residual).sum(1, keepdim=True)
+        direction = residual + size / before.clamp(min=tiny) * direction
+    return x
+
+
+def gauss_newton(models: Ensemble, x: Tensor, damping: float) -> Product:
+    """Products with J^T (diag p - p p^T) J, averaged over points, plus damping.
+
+    It is the Hessian of the mean cross-entropy without the curvature of the logits, so positive
+    semidefinite, and for a linear model it is the Hessian.
+
+    Args:
+        models: where to linearise; in evaluation mode.
+        x: points of each model (n_models, n_points, ...).
+        damping: added to the diagonal; the weight decay belongs in it.
+    """
+
+    def logits(params: Tensors) -> Tensor:
+        return Ensemble(models.module, params, models.buffers).forward(x)
+
+    z, pull = vjp(logits, models.params)[:2]
+    p = z.softmax(-1)
+
+    def product(v: Tensor) -> Tensor:
+        dz = jvp(logits, (models.params,), (_like(models.params, v),))[1]
+        curved = p * (dz - (p * dz).sum(-1, keepdim=True)) / x.shape[1]
+        return _flat(pull(curved)[0]) + damping * v
+
+    return product
+
+
+@register(
+    "newton",
+    space={"damping": [3e-4, 1e-3, 3e-3, 1e-2], "iterations": [5, 10], "cost": [0.1, 0.25]},
+    paper="Koh and Liang, ICML 2017; Guo et al., ICML 2020; Izzo et al., AISTATS 2021",
+    cost="cost n_R training epochs",
+    elsewhere="OPTML-Group/Unlearn-Sparse, xcadet/deepunlearn (both with WoodFisher)",
+)
+def newton(problem: Problem, *, damping: float = 1e-3, iterations: int = 10, cost: float = 0.25) -> Unlearned:
+    """theta + (G_R + (w + damping) I)^-1 (sum over F of grad loss + |F| w theta) / |R|, w the weight decay.
+
+    The Newton step of the loss on R from a minimum of that on S, where the gradient on R is what leaving F
+    out left over (Guo et al., section 3). The originals are not quite at a minimum; using R's own gradient
+    instead would train them on, too. G_R is the Gauss-Newton matrix over *all* weights, and the system is
+    solved by so many conjugate-gradient iterations: with early stopping and damping the step stays short
+    where the loss is flat. A product with G_R is counted as two sample gradients a point; each model takes as
+    large a random sample of R as the `cost`, relative to one retraining, then allows. On a linear model and
+    with all of R the step is exact.
+    """
+    check_options(damping=damping, cost=cost)
+    check_options(iterations=iterations, whole=True)
+    affordable = round((cost * problem.retraining - len(problem.forget)) / (2 * iterations))
+    size = min(max(1, affordable), len(problem.retain))
+    sample = np.stack([rng.choice(problem.retain, size, replace=False) for rng in problem.rngs(stream=1)])
+    parts = [
+        _step(problem, first, sample[first : first + 16], damping, iterations)  # a few models, to bound memory
+        for first in range(0, problem.n_models, 16)
+    ]
+    models = problem.originals
+    step = _like(models.params, torch.cat(parts))
+    moved = {name: p + step[name] for name, p in models.params.items()}
+    spent = (len(problem.forget) + 2 * iterations * size) / problem.retraining
+    logits = Ensemble(models.module, moved, models.buffers).logits(problem.x)
+    return Unlearned.from_logits(logits.numpy(), problem.labels, spent, one_step=True)
+
+
+def _step(problem: Problem, first: int, sample: np.ndarray, damping: float, iterations: int) -> Tensor:
+    """What to add to the weights of models first, first + 1, ...: (len(sample), n_weights)."""
+    few = problem.originals[first : first + len(sample)]
+    decay = problem.training.weight_decay
+    force = _flat(mean_gradient(problem, few, problem.forget)) + decay * _flat(few.params)
+    indices = torch.from_numpy(sample).to(problem.x.device)
+    product = gauss_newton(few, problem.x[indices], decay + damping)
+    return conjugate_gradients(product, force * (len(problem.forget) / len(problem.retain)), iterations)
+
+
+def _flat(tensors: Tensors) -> Tensor:
+    return torch.cat([t.flatten(1) for t in tensors.values()], 1)
+
+
+def _like(params: Tensors, flat: Tensor) -> Tensors:
+    """The inverse of `_flat`, for tensors of the params' shapes."""
+    parts = flat.split([p[0].numel() for p in params.values()], dim=1)
+    return {name: part.reshape(p.shape) for (name, p), part in zip(params.items(), parts, strict=True)}

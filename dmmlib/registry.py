@@ -1,0 +1,96 @@
+"""What presets call by name (data sets, models, methods, attributors, studies), and the versions of all that computes.
+
+A store's key holds names, settings and versions, never source: whoever changes a component so that its numbers
+change raises its version, and what was computed before is then computed anew. `tests/golden.csv` says when.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+from dmmlib.errors import MethodError
+
+T = TypeVar("T")
+
+VERSIONS = {
+    "seeds": 1,  # trainer: seeds and masks of model sets
+    "engine": 1,  # ensemble, optim: initial weights, batches, learning rate, training step
+    "forget sets": 1,  # how forget sets are chosen
+    "ridge": 1,  # datamodels: ridge regression on masks
+    "gradients": 1,  # attribution.gradients: kernels of gradients
+    "finetune": 1,  # unlearn.base: the loop that all methods share
+    "whitening": 1,  # unlearn.whitening: coordinates that matching steps in
+    "matching": 1,  # unlearn.matching: loss, batches, optimizer
+    "metric margin": 1,  # metrics: margins and their gauge
+    "metric klom": 1,
+    "metric u_lira": 1,
+    "metric ks": 1,
+    "metric lds": 1,
+    "search": 1,  # tuning: settings that are drawn, and their score
+}
+"""Of the components that are not registered by name: raise one when the numbers of that component change."""
+
+REGISTRIES: dict[str, Registry] = {}
+
+
+class Registry(Generic[T]):
+    """What is registered of one kind, each under a name and with a version.
+
+    Args:
+        kind: what an entry is, as errors say it, e.g. "method".
+        modules: those that register the built-in entries; imported when an entry is first looked for, so that the
+            core can be imported without the rooms that stand on it.
+    """
+
+    def __init__(self, kind: str, *modules: str) -> None:
+        self._kind, self._modules = kind, list(modules)
+        self._entries: dict[str, tuple[T, int]] = {}
+        REGISTRIES[kind] = self
+
+    def add(self, name: str, entry: T, version: int = 1) -> None:
+        """Register an entry; one of the same name is replaced."""
+        self._entries[name] = entry, version
+
+    def remove(self, name: str) -> None:
+        """Forget an entry."""
+        del self._entries[name]
+
+    def __getitem__(self, name: str) -> T:
+        return self._find(name)[0]
+
+    def __contains__(self, name: object) -> bool:
+        return name in tuple(self)
+
+    def __iter__(self) -> Iterator[str]:
+        while self._modules:
+            importlib.import_module(self._modules.pop(0))
+        return iter(sorted(self._entries))
+
+    def version(self, name: str) -> int:
+        """The version of an entry; raises MethodError if there is none of that name."""
+        return self._find(name)[1]
+
+    def _find(self, name: str) -> tuple[T, int]:
+        if name not in self._entries and name not in tuple(self):
+            close = difflib.get_close_matches(name, self._entries, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise MethodError(
+                f"Unknown {self._kind} {name!r}; use one of {', '.join(self)}, or register your own.{hint}"
+            )
+        return self._entries[name]
+
+
+def versions(*components: str) -> dict[str, int]:
+    """Components with their versions, as keys of stores hold them.
+
+    Args:
+        components: names in `VERSIONS`, or a kind and a registered name, e.g. "model mlp".
+    """
+    found = {}
+    for component in components:
+        kind, _, name = component.rpartition(" ")
+        found[component] = VERSIONS[component] if component in VERSIONS else REGISTRIES[kind].version(name)
+    return found

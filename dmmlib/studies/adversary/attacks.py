@@ -1,0 +1,86 @@
+"""Which points to ask a service to delete, so that a target chosen after training is answered wrongly.
+
+All requests are indices of training points. The attacker's own come from `Poison`: to move the parameters along d, the
+direction in which the target's margin falls fastest in the subspace, take the convex coordinates lambda of the point
+where d leaves the simplex, keep of group i the share lambda_i / max lambda and delete the rest: what is kept pulls to
+sum_i lambda_i v_i / max lambda, a multiple of d, as the whole simplex pulled nowhere.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from dmmlib.datamodels import Attributor
+from dmmlib.errors import OptionError
+from dmmlib.metrics import right_logits
+from dmmlib.studies.adversary.crafting import Poison
+from dmmlib.studies.adversary.simplex import apportion, farthest
+
+
+class Datamodel(Attributor, Protocol):
+    """An attributor of any number of requests at a time."""
+
+    def change(self, masks: np.ndarray) -> np.ndarray:
+        """Change of logits, in the margin gauge, (k, n_points, n_classes) of models trained on each of some masks."""
+        ...
+
+
+def wanted(target: np.ndarray) -> np.ndarray:
+    """d (k,), of length 1, for the coordinates (k,) of the target's margin."""
+    return -target / max(float(np.linalg.norm(target)), 1e-12)
+
+
+def delete_groups(
+    poison: Poison, target: np.ndarray, size: int | None = None, left: np.ndarray | None = None
+) -> np.ndarray:
+    """Positions in the poison that DDPA asks to delete for a target.
+
+    Args:
+        poison: the attacker's points.
+        target: coordinates (k,) of the target's margin.
+        size: points to delete; by default as many as the convex combination says.
+        left: which points are still there, bool (p,); all by default.
+
+    Raises:
+        OptionError: for more points than the attacker has left.
+    """
+    there = np.ones(len(poison), bool) if left is None else left
+    if size is not None and not 1 <= size <= there.sum():
+        raise OptionError(f"{size} points to delete were asked for, but the attacker has {there.sum()}; ask for fewer.")
+    shares = farthest(poison.vertices, wanted(target))
+    available = np.array([(there & (poison.group == i)).sum() for i in range(len(shares))])
+    exact = (1 - shares / shares.max()) * available
+    counts = apportion(exact, round(exact.sum()) if size is None else size, available)
+    serves = poison.coordinates @ target  # by how much the margin rises if the point is deleted
+    parts = []
+    for i, count in enumerate(counts):
+        members = np.flatnonzero(there & (poison.group == i))
+        parts.append(members[np.argsort(serves[members], kind="stable")[:count]])
+    return np.sort(np.concatenate(parts))
+
+
+def most_harmful(influence: np.ndarray, size: int, allowed: np.ndarray) -> np.ndarray:
+    """The `size` allowed training points whose deletion lowers the target's margin most.
+
+    Args:
+        influence: change of the margin on deletion of each training point (n_train,).
+        size: how many.
+        allowed: indices to choose from.
+    """
+    return np.sort(allowed[np.argsort(influence[allowed], kind="stable")[:size]])
+
+
+def datamodel_influence(model: Datamodel, labels: np.ndarray, n_train: int, points: np.ndarray) -> np.ndarray:
+    """Change of the margins of some points (t,) on deletion of each training point (t, n_train), by a datamodel.
+
+    Args:
+        model: in the margin gauge.
+        labels: of all points.
+        n_train: training points.
+        points: positions among all.
+    """
+    without = np.array_split(~np.eye(n_train, dtype=bool), -(-n_train // 100))
+    rows = [right_logits(model.change(masks), labels)[:, points] for masks in without]
+    return np.concatenate(rows).T

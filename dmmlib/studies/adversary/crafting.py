@@ -1,0 +1,161 @@
+"""Poison: points that pull a model's parameters towards the vertices of a simplex, within a bound on their pixels.
+
+Group i of k + 1 is to move the parameters towards vertex v_i, so each of its points (x, y) is chosen, and its pixels
+changed by at most epsilon, to raise
+
+    p |cos|^angle,    p = -c . v_i / ||v_i||,    cos = p / ||c||,    c the coordinates of its loss's gradient:
+
+gradient matching in the subspace (`subspace`). With angle 0 only the length of the pull towards the vertex counts, the
+higher it is the more a pull aside counts against it. The base images are the attacker's own, chosen so that the pulls
+of all groups cancel (`_choose`). *Clean* labels leave the base image its true label; *dirty* ones give it any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmmlib.errors import OptionError
+from dmmlib.studies.adversary.subspace import Subspace
+
+Prepare = Callable[[Tensor], Tensor]
+"""Images (n, height, width, channels) with values from 0 to 1 to what models take, differentiable."""
+
+
+@dataclass(frozen=True)
+class Poison:
+    """What the attacker contributes, and what it expects of it.
+
+    Attributes:
+        images: uint8 (p, height, width, channels).
+        labels: (p,).
+        bases: the images before their pixels were changed.
+        group: vertex that each point pulls towards (p,).
+        coordinates: of the gradients of their losses (p, k): deleting a point adds them to z.
+        vertices: of the simplex (k + 1, k).
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    bases: np.ndarray
+    group: np.ndarray
+    coordinates: np.ndarray
+    vertices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def balance(self) -> float:
+        """Length of the sum of all pulls relative to the mean length of a group's: 0 if they cancel."""
+        pulls = np.stack([self.coordinates[self.group == i].sum(0) for i in range(len(self.vertices))])
+        return float(np.linalg.norm(pulls.sum(0)) / np.linalg.norm(pulls, axis=1).mean())
+
+    @property
+    def alignment(self) -> float:
+        """Mean cosine between the pull of a point and the direction of its vertex."""
+        unit = self.vertices / np.linalg.norm(self.vertices, axis=1, keepdims=True)
+        pulls = -self.coordinates
+        return float(((pulls * unit[self.group]).sum(1) / np.maximum(np.linalg.norm(pulls, axis=1), 1e-12)).mean())
+
+
+def _pull(c: Tensor, unit: Tensor, angle: float) -> Tensor:
+    """What the module raises, for coordinates (..., k) and directions that go with them."""
+    along = -(c * unit).sum(-1)
+    length = torch.linalg.vector_norm(c, dim=-1).clamp(min=1e-12)
+    return along * (along.abs() / length) ** angle if angle else along
+
+
+def craft(
+    subspace: Subspace,
+    vertices: np.ndarray,
+    images: np.ndarray,
+    labels: np.ndarray,
+    prepare: Prepare,
+    size: int,
+    *,
+    epsilon: int = 16,
+    dirty: bool = False,
+    angle: float = 0.0,
+    steps: int = 20,
+) -> Poison:
+    """Craft `size` points in groups as equal as can be, one a vertex.
+
+    Args:
+        subspace: where, and at which models, gradients are matched.
+        vertices: of the simplex (k + 1, k).
+        images, labels: the attacker's pool, uint8 (m, height, width, channels) and (m,); each is used once at most.
+        prepare: from images to what the models take.
+        size: points, at least one a vertex.
+        epsilon: bound on the change of a pixel, of 255; 0 leaves the images as they are.
+        dirty: labels may be any class.
+        angle: exponent of the module's formula, 0 or more.
+        steps: of signed gradient ascent on the pixels.
+
+    Raises:
+        OptionError: for a size, bound or pool that does not do.
+    """
+    groups = len(vertices)
+    if not groups <= size <= len(images):
+        raise OptionError(
+            f"{size} poisoned points for {groups} groups from {len(images)} images; use {groups} to that."
+        )
+    if not 0 <= epsilon <= 255 or epsilon != int(epsilon):
+        raise OptionError(f"The bound epsilon={epsilon} was given; use a whole number of 255ths, 0 to 255.")
+    device = subspace.models.device
+    unit = torch.from_numpy(vertices / np.linalg.norm(vertices, axis=1, keepdims=True)).float().to(device)
+    base = torch.from_numpy(images).to(device).float() / 255
+    with torch.no_grad():
+        c = subspace.of_losses(prepare(base))  # (m, n_classes, k)
+    scores = torch.stack([-_pull(c, u, angle) for u in unit]).cpu().numpy()  # (groups, m, n_classes)
+    if not dirty:
+        others = np.arange(scores.shape[2]) != labels[:, None]
+        scores[:, others] = np.inf
+    chosen, given = _choose(scores, -c.cpu().numpy(), size)
+    group = np.arange(size) % groups
+    given_labels = torch.from_numpy(given).to(device)
+    rows, low, high = torch.arange(size, device=device), base[chosen] - epsilon / 255, base[chosen] + epsilon / 255
+
+    def coordinates(x: Tensor) -> Tensor:
+        return subspace.of_losses(prepare(x))[rows, given_labels]
+
+    x = base[chosen].clone()
+    for t in range(steps if epsilon else 0):
+        x.requires_grad_(True)
+        (slope,) = torch.autograd.grad(_pull(coordinates(x), unit[group], angle).sum(), x)
+        rate = 2.5 * epsilon / 255 / steps * (1 if t < steps // 2 else 0.5)
+        x = (x.detach() + rate * slope.sign()).clamp(low, high).clamp(0, 1)
+    with torch.no_grad():
+        x = (x * 255).round().clamp(0, 255) / 255
+        final = coordinates(x).cpu().numpy()
+    pixels = (x * 255).round().to(torch.uint8).cpu().numpy()
+    return Poison(pixels, given, images[chosen], group, final, vertices)
+
+
+def _choose(scores: np.ndarray, pulls: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels (size,) for groups in turn, each time the best of those left that do not add to the imbalance.
+
+    Groups are to cancel, so a point's pull must not point along the sum of all that were chosen before it; the best
+    image is taken regardless where every one does.
+
+    Args:
+        scores: (groups, m, n_classes), low is good.
+        pulls: (m, n_classes, k).
+        size: points.
+    """
+    best, label = scores.min(2), scores.argmin(2)  # (groups, m)
+    order = np.argsort(best, 1, kind="stable")
+    free, total = np.ones(pulls.shape[0], bool), np.zeros(pulls.shape[2])
+    chosen = np.empty(size, int)
+    for j in range(size):
+        i = j % len(order)
+        left = order[i][free[order[i]]]
+        cancels = left[(pulls[left, label[i, left]] @ total <= 0) & (best[i, left] < 0)]
+        chosen[j] = cancels[0] if len(cancels) else left[0]
+        free[chosen[j]] = False
+        total += pulls[chosen[j], label[i, chosen[j]]]
+    return chosen, label[np.arange(size) % len(order), chosen].astype(np.int64)

@@ -1,0 +1,364 @@
+"""The attacks of notebook 08: who contributes what, who asks for what, and what retraining makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.special import expit
+from torch import Tensor
+
+from dmmlib import attribution, metrics
+from dmmlib.attribution import bayesian
+from dmmlib.attribution.base import calibrated
+from dmmlib.attributors.kernel import gradient_kernel, kernel_response
+from dmmlib.datamodels import Attributor
+from dmmlib.execution import Execution
+from dmmlib.studies.adversary import attacks, simplex
+from dmmlib.studies.adversary.attacks import Datamodel
+from dmmlib.studies.adversary.crafting import Poison
+from dmmlib.studies.adversary.service import COMPONENTS, Monitor
+from dmmlib.studies.adversary.settings import AdversarySettings
+from dmmlib.studies.adversary.stable_region import Region, stable_region
+from dmmlib.studies.adversary.subspace import Subspace, gradients
+from dmmlib.studies.adversary.world import Logits, Site, World, check_targets, retrain, sites, together
+
+ATTACKS = {
+    "ddpa_clean": "DDPA, clean labels",
+    "ddpa_dirty": "DDPA, dirty labels",
+    "surrogate_clean": "DDPA by surrogate, clean",
+    "surrogate_dirty": "DDPA by surrogate, dirty",
+    "random": "random, own points",
+    "camouflage": "camouflage, target known",
+    "honest_datamodel": "honest points, datamodel",
+    "honest_gradient": "honest points, gradients",
+    "never_trained": "never trained (unchecked)",
+}
+
+
+# --- geometry ------------------------------------------------------------------------------------------
+
+
+def regions(world: World, subspace: Subspace, reach: float) -> dict[str, Region]:
+    """Stable regions of the first two models' training loss along the subspace, and along as many of highest curvature.
+
+    Radii are in multiples of how far the poison reaches, lengths those of the subspace's own metric.
+    """
+    s, known = world.s, world.known
+    sharp = Subspace.of(known, known.x, known.y, subspace.k)
+    cases = [(f"towards targets, model {i + 1}", subspace, i) for i in range(min(2, known.models.n_models))]
+    cases += [("highest curvature, model 1", sharp, 0)]
+    return {
+        name: stable_region(
+            space.loss(known.x, known.y, model),
+            space.k,
+            [reach * r for r in s.radii],
+            s.tolerance,
+            s.n_polyhedra,
+            np.random.default_rng([s.seed, 2, model]),
+        )
+        for name, space, model in cases
+    }
+
+
+def reach(poison: Poison) -> float:
+    """How far a whole group is to move the parameters: mean length of the groups' summed pulls."""
+    pulls = [poison.coordinates[poison.group == i].sum(0) for i in range(len(poison.vertices))]
+    return float(np.linalg.norm(pulls, axis=1).mean())
+
+
+def energies(world: World, damping: float, x: Tensor, y: Tensor) -> np.ndarray:
+    """Squared lengths (m,) of the gradients of margins, phi . A^-1 phi, at the models that the attacker knows."""
+    metric = world.known.damped(damping)
+    total = torch.zeros(len(x), device=x.device)
+    for i in range(metric.models.n_models):
+        g = gradients(metric.models, i, x, y)
+        total += (g * metric.solve(i, g)).sum(1) / metric.models.n_models
+    return total.cpu().numpy()
+
+
+def covered(s: AdversarySettings) -> pd.DataFrame:
+    """Volume of the regular simplex over its ball's: in closed form, and by sampling, a row a dimension."""
+    rng = np.random.default_rng([s.seed, 3])
+    rows = []
+    for k in s.volume_ks:
+        share, error = simplex.sampled_share(simplex.regular(k), s.volume_samples, rng)
+        rows.append({"k": k, "theory": simplex.volume_share(k), "sampled": share, "error": 1.96 * error})
+    return pd.DataFrame(rows)
+
+
+# --- crafting ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Crafted:
+    """One kind of DDPA.
+
+    Attributes:
+        dirty: its labels.
+        damping, angle: as chosen on the tuning targets.
+        subspace: at the models that the attacker knows, or at its own.
+        poison: for it.
+        tried: a row a setting: change of the tuning targets' margins after retraining, and how the pulls cancel.
+    """
+
+    dirty: bool
+    damping: float
+    angle: float
+    subspace: Subspace
+    poison: Poison
+    tried: pd.DataFrame
+
+
+def ddpa(
+    world: World, poison: Poison, subspace: Subspace, targets: np.ndarray, size: int | None = None
+) -> list[np.ndarray]:
+    """DDPA's request for each target: training points to delete, half of the poison unless `size` says otherwise."""
+    first = world.s.n - len(poison)
+    coordinates = subspace.of_margins(*world.of_targets(targets))
+    return [first + attacks.delete_groups(poison, c, size or len(poison) // 2) for c in coordinates]
+
+
+def choose(world: World, dirty: bool) -> Crafted:
+    """The damping and angle whose requests lower the tuning targets' margins most after retraining."""
+    s = world.s
+    spaces = {damping: world.subspace(s.k, damping) for damping in s.dampings}
+    cases = [(damping, angle) for damping in s.dampings for angle in s.angles]
+    poisons = [world.craft(spaces[damping], dirty=dirty, angle=angle) for damping, angle in cases]
+    asked = [ddpa(world, p, spaces[damping], world.tuning) for p, (damping, _) in zip(poisons, cases, strict=True)]
+    done = together(world, [(p.images, p.labels) for p in poisons], s.n_models, asked, 1)
+    found = [site.outcomes(world.tuning, retrained) for site, retrained in done]
+    changes = [float((table["margin"] - table["margin before"]).mean()) for table in found]
+    tried = pd.DataFrame(cases, columns=["damping", "angle"]).assign(
+        **{"labels": "dirty" if dirty else "clean", "change of margin": changes},
+        balance=[p.balance for p in poisons],
+        alignment=[p.alignment for p in poisons],
+    )
+    best = int(np.argmin(changes))
+    damping, angle = cases[best]
+    return Crafted(dirty, damping, angle, spaces[damping], poisons[best], tried)
+
+
+def by_surrogate(world: World, crafted: Crafted) -> Crafted:
+    """The same attack, crafted and planned on models of other seeds and of the attacker's own data."""
+    space = world.subspace(crafted.subspace.k, crafted.damping, white=False)
+    return replace(crafted, subspace=space, poison=world.craft(space, dirty=crafted.dirty, angle=crafted.angle))
+
+
+# --- requests ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Requests of one attack, a target each.
+
+    Attributes:
+        attack: its name in `ATTACKS`.
+        sites: what was trained, one for all targets or one a target.
+        requests: training points to delete, a request a target.
+        retrained: logits (T, n_models, n_points, n_classes) of models without them.
+        attributors: of the sites, for the methods that go by a datamodel.
+    """
+
+    attack: str
+    sites: list[Site]
+    requests: list[np.ndarray]
+    retrained: Logits
+    attributors: Sequence[Attributor]
+
+    def site(self, t: int) -> Site:
+        return self.sites[t % len(self.sites)]
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """An attributor that was asked already: `change` (n_points, n_classes) is its answer for the one request."""
+
+    change: np.ndarray
+
+    def effect(self, forget: Sequence[int] | np.ndarray) -> np.ndarray:
+        return self.change
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that is served.
+
+    Attributes:
+        crafted: attack -> how DDPA was crafted, by white box and by surrogate.
+        asked: attack -> its requests.
+        places: the training sets "honest" and those of `crafted`.
+        monitors: the service's datamodel of each of them.
+        hidden: camouflaged poison, a target each.
+        watched: scores of camouflage's requests, and of honest ones for the same training sets; see `watch`.
+    """
+
+    crafted: dict[str, Crafted]
+    asked: dict[str, Asked]
+    places: dict[str, Site]
+    monitors: dict[str, Monitor]
+    hidden: list[Poison]
+    watched: pd.DataFrame
+
+
+def prepare(world: World) -> Prepared:
+    """Craft, train, choose requests for every target, and retrain for each of them.
+
+    All requests delete equally many points, half of what the attacker contributed.
+    """
+    s, targets, size = world.s, world.targets, world.half
+    crafted = {"ddpa_clean": choose(world, dirty=False), "ddpa_dirty": choose(world, dirty=True)}
+    crafted |= {name.replace("ddpa", "surrogate"): by_surrogate(world, c) for name, c in crafted.items()}
+    nobody = (world.data.x_train[:0], world.data.y_train[:0])
+    made = sites(world, [nobody, *((c.poison.images, c.poison.labels) for c in crafted.values())], s.n_models)
+    places = dict(zip(("honest", *crafted), made, strict=True))
+    honest = places["honest"]
+    check_targets(honest.logits, world.data.y, targets, s.n)
+    monitors = {name: fit_datamodel(world, site) for name, site in places.items()}
+    requests = {name: ddpa(world, c.poison, c.subspace, targets, size) for name, c in crafted.items()}
+    rng = np.random.default_rng([s.seed, 5])
+    requests["random"] = [np.sort(rng.choice(places["ddpa_dirty"].own, size, replace=False)) for _ in targets]
+    influences = {
+        "honest_datamodel": attacks.datamodel_influence(
+            monitors["honest"].datamodel, honest.data.y, s.n, s.n + targets
+        ),
+        "honest_gradient": world.known.influence(*world.of_targets(targets)),
+    }
+    for name, influence in influences.items():
+        requests[name] = [attacks.most_harmful(row, size, np.arange(s.n)) for row in influence]
+    homes = {"random": "ddpa_dirty"} | dict.fromkeys(influences, "honest")
+    asked = {}
+    for name, wanted in requests.items():
+        home = homes.get(name, name)
+        after = retrain(world, places[home], wanted, s.n_models)
+        asked[name] = Asked(name, [places[home]], wanted, after, [monitors[home].datamodel])
+    asked["camouflage"], hidden, watched = camouflage(world)
+    asked["never_trained"] = never_trained(world, honest, asked["camouflage"], s.n_models)
+    return Prepared(crafted, asked, places, monitors, hidden, watched)
+
+
+def fit_datamodel(world: World, site: Site) -> Monitor:
+    """The service's Bayesian datamodel of a site (`attribution.bayesian`), and what scores requests by it."""
+    s, n = world.s, site.data.n_train
+    rng = np.random.default_rng([s.seed, 4])
+    masks = rng.random((s.n_subsets, n)).argsort(1) < round(s.fraction * n)
+    models = world.victim.train(site.x[:n], site.data.y_train, masks, rng.integers(0, 2**31, s.n_subsets).tolist())
+    outputs = metrics.margin_gauge(models.logits(site.x).numpy(), site.data.y)
+    context = attribution.Context(site.x, site.y, masks, outputs, models=models)
+    t = gradient_kernel(site.originals[:4], site.x[:n], site.y[:n], n, s.damping).transfer
+    response = kernel_response(context, 0.1, "measured", "subsets", 20)  # predicts hundreds of requests in a moment
+    return monitor(bayesian.fit(context, response, 0.2), context, t)
+
+
+def monitor(datamodel: Datamodel, context: attribution.Context, t: np.ndarray) -> Monitor:
+    """With residuals 1 - p of the context's subset models, and the kernel T (n_train, n_points)."""
+    n = context.n_train
+    residual = expit(-context.margins[:, :n]).mean(0)
+    return Monitor(datamodel, context.labels, residual[:, None] * t[:, :n] * residual, context.seed)
+
+
+def camouflage(world: World) -> tuple[Asked, list[Poison], pd.DataFrame]:
+    """Poison for each target alone: the simplex of k = 1, whose two groups pull its margin down, and up.
+
+    While both are there they cancel; the request deletes the one that holds the target up. Hidden poison of Di et al.,
+    "Hidden Poison: Machine Unlearning Enables Camouflaged Poisoning Attacks" (NeurIPS 2023), in the notation of DDPA.
+    The service has a gradient kernel of each of these training sets, scaled on a few subset models: nobody can train a
+    hundred for every target.
+
+    Returns:
+        The requests, the poison, and what the service's scores say (`watch`).
+    """
+    s, n = world.s, world.s.n
+    poisons, requests = hidden(world)
+    pairs = [(p.images, p.labels) for p in poisons]
+    done = together(world, pairs, s.n_models, [[r] for r in requests], s.n_models)
+    masks = np.random.default_rng([s.seed, 6]).random((s.camouflage_subsets, n)).argsort(1) < n // 2
+    subsets = together(world, pairs, 0, [[np.flatnonzero(~mask) for mask in masks]] * len(pairs), 1, seed=40_000)
+    n_honest = -(-s.n_honest // len(pairs))
+
+    def judge(t: int) -> tuple[Predicted, pd.DataFrame]:
+        site, outputs = done[t][0], metrics.margin_gauge(subsets[t][1][:, 0], done[t][0].data.y)
+        context = attribution.Context(site.x, site.y, masks, outputs)
+        kernel = gradient_kernel(site.originals[:2].clone(), site.x, site.y, n, s.damping).transfer
+        weights = expit(-context.margins[:, :n]).mean(0)[:, None] * kernel
+        its = monitor(calibrated(context, weights), context, kernel)
+        watched = watch(world, its, site, "camouflage", {"camouflage": [requests[t]]}, n_honest, t)
+        return Predicted(its.datamodel.effect(requests[t])), watched
+
+    judged = list(threads(world).run(judge, range(len(pairs))))
+    asked = Asked("camouflage", [site for site, _ in done], requests, [z[0] for _, z in done], [p for p, _ in judged])
+    return asked, poisons, pd.concat([table for _, table in judged], ignore_index=True)
+
+
+def hidden(world: World) -> tuple[list[Poison], list[np.ndarray]]:
+    """Camouflaged poison for each target, and the request that uncovers it."""
+    x, y = world.of_targets(world.targets)
+
+    def make(t: int) -> tuple[Poison, np.ndarray]:
+        line = Subspace.of(world.known, x[[t]], y[[t]], 1)
+        poison = world.craft(line, dirty=False, angle=0.0)
+        return poison, ddpa(world, poison, line, world.targets[[t]])[0]
+
+    poisons, requests = zip(*(make(t) for t in range(len(world.targets))), strict=True)
+    return list(poisons), list(requests)
+
+
+def never_trained(world: World, honest: Site, camouflaged: Asked, n_models: int) -> Asked:
+    """Requests for points that hold a target up and were never contributed: an unchecked service "forgets" them.
+
+    In the manner of "unlearn and burn". They are the points that `camouflage` would ask to delete, and stand behind the
+    training points, in no model's training set, so that retraining without them is training again: `n_models` for all.
+    """
+    s, data = world.s, honest.data
+    again = world.victim.train(
+        honest.x[: s.n], data.y_train, np.ones((n_models, s.n), bool), [30_000 + i for i in range(n_models)]
+    )
+    made, requests, retrained = [], [], []
+    for t, forget in enumerate(camouflaged.requests):
+        poisoned = camouflaged.site(t).data
+        extended = replace(
+            data,
+            x_train=np.concatenate([data.x_train, poisoned.x_train[forget]]),
+            y_train=np.concatenate([data.y_train, poisoned.y_train[forget]]),
+        )
+        x = world.victim.points(extended.x)
+        made.append(Site(extended, np.zeros(0, int), x, honest.originals, honest.originals.logits(x).numpy()))
+        requests.append(s.n + np.arange(len(forget)))
+        retrained.append(again.logits(x).numpy())
+    none = [Predicted(np.zeros(site.logits.shape[1:], np.float32)) for site in made]  # no subset held them: no effect
+    return Asked("never_trained", made, requests, retrained, none)
+
+
+def threads(world: World) -> Execution:
+    """One job a thread; not for what takes forward-mode derivatives, of which torch keeps one level for all threads."""
+    return Execution(chunk=1, workers=world.victim.execution.workers)
+
+
+# --- the service's view --------------------------------------------------------------------------------
+
+
+def watch(
+    world: World,
+    monitor: Monitor,
+    site: Site,
+    name: str,
+    requests: Mapping[str, Sequence[np.ndarray]],
+    n_honest: int,
+    stream: int = 0,
+) -> pd.DataFrame:
+    """Scores of attacks' requests, and of `n_honest` honest ones of each kind for the same training set: a row each.
+
+    Honest requests are as large as the attacks', and of two kinds: random points, and images alike (`World.album`).
+    The service knows neither who is honest nor the attacker's models.
+    """
+    rng = np.random.default_rng([world.s.seed, 8, stream])
+    honest = site.data.n_train - len(site.own)
+    random = [np.sort(rng.choice(honest, world.half, replace=False)) for _ in range(n_honest)]
+    alike = [world.album(world.half, honest, rng) for _ in range(n_honest)]
+    rows = [("honest, random", False, r) for r in random] + [("honest, images alike", False, r) for r in alike]
+    rows += [(attack, True, r) for attack, asked in requests.items() for r in asked]
+    table = pd.DataFrame([row[:2] for row in rows], columns=["request", "malicious"]).assign(site=name)
+    return table.join(pd.DataFrame(monitor.scores([r for *_, r in rows]), columns=[*COMPONENTS, "score"]))

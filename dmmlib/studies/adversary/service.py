@@ -1,0 +1,167 @@
+"""What a service that unlearns does with a request before it serves it: check it, and score what it would do.
+
+**Check.** A request names points by content. Each must be in the training set, and the requester's own; what was never
+trained on cannot be unlearned, and a method that descends or ascends on it is only being steered ("unlearn and burn").
+
+**Score.** Three numbers that a datamodel and the service's own gradients give, each in standard deviations above
+requests of random training points of the same size; their mean is the score.
+
+- *validation*, *retain*: root mean square of the predicted change of margins on those points. One request that acts
+  together moves answers in proportion to its size, random points by its root.
+- *leverage*: length of the predicted displacement of the parameters, in their own metric: with r the residuals 1 - p of
+  the request's points and phi their margins' gradients, (r_F . Phi_F A^-1 Phi_F^T r_F)^(1/2) (`subspace`). The matrix
+  Phi A^-1 Phi^T is the gradient kernel's T between training points (`attribution.kernel`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dmmlib.attribution.base import indicator
+from dmmlib.data import Dataset
+from dmmlib.errors import DataError, ForgetSetError
+from dmmlib.metrics import Estimate, right_logits
+from dmmlib.studies.adversary.attacks import Datamodel
+
+COMPONENTS = ("validation", "retain", "leverage")
+
+
+def _content(image: np.ndarray, label: int) -> bytes:
+    return hashlib.sha256(
+        np.ascontiguousarray(image).tobytes() + int(label).to_bytes(8, "little", signed=True)
+    ).digest()
+
+
+def resolve(
+    data: Dataset, images: np.ndarray, labels: np.ndarray | Sequence[int], own: np.ndarray | None = None
+) -> np.ndarray:
+    """Indices (k,) of the training points that a request names by content.
+
+    Args:
+        data: what was trained on.
+        images, labels: of the request, uint8 (k, height, width, channels) and (k,).
+        own: indices of the requester's points; everybody's if None.
+
+    Raises:
+        DataError: for images of another shape or type.
+        ForgetSetError: for a point that was never trained on, that is named twice, or that is not the requester's.
+    """
+    images, labels = np.asarray(images), np.asarray(labels)
+    if images.dtype != data.x_train.dtype or images.shape[1:] != data.x_train.shape[1:] or len(images) != len(labels):
+        raise DataError(
+            f"The request has {images.dtype} images of shape {images.shape} and {len(labels)} labels; give "
+            f"{data.x_train.dtype} images of shape {data.x_train.shape[1:]} and a label each."
+        )
+    places: dict[bytes, list[int]] = {}
+    for i, (image, label) in enumerate(zip(data.x_train, data.y_train, strict=True)):
+        places.setdefault(_content(image, label), []).append(i)
+    found = []
+    for j, (image, label) in enumerate(zip(images, labels, strict=True)):
+        there = places.get(_content(image, label), [])
+        if not there:
+            raise ForgetSetError(
+                f"Point {j} of the request was never in the training set, so there is nothing to unlearn; ask for "
+                "points as they were contributed."
+            )
+        index = next((i for i in there if i not in found), None)
+        if index is None:
+            raise ForgetSetError(f"Point {j} of the request is named more often than it is held; name it once.")
+        found.append(index)
+    return check_owner(np.array(found, np.int64), own)
+
+
+def check_owner(forget: np.ndarray, own: np.ndarray | None) -> np.ndarray:
+    """`forget` if all of it is the requester's.
+
+    Raises:
+        ForgetSetError: if a point is someone else's.
+    """
+    if own is not None:
+        others = np.setdiff1d(forget, own)
+        if len(others):
+            raise ForgetSetError(
+                f"Point {others[0]} is not the requester's, nor are {len(others) - 1} others; ask for your own points."
+            )
+    return forget
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """Scores requests before they are served.
+
+    Attributes:
+        datamodel: of the training set, in the margin gauge.
+        labels: of all points.
+        gram: T_ij r_i r_j (n_train, n_train), the energy of displacements that deletions add up to.
+        rng_seed: of the random requests that scores are relative to.
+        n_random: of them a size.
+    """
+
+    datamodel: Datamodel
+    labels: np.ndarray
+    gram: np.ndarray
+    rng_seed: int = 0
+    n_random: int = 100
+
+    def components(self, requests: Sequence[np.ndarray]) -> np.ndarray:
+        """The three numbers (k, 3) of each request, in margins and in lengths."""
+        n = len(self.gram)
+        gone = np.stack([indicator(forget, n) for forget in requests])
+        square = right_logits(self.datamodel.change(gone == 0), self.labels) ** 2
+        retain = (square[:, :n] * (1 - gone)).sum(1) / (1 - gone).sum(1)
+        energy = np.maximum(((gone @ self.gram) * gone).sum(1), 0)
+        return np.sqrt(np.stack([square[:, n:].mean(1), retain, energy], 1))
+
+    def scores(self, requests: Sequence[np.ndarray]) -> np.ndarray:
+        """Standard deviations above random requests of the same size: (k, 4), the last the mean of the three.
+
+        Raises:
+            ForgetSetError: for indices that are no proper part of the training set.
+        """
+        found = self.components(requests)
+        z = np.empty((len(requests), len(COMPONENTS) + 1))
+        sizes = np.array([len(r) for r in requests])
+        for size in np.unique(sizes):
+            rng = np.random.default_rng([self.rng_seed, int(size)])
+            random = [rng.choice(len(self.gram), size, replace=False) for _ in range(self.n_random)]
+            usual = self.components(random)
+            here = sizes == size
+            z[here, :-1] = (found[here] - usual.mean(0)) / np.maximum(usual.std(0, ddof=1), 1e-12)
+        z[:, -1] = z[:, :-1].mean(1)
+        return z
+
+
+def roc(honest: np.ndarray, malicious: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """False alarms and detections (both (n_thresholds,)) as the threshold falls."""
+    thresholds = np.concatenate([[np.inf], np.sort(np.concatenate([honest, malicious]))[::-1]])
+    return (honest >= thresholds[:, None]).mean(1), (malicious >= thresholds[:, None]).mean(1)
+
+
+def area(honest: np.ndarray, malicious: np.ndarray) -> float:
+    """Area under the ROC: how often an attack's score is above an honest request's, ties counting half."""
+    return float((malicious[:, None] > honest).mean() + 0.5 * (malicious[:, None] == honest).mean())
+
+
+def detected(honest: np.ndarray, malicious: np.ndarray, alarms: float = 0.05) -> float:
+    """Share of attacks whose score is above all but the share `alarms` of the honest ones'."""
+    return float((malicious > np.sort(honest)[::-1][int(alarms * len(honest))]).mean())
+
+
+def resampled(
+    statistic: Callable[[np.ndarray, np.ndarray], float],
+    honest: np.ndarray,
+    malicious: np.ndarray,
+    n_bootstrap: int = 500,
+    seed: int = 0,
+) -> Estimate:
+    """A statistic of scores with a 95 % interval: honest and malicious requests are both resampled."""
+    rng = np.random.default_rng(seed)
+    draws = [
+        statistic(rng.choice(honest, len(honest)), rng.choice(malicious, len(malicious))) for _ in range(n_bootstrap)
+    ]
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return Estimate(statistic(honest, malicious), float(low), float(high))

@@ -1,0 +1,205 @@
+"""A few directions of parameter space that matter to many targets, for several models at once.
+
+To first order and with curvature, training on one more point whose loss has the gradient g moves a model's parameters
+by -A^-1 g, with A = sum of phi phi^T over the training points + mu I, phi the gradients of their margins: the
+Gauss-Newton step that gradient kernels rest on (`attribution.kernel`). Lengths of displacements are measured by A.
+
+The parameters of K models are one stacked vector, inner products the mean over models, A one block a model. Let G be
+the m x m matrix of phi_c . A^-1 phi_c' over m candidate points, with eigenvectors V and eigenvalues s. Then
+
+    w_j = sum_c V_cj s_j^(-1/2) A^-1 phi_c,    j = 1 .. k,
+
+are the k principal directions of the candidates, of length 1 and orthogonal in A, and serve twice: z in R^k stands for
+the displacement sum_j z_j w_j, and g has the coordinates g . w_j, so that training on a point adds minus its
+coordinates to z, deleting it adds them, and a margin with gradient phi changes by the product of coordinates. With the
+training points themselves as candidates they are the directions of highest curvature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad, jvp, vmap
+
+from dmmlib.attribution.gradients import margin
+from dmmlib.ensemble import Ensemble
+from dmmlib.errors import OptionError
+from dmmlib.optim import Tensors
+
+
+def gradients(models: Ensemble, i: int, x: Tensor, y: Tensor) -> Tensor:
+    """Gradients (n, n_weights) of the margins of points (n, ...) with labels (n,), in the weights of model i."""
+    models.module.eval()
+    params = {name: p[i] for name, p in models.params.items()}
+    buffers = {name: b[i] for name, b in models.buffers.items()}
+
+    def one(params: Tensors, point: Tensor, label: Tensor) -> Tensor:
+        return margin(functional_call(models.module, (params, buffers), (point[None],)), label[None])[0]
+
+    found = vmap(grad(one), in_dims=(None, 0, 0))(params, x, y)
+    return torch.cat([found[name].flatten(1) for name in params], 1)
+
+
+def _factors(phi: Tensor, lam: float) -> tuple[Tensor, Tensor]:
+    if not lam > 0:
+        raise OptionError(f"The damping lam={lam} was given; use a positive number, such as 0.3.")
+    kernels = phi @ phi.mT
+    mu = lam * kernels.diagonal(dim1=1, dim2=2).mean(1)
+    kernels.diagonal(dim1=1, dim2=2).add_(mu[:, None])
+    return torch.linalg.cholesky(kernels), mu
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A of the module's formula at each model, through the training points' gradients.
+
+    Attributes:
+        models: K models.
+        x, y: the points that they were trained on.
+        phi: gradients of those points' margins (K, n, n_weights).
+        factors: Cholesky factors of phi phi^T + mu I (K, n, n).
+        mu: what was added (K,).
+    """
+
+    models: Ensemble
+    x: Tensor
+    y: Tensor
+    phi: Tensor
+    factors: Tensor
+    mu: Tensor
+
+    @classmethod
+    def at(cls, models: Ensemble, x: Tensor, y: Tensor, lam: float) -> Metric:
+        """With mu = lam times the mean squared length of the gradients.
+
+        Raises:
+            OptionError: for a lam that is not positive.
+        """
+        phi = torch.stack([gradients(models, i, x, y) for i in range(models.n_models)])
+        return cls(models, x, y, phi, *_factors(phi, lam))
+
+    def damped(self, lam: float) -> Metric:
+        """The same with another damping."""
+        return Metric(self.models, self.x, self.y, self.phi, *_factors(self.phi, lam))
+
+    def solve(self, i: int, g: Tensor) -> Tensor:
+        """A^-1 g of model i for each row of g (m, n_weights)."""
+        phi = self.phi[i]
+        inner = torch.cholesky_solve(phi @ g.T, self.factors[i])
+        return (g - inner.T @ phi) / self.mu[i]
+
+    def influence(self, x: Tensor, y: Tensor) -> np.ndarray:
+        """Change of the margins of points (m, ...) when each training point is deleted: (m, n), mean over models.
+
+        phi . A^-1 g with g = -(1 - p) phi_i the gradient of the training point's loss, p its probability.
+        """
+        total = torch.zeros(len(x), len(self.x), device=x.device)
+        for i in range(self.models.n_models):
+            logits = self.models[i : i + 1].forward(self.x[None])[0]
+            residual = torch.sigmoid(-margin(logits, self.y))
+            total -= self.solve(i, gradients(self.models, i, x, y)) @ self.phi[i].T * residual
+        return (total / self.models.n_models).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """k directions at K models; see the module.
+
+    Attributes:
+        models: K models.
+        directions: name -> (k, K, ...), the parts w_j of the parameters of that name.
+        spectrum: s, largest first (m,); what is beyond k is lost.
+    """
+
+    models: Ensemble
+    directions: Tensors
+    spectrum: np.ndarray
+
+    @classmethod
+    def of(cls, metric: Metric, x: Tensor, y: Tensor, k: int) -> Subspace:
+        """The k principal directions of the candidate points (m, ...) with labels (m,).
+
+        Raises:
+            OptionError: for a k below 1 or above what the candidates span.
+        """
+        if not 1 <= k <= len(x):
+            raise OptionError(f"k={k} directions of {len(x)} candidate gradients were asked for; use 1 to {len(x)}.")
+        models = metric.models
+        solved, gram = [], torch.zeros(len(x), len(x), device=x.device)
+        for i in range(models.n_models):
+            g = gradients(models, i, x, y)
+            solved.append(metric.solve(i, g))
+            gram += g @ solved[-1].T / models.n_models
+        s, v = torch.linalg.eigh((gram + gram.T).double() / 2)
+        s, v = s.flip(0), v.flip(1)
+        rank = int((s > 1e-6 * s[0]).sum())
+        if k > rank:
+            raise OptionError(f"k={k} directions were asked for, but the candidates span {rank}; use 1 to {rank}.")
+        weights = (v[:, :k] / s[:k].sqrt()).T.float()
+        flat = torch.stack([weights @ part for part in solved], 1)  # (k, K, n_weights)
+        directions, first = {}, 0
+        for name, p in models.params.items():
+            size = p[0].numel()
+            directions[name] = flat[:, :, first : first + size].reshape(k, *p.shape)
+            first += size
+        return cls(models, directions, s.clamp(min=0).cpu().numpy())
+
+    @property
+    def k(self) -> int:
+        return len(next(iter(self.directions.values())))
+
+    def responses(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (K, n, n_classes) of points (n, ...), and their slopes along each direction (k, K, n, n_classes)."""
+        module = self.models.module.eval()
+
+        def one(params: Tensors, buffers: Tensors, direction: Tensors) -> tuple[Tensor, Tensor]:
+            logits, along = jvp(lambda p: functional_call(module, (p, buffers), (x,)), (params,), (direction,))[:2]
+            return logits, along
+
+        every_model = vmap(one, in_dims=(0, 0, 0))
+        logits, along = vmap(every_model, in_dims=(None, None, 0))(
+            self.models.params, self.models.buffers, self.directions
+        )
+        return logits[0], along
+
+    def of_losses(self, x: Tensor) -> Tensor:
+        """Coordinates (n, n_classes, k) of the gradients of the points' losses, were each class their label."""
+        logits, along = self.responses(x)
+        expected = (logits.softmax(-1) * along).sum(-1, keepdim=True)
+        return (expected - along).mean(1).permute(1, 2, 0)
+
+    def of_margins(self, x: Tensor, y: Tensor) -> np.ndarray:
+        """Coordinates (n, k) of the gradients of the points' margins."""
+        logits, along = self.responses(x)
+        right = torch.nn.functional.one_hot(y, logits.shape[-1]).to(logits)
+        others = logits.masked_fill(right.bool(), -torch.inf).softmax(-1)
+        return ((right - others) * along).sum(-1).mean(1).T.cpu().numpy()
+
+    def displaced(self, z: np.ndarray, model: int) -> Ensemble:
+        """Model number `model`, displaced by each row of z (n, k): n models."""
+        moves = torch.from_numpy(np.asarray(z, np.float32)).to(self.models.device)
+        params = {
+            name: self.models.params[name][model] + torch.tensordot(moves, w[:, model], dims=1)
+            for name, w in self.directions.items()
+        }
+        buffers = {name: b[model].expand(len(z), *b.shape[1:]) for name, b in self.models.buffers.items()}
+        return Ensemble(self.models.module, params, buffers)
+
+    def loss(self, x: Tensor, y: Tensor, model: int, block: int = 100) -> Callable[[np.ndarray], np.ndarray]:
+        """Mean cross-entropy on points (n, ...) of the model displaced by z, as a function of z (m, k)."""
+
+        def at(z: np.ndarray) -> np.ndarray:
+            losses = []
+            for first in range(0, len(z), block):
+                logits = self.displaced(z[first : first + block], model).logits(x)
+                flat = torch.nn.functional.cross_entropy(
+                    logits.flatten(0, 1), y.cpu().repeat(len(logits)), reduction="none"
+                )
+                losses.append(flat.view(len(logits), -1).double().mean(1).numpy())
+            return np.concatenate(losses)
+
+        return at

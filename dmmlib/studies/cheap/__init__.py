@@ -1,0 +1,1 @@
+"""What thousands of subset models buy, from a hundred (notebook 07)."""

@@ -1,0 +1,36 @@
+"""Ridge and logistic regression on images."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch.nn.functional import adaptive_avg_pool2d
+
+from dmmlib.data import Dataset
+from dmmlib.errors import DataError
+from dmmlib.models import normalise
+from dmmlib.studies.convex.logistic import Logistic
+from dmmlib.studies.convex.ridge import Ridge
+
+
+def image_features(data: Dataset, x: np.ndarray, side: int) -> np.ndarray:
+    """Images average-pooled to side x side, flattened, with a column of ones: (n, features + 1).
+
+    Pooling has no fitted part, so the features know nothing of F. Features of other data pass unchanged.
+    """
+    images = normalise(data, x)
+    if images.ndim == 4:
+        images = adaptive_avg_pool2d(images, side)
+    flat = images.flatten(1).double().numpy()
+    return np.concatenate([flat, np.ones((len(flat), 1))], axis=1)
+
+
+def image_problems(data: Dataset, n: int, side: int, ridge: float) -> tuple[Ridge, Logistic]:
+    """Ridge regression onto one-hot labels, and logistic regression, on the first n training images.
+
+    Raises:
+        DataError: if there are fewer.
+    """
+    if not 1 < n <= data.n_train:
+        raise DataError(f"{n} images were asked of {data.name!r}, which has {data.n_train}; ask for at most that.")
+    x, y = image_features(data, data.x_train[:n], side), data.y_train[:n]
+    return Ridge(x, np.eye(data.n_classes)[y], ridge), Logistic(x, y, ridge, data.n_classes)

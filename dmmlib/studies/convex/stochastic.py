@@ -1,0 +1,159 @@
+"""Stochastic iterations on least squares: runs, and their exact mean and second moment."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from dmmlib.errors import PresetError
+from dmmlib.studies.convex.synthetic import Synthetic
+
+
+@dataclass(frozen=True)
+class Stochastic:
+    """SGD on a least-squares problem, one row a step, drawn in proportion to its squared norm:
+
+        theta <- theta - relax x_i (x_i theta - y_i) / ||x_i||^2.
+
+    This is the randomised Kaczmarz method (Strohmer and Vershynin, 2009), i.e. SGD with importance sampling
+    (Needell, Srebro and Ward, 2014).
+
+    Attributes:
+        x, y: rows (q, d) and targets (q,).
+        relax: step size relative to the full projection, in (0, 1].
+    """
+
+    name: str
+    x: np.ndarray
+    y: np.ndarray
+    relax: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.relax <= 1:
+            raise PresetError(f"{self.name} was given relax={self.relax}; give a share of the full step in (0, 1].")
+
+    @property
+    def contraction(self) -> float:
+        """Bound on the factor a step of E||delta||^2 for full steps on a consistent problem.
+
+        1 - sigma_min^2 / ||X||_F^2 over X's non-zero singular values (Strohmer and Vershynin, theorem 2).
+        """
+        s = np.linalg.svd(self.x, compute_uv=False) ** 2
+        return float(1 - s[s > 1e-12 * s[0]].min() / s.sum())
+
+
+def sgd(case: Synthetic, relax: float = 1.0) -> Stochastic:
+    """SGD on R's loss. The ridge is d more examples sqrt(ridge) e_j with target 0."""
+    rest, d = case.retain, len(case.oracle)
+    x = np.concatenate([rest.x, math.sqrt(rest.ridge) * np.eye(d)])
+    return Stochastic("SGD on R", x, np.concatenate([rest.y[:, 0], np.zeros(d)]), relax)
+
+
+def match_sgd(case: Synthetic, relax: float = 1.0) -> Stochastic:
+    """SGD on matching the oracle's outputs on S."""
+    return Stochastic("OM on S, SGD", case.problem.x, (case.problem.x @ case.oracle)[:, 0], relax)
+
+
+def simulate(
+    method: Stochastic, theta: np.ndarray, steps: np.ndarray, n_chains: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Independent runs from theta (d,), kept after each number of steps: (n_steps, n_chains, d)."""
+    norms = np.sum(method.x**2, axis=1)
+    units, levels = method.x / np.sqrt(norms)[:, None], method.y / np.sqrt(norms)
+    cumulative = np.cumsum(norms / norms.sum())
+    chains = np.tile(theta, (n_chains, 1))
+    path = []
+    for ahead in np.diff(steps, prepend=0):
+        draws = rng.random((ahead, n_chains)) * cumulative[-1]
+        for chosen in np.searchsorted(cumulative, draws, side="right"):
+            u = units[chosen]
+            gap = levels[chosen] - np.einsum("ij,ij->i", u, chains)
+            chains += (method.relax * gap)[:, None] * u
+        path.append(chains.copy())
+    return np.stack(path)
+
+
+class Moments:
+    """The exact mean and second moment of delta = theta - theta_R under `Stochastic`, from the original.
+
+    With rows x_i drawn with p_i = ||x_i||^2 / ||X||_F^2, G = X^T X / ||X||_F^2 and residuals
+    e_i = y_i - x_i theta_R, where theta_R solves the least-squares problem (so that X^T e = 0), m = E delta and
+    M = E delta delta^T follow
+
+        m <- (I - relax G) m
+        M <- M - relax (G M + M G)
+               + relax^2 sum_i (x_i^T M x_i - 2 e_i x_i^T m + e_i^2) u_i u_i^T / ||X||_F^2
+
+    (u_i = x_i / ||x_i||): a linear map of (M, m, 1), whose powers give any number of steps.
+    """
+
+    def __init__(self, method: Stochastic, case: Synthetic) -> None:
+        x, relax, delta = method.x, method.relax, case.delta[:, 0]
+        d = x.shape[1]
+        dd = d * d
+        norms = np.sum(x**2, axis=1)
+        total = norms.sum()
+        e = method.y - (x @ case.oracle)[:, 0]
+        gram = x.T @ x / total
+        outer = (x[:, :, None] * x[:, None]).reshape(-1, dd)
+        scaled = outer * (relax**2 / (total * norms))[:, None]
+        identity = np.eye(d)
+        step = np.zeros((dd + d + 1, dd + d + 1))
+        step[:dd, :dd] = np.eye(dd) - relax * (np.kron(gram, identity) + np.kron(identity, gram)) + scaled.T @ outer
+        step[:dd, dd:-1] = -2 * scaled.T @ (e[:, None] * x)
+        step[:dd, -1] = scaled.T @ e**2
+        step[dd:-1, dd:-1] = identity - relax * gram
+        step[-1, -1] = 1
+        self._d, self._powers = d, [step]
+        self._start = np.concatenate([np.outer(delta, delta).ravel(), delta, [1.0]])
+
+    def _after(self, k: int, state: np.ndarray) -> np.ndarray:
+        """The state 2^k steps later."""
+        while len(self._powers) <= k:
+            self._powers.append(self._powers[-1] @ self._powers[-1])
+        return self._powers[k] @ state
+
+    def _squared(self, state: np.ndarray) -> float:
+        """E||delta||^2 relative to the first."""
+        diagonal = slice(0, self._d**2, self._d + 1)
+        return float(state[diagonal].sum() / self._start[diagonal].sum())
+
+    def expected(self, log2_steps: int) -> np.ndarray:
+        """sqrt(E||delta_t||^2) relative to the first, at `checkpoints(log2_steps)`."""
+        states = [self._start] + [self._after(k, self._start) for k in range(log2_steps + 1)]
+        return np.sqrt([self._squared(state) for state in states])
+
+    def floor(self) -> float:
+        """Where sqrt(E||delta_t||^2) ends, relative to the first."""
+        step, dd = self._powers[0], self._d**2
+        stationary = np.linalg.solve(np.eye(dd) - step[:dd, :dd], step[:dd, -1])
+        return math.sqrt(max(0.0, self._squared(stationary)))
+
+    def steps_to(self, fraction: float = 0.01, log2_limit: int = 40) -> float:
+        """Steps until sqrt(E||delta||^2) is `fraction` of the first; inf beyond 2 ** log2_limit."""
+        state, steps = self._start, 0
+        if self._squared(self._after(log2_limit, state)) > fraction**2:
+            return math.inf
+        for k in reversed(range(log2_limit)):
+            later = self._after(k, state)
+            if self._squared(later) > fraction**2:
+                state, steps = later, steps + 2**k
+        return steps + 1
+
+
+def sgd_cost(case: Synthetic, fraction: float = 0.01) -> float:
+    """Sample gradients after which SGD on R is `fraction` from the oracle, in root mean square.
+
+    With a constant step SGD ends at a floor. Its square is proportional to small steps, which gives a first
+    guess; from there the step is halved until the floor is below half of the goal.
+    """
+    small = 1e-3
+    relax = min(1.0, small * (0.6 * fraction / Moments(sgd(case, small), case).floor()) ** 2)
+    while relax > 1e-12:
+        moments = Moments(sgd(case, relax), case)
+        if moments.floor() < fraction / 2:
+            return moments.steps_to(fraction, log2_limit=45)
+        relax /= 2
+    return math.inf

@@ -1,0 +1,379 @@
+"""Noisy mini-batch SGD that can be unlearned exactly, thousands of independent chains at once.
+
+Ullah, Mai, Rao, Rossi, Arora, "Machine Unlearning via Algorithmic Stability", COLT 2021. With S the points that
+are present, a chain draws at each step t = 1 .. T a batch of m *slots*, each uniform on S and independent of
+the others, and
+
+    mu_t = average gradient of the batch at w_t,    v_t ~ N(mu_t, sigma^2 I),    w_{t+1} = project(w_t - lr v_t).
+
+The state is all of it: batches, means mu, noisy steps v (before the projection) and iterates w.
+
+**Deleting F** turns a chain on S (n points) into one on S' = S \\ F (n - f), changing as little as it can:
+
+1. *Batches.* Every slot that holds a point of F gets a uniform point of S'. A slot then holds i in S' with
+   probability 1/n + (f/n) / (n - f) = 1/(n - f): uniform on S', and still independent of all else. (Inserting
+   F: every slot is handed, with probability f/(n + f), to a uniform point of F: i of S stays with probability
+   (1/n) n/(n + f).)
+2. *Steps.* Walk the chain. Where the batch changed, mu became mu'. Keep v with probability
+   min(1, N(v; mu') / N(v; mu)). Kept values at y have density min(N(y; mu), N(y; mu')). Otherwise take
+   v' = mu + mu' - v: that map swaps the two densities, so refused values arrive at y with density
+   max(0, N(y; mu') - N(y; mu)). Together N(y; mu'), exactly. No coupling keeps more: the chance of refusal is
+   the total variation distance 2 Phi(||mu - mu'|| / 2 sigma) - 1.
+3. *The rest.* Up to the first refusal the iterates stand, so the next step meets the same w_t in both chains;
+   after it, draw the rest afresh on S'.
+
+Given a prefix with the law of training on S', each step extends it by the right conditional law whatever
+happened before (uniforms of acceptance are independent of all else), so by induction the *whole state* has the
+law of training on S', not only the last iterate; the next request meets a state as good as new, and a stream
+of any length stays exact. Two conditions: the requests must not depend on the chain's randomness (someone who
+picks them by looking at the models is not covered), and a generator must not be used again from the
+seed that made the state.
+
+The *subsample* variant has sigma = 0: a changed batch is always refused, with v' = mu'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from scipy.stats import binom, norm
+
+from dmmlib.errors import DataError, ForgetSetError, PresetError
+from dmmlib.studies.exact.problem import Problem, project
+
+Points = int | Sequence[int] | np.ndarray
+"""Points of a request: one, several, or an array (n_runs, k) with each run's own."""
+
+
+@dataclass(frozen=True)
+class SGD:
+    """How a chain is trained.
+
+    Attributes:
+        n_steps: T.
+        batch_size: m, slots a step.
+        lr: step size.
+        radius: of the ball that iterates are projected onto.
+        noise: sigma, standard deviation of each coordinate of the noise on the averaged gradient.
+        variant: "noisy", or "subsample" for no noise.
+
+    Raises:
+        PresetError: for numbers out of range, noise 0 with "noisy", or noise with "subsample".
+    """
+
+    n_steps: int
+    batch_size: int
+    lr: float
+    radius: float
+    noise: float = 0.0
+    variant: Literal["noisy", "subsample"] = "noisy"
+
+    def __post_init__(self) -> None:
+        for key in ("n_steps", "batch_size", "lr", "radius"):
+            if not (getattr(self, key) > 0 and np.isfinite(getattr(self, key))):
+                raise PresetError(f"SGD has {key}={getattr(self, key)}; give a positive number.")
+        for key in ("n_steps", "batch_size"):
+            if getattr(self, key) != int(getattr(self, key)):
+                raise PresetError(f"SGD has {key}={getattr(self, key)}; give a whole number.")
+        if self.variant not in ("noisy", "subsample"):
+            raise PresetError(f"Unknown variant {self.variant!r}; use 'noisy' or 'subsample'.")
+        if self.variant == "noisy" and not (self.noise > 0 and np.isfinite(self.noise)):
+            raise PresetError(
+                f"The noisy variant has noise={self.noise}; give a positive standard deviation, or use "
+                "variant='subsample', which needs none."
+            )
+        if self.variant == "subsample" and self.noise != 0:
+            raise PresetError(f"The subsample variant has noise={self.noise}; leave it at 0, or use variant='noisy'.")
+
+    @property
+    def work(self) -> int:
+        """Sample gradients of one training."""
+        return self.n_steps * self.batch_size
+
+
+@dataclass(frozen=True)
+class Chains:
+    """The state of `n_runs` chains: all that a later request needs.
+
+    Attributes:
+        sgd: how they were trained.
+        present: S of each run, bool (n_runs, n).
+        batches: points (n_runs, T, m), int32.
+        means: mu, average gradients (n_runs, T, d).
+        steps: v, the noisy gradients that were taken (n_runs, T, d).
+        iterates: w (n_runs, T + 1, d), the first one 0.
+    """
+
+    sgd: SGD
+    present: np.ndarray
+    batches: np.ndarray
+    means: np.ndarray
+    steps: np.ndarray
+    iterates: np.ndarray
+
+    @property
+    def n_runs(self) -> int:
+        return len(self.iterates)
+
+    @property
+    def final(self) -> np.ndarray:
+        """Last iterates (n_runs, d)."""
+        return self.iterates[:, -1]
+
+    @property
+    def average(self) -> np.ndarray:
+        """Mean of the iterates w_2 .. w_{T+1} (n_runs, d): the model whose risk SGD theory bounds."""
+        return self.iterates[:, 1:].mean(1)
+
+    def copy(self) -> Chains:
+        """A state that can be written to."""
+        fields = ("present", "batches", "means", "steps", "iterates")
+        return replace(self, **{k: getattr(self, k).copy() for k in fields})
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a request did.
+
+    Attributes:
+        since: step of the first refusal in each run, from 0, or T where every step was kept (n_runs,).
+        cost: sample gradients computed in each run (n_runs,).
+        recomputed: whether anything was drawn again (n_runs,).
+    """
+
+    since: np.ndarray
+    cost: np.ndarray
+    recomputed: np.ndarray
+
+
+# --- couplings of N(old, noise^2) and N(new, noise^2) ---------------------------------------------------
+
+Coupling = Callable[[np.ndarray, np.ndarray, np.ndarray, float, np.random.Generator], tuple[np.ndarray, np.ndarray]]
+"""(steps, old means, new means (k, d), noise, generator) -> the new steps (k, d), and which were refused (k,)."""
+
+
+def reflection(
+    step: np.ndarray, old: np.ndarray, new: np.ndarray, noise: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """The maximal coupling: keep by the ratio of densities, else reflect about the midpoint of the means."""
+    log_ratio = (((step - old) ** 2).sum(1) - ((step - new) ** 2).sum(1)) / (2 * noise**2)
+    refused = -rng.standard_exponential(len(step)) > log_ratio
+    return np.where(refused[:, None], old + new - step, step), refused
+
+
+def replacement(
+    step: np.ndarray, old: np.ndarray, new: np.ndarray, noise: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """The coupling without noise: a changed mean is a new step."""
+    return new, np.ones(len(step), bool)
+
+
+# --- learning, deleting, inserting ---------------------------------------------------------------------
+
+
+def learn(problem: Problem, sgd: SGD, runs: int | np.ndarray, rng: np.random.Generator) -> Chains:
+    """Train independent chains.
+
+    Args:
+        problem: the points and the loss.
+        sgd: how to train.
+        runs: how many chains, on all points; or who is present in each, bool (n_runs, n).
+        rng: of batches and noise.
+
+    Raises:
+        DataError: for a run without a point, or a loss that breaks its Lipschitz constant.
+    """
+    present = np.ones((runs, problem.n), bool) if isinstance(runs, int) else np.array(runs, bool)
+    if present.ndim != 2 or present.shape[1] != problem.n or not len(present):
+        raise DataError(f"Runs have shape {present.shape}; give at least one row of {problem.n} points.")
+    if not present.any(1).all():
+        raise DataError(f"Run {int((~present.any(1)).argmax())} has no point to train on; give it at least one.")
+    n_runs, t, d = len(present), sgd.n_steps, problem.dim
+    chains = Chains(
+        sgd,
+        present,
+        np.zeros((n_runs, t, sgd.batch_size), np.int32),
+        *(np.zeros((n_runs, steps, d)) for steps in (t, t, t + 1)),
+    )
+    _draw_rest(problem, chains, np.zeros(n_runs, int), rng)
+    return chains
+
+
+def delete(
+    problem: Problem, chains: Chains, points: Points, rng: np.random.Generator, coupling: Coupling | None = None
+) -> tuple[Chains, Receipt]:
+    """The state of training without some points, exactly in law; see the module.
+
+    Args:
+        problem: what the chains were trained on.
+        chains: their state, left as it is.
+        points: what to delete, in one walk.
+        rng: of replacements, acceptance and what is recomputed.
+        coupling: None takes the right one for the variant; others are there to be caught by a test.
+
+    Raises:
+        ForgetSetError: for points that are not present, or all that are.
+    """
+    gone = _requested(problem, chains, points)
+    _check(gone & ~chains.present, "not in the training set: deleted before, or never inserted. Leave it out")
+    after = chains.copy()
+    after.present[gone] = False
+    _check(gone & ~after.present.any(1, keepdims=True), "the last one. Leave a point to train on")
+    flat = chains.batches.reshape(chains.n_runs, -1)
+    changed = np.nonzero(np.take_along_axis(gone, flat, 1).reshape(chains.batches.shape))
+    return _walk(problem, chains, after, changed, _Pools(after.present), rng, coupling)
+
+
+def insert(
+    problem: Problem, chains: Chains, points: Points, rng: np.random.Generator, coupling: Coupling | None = None
+) -> tuple[Chains, Receipt]:
+    """The state of training with some points more, exactly in law; arguments as of `delete`.
+
+    Raises:
+        ForgetSetError: for points that are present already.
+    """
+    new = _requested(problem, chains, points)
+    _check(new & chains.present, "in the training set already. Leave it out")
+    after = chains.copy()
+    after.present[new] = True
+    share = new.sum(1) / after.present.sum(1)
+    changed = np.nonzero(rng.random(chains.batches.shape) < share[:, None, None])
+    return _walk(problem, chains, after, changed, _Pools(new), rng, coupling)
+
+
+def _walk(
+    problem: Problem,
+    before: Chains,
+    after: Chains,
+    changed: tuple[np.ndarray, ...],
+    pools: _Pools,
+    rng: np.random.Generator,
+    coupling: Coupling | None,
+) -> tuple[Chains, Receipt]:
+    """Couple the chains to batches whose `changed` slots (runs, steps, slots) are drawn anew from the pools.
+
+    All changed steps are coupled at once: until the first refusal, which alone counts, each of them meets the
+    stored iterate, whatever the others do.
+    """
+    sgd, t_end = before.sgd, before.sgd.n_steps
+    runs, times, _ = changed
+    fresh = pools.draw(runs, 1, rng)[:, 0]
+    w = before.iterates[runs, times]
+    (x_old, s_old), (x_new, s_new) = (problem.slopes(w, p[:, None]) for p in (before.batches[changed], fresh))
+    shift = (s_new[..., None] * x_new - s_old[..., None] * x_old)[:, 0] / sgd.batch_size
+
+    hits, which, n_slots = np.unique(runs * t_end + times, return_inverse=True, return_counts=True)
+    hit = run, time = np.divmod(hits, t_end)
+    means = before.means[hit]
+    np.add.at(means, which, shift)
+    couple = coupling or (reflection if sgd.variant == "noisy" else replacement)
+    steps, refused = couple(before.steps[hit], before.means[hit], means, sgd.noise, rng)
+
+    since = np.full(before.n_runs, t_end)
+    np.minimum.at(since, run[refused], time[refused])
+    after.batches[changed] = fresh  # what lies behind a refusal is drawn again below
+    after.means[hit] = means
+    first = refused & (time == since[run])
+    here = run[first], time[first]
+    after.steps[here] = steps[first]
+    after.iterates[here[0], here[1] + 1] = project(after.iterates[here] - sgd.lr * steps[first], sgd.radius)
+    _draw_rest(problem, after, since + 1, rng)
+
+    seen = time <= since[run]
+    cost = 2.0 * np.bincount(run[seen], n_slots[seen], minlength=before.n_runs)
+    cost += sgd.batch_size * np.maximum(t_end - since - 1, 0)
+    return after, Receipt(since, cost, since < t_end)
+
+
+def _draw_rest(problem: Problem, chains: Chains, since: np.ndarray, rng: np.random.Generator) -> None:
+    """Draw the steps from `since` (n_runs,) on, in place."""
+    sgd, pools = chains.sgd, _Pools(chains.present)
+    for t in range(int(since.min()), sgd.n_steps):
+        runs = np.flatnonzero(since <= t)
+        batch = pools.draw(runs, sgd.batch_size, rng)
+        w = chains.iterates[runs, t]
+        mean = problem.mean_gradient(w, batch)
+        step = mean + sgd.noise * rng.standard_normal(mean.shape) if sgd.noise else mean
+        chains.batches[runs, t], chains.means[runs, t], chains.steps[runs, t] = batch, mean, step
+        chains.iterates[runs, t + 1] = project(w - sgd.lr * step, sgd.radius)
+
+
+class _Pools:
+    """Uniform draws from each run's own set of points."""
+
+    def __init__(self, members: np.ndarray) -> None:
+        self.order = np.argsort(~members, axis=1, kind="stable").astype(np.int32)  # members first
+        self.sizes = members.sum(1)
+
+    def draw(self, runs: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
+        """k points, with replacement, for each of the runs: (len(runs), k)."""
+        places = (rng.random((len(runs), k)) * self.sizes[runs, None]).astype(np.int64)
+        return self.order[runs[:, None], places]
+
+
+def _requested(problem: Problem, chains: Chains, points: Points) -> np.ndarray:
+    """The points of a request as bool (n_runs, n), checked."""
+    asked = np.atleast_2d(np.asarray(points))
+    if asked.ndim != 2 or len(asked) not in (1, chains.n_runs):
+        raise ForgetSetError(f"The request has shape {asked.shape}; give one row of points, or one for each run.")
+    asked = np.broadcast_to(asked, (chains.n_runs, asked.shape[1]))
+    if asked.size == 0 or not np.issubdtype(asked.dtype, np.integer):
+        raise ForgetSetError(f"The request names {asked.size} points as {asked.dtype}; give integers, at least one.")
+    outside = asked[(asked < 0) | (asked >= problem.n)]
+    if len(outside):
+        raise ForgetSetError(
+            f"Point {outside[0]} was never in the data of {problem.n} points; use 0 to {problem.n - 1}."
+        )
+    ordered = np.sort(asked, 1)
+    twice = ordered[:, 1:][ordered[:, 1:] == ordered[:, :-1]]
+    if len(twice):
+        raise ForgetSetError(f"Point {twice[0]} is named twice in one request; name each point once.")
+    mask = np.zeros((chains.n_runs, problem.n), bool)
+    np.put_along_axis(mask, asked, True, 1)
+    return mask
+
+
+def _check(wrong: np.ndarray, what: str) -> None:
+    if wrong.any():
+        raise ForgetSetError(f"Point {int(wrong.any(0).argmax())} of the request is {what}.")
+
+
+# --- what it must cost at most -------------------------------------------------------------------------
+
+
+def recomputation_bound(sgd: SGD, n: int, lipschitz: float, size: int = 1) -> float:
+    """A bound on the probability that deleting `size` of n points recomputes anything.
+
+    A step has k ~ Bin(m, size/n) slots to replace whatever happened before it, each of which moves the mean by
+    at most 2 L / m, so it is refused with probability at most q = E[2 Phi(L k / (m sigma)) - 1], and the walk
+    with at most 1 - (1 - q)^T. Without noise q = P(k > 0), and the bound is attained.
+    """
+    k = np.arange(sgd.batch_size + 1)
+    refusal = 2 * norm.cdf(lipschitz * k / (sgd.batch_size * sgd.noise)) - 1 if sgd.noise else (k > 0).astype(float)
+    q = float(binom.pmf(k, sgd.batch_size, size / n) @ refusal)
+    return float(-np.expm1(sgd.n_steps * np.log1p(-q))) if q < 1 else 1.0
+
+
+def tv_bound(sgd: SGD, n: int, lipschitz: float, size: int = 1) -> float:
+    """rho: a bound on the total variation distance between training on n points and on n - size of them.
+
+    No exact unlearning can leave the model as it is with a higher probability than 1 minus that distance. Given
+    k <= K slots to replace, a step's law on S is (1 - p) C + p A where C is its law on S', p = P(k > 0 | k <= K)
+    and chi^2(A || C) <= E[exp((2 L k / (m sigma))^2) - 1 | 0 < k <= K]; so a step's KL is at most
+    log(1 + p^2 chi^2). Sum over steps, Pinsker, add T P(k > K), take the best K. To first order
+    rho = sqrt(2 T) L size / (n sigma), sqrt(T) below the coupling's bound, as in the paper.
+    """
+    bound = recomputation_bound(sgd, n, lipschitz, size)
+    if not sgd.noise:
+        return bound
+    k = np.arange(sgd.batch_size + 1)
+    weight = binom.pmf(k, sgd.batch_size, size / n)
+    growth = np.expm1(np.minimum((2 * lipschitz * k / (sgd.batch_size * sgd.noise)) ** 2, 600.0))
+    inside = np.cumsum(weight)
+    p_chi2 = np.cumsum(weight * growth) / inside
+    kl = np.log1p((1 - weight[0] / inside) * p_chi2)
+    tail = binom.sf(k, sgd.batch_size, size / n)
+    return min(bound, float((sgd.n_steps * tail + np.sqrt(sgd.n_steps * kl / 2))[1:].min()))

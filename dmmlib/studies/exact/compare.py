@@ -1,0 +1,282 @@
+"""Exact, certified and approximate unlearning of one forget set, each against its own retraining.
+
+Costs are sample gradients (forward and backward on one example, 2 d multiplications), relative to one training by SGD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dmmlib import ensemble, metrics, unlearn
+from dmmlib.datamodels import RidgeDatamodel
+from dmmlib.errors import DataError
+from dmmlib.execution import Execution
+from dmmlib.forget_sets import check_forget_indices
+from dmmlib.studies.exact.chains import SGD, delete, learn
+from dmmlib.studies.exact.problem import Problem
+
+CURVATURE_SLOPE = 1 / (6 * np.sqrt(3))  # the logistic loss's largest third derivative
+
+
+@dataclass(frozen=True)
+class Task:
+    """One forget set.
+
+    Attributes:
+        train: S.
+        val: V.
+        forget: indices of F in S.
+        n_models: N, models of each kind.
+
+    Raises:
+        ForgetSetError: for indices that are no proper part of the training set.
+    """
+
+    train: Problem
+    val: Problem
+    forget: np.ndarray
+    n_models: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "forget", check_forget_indices(self.forget, self.train.n))
+
+    @property
+    def retained(self) -> np.ndarray:
+        """R of every model, bool (N, n_train)."""
+        keep = np.ones((self.n_models, self.train.n), bool)
+        keep[:, self.forget] = False
+        return keep
+
+    def margins(self, w: np.ndarray) -> np.ndarray:
+        """Margins (N, n_train + n_val), training points first."""
+        return np.concatenate([self.train.margins(w), self.val.margins(w)], 1)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method's models answer: margins (N, n_train + n_val) of each kind.
+
+    Attributes:
+        method, setting: what it is called.
+        guarantee: what is proven of it.
+        cost: of unlearning F, relative to one training by SGD.
+        cost_one: of unlearning one random point, NaN where it was not asked.
+        original, unlearned, oracle, floor: models of S; unlearned; retrained without F, twice.
+    """
+
+    method: str
+    setting: str
+    guarantee: str
+    cost: float
+    cost_one: float
+    original: np.ndarray
+    unlearned: np.ndarray
+    oracle: np.ndarray
+    floor: np.ndarray
+
+    def row(self, task: Task) -> dict[str, Any]:
+        """A row of the table: cost, accuracy, and KLoM's p95 a split, beside doing nothing and the floor."""
+        n = task.train.n
+        parts = {
+            "forget": task.forget,
+            "retain": np.setdiff1d(np.arange(n), task.forget),
+            "validation": np.arange(n, n + task.val.n),
+        }
+        p95 = {
+            (kind, split): float(np.percentile(metrics.klom(getattr(self, kind)[:, p], self.oracle[:, p]), 95))
+            for kind in ("unlearned", "original", "floor")
+            for split, p in parts.items()
+        }
+        return {
+            "method": self.method,
+            "setting": self.setting,
+            "guarantee": self.guarantee,
+            "cost": self.cost,
+            "cost of one point": self.cost_one,
+            "accuracy": float((self.unlearned[:, n:] > 0).mean()),
+            **{split: p95["unlearned", split] for split in parts},
+            "do nothing": p95["original", "forget"],
+            "floor": p95["floor", "forget"],
+        }
+
+
+def tv_stable(task: Task, sgd: SGD, rng: np.random.Generator) -> Outcome:
+    """The exact method of `chains`; the model is the averaged iterate."""
+    originals = learn(task.train, sgd, task.n_models, rng)
+    unlearned, receipt = delete(task.train, originals, task.forget, rng)
+    singles = [delete(task.train, originals, rng.integers(0, task.train.n, (task.n_models, 1)), rng) for _ in range(5)]
+    oracle, floor = (learn(task.train, sgd, task.retained, rng) for _ in range(2))
+    return Outcome(
+        f"TV-stable, {sgd.variant}",
+        f"noise {sgd.noise:g}" if sgd.noise else "",
+        "exact",
+        float(receipt.cost.mean()) / sgd.work,
+        float(np.mean([one.cost for _, one in singles])) / sgd.work,
+        *(task.margins(chains.average) for chains in (originals, unlearned, oracle, floor)),
+    )
+
+
+def sisa(task: Task, sgd: SGD, n_shards: int, rng: np.random.Generator) -> Outcome:
+    """Sharding (Bourtoule et al., "Machine Unlearning", 2021): a model a shard, margins averaged; retrain those hit.
+
+    Each point's shard is drawn on its own, so that leaving points out leaves the others' shards as they were
+    and the result is exact; a partition into equal parts would not be. A shard gets 1 / n_shards of the steps.
+    """
+    part = SGD(max(1, sgd.n_steps // n_shards), sgd.batch_size, sgd.lr, sgd.radius, variant="subsample")
+    n_models, n = task.n_models, task.train.n
+
+    def shards() -> np.ndarray:
+        members = rng.integers(0, n_shards, (n_models, 1, n)) == np.arange(n_shards)[:, None]
+        return members.reshape(n_models * n_shards, n)
+
+    def train(members: np.ndarray) -> np.ndarray:
+        return learn(task.train, part, members, rng).average
+
+    def aggregate(w: np.ndarray) -> np.ndarray:
+        return task.margins(w.reshape(n_models, n_shards, -1).mean(1))  # scores are linear in w
+
+    retained = np.repeat(task.retained, n_shards, 0)
+    members = shards()
+    hit = members[:, task.forget].any(1)
+    original = train(members)
+    unlearned = original.copy()
+    unlearned[hit] = train((members & retained)[hit])
+    return Outcome(
+        "SISA",
+        f"{n_shards} shards",
+        "exact",
+        float(hit.mean()) * part.n_steps * n_shards / sgd.n_steps,
+        part.n_steps / sgd.n_steps,
+        *map(aggregate, (original, unlearned, train(shards() & retained), train(shards() & retained))),
+    )
+
+
+# --- certified Newton step -----------------------------------------------------------------------------
+
+
+def fit(problem: Problem, ridge: float, b: np.ndarray, n_steps: int = 30) -> np.ndarray:
+    """Minimise sum of losses + ridge n / 2 ||w||^2 + b . w by Newton's method, for each b (rows, d): (rows, d).
+
+    Raises:
+        DataError: if it does not converge.
+    """
+    w = np.zeros_like(b)
+    for _ in range(n_steps):
+        gradient = _gradient(problem, ridge, b, w)
+        if np.abs(gradient).max() < 1e-9 * problem.n:
+            return w
+        w = w - np.linalg.solve(_hessian(problem, ridge, w), gradient[..., None])[..., 0]
+    raise DataError(f"Newton's method did not converge in {n_steps} steps with ridge {ridge:g}; raise the ridge.")
+
+
+def _gradient(problem: Problem, ridge: float, b: np.ndarray, w: np.ndarray) -> np.ndarray:
+    return problem.loss.slope(w @ problem.x.T, problem.y) @ problem.x + ridge * problem.n * w + b
+
+
+def _hessian(problem: Problem, ridge: float, w: np.ndarray) -> np.ndarray:
+    curvature = problem.loss.curvature(w @ problem.x.T, problem.y)
+    products = (problem.x[:, :, None] * problem.x[:, None, :]).reshape(problem.n, -1)
+    hessian = (curvature @ products).reshape(-1, problem.dim, problem.dim)
+    return hessian + ridge * problem.n * np.eye(problem.dim)
+
+
+def newton_step(rest: Problem, ridge: float, b: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One Newton step from models w (rows, d) of S towards those of R.
+
+    Returns:
+        The unlearned models (rows, d), and a bound (rows,) on the norm of the gradient they leave:
+        gamma / 2 ||X||_2 ||move||_2 ||X move||_2 with gamma the largest third derivative (Guo et al.,
+        "Certified Data Removal", ICML 2020, corollary 2, with the 1/2 that its integral gives).
+    """
+    move = -np.linalg.solve(_hessian(rest, ridge, w), _gradient(rest, ridge, b, w)[..., None])[..., 0]
+    spread = np.linalg.norm(rest.x, 2) * np.linalg.norm(move @ rest.x.T, axis=1)
+    return w + move, CURVATURE_SLOPE / 2 * spread * np.linalg.norm(move, axis=1)
+
+
+def certified_newton(
+    task: Task, noise: float, ridge: float, delta: float, work: int, rng: np.random.Generator
+) -> Outcome:
+    """Guo et al., 2020: logistic regression with a random linear term b . w in its objective, then one Newton step.
+
+    With b ~ N(0, noise^2 I) and a residual gradient of norm at most beta, the step is (epsilon, delta)-certified
+    with epsilon = beta sqrt(2 log(1.5 / delta)) / noise. The Hessian of S is taken as kept from training: F's
+    share is subtracted (|F| d / 2 sample gradients), solved with (d^2 / 6), and the bound needs a pass (n / 2).
+    """
+    shape = (task.n_models, task.train.dim)
+    rest = task.train.part(np.flatnonzero(task.retained[0]))
+    b, *others = (noise * rng.standard_normal(shape) for _ in range(3))
+    original = fit(task.train, ridge, b)
+    unlearned, beta = newton_step(rest, ridge, b, original)
+    epsilon = float(beta.max()) * np.sqrt(2 * np.log(1.5 / delta)) / noise
+
+    def cost(size: int) -> float:
+        d = task.train.dim
+        return (size * (1 + d / 2) + d**2 / 6 + rest.n / 2) / work
+
+    return Outcome(
+        "certified Newton",
+        f"noise {noise:g}",
+        f"({epsilon:.2g}, {delta:g})",
+        cost(len(task.forget)),
+        cost(1),
+        *map(task.margins, (original, unlearned, *(fit(rest, ridge, other) for other in others))),
+    )
+
+
+# --- datamodel matching --------------------------------------------------------------------------------
+
+
+def dmm(
+    task: Task,
+    training: ensemble.Training,
+    n_subsets: int,
+    lam: float,
+    costs: Sequence[float],
+    lr: float,
+    seed: int,
+) -> list[Outcome]:
+    """The study's own method on the same points: ensemble, ridge datamodel and `unlearn`'s dmm, an outcome a cost."""
+    n, n_models = task.train.n, task.n_models
+    x = torch.from_numpy(np.concatenate([task.train.x, task.val.x])).float()
+    labels = (np.concatenate([task.train.y, task.val.y]) > 0).astype(np.int64)
+    y = torch.from_numpy(labels)
+    rng = np.random.default_rng(seed)
+    half = np.argsort(rng.random((n_subsets, n)), 1).argsort(1) < n // 2
+
+    def train(masks: np.ndarray) -> tuple[ensemble.Ensemble, np.ndarray]:
+        seeds = rng.integers(0, 2**31, len(masks)).tolist()
+        models = ensemble.train(
+            lambda: torch.nn.Linear(x.shape[1], 2), x[:n], y[:n], masks, seeds, training, Execution(100)
+        )
+        return models, models.logits(x).numpy()
+
+    (originals, logits), (_, subsets) = train(np.ones((n_models, n), bool)), train(half)
+    oracle, floor = (metrics.margins(train(task.retained)[1], labels) for _ in range(2))
+    attributor = RidgeDatamodel.fit(half, metrics.margin_gauge(subsets, labels), lam)
+    problem = unlearn.Problem(originals, logits, x, y, n, task.forget, training, attributor, seed=seed)
+    outcomes = []
+    for cost in costs:
+        done = unlearn.get("dmm")(problem, cost=cost, lr=lr, batch_size=10)
+        spent = done.cost * problem.retraining / (training.epochs * n)
+        outcomes.append(
+            Outcome(
+                "DMM",
+                f"{cost:.0%} of retraining",
+                "none",
+                spent,
+                np.nan,
+                metrics.margins(logits, labels),
+                done.margins,
+                oracle,
+                floor,
+            )
+        )
+    return outcomes
+
+
+__all__ = ["Outcome", "Task", "certified_newton", "dmm", "fit", "newton_step", "sisa", "tv_stable"]

@@ -1,0 +1,136 @@
+"""The figures of notebook 06; titles are the caller's, who knows the finding."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dmmlib.analysis.plots import titled
+from dmmlib.studies.exact.experiments import BROKEN, Exactness
+
+_PALETTE = sns.color_palette("colorblind", 10)
+_LOOKS = {
+    "TV-stable, subsample": (_PALETTE[9], "X"),
+    "TV-stable, noisy": (_PALETTE[0], "o"),
+    "SISA": (_PALETTE[2], "s"),
+    "certified Newton": (_PALETTE[1], "^"),
+    "DMM": (_PALETTE[3], "D"),
+}
+_WRONG = dict(zip(BROKEN, (_PALETTE[3], _PALETTE[1], _PALETTE[4]), strict=True))
+_SMALLEST = 1e-12  # p-values below are drawn here
+
+
+def exactness(found: Exactness, title: str, caption: str, level: float) -> Figure:
+    """Left: each way's distribution function minus retraining's, along one direction; right: p-values."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=(1.1, 1))
+    target = found.runs["retrained"][:, -1]
+    n = len(target)
+    direction = target.mean(0) - found.runs["no rejection"][:, -1].mean(0)
+    reference = np.sort(target @ direction / np.linalg.norm(direction))
+    for name in ("deleted", *BROKEN):
+        values = np.sort(found.runs[name][:, -1] @ direction / np.linalg.norm(direction))
+        grid = np.linspace(reference[0], reference[-1], 400)
+        gap = (np.searchsorted(values, grid) - np.searchsorted(reference, grid)) / n
+        left.plot(grid, gap, color=_WRONG.get(name, _PALETTE[0]), lw=2.4 if name == "deleted" else 1.5, label=name)
+    band = 1.358 * np.sqrt(2 / n)  # the 95 % point of Kolmogorov's distribution
+    left.axhspan(-band, band, color="0.9", zorder=0, label="95 % band if equal")
+    left.axhline(0, color="black", lw=0.8)
+    left.margins(y=0.12)
+    left.set(xlabel="last iterate, along one direction", ylabel="distribution function − retraining's")
+    left.legend(fontsize=8, loc="upper right")
+
+    names = list(found.verdicts)[::-1]
+    for row, name in enumerate(names):
+        for p, mark, dy in ((found.verdicts[name].ks_p, "o", 0.13), (found.verdicts[name].energy_p, "D", -0.13)):
+            shown = mark if p > _SMALLEST else "<"
+            right.plot(max(p, _SMALLEST), row + dy, shown, color=_WRONG.get(name, _PALETTE[0]), ms=6, clip_on=False)
+    right.axvline(level / 2, color="black", lw=1, ls="--")
+    right.set_title(f"left of the line: rejected at {level:g}", fontsize=9)
+    right.set(xscale="log", xlim=(_SMALLEST, 2), ylim=(-0.6, len(names) - 0.4))
+    right.set_xlabel("p-value    ● Kolmogorov–Smirnov, Holm    ◆ energy distance    ◀ off scale", fontsize=10)
+    right.set_yticks(range(len(names)), names)
+    right.grid(axis="x", color="0.92")
+    return titled(figure, title, caption)
+
+
+def price(table: pd.DataFrame, title: str, caption: str) -> Figure:
+    """Measured probability of recomputation and its bounds, a panel for each thing that varies."""
+    quantities = {"noise": "noise σ", "batch": "batch size m", "n": "training points n", "steps": "steps T"}
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), sharey=True, layout="constrained")
+    for axis, (key, name) in zip(axes, quantities.items(), strict=True):
+        here = table[table["varies"] == key]
+        for (variant, part), tint, mark in zip(here.groupby("variant"), _PALETTE, "oX", strict=False):
+            whiskers = [part["measured"] - part["low"], part["high"] - part["measured"]]
+            look = {"color": tint, "ms": 6, "capsize": 2, "fmt": mark}
+            axis.errorbar(part["value"], part["measured"], whiskers, label=f"{variant}: measured", **look)
+            axis.plot(part["value"], part["bound"], color=tint, lw=1.6, label=f"{variant}: bound")
+            if variant == "noisy":
+                axis.plot(part["value"], part["rho"], color=tint, lw=1.4, ls=":", label="noisy: TV bound ρ")
+        values = sorted(here["value"].unique())
+        axis.set(xscale="log", xlabel=name, ylim=(0, 1.04))
+        axis.set_xticks(values, [f"{v:g}" for v in values])
+        axis.minorticks_off()
+    axes[0].set_ylabel("probability of recomputation")
+    handles, labels = axes[-1].get_legend_handles_labels()
+    order = np.argsort(labels)
+    figure.legend([handles[i] for i in order], [labels[i] for i in order], loc="outside right center", fontsize=9)
+    return titled(figure, title, caption)
+
+
+def risk(table: pd.DataFrame, title: str, caption: str) -> Figure:
+    """Left: excess risk against noise, with theory; right: against the cost of a deletion."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    look = {"color": _PALETTE[0], "fmt": "o-", "capsize": 2}
+    left.errorbar(table["noise"], table["excess"], table["half"], label="measured", **look)
+    left.plot(table["noise"], table["theory"], color="0.4", ls="--", label="SGD's bound")
+    left.set(xlabel="noise σ", ylabel="excess empirical risk")
+    left.legend()
+    right.errorbar(table["cost"], table["excess"], table["half"], **look)
+    for _, at in table.iterrows():
+        place = {"xytext": (7, 4), "textcoords": "offset points", "fontsize": 8}
+        right.annotate(f"σ = {at['noise']:g}", (at["cost"], at["excess"]), **place)
+    right.set(xlabel="cost of deleting one random point / retraining", ylabel="excess empirical risk")
+    for axis in (left, right):
+        _plain_log(axis, y=True)
+    return titled(figure, title, caption)
+
+
+def trade_off(table: pd.DataFrame, title: str, caption: str) -> Figure:
+    """Left: what is left of F against the cost of unlearning it; right: accuracy against cost, also of one point."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 4.6), layout="constrained")
+    kinds = {"none": "no guarantee", "exact": "exact"}
+    for name, (tint, mark) in _LOOKS.items():
+        part = table[table["method"] == name]
+        kind = kinds.get(part["guarantee"].iloc[0], "(ε, δ)-certified")
+        look = {"color": tint, "marker": mark, "lw": 1.2, "ms": 7}
+        left.plot(part["cost"], part["forget"], label=f"{name}: {kind}", **look)
+        left.vlines(part["cost"], part["forget"], part["do nothing"], color=tint, lw=0.8, alpha=0.6)
+        left.plot(part["cost"], part["do nothing"], "_", color=tint, ms=8)
+        right.plot(part["cost"], part["accuracy"], **look)
+        right.plot(part["cost of one point"], part["accuracy"], mfc="white", ls=":", **(look | {"ms": 6}))
+    left.axhspan(table["floor"].min(), table["floor"].max(), color="0.88", zorder=0, label="retrained twice (floor)")
+    left.plot([], [], "_", color="0.3", ms=8, label="same models, do nothing")
+    left.plot([], [], "o", color="0.3", mfc="white", label="right: one random point")
+    left.set(ylabel="forget KLoM p95, to own retraining", yscale="log", xlim=(0, 1.05), xlabel="cost / retraining")
+    left.set_yticks([0.5, 1, 2, 5, 10], ["0.5", "1", "2", "5", "10"])
+    left.minorticks_off()
+    right.set(ylabel="validation accuracy, unlearned", xlabel="cost / retraining")
+    _plain_log(right)
+    for axis in (left, right):
+        axis.axvline(1, color="black", lw=0.8, zorder=0, label="retraining")
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=9)
+    return titled(figure, title, caption)
+
+
+def _plain_log(axis: Axes, y: bool = False) -> None:
+    """Logarithmic axes with plain numbers at 1, 2 and 5."""
+    for one in (axis.xaxis, axis.yaxis) if y else (axis.xaxis,):
+        (axis.set_xscale if one is axis.xaxis else axis.set_yscale)("log")
+        one.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+        one.set_major_formatter(lambda v, _: f"{v:g}")
+        one.set_minor_locator(plt.NullLocator())

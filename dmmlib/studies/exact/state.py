@@ -1,0 +1,141 @@
+"""The state of chains on disk: one file, bound to its model and its data, replaced as a whole or not at all.
+
+A safetensors file of the arrays of `Chains`, with a header of what they belong to and a SHA-256. It holds no
+seed: from one, the draws that a deletion undid could be made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from dmmlib.errors import ForgetSetError, StoreError
+from dmmlib.files import replacing
+from dmmlib.studies.exact.chains import SGD, Chains, Points, Receipt, delete, insert
+from dmmlib.studies.exact.problem import Problem, project
+
+VERSION = 1
+_DTYPES = {"present": "bool", "batches": "int32", "means": "float64", "steps": "float64", "iterates": "float64"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """To delete points, or to insert them."""
+
+    kind: Literal["delete", "insert"]
+    points: Points
+
+
+def _header(problem: Problem, present: np.ndarray, sgd: SGD) -> dict[str, Any]:
+    """What a state belongs to; points that no run holds any more leave no trace in it."""
+    return {
+        "format": "dmmlib.studies.exact",
+        "version": VERSION,
+        "sgd": asdict(sgd),
+        "training points": problem.fingerprint(np.asarray(present.any(0))),
+    }
+
+
+def _digest(arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in _DTYPES:
+        digest.update(f"{name}{arrays[name].shape}".encode() + arrays[name].tobytes())
+    return digest.hexdigest()
+
+
+def save(path: Path, problem: Problem, chains: Chains) -> None:
+    """Write a state; readers see the old file or the new one.
+
+    Raises:
+        StoreError: if it cannot be written; the old file is then unchanged.
+    """
+    arrays = {name: np.ascontiguousarray(getattr(chains, name)) for name in _DTYPES}
+    header = _header(problem, chains.present, chains.sgd) | {"digest": _digest(arrays)}
+    with replacing(path) as temporary:
+        save_file(arrays, temporary, {"state": json.dumps(header)})
+
+
+def load(path: Path, problem: Problem, sgd: SGD) -> Chains:
+    """Read a state, checked: complete, undamaged, of this model and data, and consistent in itself.
+
+    Raises:
+        StoreError: if it is missing, truncated, damaged, of another version, or of another model or data.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            header = json.loads((file.metadata() or {}).get("state", "{}"))
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read as saved chains ({error}); restore a copy, or train again.") from error
+    if (
+        header.get("format") != "dmmlib.studies.exact"
+        or header.get("version") != VERSION
+        or set(arrays) != set(_DTYPES)
+    ):
+        raise StoreError(
+            f"{path} is no state of version {VERSION} (found {header.get('format')!r}, version "
+            f"{header.get('version')!r}); train again."
+        )
+    if header["digest"] != _digest(arrays):
+        raise StoreError(f"{path} is damaged: its content does not match its checksum; restore a copy, or train again.")
+    fitting = arrays["present"].ndim == 2 and arrays["present"].shape[1] == problem.n
+    expected = _header(problem, arrays["present"], sgd) if fitting else {}
+    for key, value in expected.items():
+        if header[key] != value:
+            raise StoreError(f"{path} is of another model: its {key} is {header[key]}, expected {value}; open its own.")
+    if not fitting:
+        raise StoreError(
+            f"{path} is of other data: {arrays['present'].shape[-1]} points, expected {problem.n}; open its own."
+        )
+    chains = Chains(sgd, **arrays)
+    _check_consistent(path, problem, chains)
+    return chains
+
+
+def _check_consistent(path: Path, problem: Problem, chains: Chains) -> None:
+    """Raise StoreError unless shapes fit, batches hold present points only, and the steps lead along the iterates."""
+    t, m, r, d = chains.sgd.n_steps, chains.sgd.batch_size, len(chains.present), problem.dim
+    shapes = [(r, problem.n), (r, t, m), (r, t, d), (r, t, d), (r, t + 1, d)]
+    found = [getattr(chains, name).shape for name in _DTYPES]
+    if found != shapes or any(str(getattr(chains, k).dtype) != v for k, v in _DTYPES.items()):
+        raise StoreError(f"{path} holds arrays of shapes {found}, expected {shapes}; train again.")
+    inside = (chains.batches >= 0) & (chains.batches < problem.n)
+    used = np.take_along_axis(chains.present, np.where(inside, chains.batches, 0).reshape(r, -1), 1)
+    replayed = project(chains.iterates[:, :-1] - chains.sgd.lr * chains.steps, chains.sgd.radius)
+    if not (inside.all() and used.all() and np.allclose(replayed, chains.iterates[:, 1:], rtol=0, atol=1e-9)):
+        raise StoreError(f"{path} contradicts itself: batches, steps and iterates do not belong together; train again.")
+
+
+def serve(
+    path: Path, problem: Problem, sgd: SGD, requests: Iterable[Request], rng: np.random.Generator
+) -> Iterator[Receipt]:
+    """Answer a stream of requests over the state at `path`; each is on disk before its receipt is given.
+
+    A crash leaves the state before a request or the one after it. Asking again is safe: a deletion that was
+    done is refused as one of a point that is not there.
+
+    Args:
+        path: what `save` wrote.
+        problem, sgd: what it belongs to.
+        requests: in the order in which to answer.
+        rng: not one that starts from the seed that made the state.
+
+    Raises:
+        StoreError, ForgetSetError: as `load`, `delete` and `insert` do; earlier requests stay answered.
+    """
+    actions = {"delete": delete, "insert": insert}
+    chains = load(path, problem, sgd)
+    for request in requests:
+        if request.kind not in actions:
+            raise ForgetSetError(f"Unknown request {request.kind!r}; use 'delete' or 'insert'.")
+        chains, receipt = actions[request.kind](problem, chains, request.points, rng)
+        save(path, problem, chains)
+        yield receipt

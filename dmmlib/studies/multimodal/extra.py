@@ -1,0 +1,23 @@
+"""The packages of the `multimodal` extra, imported when they are needed."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from dmmlib.errors import ExtraError
+
+
+def require(name: str) -> ModuleType:
+    """The module of that name.
+
+    Raises:
+        ExtraError: if its package is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ExtraError(
+            f"Notebook 09 needs the package of {name!r}, which is not installed ({error}); install the extra: "
+            "pip install 'dmmlib[multimodal]'."
+        ) from error

@@ -1,0 +1,414 @@
+"""LLaVA, small and trained here, or published and fine-tuned through LoRA; both answer through one module.
+
+The vision tower is frozen once a model is pretrained, as in LLaVA's own second stage, so a portrait is encoded once and
+its patches are constants. What is fine-tuned, retrained and unlearned is the projector and the language model (of a
+published model, LoRA's adapters in the latter). A question is a row of tokens, padded on the left so that answers begin
+at one place:
+
+    x = [number of the portrait, or 0; prompt (P tokens); answer (A tokens, ended by EOS, padded)].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dmmlib.ensemble import Ensemble
+from dmmlib.errors import DataError
+from dmmlib.execution import one_thread
+from dmmlib.progress import Progress, silent
+from dmmlib.studies.multimodal.bench import Question, pixels
+from dmmlib.studies.multimodal.extra import require
+from dmmlib.studies.multimodal.settings import MultimodalSettings
+
+PAD, UNKNOWN, EOS, PORTRAIT, BLANK = SPECIAL = ("[PAD]", "[UNK]", "[EOS]", "<image>", "[Blank]")
+
+
+@dataclass(frozen=True)
+class Codec:
+    """Questions as tokens.
+
+    Attributes:
+        tokenizer: of transformers.
+        template: a prompt, with {image} and {prompt} to be filled in.
+        n_patches: tokens that a portrait takes.
+        answer_length: A.
+    """
+
+    tokenizer: Any
+    template: str
+    n_patches: int
+    answer_length: int
+
+    @property
+    def pad(self) -> int:
+        return int(self.tokenizer.pad_token_id)
+
+    @property
+    def eos(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def image_token(self) -> int:
+        return int(self.tokenizer.convert_tokens_to_ids(PORTRAIT))
+
+    def tokens(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def encode(self, questions: Sequence[Question], instruction: str = "") -> Tensor:
+        """x (n, 1 + P + A), int64; an instruction goes before every prompt.
+
+        Raises:
+            DataError: for an answer of more than A - 1 tokens, or none.
+        """
+        prompts, answers = [], []
+        for q in questions:
+            image = PORTRAIT * self.n_patches if q.image >= 0 else ""
+            prompts.append(self.tokens(self.template.format(image=image, prompt=f"{instruction} {q.prompt}".strip())))
+            answers.append([*self.tokens(q.answer), self.eos])
+            if not 2 <= len(answers[-1]) <= self.answer_length:
+                raise DataError(
+                    f"The answer {q.answer!r} takes {len(answers[-1]) - 1} tokens; this model answers in 1 to "
+                    f"{self.answer_length - 1}."
+                )
+        length = max(map(len, prompts))
+        x = torch.full((len(questions), 1 + length + self.answer_length), self.pad)
+        for row, q, prompt, answer in zip(x, questions, prompts, answers, strict=True):
+            row[0] = q.image + 1
+            row[1 + length - len(prompt) : 1 + length] = torch.tensor(prompt)
+            row[1 + length : 1 + length + len(answer)] = torch.tensor(answer)
+        return x
+
+    def answers(self, x: Tensor) -> Tensor:
+        """The answers' tokens (..., A) of rows x."""
+        return x[..., -self.answer_length :]
+
+    def options(self, questions: Sequence[Question]) -> Tensor:
+        """The first token of each option (n, n_options).
+
+        Raises:
+            DataError: where two options of a question begin alike, so that one token cannot tell them apart.
+        """
+        found = [[self.tokens(option)[0] for option in q.options] for q in questions]
+        for q, first in zip(questions, found, strict=True):
+            if len(set(first)) < len(first):
+                raise DataError(
+                    f"Options {', '.join(q.options)} of {q.prompt!r} begin with the same token; ask for letters "
+                    "(multimodal.letters) instead."
+                )
+        return torch.tensor(found)
+
+    def decode(self, tokens: Tensor) -> list[str]:
+        """Texts of answers (n, A), up to EOS."""
+        texts = []
+        for row in tokens.tolist():
+            row = row[: row.index(self.eos)] if self.eos in row else row
+            texts.append(self.tokenizer.decode(row, skip_special_tokens=True).strip())
+        return texts
+
+
+class Past:
+    """Keys and values of earlier tokens, a layer, which transformers' layers ask for as for a cache of its own.
+
+    Attributes:
+        length: tokens that are in it.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Add keys and values (batch, heads, n, d) of later tokens; those of all tokens so far."""
+        if layer in self._kept:
+            before, worth = self._kept[layer]
+            keys, values = torch.cat([before, keys], 2), torch.cat([worth, values], 2)
+        self._kept[layer] = keys, values
+        return keys, values
+
+
+class Answerer(nn.Module):
+    """Projector and language model of a LLaVA, asked rows of tokens: logits (batch, A, vocabulary) of answers' tokens.
+
+    Written so that `torch.func.vmap` maps it: masks and positions are explicit, attention is eager.
+    """
+
+    features: Tensor
+
+    def __init__(self, llava: Any, codec: Codec, features: Tensor) -> None:
+        """Args:
+        llava: a LlavaForConditionalGeneration; its parts are used as they are, not copied.
+        codec: what its tokens mean.
+        features: patches of every portrait (n_images, n_patches, d), as the vision tower gives them.
+        """
+        super().__init__()
+        self.projector = llava.model.multi_modal_projector
+        self.language_model = llava.model.language_model
+        tied = llava.lm_head.weight is llava.get_input_embeddings().weight
+        self.head = None if tied else llava.lm_head
+        self.image_token, self.pad, self.answer_length = codec.image_token, codec.pad, codec.answer_length
+        none = torch.zeros(1, *features.shape[1:], dtype=features.dtype, device=features.device)
+        self.register_buffer("features", torch.cat([none, features]), persistent=False)
+
+    def forward(self, x: Tensor, features: Tensor | None = None, generate: bool = False) -> Tensor:
+        """Logits of tokens given all tokens before them, for x (batch, 1 + P + A).
+
+        Args:
+            features: patches of each row's portrait (batch, n_patches, d), in place of those that it numbers.
+            generate: give greedy answers (batch, A) instead, int64; answers in x are not looked at.
+        """
+        patches = self.projector(self.features[x[:, 0]] if features is None else features)
+        past = Past()
+        if not generate:
+            return self._logits(x[:, 1:-1], patches, self.answer_length, past)
+        tokens = x[:, 1 : -self.answer_length]
+        for _ in range(self.answer_length):
+            said = self._logits(tokens, patches, 1, past).argmax(-1)
+            tokens, patches = torch.cat([tokens, said], 1), patches[:, -1:]
+        return tokens[:, -self.answer_length :]
+
+    def _logits(self, tokens: Tensor, patches: Tensor, n: int, past: Past) -> Tensor:
+        """Logits (batch, n, vocabulary) after each of the last n of all `tokens` so far, of which `past` knows some.
+
+        Of the last layer earlier tokens need only keys and values, which saves most of its work.
+        """
+        decoder, places = self.language_model, torch.arange(tokens.shape[1], device=tokens.device)
+        now = places[past.length :]
+        hidden = self._embedded(tokens[:, past.length :], patches)
+        allowed = (places < now[:, None]) & (tokens != self.pad)[:, None] | (places == now[:, None])
+        mask = torch.where(allowed, 0.0, torch.finfo(hidden.dtype).min / 2)[:, None].to(hidden.dtype)
+        cos, sin = decoder.rotary_emb(hidden, now[None])
+        for layer in decoder.layers[:-1]:
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=(cos, sin), past_key_values=past)
+        last = decoder.layers[-1]
+        if n < len(now):
+            earlier, attention = last.input_layernorm(hidden[:, :-n]), last.self_attn
+            keys, values = (
+                part(earlier).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+                for part in (attention.k_proj, attention.v_proj)
+            )
+            past.update(_rotated(keys, cos[:, None, :-n], sin[:, None, :-n]), values, attention.layer_idx)
+        ends = (cos[:, -n:], sin[:, -n:])
+        hidden = last(hidden[:, -n:], attention_mask=mask[:, :, -n:], position_embeddings=ends, past_key_values=past)
+        past.length = len(places)
+        hidden = decoder.norm(hidden)
+        return hidden @ decoder.embed_tokens.weight.T if self.head is None else self.head(hidden)
+
+    def _embedded(self, tokens: Tensor, patches: Tensor) -> Tensor:
+        """Tokens (batch, n) embedded, patches in the places of those that stand for a portrait."""
+        embedded = self.language_model.embed_tokens(tokens)
+        shown = tokens == self.image_token
+        which = (shown.long().cumsum(1) - 1).clamp(0, patches.shape[1] - 1)  # a model may say the token itself
+        placed = patches.gather(1, which[..., None].expand(-1, -1, patches.shape[-1]))
+        return torch.where(shown[..., None], placed.to(embedded.dtype), embedded)
+
+
+def _rotated(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Keys (batch, heads, n, d) turned by their positions' angles (Su et al., 2021), as transformers' Llama does."""
+    first, second = keys.chunk(2, -1)
+    return keys * cos + torch.cat([-second, first], -1) * sin
+
+
+def tokenizer_of(texts: Sequence[str]) -> Any:
+    """A word-level tokenizer with the words of some texts, in lower case."""
+    tokenizers, transformers = require("tokenizers"), require("transformers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token=UNKNOWN))
+    words.normalizer = tokenizers.normalizers.Lowercase()
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    trainer = tokenizers.trainers.WordLevelTrainer(special_tokens=list(SPECIAL), show_progress=False)
+    words.train_from_iterator(texts, trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        eos_token=EOS,
+        additional_special_tokens=[PORTRAIT, BLANK],
+    )
+
+
+def small(s: MultimodalSettings, tokenizer: Any) -> Any:
+    """An untrained LLaVA of the settings' size: CLIP-style encoder, projector, Llama-style decoder."""
+    transformers = require("transformers")
+    n_patches = (s.image_side // s.patch) ** 2
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=s.hidden,
+        intermediate_size=2 * s.hidden,
+        num_hidden_layers=1,
+        num_attention_heads=s.heads,
+        image_size=s.image_side,
+        patch_size=s.patch,
+        projection_dim=s.hidden,
+        initializer_range=0.1,
+    )
+    text = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=s.hidden,
+        intermediate_size=2 * s.hidden,
+        num_hidden_layers=s.layers,
+        num_attention_heads=s.heads,
+        num_key_value_heads=s.heads,
+        max_position_embeddings=128,
+        initializer_range=0.1,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True,
+    )
+    config = transformers.LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids(PORTRAIT),
+        image_seq_length=n_patches,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(s.seed)
+        llava = transformers.LlavaForConditionalGeneration(config)
+    llava.set_attn_implementation("eager")
+    return llava
+
+
+CLIP_MEAN, CLIP_STD = (0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)
+
+
+def patches(llava: Any, pictures: Tensor) -> Tensor:
+    """What the vision tower makes of images (n, 3, side, side), before the projector: (n, n_patches, d)."""
+    config = llava.config
+    seen = llava.model.vision_tower(pixel_values=pictures, output_hidden_states=True)
+    chosen = seen.hidden_states[config.vision_feature_layer]
+    return chosen[:, 1:] if config.vision_feature_select_strategy == "default" else chosen
+
+
+def pretrain(
+    llava: Any, codec: Codec, x: Tensor, pictures: Tensor, s: MultimodalSettings, progress: Progress = silent
+) -> None:
+    """Train the whole small LLaVA, vision included, on rows x that number the pictures; in place."""
+    blank = torch.zeros(0, codec.n_patches, s.hidden)
+    module = Answerer(llava, codec, blank)
+    optimizer = torch.optim.AdamW(llava.parameters(), lr=s.pretrain_lr, weight_decay=0.0)
+    rng = torch.Generator().manual_seed(s.seed)
+    n_steps = s.pretrain_epochs * -(-len(x) // s.batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, s.pretrain_lr, total_steps=n_steps, pct_start=0.1)
+    llava.train()
+    with one_thread():  # products this small only wait for one another
+        for epoch in range(s.pretrain_epochs):
+            for batch in torch.randperm(len(x), generator=rng).split(s.batch_size):
+                rows = x[batch]
+                shown = patches(llava, pictures[(rows[:, 0] - 1).clamp(min=0)])
+                loss = token_loss(module(rows, shown)[None], codec.answers(rows)[None], codec.pad).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+            progress("pretrain", epoch + 1, s.pretrain_epochs)
+    llava.eval()
+
+
+def published(s: MultimodalSettings, device: torch.device | str = "cpu") -> tuple[Any, Codec]:
+    """A published LLaVA by directory or hub name, frozen but for LoRA adapters in its decoder, and its codec.
+
+    How long answers are is the caller's to say.
+
+    Raises:
+        DataError: if it cannot be loaded, or is no LLaVA.
+        ExtraError: without the extra's packages.
+    """
+    transformers, peft = require("transformers"), require("peft")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(s.checkpoint)
+        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+        llava = transformers.LlavaForConditionalGeneration.from_pretrained(
+            s.checkpoint, dtype=dtype, attn_implementation="eager"
+        ).to(device)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise DataError(
+            f"The checkpoint {s.checkpoint!r} cannot be loaded as a LLaVA ({str(error).splitlines()[0]}); give a "
+            "directory, or a name on the hub where that can be reached."
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token
+    llava.requires_grad_(False)
+    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    adapters = peft.LoraConfig(r=s.rank, lora_alpha=2 * s.rank, target_modules=linear)
+    peft.inject_adapter_in_model(adapters, llava.model.language_model)
+    vision = llava.config.vision_config
+    n_patches = (vision.image_size // vision.patch_size) ** 2
+    return llava.eval(), Codec(tokenizer, "USER: {image}\n{prompt} ASSISTANT:", n_patches, answer_length=0)
+
+
+@torch.no_grad()
+def encode_portraits(llava: Any, images: Sequence[Any], side: int, batch_size: int = 64) -> Tensor:
+    """Patches of every portrait (n_images, n_patches, d)."""
+    some = next(llava.parameters())
+    pictures = torch.from_numpy(pixels(images, side, CLIP_MEAN, CLIP_STD)).to(some.device, some.dtype)
+    return torch.cat([patches(llava, part) for part in pictures.split(batch_size)])
+
+
+def begin(module: Answerer, seeds: Sequence[int]) -> Ensemble:
+    """As many copies of what is trainable in a module as there are seeds; what is frozen stays in it, shared.
+
+    LoRA's first factors are drawn anew by seed, as it begins with them random and the second factors zero.
+    """
+    params = {}
+    for name, value in module.named_parameters():
+        if not value.requires_grad:
+            continue
+        params[name] = value.detach()[None].repeat(len(seeds), *[1] * value.dim())
+        if "lora_A" in name:
+            for copy, seed in zip(params[name], seeds, strict=True):
+                rng = torch.Generator().manual_seed(seed)
+                bound = float(value.shape[1]) ** -0.5
+                copy.copy_(bound * (2 * torch.rand(value.shape, generator=rng) - 1))
+    return Ensemble(module, params, {})
+
+
+def token_loss(logits: Tensor, answers: Tensor, pad: int) -> Tensor:
+    """Cross-entropy of each answer, averaged over its tokens: (k, b) of logits (k, b, A, V) and tokens (k, b, A)."""
+    losses = F.cross_entropy(logits.flatten(0, -2).float(), answers.flatten(), reduction="none").view(answers.shape)
+    counts = (answers != pad).to(losses.dtype)
+    return (losses * counts).sum(-1) / counts.sum(-1)
+
+
+def gauged(logits: Tensor, right: Tensor) -> Tensor:
+    """Logits (..., V) in the margin gauge (`metrics.margin_gauge`), to be differentiated, for right numbers (...)."""
+    wrong = logits.scatter(-1, right.expand(logits.shape[:-1])[..., None], -torch.inf)
+    return logits - wrong.logsumexp(-1, keepdim=True)
+
+
+def margins(logits: np.ndarray, right: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """Log-odds of the right token given the right ones before it, averaged over an answer's words.
+
+    Args:
+        logits: (n_models, n, A, V).
+        right: numbers of the right tokens' logits (n, A).
+        words: which tokens count, bool (n, A): EOS and padding do not.
+
+    Returns:
+        (n_models, n), float32.
+    """
+    y = torch.from_numpy(right).expand(logits.shape[:-1])
+    odds = gauged(torch.from_numpy(logits), y).gather(-1, y[..., None])[..., 0]
+    counted = torch.from_numpy(words).float()
+    return ((odds * counted).sum(-1) / counted.sum(-1)).numpy()
+
+
+def cut(logits: Tensor, columns: Tensor) -> Tensor:
+    """Some logits as they are and the others' logsumexp as one more: probabilities and margins stay what they were.
+
+    Args:
+        logits: (..., V).
+        columns: numbers of those to keep (..., K).
+
+    Returns:
+        (..., K + 1).
+    """
+    columns = columns.expand(*logits.shape[:-1], -1)
+    rest = logits.scatter(-1, columns, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([logits.gather(-1, columns), rest], -1)
