@@ -1,6 +1,6 @@
 """Ridge datamodels: predict a model's outputs from which points it was trained on.
 
-One linear model an output, Y ~ mean + (A - mean) W, fitted on models of random subsets (Ilyas et al.,
+Each output has a linear model, Y ~ mean + (A - mean) W, fitted on models of random subsets (Ilyas et al.,
 "Datamodels", ICML 2022). W (train x target x class) is never built: with centred masks A and ridge penalty
 lambda on A^T A / M,
 
@@ -11,7 +11,7 @@ so that the sum of W_i over any forget set F, or the prediction for any mask, is
 (A A^T / M + lambda I)^-1 A 1_F / M, which is cheaper when M < n.
 
 **Own weights.** What a training point does to itself is far more than what others do to it, so one penalty for
-all shrinks just the weights that matter most on F. With penalty s lambda on the own weight W_jj of training
+all weights shrinks just those that matter most on F. With penalty s lambda on the own weight W_jj of training
 point j, 0 <= s <= 1, and lambda on all others, Sherman-Morrison gives, with H = (A^T A / M + lambda I)^-1 and W
 the solution for s = 1,
 
@@ -26,9 +26,10 @@ they are; a datamodel of raw logits is turned into it by `Gauged`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,19 +39,47 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from dmmlib.errors import DataError
-from dmmlib.forget_sets import check_forget_indices
+from dmmlib.forget_sets import indicator
 from dmmlib.metrics import Estimate, margin_gauge, right_logits
 
+BLOCK = 1000  # subset models whose outputs are in memory at a time
 
-class Attributor(Protocol):
-    """Predicts how a model's logits, in the margin gauge, change when a forget set is left out of its training.
+Indices = Sequence[int] | np.ndarray
 
-    One that predicts otherwise for each model has a method `retrained` beside it, as `Gauged` does.
+
+class Attributor(ABC):
+    """Predicts how a model's logits, in the margin gauge, depend on which points it is trained on.
+
+    Subclasses say `effects` and `predict`; the rest has defaults that may be bettered.
     """
 
-    def effect(self, forget: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Predicted change of logits (n_points, n_classes) on retraining without the points `forget`."""
-        ...
+    @abstractmethod
+    def effects(self, forget_sets: Sequence[Indices]) -> np.ndarray:
+        """Predict the change of logits on retraining without each forget set: (k, n_points, n_classes).
+
+        Raises:
+            ForgetSetError: for indices that are no proper part of the training set.
+        """
+
+    @abstractmethod
+    def predict(self, masks: np.ndarray) -> np.ndarray:
+        """Predict the logits (k, n_points, n_classes) of models trained on the masks (k, n_train)."""
+
+    def effect(self, forget: Indices) -> np.ndarray:
+        """`effects` of one forget set: (n_points, n_classes)."""
+        return self.effects([forget])[0]
+
+    def retrained(self, logits: np.ndarray, forget: Indices, labels: np.ndarray) -> np.ndarray:
+        """Predict the logits of models retrained without F from theirs, both (n_models, n_points, n_classes)."""
+        return retrained(logits, self.effect(forget), labels)
+
+    def sd(self, forget: Indices) -> np.ndarray | None:
+        """Standard deviation (n_points,) of the predicted change of each margin; None where it is not known."""
+        return None
+
+    def leverage(self, forget: Indices) -> float | None:
+        """How far weights move without F, up to a constant factor; None where it is not known."""
+        return None
 
 
 def retrained(logits: np.ndarray, effect: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -75,12 +104,12 @@ def retrained(logits: np.ndarray, effect: np.ndarray, labels: np.ndarray) -> np.
 
 
 @dataclass(frozen=True)
-class RidgeDatamodel:
+class RidgeDatamodel(Attributor):
     """A fitted ridge datamodel; see `fit`.
 
     Attributes:
         outputs: Y, the logits (M, n_points, n_classes) of the subset models: anything that slices to arrays
-            along its first axis, in memory or on disk.
+            along its first axis, in memory or on disk; `BLOCK` models are read at a time.
         mean_mask: share of subsets that hold each training point (n_train,).
         lam: ridge penalty on A^T A / M.
         own_share: s, the share of it on a training point's weight for itself.
@@ -113,122 +142,91 @@ class RidgeDatamodel:
                 points, and fitting takes O(M n_train^2) more.
 
         Raises:
-            DataError: for counts of models that differ or a penalty that is not positive.
+            DataError: for counts of models that differ, masks that are all alike, or a penalty or share out of range.
         """
         if len(masks) != outputs.shape[0]:
-            raise DataError(f"{len(masks)} masks but outputs of {outputs.shape[0]} models; give one mask a model.")
-        if not lam > 0:
+            raise DataError(f"{len(masks)} masks but outputs of {outputs.shape[0]} models; give one mask per model.")
+        check_varying(masks)
+        if not 0 < lam < np.inf:
             raise DataError(f"The ridge penalty is {lam}; give a positive number, such as 0.1.")
+        if not 0 <= own_share <= 1:
+            raise DataError(f"own_share is {own_share}; give a number from 0 to 1 (1 is plain ridge).")
         a = torch.from_numpy(np.array(masks, np.float32)).to(device)
         mean = a.mean(0)
         a -= mean
         gram = (a @ a.T if len(a) < a.shape[1] else a.T @ a) / len(a)
         gram.diagonal().add_(lam)
-        if not 0 <= own_share <= 1:
-            raise DataError(f"own_share is {own_share}; give a number from 0 to 1 (1 is plain ridge).")
         plain = cls(outputs, mean, lam, a, torch.linalg.cholesky(gram))
         if own_share == 1:
             return plain
-        delta = (1 - own_share) * lam
-        every = np.eye(plain.n_train, dtype=np.float32)
-        own_weights = plain._own_weights(plain.weights(every))
-        own = delta * own_weights / (1 - delta * np.diag(plain._inverse(every)))[:, None]
+        delta, every = (1 - own_share) * lam, np.eye(plain.n_train, dtype=np.float32)
+        weights, total = plain.weights(every), np.zeros((plain.n_train, outputs.shape[2]), np.float32)
+        for rows, block in plain._blocks():
+            total += np.einsum("mj,mjc->jc", weights[rows], block[:, : plain.n_train])  # W_jj
+        own = delta * total / (1 - delta * np.diag(plain._inverse(every)))[:, None]
         return replace(plain, own_share=own_share, _own=own)
 
     @property
     def n_train(self) -> int:
         return self._masks.shape[1]
 
-    def weights(self, directions: np.ndarray) -> np.ndarray:
-        """v of the module's formula for each direction d in place of 1_F.
+    def _columns(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.asarray(rows, np.float32)).to(self._masks.device).T
 
-        Args:
-            directions: (k, n_train), e.g. indicator vectors.
+    def weights(self, directions: np.ndarray) -> np.ndarray:
+        """Solve for v of the module's formula, with each direction d of (k, n_train) in place of 1_F.
 
         Returns:
             (M, k), such that W^T d = Y^T v.
         """
-        d = torch.from_numpy(np.asarray(directions, np.float32)).to(self._masks.device).T
-        m = len(self._masks)
+        d, m = self._columns(directions), len(self._masks)
         if m < self.n_train:
-            v = torch.cholesky_solve(self._masks @ d, self._factor) / m
-        else:
-            v = self._masks @ torch.cholesky_solve(d, self._factor) / m
-        return v.cpu().numpy()
+            return (torch.cholesky_solve(self._masks @ d, self._factor) / m).cpu().numpy()
+        return (self._masks @ torch.cholesky_solve(d, self._factor) / m).cpu().numpy()
+
+    def adjoint(self, u: np.ndarray) -> np.ndarray:
+        """Apply the transpose of `weights`: (k, n_train) for u (k, M)."""
+        v, m = self._columns(u), len(self._masks)
+        if m < self.n_train:
+            return (self._masks.T @ torch.cholesky_solve(v, self._factor) / m).T.cpu().numpy()
+        return (torch.cholesky_solve(self._masks.T @ v, self._factor) / m).T.cpu().numpy()
 
     def _inverse(self, directions: np.ndarray) -> np.ndarray:
         """(A^T A / M + lambda I)^-1 d for each row d of (k, n_train)."""
-        d = torch.from_numpy(np.asarray(directions, np.float32)).to(self._masks.device).T
-        m = len(self._masks)
+        d, m = self._columns(directions), len(self._masks)
         if m < self.n_train:
             solved = (d - self._masks.T @ torch.cholesky_solve(self._masks @ d, self._factor) / m) / self.lam
         else:
             solved = torch.cholesky_solve(d, self._factor)
         return solved.T.cpu().numpy()
 
-    def _own_weights(self, weights: np.ndarray) -> np.ndarray:
-        """W_jj (n_train, n_classes), for the weights v (M, n_train) of every single point."""
-        total = np.zeros((self.n_train, self.outputs.shape[2]), np.float32)
-        for rows, outputs in self._blocks():
-            total += np.einsum("mj,mjc->jc", weights[rows], outputs[:, : self.n_train])
-        return total
-
-    def adjoint(self, u: np.ndarray) -> np.ndarray:
-        """The transpose of `weights`: (k, n_train) for u (k, M)."""
-        v = torch.from_numpy(np.asarray(u, np.float32)).to(self._masks.device).T
-        m = len(self._masks)
-        if m < self.n_train:
-            d = self._masks.T @ torch.cholesky_solve(v, self._factor) / m
-        else:
-            d = torch.cholesky_solve(self._masks.T @ v, self._factor) / m
-        return d.T.cpu().numpy()
-
-    def combine(self, weights: np.ndarray) -> np.ndarray:
-        """Y^T v (k, n_points, n_classes) for weights v (M, k): one pass over the stored outputs."""
-        row = self.outputs.shape[1:]
-        total = np.zeros((weights.shape[1], int(np.prod(row))), np.float32)
-        for rows, outputs in self._blocks():
-            total += weights[rows].T @ outputs.reshape(len(outputs), -1)
-        return total.reshape(-1, *row)
-
     def _blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
-        """The outputs, all at once where they are in memory, else some models at a time."""
-        m = self.outputs.shape[0]
-        in_memory = isinstance(self.outputs, np.ndarray) and not isinstance(self.outputs, np.memmap)
-        block = m if in_memory else 500
-        for first in range(0, m, block):
-            rows = slice(first, first + block)
+        for first in range(0, self.outputs.shape[0], BLOCK):
+            rows = slice(first, min(first + BLOCK, self.outputs.shape[0]))
             yield rows, np.asarray(self.outputs[rows], np.float32)
 
     def respond(self, directions: np.ndarray, mean: float = 0.0) -> np.ndarray:
         """W^T d (k, n_points, n_classes) for each row d of (k, n_train), plus `mean` times the mean output."""
-        total = self.combine(self.weights(directions) + mean / len(self._masks))
+        weights, row = self.weights(directions) + mean / len(self._masks), self.outputs.shape[1:]
+        total = np.zeros((weights.shape[1], int(np.prod(row))), np.float32)
+        for rows, block in self._blocks():
+            total += weights[rows].T @ block.reshape(len(block), -1)
+        total = total.reshape(-1, *row)
         if self._own is not None:
             total[:, : self.n_train] += self._inverse(directions)[:, :, None] * self._own
         return total
 
-    def effect(self, forget: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Predicted change of logits (n_points, n_classes) on retraining without F: minus the sum of W_i.
-
-        Raises:
-            ForgetSetError: for indices that are no proper part of the training set.
-        """
-        return self.effects([forget])[0]
-
-    def effects(self, forget_sets: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
-        """`effect` of several forget sets in one pass over the outputs: (k, n_points, n_classes)."""
-        indicators = np.zeros((len(forget_sets), self.n_train), np.float32)
-        for row, forget in zip(indicators, forget_sets, strict=True):
-            row[check_forget_indices(forget, self.n_train)] = 1
-        return -self.respond(indicators)
+    def effects(self, forget_sets: Sequence[Indices]) -> np.ndarray:
+        """Predict the change of logits without each forget set, minus the sum of W_i, in one pass over the outputs."""
+        return -self.respond(np.stack([indicator(forget, self.n_train) for forget in forget_sets]))
 
     def predict(self, masks: np.ndarray) -> np.ndarray:
-        """Predicted logits (k, n_points, n_classes) of models trained on the given masks (k, n_train)."""
+        """Predict the logits (k, n_points, n_classes) of models trained on the masks (k, n_train)."""
         return self.respond(np.asarray(masks, np.float32) - self.mean_mask.cpu().numpy(), mean=1.0)
 
 
 @dataclass(frozen=True)
-class Gauged:
+class Gauged(Attributor):
     """A datamodel of raw logits as an attributor.
 
     Its change of logits is added to each model's own, as the paper does. So the margin of each bends as it does where a
@@ -245,14 +243,27 @@ class Gauged:
     logits: np.ndarray
     labels: np.ndarray
 
-    def effect(self, forget: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Predicted change of logits (n_points, n_classes) on retraining without F; raises ForgetSetError."""
-        before, after = (margin_gauge(z, self.labels) for z in (self.logits, self.retrained(self.logits, forget)))
-        return (after - before).mean(0)
+    def effects(self, forget_sets: Sequence[Indices]) -> np.ndarray:
+        """Predict the mean change over the originals, in the margin gauge."""
+        before, changes = margin_gauge(self.logits, self.labels), self.model.effects(forget_sets)
+        return np.stack([(margin_gauge(self.logits + z, self.labels) - before).mean(0) for z in changes])
 
-    def retrained(self, logits: np.ndarray, forget: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Predicted logits (n_models, n_points, n_classes) of models without F, from theirs; raises ForgetSetError."""
+    def predict(self, masks: np.ndarray) -> np.ndarray:
+        """Predict the logits of models trained on the masks, in the margin gauge."""
+        return margin_gauge(self.model.predict(masks), self.labels)
+
+    def retrained(self, logits: np.ndarray, forget: Indices, labels: np.ndarray) -> np.ndarray:
+        """Add the predicted change of raw logits to each model's own."""
         return np.asarray(logits + self.model.effect(forget), np.float32)
+
+
+def check_varying(masks: np.ndarray) -> None:
+    """Raise DataError if all masks are alike: nothing can be learnt of a point that all models saw, or none."""
+    if len(masks) > 1 and (np.asarray(masks) == masks[0]).all():
+        raise DataError(
+            f"All {len(masks)} masks are alike, so outputs tell nothing of what a training point does; give random "
+            "subsets."
+        )
 
 
 def lds(predicted: np.ndarray, actual: np.ndarray) -> np.ndarray:
@@ -264,15 +275,25 @@ def lds(predicted: np.ndarray, actual: np.ndarray) -> np.ndarray:
     Returns:
         Spearman rank correlation over subsets (n_points,), in [-1, 1]; 0 where either is constant.
     """
+    for name, m in (("Predicted", predicted), ("Actual", actual)):
+        bad = np.flatnonzero(~np.isfinite(m).reshape(len(m), -1).all(1))
+        if len(bad):
+            raise DataError(
+                f"{name} margins of model {bad[0]} are NaN or infinite ({len(bad)} such models); drop them."
+            )
     if predicted.shape != actual.shape or len(predicted) < 3:
         raise DataError(
             f"Predicted margins have shape {predicted.shape} and actual ones {actual.shape}; give the same "
             "shape, with at least 3 subsets."
         )
-    ranks = [rankdata(m, axis=0) for m in (predicted, actual)]
-    centred = [r - r.mean(0) for r in ranks]
-    norm = np.prod([np.sqrt((c**2).sum(0)) for c in centred], axis=0)
-    return np.where(norm > 0, (centred[0] * centred[1]).sum(0) / np.maximum(norm, 1e-12), 0.0)
+    return _correlation(*(rankdata(m, axis=0) for m in (predicted, actual)))
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Of each column; 0 where either is constant."""
+    a, b = a - a.mean(0), b - b.mean(0)
+    norm = np.sqrt((a**2).sum(0) * (b**2).sum(0))
+    return np.where(norm > 0, (a * b).sum(0) / np.maximum(norm, 1e-12), 0.0)
 
 
 def lds_estimate(predicted: np.ndarray, actual: np.ndarray, n_bootstrap: int = 100, seed: int = 0) -> Estimate:
@@ -281,18 +302,11 @@ def lds_estimate(predicted: np.ndarray, actual: np.ndarray, n_bootstrap: int = 1
     Ranks with ties, as a resample has them, shrink a correlation slightly, so the interval is the estimate
     +- 1.96 bootstrap standard errors.
     """
-    rng = np.random.default_rng(seed)
+    value, n, rng = float(lds(predicted, actual).mean()), len(predicted), np.random.default_rng(seed)
     ranks = [rankdata(m, axis=0) for m in (predicted, actual)]
-
-    def score(rows: np.ndarray) -> float:
-        a, b = (r[rows] - r[rows].mean(0) for r in ranks)
-        norm = np.sqrt((a**2).sum(0) * (b**2).sum(0))
-        return float(((a * b).sum(0) / np.maximum(norm, 1e-12)).mean())
-
-    value = float(lds(predicted, actual).mean())
-    n = len(predicted)
-    error = 1.96 * float(np.std([score(rng.integers(0, n, n)) for _ in range(n_bootstrap)], ddof=1))
-    return Estimate(value, value - error, value + error)
+    draws = [rng.integers(0, n, n) for _ in range(n_bootstrap)]
+    scores = [float(_correlation(*(r[rows] for r in ranks)).mean()) for rows in draws]
+    return Estimate.normal(value, float(np.std(scores, ddof=1)))
 
 
 def choose_lambda(
@@ -309,8 +323,7 @@ def choose_lambda(
     Returns:
         The best candidate, and the mean LDS of each.
     """
-    actual = right_logits(held_out_logits, labels)
-    scores = {}
+    actual, scores = right_logits(held_out_logits, labels), {}
     for lam in candidates:
         predicted = RidgeDatamodel.fit(masks, outputs, lam, device).predict(held_out_masks)
         scores[lam] = float(lds(right_logits(predicted, labels), actual).mean())

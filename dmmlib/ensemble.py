@@ -405,3 +405,21 @@ def train_and(
         progress("train", done, len(masks))
     back = np.argsort(np.concatenate(members), kind="stable")
     return {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
+
+
+def timed_steps(
+    factory: Callable[[], nn.Module], x: Tensor, y: Tensor, training: Training, execution: Execution, n: int
+) -> None:
+    """Take n training steps of `execution.chunk` models in each of its workers; see `execution.measure`."""
+    loss = classification(y)
+
+    def take(worker: int) -> None:
+        rng = np.random.default_rng(worker)
+        models = initialise(factory, range(execution.chunk), x.device)
+        batches = (rng.integers(0, len(x), (execution.chunk, training.batch_size)) for _ in range(n))
+        start, precision, compile = training.optimizer.start(models.params), training.precision, execution.compile
+        descend(models, x, batches, loss, training.optimizer, start, precision=precision, compile=compile)
+
+    list(execution.run(take, range(execution.workers)))
+    if x.device.type == "cuda":
+        torch.cuda.synchronize()

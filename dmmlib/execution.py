@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +34,8 @@ import torch
 from joblib.externals.loky.backend.process import LokyProcess
 
 from dmmlib.errors import DeviceError, SchedulerError
+from dmmlib.files import config_hash, read_json, write_json
+from dmmlib.progress import Progress
 
 C = TypeVar("C")
 R = TypeVar("R")
@@ -227,6 +229,45 @@ def machine(device: torch.device) -> dict[str, Any]:
     """What a measured rate holds for."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {os.cpu_count()}"
     return {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
+
+
+def fastest(
+    options: Sequence[Execution],
+    device: torch.device,
+    steps: Callable[[Execution, int], None],
+    config: dict[str, Any],
+    folder: Path,
+    progress: Progress,
+) -> Execution:
+    """The fastest of some executions on this machine: measured once, and kept in a folder.
+
+    Args:
+        options: what to compare, small chunks first.
+        device: to train on.
+        steps: see `measure`.
+        config: what rates depend on besides the machine.
+        folder: where rates are kept.
+        progress: told of the measurement.
+
+    Raises:
+        DeviceError: if all options are compiled, and compiling does not work here.
+    """
+    if all(option.compile for option in options) and not can_compile(device):
+        raise DeviceError(
+            "ensembles.compile is true, but torch.compile does not work here (it needs a C++ compiler, on a GPU "
+            "Triton); install it, or set it to auto or false."
+        )
+    if len(options) == 1:
+        return options[0]
+    path = (
+        folder / f"execution-{config_hash(config | machine(device) | {'options': [asdict(o) for o in options]})}.json"
+    )
+    if not path.exists():
+        progress("measure how to train fastest", 0, 1)
+        rates = measure([o for o in options if not o.compile or can_compile(device)], steps)
+        write_json(path, [asdict(o) | {"model_steps_per_second": round(rate, 1)} for o, rate in rates.items()])
+        progress("measure how to train fastest", 1, 1)
+    return Execution(**max(read_json(path), key=lambda row: row.pop("model_steps_per_second")))
 
 
 def measure(tried: Sequence[Execution], steps: Callable[[Execution, int], None]) -> dict[Execution, float]:

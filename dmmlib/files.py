@@ -1,12 +1,13 @@
-"""Write files so that a reader sees the old content or the new, never a part."""
+"""Files that come with the library, files that it writes whole or not at all, and hashes by which they are found."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.resources
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,22 @@ def resource(name: str) -> Path:
     """A folder that comes with the library (presets, notebooks, data): beside the package, or in it from a wheel."""
     inside = Path(str(importlib.resources.files("dmmlib"))) / "share" / name
     return inside if inside.exists() else Path(__file__).parents[1] / name
+
+
+def home() -> Path:
+    """Where `runs/` and `figures/` are by default: the clone that holds the library, or the current folder."""
+    clone = Path(__file__).parents[1]
+    return clone if (clone / "pyproject.toml").exists() else Path.cwd()
+
+
+def short(content: bytes) -> str:
+    """16 hexadecimal digits of SHA-256."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Hash of a JSON-serialisable configuration."""
+    return short(json.dumps(config, sort_keys=True, separators=(",", ":")).encode())
 
 
 @contextmanager
@@ -50,7 +67,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
@@ -60,6 +77,6 @@ def read_json(path: Path) -> Any:
         StoreError: if the file is missing or no JSON.
     """
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StoreError(f"{path} cannot be read as JSON ({error}); restore or delete it.") from error

@@ -40,6 +40,13 @@ def check_forget_indices(forget: Sequence[int] | np.ndarray, n_train: int) -> np
     return indices.astype(np.int64)
 
 
+def indicator(forget: Sequence[int] | np.ndarray, n_train: int) -> np.ndarray:
+    """1_F (n_train,), float32; raises ForgetSetError for indices that are no proper part of the training set."""
+    u = np.zeros(n_train, np.float32)
+    u[check_forget_indices(forget, n_train)] = 1
+    return u
+
+
 @dataclass(frozen=True)
 class ForgetSet:
     """A named forget set.
@@ -151,20 +158,24 @@ def both_ends(scores: np.ndarray, size: int, exclude: np.ndarray | None = None) 
     return np.concatenate([top, highest(-scores, size // 2, skip)])
 
 
-def nearest(features: np.ndarray, point: int, size: int) -> np.ndarray:
-    """A training point and its nearest neighbours, `size` in all, by Euclidean distance of features."""
+def nearest(features: np.ndarray, point: int, size: int, exclude: np.ndarray | None = None) -> np.ndarray:
+    """A training point and its nearest neighbours, `size` in all, by Euclidean distance; none of them in `exclude`."""
     if not 0 <= point < len(features):
         raise ForgetSetError(f"Point {point} is outside the {len(features)} training points; use one of them.")
     distances = ((features - features[point]) ** 2).sum(1)
     distances[point] = -1
-    return highest(-distances, size)
+    return highest(-distances, size, exclude)
 
 
-def class_share(data: Dataset, label: int, share: float, rng: np.random.Generator) -> np.ndarray:
-    """A random share, in (0, 1], of the training points of one class."""
+def class_share(
+    data: Dataset, label: int, share: float, rng: np.random.Generator, exclude: np.ndarray | None = None
+) -> np.ndarray:
+    """A random share, in (0, 1], of the training points of one class, none of them in `exclude`."""
     if not 0 <= label < data.n_classes:
         raise ForgetSetError(f"Class {label} is unknown; use 0 to {data.n_classes - 1}.")
     if not 0 < share <= 1:
         raise ForgetSetError(f"The share {share} of a class was asked for; use a number above 0 and at most 1.")
-    pool = np.flatnonzero(data.y_train == label)
-    return rng.choice(pool, max(1, round(share * len(pool))), replace=False)
+    members = np.flatnonzero(data.y_train == label)
+    pool, size = np.setdiff1d(members, exclude if exclude is not None else []), max(1, round(share * len(members)))
+    _check_size(size, len(pool), f"class {label}, without points that other sets hold,")
+    return rng.choice(pool, size, replace=False)

@@ -22,7 +22,6 @@ from dmmlib.errors import DataError
 CLIP = 100.0
 N_BINS = 20
 FLOOR = 1e-5
-TINY = 1e-300  # in place of 0 in a logarithm that is multiplied with 0
 BLOCK = 5000  # points whose histograms are counted together
 
 Convention = Literal["closed", "easydub"]
@@ -111,10 +110,6 @@ def _check_margins(unlearned: np.ndarray, oracle: np.ndarray) -> None:
             )
 
 
-def _uniform(n: int) -> np.ndarray:
-    return np.full(n, 1 / n)
-
-
 def _bins(
     margins: np.ndarray, low: np.ndarray, high: np.ndarray, n_bins: int, room: Sequence[np.ndarray] | None = None
 ) -> np.ndarray:
@@ -167,40 +162,6 @@ def _joint(
         u, o, low, high = (m.clip(-CLIP, CLIP) for m in (u, o, low, high))
     half = 0.5 * (low == high)
     return u, o, low - half, high, high + half
-
-
-@dataclass(frozen=True)
-class _Histograms:
-    """Which bin each model's margin falls in, at every point: one-hot, (n_models, n_points * n_bins)."""
-
-    unlearned: np.ndarray
-    oracle: np.ndarray
-    n_bins: int = N_BINS
-
-    def klom(self, weight_u: np.ndarray, weight_o: np.ndarray, renormalise: bool = False) -> np.ndarray:
-        """KLoM (..., n_points) where each model counts with its weight (..., n_models); weights sum to 1."""
-        p, q = (
-            (weight @ hot).reshape(*weight.shape[:-1], -1, self.n_bins)
-            for weight, hot in ((weight_u, self.unlearned), (weight_o, self.oracle))
-        )
-        if renormalise:
-            p, q = (h / np.maximum(h.sum(-1, keepdims=True), FLOOR) for h in (p, q))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            terms = np.where(p > 0, p * np.log(p / np.maximum(q, FLOOR)), 0)
-        return terms.sum(-1)
-
-
-def _histograms(unlearned: np.ndarray, oracle: np.ndarray, convention: Convention, n_bins: int = N_BINS) -> _Histograms:
-    _check_margins(unlearned, oracle)
-    u, o, low, top, high = _joint(unlearned, oracle)
-    hot = []
-    for m in (u, o):
-        n_models, n_points = m.shape
-        one_hot = np.zeros((n_models, n_points, n_bins), np.float32)
-        kept = m < top if convention == "easydub" else np.ones_like(m, bool)
-        np.put_along_axis(one_hot, _bins(m, low, high, n_bins)[..., None], kept[..., None].astype(np.float32), 2)
-        hot.append(one_hot.reshape(n_models, -1))
-    return _Histograms(hot[0], hot[1], n_bins)
 
 
 def klom(
@@ -272,10 +233,14 @@ def _klom_by_counting(
             np.add.reduce(hot.view(np.uint8), 0, counts.dtype, counts[k])
         whole = np.maximum(counts.sum(0), FLOOR) if convention == "easydub" else len(m)
         shares.append(counts / whole)
-    p, q = shares
+    return _divergence(*shares).sum(0)
+
+
+def _divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """Terms p log(p / q) of bins, with q floored; written over p and q, as new memory costs more than arithmetic."""
     np.divide(p, np.clip(q, FLOOR, 1, out=q), out=q)
-    p *= np.log(np.clip(q, TINY, np.inf, out=q), out=q)  # where p is 0, so is its term
-    return p.sum(0)
+    p *= np.log(np.clip(q, np.finfo(q.dtype).tiny, None, out=q), out=q)  # where p is 0, so is its term
+    return p
 
 
 @dataclass(frozen=True)
@@ -286,17 +251,18 @@ class Estimate:
     low: float
     high: float
 
+    @classmethod
+    def normal(cls, value: float, error: float) -> Estimate:
+        """The interval of a normal estimate: 1.96 standard errors on either side."""
+        return cls(value, value - 1.96 * error, value + 1.96 * error)
+
     def __str__(self) -> str:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
-def _p95(values: np.ndarray) -> float:
-    return float(np.percentile(values, 95))
-
-
 STATISTICS: dict[str, Callable[[np.ndarray], float]] = {
     "mean": lambda values: float(np.mean(values)),
-    "p95": _p95,
+    "p95": lambda values: float(np.percentile(values, 95)),
 }
 
 
@@ -309,18 +275,22 @@ def klom_draws(
     biased upwards: its spread is a standard error, its level is no estimate. Draws with the same numbers of models
     and the same seed resample alike, so that differences of two methods can be taken draw by draw.
     """
-    histograms = _histograms(unlearned, oracle, "closed")
-    n_u, n_o = len(unlearned), len(oracle)
+    unlearned, oracle = np.asarray(unlearned), np.asarray(oracle)
+    _check_margins(unlearned, oracle)
+    u, o, low, _, high = _joint(unlearned, oracle)
+    hot = [(_bins(z, low, high, N_BINS)[..., None] == np.arange(N_BINS)).astype(np.float32) for z in (u, o)]
     rng = np.random.default_rng(seed)
-    draws = [(rng.multinomial(n_u, _uniform(n_u)), rng.multinomial(n_o, _uniform(n_o))) for _ in range(n_bootstrap)]
-    weight_u, weight_o = (
-        np.stack(counts).astype(np.float32) / n for counts, n in zip(zip(*draws, strict=True), (n_u, n_o), strict=True)
-    )
-    block = 10  # resamples at a time, to bound memory
-    resampled = [
-        histograms.klom(weight_u[i : i + block], weight_o[i : i + block]) for i in range(0, n_bootstrap, block)
-    ]
-    return histograms.klom(_uniform(n_u), _uniform(n_o)), np.concatenate(resampled)
+    counts = [[rng.multinomial(len(z), np.full(len(z), 1 / len(z))) for z in (u, o)] for _ in range(n_bootstrap)]
+
+    def shares(i: int, weights: np.ndarray) -> np.ndarray:
+        return (weights @ hot[i].reshape(len(hot[i]), -1)).reshape(*weights.shape[:-1], -1, N_BINS)
+
+    def values(weights: Sequence[np.ndarray]) -> np.ndarray:
+        return _divergence(shares(0, weights[0]), shares(1, weights[1])).sum(-1)
+
+    weights = [np.stack([draw[i] for draw in counts]).astype(np.float32) / len(z) for i, z in enumerate((u, o))]
+    parts = [values([w[first : first + 10] for w in weights]) for first in range(0, n_bootstrap, 10)]  # bounds memory
+    return values([np.full(len(z), 1 / len(z)) for z in (u, o)]), np.concatenate(parts)
 
 
 def klom_summary(
@@ -353,7 +323,7 @@ def klom_summary(
     return summary
 
 
-# --- other yardsticks ----------------------------------------------------------------------------------
+# --- other measures ------------------------------------------------------------------------------------
 
 
 def u_lira(unlearned: np.ndarray, oracle: np.ndarray) -> np.ndarray:
@@ -391,10 +361,9 @@ def ks(unlearned: np.ndarray, oracle: np.ndarray) -> np.ndarray:
     """Two-sample Kolmogorov-Smirnov statistic of the margins, point by point: (n_points,) in [0, 1]."""
     unlearned, oracle = np.asarray(unlearned), np.asarray(oracle)
     _check_margins(unlearned, oracle)
-    both = np.concatenate([unlearned, oracle])
+    both = np.concatenate([unlearned, oracle])  # scipy's ks_2samp gives the same in thirty times the time
     order = np.argsort(both, 0, kind="stable")
-    step = np.where(order < len(unlearned), 1 / len(unlearned), -1 / len(oracle))
-    gap = np.cumsum(step, 0)
+    gap = np.cumsum(np.where(order < len(unlearned), 1 / len(unlearned), -1 / len(oracle)), 0)
     ranked = np.take_along_axis(both, order, 0)
     last_of_tie = np.concatenate([ranked[1:] != ranked[:-1], np.ones((1, ranked.shape[1]), bool)])
     return np.abs(np.where(last_of_tie, gap, 0)).max(0)
@@ -408,6 +377,5 @@ def accuracy_gap(
     for split, indices in splits.items():
         u, o = (np.asarray(c)[:, indices].mean(1) for c in (correct_unlearned, correct_oracle))
         value = float(u.mean() - o.mean())
-        error = 1.96 * float(np.sqrt(u.var(ddof=1) / len(u) + o.var(ddof=1) / len(o)))
-        gaps[split] = Estimate(value, value - error, value + error)
+        gaps[split] = Estimate.normal(value, float(np.sqrt(u.var(ddof=1) / len(u) + o.var(ddof=1) / len(o))))
     return gaps

@@ -32,6 +32,14 @@ def normalise(data: Dataset, x: np.ndarray) -> Tensor:
     return (images - mean) / std
 
 
+def normalising(make: Callable[[], nn.Module], data: Dataset, device: torch.device) -> nn.Module:
+    """A model that takes bytes: `normalise` as its first step, which adds no parameter or name to it."""
+    mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (data.mean, data.std))
+    model = make()
+    model.register_forward_pre_hook(lambda _, inputs: ((inputs[0].float() / 255 - mean) / std,))
+    return model
+
+
 def pooled(data: Dataset, x: np.ndarray) -> Tensor:
     """`normalise`, average-pooled 2 x 2 where there are at least 20 rows, and flattened: (n, features)."""
     images = normalise(data, x)
@@ -168,3 +176,40 @@ def resnet9(shape: tuple[int, ...], n_classes: int, width: int = 64) -> nn.Modul
 def build(name: str, shape: tuple[int, ...], n_classes: int, **options: Any) -> nn.Module:
     """An `nn.Module` by registered name, for one prepared point of `shape`."""
     return get(name).factory(shape, n_classes, **options)
+
+
+class _Basic(nn.Module):
+    """Two 3 x 3 convolutions beside the identity, or beside a 1 x 1 convolution where the shape changes."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int) -> None:
+        super().__init__()
+        self.block = nn.Sequential(
+            nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(c_out),
+            nn.ReLU(),
+            nn.Conv2d(c_out, c_out, 3, padding=1, bias=False),
+            nn.BatchNorm2d(c_out),
+        )
+        self.beside: nn.Module = nn.Identity()
+        if stride != 1 or c_in != c_out:
+            self.beside = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.block(x) + self.beside(x))
+
+
+@register("resnet18")
+def resnet18(shape: tuple[int, ...], n_classes: int, width: int = 64) -> nn.Module:
+    """ResNet-18 (He et al., 2016), 11.2 million parameters at width 64; PyTorch's default initialisation."""
+    w = width
+    stages = [(w, w, 1), (w, 2 * w, 2), (2 * w, 4 * w, 2), (4 * w, 8 * w, 2)]
+    return nn.Sequential(
+        nn.Conv2d(shape[0], w, 7, stride=2, padding=3, bias=False),
+        nn.BatchNorm2d(w),
+        nn.ReLU(),
+        nn.MaxPool2d(3, stride=2, padding=1),
+        *(nn.Sequential(_Basic(a, b, stride), _Basic(b, b, 1)) for a, b, stride in stages),
+        nn.AdaptiveAvgPool2d((1, 1)),
+        nn.Flatten(),
+        nn.Linear(8 * w, n_classes),
+    )

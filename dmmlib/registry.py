@@ -16,20 +16,28 @@ from dmmlib.errors import MethodError
 T = TypeVar("T")
 
 VERSIONS = {
-    "seeds": 1,  # trainer: seeds and masks of model sets
-    "engine": 1,  # ensemble, optim: initial weights, batches, learning rate, training step
-    "forget sets": 1,  # how forget sets are chosen
-    "ridge": 1,  # datamodels: ridge regression on masks
-    "gradients": 1,  # attribution.gradients: kernels of gradients
-    "finetune": 1,  # unlearn.base: the loop that all methods share
-    "whitening": 1,  # unlearn.whitening: coordinates that matching steps in
-    "matching": 1,  # unlearn.matching: loss, batches, optimizer
+    "seeds": 1,  # trainer, unlearn.base: seeds and masks of model sets, generators of problems
+    "batches": 1,  # ensemble, unlearn.base: which points a step sees
+    "schedule": 1,  # ensemble: the learning rate of training
+    "optimizer sgd": 1,
+    "optimizer adam": 1,
+    "engine": 1,  # ensemble: initial weights, loss, training step
     "metric margin": 1,  # metrics: margins and their gauge
     "metric klom": 1,
     "metric u_lira": 1,
     "metric ks": 1,
+    "metric accuracy_gap": 1,
     "metric lds": 1,
+    "ridge": 1,  # datamodels: ridge regression on masks
+    "predicted oracle": 1,  # datamodels: a predicted change added to a model's own logits
+    "forget sets": 1,  # how forget sets are chosen
+    "finetune": 1,  # unlearn.base: the loop that all methods share
+    "whitening": 1,  # unlearn.whitening: coordinates that matching steps in
+    "attribution gradients": 1,  # attribution.gradients: kernels of gradients
+    "calibration": 1,  # attribution.base: the scale of an attributor
+    "matching": 1,  # unlearn.matching: loss, batches, rate
     "search": 1,  # tuning: settings that are drawn, and their score
+    "results": 1,  # evaluation: rows of the tables
 }
 """Of the components that are not registered by name: raise one when the numbers of that component change."""
 

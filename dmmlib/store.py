@@ -10,7 +10,7 @@ and damage is found when it is read. Runs at the same time write the same conten
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from zarr.errors import ContainsArrayError, ContainsGroupError, GroupNotFoundErr
 from zarr.storage import FsspecStore, LocalStore
 
 from dmmlib.errors import DamageError, StoreError
-from dmmlib.hashing import config_hash
+from dmmlib.files import config_hash
 
 FORMAT = 1
 
@@ -257,6 +257,40 @@ class Store:
         done = set(range(self.n_shards)) - set(self.missing())
         files = self._group.store
         return [s for s in sorted(done) if not sync(files.exists(f"{name}/c/{s}{row_chunks}"))]
+
+
+class Outputs:
+    """Logits of a model set's models, read from its store as they are needed.
+
+    Slicing the first axis reads those models; `outputs[:, points]` reads all, a block at a time, and keeps the points.
+
+    Attributes:
+        shape: (n_models, n_points, n_classes).
+    """
+
+    def __init__(self, read: Callable[[int, int], np.ndarray], shape: tuple[int, int, int], step: int) -> None:
+        self.shape = shape
+        self._read, self._step = read, step
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def first(self, n: int) -> Outputs:
+        """The outputs of the first n models, unread."""
+        return Outputs(self._read, (min(n, len(self)), *self.shape[1:]), self._step)
+
+    def __getitem__(self, key: slice | tuple[slice, Any]) -> np.ndarray:
+        rows, points = key if isinstance(key, tuple) else (key, slice(None))
+        start, stop, _ = rows.indices(len(self))
+        n_points = len(np.arange(self.shape[1])[points])
+        found = np.empty((max(0, stop - start), n_points, self.shape[2]), np.float32)
+        for first in range(start, stop, self._step):  # straight into place, so that little is in memory twice
+            last = min(first + self._step, stop)
+            found[first - start : last - start] = self._read(first, last)[:, points]
+        return found
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self[:].astype(dtype or np.float32, copy=False)
 
 
 def _files(address: str) -> LocalStore | FsspecStore:

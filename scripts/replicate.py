@@ -14,9 +14,9 @@ from pathlib import Path
 import pandas as pd
 
 from dmmlib.analysis.tables import klom_p95
-from dmmlib.files import replacing
+from dmmlib.files import home, replacing
 from dmmlib.studies.cheap.experiments import PAIRS, more_ridge, replicate
-from dmmlib.study import ROOT, Study
+from dmmlib.study import Study
 
 MORE = 6000
 TABLES: dict[str, Callable[[Study], pd.DataFrame]] = {
@@ -25,7 +25,10 @@ TABLES: dict[str, Callable[[Study], pd.DataFrame]] = {
 }
 
 
-def main(seeds: list[int], pairs: list[str], folder: Path = ROOT / "figures" / "laptop") -> None:
+LAPTOP = home() / "figures" / "laptop"
+
+
+def main(seeds: list[int], pairs: list[str], folder: Path = LAPTOP) -> None:
     """Replicate every pair with every seed that a table lacks."""
     for seed in seeds:
         for pair in pairs:
@@ -43,7 +46,7 @@ def main(seeds: list[int], pairs: list[str], folder: Path = ROOT / "figures" / "
                 sys.stdout.write(f"{name}, {pair}, seed {seed}: done\n")
 
 
-def more(path: Path = ROOT / "figures" / "laptop" / "07_more_ridge.csv") -> None:
+def more(path: Path = LAPTOP / "07_more_ridge.csv") -> None:
     """Ridge with `MORE` subset models on the laptop preset, where there is no table of it."""
     if not path.exists():
         with replacing(path) as temporary:

@@ -24,12 +24,13 @@ import numpy as np
 import torch
 
 from dmmlib import attribution, data, datamodels, ensemble, forget_sets, metrics, models, unlearn
-from dmmlib.attribution import base, kernel
+from dmmlib.attribution import base, gradients
 from dmmlib.execution import one_thread
 from dmmlib.optim import SGD, Adam
 from dmmlib.progress import silent
+from dmmlib.registry import versions
 from dmmlib.study import Study
-from dmmlib.unlearn import gradient, matching
+from dmmlib.unlearn import matching, whitening
 
 TABLE = Path(__file__).with_name("golden.csv")
 COLUMNS = ["component", "version", "quantity", "value"]
@@ -39,7 +40,7 @@ COLUMNS = ["component", "version", "quantity", "value"]
 
 def version(component: str) -> int:
     """The version of a component: raised whenever its numbers change."""
-    return 1
+    return versions(component)[component]
 
 
 def dataset(name: str, n_train: int, n_val: int) -> data.Dataset:
@@ -282,10 +283,10 @@ def _data(name: str, inputs: Inputs) -> Values:
 
 
 for _name in ("digits", "fashion-mnist"):
-    component(f"data {_name}")(partial(_data, _name))
+    component(f"data set {_name}")(partial(_data, _name))
 
 
-@component("seeds", "data digits")
+@component("seeds", "data set digits")
 def _(inputs: Inputs) -> Values:
     for stream in ("originals", "subsets", "oracles:random:0123abcd", "forget:random"):
         yield f"seeds of the stream {stream}, in order", in_order(stream_seeds(inputs.study, stream, 4))
@@ -329,7 +330,7 @@ for _name, _options in {
     "resnet9": {"width": 4},
     "resnet18": {"width": 2},
 }.items():
-    component(f"model {_name}", "data digits")(partial(_model, _name, _options))
+    component(f"model {_name}", "data set digits")(partial(_model, _name, _options))
 
 
 # training
@@ -343,10 +344,10 @@ def _(inputs: Inputs) -> Values:
     yield "points of two epochs, in order", in_order(np.concatenate(batches, 1))
     untrained = fresh(lambda: torch.nn.Linear(1, 2), 3)
     some = problem(untrained, torch.zeros(30, 1), np.zeros(30, int), np.array([1, 4]), n_train=25, seed=7)
-    passes = gradient.passes(some, some.retain, 1.5, 8)
+    passes = unlearn.passes(some, some.retain, 1.5, 8)
     yield "batches of one and a half passes", len(passes)
     yield "points of one and a half passes, in order", in_order(np.concatenate(passes, 1))
-    yield "points of a stream through a small pool, in order", in_order(gradient.stream(some, some.forget, 5, 3))
+    yield "points of a stream through a small pool, in order", in_order(unlearn.draw_batches(some, some.forget, 5, 3))
 
 
 @component("schedule")
@@ -397,7 +398,7 @@ for _name, _made in {
 _MODELS = [f"model {_name}" for _name in ("linear", "mlp", "convnet", "resnet9")]
 
 
-@component("engine", "data digits", *_MODELS, "batches", "schedule", "optimizer sgd")
+@component("engine", "data set digits", *_MODELS, "batches", "schedule", "optimizer sgd")
 def _(inputs: Inputs) -> Values:
     masks = np.ones((3, N), bool)
     masks[1, :20] = False  # trains apart from the others
@@ -524,7 +525,7 @@ def _(inputs: Inputs) -> Values:
     yield "loadings on the second component, in order", in_order(loadings[:, 1])
     gauged = datamodels.Gauged(model, fixed(5, 30, 3, seed=6).astype(np.float32), labels)
     yield "raw logits: root mean square effect in the margin gauge", rms(gauged.effect(forget))
-    yield "raw logits: root mean square prediction", rms(gauged.retrained(gauged.logits, forget))
+    yield "raw logits: root mean square prediction", rms(gauged.retrained(gauged.logits, forget, gauged.labels))
 
 
 @component("predicted oracle", "metric margin")
@@ -535,7 +536,7 @@ def _(inputs: Inputs) -> Values:
     yield "root mean square of logits", rms(after)
 
 
-@component("forget sets", "data digits")
+@component("forget sets", "data set digits")
 def _(inputs: Inputs) -> Values:
     scores, taken = fixed(N), np.arange(10)
     pixels = inputs.digits.x_train.reshape(N, -1).astype(float)
@@ -596,12 +597,12 @@ def _(inputs: Inputs) -> Values:
     points = np.stack([rng.permutation(N)[:30] for _ in range(2)])
     convolutions = fresh(architecture("convnet", inputs.images.shape[1:], width=4), 2)
     for words, models_, x in (("mlp", inputs.originals[:2], inputs.x), ("convnet", convolutions, inputs.images)):
-        white = ensemble.whitened(models_, x, points, 0.05)
-        whiteners = {k: v for k, v in white.params.items() if k.endswith(ensemble.WHITENER)}
+        white = whitening.whitened(models_, x, points, 0.05)
+        whiteners = {k: v for k, v in white.params.items() if k.endswith(whitening.WHITENER)}
         yield f"{words}: norm of the whiteners", norm(whiteners)
         yield f"{words}: norm of the weights", norm({k: v for k, v in white.params.items() if k not in whiteners})
         yield f"{words}: root mean square of logits", rms(white.logits(x))
-        back = ensemble.unwhitened(white, models_.module)
+        back = whitening.unwhitened(white, models_.module)
         yield f"{words}: norm of the weights turned back", norm(back.params)
 
 
@@ -613,7 +614,7 @@ def _(inputs: Inputs) -> Values:
     y = torch.from_numpy(inputs.y)
     convolutions = fresh(architecture("convnet", inputs.images.shape[1:], width=4), 1)
     for words, some, x in (("mlp", inputs.originals, inputs.x), ("convnet", convolutions, inputs.images)):
-        k = kernel.gram(some, 0, x, y).double()
+        k = gradients.gram(some, 0, x, y).double()
         yield f"{words}: mean of the diagonal", k.diagonal().mean()
         yield f"{words}: sum of products", k.sum()
         yield f"{words}: norm of products", k.norm()

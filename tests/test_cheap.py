@@ -18,11 +18,13 @@ from dmmlib.attribution.bayesian import RHOS, covariance
 from dmmlib.attribution.linearised import LinearisedResponse, linearised_response
 from dmmlib.datamodels import RidgeDatamodel
 from dmmlib.errors import DataError, PresetError
+from dmmlib.files import home
 from dmmlib.metrics import Estimate
 from dmmlib.progress import silent
 from dmmlib.studies.cheap import experiments
 from dmmlib.studies.cheap.ablation import antithetic_masks, clustered_masks, posterior
-from dmmlib.study import ROOT, ModelSet, Study
+from dmmlib.study import Study
+from dmmlib.trainer import ModelSet
 from tests.conftest import TINY
 from tests.test_attribution import FACTORIES, problem
 
@@ -298,7 +300,7 @@ def test_ratio_over_sets_takes_the_mean_of_draws_first():
 
 
 def test_replication_goes_on_where_its_table_ends(study, tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("replicate_script", ROOT / "scripts" / "replicate.py")
+    spec = importlib.util.spec_from_file_location("replicate_script", home() / "scripts" / "replicate.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     asked = []

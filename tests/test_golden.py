@@ -9,12 +9,14 @@ from contextlib import closing
 
 import pytest
 
-from dmmlib import attribution, data, datamodels, ensemble, forget_sets, metrics, models, unlearn
-from dmmlib.attribution import base, bayesian, kernel, lasso, linearised
+from dmmlib import attribution, data, datamodels, ensemble, evaluation, forget_sets, metrics, models, tuning, unlearn
+from dmmlib.attribution import base, bayesian, gradients, linearised
+from dmmlib.attributors import kernel, lasso
+from dmmlib.baselines import dampening, newton
 from dmmlib.optim import SGD, Adam
-from dmmlib.study import Study
+from dmmlib.trainer import Trainer
 from dmmlib.unlearn import base as unlearning
-from dmmlib.unlearn import dampening, gradient, matching, newton
+from dmmlib.unlearn import matching, whitening
 from tests import golden
 
 EXTRAS = {"trak", "tracin", "ekfac", "logra"}  # attributors of an optional library
@@ -109,9 +111,9 @@ def default(name, value, *functions):
 
 
 CHANGES = {
-    "points drawn in order": ("data digits", edit(data.load, "rng.permutation(len(x))", "np.arange(len(x))")),
-    "another hash of a stream's name": ("seeds", edit(Study.seeds, "zlib.crc32", "zlib.adler32")),
-    "masks of the last points": ("seeds", edit(Study.random_masks, "[:size]", "[-size:]")),
+    "points drawn in order": ("data set digits", edit(data.load, "rng.permutation(len(x))", "np.arange(len(x))")),
+    "another hash of a stream's name": ("seeds", edit(Trainer.seeds, "zlib.crc32", "zlib.adler32")),
+    "masks of the last points": ("seeds", edit(Trainer.random_masks, "[:size]", "[-size:]")),
     "generators that models share": ("seeds", edit(unlearn.Problem.rngs, "[self.seed, i", "[self.seed + i")),
     "another range of pixels": ("model linear", edit(models.normalise, "/ 255", "/ 256")),
     "another activation": ("model mlp", edit(models.get("mlp").factory, "nn.ReLU()", "nn.Tanh()")),
@@ -134,10 +136,10 @@ CHANGES = {
     "lowest instead of highest": ("forget sets", edit(forget_sets.highest, "argsort(-scores", "argsort(scores")),
     "fine-tuning that does not descend": ("finetune", put(unlearning, "descend", lambda *args, **more: None)),
     "costs without what was spent": ("finetune", edit(unlearn.finetune, "spent + np.cumsum", "np.cumsum")),
-    "whitening: twice the damping": ("whitening", edit(ensemble.whitened, "damping * values", "2 * damping * values")),
+    "whitening: twice the damping": ("whitening", edit(whitening.whitened, "damping * values", "2 * damping * values")),
     "gradients without biases": (
         "attribution gradients",
-        edit(kernel.gram, "a @ a.T + float(", "a @ a.T + 0 * float("),
+        edit(gradients.gram, "a @ a.T + float(", "a @ a.T + 0 * float("),
     ),
     "less caution with noisy slopes": ("calibration", edit(base.slope, "ff / 2", "ff / 4")),
     "linearised: another penalty": (
@@ -163,15 +165,18 @@ CHANGES = {
         "method newton",
         edit(newton._step, "len(problem.forget) /", "0.5 * len(problem.forget) /"),
     ),
-    "another percentile scores": ("search", edit(Study._search, "95", "90")),
-    "accuracy gaps turned round": ("results", edit(Study.evaluate, "(result.correct, right", "(right, result.correct")),
+    "another percentile scores": ("search", edit(tuning.score, "95", "90")),
+    "accuracy gaps turned round": (
+        "results",
+        edit(evaluation.evaluate, "(result.correct, correct", "(correct, result.correct"),
+    ),
 }
 
 
 @pytest.fixture
 def quicker(monkeypatch):
     """Leaves out the one file that takes long to read, and that nothing else comes from."""
-    others = {name: found for name, found in golden.COMPONENTS.items() if name != "data fashion-mnist"}
+    others = {name: found for name, found in golden.COMPONENTS.items() if name != "data set fashion-mnist"}
     monkeypatch.setattr(golden, "COMPONENTS", others)
 
 
@@ -201,7 +206,7 @@ HARMLESS = {
     "other words for the same": [
         edit(metrics.u_lira, "log_density", "log_likelihood"),
         edit(unlearn.finetune, "trajectory", "margins_on_the_way"),
-        edit(gradient.stream, "-(-n_steps * size // len(pool))", "math.ceil(n_steps * size / len(pool))"),
+        edit(unlearn.draw_batches, "-(-n_steps * size // len(pool))", "math.ceil(n_steps * size / len(pool))"),
         edit(datamodels.RidgeDatamodel.fit.__func__, "(a @ a.T if", "(torch.matmul(a, a.T) if"),
     ],
 }

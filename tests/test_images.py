@@ -10,8 +10,8 @@ from PIL import Image
 from dmmlib import data, metrics, models, presets
 from dmmlib.app import images
 from dmmlib.errors import DataError
+from dmmlib.models import resnet18
 from dmmlib.progress import silent
-from dmmlib.resnet18 import resnet18
 from dmmlib.study import Study
 from tests.conftest import SHARED
 

@@ -12,7 +12,7 @@ import zarr
 from zarr.storage import FsspecStore
 
 from dmmlib.errors import StoreError
-from dmmlib.hashing import config_hash
+from dmmlib.files import config_hash
 from dmmlib.progress import silent
 from dmmlib.store import Store
 from dmmlib.study import Study

@@ -16,8 +16,7 @@ import pandas as pd
 
 from dmmlib import metrics, unlearn
 from dmmlib.errors import OptionError
-from dmmlib.files import read_json, write_json
-from dmmlib.hashing import config_hash
+from dmmlib.files import config_hash, read_json, write_json
 from dmmlib.metrics import Estimate
 from dmmlib.unlearn.matching import dmm, match
 

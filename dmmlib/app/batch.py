@@ -21,8 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dmmlib.errors import DmmError
-from dmmlib.files import read_json, resource, write_json
-from dmmlib.hashing import config_hash, short
+from dmmlib.files import config_hash, read_json, resource, short, write_json
 from dmmlib.progress import PROGRESS_FILE
 
 NOTEBOOKS = resource("notebooks")

@@ -11,8 +11,7 @@ from platformdirs import user_cache_dir
 
 from dmmlib.data import Dataset, from_arrays, register
 from dmmlib.errors import DataError
-from dmmlib.files import read_json, replacing
-from dmmlib.hashing import config_hash
+from dmmlib.files import config_hash, read_json, replacing
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp")
 

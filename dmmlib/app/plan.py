@@ -19,7 +19,7 @@ from dmmlib import data as datasets
 from dmmlib import ensemble, models, unlearn
 from dmmlib.errors import DataError
 from dmmlib.execution import one_thread
-from dmmlib.hashing import short
+from dmmlib.files import short
 from dmmlib.presets import DataSection, Preset
 from dmmlib.store import Store
 from dmmlib.studies.cheap import experiments

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmmlib.datamodels import Attributor
+from dmmlib.datamodels import Attributor, Indices, check_varying
 from dmmlib.ensemble import Ensemble, check_masks
 from dmmlib.errors import DataError
-from dmmlib.forget_sets import check_forget_indices
+from dmmlib.forget_sets import indicator
 from dmmlib.metrics import right_logits
 from dmmlib.registry import Registry
 
@@ -45,6 +45,7 @@ class Context:
 
     def __post_init__(self) -> None:
         check_masks(self.masks, self.masks.shape[-1])
+        check_varying(self.masks)
         if tuple(self.outputs.shape[:2]) != (len(self.masks), len(self.x)):
             raise DataError(
                 f"outputs have shape {tuple(self.outputs.shape)} for {len(self.masks)} masks and {len(self.x)} "
@@ -151,7 +152,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class MarginDatamodel:
+class MarginDatamodel(Attributor):
     """A response of margins, scaled; given that a model is wrong, what it answers is taken to stay.
 
     Attributes:
@@ -180,20 +181,13 @@ class MarginDatamodel:
         right = np.arange(self.offset.shape[1]) == self.labels[:, None]
         return np.where(right, np.float32(self.scale) * change[..., None], np.float32(0))
 
-    def effect(self, forget: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Predicted change of logits (n_points, n_classes) on retraining without F; raises ForgetSetError."""
-        return self.change(indicator(forget, self.response.n_train)[None] == 0)[0]
+    def effects(self, forget_sets: Sequence[Indices]) -> np.ndarray:
+        """Predict the change of logits (k, n_points, n_classes) on retraining without each forget set."""
+        return self.change(np.stack([indicator(forget, self.response.n_train) for forget in forget_sets]) == 0)
 
     def predict(self, masks: np.ndarray) -> np.ndarray:
         """Predicted logits (k, n_points, n_classes) of models trained on the given masks (k, n_train)."""
         return self.offset + self.change(masks)
-
-
-def indicator(forget: Sequence[int] | np.ndarray, n_train: int) -> np.ndarray:
-    """1_F (n_train,), float32; raises ForgetSetError for indices that are no proper part of the training set."""
-    u = np.zeros(n_train, np.float32)
-    u[check_forget_indices(forget, n_train)] = 1
-    return u
 
 
 def calibrated(context: Context, response: Response | np.ndarray) -> MarginDatamodel:

@@ -35,15 +35,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dmmlib.attribution.base import Context, Linear, MarginDatamodel, Response, foresee, indicator, register, slope
+from dmmlib.attribution.base import Context, Linear, MarginDatamodel, Response, foresee, register, slope
 from dmmlib.attribution.linearised import LAM, RANK, linearised_response
+from dmmlib.datamodels import Attributor, Indices
 from dmmlib.errors import DataError
+from dmmlib.forget_sets import indicator
 
 RHOS = np.geomspace(1e-4, 1e3, 29)
 
 
 @dataclass(frozen=True)
-class BayesianDatamodel:
+class BayesianDatamodel(Attributor):
     """The fitted posterior; see the module.
 
     Attributes:
@@ -90,23 +92,15 @@ class BayesianDatamodel:
         """Predicted change of logits (k, n_points, n_classes) of models trained on each mask, against one on all."""
         return self.prior.change(masks) + self.correction(np.asarray(masks, np.float32) - 1)
 
-    def effect(self, forget: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Predicted change of logits (n_points, n_classes) on retraining without the points `forget`.
-
-        Raises:
-            ForgetSetError: for indices that are no proper part of the training set.
-        """
-        return self.effects([forget])[0]
-
-    def effects(self, sets: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
-        """`effect` of several forget sets at once (k, n_points, n_classes)."""
-        return self.change(np.stack([indicator(forget, self.n_train) for forget in sets]) == 0)
+    def effects(self, forget_sets: Sequence[Indices]) -> np.ndarray:
+        """Predict the change of logits (k, n_points, n_classes) on retraining without each forget set."""
+        return self.change(np.stack([indicator(forget, self.n_train) for forget in forget_sets]) == 0)
 
     def predict(self, masks: np.ndarray) -> np.ndarray:
         """Predicted logits (k, n_points, n_classes) of models trained on the given masks (k, n_train)."""
         return self.prior.predict(masks) + self.correction(masks - self.mean_mask)
 
-    def sd(self, forget: Sequence[int] | np.ndarray) -> np.ndarray:
+    def sd(self, forget: Indices) -> np.ndarray:
         """Posterior standard deviation (n_points,) of the predicted change of each margin.
 
         It is that of the linear model at the subsets' size: what groups do beyond the sum of their points is not in it.

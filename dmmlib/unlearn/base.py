@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import zipfile
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +17,9 @@ from torch import Tensor, nn
 
 from dmmlib.datamodels import Attributor
 from dmmlib.ensemble import Ensemble, Loss, Training, classification, descend, epoch_batches, initialise
-from dmmlib.errors import DataError, MethodError, OptionError
+from dmmlib.errors import DataError, MethodError, OptionError, StoreError
 from dmmlib.execution import Execution
+from dmmlib.files import replacing
 from dmmlib.forget_sets import check_forget_indices
 from dmmlib.metrics import correct, margins
 from dmmlib.optim import Optimizer, Tensors
@@ -116,6 +119,21 @@ class Unlearned:
         """A result of logits (N, n_points, n_classes), without a trajectory, or with one of a single step."""
         m = margins(logits, labels)
         return cls(m, correct(logits, labels), cost, np.full(int(one_step), cost), m[None][: int(one_step)])
+
+    def save(self, path: Path) -> None:
+        """Write as .npz, atomically."""
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **{f.name: getattr(self, f.name) for f in fields(self)})
+
+    @classmethod
+    def load(cls, path: Path) -> Unlearned:
+        """Read what `save` wrote; raises StoreError if it is damaged."""
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                values = {f.name: archive[f.name] for f in fields(cls)}
+        except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise StoreError(f"{path} is damaged ({error}); delete it to compute it again.") from error
+        return cls(**{**values, "cost": float(values["cost"])})
 
 
 Method = Callable[..., Unlearned]

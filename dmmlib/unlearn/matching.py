@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
-from dmmlib.datamodels import retrained
 from dmmlib.ensemble import Ensemble
 from dmmlib.errors import DataError, OptionError
 from dmmlib.metrics import margins
@@ -55,10 +54,7 @@ def predicted_oracle(problem: Problem) -> np.ndarray:
     """Predicted oracle logits (N, n_points, n_classes): each original's own, moved by what the attributor predicts."""
     if problem.attributor is None:
         raise DataError("Datamodel methods need an attributor; give Problem(attributor=...).")
-    own = getattr(problem.attributor, "retrained", None)
-    if own is not None:
-        return np.asarray(own(problem.original_logits, problem.forget), np.float32)
-    return retrained(problem.original_logits, problem.attributor.effect(problem.forget), problem.labels)
+    return problem.attributor.retrained(problem.original_logits, problem.forget, problem.labels)
 
 
 @register(

@@ -18,9 +18,9 @@ import yaml
 from dmmlib import forget_sets, metrics, presets
 from dmmlib.analysis import plots
 from dmmlib.errors import DmmError, ForgetSetError, StoreError
-from dmmlib.files import replacing
+from dmmlib.files import home, replacing
 from dmmlib.forget_sets import ForgetSet
-from dmmlib.study import ROOT, Study
+from dmmlib.study import Study
 from dmmlib.widgets import preview as previews
 from dmmlib.widgets.jobs import Job
 from dmmlib.widgets.selection import Filters, Selection, measures, memorisation, read_indices, shown
@@ -585,7 +585,7 @@ def _note(text: str) -> w.HTML:
 def _shown_path(path: Path, of: str = ".") -> Path:
     """A path as it is typed in the repository's root, or in a directory of it; absolute where that is elsewhere."""
     path = path.resolve()
-    return Path(os.path.relpath(path, ROOT / of)) if path.is_relative_to(ROOT) else path
+    return Path(os.path.relpath(path, home() / of)) if path.is_relative_to(home()) else path
 
 
 def _results(table: Path) -> str:

@@ -24,11 +24,11 @@ from dmmlib.attributors.kernel import kernel_response
 from dmmlib.datamodels import RidgeDatamodel, lds, lds_estimate
 from dmmlib.ensemble import Ensemble
 from dmmlib.errors import DataError
-from dmmlib.files import read_json, write_json
-from dmmlib.hashing import config_hash
+from dmmlib.files import config_hash, read_json, write_json
 from dmmlib.metrics import Estimate
 from dmmlib.studies.cheap.ablation import Predict, antithetic_masks, clustered_masks, posterior
-from dmmlib.study import ModelSet, Study
+from dmmlib.study import Study
+from dmmlib.trainer import ModelSet
 
 if TYPE_CHECKING:
     from dmmlib.forget_sets import ForgetSet

@@ -25,8 +25,7 @@ from torch.func import functional_call
 from dmmlib.ensemble import Ensemble, Training, concatenate, descend, epoch_batches
 from dmmlib.errors import DataError
 from dmmlib.execution import Execution
-from dmmlib.files import replacing
-from dmmlib.hashing import config_hash, short
+from dmmlib.files import config_hash, replacing, short
 from dmmlib.optim import Adam, Tensors
 from dmmlib.progress import Progress, silent
 from dmmlib.studies.multimodal import bench, model, people

@@ -1,0 +1,63 @@
+"""Measure unlearned models against retrained ones: the rows of a study's tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dmmlib import metrics
+from dmmlib.metrics import Estimate
+from dmmlib.unlearn import Unlearned
+
+TRAJECTORY = ("split", "cost", "p95", "under", "over")
+
+
+def evaluate(
+    result: Unlearned, margins: np.ndarray, correct: np.ndarray, splits: Mapping[str, np.ndarray]
+) -> list[dict[str, Any]]:
+    """Compare a method's result with oracles.
+
+    Args:
+        result: of a method.
+        margins, correct: of the oracles (N, n_points).
+        splits: name -> positions of points.
+
+    Returns:
+        One row per split and statistic (klom_mean, klom_p95, accuracy_gap, u_lira; cost on the split "all"): split,
+        statistic, value, low, high (a 95 % interval: over models, but for u_lira over points) and n_models.
+    """
+    found: list[tuple[str, str, Estimate]] = []
+    for split, statistics in metrics.klom_summary(result.margins, margins, splits).items():
+        found += [(split, f"klom_{name}", estimate) for name, estimate in statistics.items()]
+    gaps = metrics.accuracy_gap(result.correct, correct, splits)
+    found += [(split, "accuracy_gap", estimate) for split, estimate in gaps.items()]
+    for split, indices in splits.items():
+        accuracy = metrics.u_lira(result.margins[:, indices], margins[:, indices])
+        error = float(accuracy.std(ddof=1) / np.sqrt(len(accuracy)))
+        found.append((split, "u_lira", Estimate.normal(float(accuracy.mean()), error)))
+    found.append(("all", "cost", Estimate(result.cost, result.cost, result.cost)))
+    return [
+        {"split": split, "statistic": name, "value": e.value, "low": e.low, "high": e.high, "n_models": len(margins)}
+        for split, name, e in found
+    ]
+
+
+def trajectory(
+    result: Unlearned, margins: np.ndarray, splits: Mapping[str, np.ndarray]
+) -> list[tuple[str, float, float, float, float]]:
+    """Follow a method's models along the way.
+
+    Returns:
+        Rows of `TRAJECTORY`, one per moment and split: p95 is KLoM's 95th percentile; under and over are the shares of
+        points whose mean margin is more than one of the oracles' standard deviations above, or below, theirs.
+    """
+    rows, sd, mean = [], margins.std(0), margins.mean(0)
+    for cost, at in zip(result.costs, result.trajectory, strict=True):
+        values, gaps = metrics.klom(at, margins), at.mean(0) - mean
+        for split, indices in splits.items():
+            p95 = float(np.percentile(values[indices], 95))
+            under, over = ((sign * gaps > sd)[indices].mean() for sign in (1, -1))
+            rows.append((split, float(cost), p95, under, over))
+    return rows

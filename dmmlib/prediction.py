@@ -1,0 +1,139 @@
+"""Originals, oracles and subset models of a preset, and what is fitted to them."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from dmmlib import attribution, datamodels, metrics
+from dmmlib.ensemble import Ensemble
+from dmmlib.files import short
+from dmmlib.forget_sets import ForgetSet
+from dmmlib.store import Outputs
+from dmmlib.trainer import ModelSet, Trainer, once
+
+
+class Models(Trainer):
+    """The models of a preset; each is trained when it is first asked for."""
+
+    # --- originals and oracles -------------------------------------------------------------------------
+
+    @cached_property
+    def _original_set(self) -> ModelSet:
+        masks = np.ones((self.preset.ensembles.n_models, self.data.n_train), bool)
+        return ModelSet("originals", masks, keep_models=True)
+
+    @once
+    def originals(self) -> Ensemble:
+        """N models trained on S."""
+        return self.models(self._original_set)
+
+    @once
+    def original_logits(self) -> np.ndarray:
+        """Their logits (N, n_points, n_classes), training points first."""
+        return self.read(self._original_set, "logits")
+
+    def _oracle_set(self, forget_set: ForgetSet, floor: bool = False, n: int | None = None) -> ModelSet:
+        content = short(forget_set.indices.tobytes())[:8]
+        name = f"{'floor' if floor else 'oracles'}:{forget_set.name}:{content}"
+        return ModelSet(name, np.tile(forget_set.mask(self.data.n_train), (n or self.preset.ensembles.n_models, 1)))
+
+    def oracles(self, forget_set: ForgetSet, floor: bool = False, n: int | None = None) -> np.ndarray:
+        """Logits (n, n_points, n_classes) of models trained on R.
+
+        Args:
+            forget_set: what is left out.
+            floor: the second, independent set (the retrain floor, and oracle matching's targets).
+            n: how many, N by default.
+        """
+        return self.read(self._oracle_set(forget_set, floor, n), "logits")
+
+    def has_oracles(self, forget_set: ForgetSet) -> bool:
+        """Whether the oracles that a forget set's results are measured against are all trained."""
+        return self.is_trained(self._oracle_set(forget_set))
+
+    def reference(self, forget_set: ForgetSet) -> tuple[np.ndarray, np.ndarray]:
+        """Margins and correctness (N, n_points) of the oracles that every method is measured against."""
+        logits = self.oracles(forget_set)
+        return metrics.margins(logits, self.data.y), metrics.correct(logits, self.data.y)
+
+    # --- ridge datamodels ------------------------------------------------------------------------------
+
+    @cached_property
+    def _subset_set(self) -> ModelSet:
+        section = self.preset.datamodels
+        return ModelSet("subsets", self.random_masks("masks", section.n_subsets + section.n_held_out, section.fraction))
+
+    def subsets(self, raw: bool = False) -> tuple[np.ndarray, Outputs]:
+        """Masks (M, n_train) and outputs (M, n_points, n_classes) of the subset models of `datamodels`.
+
+        Outputs are logits in the margin gauge, or as they came if `raw`; they are read as they are needed.
+        """
+        m = self.preset.datamodels.n_subsets
+        return self._subset_set.masks[:m], self.outputs(self._subset_set, 0, m, raw)
+
+    @once
+    def held_out(self) -> tuple[np.ndarray, np.ndarray]:
+        """Masks and outputs of the further subset models: the first half chooses lambda, the second reports."""
+        m = self.preset.datamodels.n_subsets
+        return self._subset_set.masks[m:], self.outputs(self._subset_set, m)[:]
+
+    def datamodel_of(self, n_subsets: int) -> tuple[datamodels.RidgeDatamodel, dict[float, float]]:
+        """A ridge datamodel on the first `n_subsets` subset models, and the LDS of each lambda tried."""
+        masks, outputs = self.subsets()
+        few, half = (masks[:n_subsets], outputs.first(n_subsets)), self.preset.datamodels.n_held_out // 2
+        held_out, truth = (a[:half] for a in self.held_out())
+        lambdas = self.preset.datamodels.lambdas
+        lam, scores = datamodels.choose_lambda(*few, held_out, truth, self.data.y, lambdas, self.device)
+        return datamodels.RidgeDatamodel.fit(*few, lam, self.device), scores
+
+    @once
+    def plain_datamodel(self) -> datamodels.RidgeDatamodel:
+        """Plain ridge on all M subset models, lambda chosen by LDS: what forget sets are selected with."""
+        return self.datamodel_of(self.preset.datamodels.n_subsets)[0]
+
+    def lds(self, model: datamodels.Attributor) -> np.ndarray:
+        """Predicted and actual margins (2, n_held_out / 2, n_points) on subsets that chose nothing."""
+        half = self.preset.datamodels.n_held_out // 2
+        masks, outputs = (a[half:] for a in self.held_out())
+        return np.stack([metrics.right_logits(z, self.data.y) for z in (model.predict(masks), outputs)])
+
+    # --- attribution -----------------------------------------------------------------------------------
+
+    @once
+    def context(self) -> attribution.Context:
+        """What attributors are fitted to: the subset models of the preset's attribution, and the originals."""
+        section = self.preset.attribution
+        masks = self.random_masks("attribution masks", section.n_subsets, section.fraction)
+        return self.context_of(ModelSet("attribution", masks, keep_models=True))
+
+    def context_of(self, model_set: ModelSet, start: int = 0, stop: int | None = None) -> attribution.Context:
+        """The same of other subset models: some rows of a set that keeps its models."""
+        return attribution.Context(
+            self.x,
+            self.y,
+            model_set.masks[start:stop],
+            self.outputs(model_set, start, stop)[:],
+            self.models(model_set, start, stop),
+            self.originals(),
+            self.original_logits(),
+            self.preset.seed,
+        )
+
+    @once
+    def loadings(self) -> np.ndarray:
+        """Loadings (n_train, k) on the principal components of the train x train datamodel matrix."""
+        every = (*self.preset.forget_sets, *self.preset.tuning.forget_sets)
+        wanted = max((p.component for p in every if p.kind in ("pc", "pc_both")), default=2)
+        margins = self._subset_margins(slice(self.data.n_train))
+        return datamodels.principal_loadings(self.plain_datamodel(), margins, max(wanted, 2))
+
+    def influences(self, point: int) -> np.ndarray:
+        """How every training point acts on the margin of one point: its row (n_train,) of the datamodel matrix."""
+        return self.plain_datamodel().adjoint(self._subset_margins([point]).T)[0]
+
+    def _subset_margins(self, points: Any) -> np.ndarray:
+        """Margins (M, n) of the subset models on some points."""
+        return metrics.right_logits(self.subsets()[1][:, points], self.data.y[points])

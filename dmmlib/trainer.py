@@ -1,0 +1,335 @@
+"""Train the models that a preset asks for, and keep their outputs: all that a process needs that trains for a study.
+
+Outputs of trained models lie in zarr stores under `runs/store/`, under the hash of exactly what they depend on, so
+training resumes where it was, a changed number trains only what it touches, and runs share what they have in common.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial, wraps
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import pandas as pd
+import torch
+from fsspec.core import url_to_fs
+from torch import Tensor
+
+from dmmlib import data as datasets
+from dmmlib import ensemble, execution, models, presets
+from dmmlib.errors import DamageError, StoreError
+from dmmlib.execution import Execution
+from dmmlib.files import config_hash, home, short
+from dmmlib.jobs import Job, jobs, status
+from dmmlib.metrics import margin_gauge
+from dmmlib.progress import Progress, Reporter
+from dmmlib.registry import Registry, versions
+from dmmlib.store import Outputs, Store
+
+T = TypeVar("T")
+TRAINING = ("seeds", "batches", "schedule", "optimizer sgd", "engine")  # whose versions a trained model depends on
+MANY_STEPS = 200_000  # model-steps from which on processes and compilation can pay
+
+
+def once(method: Callable[[Any], T]) -> Callable[[Any], T]:
+    """Make a method compute its answer once; further calls return the same."""
+    name = f"_once_{method.__name__}"
+
+    @wraps(method)
+    def kept(self: Any) -> T:
+        if name not in self.__dict__:
+            self.__dict__[name] = method(self)
+        return self.__dict__[name]
+
+    return kept
+
+
+@dataclass(frozen=True)
+class ModelSet:
+    """Models to train: the name determines their seeds, and with the masks their place on disk.
+
+    Attributes:
+        name: e.g. "originals", or "oracles:<forget set>:<hash>".
+        masks: which training points each model sees, bool (n_models, n_train).
+        keep_models: keep the weights as well as the outputs.
+    """
+
+    name: str
+    masks: np.ndarray
+    keep_models: bool = False
+
+
+class Workers(Protocol):
+    """Train shards of models, in whatever order they are done."""
+
+    def map(self, arguments: Callable[[T], tuple[Any, ...]], tasks: Sequence[T]) -> Iterator[tuple[T, Any]]:
+        """Pairs of a task and what `Trainer.train_shard` returns for its arguments."""
+        ...
+
+
+WORKERS: Registry[Callable[[Trainer], Workers]] = Registry("scheduler", "dmmlib.app.cluster")
+
+
+class _Here:
+    """Workers that are this process."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def map(self, arguments: Callable[[T], tuple[Any, ...]], tasks: Sequence[T]) -> Iterator[tuple[T, Any]]:
+        for task in tasks:
+            yield task, self._trainer.train_shard(*arguments(task))
+
+
+class Trainer:
+    """A preset's data and model, and the models that are trained of them.
+
+    Args:
+        preset: a name in presets/, a path, or a mapping.
+        overrides: dotted key -> value; see `presets.load`.
+        runs: directory for everything computed; $DMM_RUNS, or `runs/`, if None.
+        progress: hook that is told of progress.
+
+    Raises:
+        PresetError, DataError, MethodError, DeviceError: one line each, before any training.
+    """
+
+    def __init__(
+        self,
+        preset: str | Path | Mapping[str, Any],
+        overrides: Mapping[str, Any] | None = None,
+        *,
+        runs: str | Path | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.preset = presets.load(preset, overrides)
+        self.device = models.resolve_device(self.preset.device)
+        if self.preset.threads:
+            torch.set_num_threads(self.preset.threads)
+        self.runs = Path(runs or os.environ.get("DMM_RUNS") or home() / "runs")
+        self.progress = progress or Reporter()
+        self._spec = models.get(self.preset.model.name)
+        section = self.preset.data
+        options = section.options | ({"path": section.path} if section.path else {})
+        self.data = datasets.load(section.name, section.n_train, section.n_val, section.seed, **options)
+
+    # --- data and model --------------------------------------------------------------------------------
+
+    @cached_property
+    def x(self) -> Tensor:
+        """Points (n_train + n_val, ...) as models take them, training points first, on the device.
+
+        Prepared; but images that would only be normalised stay bytes on a GPU, a quarter of the memory.
+        """
+        if self._bytes:
+            return torch.from_numpy(self.data.x).to(self.device).permute(0, 3, 1, 2)
+        x = self._spec.prepare(self.data, self.data.x)
+        layout = torch.channels_last if x.ndim == 4 else torch.contiguous_format  # convolutions are faster with it
+        return x.contiguous(memory_format=layout).to(self.device)
+
+    @cached_property
+    def _bytes(self) -> bool:
+        images = self.data.x_train.dtype == np.uint8 and self._spec.prepare is models.normalise
+        return images and self.device.type == "cuda"
+
+    @property
+    def features(self) -> np.ndarray:
+        """Prepared points, flattened: float32 (n_train + n_val, n_features)."""
+        return self._spec.prepare(self.data, self.data.x).flatten(1).numpy()
+
+    @cached_property
+    def y(self) -> Tensor:
+        """Labels (n_train + n_val,) on the device."""
+        return torch.from_numpy(self.data.y).to(self.device)
+
+    @cached_property
+    def module(self) -> Callable[[], torch.nn.Module]:
+        """Makes a fresh model."""
+        shape = tuple(self.x.shape[1:])
+        make = partial(self._spec.factory, shape, self.data.n_classes, **self.preset.model.options)
+        if not self._bytes:
+            return make
+        return partial(models.normalising, make, self.data, self.device)
+
+    @property
+    def training(self) -> ensemble.Training:
+        """How models are trained."""
+        return self.preset.training.training()
+
+    # --- execution -------------------------------------------------------------------------------------
+
+    @once
+    def execution(self) -> Execution:
+        """How training is carried out here: measured once for each machine and model, unless the preset says."""
+        return self._fastest(many=self.trains_much)
+
+    @once
+    def fine_tuning(self) -> Execution:
+        """How unlearning is carried out here: without processes, and not compiled unless the preset says so.
+
+        Each loss would be compiled anew for a few hundred steps, which take less time than that.
+        """
+        return self._fastest(many=False)
+
+    @property
+    def trains_much(self) -> bool:
+        """Whether so many steps are planned that processes and compiling pay, which take time to start."""
+        return sum(job.n_models * self.training.steps(job.size) for job in self.jobs()) >= MANY_STEPS
+
+    def _fastest(self, many: bool) -> Execution:
+        section, training = self.preset.ensembles, self.training
+        chunk = None if section.chunk == "auto" else section.chunk
+        allowed = (None if many else False) if section.compile == "auto" else section.compile
+        options = execution.candidates(self.device, chunk, allowed, many)
+        config = {
+            "versions": versions("engine", f"model {self.preset.model.name}"),
+            "model": self.preset.model.model_dump(),
+            "shape": list(self.x.shape[1:]),
+            "batch": training.batch_size,
+            "precision": training.precision,
+        }
+        steps = partial(ensemble.timed_steps, self.module, self.x[: self.data.n_train], self.y, training)
+        return execution.fastest(options, self.device, steps, config, self.runs / "store", self.progress)
+
+    # --- seeds and masks -------------------------------------------------------------------------------
+
+    def seeds(self, name: str, n: int) -> list[int]:
+        """n seeds for a name; those of different names are independent, and a longer list begins with a shorter one."""
+        sequence = np.random.SeedSequence([self.preset.seed, zlib.crc32(name.encode())])
+        return sequence.generate_state(n).tolist()
+
+    def random_masks(self, name: str, n: int, fraction: float) -> np.ndarray:
+        """n random subsets of S of that share, bool (n, n_train)."""
+        masks = np.zeros((n, self.data.n_train), bool)
+        size = round(fraction * self.data.n_train)
+        for mask, seed in zip(masks, self.seeds(name, n), strict=True):
+            mask[np.random.default_rng(seed).permutation(self.data.n_train)[:size]] = True
+        return masks
+
+    # --- training --------------------------------------------------------------------------------------
+
+    def identity(self) -> dict[str, Any]:
+        """What every trained model depends on besides its mask and seed."""
+        return {
+            "versions": versions(*TRAINING, f"model {self.preset.model.name}"),
+            "data": self.data.sha256,
+            "normalised by": [list(self.data.mean), list(self.data.std)],
+            "model": self.preset.model.model_dump(),
+            "training": self.preset.training.model_dump(),
+        }
+
+    @property
+    def _root(self) -> str:
+        return (self.preset.store or (self.runs / "store").as_posix()).rstrip("/")
+
+    def _place(self, model_set: ModelSet) -> tuple[str, dict[str, Any]]:
+        """Where a model set's store is, and the configuration that it belongs to."""
+        masks = short(np.packbits(model_set.masks).tobytes())
+        config = {**self.identity(), "set": model_set.name, "seed": self.preset.seed, "masks": masks}
+        return f"{self._root}/{model_set.name.split(':')[0]}-{config_hash(config)}.zarr", config
+
+    def store(self, model_set: ModelSet) -> Store:
+        """The store of a model set, made where there is none."""
+        place, config = self._place(model_set)
+        arrays: dict[str, tuple[Sequence[int], str]] = {
+            "logits": ((len(self.x), self.data.n_classes), "float32"),
+            "masks": ((self.data.n_train,), "bool"),
+        }
+        if model_set.keep_models:
+            state = ensemble.initialise(self.module, [0]).state()
+            arrays |= {name: (array.shape[1:], str(array.dtype)) for name, array in state.items()}
+        return Store.open(place, config, len(model_set.masks), arrays, self.preset.ensembles.shard)
+
+    def is_trained(self, model_set: ModelSet) -> bool:
+        """Whether all models of a set are trained; makes no store."""
+        files, path = url_to_fs(self._place(model_set)[0])
+        return bool(files.exists(path)) and not self.store(model_set).missing()
+
+    def train(self, *model_sets: ModelSet) -> list[Store]:
+        """Train the models of some sets, unless that is done; their outputs go to a store for each set.
+
+        Shards of all sets are sent to the workers of the preset's scheduler, or trained here one by one.
+
+        Raises:
+            StoreError: if models diverge, or their outputs cannot be written.
+        """
+        stores = [self.store(model_set) for model_set in model_sets]
+        tasks = [(i, shard) for i, store in enumerate(stores) for shard in store.missing()]
+        if not tasks:
+            return stores
+        seeds = [self.seeds(model_set.name, len(model_set.masks)) for model_set in model_sets]
+        names = sorted({model_sets[i].name.split(":")[0] for i, _ in tasks})
+        task = f"train {model_sets[0].name if len(model_sets) == 1 else ' and '.join(names)}"
+        total = sum(len(model_set.masks) for model_set in model_sets)
+        done = total - sum(len(stores[i].models(shard)) for i, shard in tasks)
+        self.progress(task, done, total)
+
+        def arguments(task: tuple[int, int]) -> tuple[np.ndarray, list[int], bool]:
+            i, rows = task[0], stores[task[0]].models(task[1])
+            return model_sets[i].masks[rows], seeds[i][rows.start : rows.stop], model_sets[i].keep_models
+
+        for (i, shard), arrays in self._workers.map(arguments, tasks):
+            if not np.isfinite(arrays["logits"]).all():
+                raise StoreError(
+                    f"Models of {model_sets[i].name!r} diverged (NaN logits in shard {shard}); lower training.lr. "
+                    "Finished shards are kept."
+                )
+            stores[i].write(shard, arrays)
+            done += len(stores[i].models(shard))
+            self.progress(task, done, total)
+        return stores
+
+    @cached_property
+    def _workers(self) -> Workers:
+        return _Here(self) if self.preset.scheduler == "local" else WORKERS["dask"](self)
+
+    def train_shard(self, masks: np.ndarray, seeds: Sequence[int], keep_models: bool) -> dict[str, np.ndarray]:
+        """Train models with these masks and seeds: what a store keeps of them, logits, masks, perhaps weights."""
+        x, n = self.x, self.data.n_train
+
+        def keep(trained: ensemble.Ensemble) -> dict[str, np.ndarray]:
+            return {"logits": trained.logits(x).numpy(), **(trained.state() if keep_models else {})}
+
+        kept = ensemble.train_and(keep, self.module, x[:n], self.y[:n], masks, seeds, self.training, self.execution())
+        return {**kept, "masks": masks}
+
+    def read(self, model_set: ModelSet, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows of an array of a model set's store; what is missing or damaged is trained first."""
+        (store,) = self.train(model_set)
+        try:
+            return store.read(name, start, stop)
+        except DamageError as error:
+            for shard in error.shards:
+                store.drop(shard)
+            return self.train(model_set)[0].read(name, start, stop)
+
+    def outputs(self, model_set: ModelSet, start: int = 0, stop: int | None = None, raw: bool = False) -> Outputs:
+        """Logits (n_models, n_points, n_classes) of a set's models, in the margin gauge unless `raw`, yet unread."""
+        stop = len(model_set.masks) if stop is None else stop
+
+        def read(first: int, last: int) -> np.ndarray:
+            logits = self.read(model_set, "logits", start + first, start + last)
+            return logits if raw else margin_gauge(logits, self.data.y)
+
+        self.train(model_set)
+        return Outputs(read, (stop - start, len(self.data.y), self.data.n_classes), self.preset.ensembles.shard)
+
+    def models(self, model_set: ModelSet, start: int = 0, stop: int | None = None) -> ensemble.Ensemble:
+        """The models of a set that keeps them."""
+        module = self.module()
+        names = ensemble.initialise(lambda: module, [0]).state()
+        state = {name: self.read(model_set, name, start, stop) for name in names}
+        return ensemble.Ensemble.from_state(module, state, self.device)
+
+    def jobs(self) -> list[Job]:
+        """All models that the preset's main story trains."""
+        return jobs(self.preset, self.data.n_train, self.data.n_classes, self.random_masks)
+
+    def status(self, more: Sequence[Job] = ()) -> pd.DataFrame:
+        """What is trained, missing and damaged of all jobs, and of `more`; see `jobs.status`."""
+        return status([*self.jobs(), *more], self._root, self.identity() | {"seed": self.preset.seed})
