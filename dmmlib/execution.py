@@ -7,15 +7,15 @@ compiling cost seconds, so small jobs do without; which is faster for a job is m
 
 from __future__ import annotations
 
+import atexit
 import functools
 import io
 import multiprocessing
 import os
 import pickle
 import platform
-import re
 import signal
-import sys
+import tempfile
 import threading
 import time
 import types
@@ -97,6 +97,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
 IDLE = 600  # seconds after which idle worker processes end
 
 
@@ -329,50 +330,23 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     torch._dynamo.config.recompile_limit = 256
     torch._dynamo.config.accumulated_recompile_limit = 1024
     torch._dynamo.config.automatic_dynamic_shapes = False
-    _sweep()
-    return functools.partial(_call, _compile(function))
+    _own_cache()
+    return _compile(function)
 
 
 _compile = functools.cache(torch.compile)
-HALF_WRITTEN = re.compile(r"(\S+\.so): (?:file too short|invalid ELF header|cannot read file data|ELF load command)")
-
-
-def _call(function: Callable[..., Any], *arguments: Any) -> Any:
-    """A compiled function's result, also where a compilation that was killed left half a library in torch's cache."""
-    while True:
-        try:
-            return function(*arguments)
-        except Exception as error:
-            half = HALF_WRITTEN.search(str(error))
-            if half is None:
-                raise
-            Path(half[1]).unlink(missing_ok=True)  # then it is compiled anew
 
 
 @functools.cache
-def _sweep() -> None:
-    """Delete libraries in torch's cache that were cut short: loading one kills the process (SIGBUS).
+def _own_cache() -> None:
+    """Give torch a folder for what it compiles that lasts as long as this process, and serves its children.
 
-    Once a process. What was written within a minute may still be another process's to finish.
+    In the folder that it shares by default, a process that is killed can leave half a library, and loading that kills.
     """
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    for library in Path(cache_dir()).rglob("*.so"):
-        try:
-            if library.stat().st_mtime < time.time() - 60 and _cut_short(library):
-                library.unlink()
-        except OSError:
-            continue  # gone, or not ours
-
-
-def _cut_short(library: Path) -> bool:
-    """Whether an ELF file ends before the table of its sections does, which linkers put last."""
-    with library.open("rb") as file:
-        header = file.read(64)
-    if header[:5] != b"\x7fELF\x02":  # of 64 bits; what is no library at all, loading says
-        return False
-    start, size, n = (int.from_bytes(header[a:b], sys.byteorder) for a, b in ((40, 48), (58, 60), (60, 62)))
-    return library.stat().st_size < start + size * n
+    if CACHE not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="dmm-compiled-", ignore_cleanup_errors=True)
+        os.environ[CACHE] = folder.name
+        atexit.register(folder.cleanup)
 
 
 def vary_in_size(tensors: Sequence[torch.Tensor], *dims: int) -> None:
@@ -390,6 +364,7 @@ def vary_in_size(tensors: Sequence[torch.Tensor], *dims: int) -> None:
 @functools.cache
 def can_compile(device: torch.device | str = "cpu") -> bool:
     """Whether torch.compile works on a device: it needs a C++ compiler on CPU, Triton on CUDA."""
+    _own_cache()
     try:
         torch.compile(_double)(torch.ones(2, device=device))
     except Exception:  # whatever the reason, the answer is no

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor, nn
@@ -305,6 +305,18 @@ class Phase:
     loss: Loss
 
 
+class Coordinates(Protocol):
+    """Other coordinates of the same models, in which steps are taken."""
+
+    def enter(self, models: Ensemble, members: np.ndarray) -> Ensemble:
+        """Stacked models in these coordinates; `members` are their numbers among the originals."""
+        ...
+
+    def leave(self, models: Ensemble) -> Ensemble:
+        """The same models in coordinates of their own again."""
+        ...
+
+
 def finetune(
     problem: Problem,
     phases: Sequence[Phase],
@@ -313,8 +325,7 @@ def finetune(
     only: Collection[str] | None = None,
     masks: Tensors | None = None,
     spent: int = 0,
-    prepare: Callable[[Ensemble, np.ndarray], Ensemble] | None = None,
-    finish: Callable[[Ensemble], Ensemble] = lambda models: models,
+    coordinates: Coordinates | None = None,
 ) -> Unlearned:
     """Fine-tune all originals through the phases and record their margins on the way.
 
@@ -326,9 +337,7 @@ def finetune(
         only: names of the parameters to move, the others being frozen; all if None.
         masks: name -> (N, ...), what gradients are multiplied with, if given.
         spent: sample gradients a model that were spent before, to be counted in the cost.
-        prepare: the models to fine-tune, made of a copy of originals and of their numbers; what it adds to their
-            parameters is frozen.
-        finish: the models that answer, made of those that are fine-tuned.
+        coordinates: those that steps are taken in, the models' own if None; parameters that they add are frozen.
     """
     gradients = spent + np.cumsum([batch.shape[1] for phase in phases for batch in phase.batches])
     n_steps = len(gradients)
@@ -340,14 +349,17 @@ def finetune(
 
     def tune_chunk(members: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         models = originals[members.tolist()].clone()
-        models = models if prepare is None else prepare(models, members)
+        models = models if coordinates is None else coordinates.enter(models, members)
         state = optimizer.start({k: v for k, v in models.params.items() if k in moving})
         trajectory: list[np.ndarray] = []
+
+        def answers() -> np.ndarray:
+            return (models if coordinates is None else coordinates.leave(models)).logits(x).numpy()
 
         def run(phase: Phase, before: int) -> None:
             def record(taken: int) -> None:
                 if before + taken in checkpoints[:-1]:
-                    trajectory.append(margins(finish(models).logits(x).numpy(), labels))
+                    trajectory.append(margins(answers(), labels))
 
             descend(
                 models,
@@ -369,17 +381,17 @@ def finetune(
         for phase in phases:
             run(phase, before)
             before += len(phase.batches)
-        return finish(models).logits(x).numpy(), trajectory
+        return answers(), trajectory
 
     chunks = problem.execution.split(np.arange(problem.n_models))
     logits, trajectories = zip(*problem.execution.run(tune_chunk, chunks), strict=True)
-    answers = np.concatenate(logits)
-    end = margins(answers, problem.labels)
+    final = np.concatenate(logits)
+    end = margins(final, problem.labels)
     moments = [np.concatenate(moment) for moment in zip(*trajectories, strict=True)] + [end] * (len(checkpoints) > 0)
     return Unlearned(
         end,
-        correct(answers, problem.labels),
+        correct(final, problem.labels),
         int(gradients[-1]) / problem.retraining,
         gradients[checkpoints - 1] / problem.retraining,
-        np.stack(moments) if moments else np.zeros((0, *answers.shape[:2]), np.float32),
+        np.stack(moments) if moments else np.zeros((0, *final.shape[:2]), np.float32),
     )

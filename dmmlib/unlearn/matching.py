@@ -7,20 +7,16 @@ Each original keeps its own randomness: its target is its own answer plus the pr
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import kl_div
+from torch import Tensor
 
-from dmmlib.ensemble import Ensemble
 from dmmlib.errors import DataError, OptionError
-from dmmlib.metrics import margins
-from dmmlib.optim import SGD, Adam, Optimizer
-from dmmlib.unlearn.base import Phase, Problem, Unlearned, draw_batches, finetune, register
-from dmmlib.unlearn.whitening import unwhitened, whitened
+from dmmlib.optim import Adam
+from dmmlib.unlearn.base import Phase, Problem, Unlearned, check_options, draw_batches, finetune, register
+from dmmlib.unlearn.whitening import Whitening
 
 GEORGIEV, ELSEWHERE = "Georgiev et al., ICLR 2025", "RoyRin/data-unlearning-bench"
 SPACE: dict[str, list[Any]] = {
@@ -29,25 +25,6 @@ SPACE: dict[str, list[Any]] = {
     "batch_size": [10, 20],
     "forget_share": [0.2, 0.4, 0.6],
 }
-
-
-def _log_odds(logits: Tensor, labels: Tensor) -> Tensor:
-    """The margin of `metrics.margins`, to be differentiated: (n_models, batch)."""
-    right = torch.zeros_like(logits, dtype=torch.bool).scatter(2, labels[..., None], True)
-    return (logits * right).sum(2) - logits.masked_fill(right, -torch.inf).logsumexp(2)
-
-
-def _kl(logits: Tensor, goal: Tensor) -> Tensor:
-    return kl_div(logits.log_softmax(2), goal.log_softmax(2), log_target=True, reduction="none").sum(2)
-
-
-LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "mse": lambda logits, goal, labels: ((logits - goal) ** 2).mean(2),
-    "kl": lambda logits, goal, labels: _kl(logits, goal),
-    "margin": lambda logits, goal, labels: (_log_odds(logits, labels) - _log_odds(goal, labels)) ** 2,
-}
-"""Distances (n_models, batch) of logits from target logits, both (n_models, batch, n_classes), given labels
-(n_models, batch): squared error of logits, KL(target || model) of probabilities, squared error of margins."""
 
 
 def predicted_oracle(problem: Problem) -> np.ndarray:
@@ -77,30 +54,9 @@ def dm_direct(problem: Problem) -> Unlearned:
     elsewhere=ELSEWHERE,
     attributed=True,
 )
-def dmm(problem: Problem, *, weighted: bool = False, **hyperparameters: float) -> Unlearned:
-    """Datamodel matching: `match` with predicted oracle logits as targets.
-
-    Args:
-        problem: what to unlearn; its attributor predicts.
-        weighted: let a point count by v / (v + sd^2), with v the variance of its margin over originals and sd how
-            uncertain the attributor is of its change: as a normal target of that variance would.
-        hyperparameters: of `match`.
-
-    Raises:
-        OptionError: for weights where the attributor has no `sd`.
-    """
-    weights = _confidence(problem) if weighted else None
-    return match(problem, predicted_oracle(problem)[:, : problem.n_train], weights, **hyperparameters)  # type: ignore[arg-type]
-
-
-def _confidence(problem: Problem) -> np.ndarray:
-    """v / (v + sd^2) of each training point (n_train,)."""
-    sd = getattr(problem.attributor, "sd", None)
-    if sd is None:
-        raise OptionError("weighted=True needs an attributor that has an `sd`; use 'bayesian', or weighted=False.")
-    n = problem.n_train
-    v = margins(problem.original_logits[:, :n], problem.labels[:n]).var(0)
-    return np.asarray(v / np.maximum(v + sd(problem.forget)[:n] ** 2, 1e-12), np.float32)
+def dmm(problem: Problem, **hyperparameters: float) -> Unlearned:
+    """Datamodel matching: `match` with predicted oracle logits as targets."""
+    return match(problem, predicted_oracle(problem)[:, : problem.n_train], **hyperparameters)  # type: ignore[arg-type]
 
 
 @register(
@@ -144,102 +100,64 @@ def oracle_matching(
     return match(problem, goal, **hyperparameters)  # type: ignore[arg-type]
 
 
-OPTIMIZERS: dict[str, Callable[[float], Optimizer]] = {"whitened": Adam, "adam": Adam, "sgd": SGD}
-"""What fine-tunes, by the rate at its start; the first on weights that take white inputs (`whitening.whitened`)."""
-
 N_WHITEN, DAMPING = 500, 0.03  # retained points that layers' inputs are measured on, at most; see `whitening.whitened`
 
 
 def match(
     problem: Problem,
     targets: np.ndarray,
-    weights: np.ndarray | None = None,
     *,
     cost: float = 0.1,
     lr: float = 3e-3,
     batch_size: int = 20,
     forget_share: float = 0.4,
-    influence: float = 0.0,
-    loss: str = "mse",
     optimizer: str = "whitened",
 ) -> Unlearned:
     """Fine-tune every original to target logits on F and a random sample of R.
 
-    By default mean squared error on logits, and Adam in whitened coordinates (`whitening.whitened`) at a rate that
-    falls linearly to zero: targets move the answers of F far and those of R hardly, so a step for the one must leave
-    the other alone, and inputs of layers that are all positive and alike tie them together. A batch holds a fixed
-    share of F; the rest is drawn from R. The published setting (F repeated 5 times with 20 |F| of R an epoch) is
-    `forget_share` 0.2; here the *cost* is fixed instead of the number of epochs, so that small and large
+    The loss is the mean squared error on logits; by default Adam steps in whitened coordinates (`whitening.whitened`),
+    at a rate that falls linearly to zero: targets move the answers of F far and those of R hardly, so a step for the
+    one must leave the other alone, and inputs of layers that are all positive and alike tie them together. A batch
+    holds a fixed share of F; the rest is drawn from R. The published setting (F repeated 5 times with 20 |F| of R an
+    epoch) is `forget_share` 0.2; here the *cost* is fixed instead of the number of epochs, so that small and large
     forget sets are given the same work, and small batches have been the better use of it.
 
     Args:
         problem: what to unlearn, from which models.
         targets: logits (N, n_train, n_classes) to match.
-        weights: how much each point's distance counts (n_train,); equally, if None.
         cost: sample gradients to spend, relative to one retraining. Up to an eighth of it goes to retained points that
             are seen once, to whiten.
-        lr: the optimizer's rate at the start.
-        batch_size: examples a step.
+        lr: Adam's rate at the start.
+        batch_size: examples per step.
         forget_share: share of a batch that comes from F.
-        influence: share of what comes from R that is drawn in proportion to how far a point's targets lie from what
-            models answer; the rest of it evenly.
-        loss: what to lower, one of `LOSSES`.
-        optimizer: one of `OPTIMIZERS`.
+        optimizer: "whitened", or "adam" in the models' own coordinates.
 
     Raises:
-        OptionError: for an unknown loss or optimizer, or a share that is none.
+        OptionError: for an unknown optimizer, or a cost, rate, size or share out of range.
     """
-    for name, value, known in (("loss", loss, LOSSES), ("optimizer", optimizer, OPTIMIZERS)):
-        if value not in known:
-            raise OptionError(f"Option {name}={value!r} was given; use one of {', '.join(map(repr, known))}.")
-    if not 0 <= influence <= 1:
-        raise OptionError(f"Option influence={influence!r} was given; use a share between 0 and 1.")
+    if optimizer not in ("whitened", "adam"):
+        raise OptionError(f"Option optimizer={optimizer!r} was given; use 'whitened' or 'adam'.")
+    check_options(cost=cost, lr=lr)
+    check_options(1, whole=True, batch_size=batch_size)
+    check_options(high=1.0, forget_share=forget_share)
     goal = torch.from_numpy(targets).to(problem.x.device)
-    distance, y = LOSSES[loss], problem.y
-    counts = torch.ones_like(y, dtype=goal.dtype) if weights is None else torch.from_numpy(weights).to(goal.device)
 
     def to_targets(logits: Tensor, indices: Tensor, models: Tensor) -> Tensor:
-        return (counts[indices] * distance(logits, goal[models[:, None], indices], y[indices])).mean(1)
+        return ((logits - goal[models[:, None], indices]) ** 2).mean((1, 2))
 
-    budget, seen, options = cost * problem.retraining, 0, dict[str, Any]()
+    budget, seen, coordinates = cost * problem.retraining, 0, None
     if optimizer == "whitened":
         seen = max(1, min(N_WHITEN, len(problem.retain), round(budget / 8)))
         points = np.stack([rng.permutation(problem.retain)[:seen] for rng in problem.rngs(2)])
-        options = {"prepare": _whitened(problem.x, points), "finish": _unwhitened(problem.originals.module)}
+        coordinates = Whitening(problem.x, points, DAMPING, problem.originals.module)
     n_steps = max(1, round((budget - seen) / batch_size))
     from_forget = min(max(1, round(forget_share * batch_size)), batch_size - 1)
     batches = np.concatenate(
         [
             draw_batches(problem, problem.forget, n_steps, from_forget),
-            _retained(problem, targets, n_steps, batch_size - from_forget, influence),
+            draw_batches(problem, problem.retain, n_steps, batch_size - from_forget),
         ],
         axis=2,
     )
-    return finetune(
-        problem,
-        [Phase(list(batches), to_targets)],
-        OPTIMIZERS[optimizer](lr),
-        rate=lambda share: lr * (1 - share),
-        spent=seen,
-        **options,
-    )
-
-
-def _whitened(x: Tensor, points: np.ndarray) -> Callable[[Ensemble, np.ndarray], Ensemble]:
-    return lambda models, members: whitened(models, x, points[members], DAMPING)
-
-
-def _unwhitened(module: nn.Module) -> Callable[[Ensemble], Ensemble]:
-    return lambda models: unwhitened(models, module)
-
-
-def _retained(problem: Problem, targets: np.ndarray, n_steps: int, size: int, influence: float) -> np.ndarray:
-    """Points of R (n_steps, N, size), some drawn evenly, some by how far their targets lie."""
-    by_influence = round(influence * size)
-    parts = [draw_batches(problem, problem.retain, n_steps, size - by_influence)] if by_influence < size else []
-    if by_influence:
-        far = ((targets - problem.original_logits[:, : problem.n_train]) ** 2).mean((0, 2))[problem.retain] ** 0.5
-        shares = (far + 1e-12) / (far + 1e-12).sum()
-        drawn = [rng.choice(problem.retain, (n_steps, by_influence), p=shares) for rng in problem.rngs(stream=3)]
-        parts.append(np.stack(drawn, axis=1))
-    return np.concatenate(parts, axis=2)
+    phase = Phase(list(batches), to_targets)
+    return finetune(problem, [phase], Adam(lr), rate=lambda t: lr * (1 - t), spent=seen, coordinates=coordinates)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -88,3 +89,28 @@ def _input_moments(models: Ensemble, x: Tensor, points: np.ndarray) -> Tensors:
         found.append({})
         functional_call(module, models.state_of(i), (x[torch.from_numpy(points[i]).to(x.device)],))
     return {name: torch.stack([moments[name] for moments in found]) for name in found[0]}
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """Whitened coordinates to fine-tune in; see `unlearn.finetune`.
+
+    Attributes:
+        x: points (n_points, ...).
+        points: which of them each model's layers are measured on (n_models, n).
+        damping: of `whitened`.
+        module: the models' architecture.
+    """
+
+    x: Tensor
+    points: np.ndarray
+    damping: float
+    module: nn.Module
+
+    def enter(self, models: Ensemble, members: np.ndarray) -> Ensemble:
+        """The models in these coordinates; `members` are their numbers."""
+        return whitened(models, self.x, self.points[members], self.damping)
+
+    def leave(self, models: Ensemble) -> Ensemble:
+        """The models in coordinates of their own again."""
+        return unwhitened(models, self.module)
