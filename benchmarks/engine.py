@@ -37,6 +37,7 @@ from dmmlib.app.cluster import UNTRIMMED
 from dmmlib.execution import Execution
 from dmmlib.models import resolve_device
 from dmmlib.optim import Tensors
+from dmmlib.zoo import architectures
 
 BATCH, STEPS = 50, 400  # a half model takes 20 epochs of 20 steps
 OPTIONS = {"mlp": {}, "convnet": {}, "resnet9": {"width": 16}}
@@ -113,7 +114,7 @@ def layers_by_hand(module: nn.Module, w: Tensors, h: Tensor, at: str = "") -> Te
             for name, layer in module.named_children():
                 h = layers_by_hand(layer, w, h, f"{at}{name}.")
             return h
-        case models._Residual():
+        case architectures.Residual():
             return h + layers_by_hand(module.block, w, h, f"{at}block.")
         case nn.Conv2d():
             bias = w[f"{at}bias"].flatten() if module.bias is not None else None

@@ -10,6 +10,7 @@ import pytest
 
 from dmmlib import data
 from dmmlib.errors import ChecksumError, DataError, MethodError
+from dmmlib.zoo import datasets
 from tests.conftest import SHARED
 
 
@@ -30,10 +31,10 @@ def test_a_subset_depends_on_its_seed_only():
 
 def test_damage_is_noticed(tmp_path, monkeypatch):
     copy = tmp_path / "f.npz"
-    raw = bytearray(data.EMBEDDED_FASHION_MNIST.read_bytes())
+    raw = bytearray(datasets.EMBEDDED_FASHION_MNIST.read_bytes())
     raw[1000] ^= 1
     copy.write_bytes(raw)
-    monkeypatch.setattr(data, "EMBEDDED_FASHION_MNIST", copy)
+    monkeypatch.setattr(datasets, "EMBEDDED_FASHION_MNIST", copy)
     with pytest.raises(ChecksumError, match="expected 5842fe"):
         data.load("fashion-mnist")
 
@@ -103,7 +104,7 @@ def test_cifar10_archive_is_read_only_after_its_checksum(tmp_path, monkeypatch):
     cifar_archive(archive, pixels, list(range(10)) * 2)
     with pytest.raises(ChecksumError, match="expected 6d958be0"):
         data.load("cifar10", path=tmp_path)
-    monkeypatch.setattr(data, "CIFAR10_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(datasets, "CIFAR10_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
     d = data.load("cifar10", path=tmp_path)
     assert (d.n_train, d.n_val) == (40, 20)
     np.testing.assert_array_equal(d.x_train[0, :, :, 1].ravel(), pixels[0, 1024:2048])

@@ -201,7 +201,6 @@ HARMLESS = {
         put(ensemble, "_forward", under_another_name(ensemble._forward)),
         put(metrics, "_joint", under_another_name(metrics._joint)),
         put(bayesian, "_evidence", under_another_name(bayesian._evidence)),
-        put(matching, "_retained", under_another_name(matching._retained)),
     ],
     "other words for the same": [
         edit(metrics.u_lira, "log_density", "log_likelihood"),

@@ -10,9 +10,9 @@ from PIL import Image
 from dmmlib import data, metrics, models, presets
 from dmmlib.app import images
 from dmmlib.errors import DataError
-from dmmlib.models import resnet18
 from dmmlib.progress import silent
 from dmmlib.study import Study
+from dmmlib.zoo.architectures import resnet18
 from tests.conftest import SHARED
 
 CIFAR = SHARED / "data" / "cifar10_jpeg_12k.npz"

@@ -1,0 +1,1 @@
+"""Architectures and data sets that presets call by name."""
