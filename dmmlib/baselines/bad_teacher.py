@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dmmlib.baselines.fresh import fresh
 from dmmlib.optim import Adam
-from dmmlib.unlearn.base import Phase, Problem, Unlearned, check_options, finetune, fresh, passes, register
+from dmmlib.unlearn.base import Phase, Problem, Unlearned, check_options, finetune, passes, register
 
 
 @register(

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 
+from dmmlib.baselines.fresh import fresh
 from dmmlib.ensemble import Ensemble
 from dmmlib.errors import OptionError
 from dmmlib.optim import SGD
-from dmmlib.unlearn.base import Phase, Problem, Unlearned, check_options, descent, finetune, fresh, passes, register
+from dmmlib.unlearn.base import Phase, Problem, Unlearned, check_options, descent, finetune, passes, register
 
 PAPER = "Goel et al., arXiv 2201.06640"
 ELSEWHERE = "shash42/Evaluating-Inexact-Unlearning, meghdadk/SCRUB, xcadet/deepunlearn"

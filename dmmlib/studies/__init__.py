@@ -5,4 +5,4 @@ import dmmlib.studies.cheap.settings
 import dmmlib.studies.convex.settings
 import dmmlib.studies.exact.settings
 import dmmlib.studies.meta.settings
-import dmmlib.studies.multimodal.settings  # noqa: F401
+import dmmlib.studies.multimodal.settings

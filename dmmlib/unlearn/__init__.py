@@ -1,4 +1,4 @@
-"""Unlearning methods: one signature, vectorised over all originals, one family a file.
+"""Unlearning methods: one signature, vectorised over all originals, one family per file.
 
 A method is a function `(problem: Problem, **hyperparameters) -> Unlearned`, registered under a name with the
 grid that its hyperparameters are searched on:
@@ -18,29 +18,9 @@ from dmmlib.unlearn.base import (
     descent,
     draw_batches,
     finetune,
-    fresh,
     get,
     names,
     passes,
     register,
     registered,
 )
-
-__all__ = [
-    "METHODS",
-    "Method",
-    "Phase",
-    "Problem",
-    "Unlearned",
-    "check_options",
-    "configurations",
-    "descent",
-    "draw_batches",
-    "finetune",
-    "fresh",
-    "get",
-    "names",
-    "passes",
-    "register",
-    "registered",
-]

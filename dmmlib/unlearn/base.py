@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import zipfile
@@ -13,10 +12,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmmlib.datamodels import Attributor
-from dmmlib.ensemble import Ensemble, Loss, Training, classification, descend, epoch_batches, initialise
+from dmmlib.ensemble import Ensemble, Loss, Training, classification, descend, epoch_batches
 from dmmlib.errors import DataError, MethodError, OptionError, StoreError
 from dmmlib.execution import Execution
 from dmmlib.files import replacing
@@ -147,13 +146,13 @@ class Registered:
         run: the method.
         space: the grid that its hyperparameters are searched on.
         paper: who proposed it.
-        cost: sample gradients that it spends a model, as a formula of options and of the sizes n_S, n_F, n_R.
+        cost: sample gradients per model, as a formula of options and of the sizes n_S, n_F, n_R.
         elsewhere: public code that implements it.
-        attributed: whether it asks for the problem's attributor.
+        attributed: whether it asks for the problem's attributor; presets then also know `name@attributor`.
     """
 
     run: Method
-    space: Mapping[str, Sequence[Any]]
+    space: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     paper: str = ""
     cost: str = ""
     elsewhere: str = ""
@@ -166,27 +165,19 @@ METHODS: Registry[Registered] = Registry(
 
 
 def register(
-    name: str,
-    space: Mapping[str, Sequence[Any]] | None = None,
-    *,
-    paper: str = "",
-    cost: str = "",
-    elsewhere: str = "",
-    attributed: bool = False,
-    version: int = 1,
+    name: str, space: Mapping[str, Sequence[Any]] | None = None, *, version: int = 1, **known: Any
 ) -> Callable[[Method], Method]:
     """Register a method by name.
 
     Args:
         name: what presets call it.
         space: the grid on which its hyperparameters are searched; none if None.
-        paper, cost, elsewhere: for `tables.catalogue`; see `Registered`.
-        attributed: whether it asks for the problem's attributor; presets then also know `name@attributor`.
         version: to be raised when its numbers change, so that results are made anew.
+        known: further fields of `Registered`.
     """
 
     def add(method: Method) -> Method:
-        METHODS.add(name, Registered(method, dict(space or {}), paper, cost, elsewhere, attributed), version)
+        METHODS.add(name, Registered(method, dict(space or {}), **known), version)
         return method
 
     return add
@@ -236,31 +227,6 @@ def check_options(low: float = 0.0, high: float = math.inf, *, whole: bool = Fal
             limit = "" if high == math.inf else f" and at most {high:g}"
             kind = "whole number" if whole else "number"
             raise OptionError(f"Option {name}={value!r} was given; use a {kind} above {low:g}{limit}.")
-
-
-def fresh(problem: Problem) -> Ensemble:
-    """As many untrained models as there are originals, of their architecture, one seed each.
-
-    Raises:
-        MethodError: if a part of the module has weights that it cannot draw anew (no `reset_parameters`).
-    """
-    template = problem.originals.module
-
-    def draw() -> nn.Module:
-        module = copy.deepcopy(template).to_empty(device="cpu")
-        for name, part in module.named_modules():
-            reset = getattr(part, "reset_parameters", None)
-            if reset is not None:
-                reset()
-            elif next(part.parameters(recurse=False), None) is not None:
-                raise MethodError(
-                    f"Part {name!r} of the model, a {type(part).__name__}, cannot be initialised anew; give it a "
-                    "method reset_parameters()."
-                )
-        return module
-
-    seeds = [int(rng.integers(2**32)) for rng in problem.rngs(stream=1)]
-    return initialise(draw, seeds, problem.originals.device)
 
 
 def passes(problem: Problem, pool: np.ndarray, epochs: float, batch_size: int) -> list[np.ndarray]:
