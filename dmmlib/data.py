@@ -20,6 +20,11 @@ from dmmlib.registry import Registry
 class Dataset:
     """A training set S and a validation set V.
 
+    >>> x, y = np.zeros((6, 8, 8, 1), np.uint8), np.arange(6) % 2
+    >>> data = from_arrays(x[:4], y[:4], x[4:], y[4:], class_names=("cat", "dog"))
+    >>> data.n_train, data.n_val, data.n_classes
+    (4, 2, 2)
+
     Attributes:
         x_train: images, uint8 (n_train, height, width, channels), or float32 features (n_train, ...).
         y_train: integer labels (n_train,).
@@ -149,6 +154,9 @@ def names() -> tuple[str, ...]:
 
 def load(name: str, n_train: int | None = None, n_val: int | None = None, seed: int = 0, **options: Any) -> Dataset:
     """Load a data set, or a random subset of it.
+
+    >>> load("digits", n_train=100, n_val=50).x_train.shape
+    (100, 8, 8, 1)
 
     Args:
         name: a registered name (`names()`), or the path of an .npz file that holds x_train, y_train and

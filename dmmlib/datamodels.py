@@ -51,6 +51,12 @@ class Attributor(ABC):
     """Predicts how a model's logits, in the margin gauge, depend on which points it is trained on.
 
     Subclasses say `effects` and `predict`; the rest has defaults that may be bettered.
+
+    >>> class Nothing(Attributor):
+    ...     def effects(self, forget_sets): return np.zeros((len(forget_sets), 5, 2))
+    ...     def predict(self, masks): return np.zeros((len(masks), 5, 2))
+    >>> Nothing().effect([0, 1]).shape
+    (5, 2)
     """
 
     @abstractmethod
@@ -106,6 +112,11 @@ def retrained(logits: np.ndarray, effect: np.ndarray, labels: np.ndarray) -> np.
 @dataclass(frozen=True)
 class RidgeDatamodel(Attributor):
     """A fitted ridge datamodel; see `fit`.
+
+    >>> masks = np.random.default_rng(0).random((50, 4)) < 0.5
+    >>> model = RidgeDatamodel.fit(masks, masks[:, :, None] * np.ones(2), lam=1e-4)  # point i answers 1 if it was seen
+    >>> model.effect([3])[:, 0].round(2) + 0.0
+    array([ 0.,  0.,  0., -1.], dtype=float32)
 
     Attributes:
         outputs: Y, the logits (M, n_points, n_classes) of the subset models: anything that slices to arrays
@@ -268,6 +279,10 @@ def check_varying(masks: np.ndarray) -> None:
 
 def lds(predicted: np.ndarray, actual: np.ndarray) -> np.ndarray:
     """Linear datamodelling score of each point (Park et al., "TRAK", ICML 2023).
+
+    >>> actual = np.array([[1.0, 5.0], [2.0, 4.0], [4.0, 1.0]])
+    >>> lds(actual**3, actual), lds(-actual, actual)
+    (array([1., 1.]), array([-1., -1.]))
 
     Args:
         predicted, actual: margins (n_subsets, n_points) of held-out subset models.

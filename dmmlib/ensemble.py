@@ -33,6 +33,9 @@ class Training:
     """How a model is trained: SGD with Nesterov momentum and a triangular learning rate.
 
     The rate rises linearly from 0 to `lr` over the share `warmup` of all steps and falls linearly to 0.
+
+    >>> Training(epochs=10, lr=0.1, warmup=0.25).rate(0.25)
+    0.1
     """
 
     epochs: int = 20
@@ -60,6 +63,10 @@ class Training:
 @dataclass(frozen=True)
 class Ensemble:
     """Stacked models.
+
+    >>> models = initialise(lambda: nn.Linear(4, 3), seeds=[0, 1, 2])
+    >>> models.logits(torch.zeros(5, 4)).shape
+    torch.Size([3, 5, 3])
 
     Attributes:
         module: the architecture; its own weights are not used.
@@ -326,7 +333,11 @@ def train(
     execution: Execution | None = None,
     progress: Progress = silent,
 ) -> Ensemble:
-    """Train one model a mask, from scratch.
+    """Train one model per mask, from scratch.
+
+    >>> x, y, masks = torch.randn(20, 4), torch.arange(20) % 2, np.ones((3, 20), bool)
+    >>> train(lambda: nn.Linear(4, 2), x, y, masks, seeds=[0, 1, 2], training=Training(epochs=1)).n_models
+    3
 
     Args:
         factory: makes the `nn.Module`.

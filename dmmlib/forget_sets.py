@@ -51,6 +51,10 @@ def indicator(forget: Sequence[int] | np.ndarray, n_train: int) -> np.ndarray:
 class ForgetSet:
     """A named forget set.
 
+    >>> forget = ForgetSet("two", np.array([1, 3]))
+    >>> forget.splits(n_train=5, n_val=2)["retain"]
+    array([0, 2, 4])
+
     Attributes:
         name: unique within a study; also a file name.
         indices: the training points to forget, int64, sorted.

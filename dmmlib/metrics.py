@@ -30,6 +30,9 @@ Convention = Literal["closed", "easydub"]
 def margins(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Margin of the right class: m = z_y - logsumexp over c != y of z_c.
 
+    >>> margins(np.array([[[2.0, 0.0], [0.0, 1.0]]]), np.array([0, 0]))
+    array([[ 2., -1.]], dtype=float32)
+
     Args:
         logits: (n_models, n_points, n_classes).
         labels: (n_points,).
@@ -168,6 +171,10 @@ def klom(
     unlearned: np.ndarray, oracle: np.ndarray, convention: Convention = "closed", n_bins: int = N_BINS
 ) -> np.ndarray:
     """KLoM of each point: KL(unlearned || oracle) of histograms of margins.
+
+    >>> oracle = np.arange(10.0)[:, None]
+    >>> klom(oracle, oracle), klom(oracle + 50, oracle).round(1)
+    (array([0.]), array([11.5]))
 
     Margins are clipped to +-100, the joint range of a point is cut into 20 equal bins, p and q are the
     shares of unlearned and oracle models in each bin, q is floored at 1e-5, and

@@ -38,6 +38,10 @@ N_GAUGE = 20  # originals that a ridge datamodel's change of logits is turned in
 class Study(Models):
     """A validated preset and all that follows from it.
 
+    >>> study = Study("smoke")
+    >>> study.data.n_train, study.preset.ensembles.n_models
+    (400, 20)
+
     Args:
         preset: a name in presets/, a path, or a mapping.
         overrides: dotted key -> value; see `presets.load`.

@@ -34,6 +34,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from dmmlib.attribution.base import Context, Linear, MarginDatamodel, Response, foresee, register, slope
 from dmmlib.attribution.linearised import LAM, RANK, linearised_response
@@ -46,7 +47,14 @@ RHOS = np.geomspace(1e-4, 1e3, 29)
 
 @dataclass(frozen=True)
 class BayesianDatamodel(Attributor):
-    """The fitted posterior; see the module.
+    """The fitted posterior; see the module. `fit` makes it around any response.
+
+    >>> from dmmlib.attribution import Context
+    >>> masks = np.random.default_rng(0).random((40, 6)) < 0.75
+    >>> outputs = masks[:, :, None] * np.array([1.0, 0.0])  # each point's margin is 1 if it was seen
+    >>> context = Context(torch.zeros(6, 1), torch.zeros(6, dtype=torch.long), masks, outputs)
+    >>> fit(context, np.eye(6, dtype=np.float32)).effect([2])[:, 0].round(2) + 0.0
+    array([ 0.,  0., -1.,  0.,  0.,  0.], dtype=float32)
 
     Attributes:
         prior: s f, and what is answered on average.

@@ -29,6 +29,12 @@ from dmmlib.registry import Registry
 class Problem:
     """One forget set, to be unlearned from every original.
 
+    >>> x, y = torch.randn(12, 4), torch.arange(12) % 2  # ten training points and two others
+    >>> originals = train(lambda: nn.Linear(4, 2), x[:10], y[:10], np.ones((3, 10), bool), [0, 1, 2], Training(epochs=2))
+    >>> problem = Problem(originals, originals.logits(x).numpy(), x, y, 10, np.array([1, 6]), Training(epochs=2))
+    >>> get("gd")(problem, epochs=1.0).margins.shape
+    (3, 12)
+
     Attributes:
         originals: N models trained on S.
         original_logits: their logits (N, n_points, n_classes), float32, training points first.
@@ -168,6 +174,14 @@ def register(
     name: str, space: Mapping[str, Sequence[Any]] | None = None, *, version: int = 1, **known: Any
 ) -> Callable[[Method], Method]:
     """Register a method by name.
+
+    >>> from dmmlib.optim import SGD
+    >>> @register("halfway", space={"epochs": [0.5, 1.0]}, paper="an example", cost="epochs n_R")
+    ... def halfway(problem, *, epochs=0.5):
+    ...     return finetune(problem, [Phase(passes(problem, problem.retain, epochs, 10), descent(problem))], SGD(0.01))
+    >>> len(configurations("halfway", budget=8))
+    2
+    >>> METHODS.remove("halfway")
 
     Args:
         name: what presets call it.

@@ -1,0 +1,154 @@
+"""How the library is built: a core that knows nobody, rooms that stand on it, no circles, nothing too large.
+
+`python -m tests.test_house` prints the figure that the README shows.
+"""
+
+import ast
+import doctest
+import graphlib
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dmmlib
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = ROOT / "dmmlib"
+ROOMS = ("zoo", "baselines", "attributors", "analysis", "studies", "widgets", "app")
+FILES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(LIBRARY.rglob("*.py"))}
+
+
+def module_of(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): tree for path, tree in FILES.items()}
+
+
+def room(module):
+    part = [*module.split("."), ""][1]
+    return part if part in ROOMS else "core"
+
+
+def imports(tree):
+    """Modules of the library that a module imports, wherever in its text, but not for type checkers alone."""
+    checked = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and getattr(block.test, "id", "") == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if id(node) in checked:
+            continue
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dmmlib":
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in MODULES else node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
+
+
+ARROWS = {module: sorted(set(imports(tree)) - {module}) for module, tree in MODULES.items()}
+
+
+def lines(*rooms):
+    return sum(
+        len(path.read_text(encoding="utf-8").splitlines()) for path in FILES if room(module_of(path)) in (rooms or ALL)
+    )
+
+
+ALL = ("core", *ROOMS)
+
+
+def figure():
+    """The rooms, which rooms each stands on, and how many lines each has."""
+    below = {name: set() for name in ALL}
+    for module, others in ARROWS.items():
+        below[room(module)] |= {room(other) for other in others}
+    rows = [
+        (name, f"{lines(name):,} lines", ", ".join(o for o in ALL if o in below[name] - {name})) for name in ALL[::-1]
+    ]
+    width, second = (max(len(row[i]) for row in rows) for i in (0, 1))
+    return "\n".join(f"{name:{width}}  {n:>{second}}  " + (f"stands on {o}" if o else "") for name, n, o in rows)
+
+
+def test_the_core_imports_no_room():
+    found = [
+        f"{m} imports {o}" for m, others in ARROWS.items() if room(m) == "core" for o in others if room(o) != "core"
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_rooms_stand_on_rooms_below_them():
+    order = {name: i for i, name in enumerate(ALL)}
+    found = [f"{m} imports {o}" for m, others in ARROWS.items() for o in others if order[room(o)] > order[room(m)]]
+    assert not found, "\n".join(found)
+
+
+def test_there_are_no_circles():
+    graph = {m: [o for o in others if not m.startswith(f"{o}.")] for m, others in ARROWS.items()}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the modules
+
+
+def test_nothing_is_too_large():
+    long = {str(p.relative_to(ROOT)): n for p in FILES if (n := len(p.read_text(encoding="utf-8").splitlines())) > 400}
+    wide = {
+        node.name: node.end_lineno - node.lineno + 1
+        for tree in FILES.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and node.end_lineno - node.lineno >= 300
+    }
+    assert not long
+    assert not wide
+    assert lines("core") <= 4700
+    assert lines("studies") <= 8500
+    assert lines() <= 18_000
+
+
+@pytest.mark.parametrize(
+    ("module", "refused", "most"),
+    [
+        ("dmmlib", (), 1),
+        ("dmmlib.presets", ROOMS, 10),
+        ("dmmlib.study", ("studies", "widgets", "app", "baselines", "analysis"), 40),
+    ],
+)
+def test_an_import_loads_only_what_it_needs(module, refused, most):
+    code = f"import sys, {module}; print(*(m for m in sys.modules if m.split('.')[0] == 'dmmlib'))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert len(loaded) <= most, loaded
+    assert not {room(m) for m in loaded} & set(refused)
+
+
+def test_the_readme_shows_the_house_as_it_is():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert figure() in readme, f"run `python -m tests.test_house` and paste it:\n{figure()}"
+
+
+@pytest.mark.parametrize("name", dmmlib.__all__)
+def test_each_public_name_has_an_example_that_runs(name):
+    found = getattr(dmmlib, name)
+    known = {"np": np, "torch": torch, "nn": torch.nn, **{public: getattr(dmmlib, public) for public in dmmlib.__all__}}
+    known |= vars(sys.modules[found.__module__])
+    example = doctest.DocTestParser().get_doctest(found.__doc__, known, name, None, None)
+    assert example.examples, f"{name} lacks an example"
+    told = []
+    doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example, out=told.append)
+    assert not told, "".join(told)
+
+
+def test_public_names_are_few_and_others_are_refused():
+    assert len(dmmlib.__all__) <= 18
+    assert set(dmmlib.__all__) <= set(dir(dmmlib))
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = dmmlib.nothing
+
+
+if __name__ == "__main__":
+    print(figure())
