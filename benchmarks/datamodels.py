@@ -12,6 +12,7 @@ import json
 import multiprocessing as mp
 import resource
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from dmmlib import metrics
-from dmmlib.datamodels import RidgeDatamodel
+from dmmlib.datamodels import BLOCK, RidgeDatamodel, principal_loadings
+from dmmlib.store import Outputs, Store
 from dmmlib.widgets import Previewer
 from dmmlib.widgets.preview import N_ORIGINALS
 
@@ -100,13 +102,55 @@ def fit(m: int) -> dict[str, float]:
     return {"n_subsets": m, "seconds": seconds, "peak_mb": peak_mb(), "peak_mb_before": before}
 
 
+def memory(use: str, n: int = 2_000, m: int = 4_000, n_val: int = 500, n_classes: int = 10) -> dict[str, float]:
+    """Peak memory of what uses subset outputs, which lie in a store; against one block of them and the fitted factor.
+
+    A block is what `datamodels.BLOCK` models answer; the factor is the fitted model: its masks, centred, and the
+    Cholesky factor of A^T A / M + lambda I, which is as large while it is made.
+    """
+    rng = np.random.default_rng(0)
+    masks, labels = rng.random((m, n)) < 0.5, rng.integers(0, n_classes, n + n_val)
+    with tempfile.TemporaryDirectory() as folder:
+        shape = (n + n_val, n_classes)
+        store = Store.open(f"{folder}/subsets.zarr", {}, m, {"logits": (shape, "float32")}, 100)
+        for shard in range(store.n_shards):
+            store.write(shard, {"logits": rng.standard_normal((len(store.models(shard)), *shape), np.float32)})
+
+        def read(first: int, last: int) -> np.ndarray:
+            logits = store.read("logits", first, last)
+            for i in range(0, len(logits), 10):
+                logits[i : i + 10] = metrics.margin_gauge(logits[i : i + 10], labels)
+            return logits
+
+        outputs = Outputs(read, (m, *shape), 100)
+        RidgeDatamodel.fit(masks[:50], outputs[:50], 0.1).effect([0])  # what is loaded once
+        before = peak_mb()
+        if use == "whole":
+            RidgeDatamodel.fit(masks, outputs[:], 0.1).effects([[0], [1, 2]])
+        elif use == "ridge":
+            RidgeDatamodel.fit(masks, outputs, 0.1).effects([[0], [1, 2]])
+        elif use == "own weights":
+            RidgeDatamodel.fit(masks, outputs, 0.1, own_share=0.3).effects([[0], [1, 2]])
+        elif use == "loadings":
+            margins = np.empty((m, n), np.float32)
+            for i in range(0, m, 100):
+                margins[i : i + 100] = metrics.right_logits(outputs[i : i + 100][:, :n], labels[:n])
+            principal_loadings(RidgeDatamodel.fit(masks, outputs, 0.1), margins, 2)
+        block = BLOCK * shape[0] * n_classes * 4 / 2**20
+        factor = (m * n + 2 * n * n) * 4 / 2**20
+        peak = peak_mb() - before
+    limit = 1.2 * block + factor
+    return {"peak_mb": peak, "block_mb": block, "factor_mb": factor, "limit_mb": limit, "of_limit": peak / limit}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "datamodels.json")
     parser.add_argument("--only-klom", action="store_true", help="measure KLoM again and keep the rest of the results")
+    parser.add_argument("--only-memory", action="store_true", help="the same of peak memory")
     arguments = parser.parse_args()
     out: Path = arguments.out
-    again = arguments.only_klom and out.exists()
+    again = (arguments.only_klom or arguments.only_memory) and out.exists()
     report: dict[str, Any] = json.loads(out.read_text()) if again else {}
 
     def alone(name: str, work: Any, *arguments: Any) -> dict[str, float]:
@@ -116,8 +160,12 @@ def main() -> None:
         print(f"{name}: {numbers}", flush=True)
         return report[name]
 
-    alone("KLoM of 100 x 60,000 margins", klom)
-    if arguments.only_klom:
+    if not arguments.only_memory:
+        alone("KLoM of 100 x 60,000 margins", klom)
+    if not arguments.only_klom:
+        for use in ("whole", "ridge", "own weights", "loadings"):
+            alone(f"memory, n = 2,000, M = 4,000, {use}", memory, use)
+    if arguments.only_klom or arguments.only_memory:
         out.write_text(json.dumps(report, indent=1))
         return
     for n, m in ((2_000, 4_000), (10_000, 2_000)):

@@ -170,12 +170,12 @@ class RidgeDatamodel(Attributor):
         plain = cls(outputs, mean, lam, a, torch.linalg.cholesky(gram))
         if own_share == 1:
             return plain
-        delta, every = (1 - own_share) * lam, np.eye(plain.n_train, dtype=np.float32)
-        weights, total = plain.weights(every), np.zeros((plain.n_train, outputs.shape[2]), np.float32)
-        for rows, block in plain._blocks():
-            total += np.einsum("mj,mjc->jc", weights[rows], block[:, : plain.n_train])  # W_jj
-        own = delta * total / (1 - delta * np.diag(plain._inverse(every)))[:, None]
-        return replace(plain, own_share=own_share, _own=own)
+        delta, inverse = (1 - own_share) * lam, plain._inverse(np.eye(plain.n_train, dtype=np.float32))
+        total = np.zeros((plain.n_train, outputs.shape[2]), np.float32)
+        for rows in plain._blocks(100):
+            v = (a[rows] @ torch.from_numpy(inverse).to(device) / len(a)).cpu().numpy()
+            total += np.einsum("mj,mjc->jc", v, np.asarray(outputs[rows], np.float32)[:, : plain.n_train])  # W_jj
+        return replace(plain, own_share=own_share, _own=delta * total / (1 - delta * np.diag(inverse))[:, None])
 
     @property
     def n_train(self) -> int:
@@ -211,17 +211,15 @@ class RidgeDatamodel(Attributor):
             solved = torch.cholesky_solve(d, self._factor)
         return solved.T.cpu().numpy()
 
-    def _blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
-        for first in range(0, self.outputs.shape[0], BLOCK):
-            rows = slice(first, min(first + BLOCK, self.outputs.shape[0]))
-            yield rows, np.asarray(self.outputs[rows], np.float32)
+    def _blocks(self, size: int = BLOCK) -> Iterator[slice]:
+        return (slice(i, min(i + size, self.outputs.shape[0])) for i in range(0, self.outputs.shape[0], size))
 
     def respond(self, directions: np.ndarray, mean: float = 0.0) -> np.ndarray:
         """W^T d (k, n_points, n_classes) for each row d of (k, n_train), plus `mean` times the mean output."""
         weights, row = self.weights(directions) + mean / len(self._masks), self.outputs.shape[1:]
         total = np.zeros((weights.shape[1], int(np.prod(row))), np.float32)
-        for rows, block in self._blocks():
-            total += weights[rows].T @ block.reshape(len(block), -1)
+        for rows in self._blocks():  # nothing else holds a block, so that there is one at a time
+            total += weights[rows].T @ np.asarray(self.outputs[rows], np.float32).reshape(rows.stop - rows.start, -1)
         total = total.reshape(-1, *row)
         if self._own is not None:
             total[:, : self.n_train] += self._inverse(directions)[:, :, None] * self._own
@@ -361,15 +359,19 @@ def principal_loadings(model: RidgeDatamodel, train_margins: np.ndarray, n_compo
         (n_train, n_components), component 1 first, each of length 1. The sign, which PCA leaves open, is
         such that the largest loading in absolute value is positive.
     """
-    n = model.n_train
-    y = train_margins.astype(np.float32)
-    y = y - y.mean(1, keepdims=True)  # centres the rows of the matrix: subtracts the mean over points j
+    n, y, mean = (
+        model.n_train,
+        train_margins,
+        train_margins.mean(1),
+    )  # centres the rows
 
     def rows(d: np.ndarray) -> np.ndarray:
-        return y.T @ model.weights(d.reshape(1, -1))[:, 0]
+        v = model.weights(d.reshape(1, -1))[:, 0]
+        return y.T @ v - mean @ v
 
     def columns(r: np.ndarray) -> np.ndarray:
-        return model.adjoint((y @ r.reshape(-1).astype(np.float32))[None])[0]
+        r = r.reshape(-1).astype(np.float32)
+        return model.adjoint((y @ r - mean * r.sum())[None])[0]
 
     operator = LinearOperator((n, n), matvec=rows, rmatvec=columns, dtype=np.float32)
     start = np.random.default_rng(0).normal(size=n).astype(np.float32)

@@ -136,4 +136,8 @@ class Models(Trainer):
 
     def _subset_margins(self, points: Any) -> np.ndarray:
         """Margins (M, n) of the subset models on some points."""
-        return metrics.right_logits(self.subsets()[1][:, points], self.data.y[points])
+        outputs, labels = self.subsets()[1], self.data.y[points]
+        found = np.empty((len(outputs), len(labels)), np.float32)
+        for i in range(0, len(outputs), outputs.step):
+            found[i : i + outputs.step] = metrics.right_logits(outputs[i : i + outputs.step][:, points], labels)
+        return found

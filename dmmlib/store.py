@@ -260,33 +260,29 @@ class Store:
 
 
 class Outputs:
-    """Logits of a model set's models, read from its store as they are needed.
-
-    Slicing the first axis reads those models; `outputs[:, points]` reads all, a block at a time, and keeps the points.
+    """Logits of a model set's models, read from its store as they are needed: slicing the first axis reads those.
 
     Attributes:
         shape: (n_models, n_points, n_classes).
+        step: models that are read at a time, straight into place, so that little is in memory twice.
     """
 
-    def __init__(self, read: Callable[[int, int], np.ndarray], shape: tuple[int, int, int], step: int) -> None:
-        self.shape = shape
-        self._read, self._step = read, step
+    def __init__(self, read: Callable[[int, int], np.ndarray], shape: tuple[int, int, int], step: int = 100) -> None:
+        self._read, self.shape, self.step = read, shape, step
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def first(self, n: int) -> Outputs:
         """The outputs of the first n models, unread."""
-        return Outputs(self._read, (min(n, len(self)), *self.shape[1:]), self._step)
+        return Outputs(self._read, (min(n, len(self)), *self.shape[1:]), self.step)
 
-    def __getitem__(self, key: slice | tuple[slice, Any]) -> np.ndarray:
-        rows, points = key if isinstance(key, tuple) else (key, slice(None))
+    def __getitem__(self, rows: slice) -> np.ndarray:
         start, stop, _ = rows.indices(len(self))
-        n_points = len(np.arange(self.shape[1])[points])
-        found = np.empty((max(0, stop - start), n_points, self.shape[2]), np.float32)
-        for first in range(start, stop, self._step):  # straight into place, so that little is in memory twice
-            last = min(first + self._step, stop)
-            found[first - start : last - start] = self._read(first, last)[:, points]
+        found = np.empty((max(0, stop - start), *self.shape[1:]), np.float32)
+        for first in range(start, stop, self.step):
+            last = min(first + self.step, stop)
+            found[first - start : last - start] = self._read(first, last)
         return found
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:

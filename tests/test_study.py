@@ -1,5 +1,7 @@
 """A study computes once, resumes, keeps what is done, and refuses what makes no sense."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -233,3 +235,43 @@ def test_progress_file(tmp_path, monkeypatch):
 def test_names_are_listed():
     assert set(models.names()) >= {"linear", "mlp", "convnet", "resnet9"}
     assert set(presets.names()) >= {"smoke", "laptop", "cifar10"}
+
+
+def public_properties(cls):
+    return sorted(
+        name
+        for name in dir(cls)
+        if not name.startswith("_") and isinstance(getattr(cls, name), (property, functools.cached_property))
+    )
+
+
+def test_properties_only_read(tmp_path, monkeypatch):
+    """Neither a property of a fresh study nor its status trains, fits or writes anything."""
+
+    def never(*args, **kwargs):
+        raise AssertionError("trained, fitted or written")
+
+    fresh = study(tmp_path)
+    for target in ("ensemble.train_and", "store.Store.open", "attribution.fit", "datamodels.RidgeDatamodel.fit"):
+        monkeypatch.setattr(f"dmmlib.{target}", never)
+    names = public_properties(Study)
+    assert {"x", "y", "features", "module", "training", "output"} <= set(names)
+    for name in names:
+        getattr(fresh, name)
+    table = fresh.status()
+    assert (table["done"] == 0).all()
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_status_counts_what_is_trained_and_what_is_damaged(tmp_path):
+    one = study(tmp_path)
+    f = one.forget_sets()["random_6"]
+    one.oracles(f)
+    table = one.status().set_index("models")
+    assert table.loc["oracles, random_6", ["planned", "done"]].tolist() == [8, 8]
+    assert table.loc["subset models", "done"] == 120, "pc1 was chosen by them"
+    assert table.loc["originals", "done"] == 0
+    chunk = next(path for path in (tmp_path / "runs" / "store").glob("oracles-*/logits/c/**/*") if path.is_file())
+    chunk.write_bytes(chunk.read_bytes()[:-9])
+    table = study(tmp_path).status().set_index("models")
+    assert table.loc["oracles, random_6", ["done", "missing", "damaged"]].tolist() == [0, 0, 8]
