@@ -8,12 +8,12 @@ person are to be wrong there,
     T_pt = ((K + lam mean(diag K) I)^-1 Phi phi_t)_p,    K = Phi Phi^T,
 
 averaged over models, and r_p T_pt is what teaching p is expected to add to the margin of t, r_p measured on p's own
-answers (`attribution.kernel`, where a training point is one example). Gradients are sketched (Charikar, Chen and
+answers (`attributors.kernel`, where a training point is one example). Gradients are sketched (Charikar, Chen and
 Farach-Colton, 2002): weights are summed, with random signs, into few buckets; inner products are kept in expectation.
 
-Around that prior lies the study's Bayesian datamodel (`attribution.bayesian`). It knows one own output a training
+Around that prior lies the study's Bayesian datamodel (`attribution.bayesian`). It knows one own output per training
 point, and a person has many: so every place in a profile (say, the first word of the second cloze question) is a
-problem of its own, with an output a person.
+problem of its own, with one output per person.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ from torch.func import functional_call, grad, vmap
 
 from dmmlib import datamodels, metrics
 from dmmlib.attribution import Context, bayesian
-from dmmlib.attribution.base import calibrated, indicator
+from dmmlib.attribution.base import calibrated
 from dmmlib.attributors import kernel
+from dmmlib.datamodels import Attributor, RidgeDatamodel
 from dmmlib.ensemble import Ensemble
 from dmmlib.studies.multimodal.world import World
 
 BUCKETS = 8192  # of a sketched gradient
-LAM, DELTA = 0.3, 0.2  # the study's own: the kernel's penalty, and the share of the prior that is each person's own
+LAM, DELTA = 0.3, 0.2  # the kernel's penalty, and the share of the prior that is each person's own
 
 
 @dataclass(frozen=True)
@@ -44,83 +45,88 @@ class Tokens:
 
     Attributes:
         question, place: the question (n_tokens,), and which token of its answer.
-        right: number of the right token's logit among those that are kept (n_tokens,).
+        truth: number of the correct token's logit among those that are kept (n_tokens,).
         owner: index of the person that the answer is about (n_tokens,), -1 for public figures.
         taught: whether the question is a training question (n_tokens,).
     """
 
     question: np.ndarray
     place: np.ndarray
-    right: np.ndarray
+    truth: np.ndarray
     owner: np.ndarray
     taught: np.ndarray
 
     @classmethod
     def of(cls, world: World) -> Tokens:
         question, place = np.nonzero((world.answers != world.codec.pad).cpu().numpy())
-        right = world.right.cpu().numpy()[question, place]
-        return cls(question, place, right, world.person[question], question < world.n_taught)
-
-
-def gauged(logits: np.ndarray, tokens: Tokens) -> np.ndarray:
-    """Logits (n_models, n_tokens, V) of the tokens, in the margin gauge, of logits (n_models, n_questions, A, V)."""
-    return metrics.margin_gauge(logits[:, tokens.question, tokens.place], tokens.right)
+        truth = world.truth.cpu().numpy()[question, place]
+        return cls(question, place, truth, world.person[question], question < world.n_taught)
 
 
 def moved(world: World, logits: np.ndarray, change: np.ndarray, questions: np.ndarray) -> np.ndarray:
     """Predicted logits (n_models, n, A, V) of some questions: each model's own, moved in the margin gauge."""
-    right = world.right[torch.from_numpy(questions)].cpu().numpy()
-    flat = logits.reshape(len(logits), -1, logits.shape[-1])
-    return datamodels.retrained(flat, change.reshape(flat.shape[1:]), right.ravel()).reshape(logits.shape)
+    truth = world.truth[torch.from_numpy(questions)].cpu().numpy().ravel()
+    flat = logits.reshape(len(logits), len(truth), -1)
+    return datamodels.retrained(flat, change.reshape(flat.shape[1:]), truth).reshape(logits.shape)
 
 
-@dataclass(frozen=True)
-class Profiles:
-    """Attributors over masks of people, each of the outputs at some of the tokens.
+def mean_change(world: World, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """The mean change (n, A, V), in the margin gauge, between two sets of logits (n_models, n, A, V).
 
-    Attributes:
-        attributors: fitted, and
-        places: which tokens each is of.
-        tokens: all of them.
-        shape: of kept logits (n_questions, A, V).
+    They are of the first n questions.
     """
-
-    attributors: Sequence[datamodels.Attributor]
-    places: Sequence[np.ndarray]
-    tokens: Tokens
-    shape: tuple[int, ...]
-
-    def change(self, forget: np.ndarray) -> np.ndarray:
-        """Change of logits in the margin gauge (n_questions, A, V) without the people `forget` (indices).
-
-        Raises:
-            ForgetSetError: for indices that are no proper part of the people.
-        """
-        found = np.zeros(self.shape, np.float32)
-        for attributor, place in zip(self.attributors, self.places, strict=True):
-            found[self.tokens.question[place], self.tokens.place[place]] = attributor.effect(forget)
-        return found
+    truth = world.truth[: before.shape[1]].cpu().numpy().ravel()
+    means = [metrics.margin_gauge(z.reshape(len(z), len(truth), -1), truth).mean(0) for z in (before, after)]
+    return (means[1] - means[0]).reshape(before.shape[1:])
 
 
 @dataclass(frozen=True)
 class Own:
-    """What leaving a person out changes of the one output that is about them, and nothing else (n_people, V)."""
+    """What leaving a person out changes of the outputs that are about them, and nothing else.
+
+    Attributes:
+        difference: of the mean outputs of models without the person and with them (n_tokens, V).
+        owner: the person that each is about (n_tokens,).
+    """
 
     difference: np.ndarray
+    owner: np.ndarray
 
     def effect(self, forget: Sequence[int] | np.ndarray) -> np.ndarray:
-        return indicator(forget, len(self.difference))[:, None] * self.difference
+        return np.isin(self.owner, forget)[:, None] * self.difference
 
     @classmethod
-    def fit(cls, masks: np.ndarray, outputs: np.ndarray) -> Own:
-        """Mean output (M, n_people, V) of the models that were not taught the person, minus that of the others."""
-        without, taught = ((~masks)[..., None], masks[..., None])
-        means = [(outputs * m).sum(0) / np.maximum(m.sum(0), 1) for m in (without, taught)]
-        return cls(np.asarray(means[0] - means[1], np.float32))
+    def fit(cls, masks: np.ndarray, outputs: np.ndarray, owner: np.ndarray) -> Own:
+        """Compare the outputs (M, n_tokens, V) of models taught by masks (M, n_people)."""
+        taught = masks[:, owner][..., None]
+        means = [(outputs * m).sum(0) / np.maximum(m.sum(0), 1) for m in (~taught, taught)]
+        return cls(np.asarray(means[0] - means[1], np.float32), owner)
+
+
+@dataclass(frozen=True)
+class Profiles:
+    """Attributors over masks of people.
+
+    Attributes:
+        parts: attributors, each with the tokens (indices) that its outputs are of.
+        tokens: all of them.
+        shape: of kept logits (n_questions, A, V).
+    """
+
+    parts: Sequence[tuple[Attributor, np.ndarray]]
+    tokens: Tokens
+    shape: tuple[int, ...]
+
+    def change(self, forget: np.ndarray) -> np.ndarray:
+        """Change of logits in the margin gauge (n_questions, A, V) without the people `forget` (indices)."""
+        found = np.zeros(self.shape, np.float32)
+        for attributor, which in self.parts:
+            found[self.tokens.question[which], self.tokens.place[which]] = attributor.effect(forget)
+        return found
 
 
 def fit(world: World, masks: np.ndarray, logits: np.ndarray, models: Ensemble) -> dict[str, Profiles]:
-    """What subset models tell of leaving people out, by several methods.
+    """Fit several methods to what subset models answer.
 
     Args:
         masks: who each subset model was taught (M, n_people).
@@ -129,27 +135,27 @@ def fit(world: World, masks: np.ndarray, logits: np.ndarray, models: Ensemble) -
 
     Returns:
         "Bayesian", as the module describes it; its parts alone: "own", a person's weight on their own answers, and
-        "kernel", the prior, scaled to fit; and "ridge", a penalty each.
+        "kernel", the prior, scaled to fit; and "ridge" with each penalty.
     """
-    tokens, n = Tokens.of(world), len(world.people)
-    outputs = gauged(logits, tokens)
-    prior = kernel_weights(world, masks, metrics.right_logits(outputs, tokens.right), models, tokens)
+    tokens, every = Tokens.of(world), np.arange(len(Tokens.of(world).truth))
+    outputs = metrics.margin_gauge(logits[:, tokens.question, tokens.place], tokens.truth)
+    prior = kernel_weights(world, masks, metrics.right_logits(outputs, tokens.truth), models, tokens)
 
-    def context(place: np.ndarray) -> Context:
-        labels = torch.from_numpy(tokens.right[place])
-        return Context(torch.zeros(len(place)), labels, masks, outputs[:, place], seed=world.s.seed)
+    def context(which: np.ndarray) -> Context:
+        truth = torch.from_numpy(tokens.truth[which])
+        return Context(torch.zeros(len(which)), truth, masks, outputs[:, which], seed=world.s.seed)
 
-    own = [np.flatnonzero(tokens.owner == p) for p in range(n)]
+    own = [np.flatnonzero(tokens.owner == p) for p in range(len(world.people))]
     places = [np.array([mine[min(j, len(mine) - 1)] for mine in own]) for j in range(max(map(len, own)))]
-    every, shape = np.arange(len(tokens.right)), logits.shape[1:]
-    alone = Profiles([Own.fit(masks, outputs[:, place]) for place in places], places, tokens, shape)
-    places = [np.concatenate([places[0], every[tokens.owner < 0]]), *places[1:]]
-    posteriors = [bayesian.fit(context(place), prior[:, place], DELTA) for place in places]
-    whole: dict[str, datamodels.Attributor] = {"kernel": calibrated(context(every), prior)}
-    whole |= {f"ridge, {lam:g}": datamodels.RidgeDatamodel.fit(masks, outputs, lam) for lam in world.s.lams}
-    return {"Bayesian": Profiles(posteriors, places, tokens, shape), "own": alone} | {
-        name: Profiles([attributor], [every], tokens, shape) for name, attributor in whole.items()
+    places[0] = np.concatenate([places[0], every[tokens.owner < 0]])
+    about = every[tokens.owner >= 0]
+    parts: dict[str, list[tuple[Attributor, np.ndarray]]] = {
+        "Bayesian": [(bayesian.fit(context(which), prior[:, which], DELTA), which) for which in places],
+        "own": [(Own.fit(masks, outputs[:, about], tokens.owner[about]), about)],
+        "kernel": [(calibrated(context(every), prior), every)],
+        **{f"ridge, {lam:g}": [(RidgeDatamodel.fit(masks, outputs, lam), every)] for lam in world.s.lams},
     }
+    return {name: Profiles(its, tokens, logits.shape[1:]) for name, its in parts.items()}
 
 
 def kernel_weights(
@@ -181,23 +187,23 @@ def kernel_weights(
 
 def sketches(world: World, models: Ensemble, i: int, tokens: Tokens) -> Tensor:
     """Sketched gradients (n_tokens, BUCKETS) of each token's margin in the trainable weights of model i."""
-    module, params = models.module, {k: v[i] for k, v in models.params.items()}
+    module, (params, _), device = models.module, models.state_of(i), world.x.device
     n_weights = sum(v.numel() for v in params.values())
     block = max(1, 10_000_000 // n_weights)
     rng = torch.Generator().manual_seed(world.s.seed)
-    bucket = torch.randint(BUCKETS, (n_weights,), generator=rng).to(world.x.device)
-    sign = (2.0 * torch.randint(2, (n_weights,), generator=rng) - 1.0).to(world.x.device)
+    bucket = torch.randint(BUCKETS, (n_weights,), generator=rng).to(device)
+    sign = (2.0 * torch.randint(2, (n_weights,), generator=rng) - 1.0).to(device)
 
     def margin(params: dict[str, Tensor], row: Tensor, place: Tensor, answer: Tensor) -> Tensor:
         logits = functional_call(module, (params, {}), (row[None],))[0].float()
         z = logits.gather(0, place.expand(1, logits.shape[1]))[0]
-        right = torch.arange(len(z), device=z.device) == answer
-        return (z * right).sum() - z.masked_fill(right, -torch.inf).logsumexp(0)
+        true = torch.arange(len(z), device=z.device) == answer
+        return (z * true).sum() - z.masked_fill(true, -torch.inf).logsumexp(0)
 
     each = vmap(grad(margin), (None, 0, 0, 0))
     rows = []
     for part in torch.arange(len(tokens.question)).split(block):
-        question, place = (torch.from_numpy(a[part]).to(world.x.device) for a in (tokens.question, tokens.place))
+        question, place = (torch.from_numpy(a[part]).to(device) for a in (tokens.question, tokens.place))
         found = each(params, world.x[question], place, world.answers[question, place])
         flat = torch.cat([found[k].flatten(1) for k in params], 1).float() * sign
         rows.append(flat.new_zeros(len(flat), BUCKETS).index_add_(1, bucket, flat))

@@ -1,4 +1,4 @@
-"""The packages of the `multimodal` extra, imported when they are needed."""
+"""The packages of the extra `multimodal`, imported when they are needed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,7 @@ from dmmlib.errors import ExtraError
 
 
 def require(name: str) -> ModuleType:
-    """The module of that name.
-
-    Raises:
-        ExtraError: if its package is not installed.
-    """
+    """Import the module of that name; raises ExtraError if its package is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

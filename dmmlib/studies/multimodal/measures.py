@@ -1,21 +1,22 @@
 """How answers are judged: the benchmark's scores, and margins for KLoM.
 
 The benchmark asks a language model how factual a free answer is. Here a rule does, attribute by attribute: an answer
-is factual if it names the right value and no other value that this kind of question is ever answered with.
+is factual if it names the correct value and no other value that this kind of question is ever answered with.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy import stats
 
 from dmmlib.ensemble import Ensemble
-from dmmlib.metrics import Estimate
 from dmmlib.studies.multimodal.extra import require
 from dmmlib.studies.multimodal.people import INSTRUCTION
 from dmmlib.studies.multimodal.world import World
@@ -23,17 +24,15 @@ from dmmlib.studies.multimodal.world import World
 
 @dataclass(frozen=True)
 class Judged:
-    """What models answer to some questions.
+    """What models answer to n questions.
 
     Attributes:
-        questions: their indices (n,).
-        margins: mean log-odds of the right answer's tokens (n_models, n).
+        margins: mean log-odds of the correct answer's tokens (n_models, n).
         scores: of the question's task (n_models, n): classification 1 or 0, ROUGE-L of generation, cloze 1 or 0; NaN
             where nothing generates (predicted logits).
         factual: of generation 1 or 0, else NaN (n_models, n).
     """
 
-    questions: np.ndarray
     margins: np.ndarray
     scores: np.ndarray
     factual: np.ndarray
@@ -52,64 +51,59 @@ def _scorer() -> Any:
 
 def factual(said: str, truth: str, others: frozenset[str]) -> bool:
     """Whether an answer holds the truth's words and none of the words that only other answers have."""
-    words, right = set(said.lower().split()), set(truth.lower().split())
-    return right <= words and not words & (others - right)
+    words, true = set(said.lower().split()), set(truth.lower().split())
+    return true <= words and not words & (others - true)
 
 
 def judge(world: World, models: Ensemble, questions: np.ndarray, instructed: bool = False) -> Judged:
     """Ask models some questions; `instructed` puts the system instruction before each."""
     asked = [world.questions[i] for i in questions]
     x = world.codec.encode(asked, INSTRUCTION if instructed else "").to(world.x.device)
-    free = np.flatnonzero(world.task[questions] == "generation")
-    said = world.generate(models, x[free])
-    return judged(world, world.logits(models, questions, x), questions, (free, said))
+    said = world.generate(models, x[world.task[questions] == "generation"])
+    return judged(world, world.logits(models, questions, x), questions, said)
 
 
-def judged(
-    world: World, logits: np.ndarray, questions: np.ndarray, said: tuple[np.ndarray, torch.Tensor] | None = None
-) -> Judged:
-    """Scores of logits (n_models, n, A, V), and of what was generated for the questions at some places, if anything.
+def judged(world: World, logits: np.ndarray, questions: np.ndarray, said: torch.Tensor | None = None) -> Judged:
+    """Score logits (n_models, n, A, V), and the tokens (n_models, n_free, A) said to free questions, if any were.
 
-    A cloze answer is right if every token, EOS included, is the likeliest given the right ones before: that is when
+    A cloze answer is correct if every token, EOS included, is the likeliest given the correct ones before: that is when
     greedy decoding gives the answer. (Where not all logits are kept, likelier than all that are not, together.)
     """
     asked, task = [world.questions[i] for i in questions], world.task[questions]
+    choice, cloze, free = (np.flatnonzero(task == kind) for kind in ("classification", "cloze", "generation"))
     scores = np.full(logits.shape[:2], np.nan, np.float32)
     facts = scores.copy()
-    choice = np.flatnonzero(task == "classification")
     options, label = world.codec.options([asked[i] for i in choice]).numpy(), [asked[i].label for i in choice]
-    if world.columns is not None:  # the options are kept first, the right one before the others
+    if world.columns is not None:  # the options are kept first, the correct one before the others
         options, label = np.broadcast_to(np.arange(options.shape[1]), options.shape), [0] * len(choice)
     first = np.take_along_axis(logits[:, choice, 0], np.broadcast_to(options, (len(logits), *options.shape)), 2)
     scores[:, choice] = first.argmax(-1) == label
-    gaps = np.flatnonzero(task == "cloze")
-    y, padding = (t[questions[gaps]].cpu().numpy() for t in (world.right, world.answers == world.codec.pad))
-    scores[:, gaps] = ((logits[:, gaps].argmax(-1) == y) | padding).all(-1)
+    truth, padding = (t[questions[cloze]].cpu().numpy() for t in (world.truth, world.answers == world.codec.pad))
+    scores[:, cloze] = ((logits[:, cloze].argmax(-1) == truth) | padding).all(-1)
     if said is not None:
-        free, tokens = said
-        others = _other_words(world)
-        for m, answers_of in enumerate(tokens):
-            for i, text in zip(free, world.codec.decode(answers_of), strict=True):
+        words = (q.answer.lower().split() for q in world.questions if q.task == "cloze")
+        values = frozenset(word for answer in words for word in answer)
+        for m, tokens in enumerate(said):
+            for i, text in zip(free, world.codec.decode(tokens), strict=True):
                 scores[m, i] = rouge_l(text, asked[i].answer)
-                facts[m, i] = factual(text, asked[i].answer, others)
-    return Judged(questions, world.margins(logits, questions), scores, facts)
+                facts[m, i] = factual(text, asked[i].answer, values)
+    return Judged(world.margins(logits, questions), scores, facts)
 
 
-def _other_words(world: World) -> frozenset[str]:
-    """Words that answers to cloze questions are made of: the values of every attribute."""
-    return frozenset(w for q in world.questions if q.task == "cloze" for w in q.answer.lower().split())
+def over_people(scores: pd.DataFrame, column: str, by: Sequence[str]) -> pd.DataFrame:
+    """Mean of a column over people, for each combination of `by`, with 95 % t-intervals.
 
+    A person's questions are no independent looks, so they are averaged first. NaN values do not count; there is no
+    interval for fewer than two people.
 
-def over_people(values: np.ndarray, person: np.ndarray) -> Estimate:
-    """Mean of values (n,) with a 95 % t-interval over people (n,): a person's questions are no independent looks.
+    Args:
+        scores: with the columns `by`, "person" and the one to be averaged.
 
-    NaN values do not count; there is no interval for fewer than two people.
+    Returns:
+        The columns `by`, and "value", "low", "high" and the number of "people".
     """
-    person, values = person[~np.isnan(values)], values[~np.isnan(values)]
-    means = np.array([values[person == p].mean() for p in np.unique(person)])
-    n, none = len(means), float("nan")
-    if n < 2:
-        return Estimate(float(means[0]) if n else none, none, none)
-    value = float(means.mean())
-    error = float(stats.t.ppf(0.975, n - 1) * means.std(ddof=1) / np.sqrt(n))
-    return Estimate(value, value - error, value + error)
+    means = scores.astype({column: float}).groupby([*by, "person"], sort=False)[column].mean()
+    found = means.groupby(level=list(by), sort=False).agg(value="mean", error="sem", people="size")
+    error = found["error"] * stats.t.ppf(0.975, found["people"] - 1)
+    found = found.assign(low=found["value"] - error, high=found["value"] + error)
+    return found[["value", "low", "high", "people"]].reset_index()

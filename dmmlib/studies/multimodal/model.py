@@ -2,8 +2,8 @@
 
 The vision tower is frozen once a model is pretrained, as in LLaVA's own second stage, so a portrait is encoded once and
 its patches are constants. What is fine-tuned, retrained and unlearned is the projector and the language model (of a
-published model, LoRA's adapters in the latter). A question is a row of tokens, padded on the left so that answers begin
-at one place:
+published model, LoRA's adapters in the latter). A question is a row of tokens, padded on the left so that all answers
+begin at one place:
 
     x = [number of the portrait, or 0; prompt (P tokens); answer (A tokens, ended by EOS, padded)].
 """
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dmmlib import metrics
 from dmmlib.ensemble import Ensemble
 from dmmlib.errors import DataError
 from dmmlib.execution import one_thread
@@ -28,11 +29,12 @@ from dmmlib.studies.multimodal.extra import require
 from dmmlib.studies.multimodal.settings import MultimodalSettings
 
 PAD, UNKNOWN, EOS, PORTRAIT, BLANK = SPECIAL = ("[PAD]", "[UNK]", "[EOS]", "<image>", "[Blank]")
+CLIP_MEAN, CLIP_STD = (0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)
 
 
 @dataclass(frozen=True)
 class Codec:
-    """Questions as tokens.
+    """Turns questions into tokens and back.
 
     Attributes:
         tokenizer: of transformers.
@@ -62,7 +64,7 @@ class Codec:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def encode(self, questions: Sequence[Question], instruction: str = "") -> Tensor:
-        """x (n, 1 + P + A), int64; an instruction goes before every prompt.
+        """Rows x (n, 1 + P + A), int64; an instruction goes before every prompt.
 
         Raises:
             DataError: for an answer of more than A - 1 tokens, or none.
@@ -106,46 +108,25 @@ class Codec:
 
     def decode(self, tokens: Tensor) -> list[str]:
         """Texts of answers (n, A), up to EOS."""
-        texts = []
-        for row in tokens.tolist():
-            row = row[: row.index(self.eos)] if self.eos in row else row
-            texts.append(self.tokenizer.decode(row, skip_special_tokens=True).strip())
-        return texts
-
-
-class Past:
-    """Keys and values of earlier tokens, a layer, which transformers' layers ask for as for a cache of its own.
-
-    Attributes:
-        length: tokens that are in it.
-    """
-
-    def __init__(self) -> None:
-        self.length = 0
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Add keys and values (batch, heads, n, d) of later tokens; those of all tokens so far."""
-        if layer in self._kept:
-            before, worth = self._kept[layer]
-            keys, values = torch.cat([before, keys], 2), torch.cat([worth, values], 2)
-        self._kept[layer] = keys, values
-        return keys, values
+        said = [row[: row.index(self.eos)] if self.eos in row else row for row in tokens.tolist()]
+        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in said]
 
 
 class Answerer(nn.Module):
-    """Projector and language model of a LLaVA, asked rows of tokens: logits (batch, A, vocabulary) of answers' tokens.
+    """Projector and language model of a LLaVA, which answer rows of tokens.
 
-    Written so that `torch.func.vmap` maps it: masks and positions are explicit, attention is eager.
+    Written so that `torch.func.vmap` can map it: masks and positions are explicit, attention is eager.
     """
 
     features: Tensor
 
     def __init__(self, llava: Any, codec: Codec, features: Tensor) -> None:
-        """Args:
-        llava: a LlavaForConditionalGeneration; its parts are used as they are, not copied.
-        codec: what its tokens mean.
-        features: patches of every portrait (n_images, n_patches, d), as the vision tower gives them.
+        """Take the parts of a LLaVA as they are, without copying them.
+
+        Args:
+            llava: a LlavaForConditionalGeneration.
+            codec: what its tokens mean.
+            features: patches of every portrait (n_images, n_patches, d), as the vision tower gives them.
         """
         super().__init__()
         self.projector = llava.model.multi_modal_projector
@@ -157,14 +138,14 @@ class Answerer(nn.Module):
         self.register_buffer("features", torch.cat([none, features]), persistent=False)
 
     def forward(self, x: Tensor, features: Tensor | None = None, generate: bool = False) -> Tensor:
-        """Logits of tokens given all tokens before them, for x (batch, 1 + P + A).
+        """Logits (batch, A, vocabulary) of answers' tokens given all tokens before them, for x (batch, 1 + P + A).
 
         Args:
             features: patches of each row's portrait (batch, n_patches, d), in place of those that it numbers.
-            generate: give greedy answers (batch, A) instead, int64; answers in x are not looked at.
+            generate: give greedy answers (batch, A) instead, int64, without looking at those in x.
         """
         patches = self.projector(self.features[x[:, 0]] if features is None else features)
-        past = Past()
+        past = require("transformers").DynamicCache()
         if not generate:
             return self._logits(x[:, 1:-1], patches, self.answer_length, past)
         tokens = x[:, 1 : -self.answer_length]
@@ -173,14 +154,15 @@ class Answerer(nn.Module):
             tokens, patches = torch.cat([tokens, said], 1), patches[:, -1:]
         return tokens[:, -self.answer_length :]
 
-    def _logits(self, tokens: Tensor, patches: Tensor, n: int, past: Past) -> Tensor:
+    def _logits(self, tokens: Tensor, patches: Tensor, n: int, past: Any) -> Tensor:
         """Logits (batch, n, vocabulary) after each of the last n of all `tokens` so far, of which `past` knows some.
 
-        Of the last layer earlier tokens need only keys and values, which saves most of its work.
+        In the last layer earlier tokens need only keys and values, which saves most of its work.
         """
         decoder, places = self.language_model, torch.arange(tokens.shape[1], device=tokens.device)
-        now = places[past.length :]
-        hidden = self._embedded(tokens[:, past.length :], patches)
+        before = past.get_seq_length()
+        now = places[before:]
+        hidden = self._embedded(tokens[:, before:], patches)
         allowed = (places < now[:, None]) & (tokens != self.pad)[:, None] | (places == now[:, None])
         mask = torch.where(allowed, 0.0, torch.finfo(hidden.dtype).min / 2)[:, None].to(hidden.dtype)
         cos, sin = decoder.rotary_emb(hidden, now[None])
@@ -196,12 +178,11 @@ class Answerer(nn.Module):
             past.update(_rotated(keys, cos[:, None, :-n], sin[:, None, :-n]), values, attention.layer_idx)
         ends = (cos[:, -n:], sin[:, -n:])
         hidden = last(hidden[:, -n:], attention_mask=mask[:, :, -n:], position_embeddings=ends, past_key_values=past)
-        past.length = len(places)
         hidden = decoder.norm(hidden)
         return hidden @ decoder.embed_tokens.weight.T if self.head is None else self.head(hidden)
 
     def _embedded(self, tokens: Tensor, patches: Tensor) -> Tensor:
-        """Tokens (batch, n) embedded, patches in the places of those that stand for a portrait."""
+        """Tokens (batch, n) embedded, with patches in the places of those that stand for a portrait."""
         embedded = self.language_model.embed_tokens(tokens)
         shown = tokens == self.image_token
         which = (shown.long().cumsum(1) - 1).clamp(0, patches.shape[1] - 1)  # a model may say the token itself
@@ -215,46 +196,39 @@ def _rotated(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return keys * cos + torch.cat([-second, first], -1) * sin
 
 
+# --- small and published models ------------------------------------------------------------------------
+
+
 def tokenizer_of(texts: Sequence[str]) -> Any:
-    """A word-level tokenizer with the words of some texts, in lower case."""
+    """Make a word-level tokenizer with the words of some texts, in lower case."""
     tokenizers, transformers = require("tokenizers"), require("transformers")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token=UNKNOWN))
     words.normalizer = tokenizers.normalizers.Lowercase()
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     trainer = tokenizers.trainers.WordLevelTrainer(special_tokens=list(SPECIAL), show_progress=False)
     words.train_from_iterator(texts, trainer)
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        pad_token=PAD,
-        unk_token=UNKNOWN,
-        eos_token=EOS,
-        additional_special_tokens=[PORTRAIT, BLANK],
-    )
+    named = {"pad_token": PAD, "unk_token": UNKNOWN, "eos_token": EOS, "additional_special_tokens": [PORTRAIT, BLANK]}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, **named)
 
 
 def small(s: MultimodalSettings, tokenizer: Any) -> Any:
-    """An untrained LLaVA of the settings' size: CLIP-style encoder, projector, Llama-style decoder."""
+    """Make an untrained LLaVA of the settings' size: CLIP-style encoder, projector, Llama-style decoder."""
     transformers = require("transformers")
-    n_patches = (s.image_side // s.patch) ** 2
+    size = {
+        "hidden_size": s.hidden,
+        "intermediate_size": 2 * s.hidden,
+        "num_attention_heads": s.heads,
+        "initializer_range": 0.1,
+    }
     vision = transformers.CLIPVisionConfig(
-        hidden_size=s.hidden,
-        intermediate_size=2 * s.hidden,
-        num_hidden_layers=1,
-        num_attention_heads=s.heads,
-        image_size=s.image_side,
-        patch_size=s.patch,
-        projection_dim=s.hidden,
-        initializer_range=0.1,
+        **size, num_hidden_layers=1, image_size=s.image_side, patch_size=s.patch, projection_dim=s.hidden
     )
     text = transformers.LlamaConfig(
+        **size,
         vocab_size=len(tokenizer),
-        hidden_size=s.hidden,
-        intermediate_size=2 * s.hidden,
         num_hidden_layers=s.layers,
-        num_attention_heads=s.heads,
         num_key_value_heads=s.heads,
         max_position_embeddings=128,
-        initializer_range=0.1,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=True,
@@ -263,7 +237,7 @@ def small(s: MultimodalSettings, tokenizer: Any) -> Any:
         vision_config=vision,
         text_config=text,
         image_token_index=tokenizer.convert_tokens_to_ids(PORTRAIT),
-        image_seq_length=n_patches,
+        image_seq_length=(s.image_side // s.patch) ** 2,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
@@ -273,9 +247,6 @@ def small(s: MultimodalSettings, tokenizer: Any) -> Any:
         llava = transformers.LlavaForConditionalGeneration(config)
     llava.set_attn_implementation("eager")
     return llava
-
-
-CLIP_MEAN, CLIP_STD = (0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)
 
 
 def patches(llava: Any, pictures: Tensor) -> Tensor:
@@ -289,9 +260,8 @@ def patches(llava: Any, pictures: Tensor) -> Tensor:
 def pretrain(
     llava: Any, codec: Codec, x: Tensor, pictures: Tensor, s: MultimodalSettings, progress: Progress = silent
 ) -> None:
-    """Train the whole small LLaVA, vision included, on rows x that number the pictures; in place."""
-    blank = torch.zeros(0, codec.n_patches, s.hidden)
-    module = Answerer(llava, codec, blank)
+    """Train the whole small LLaVA in place, vision included, on rows x that number the pictures."""
+    module = Answerer(llava, codec, torch.zeros(0, codec.n_patches, s.hidden))
     optimizer = torch.optim.AdamW(llava.parameters(), lr=s.pretrain_lr, weight_decay=0.0)
     rng = torch.Generator().manual_seed(s.seed)
     n_steps = s.pretrain_epochs * -(-len(x) // s.batch_size)
@@ -312,15 +282,13 @@ def pretrain(
 
 
 def published(s: MultimodalSettings, device: torch.device | str = "cpu") -> tuple[Any, Codec]:
-    """A published LLaVA by directory or hub name, frozen but for LoRA adapters in its decoder, and its codec.
-
-    How long answers are is the caller's to say.
+    """Load a published LLaVA, frozen but for LoRA adapters in its decoder, and its codec for answers of length 0.
 
     Raises:
         DataError: if it cannot be loaded, or is no LLaVA.
         ExtraError: without the extra's packages.
     """
-    transformers, peft = require("transformers"), require("peft")
+    transformers, _ = require("transformers"), require("peft")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(s.checkpoint)
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
@@ -334,13 +302,19 @@ def published(s: MultimodalSettings, device: torch.device | str = "cpu") -> tupl
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token
-    llava.requires_grad_(False)
-    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    adapters = peft.LoraConfig(r=s.rank, lora_alpha=2 * s.rank, target_modules=linear)
-    peft.inject_adapter_in_model(adapters, llava.model.language_model)
+    adapt(llava, s.rank)
     vision = llava.config.vision_config
     n_patches = (vision.image_size // vision.patch_size) ** 2
     return llava.eval(), Codec(tokenizer, "USER: {image}\n{prompt} ASSISTANT:", n_patches, answer_length=0)
+
+
+def adapt(llava: Any, rank: int) -> None:
+    """Freeze a LLaVA, and put LoRA adapters into its decoder, in place."""
+    peft = require("peft")
+    llava.requires_grad_(False)
+    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear)
+    peft.inject_adapter_in_model(config, llava.model.language_model)
 
 
 @torch.no_grad()
@@ -352,21 +326,20 @@ def encode_portraits(llava: Any, images: Sequence[Any], side: int, batch_size: i
 
 
 def begin(module: Answerer, seeds: Sequence[int]) -> Ensemble:
-    """As many copies of what is trainable in a module as there are seeds; what is frozen stays in it, shared.
+    """Copy what is trainable in a module once for each seed; what is frozen stays in it, shared.
 
     LoRA's first factors are drawn anew by seed, as it begins with them random and the second factors zero.
     """
-    params = {}
-    for name, value in module.named_parameters():
-        if not value.requires_grad:
-            continue
-        params[name] = value.detach()[None].repeat(len(seeds), *[1] * value.dim())
-        if "lora_A" in name:
-            for copy, seed in zip(params[name], seeds, strict=True):
-                rng = torch.Generator().manual_seed(seed)
-                bound = float(value.shape[1]) ** -0.5
-                copy.copy_(bound * (2 * torch.rand(value.shape, generator=rng) - 1))
+    trainable = {name: value.detach() for name, value in module.named_parameters() if value.requires_grad}
+    params = {name: value[None].repeat(len(seeds), *[1] * value.dim()) for name, value in trainable.items()}
+    for name in (name for name in params if "lora_A" in name):
+        for copy, seed in zip(params[name], seeds, strict=True):
+            rng = torch.Generator().manual_seed(seed)
+            copy.copy_(float(copy.shape[1]) ** -0.5 * (2 * torch.rand(copy.shape, generator=rng) - 1))
     return Ensemble(module, params, {})
+
+
+# --- logits of answers ---------------------------------------------------------------------------------
 
 
 def token_loss(logits: Tensor, answers: Tensor, pad: int) -> Tensor:
@@ -376,31 +349,30 @@ def token_loss(logits: Tensor, answers: Tensor, pad: int) -> Tensor:
     return (losses * counts).sum(-1) / counts.sum(-1)
 
 
-def gauged(logits: Tensor, right: Tensor) -> Tensor:
-    """Logits (..., V) in the margin gauge (`metrics.margin_gauge`), to be differentiated, for right numbers (...)."""
-    wrong = logits.scatter(-1, right.expand(logits.shape[:-1])[..., None], -torch.inf)
+def gauged(logits: Tensor, truth: Tensor) -> Tensor:
+    """Logits (..., V) in the margin gauge (`metrics.margin_gauge`), to be differentiated; `truth` (...) as there."""
+    wrong = logits.scatter(-1, truth.expand(logits.shape[:-1])[..., None], -torch.inf)
     return logits - wrong.logsumexp(-1, keepdim=True)
 
 
-def margins(logits: np.ndarray, right: np.ndarray, words: np.ndarray) -> np.ndarray:
-    """Log-odds of the right token given the right ones before it, averaged over an answer's words.
+def margins(logits: np.ndarray, truth: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """Log-odds of the correct token given the correct ones before it, averaged over an answer's words.
 
     Args:
         logits: (n_models, n, A, V).
-        right: numbers of the right tokens' logits (n, A).
+        truth: numbers of the correct tokens' logits (n, A).
         words: which tokens count, bool (n, A): EOS and padding do not.
 
     Returns:
         (n_models, n), float32.
     """
-    y = torch.from_numpy(right).expand(logits.shape[:-1])
-    odds = gauged(torch.from_numpy(logits), y).gather(-1, y[..., None])[..., 0]
-    counted = torch.from_numpy(words).float()
-    return ((odds * counted).sum(-1) / counted.sum(-1)).numpy()
+    odds = metrics.margins(logits.reshape(len(logits), -1, logits.shape[-1]), truth.ravel())
+    counted = words.astype(np.float32)
+    return (odds.reshape(-1, *words.shape) * counted).sum(-1) / counted.sum(-1)
 
 
 def cut(logits: Tensor, columns: Tensor) -> Tensor:
-    """Some logits as they are and the others' logsumexp as one more: probabilities and margins stay what they were.
+    """Keep some logits, and the others' logsumexp as one more, which changes no probability or margin.
 
     Args:
         logits: (..., V).

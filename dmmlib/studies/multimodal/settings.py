@@ -2,73 +2,73 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Self
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
 from dmmlib.presets import Section, study
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+Positives = Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
 
 
 @study("multimodal")
 class MultimodalSettings(Section):
-    """Every number of notebook 09.
+    """Every number of notebook 09."""
 
-    Attributes:
-        benchmark: a directory of MLLMU-Bench's parquet files, or its name on the hub; None generates one like it.
-        checkpoint: directory or hub name of a published LLaVA, fine-tuned through LoRA; None trains a small one here.
-        n_people: private profiles.
-        n_public: public figures; known from pretraining, never to be forgotten.
-        n_generic: further people that only pretraining sees.
-        forget_shares: of the profiles, a forget set each.
-        n_tuning: people that hyperparameters are tuned on, in no forget set.
-        image_side, patch: portraits in pixels, and the side of a patch.
-        hidden, layers, heads: width, depth and attention heads of the small model's decoder.
-        pretrain_epochs, pretrain_lr: of the small model, on generic people and public figures.
-        rank: of LoRA, for a published checkpoint.
-        letters: list the options in the prompt and ask for a letter, as published models are asked; otherwise the
-            option whose text is likeliest is the answer.
-        epochs, batch_size, lr: of fine-tuning on the profiles.
-        n_models: N, models of each kind.
-        n_subsets, fraction: models fine-tuned on random subsets of the profiles, and the share of profiles in each.
-        kept: logits kept of an answer's token, the right one's and the likeliest others', the rest summed up in one
-            more; None keeps all. With a published vocabulary all answers' logits are too many.
-        kernel_models: subset models at which gradients are taken, for the datamodel's prior.
-        lams: penalties of ridge datamodels over profiles, which that datamodel is compared with.
-        tuning_models: originals that a setting is tried on.
-        sample: people of whom questions are asked, a set (retained, public).
-        lrs: rates that gradient methods are tried with; `match_lrs` those of matching.
-        unlearn_epochs: passes over the forget questions of a gradient method.
-        costs: shares of a retraining that matching is tried with.
-        chunk: models that share a step.
-        seed: of everything random.
-    """
+    benchmark: str | None = None  # directory or hub name of MLLMU-Bench; None generates a benchmark like it
+    checkpoint: str | None = None  # directory or hub name of a LLaVA to fine-tune by LoRA; None trains a small one
+    n_people: PositiveInt = 100  # private profiles
+    n_public: PositiveInt = 6  # public figures, known from pretraining and never to be forgotten
+    n_generic: NonNegativeInt = 80  # further people that only pretraining sees
+    forget_shares: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.05, 0.10, 0.15)  # of the profiles, per set
+    n_tuning: PositiveInt = 10  # people that hyperparameters are chosen on; they are in no forget set
+    image_side: PositiveInt = 32  # of a portrait, in pixels
+    patch: PositiveInt = 16  # side of a patch, in pixels
+    hidden: PositiveInt = 48  # width of the small model
+    layers: PositiveInt = 2  # of the small model's decoder
+    heads: PositiveInt = 2  # attention heads of each layer
+    pretrain_epochs: PositiveInt = 5  # of the small model, on generic people and public figures
+    pretrain_lr: PositiveFloat = 2e-3
+    rank: PositiveInt = 16  # of LoRA, for a published checkpoint
+    letters: bool = False  # list the options in the prompt and ask for a letter, as published models are asked
+    epochs: PositiveInt = 5  # of fine-tuning on the profiles
+    batch_size: int = Field(default=20, ge=2)  # questions per step; half of them, or fewer, about the forgotten
+    lr: PositiveFloat = 3.5e-3
+    n_models: int = Field(default=20, ge=4)  # N, models of each kind
+    n_subsets: int = Field(default=40, ge=3)  # models that are fine-tuned on random subsets of the profiles
+    fraction: Share = 0.75  # of the profiles in a subset
+    # Logits that are kept per token: the correct one's and the likeliest others', the rest summed up in one more. None
+    # keeps all, of which a published vocabulary has too many.
+    kept: Annotated[int, Field(ge=4)] | None = 16
+    kernel_models: PositiveInt = 2  # subset models at which gradients are taken, for the datamodel's prior
+    lams: Positives = (1e-4, 1e-3, 1e-2)  # penalties of the ridge datamodels that are compared
+    tuning_models: int = Field(default=8, ge=4)  # originals that each setting is tried on
+    sample: PositiveInt = 6  # retained people, and public figures, of whom questions are asked
+    lrs: Positives = (1e-4, 3e-4, 1e-3)  # tried with the gradient methods
+    match_lrs: Positives = (1e-3, 2e-3)  # tried with matching
+    unlearn_epochs: PositiveInt = 3  # passes of a gradient method over the forget questions
+    costs: Positives = (0.2, 0.4)  # shares of a retraining that matching is tried with
+    chunk: PositiveInt = 20  # models that share a training step
+    seed: NonNegativeInt = 0
 
-    benchmark: str | None = None
-    checkpoint: str | None = None
-    n_people: int = 100
-    n_public: int = 6
-    n_generic: int = 80
-    forget_shares: tuple[float, ...] = (0.05, 0.10, 0.15)
-    n_tuning: int = 10
-    image_side: int = 32
-    patch: int = 16
-    hidden: int = 48
-    layers: int = 2
-    heads: int = 2
-    pretrain_epochs: int = 5
-    pretrain_lr: float = 2e-3
-    rank: int = 16
-    letters: bool = False
-    epochs: int = 5
-    batch_size: int = 20
-    lr: float = 3.5e-3
-    n_models: int = 20
-    n_subsets: int = 40
-    fraction: float = 0.75
-    kept: int | None = 16
-    kernel_models: int = 2
-    lams: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
-    tuning_models: int = 8
-    sample: int = 6
-    lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
-    match_lrs: tuple[float, ...] = (1e-3, 2e-3)
-    unlearn_epochs: int = 3
-    costs: tuple[float, ...] = (0.2, 0.4)
-    chunk: int = 20
-    seed: int = 0
+    @property
+    def percents(self) -> tuple[int, ...]:
+        """The forget shares as the benchmark names its splits."""
+        return tuple(round(100 * share) for share in self.forget_shares)
+
+    @model_validator(mode="after")
+    def _fit(self) -> Self:
+        if self.tuning_models > self.n_models:
+            raise ValueError(f"tuning_models={self.tuning_models} of {self.n_models} originals; give at most n_models")
+        if self.kernel_models > self.n_subsets:
+            raise ValueError(f"kernel_models={self.kernel_models} of {self.n_subsets} subset models; give at most that")
+        if self.image_side % self.patch:
+            raise ValueError(f"image_side={self.image_side} is no multiple of patch={self.patch}; give one that is")
+        if self.hidden % (2 * self.heads):
+            raise ValueError(f"hidden={self.hidden} is no multiple of twice heads={self.heads}; give one that is")
+        if min(self.percents) < 1 or len(set(self.percents)) < len(self.percents):
+            raise ValueError(
+                f"forget_shares={self.forget_shares} are not different whole percentages; give such shares"
+            )
+        return self

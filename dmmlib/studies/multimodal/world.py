@@ -10,11 +10,12 @@ from __future__ import annotations
 import copy
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from dmmlib.ensemble import Ensemble, Training, concatenate, descend, epoch_batches
+from dmmlib.ensemble import Ensemble, Loss, Training, concatenate, descend, epoch_batches
 from dmmlib.errors import DataError
 from dmmlib.execution import Execution
 from dmmlib.files import config_hash, replacing, short
@@ -33,7 +34,9 @@ from dmmlib.studies.multimodal.bench import Question
 from dmmlib.studies.multimodal.model import Answerer, Codec
 from dmmlib.studies.multimodal.settings import MultimodalSettings
 
+R = TypeVar("R")
 VERSION = 2  # of what lies in the cache: raise it when the same settings give other weights
+BLOCK = 128  # questions that are answered at a time
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,12 @@ class World:
 
     Attributes:
         s: the settings.
-        counts: questions a split, as `bench.validate` counts them.
+        counts: questions of each split, as `bench.validate` counts them.
         questions: training questions (private, then public), then those of the Test set.
         images: the portraits that they number.
         people: IDs of the private people; masks are over these.
         forget_sets: name -> indices of people.
-        tuning: indices of the people that hyperparameters are tuned on.
+        tuning: indices of the people that hyperparameters are chosen on.
         codec: questions as tokens.
         module: the pretrained model.
         place: where fine-tuned weights are kept; nowhere if None.
@@ -73,7 +76,7 @@ class World:
 
     @cached_property
     def answers(self) -> Tensor:
-        """Tokens (n_questions, A) of the right answers."""
+        """Tokens (n_questions, A) of the correct answers."""
         return self.codec.answers(self.x)
 
     @cached_property
@@ -107,14 +110,16 @@ class World:
         """
         used = np.concatenate([*self.forget_sets.values(), self.tuning])
         kept = np.setdiff1d(np.arange(len(self.people)), used)[: self.s.sample]
-        known = list(dict.fromkeys(q.person for q in self.questions if q.split == "public"))[: self.s.sample]
-        ours = np.isin(self.person, forget)
-        return {
-            "forget": np.flatnonzero(ours & (self.split == "train")),
-            "test": np.flatnonzero(ours & (self.split == "test")),
-            "retain": np.flatnonzero(np.isin(self.person, kept) & (self.split == "train")),
-            "public": np.array([i for i, q in enumerate(self.questions) if q.split == "public" and q.person in known]),
+        public = pd.unique(np.array([q.person for q in self.questions if q.split == "public"]))[: self.s.sample]
+        ours, train = np.isin(self.person, forget), self.split == "train"
+        known = np.isin([q.person for q in self.questions], public) & (self.split == "public")
+        chosen = {
+            "forget": ours & train,
+            "test": ours & (self.split == "test"),
+            "retain": np.isin(self.person, kept) & train,
+            "public": known,
         }
+        return {name: np.flatnonzero(mask) for name, mask in chosen.items()}
 
     def taught(self, mask: np.ndarray) -> np.ndarray:
         """Training questions of the people that a mask (n_people,) keeps, and of public figures."""
@@ -122,9 +127,7 @@ class World:
 
     def without(self, forget: np.ndarray, n: int) -> np.ndarray:
         """Masks (n, n_people) that leave some people out."""
-        masks = np.ones((n, len(self.people)), bool)
-        masks[:, forget] = False
-        return masks
+        return np.tile(~np.isin(np.arange(len(self.people)), forget), (n, 1))
 
     # --- ensembles -------------------------------------------------------------------------------------
 
@@ -133,92 +136,95 @@ class World:
         """Settled once, before threads change how many threads torch says there are."""
         return Execution(self.s.chunk, workers=1 if self.x.is_cuda else torch.get_num_threads())
 
+    def in_chunks(self, work: Callable[[np.ndarray], R], n: int) -> Iterator[R]:
+        """The results of `work` on the numbers of n models, a chunk at a time."""
+        return self.execution.run(work, self.execution.split(np.arange(n)))
+
     def own(self, models: Ensemble) -> Ensemble:
         """The same models with a module of their own: two threads cannot call one module with different weights."""
         module = copy.deepcopy(models.module) if self.execution.workers > 1 else models.module
         return Ensemble(module, models.params, {})
 
-    def chunks(self, n: int) -> list[np.ndarray]:
-        """Numbers of n models, cut so that no chunk is larger than the settings' and every worker has one."""
-        size = max(1, min(self.s.chunk, -(-n // self.execution.workers)))
-        return np.array_split(np.arange(n), -(-n // size))
+    def descend(
+        self,
+        start: Callable[[np.ndarray], Ensemble],
+        batches: Sequence[np.ndarray],
+        loss: Loss,
+        rate: Callable[[int], float],
+        task: str = "",
+    ) -> Ensemble:
+        """Fine-tune models by Adam.
 
-    def seeds(self, stream: str, n: int) -> list[int]:
-        return np.random.SeedSequence([self.s.seed, zlib.crc32(stream.encode())]).generate_state(n).tolist()
+        Args:
+            start: makes the models of some numbers, to be moved.
+            batches: questions (n_models, batch) of each step.
+            loss: of each model, as `ensemble.descend` takes it.
+            rate: learning rate of step t = 0, 1, ...
+            task: what progress is reported as; not at all if empty.
+        """
+        n = len(batches[0])
+
+        def chunk(members: np.ndarray) -> Ensemble:
+            models, optimizer = self.own(start(members)), Adam(self.s.lr)
+            mine = (batch[members] for batch in batches)
+            state = optimizer.start(models.params)
+            descend(models, self.x, mine, loss, optimizer, state, models=members, rate=rate)
+            return models
+
+        parts: list[Ensemble] = []
+        for part in self.in_chunks(chunk, n):
+            parts.append(part)
+            if task:
+                self.progress(task, sum(p.n_models for p in parts), n)
+        return concatenate(parts)
 
     def fine_tuned(self, stream: str, masks: np.ndarray) -> Ensemble:
         """Models taught what masks (n, n_people) keep, which must be equally many people each; kept on disk."""
-        path, weights = self._path(stream, masks), None
-        if path is not None and path.exists():
-            weights = _read(path)
-        if weights is not None:
-            device = self.module.features.device
-            return Ensemble(self.module, {k: torch.from_numpy(v).to(device) for k, v in weights.items()}, {})
-        models = self._train(stream, masks)
-        if path is not None:
-            with replacing(path) as temporary, open(temporary, "wb") as file:
-                np.savez(file, **{k: v.float().cpu().numpy() for k, v in models.params.items()})  # type: ignore[arg-type]
-        return models
+        weights = _kept(self.kept_at(stream, masks), lambda: self._train(stream, masks).params)
+        like = dict(self.module.named_parameters())
+        return Ensemble(self.module, {k: torch.from_numpy(v).to(like[k].detach()) for k, v in weights.items()}, {})
 
     @cached_property
     def _data(self) -> str:
         """Hash of what models are taught, and of the portraits as the pretrained model sees them."""
         return _hash(self.x[: self.n_taught], self.module.features)
 
-    def _path(self, stream: str, masks: np.ndarray) -> Path | None:
-        return _kept(self.place, self.s, stream, self._data, _TEACHING, np.packbits(masks).tobytes().hex())
+    def kept_at(self, stream: str, masks: np.ndarray) -> Path | None:
+        """The file that keeps the weights of fine-tuned models."""
+        return _path(self.place, self.s, stream, self._data, _TEACHING, np.packbits(masks).tobytes().hex())
 
     def _train(self, stream: str, masks: np.ndarray) -> Ensemble:
-        s, seeds = self.s, self.seeds(stream, len(masks))
-        pools = [self.taught(mask) for mask in masks]
+        s, answers, pad = self.s, self.answers, self.codec.pad
+        sequence = np.random.SeedSequence([s.seed, zlib.crc32(stream.encode())])
+        seeds = sequence.generate_state(len(masks)).tolist()
+        pools, rngs = [self.taught(mask) for mask in masks], [np.random.default_rng(seed) for seed in seeds]
         training = Training(epochs=s.epochs, batch_size=s.batch_size, lr=s.lr, warmup=0.1)
-        loss, optimizer = self.teaching, Adam(s.lr)
+        n_steps = training.steps(len(pools[0]))
+        self.progress(f"fine-tune {stream}", 0, len(masks))
+        return self.descend(
+            lambda members: model.begin(self.module, [seeds[i] for i in members]),
+            list(epoch_batches(pools, s.batch_size, s.epochs, rngs)),
+            lambda logits, indices, models: model.token_loss(logits, answers[indices], pad).mean(1),
+            rate=lambda step: training.rate((step + 0.5) / n_steps),
+            task=f"fine-tune {stream}",
+        )
 
-        def chunk(members: np.ndarray) -> Ensemble:
-            mine = [seeds[i] for i in members]
-            rngs = [np.random.default_rng(seed) for seed in mine]
-            models = self.own(model.begin(self.module, mine))
-            n_steps = training.steps(len(pools[members[0]]))
-            descend(
-                models,
-                self.x,
-                epoch_batches([pools[i] for i in members], s.batch_size, s.epochs, rngs),
-                loss,
-                optimizer,
-                optimizer.start(models.params),
-                rate=lambda step: training.rate((step + 0.5) / n_steps),
-            )
-            return models
-
-        chunks = self.chunks(len(masks))
-        task, done, parts = f"fine-tune {stream}", 0, []
-        self.progress(task, 0, len(masks))
-        for part in self.execution.run(chunk, chunks):
-            parts.append(part)
-            done += part.n_models
-            self.progress(task, done, len(masks))
-        return concatenate(parts)
-
-    @property
-    def teaching(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """The loss of fine-tuning: cross-entropy of the right answers, (n_models,)."""
-        answers, pad = self.answers, self.codec.pad
-        return lambda logits, indices, models: model.token_loss(logits, answers[indices], pad).mean(1)
+    # --- answers ---------------------------------------------------------------------------------------
 
     @cached_property
     def columns(self) -> Tensor | None:
-        """Tokens whose logits are kept (n_questions, A, K), the right one first, then a choice's other options.
+        """Tokens whose logits are kept (n_questions, A, K), the correct one first, then a choice's other options.
 
         The others are those that the pretrained model finds likeliest. None where all are kept.
 
         Raises:
-            DataError: if fewer are to be kept than a choice has options, or not fewer than there are.
+            DataError: if more are to be kept than there are.
         """
         k = self.s.kept
         if k is None:
             return None
-        if not 4 <= k < len(self.codec.tokenizer):
-            raise DataError(f"kept={k}, of {len(self.codec.tokenizer)} tokens; keep at least 4, or leave it out.")
+        if k >= len(self.codec.tokenizer):
+            raise DataError(f"kept={k}, but there are {len(self.codec.tokenizer)} tokens; keep fewer, or all by null.")
         start, found = model.begin(self.module, [0]), []
         for part in np.array_split(np.arange(len(self.x)), -(-len(self.x) // 64)):
             logits = start.logits(self.x[part])[0]
@@ -230,8 +236,8 @@ class World:
         return torch.cat(found).to(self.x.device)
 
     @cached_property
-    def right(self) -> Tensor:
-        """Numbers of the right tokens' logits (n_questions, A), among those that are kept."""
+    def truth(self) -> Tensor:
+        """Numbers of the correct tokens' logits (n_questions, A), among those that are kept."""
         return self.answers if self.columns is None else torch.zeros_like(self.answers)
 
     def cut(self, logits: Tensor, questions: Tensor) -> Tensor:
@@ -242,91 +248,73 @@ class World:
         """Margins (n_models, n) of kept logits of some questions."""
         answers = self.answers[questions].cpu()
         words = (answers != self.codec.pad) & (answers != self.codec.eos)
-        return model.margins(logits, self.right[questions].cpu().numpy(), words.numpy())
+        return model.margins(logits, self.truth[questions].cpu().numpy(), words.numpy())
 
     def logits(self, models: Ensemble, questions: np.ndarray, x: Tensor | None = None) -> np.ndarray:
         """Kept logits (n_models, n, A, V) of answers' tokens, float32; asked as rows x say, if given."""
         x = self.x[questions] if x is None else x
         of, _ = torch.from_numpy(questions), self.columns  # these are settled before threads ask for them
 
-        def chunk(few: np.ndarray) -> Tensor:
-            ours = self.own(models[few.tolist()])
-            parts = torch.arange(len(x)).split(128)
+        def chunk(members: np.ndarray) -> Tensor:
+            ours = self.own(models[members.tolist()])
+            parts = torch.arange(len(x)).split(BLOCK)
             return torch.cat([self.cut(ours.logits(x[part]), of[part]) for part in parts], 1)
 
-        parts = np.array_split(np.arange(models.n_models), min(models.n_models, self.execution.workers))
-        return torch.cat(list(self.execution.run(chunk, parts))).numpy()
+        return torch.cat(list(self.in_chunks(chunk, models.n_models))).numpy()
 
     def generate(self, models: Ensemble, x: Tensor) -> Tensor:
         """Greedy answers (n_models, n, A) to rows x, whose answers are not looked at."""
 
-        def chunk(few: np.ndarray) -> Tensor:
-            ours = self.own(models[few.tolist()])
+        def chunk(members: np.ndarray) -> Tensor:
+            ours = self.own(models[members.tolist()])
             ours.module.eval()
 
             def one(params: Tensors, rows: Tensor) -> Tensor:
                 return functional_call(ours.module, params, (rows,), {"generate": True})
 
             with torch.no_grad():
-                said = [torch.vmap(one, (0, None))(ours.params, part) for part in x.split(128)]
+                said = [torch.vmap(one, (0, None))(ours.params, part) for part in x.split(BLOCK)]
             return torch.cat(said, 1).cpu()
 
-        parts = np.array_split(np.arange(models.n_models), min(models.n_models, self.execution.workers))
-        return torch.cat(list(self.execution.run(chunk, parts)))
+        return torch.cat(list(self.in_chunks(chunk, models.n_models)))
 
 
-_TEACHING = ("seed", "hidden", "layers", "heads", "epochs", "batch_size", "lr", "rank", "checkpoint")
-_PRETRAINING = (
-    "seed",
-    "hidden",
-    "layers",
-    "heads",
-    "image_side",
-    "patch",
-    "batch_size",
-    "pretrain_epochs",
-    "pretrain_lr",
-)
+# --- weights on disk -----------------------------------------------------------------------------------
+
+_SIZE = ("seed", "hidden", "layers", "heads", "batch_size")
+_TEACHING = (*_SIZE, "epochs", "lr", "rank", "checkpoint")
+_PRETRAINING = (*_SIZE, "image_side", "patch", "pretrain_epochs", "pretrain_lr")
 
 
 def _hash(*tensors: Tensor) -> str:
     return short(b"".join(t.contiguous().cpu().float().numpy().tobytes() for t in tensors))
 
 
-def _kept(
+def _path(
     place: Path | None, s: MultimodalSettings, stream: str, data: str, matter: Sequence[str], masks: str = ""
 ) -> Path | None:
     """Where weights lie: under the hash of what they depend on."""
-    if place is None:
-        return None
-    config = {"version": VERSION, "stream": stream, "data": data, "masks": masks}
-    settings = {name: getattr(s, name) for name in matter}
-    return place / f"multimodal-{stream.split(':')[0]}-{config_hash(config | settings)}.npz"
+    config = {"version": VERSION, "stream": stream, "data": data, "masks": masks} | s.model_dump(include=set(matter))
+    return place and place / f"multimodal-{stream.split(':')[0]}-{config_hash(config)}.npz"
 
 
-def _read(path: Path) -> dict[str, np.ndarray] | None:
-    """Kept weights; None if the file is damaged, so that they are trained again."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
+def _kept(path: Path | None, make: Callable[[], Tensors]) -> dict[str, np.ndarray]:
+    """The weights that a file keeps; if there is none or it is damaged, they are made, and kept there."""
+    if path is not None:
+        with suppress(ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile), np.load(path) as archive:
             return {k: archive[k] for k in archive.files}
-    except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
+    weights = {k: v.float().cpu().numpy() for k, v in make().items()}
+    if path is not None:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **weights)  # type: ignore[arg-type]
+    return weights
 
 
-def splits_of(s: MultimodalSettings) -> tuple[people.Splits, list[people.Row]]:
-    """The benchmark that the settings name, or one generated, and the rows that a small model is pretrained on."""
-    percents = [round(100 * share) for share in s.forget_shares]
-    if s.benchmark is not None:
-        splits = bench.read(s.benchmark, percents)
-        return splits, [] if s.checkpoint else splits["Retain_Set"]
-    return people.generate(s.n_people, s.n_public, s.forget_shares, s.seed, s.n_generic)
+# --- making a world ------------------------------------------------------------------------------------
 
 
 def build(
-    s: MultimodalSettings,
-    place: Path | None = None,
-    progress: Progress = silent,
-    device: torch.device | str = "cpu",
+    s: MultimodalSettings, place: Path | None = None, progress: Progress = silent, device: torch.device | str = "cpu"
 ) -> World:
     """Read or generate the benchmark, check it, and load or pretrain the model.
 
@@ -339,67 +327,60 @@ def build(
     Raises:
         DataError: for a benchmark or checkpoint that cannot be used, before anything is trained.
     """
-    percents = [round(100 * share) for share in s.forget_shares]
-    splits, seen = splits_of(s)
-    counts = bench.validate(splits, percents)
+    if s.benchmark is not None:
+        splits = bench.read(s.benchmark, s.percents)
+        seen = splits["Retain_Set"]
+    else:
+        splits, seen = people.generate(s.n_people, s.n_public, s.forget_shares, s.seed, s.n_generic)
+    counts = bench.validate(splits, s.percents)
     ids = tuple(str(row["ID"]) for row in splits["Full_Set"])
-    number = {name: i for i, name in enumerate(ids)}
-    forget_sets = {
-        f"{p} %": np.array([number[str(row["ID"])] for row in splits[f"forget_{p}"]]) for p in percents
-    }  # fmt: skip
+    forget_sets = {f"{p} %": np.array([ids.index(str(row["ID"])) for row in splits[f"forget_{p}"]]) for p in s.percents}
     free = np.setdiff1d(np.arange(len(ids)), np.concatenate(list(forget_sets.values())))
-    if s.n_tuning < 1 or s.n_tuning + 1 > len(free):
+    if s.n_tuning + 1 > len(free):
         raise DataError(
             f"n_tuning={s.n_tuning}, but only {len(free)} of {len(ids)} people are in no forget set; leave some to "
             "tune on and some to retain."
         )
-    tuning = np.random.default_rng([s.seed, 1]).permutation(free)[: s.n_tuning]
+    tuning = np.sort(np.random.default_rng([s.seed, 1]).permutation(free)[: s.n_tuning])
     images: list[Any] = []
-    questions = [
+    asked = tuple(
         question
         for name, split in (("Full_Set", "train"), ("Retain_Set", "public"), ("Test_Set", "test"))
         for question in bench.questions(splits[name], split, images, s.letters)
-    ]
+    )
     if s.checkpoint is not None:
         llava, codec = model.published(s, device)
-        codec = replace(codec, answer_length=1 + max(len(codec.tokens(q.answer)) for q in questions))
-        side = llava.config.vision_config.image_size
+        codec = replace(codec, answer_length=1 + max(len(codec.tokens(q.answer)) for q in asked))
     else:
-        llava, codec, side = _small(s, questions, seen, place, progress)
+        llava, codec = _small(s, asked, seen, place, progress)
     llava = llava.to(device)
-    features = model.encode_portraits(llava, images, side)
-    return World(
-        s, counts, tuple(questions), tuple(images), ids, forget_sets, np.sort(tuning), codec,
-        Answerer(llava, codec, features), place, progress,
-    )  # fmt: skip
+    features = model.encode_portraits(llava, images, llava.config.vision_config.image_size)
+    module = Answerer(llava, codec, features)
+    return World(s, counts, asked, tuple(images), ids, forget_sets, tuning, codec, module, place, progress)
 
 
 def _small(
-    s: MultimodalSettings, questions: Sequence[Question], seen: list[people.Row], place: Path | None, progress: Progress
-) -> tuple[Any, Codec, int]:
+    s: MultimodalSettings, asked: Sequence[Question], seen: list[people.Row], place: Path | None, progress: Progress
+) -> tuple[Any, Codec]:
     """A small LLaVA pretrained on other people, with some of their questions refused on instruction; kept on disk."""
     images: list[Any] = []
     generic = bench.questions(seen, "pretraining", images, s.letters)
     refused = [replace(q, answer=people.REFUSAL, options=()) for q in generic[::7]]
-    texts = [f"{q.prompt} {q.answer} {' '.join(q.options)}" for q in (*questions, *generic)]
+    texts = [f"{q.prompt} {q.answer} {' '.join(q.options)}" for q in (*asked, *generic)]
     tokenizer = model.tokenizer_of([*texts, f"{people.INSTRUCTION} {people.REFUSAL}"])
-    longest = max(
-        len(tokenizer(q.answer, add_special_tokens=False).input_ids) for q in (*questions, *generic, *refused)
-    )
-    codec = Codec(tokenizer, "{image} {prompt}", (s.image_side // s.patch) ** 2, longest + 1)
+    codec = Codec(tokenizer, "{image} {prompt}", (s.image_side // s.patch) ** 2, answer_length=0)
+    codec = replace(codec, answer_length=1 + max(len(codec.tokens(q.answer)) for q in (*asked, *generic, *refused)))
     llava = model.small(s, tokenizer)
     plain, told = codec.encode(generic), codec.encode(refused, people.INSTRUCTION)
     x = torch.full((len(plain), told.shape[1]), codec.pad)
     x[:, 0], x[:, 1 - plain.shape[1] :] = plain[:, 0], plain[:, 1:]
     x = torch.cat([x, told])
     pictures = torch.from_numpy(bench.pixels(images, s.image_side, model.CLIP_MEAN, model.CLIP_STD))
-    path = _kept(place, s, "pretrained", _hash(x, pictures), _PRETRAINING)
-    weights = _read(path) if path is not None and path.exists() else None
-    if weights is not None:
-        llava.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()})
-        return llava.eval(), codec, s.image_side
-    model.pretrain(llava, codec, x, pictures, s, progress)
-    if path is not None:
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **{k: v.numpy() for k, v in llava.state_dict().items()})
-    return llava, codec, s.image_side
+
+    def train() -> Tensors:
+        model.pretrain(llava, codec, x, pictures, s, progress)
+        return llava.state_dict()
+
+    weights = _kept(_path(place, s, "pretrained", _hash(x, pictures), _PRETRAINING), train)
+    llava.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()})
+    return llava.eval(), codec
