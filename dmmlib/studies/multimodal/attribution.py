@@ -18,8 +18,9 @@ problem of its own, with one output per person.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from dmmlib import datamodels, metrics
 from dmmlib.attribution import Context, bayesian
 from dmmlib.attribution.base import calibrated
 from dmmlib.attributors import kernel
-from dmmlib.datamodels import Attributor, RidgeDatamodel
+from dmmlib.datamodels import RidgeDatamodel
 from dmmlib.ensemble import Ensemble
 from dmmlib.studies.multimodal.world import World
 
@@ -41,20 +42,13 @@ LAM, DELTA = 0.3, 0.2  # the kernel's penalty, and the share of the prior that i
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of all answers, EOS included and padding left out.
-
-    Attributes:
-        question, place: the question (n_tokens,), and which token of its answer.
-        truth: number of the correct token's logit among those that are kept (n_tokens,).
-        owner: index of the person that the answer is about (n_tokens,), -1 for public figures.
-        taught: whether the question is a training question (n_tokens,).
-    """
+    """The tokens of all answers, EOS included and padding left out: arrays (n_tokens,)."""
 
     question: np.ndarray
-    place: np.ndarray
-    truth: np.ndarray
-    owner: np.ndarray
-    taught: np.ndarray
+    place: np.ndarray  # which token of the question's answer
+    truth: np.ndarray  # number of the correct token's logit among those that are kept
+    owner: np.ndarray  # index of the person that the answer is about, -1 for public figures
+    taught: np.ndarray  # whether the question is a training question
 
     @classmethod
     def of(cls, world: World) -> Tokens:
@@ -80,52 +74,11 @@ def mean_change(world: World, before: np.ndarray, after: np.ndarray) -> np.ndarr
     return (means[1] - means[0]).reshape(before.shape[1:])
 
 
-@dataclass(frozen=True)
-class Own:
-    """What leaving a person out changes of the outputs that are about them, and nothing else.
-
-    Attributes:
-        difference: of the mean outputs of models without the person and with them (n_tokens, V).
-        owner: the person that each is about (n_tokens,).
-    """
-
-    difference: np.ndarray
-    owner: np.ndarray
-
-    def effect(self, forget: Sequence[int] | np.ndarray) -> np.ndarray:
-        return np.isin(self.owner, forget)[:, None] * self.difference
-
-    @classmethod
-    def fit(cls, masks: np.ndarray, outputs: np.ndarray, owner: np.ndarray) -> Own:
-        """Compare the outputs (M, n_tokens, V) of models taught by masks (M, n_people)."""
-        taught = masks[:, owner][..., None]
-        means = [(outputs * m).sum(0) / np.maximum(m.sum(0), 1) for m in (~taught, taught)]
-        return cls(np.asarray(means[0] - means[1], np.float32), owner)
+Change = Callable[[np.ndarray], np.ndarray]
+"""The change of logits in the margin gauge (n_questions, A, V) without some people, for their indices."""
 
 
-@dataclass(frozen=True)
-class Profiles:
-    """Attributors over masks of people.
-
-    Attributes:
-        parts: attributors, each with the tokens (indices) that its outputs are of.
-        tokens: all of them.
-        shape: of kept logits (n_questions, A, V).
-    """
-
-    parts: Sequence[tuple[Attributor, np.ndarray]]
-    tokens: Tokens
-    shape: tuple[int, ...]
-
-    def change(self, forget: np.ndarray) -> np.ndarray:
-        """Change of logits in the margin gauge (n_questions, A, V) without the people `forget` (indices)."""
-        found = np.zeros(self.shape, np.float32)
-        for attributor, which in self.parts:
-            found[self.tokens.question[which], self.tokens.place[which]] = attributor.effect(forget)
-        return found
-
-
-def fit(world: World, masks: np.ndarray, logits: np.ndarray, models: Ensemble) -> dict[str, Profiles]:
+def fit(world: World, masks: np.ndarray, logits: np.ndarray, models: Ensemble) -> dict[str, Change]:
     """Fit several methods to what subset models answer.
 
     Args:
@@ -137,9 +90,10 @@ def fit(world: World, masks: np.ndarray, logits: np.ndarray, models: Ensemble) -
         "Bayesian", as the module describes it; its parts alone: "own", a person's weight on their own answers, and
         "kernel", the prior, scaled to fit; and "ridge" with each penalty.
     """
-    tokens, every = Tokens.of(world), np.arange(len(Tokens.of(world).truth))
+    tokens = Tokens.of(world)
     outputs = metrics.margin_gauge(logits[:, tokens.question, tokens.place], tokens.truth)
     prior = kernel_weights(world, masks, metrics.right_logits(outputs, tokens.truth), models, tokens)
+    every, about = np.arange(len(tokens.truth)), np.flatnonzero(tokens.owner >= 0)
 
     def context(which: np.ndarray) -> Context:
         truth = torch.from_numpy(tokens.truth[which])
@@ -148,14 +102,32 @@ def fit(world: World, masks: np.ndarray, logits: np.ndarray, models: Ensemble) -
     own = [np.flatnonzero(tokens.owner == p) for p in range(len(world.people))]
     places = [np.array([mine[min(j, len(mine) - 1)] for mine in own]) for j in range(max(map(len, own)))]
     places[0] = np.concatenate([places[0], every[tokens.owner < 0]])
-    about = every[tokens.owner >= 0]
-    parts: dict[str, list[tuple[Attributor, np.ndarray]]] = {
-        "Bayesian": [(bayesian.fit(context(which), prior[:, which], DELTA), which) for which in places],
-        "own": [(Own.fit(masks, outputs[:, about], tokens.owner[about]), about)],
-        "kernel": [(calibrated(context(every), prior), every)],
-        **{f"ridge, {lam:g}": [(RidgeDatamodel.fit(masks, outputs, lam), every)] for lam in world.s.lams},
+    posteriors = [(bayesian.fit(context(which), prior[:, which], DELTA).effect, which) for which in places]
+    parts: dict[str, list[tuple[Change, np.ndarray]]] = {
+        "Bayesian": posteriors,
+        "own": [(own_effect(masks, outputs[:, about], tokens.owner[about]), about)],
+        "kernel": [(calibrated(context(every), prior).effect, every)],
     }
-    return {name: Profiles(its, tokens, logits.shape[1:]) for name, its in parts.items()}
+    parts |= {f"ridge, {lam:g}": [(RidgeDatamodel.fit(masks, outputs, lam).effect, every)] for lam in world.s.lams}
+
+    def change(name: str, forget: np.ndarray) -> np.ndarray:
+        found = np.zeros(logits.shape[1:], np.float32)
+        for effect, which in parts[name]:
+            found[tokens.question[which], tokens.place[which]] = effect(forget)
+        return found
+
+    return {name: partial(change, name) for name in parts}
+
+
+def own_effect(masks: np.ndarray, outputs: np.ndarray, owner: np.ndarray) -> Change:
+    """What leaving people out changes of the outputs that are about them, and nothing else.
+
+    That is the mean output (M, n_tokens, V) of models without their owner (n_tokens,), minus that of the others.
+    """
+    taught = masks[:, owner][..., None]
+    means = [(outputs * m).sum(0) / np.maximum(m.sum(0), 1) for m in (~taught, taught)]
+    difference = np.asarray(means[0] - means[1], np.float32)
+    return lambda forget: np.isin(owner, forget)[:, None] * difference
 
 
 def kernel_weights(

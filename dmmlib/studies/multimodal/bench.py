@@ -28,27 +28,17 @@ TASKS = ("classification", "generation", "cloze")
 
 @dataclass(frozen=True)
 class Question:
-    """One question about one person.
+    """One question about one person."""
 
-    Attributes:
-        person: ID.
-        split: "train" (Full_Set), "test" (Test_Set) or "public" (Retain_Set).
-        task: one of TASKS.
-        modality: IMAGE (asked with the portrait) or TEXT (text alone).
-        prompt, answer: what is asked, and the correct answer.
-        options: those of classification, of which the one at `label` is correct; else empty, and -1.
-        image: index of the portrait in the list that `questions` extends, -1 without.
-    """
-
-    person: str
-    split: str
-    task: str
-    modality: str
+    person: str  # ID
+    split: str  # "train" (Full_Set), "test" (Test_Set) or "public" (Retain_Set)
+    task: str  # one of TASKS
+    modality: str  # IMAGE: asked with the portrait; TEXT: text alone
     prompt: str
-    answer: str
-    options: tuple[str, ...] = ()
-    label: int = -1
-    image: int = -1
+    answer: str  # the correct one
+    options: tuple[str, ...] = ()  # of classification
+    label: int = -1  # index of the correct option
+    image: int = -1  # index of the portrait in the list that `questions` extends
 
 
 def names(percents: Sequence[int]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import pandas as pd
 from dmmlib import metrics
 from dmmlib.ensemble import Ensemble
 from dmmlib.studies.multimodal import attribution
-from dmmlib.studies.multimodal.attribution import Profiles, mean_change, moved
+from dmmlib.studies.multimodal.attribution import Change, mean_change, moved
 from dmmlib.studies.multimodal.measures import Judged, judge, judged, over_people
 from dmmlib.studies.multimodal.methods import GRADIENT, MATCHING, VARIANTS, WITH, Setting, Task, unlearn
 from dmmlib.studies.multimodal.world import World
@@ -21,25 +21,15 @@ METHODS = ("do_nothing", "retrain", *VARIANTS, "prompting", "oracle_matching", "
 
 @dataclass(frozen=True)
 class Results:
-    """What was found.
+    """What was found."""
 
-    Attributes:
-        known: scores of the originals on training questions, for each task and modality.
-        klom: for each forget set, method, set of questions and statistic, with its 95 % interval over models, and cost.
-        scores: for each forget set, method and question, averaged over models: score and factual.
-        chosen: method -> the setting that the tuning people chose.
-        tried: for each setting of each method, KLoM on the tuning people, on each of the four sets and over them.
-        attributions: how well each predicts what leaving those people out changes; see `tune`.
-        effects: predicted and true change of each question's mean margin, for questions about forgotten people.
-    """
-
-    known: pd.DataFrame
-    klom: pd.DataFrame
-    scores: pd.DataFrame
-    chosen: dict[str, Setting]
-    tried: pd.DataFrame
-    attributions: pd.DataFrame
-    effects: pd.DataFrame
+    known: pd.DataFrame  # scores of the originals on training questions, for each task and modality
+    klom: pd.DataFrame  # for each forget set, method, set of questions and statistic, with its interval, and cost
+    scores: pd.DataFrame  # for each forget set, method and question, averaged over models: score and factual
+    chosen: dict[str, Setting]  # the setting of each method that the tuning people chose
+    tried: pd.DataFrame  # KLoM on the tuning people for each setting of each method
+    attributions: pd.DataFrame  # how well each predicts what leaving those people out changes; see `tune`
+    effects: pd.DataFrame  # predicted and true change of each mean margin, for questions about forgotten people
 
 
 def run(world: World) -> Results:
@@ -59,20 +49,14 @@ def run(world: World) -> Results:
     return Results(learnt, klom, scores, chosen, tried, compared, effects)
 
 
-def subset_masks(world: World) -> np.ndarray:
-    """Random subsets of people, all of one size: bool (M, n_people)."""
+def attribute(world: World) -> dict[str, Change]:
+    """Fine-tune models on random subsets of people, and attribute what they answer to people; see `attribution.fit`."""
     s, n = world.s, len(world.people)
     size = min(n - 1, max(1, round(s.fraction * n)))
-    rng = np.random.default_rng([s.seed, 2])
-    return np.argsort(rng.random((s.n_subsets, n)), 1).argsort(1) < size
-
-
-def attribute(world: World) -> dict[str, Profiles]:
-    """Fine-tune models on random subsets of people, and attribute what they answer to people; see `attribution.fit`."""
-    masks = subset_masks(world)
+    masks = np.argsort(np.random.default_rng([s.seed, 2]).random((s.n_subsets, n)), 1).argsort(1) < size
     models = world.fine_tuned("subsets", masks)
     outputs = world.logits(models, np.arange(len(world.questions)))
-    return attribution.fit(world, masks, outputs, models[: world.s.kernel_models])
+    return attribution.fit(world, masks, outputs, models[: s.kernel_models])
 
 
 def known(world: World, originals: Ensemble) -> pd.DataFrame:
@@ -113,7 +97,7 @@ def _asked(world: World, forget: np.ndarray) -> tuple[pd.DataFrame, dict[str, np
 
 
 def tune(
-    world: World, originals: Ensemble, logits: np.ndarray, attributions: dict[str, Profiles]
+    world: World, originals: Ensemble, logits: np.ndarray, attributions: dict[str, Change]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Compare settings and attributions on the tuning people, who are in no reported forget set.
 
@@ -137,7 +121,7 @@ def tune(
         each = metrics.klom(margins, reference) if sound else np.full(len(asked), np.inf)
         return {split: float(each[places[split]].mean()) for split in SETS}
 
-    changes = {name: found.change(world.tuning) for name, found in attributions.items()}
+    changes = {name: change(world.tuning) for name, change in attributions.items()}
     changes["true mean change"] = mean_change(world, logits, every)
     compared = []
     for name, change in changes.items():
@@ -163,7 +147,7 @@ def _forget(
     name: str,
     originals: Ensemble,
     logits: np.ndarray,
-    attributed: Profiles,
+    attributed: Change,
     chosen: dict[str, Setting],
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Tables of KLoM, scores and effects of every method on one forget set."""
@@ -173,7 +157,7 @@ def _forget(
     table, places = _asked(world, forget)
     asked = np.array(table["question"])
     reference = world.margins(world.logits(oracles, asked), asked)
-    change = attributed.change(forget)
+    change = attributed(forget)
     true = mean_change(world, logits[:, :n], world.logits(floor, np.arange(n)))
     task = Task(world, originals, logits[:, :n], forget, {"dmm": change[:n], "oracle_matching": true})
 

@@ -24,18 +24,11 @@ from dmmlib.studies.multimodal.world import World
 
 @dataclass(frozen=True)
 class Judged:
-    """What models answer to n questions.
+    """What models answer to n questions: arrays (n_models, n)."""
 
-    Attributes:
-        margins: mean log-odds of the correct answer's tokens (n_models, n).
-        scores: of the question's task (n_models, n): classification 1 or 0, ROUGE-L of generation, cloze 1 or 0; NaN
-            where nothing generates (predicted logits).
-        factual: of generation 1 or 0, else NaN (n_models, n).
-    """
-
-    margins: np.ndarray
-    scores: np.ndarray
-    factual: np.ndarray
+    margins: np.ndarray  # mean log-odds of the correct answer's tokens
+    scores: np.ndarray  # 1 or 0 of classification and cloze, ROUGE-L of generation; NaN where nothing is generated
+    factual: np.ndarray  # 1 or 0 of generation, else NaN
 
 
 @lru_cache(maxsize=100_000)

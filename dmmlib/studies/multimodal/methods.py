@@ -44,21 +44,14 @@ Setting = tuple[float, float]
 
 @dataclass(frozen=True)
 class Task:
-    """People to be unlearned from every original.
+    """People to be unlearned from every original."""
 
-    Attributes:
-        world: what the models were taught.
-        originals: N models taught everybody.
-        logits: theirs on training questions (N, n_taught, A, V).
-        forget: indices of people.
-        changes: matching method -> change of logits without them, in the margin gauge (n_taught, A, V); that of OM is
-            from retrained models that nothing is measured against.
-    """
-
-    world: World
-    originals: Ensemble
-    logits: np.ndarray
-    forget: np.ndarray
+    world: World  # what the models were taught
+    originals: Ensemble  # N models taught everybody
+    logits: np.ndarray  # theirs on training questions (N, n_taught, A, V)
+    forget: np.ndarray  # indices of people
+    # For each matching method the change of logits without them, in the margin gauge (n_taught, A, V); that of OM is
+    # from retrained models that nothing is measured against.
     changes: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def pool(self, forget: bool, modality: str | None = None) -> np.ndarray:
@@ -87,10 +80,7 @@ def unlearn(task: Task, name: str, setting: Setting) -> tuple[Ensemble, float]:
         raise MethodError(f"Unknown method {name!r}; use one of {', '.join((*VARIANTS, *MATCHING))}.")
     batches, loss = _match(task, name, setting[1]) if name in MATCHING else _gradient(task, *name.split(":"))
     models = task.world.descend(
-        lambda members: task.originals[members.tolist()],
-        list(batches),
-        loss,
-        rate=lambda step: setting[0] * (1 - step / len(batches)),
+        task.originals.__getitem__, list(batches), loss, rate=lambda step: setting[0] * (1 - step / len(batches))
     )
     return models, batches.shape[0] * batches.shape[2] / task.retraining
 

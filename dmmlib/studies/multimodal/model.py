@@ -34,19 +34,12 @@ CLIP_MEAN, CLIP_STD = (0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)
 
 @dataclass(frozen=True)
 class Codec:
-    """Turns questions into tokens and back.
+    """Turns questions into tokens and back."""
 
-    Attributes:
-        tokenizer: of transformers.
-        template: a prompt, with {image} and {prompt} to be filled in.
-        n_patches: tokens that a portrait takes.
-        answer_length: A.
-    """
-
-    tokenizer: Any
-    template: str
-    n_patches: int
-    answer_length: int
+    tokenizer: Any  # of transformers
+    template: str  # a prompt, with {image} and {prompt} to be filled in
+    n_patches: int  # tokens that a portrait takes
+    answer_length: int  # A
 
     @property
     def pad(self) -> int:

@@ -144,19 +144,12 @@ def invent(n: int, kinds: Sequence[Attribute], seed: int, prefix: str, taken: se
     return people
 
 
-WORDINGS = (
-    {
-        "Classification": "which {noun} has {who} ?",
-        "Generation": "what is the {noun} of {who} ?",
-        "Mask": "{who} {states} [Blank]",
-    },
-    {
-        "Classification": "choose the {noun} {who} has .",
-        "Generation": "tell me the {noun} {who} has .",
-        "Mask": "fill in : {who} {states} [Blank]",
-    },
-)
-"""How a profile's questions are asked, and how the Test set asks them."""
+WORDINGS = {
+    "Classification": ("which {noun} has {who} ?", "choose the {noun} {who} has ."),
+    "Generation": ("what is the {noun} of {who} ?", "tell me the {noun} {who} has ."),
+    "Mask": ("{who} {states} [Blank]", "fill in : {who} {states} [Blank]"),
+}
+"""How each task's question is asked of a profile, and in the Test set."""
 
 
 def row(person: Person, kinds: Sequence[Attribute], rng: np.random.Generator, again: bool = False) -> Row:
@@ -169,14 +162,9 @@ def row(person: Person, kinds: Sequence[Attribute], rng: np.random.Generator, ag
             options = rng.permutation([v for v in kind.values if v != value])[:3].tolist()
             place = int(rng.integers(4))
             options.insert(place, value)
-            asked = {k: v.format(noun=kind.noun, states=kind.states, who=who) for k, v in WORDINGS[again].items()}
-            choices[modality].append(
-                {
-                    "Question": asked["Classification"],
-                    "Options": dict(zip("ABCD", options, strict=True)),
-                    "Correct_Answer": "ABCD"[place],
-                }
-            )
+            asked = {k: v[again].format(noun=kind.noun, states=kind.states, who=who) for k, v in WORDINGS.items()}
+            choice = {"Options": dict(zip("ABCD", options, strict=True)), "Correct_Answer": "ABCD"[place]}
+            choices[modality].append({"Question": asked["Classification"], **choice})
             for task, truth in (("Generation", f"{kind.states} {value}"), ("Mask", value)):
                 free[task].append({"Type": modality, "Question": asked[task], "Ground_Truth": truth})
     told = f"{person.name} {' , '.join(f'{k.states} {person.facts[k.noun]}' for k in kinds)} ."

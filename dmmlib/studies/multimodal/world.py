@@ -39,35 +39,35 @@ VERSION = 2  # of what lies in the cache: raise it when the same settings give o
 BLOCK = 128  # questions that are answered at a time
 
 
+def _column(name: str) -> cached_property[np.ndarray]:
+    return cached_property(lambda world: np.array([getattr(q, name) for q in world.questions]))
+
+
 @dataclass(frozen=True)
 class World:
-    """Everything but the ensembles.
-
-    Attributes:
-        s: the settings.
-        counts: questions of each split, as `bench.validate` counts them.
-        questions: training questions (private, then public), then those of the Test set.
-        images: the portraits that they number.
-        people: IDs of the private people; masks are over these.
-        forget_sets: name -> indices of people.
-        tuning: indices of the people that hyperparameters are chosen on.
-        codec: questions as tokens.
-        module: the pretrained model.
-        place: where fine-tuned weights are kept; nowhere if None.
-        progress: hook that is told of progress.
-    """
+    """Everything but the ensembles."""
 
     s: MultimodalSettings
-    counts: pd.DataFrame
-    questions: tuple[Question, ...]
-    images: tuple[Any, ...]
-    people: tuple[str, ...]
-    forget_sets: dict[str, np.ndarray]
-    tuning: np.ndarray
-    codec: Codec
-    module: Answerer
-    place: Path | None = None
-    progress: Progress = silent
+    counts: pd.DataFrame  # questions of each split, as `bench.validate` counts them
+    questions: tuple[Question, ...]  # training questions (private, then public), then those of the Test set
+    images: tuple[Any, ...]  # the portraits that they number
+    people: tuple[str, ...]  # IDs of the private people; masks are over these
+    forget_sets: dict[str, np.ndarray]  # name -> indices of people
+    tuning: np.ndarray  # indices of the people that hyperparameters are chosen on
+    codec: Codec  # questions as tokens
+    module: Answerer  # the pretrained model
+    place: Path | None = None  # where fine-tuned weights are kept; nowhere if None
+    progress: Progress = silent  # hook that is told of progress
+
+    split = _column("split")  # "train", "public" or "test" (n_questions,)
+    task = _column("task")
+    modality = _column("modality")
+
+    @cached_property
+    def person(self) -> np.ndarray:
+        """Index into `people` (n_questions,), -1 for public figures."""
+        number = {name: i for i, name in enumerate(self.people)}
+        return np.array([-1 if q.split == "public" else number[q.person] for q in self.questions])
 
     @cached_property
     def x(self) -> Tensor:
@@ -78,25 +78,6 @@ class World:
     def answers(self) -> Tensor:
         """Tokens (n_questions, A) of the correct answers."""
         return self.codec.answers(self.x)
-
-    @cached_property
-    def split(self) -> np.ndarray:
-        """ "train", "public" or "test" (n_questions,)."""
-        return np.array([q.split for q in self.questions])
-
-    @cached_property
-    def modality(self) -> np.ndarray:
-        return np.array([q.modality for q in self.questions])
-
-    @cached_property
-    def task(self) -> np.ndarray:
-        return np.array([q.task for q in self.questions])
-
-    @cached_property
-    def person(self) -> np.ndarray:
-        """Index into `people` (n_questions,), -1 for public figures."""
-        number = {name: i for i, name in enumerate(self.people)}
-        return np.array([-1 if q.split == "public" else number[q.person] for q in self.questions])
 
     @property
     def n_taught(self) -> int:
@@ -110,16 +91,15 @@ class World:
         """
         used = np.concatenate([*self.forget_sets.values(), self.tuning])
         kept = np.setdiff1d(np.arange(len(self.people)), used)[: self.s.sample]
-        public = pd.unique(np.array([q.person for q in self.questions if q.split == "public"]))[: self.s.sample]
+        names, public = np.array([q.person for q in self.questions]), self.split == "public"
         ours, train = np.isin(self.person, forget), self.split == "train"
-        known = np.isin([q.person for q in self.questions], public) & (self.split == "public")
-        chosen = {
+        sets = {
             "forget": ours & train,
             "test": ours & (self.split == "test"),
             "retain": np.isin(self.person, kept) & train,
-            "public": known,
+            "public": public & np.isin(names, pd.unique(names[public])[: self.s.sample]),
         }
-        return {name: np.flatnonzero(mask) for name, mask in chosen.items()}
+        return {name: np.flatnonzero(chosen) for name, chosen in sets.items()}
 
     def taught(self, mask: np.ndarray) -> np.ndarray:
         """Training questions of the people that a mask (n_people,) keeps, and of public figures."""
@@ -136,18 +116,24 @@ class World:
         """Settled once, before threads change how many threads torch says there are."""
         return Execution(self.s.chunk, workers=1 if self.x.is_cuda else torch.get_num_threads())
 
-    def in_chunks(self, work: Callable[[np.ndarray], R], n: int) -> Iterator[R]:
-        """The results of `work` on the numbers of n models, a chunk at a time."""
-        return self.execution.run(work, self.execution.split(np.arange(n)))
+    def _in_chunks(
+        self, work: Callable[[Ensemble, np.ndarray], R], n: int, models: Callable[[list[int]], Ensemble]
+    ) -> Iterator[R]:
+        """The results of `work` on the models of some numbers, and these numbers, for chunks of n models.
 
-    def own(self, models: Ensemble) -> Ensemble:
-        """The same models with a module of their own: two threads cannot call one module with different weights."""
-        module = copy.deepcopy(models.module) if self.execution.workers > 1 else models.module
-        return Ensemble(module, models.params, {})
+        Two threads cannot call one module with different weights, so each gets a module of its own.
+        """
+        copied = copy.deepcopy if self.execution.workers > 1 else lambda module: module
+
+        def chunk(members: np.ndarray) -> R:
+            few = models(members.tolist())
+            return work(Ensemble(copied(few.module), few.params, {}), members)
+
+        return self.execution.run(chunk, self.execution.split(np.arange(n)))
 
     def descend(
         self,
-        start: Callable[[np.ndarray], Ensemble],
+        start: Callable[[list[int]], Ensemble],
         batches: Sequence[np.ndarray],
         loss: Loss,
         rate: Callable[[int], float],
@@ -162,52 +148,46 @@ class World:
             rate: learning rate of step t = 0, 1, ...
             task: what progress is reported as; not at all if empty.
         """
-        n = len(batches[0])
 
-        def chunk(members: np.ndarray) -> Ensemble:
-            models, optimizer = self.own(start(members)), Adam(self.s.lr)
-            mine = (batch[members] for batch in batches)
+        def work(models: Ensemble, members: np.ndarray) -> Ensemble:
+            optimizer, mine = Adam(self.s.lr), (batch[members] for batch in batches)
             state = optimizer.start(models.params)
             descend(models, self.x, mine, loss, optimizer, state, models=members, rate=rate)
             return models
 
         parts: list[Ensemble] = []
-        for part in self.in_chunks(chunk, n):
+        for part in self._in_chunks(work, len(batches[0]), start):
             parts.append(part)
             if task:
-                self.progress(task, sum(p.n_models for p in parts), n)
+                self.progress(task, sum(p.n_models for p in parts), len(batches[0]))
         return concatenate(parts)
-
-    def fine_tuned(self, stream: str, masks: np.ndarray) -> Ensemble:
-        """Models taught what masks (n, n_people) keep, which must be equally many people each; kept on disk."""
-        weights = _kept(self.kept_at(stream, masks), lambda: self._train(stream, masks).params)
-        like = dict(self.module.named_parameters())
-        return Ensemble(self.module, {k: torch.from_numpy(v).to(like[k].detach()) for k, v in weights.items()}, {})
 
     @cached_property
     def _data(self) -> str:
         """Hash of what models are taught, and of the portraits as the pretrained model sees them."""
         return _hash(self.x[: self.n_taught], self.module.features)
 
-    def kept_at(self, stream: str, masks: np.ndarray) -> Path | None:
-        """The file that keeps the weights of fine-tuned models."""
-        return _path(self.place, self.s, stream, self._data, _TEACHING, np.packbits(masks).tobytes().hex())
+    def fine_tuned(self, stream: str, masks: np.ndarray) -> Ensemble:
+        """Models taught what masks (n, n_people) keep, which must be equally many people each; kept on disk."""
+        s, answers, pad, like = self.s, self.answers, self.codec.pad, dict(self.module.named_parameters())
 
-    def _train(self, stream: str, masks: np.ndarray) -> Ensemble:
-        s, answers, pad = self.s, self.answers, self.codec.pad
-        sequence = np.random.SeedSequence([s.seed, zlib.crc32(stream.encode())])
-        seeds = sequence.generate_state(len(masks)).tolist()
-        pools, rngs = [self.taught(mask) for mask in masks], [np.random.default_rng(seed) for seed in seeds]
-        training = Training(epochs=s.epochs, batch_size=s.batch_size, lr=s.lr, warmup=0.1)
-        n_steps = training.steps(len(pools[0]))
-        self.progress(f"fine-tune {stream}", 0, len(masks))
-        return self.descend(
-            lambda members: model.begin(self.module, [seeds[i] for i in members]),
-            list(epoch_batches(pools, s.batch_size, s.epochs, rngs)),
-            lambda logits, indices, models: model.token_loss(logits, answers[indices], pad).mean(1),
-            rate=lambda step: training.rate((step + 0.5) / n_steps),
-            task=f"fine-tune {stream}",
-        )
+        def train() -> Tensors:
+            sequence = np.random.SeedSequence([s.seed, zlib.crc32(stream.encode())])
+            seeds = sequence.generate_state(len(masks)).tolist()
+            pools, rngs = [self.taught(mask) for mask in masks], [np.random.default_rng(seed) for seed in seeds]
+            training = Training(epochs=s.epochs, batch_size=s.batch_size, lr=s.lr, warmup=0.1)
+            n_steps = training.steps(len(pools[0]))
+            self.progress(f"fine-tune {stream}", 0, len(masks))
+            return self.descend(
+                lambda members: model.begin(self.module, [seeds[i] for i in members]),
+                list(epoch_batches(pools, s.batch_size, s.epochs, rngs)),
+                lambda logits, indices, models: model.token_loss(logits, answers[indices], pad).mean(1),
+                rate=lambda step: training.rate((step + 0.5) / n_steps),
+                task=f"fine-tune {stream}",
+            ).params
+
+        weights = _kept(self.place, s, stream, _TEACHING, self._data, np.packbits(masks).tobytes().hex(), train)
+        return Ensemble(self.module, {k: torch.from_numpy(v).to(like[k].detach()) for k, v in weights.items()}, {})
 
     # --- answers ---------------------------------------------------------------------------------------
 
@@ -254,29 +234,24 @@ class World:
         """Kept logits (n_models, n, A, V) of answers' tokens, float32; asked as rows x say, if given."""
         x = self.x[questions] if x is None else x
         of, _ = torch.from_numpy(questions), self.columns  # these are settled before threads ask for them
+        parts = torch.arange(len(x)).split(BLOCK)
 
-        def chunk(members: np.ndarray) -> Tensor:
-            ours = self.own(models[members.tolist()])
-            parts = torch.arange(len(x)).split(BLOCK)
+        def answer(ours: Ensemble, _: np.ndarray) -> Tensor:
             return torch.cat([self.cut(ours.logits(x[part]), of[part]) for part in parts], 1)
 
-        return torch.cat(list(self.in_chunks(chunk, models.n_models))).numpy()
+        return torch.cat(list(self._in_chunks(answer, models.n_models, models.__getitem__))).numpy()
 
     def generate(self, models: Ensemble, x: Tensor) -> Tensor:
         """Greedy answers (n_models, n, A) to rows x, whose answers are not looked at."""
 
-        def chunk(members: np.ndarray) -> Tensor:
-            ours = self.own(models[members.tolist()])
-            ours.module.eval()
-
+        def answer(ours: Ensemble, _: np.ndarray) -> Tensor:
             def one(params: Tensors, rows: Tensor) -> Tensor:
-                return functional_call(ours.module, params, (rows,), {"generate": True})
+                return functional_call(ours.module.eval(), params, (rows,), {"generate": True})
 
-            with torch.no_grad():
-                said = [torch.vmap(one, (0, None))(ours.params, part) for part in x.split(BLOCK)]
-            return torch.cat(said, 1).cpu()
+            with torch.no_grad():  # which each thread is told for itself
+                return torch.cat([torch.vmap(one, (0, None))(ours.params, part) for part in x.split(BLOCK)], 1).cpu()
 
-        return torch.cat(list(self.in_chunks(chunk, models.n_models)))
+        return torch.cat(list(self._in_chunks(answer, models.n_models, models.__getitem__)))
 
 
 # --- weights on disk -----------------------------------------------------------------------------------
@@ -290,16 +265,18 @@ def _hash(*tensors: Tensor) -> str:
     return short(b"".join(t.contiguous().cpu().float().numpy().tobytes() for t in tensors))
 
 
-def _path(
-    place: Path | None, s: MultimodalSettings, stream: str, data: str, matter: Sequence[str], masks: str = ""
-) -> Path | None:
-    """Where weights lie: under the hash of what they depend on."""
+def _kept(
+    place: Path | None,
+    s: MultimodalSettings,
+    stream: str,
+    matter: Sequence[str],
+    data: str,
+    masks: str,
+    make: Callable[[], Tensors],
+) -> dict[str, np.ndarray]:
+    """Weights kept at a place under the hash of what they depend on; made if there are none or they are damaged."""
     config = {"version": VERSION, "stream": stream, "data": data, "masks": masks} | s.model_dump(include=set(matter))
-    return place and place / f"multimodal-{stream.split(':')[0]}-{config_hash(config)}.npz"
-
-
-def _kept(path: Path | None, make: Callable[[], Tensors]) -> dict[str, np.ndarray]:
-    """The weights that a file keeps; if there is none or it is damaged, they are made, and kept there."""
+    path = place and place / f"multimodal-{stream.split(':')[0]}-{config_hash(config)}.npz"
     if path is not None:
         with suppress(ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile), np.load(path) as archive:
             return {k: archive[k] for k in archive.files}
@@ -334,20 +311,21 @@ def build(
         splits, seen = people.generate(s.n_people, s.n_public, s.forget_shares, s.seed, s.n_generic)
     counts = bench.validate(splits, s.percents)
     ids = tuple(str(row["ID"]) for row in splits["Full_Set"])
-    forget_sets = {f"{p} %": np.array([ids.index(str(row["ID"])) for row in splits[f"forget_{p}"]]) for p in s.percents}
+    number = {name: i for i, name in enumerate(ids)}
+    forget_sets = {f"{p} %": np.array([number[str(row["ID"])] for row in splits[f"forget_{p}"]]) for p in s.percents}
     free = np.setdiff1d(np.arange(len(ids)), np.concatenate(list(forget_sets.values())))
-    if s.n_tuning + 1 > len(free):
+    if s.n_tuning >= len(free):
         raise DataError(
             f"n_tuning={s.n_tuning}, but only {len(free)} of {len(ids)} people are in no forget set; leave some to "
             "tune on and some to retain."
         )
     tuning = np.sort(np.random.default_rng([s.seed, 1]).permutation(free)[: s.n_tuning])
     images: list[Any] = []
-    asked = tuple(
+    asked = [
         question
         for name, split in (("Full_Set", "train"), ("Retain_Set", "public"), ("Test_Set", "test"))
         for question in bench.questions(splits[name], split, images, s.letters)
-    )
+    ]
     if s.checkpoint is not None:
         llava, codec = model.published(s, device)
         codec = replace(codec, answer_length=1 + max(len(codec.tokens(q.answer)) for q in asked))
@@ -356,20 +334,20 @@ def build(
     llava = llava.to(device)
     features = model.encode_portraits(llava, images, llava.config.vision_config.image_size)
     module = Answerer(llava, codec, features)
-    return World(s, counts, asked, tuple(images), ids, forget_sets, tuning, codec, module, place, progress)
+    return World(s, counts, tuple(asked), tuple(images), ids, forget_sets, tuning, codec, module, place, progress)
 
 
 def _small(
-    s: MultimodalSettings, asked: Sequence[Question], seen: list[people.Row], place: Path | None, progress: Progress
+    s: MultimodalSettings, asked: list[Question], seen: list[people.Row], place: Path | None, progress: Progress
 ) -> tuple[Any, Codec]:
     """A small LLaVA pretrained on other people, with some of their questions refused on instruction; kept on disk."""
     images: list[Any] = []
     generic = bench.questions(seen, "pretraining", images, s.letters)
     refused = [replace(q, answer=people.REFUSAL, options=()) for q in generic[::7]]
-    texts = [f"{q.prompt} {q.answer} {' '.join(q.options)}" for q in (*asked, *generic)]
+    texts = [f"{q.prompt} {q.answer} {' '.join(q.options)}" for q in asked + generic]
     tokenizer = model.tokenizer_of([*texts, f"{people.INSTRUCTION} {people.REFUSAL}"])
     codec = Codec(tokenizer, "{image} {prompt}", (s.image_side // s.patch) ** 2, answer_length=0)
-    codec = replace(codec, answer_length=1 + max(len(codec.tokens(q.answer)) for q in (*asked, *generic, *refused)))
+    codec = replace(codec, answer_length=1 + max(len(codec.tokens(q.answer)) for q in asked + generic + refused))
     llava = model.small(s, tokenizer)
     plain, told = codec.encode(generic), codec.encode(refused, people.INSTRUCTION)
     x = torch.full((len(plain), told.shape[1]), codec.pad)
@@ -381,6 +359,6 @@ def _small(
         model.pretrain(llava, codec, x, pictures, s, progress)
         return llava.state_dict()
 
-    weights = _kept(_path(place, s, "pretrained", _hash(x, pictures), _PRETRAINING), train)
+    weights = _kept(place, s, "pretrained", _PRETRAINING, _hash(x, pictures), "", train)
     llava.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()})
     return llava.eval(), codec
