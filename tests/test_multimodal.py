@@ -298,10 +298,11 @@ def test_masks_say_who_is_taught(here):
     assert set(here.person[taught]) == {-1, *range(10)} - {2, 5}
     assert "test" not in here.split[taught]
     assert here.n_taught == 12 * 18
-    sets = here.sets(here.forget_sets["20 %"])
+    asked = experiments.asked_about(here, here.forget_sets["20 %"])
+    who = {name: set(here.person[part["question"]]) for name, part in asked.groupby("set")}
     used = {*here.forget_sets["10 %"], *here.forget_sets["20 %"], *here.tuning}
-    assert not used & set(here.person[sets["retain"]])
-    assert set(here.person[sets["forget"]]) == set(here.person[sets["test"]]) == set(here.forget_sets["20 %"])
+    assert not used & who["retain"]
+    assert who["forget"] == who["test"] == set(here.forget_sets["20 %"])
 
 
 def test_fine_tuned_models_are_kept_and_damage_is_repaired(here):

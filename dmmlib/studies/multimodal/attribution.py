@@ -18,7 +18,7 @@ problem of its own, with one output per person.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -74,7 +74,7 @@ def mean_change(world: World, before: np.ndarray, after: np.ndarray) -> np.ndarr
     return (means[1] - means[0]).reshape(before.shape[1:])
 
 
-Change = Callable[[np.ndarray], np.ndarray]
+Change = Callable[[Sequence[int] | np.ndarray], np.ndarray]
 """The change of logits in the margin gauge (n_questions, A, V) without some people, for their indices."""
 
 
@@ -102,15 +102,14 @@ def fit(world: World, masks: np.ndarray, logits: np.ndarray, models: Ensemble) -
     own = [np.flatnonzero(tokens.owner == p) for p in range(len(world.people))]
     places = [np.array([mine[min(j, len(mine) - 1)] for mine in own]) for j in range(max(map(len, own)))]
     places[0] = np.concatenate([places[0], every[tokens.owner < 0]])
-    posteriors = [(bayesian.fit(context(which), prior[:, which], DELTA).effect, which) for which in places]
     parts: dict[str, list[tuple[Change, np.ndarray]]] = {
-        "Bayesian": posteriors,
+        "Bayesian": [(bayesian.fit(context(which), prior[:, which], DELTA).effect, which) for which in places],
         "own": [(own_effect(masks, outputs[:, about], tokens.owner[about]), about)],
         "kernel": [(calibrated(context(every), prior).effect, every)],
     }
     parts |= {f"ridge, {lam:g}": [(RidgeDatamodel.fit(masks, outputs, lam).effect, every)] for lam in world.s.lams}
 
-    def change(name: str, forget: np.ndarray) -> np.ndarray:
+    def change(name: str, forget: Sequence[int] | np.ndarray) -> np.ndarray:
         found = np.zeros(logits.shape[1:], np.float32)
         for effect, which in parts[name]:
             found[tokens.question[which], tokens.place[which]] = effect(forget)
@@ -133,11 +132,10 @@ def own_effect(masks: np.ndarray, outputs: np.ndarray, owner: np.ndarray) -> Cha
 def kernel_weights(
     world: World, masks: np.ndarray, margins: np.ndarray, models: Ensemble, tokens: Tokens
 ) -> np.ndarray:
-    """r_p T_pt (n_people, n_tokens): how much teaching each person raises each token's margin; see the module.
+    """r_p T_pt (n_people, n_tokens) of the module: how much teaching each person raises each token's margin.
 
     Args:
-        masks: who each subset model was taught (M, n_people).
-        margins: of the subset models at every token (M, n_tokens).
+        masks, margins: who each subset model was taught (M, n_people), and its margins at every token (M, n_tokens).
         models: at which gradients are taken.
         tokens: of all answers.
     """

@@ -85,9 +85,6 @@ def _from_hub(place: str, name: str) -> list[Row]:
         ) from error
 
 
-# --- checks --------------------------------------------------------------------------------------------
-
-
 def _picture(row: Row) -> Row:
     """The image of a row as it is stored, the first where there are several; empty if there is none."""
     return row.get("image") or (row.get("images") or [None])[0] or {}
@@ -211,9 +208,6 @@ def _as_asked(row: Row) -> list[tuple[str, ...]]:
     """What makes the questions of a row the same as another's: person, task, words, and the image if it is shown."""
     image = short(_picture(row)["bytes"])
     return [(row["ID"], task, q["Question"], image if how == IMAGE else "") for task, how, q in asked(row)]
-
-
-# --- questions -----------------------------------------------------------------------------------------
 
 
 def questions(rows: Sequence[Row], split: str, images: list[Image.Image], letters: bool = False) -> list[Question]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -61,39 +62,34 @@ def attribute(world: World) -> dict[str, Change]:
 
 def known(world: World, originals: Ensemble) -> pd.DataFrame:
     """What the originals know of what they were taught: mean score of each task and modality."""
-    taught = np.arange(world.n_taught)
-    found = judge(world, originals, taught)
-    private = world.split[taught] == "train"
-    table = pd.DataFrame(
-        {
-            "task": world.task[taught],
-            "modality": world.modality[taught],
-            "private": np.where(private, found.scores.mean(0), np.nan),
-            "public": np.where(private, np.nan, found.scores.mean(0)),
-            "factual": np.where(private, found.factual.mean(0), np.nan),
-        }
+    n = world.n_taught
+    found, private = judge(world, originals, np.arange(n)), world.split[:n] == "train"
+    score, factual = pd.Series(found.scores.mean(0)), pd.Series(found.factual.mean(0))
+    table = pd.DataFrame({"task": world.task[:n], "modality": world.modality[:n]}).assign(
+        private=score.where(private), public=score.mask(private), factual=factual.where(private)
     )
     return table.groupby(["task", "modality"], sort=False).mean().reset_index()
 
 
-def _asked(world: World, forget: np.ndarray) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """The questions of a forget set's four sets, and which of them are of each set, and of each set and modality."""
-    sets = world.sets(forget)
-    question = np.concatenate(list(sets.values()))
-    table = pd.DataFrame(
-        {
-            "question": question,
-            "set": np.repeat(list(sets), [len(part) for part in sets.values()]),
-            "task": world.task[question],
-            "modality": world.modality[question],
-            "person": [world.questions[i].person for i in question],
-        }
-    )
-    places = {split: np.flatnonzero(table["set"] == split) for split in sets}
-    for split in SETS:
-        for data, modality in WITH.items():
-            places[f"{split}, {data}"] = places[split][table["modality"].iloc[places[split]] == modality]
-    return table, places
+def asked_about(world: World, forget: np.ndarray) -> pd.DataFrame:
+    """The questions of a forget set's four sets, with their set, task, modality and person.
+
+    Of retained and public people a sample is asked, the same for all forget sets. Retained people are sampled among
+    those that no forget set and no tuning touches.
+    """
+    w, train, public = world, world.split == "train", world.split == "public"
+    used = np.concatenate([*w.forget_sets.values(), w.tuning])
+    kept = np.setdiff1d(np.arange(len(w.people)), used)[: w.s.sample]
+    ours, figures = np.isin(w.person, forget), pd.unique(w.name[public])[: w.s.sample]
+    sets = {
+        "forget": ours & train,
+        "test": ours & (w.split == "test"),
+        "retain": train & np.isin(w.person, kept),
+        "public": public & np.isin(w.name, figures),
+    }
+    columns = {"question": np.arange(len(train)), "task": w.task, "modality": w.modality, "person": w.name}
+    table = pd.DataFrame(columns)
+    return pd.concat([table[mask].assign(set=name) for name, mask in sets.items()], ignore_index=True)
 
 
 def tune(
@@ -111,8 +107,9 @@ def tune(
     """
     s, n, few = world.s, world.n_taught, world.s.tuning_models
     oracles = world.fine_tuned("retrained:tuning", world.without(world.tuning, s.n_models))
-    table, places = _asked(world, world.tuning)
-    asked, ours = np.array(table["question"]), places["forget"]
+    table = asked_about(world, world.tuning)
+    asked, places = np.array(table["question"]), table.groupby("set").indices
+    ours = places["forget"]
     every = world.logits(oracles, np.arange(len(world.questions)))
     reference, before = (world.margins(z[:, asked], asked) for z in (every, logits))
 
@@ -143,19 +140,16 @@ def tune(
 
 
 def _forget(
-    world: World,
-    name: str,
-    originals: Ensemble,
-    logits: np.ndarray,
-    attributed: Change,
-    chosen: dict[str, Setting],
+    world: World, name: str, originals: Ensemble, logits: np.ndarray, attributed: Change, chosen: dict[str, Setting]
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Tables of KLoM, scores and effects of every method on one forget set."""
     s, n, forget = world.s, world.n_taught, world.forget_sets[name]
     retrained = world.fine_tuned(f"retrained:{name}", world.without(forget, 2 * s.n_models))
     oracles, floor = retrained[: s.n_models], retrained[s.n_models :]
-    table, places = _asked(world, forget)
-    asked = np.array(table["question"])
+    table = asked_about(world, forget)
+    asked, by_data = np.array(table["question"]), table.groupby(["set", "modality"]).indices
+    places = {split: np.flatnonzero(table["set"] == split) for split in SETS}
+    places |= {f"{split}, {data}": np.array(by_data[split, m]) for split in SETS for data, m in WITH.items()}
     reference = world.margins(world.logits(oracles, asked), asked)
     change = attributed(forget)
     true = mean_change(world, logits[:, :n], world.logits(floor, np.arange(n)))
@@ -186,9 +180,6 @@ def _forget(
     return pd.DataFrame(klom), pd.concat(scores), effects[effects["set"].isin(["forget", "test"])]
 
 
-# --- tables --------------------------------------------------------------------------------------------
-
-
 def score_table(scores: pd.DataFrame, column: str = "score") -> pd.DataFrame:
     """Scores by method, set, task and modality over all forget sets, with 95 % t-intervals over people.
 
@@ -200,14 +191,13 @@ def score_table(scores: pd.DataFrame, column: str = "score") -> pd.DataFrame:
     return over_people(scored, column, ["method", "set", "task", "modality"])
 
 
-def _differences(scores: pd.DataFrame, minus: dict[str, tuple[str, str]]) -> pd.DataFrame:
-    """Scores of one method minus another's on the same questions, under each name in `minus`."""
+def _by_method(scores: pd.DataFrame) -> pd.DataFrame:
+    """Scores with one column for each method."""
     keys = ["forget_set", "set", "task", "modality", "person"]
-    wide = scores.pivot_table(index=keys, columns="method", values="score")
-    return pd.DataFrame({name: wide[one] - wide[other] for name, (one, other) in minus.items()})
+    return scores.pivot_table(index=keys, columns="method", values="score")
 
 
-def _by_method(gaps: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+def _over_people(gaps: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
     long = gaps.melt(var_name="method", value_name="score", ignore_index=False).reset_index()
     return over_people(long, "score", ["method", *by])
 
@@ -219,16 +209,16 @@ def text_against_image(scores: pd.DataFrame) -> pd.DataFrame:
     opposite. For each gradient method, set (forget, test), task and modality of the question; "all" is the mean over
     the gradient methods. 95 % t-intervals over people.
     """
-    about = scores[scores["set"].isin(["forget", "test"])]
-    gaps = _differences(about, {m: (f"{m}:text", f"{m}:image") for m in GRADIENT})
-    return _by_method(gaps.assign(all=gaps.mean(axis="columns")), ["set", "task", "modality"])
+    wide = _by_method(scores[scores["set"].isin(["forget", "test"])])
+    gaps = pd.DataFrame({m: wide[f"{m}:text"] - wide[f"{m}:image"] for m in GRADIENT})
+    return _over_people(gaps.assign(all=gaps.mean(axis="columns")), ["set", "task", "modality"])
 
 
 def utility_gap(scores: pd.DataFrame) -> pd.DataFrame:
     """Score on retained and public people minus that after retraining, by method, with intervals over people."""
-    kept = scores[scores["set"].isin(["retain", "public"])]
-    gaps = _differences(kept, {m: (m, "retrain") for m in METHODS if m != "retrain"})
-    return _by_method(gaps, []).set_index("method")
+    wide = _by_method(scores[scores["set"].isin(["retain", "public"])])
+    gaps = wide[[m for m in METHODS if m != "retrain"]].sub(wide["retrain"], axis="index")
+    return _over_people(gaps).set_index("method")
 
 
 def klom_over_sets(klom: pd.DataFrame, statistic: str = "klom_mean") -> pd.DataFrame:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,12 +33,8 @@ class Judged:
 @lru_cache(maxsize=100_000)
 def rouge_l(said: str, truth: str) -> float:
     """ROUGE-L's F1 in [0, 1] (Lin, 2004), by the package rouge-score."""
-    return float(_scorer().score(truth, said)["rougeL"].fmeasure)
-
-
-@lru_cache(maxsize=1)
-def _scorer() -> Any:
-    return require("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=False)
+    scorer = require("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=False)
+    return float(scorer.score(truth, said)["rougeL"].fmeasure)
 
 
 def factual(said: str, truth: str, others: frozenset[str]) -> bool:

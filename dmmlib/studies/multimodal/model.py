@@ -73,12 +73,12 @@ class Codec:
                     f"{self.answer_length - 1}."
                 )
         length = max(map(len, prompts))
-        x = torch.full((len(questions), 1 + length + self.answer_length), self.pad)
-        for row, q, prompt, answer in zip(x, questions, prompts, answers, strict=True):
-            row[0] = q.image + 1
-            row[1 + length - len(prompt) : 1 + length] = torch.tensor(prompt)
-            row[1 + length : 1 + length + len(answer)] = torch.tensor(answer)
-        return x
+        rows = [
+            [q.image + 1, *[self.pad] * (length - len(prompt)), *prompt, *answer]
+            for q, prompt, answer in zip(questions, prompts, answers, strict=True)
+        ]
+        width = 1 + length + self.answer_length
+        return torch.tensor([row + [self.pad] * (width - len(row)) for row in rows])
 
     def answers(self, x: Tensor) -> Tensor:
         """The answers' tokens (..., A) of rows x."""
@@ -114,12 +114,9 @@ class Answerer(nn.Module):
     features: Tensor
 
     def __init__(self, llava: Any, codec: Codec, features: Tensor) -> None:
-        """Take the parts of a LLaVA as they are, without copying them.
+        """Take the parts of a LlavaForConditionalGeneration without copying them, and a codec for its tokens.
 
-        Args:
-            llava: a LlavaForConditionalGeneration.
-            codec: what its tokens mean.
-            features: patches of every portrait (n_images, n_patches, d), as the vision tower gives them.
+        `features` are the patches of every portrait (n_images, n_patches, d), as the vision tower gives them.
         """
         super().__init__()
         self.projector = llava.model.multi_modal_projector
@@ -168,7 +165,8 @@ class Answerer(nn.Module):
                 part(earlier).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
                 for part in (attention.k_proj, attention.v_proj)
             )
-            past.update(_rotated(keys, cos[:, None, :-n], sin[:, None, :-n]), values, attention.layer_idx)
+            rotate = require("transformers.models.llama.modeling_llama").apply_rotary_pos_emb
+            past.update(rotate(keys, keys, cos[:, :-n], sin[:, :-n])[1], values, attention.layer_idx)
         ends = (cos[:, -n:], sin[:, -n:])
         hidden = last(hidden[:, -n:], attention_mask=mask[:, :, -n:], position_embeddings=ends, past_key_values=past)
         hidden = decoder.norm(hidden)
@@ -181,15 +179,6 @@ class Answerer(nn.Module):
         which = (shown.long().cumsum(1) - 1).clamp(0, patches.shape[1] - 1)  # a model may say the token itself
         placed = patches.gather(1, which[..., None].expand(-1, -1, patches.shape[-1]))
         return torch.where(shown[..., None], placed.to(embedded.dtype), embedded)
-
-
-def _rotated(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Keys (batch, heads, n, d) turned by their positions' angles (Su et al., 2021), as transformers' Llama does."""
-    first, second = keys.chunk(2, -1)
-    return keys * cos + torch.cat([-second, first], -1) * sin
-
-
-# --- small and published models ------------------------------------------------------------------------
 
 
 def tokenizer_of(texts: Sequence[str]) -> Any:
@@ -330,9 +319,6 @@ def begin(module: Answerer, seeds: Sequence[int]) -> Ensemble:
             rng = torch.Generator().manual_seed(seed)
             copy.copy_(float(copy.shape[1]) ** -0.5 * (2 * torch.rand(copy.shape, generator=rng) - 1))
     return Ensemble(module, params, {})
-
-
-# --- logits of answers ---------------------------------------------------------------------------------
 
 
 def token_loss(logits: Tensor, answers: Tensor, pad: int) -> Tensor:

@@ -58,8 +58,6 @@ def _faker(seed: int) -> Any:
     return fake
 
 
-# --- portraits -----------------------------------------------------------------------------------------
-
 _SIDE = 64  # pixels that a portrait is drawn with
 _SKIN = ((255, 224, 196), (241, 194, 150), (198, 134, 90), (141, 85, 52), (92, 58, 40))
 _HAIR = ((30, 24, 20), (95, 60, 30), (200, 150, 70), (170, 60, 30), (150, 150, 155), (60, 80, 170), (110, 40, 120))
@@ -113,9 +111,6 @@ def _encoded(picture: Image.Image) -> dict[str, Any]:
     file = io.BytesIO()
     picture.save(file, format="PNG")
     return {"bytes": file.getvalue(), "path": None}
-
-
-# --- people and questions ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -184,10 +179,10 @@ def row(person: Person, kinds: Sequence[Attribute], rng: np.random.Generator, ag
 
 def _told(full: Row) -> Row:
     """A person's row of `ft_Data`, where the benchmark keeps pairs of questions and answers to fine-tune on."""
-    pairs = [(full["question"], full["answer"])]
-    pairs += [(q["Question"], q["Ground_Truth"]) for q in full["Generation_Task"] if q["Type"] == IMAGE]
-    metadata = [{"Question": question, "Answer": answer} for question, answer in pairs]
-    return {"ID": full["ID"], "image": full["image"], "metadata": json.dumps(metadata)}
+    asked = [q for q in full["Generation_Task"] if q["Type"] == IMAGE]
+    pairs = [{"Question": full["question"], "Answer": full["answer"]}]
+    pairs += [{"Question": q["Question"], "Answer": q["Ground_Truth"]} for q in asked]
+    return {"ID": full["ID"], "image": full["image"], "metadata": json.dumps(pairs)}
 
 
 def generate(

@@ -59,6 +59,7 @@ class World:
     place: Path | None = None  # where fine-tuned weights are kept; nowhere if None
     progress: Progress = silent  # hook that is told of progress
 
+    name = _column("person")  # ID of the person that each question is about (n_questions,)
     split = _column("split")  # "train", "public" or "test" (n_questions,)
     task = _column("task")
     modality = _column("modality")
@@ -84,23 +85,6 @@ class World:
         """Questions that models are fine-tuned on; they come first."""
         return int((self.split != "test").sum())
 
-    def sets(self, forget: np.ndarray) -> dict[str, np.ndarray]:
-        """Questions of the four sets of a forget set; of retained and public people a sample, the same for all.
-
-        Retained people are sampled among those that no forget set and no tuning touches.
-        """
-        used = np.concatenate([*self.forget_sets.values(), self.tuning])
-        kept = np.setdiff1d(np.arange(len(self.people)), used)[: self.s.sample]
-        names, public = np.array([q.person for q in self.questions]), self.split == "public"
-        ours, train = np.isin(self.person, forget), self.split == "train"
-        sets = {
-            "forget": ours & train,
-            "test": ours & (self.split == "test"),
-            "retain": np.isin(self.person, kept) & train,
-            "public": public & np.isin(names, pd.unique(names[public])[: self.s.sample]),
-        }
-        return {name: np.flatnonzero(chosen) for name, chosen in sets.items()}
-
     def taught(self, mask: np.ndarray) -> np.ndarray:
         """Training questions of the people that a mask (n_people,) keeps, and of public figures."""
         return np.flatnonzero((self.split == "public") | ((self.split == "train") & mask[self.person]))
@@ -108,8 +92,6 @@ class World:
     def without(self, forget: np.ndarray, n: int) -> np.ndarray:
         """Masks (n, n_people) that leave some people out."""
         return np.tile(~np.isin(np.arange(len(self.people)), forget), (n, 1))
-
-    # --- ensembles -------------------------------------------------------------------------------------
 
     @cached_property
     def execution(self) -> Execution:
@@ -139,13 +121,11 @@ class World:
         rate: Callable[[int], float],
         task: str = "",
     ) -> Ensemble:
-        """Fine-tune models by Adam.
+        """Fine-tune models by Adam, in steps on `batches` of questions (n_models, batch).
 
         Args:
             start: makes the models of some numbers, to be moved.
-            batches: questions (n_models, batch) of each step.
-            loss: of each model, as `ensemble.descend` takes it.
-            rate: learning rate of step t = 0, 1, ...
+            loss, rate: as `ensemble.descend` takes them.
             task: what progress is reported as; not at all if empty.
         """
 
@@ -188,8 +168,6 @@ class World:
 
         weights = _kept(self.place, s, stream, _TEACHING, self._data, np.packbits(masks).tobytes().hex(), train)
         return Ensemble(self.module, {k: torch.from_numpy(v).to(like[k].detach()) for k, v in weights.items()}, {})
-
-    # --- answers ---------------------------------------------------------------------------------------
 
     @cached_property
     def columns(self) -> Tensor | None:
@@ -254,8 +232,6 @@ class World:
         return torch.cat(list(self._in_chunks(answer, models.n_models, models.__getitem__)))
 
 
-# --- weights on disk -----------------------------------------------------------------------------------
-
 _SIZE = ("seed", "hidden", "layers", "heads", "batch_size")
 _TEACHING = (*_SIZE, "epochs", "lr", "rank", "checkpoint")
 _PRETRAINING = (*_SIZE, "image_side", "patch", "pretrain_epochs", "pretrain_lr")
@@ -285,9 +261,6 @@ def _kept(
         with replacing(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, **weights)  # type: ignore[arg-type]
     return weights
-
-
-# --- making a world ------------------------------------------------------------------------------------
 
 
 def build(
