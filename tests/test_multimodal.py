@@ -41,7 +41,7 @@ def write(splits, folder):
 
 @pytest.fixture(scope="module")
 def splits():
-    return people.generate(10, 2, SHARES, seed=0, n_generic=1)[0]
+    return people.generate(given(n_generic=1))[0]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_a_generated_benchmark_is_valid_and_counted(splits):
 
 
 def test_generation_is_seeded_and_pictures_do_not_tell_facts(splits):
-    again, other = (people.generate(10, 2, SHARES, seed=k, n_generic=1)[0] for k in (0, 1))
+    again, other = (people.generate(given(n_generic=1, seed=k))[0] for k in (0, 1))
     assert again == splits
     assert again["Full_Set"] != other["Full_Set"]
     first, second = (people.portrait(np.random.default_rng(0)) for _ in range(2))
@@ -85,10 +85,12 @@ def test_generation_is_seeded_and_pictures_do_not_tell_facts(splits):
 
 def test_distractors_are_of_the_right_kind(splits):
     kinds = {value: a.noun for a in people.attributes(0) for value in a.values}
-    for row in splits["Full_Set"]:
-        for _, _, q in (entry for entry in bench.asked(row) if entry[0] == "classification"):
-            assert len({kinds[v] for v in q["Options"].values()}) == 1
-            assert len(set(q["Options"].values())) == 4
+    choices = [q for q in bench.questions(splits["Full_Set"], "train", []) if q.task == "classification"]
+    for q in choices:
+        assert len({kinds[v] for v in q.options}) == 1
+        assert len(set(q.options)) == 4
+        assert q.options[q.label] == q.answer
+    assert len(choices) == 60
 
 
 def test_parquet_files_are_read_as_they_were_written(splits, tmp_path):
@@ -154,7 +156,7 @@ def test_what_is_wrong_with_a_benchmark_is_named_with_its_row(splits, change, me
 
 def test_what_cannot_be_is_refused_before_training(tmp_path):
     with pytest.raises(DataError, match="Of 10 people"):
-        people.generate(10, 2, (0.01,))
+        people.generate(given(forget_shares=(0.01,)))
     with pytest.raises(DataError, match=r"n_tuning=9.*only 7 of 10"):
         world.build(given(n_tuning=9))
     with pytest.raises(DataError, match=r"no directory.*'Full_Set'"):

@@ -134,10 +134,7 @@ def kernel_weights(
 ) -> np.ndarray:
     """r_p T_pt (n_people, n_tokens) of the module: how much teaching each person raises each token's margin.
 
-    Args:
-        masks, margins: who each subset model was taught (M, n_people), and its margins at every token (M, n_tokens).
-        models: at which gradients are taken.
-        tokens: of all answers.
+    From margins (M, n_tokens) of models taught by masks (M, n_people), and gradients at `models`.
     """
     n = len(world.people)
     mine = (tokens.owner[:, None] == np.arange(n)) & tokens.taught[:, None]

@@ -50,9 +50,7 @@ def names(percents: Sequence[int]) -> tuple[str, ...]:
 def read(place: str | Path, percents: Sequence[int]) -> Splits:
     """Read the splits from a directory with a folder of parquet files for each, or from a data set on the hub.
 
-    Raises:
-        DataError: for a missing split or an unreadable file.
-        ExtraError: without the extra's packages.
+    Raises DataError for a missing split or an unreadable file, and ExtraError without the extra's packages.
     """
     one = _from_folder if Path(place).is_dir() else _from_hub
     return {name: one(str(place), name) for name in names(percents)}
@@ -97,24 +95,31 @@ def _opened(row: Row, where: str) -> Image.Image:
         raise DataError(f"{where} has an image that cannot be read ({error}); replace it.") from error
 
 
-def asked(row: Row) -> list[tuple[str, str, Row]]:
-    """Every question of a row, as it is stored, after its task and modality."""
+def _asked(row: Row, where: str) -> list[tuple[str, str, Row]]:
+    """Every question of a row, as it is stored and once it is checked, after its task and modality."""
     choice = row.get("Classification_Task") or {}
-    found = [
-        ("classification", modality, q)
-        for modality, key in ((IMAGE, "Image_Textual_Questions"), (TEXT, "Pure_Text_Questions"))
-        for q in choice.get(key) or []
-    ]
-    for task, key in (("generation", "Generation_Task"), ("cloze", "Mask_Task")):
-        found += [(task, TEXT if str(q["Type"]).startswith("Pure") else IMAGE, q) for q in row.get(key) or []]
+    keys = ((IMAGE, "Image_Textual_Questions"), (TEXT, "Pure_Text_Questions"))
+    found = [("classification", modality, q) for modality, key in keys for q in choice.get(key) or []]
+    try:
+        for task, key in (("generation", "Generation_Task"), ("cloze", "Mask_Task")):
+            found += [(task, TEXT if str(q["Type"]).startswith("Pure") else IMAGE, q) for q in row.get(key) or []]
+        for task, _, q in found:
+            if not q["Question"]:
+                raise DataError(f"{where} has an empty {task} question; fill it in or drop it.")
+            if task != "classification" and not q["Ground_Truth"]:
+                raise DataError(f"{where}, {q['Question']!r}: the answer is empty; fill it in.")
+            if task == "classification" and not (q["Options"] or {}).get(q["Correct_Answer"]):
+                raise DataError(
+                    f"{where}, {q['Question']!r}: the answer {q['Correct_Answer']!r} is not among the options "
+                    f"{', '.join(q['Options'] or {}) or 'none'}; correct it."
+                )
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{where} has a question that lacks {error}; see the published schema.") from error
     return found
 
 
 def validate(splits: Splits, percents: Sequence[int]) -> pd.DataFrame:
-    """Check a benchmark and count its questions.
-
-    Returns:
-        For each split its people, its questions of each task and modality, and its pairs to fine-tune on.
+    """Check a benchmark, and count for each split its people, questions of each task and modality, and pairs.
 
     Raises:
         DataError: with the split and row, for a missing split or key, two profiles of one ID, an answer outside its
@@ -124,13 +129,13 @@ def validate(splits: Splits, percents: Sequence[int]) -> pd.DataFrame:
     for name in names(percents):
         if not splits.get(name):
             raise DataError(f"The benchmark lacks the split {name!r}, or it is empty; it has {', '.join(splits)}.")
-    checked: set[int] = set()
+    opened: set[int] = set()
     counted = []
     for name, rows in splits.items():
         keys = ("ID", "image", "metadata") if name == "ft_Data" else _TASK_KEYS
         counts = {f"{task}, {modality}": 0 for task in TASKS for modality in (IMAGE, TEXT)}
+        counts["pairs"] = 0
         seen: dict[str, int] = {}
-        pairs = 0
         for number, row in enumerate(rows):
             where = f"Row {number} of {name!r}"
             if missing := [key for key in keys if key not in row]:
@@ -139,14 +144,13 @@ def validate(splits: Splits, percents: Sequence[int]) -> pd.DataFrame:
                 raise DataError(f"{where} has the ID {row['ID']!r} of row {seen[row['ID']]}; give everybody their own.")
             seen[row["ID"]] = number
             where += f" (ID {row['ID']})"
-            if id(row) not in checked:  # splits of a generated benchmark share their rows
+            if id(row) not in opened:  # splits of a generated benchmark share their rows
                 _opened(row, where)
-                _check_questions(row, where)
-                checked.add(id(row))
-            pairs += _count_pairs(row, where)
-            for task, modality, _ in asked(row):
+                opened.add(id(row))
+            counts["pairs"] += _count_pairs(row, where)
+            for task, modality, _ in _asked(row, where):
                 counts[f"{task}, {modality}"] += 1
-        counted.append({"split": name, "people": len(rows)} | counts | {"pairs": pairs})
+        counted.append({"split": name, "people": len(rows)} | counts)
     _check_leakage(splits, percents)
     return pd.DataFrame(counted)
 
@@ -164,23 +168,6 @@ def _count_pairs(row: Row, where: str) -> int:
     if not all(whole):
         raise DataError(f"{where} has an empty question or answer in its metadata; fill it in or drop the pair.")
     return len(pairs)
-
-
-def _check_questions(row: Row, where: str) -> None:
-    try:
-        for task, _, question in asked(row):
-            if not question["Question"]:
-                raise DataError(f"{where} has an empty {task} question; fill it in or drop it.")
-            if task != "classification":
-                if not question["Ground_Truth"]:
-                    raise DataError(f"{where}, {question['Question']!r}: the answer is empty; fill it in.")
-            elif not (question["Options"] or {}).get(question["Correct_Answer"]):
-                raise DataError(
-                    f"{where}, {question['Question']!r}: the answer {question['Correct_Answer']!r} is not among the "
-                    f"options {', '.join(question['Options'] or {}) or 'none'}; correct it."
-                )
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{where} has a question that lacks {error}; see the published schema.") from error
 
 
 def _check_leakage(splits: Splits, percents: Sequence[int]) -> None:
@@ -207,19 +194,19 @@ def _check_leakage(splits: Splits, percents: Sequence[int]) -> None:
 def _as_asked(row: Row) -> list[tuple[str, ...]]:
     """What makes the questions of a row the same as another's: person, task, words, and the image if it is shown."""
     image = short(_picture(row)["bytes"])
-    return [(row["ID"], task, q["Question"], image if how == IMAGE else "") for task, how, q in asked(row)]
+    return [(row["ID"], task, q["Question"], image if how == IMAGE else "") for task, how, q in _asked(row, "")]
 
 
 def questions(rows: Sequence[Row], split: str, images: list[Image.Image], letters: bool = False) -> list[Question]:
     """Take rows apart into questions; their portraits are appended to `images`.
 
-    Args:
-        letters: list the options in the prompt of classification, and have the answer be the letter.
+    With `letters` the prompt of classification lists the options, and the answer is the letter.
     """
     found = []
     for number, row in enumerate(rows):
-        images.append(_opened(row, f"Row {number} of the {split} questions (ID {row['ID']})"))
-        for task, modality, q in asked(row):
+        where = f"Row {number} of the {split} questions (ID {row['ID']})"
+        images.append(_opened(row, where))
+        for task, modality, q in _asked(row, where):
             head = (str(row["ID"]), split, task, modality)
             image = len(images) - 1 if modality == IMAGE else -1
             if task != "classification":

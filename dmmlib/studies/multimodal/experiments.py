@@ -98,12 +98,9 @@ def tune(
     """Compare settings and attributions on the tuning people, who are in no reported forget set.
 
     Everything is measured against models without them. Oracle matching is tried with those same models' mean; on
-    reported sets it gets others'.
-
-    Returns:
-        Every setting of every method, with mean KLoM on each set and over the four; and every attribution with the
-        mean KLoM of DM-direct on each set, the correlation of predicted with true changes of forgotten people's
-        margins, and the slope of predicted on true ones.
+    reported sets it gets others'. The first table has every setting of every method, with mean KLoM on each set and
+    over the four; the second every attribution, with mean KLoM of DM-direct on each set, the correlation of predicted
+    with true changes of forgotten people's margins, and the slope of predicted on true ones.
     """
     s, n, few = world.s, world.n_taught, world.s.tuning_models
     oracles = world.fine_tuned("retrained:tuning", world.without(world.tuning, s.n_models))
@@ -183,9 +180,7 @@ def _forget(
 def score_table(scores: pd.DataFrame, column: str = "score") -> pd.DataFrame:
     """Scores by method, set, task and modality over all forget sets, with 95 % t-intervals over people.
 
-    Args:
-        scores: of `Results`.
-        column: "score", or "factual", which only free answers have.
+    The column of `Results.scores` is "score", or "factual", which only free answers have.
     """
     scored = scores if column == "score" else scores[scores["task"] == "generation"]
     return over_people(scored, column, ["method", "set", "task", "modality"])

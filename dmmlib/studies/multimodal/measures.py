@@ -79,19 +79,13 @@ def judged(world: World, logits: np.ndarray, questions: np.ndarray, said: torch.
 
 
 def over_people(scores: pd.DataFrame, column: str, by: Sequence[str]) -> pd.DataFrame:
-    """Mean of a column over people, for each combination of `by`, with 95 % t-intervals.
+    """Mean of a column for each combination of the columns `by`, with a 95 % t-interval over "person".
 
     A person's questions are no independent looks, so they are averaged first. NaN values do not count; there is no
-    interval for fewer than two people.
-
-    Args:
-        scores: with the columns `by`, "person" and the one to be averaged.
-
-    Returns:
-        The columns `by`, and "value", "low", "high" and the number of "people".
+    interval for fewer than two people. The table has `by`, "value", "low", "high" and the number of "people".
     """
     means = scores.astype({column: float}).groupby([*by, "person"], sort=False)[column].mean()
-    found = means.groupby(level=list(by), sort=False).agg(value="mean", error="sem", people="size")
-    error = found["error"] * stats.t.ppf(0.975, found["people"] - 1)
+    found = means.groupby(level=list(by), sort=False).agg(value="mean", error="sem", n="count", people="size")
+    error = found["error"] * stats.t.ppf(0.975, found["n"] - 1)
     found = found.assign(low=found["value"] - error, high=found["value"] + error)
     return found[["value", "low", "high", "people"]].reset_index()

@@ -67,14 +67,9 @@ class Task:
 
 
 def unlearn(task: Task, name: str, setting: Setting) -> tuple[Ensemble, float]:
-    """Unlearn by a method that trains, one of `VARIANTS` or `MATCHING`.
+    """Unlearn by one of `VARIANTS` or `MATCHING`: models, and the sample gradients spent relative to one retraining.
 
-    Returns:
-        The models, and the sample gradients spent on each relative to one retraining.
-
-    Raises:
-        MethodError: for an unknown method.
-        DataError: for a matching method that the task has no change of logits for.
+    Raises MethodError for an unknown method, and DataError for one that the task has no change of logits for.
     """
     if name not in (*VARIANTS, *MATCHING):
         raise MethodError(f"Unknown method {name!r}; use one of {', '.join((*VARIANTS, *MATCHING))}.")

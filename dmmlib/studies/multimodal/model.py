@@ -59,8 +59,7 @@ class Codec:
     def encode(self, questions: Sequence[Question], instruction: str = "") -> Tensor:
         """Rows x (n, 1 + P + A), int64; an instruction goes before every prompt.
 
-        Raises:
-            DataError: for an answer of more than A - 1 tokens, or none.
+        Raises DataError for an answer of more than A - 1 tokens, or none.
         """
         prompts, answers = [], []
         for q in questions:
@@ -85,11 +84,7 @@ class Codec:
         return x[..., -self.answer_length :]
 
     def options(self, questions: Sequence[Question]) -> Tensor:
-        """The first token of each option (n, n_options).
-
-        Raises:
-            DataError: where two options of a question begin alike, so that one token cannot tell them apart.
-        """
+        """The first token of each option (n, n_options); raises DataError where two of a question begin alike."""
         found = [[self.tokens(option)[0] for option in q.options] for q in questions]
         for q, first in zip(questions, found, strict=True):
             if len(set(first)) < len(first):
@@ -266,9 +261,7 @@ def pretrain(
 def published(s: MultimodalSettings, device: torch.device | str = "cpu") -> tuple[Any, Codec]:
     """Load a published LLaVA, frozen but for LoRA adapters in its decoder, and its codec for answers of length 0.
 
-    Raises:
-        DataError: if it cannot be loaded, or is no LLaVA.
-        ExtraError: without the extra's packages.
+    Raises DataError if it cannot be loaded or is no LLaVA, and ExtraError without the extra's packages.
     """
     transformers, _ = require("transformers"), require("peft")
     try:
@@ -335,15 +328,10 @@ def gauged(logits: Tensor, truth: Tensor) -> Tensor:
 
 
 def margins(logits: np.ndarray, truth: np.ndarray, words: np.ndarray) -> np.ndarray:
-    """Log-odds of the correct token given the correct ones before it, averaged over an answer's words.
+    """Log-odds of the correct token given the correct ones before it, averaged over an answer's words: (n_models, n).
 
-    Args:
-        logits: (n_models, n, A, V).
-        truth: numbers of the correct tokens' logits (n, A).
-        words: which tokens count, bool (n, A): EOS and padding do not.
-
-    Returns:
-        (n_models, n), float32.
+    For logits (n_models, n, A, V), of which `truth` (n, A) numbers the correct tokens'. The tokens that count are given
+    by `words`, bool (n, A): EOS and padding do not.
     """
     odds = metrics.margins(logits.reshape(len(logits), -1, logits.shape[-1]), truth.ravel())
     counted = words.astype(np.float32)
@@ -351,14 +339,9 @@ def margins(logits: np.ndarray, truth: np.ndarray, words: np.ndarray) -> np.ndar
 
 
 def cut(logits: Tensor, columns: Tensor) -> Tensor:
-    """Keep some logits, and the others' logsumexp as one more, which changes no probability or margin.
+    """Keep the logits (..., V) that `columns` (..., K) numbers, and the others' logsumexp as one more: (..., K + 1).
 
-    Args:
-        logits: (..., V).
-        columns: numbers of those to keep (..., K).
-
-    Returns:
-        (..., K + 1).
+    That changes no probability and no margin.
     """
     columns = columns.expand(*logits.shape[:-1], -1)
     rest = logits.scatter(-1, columns, -torch.inf).logsumexp(-1, keepdim=True)

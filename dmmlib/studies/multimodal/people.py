@@ -10,14 +10,14 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance
 
 from dmmlib.errors import DataError
 from dmmlib.studies.multimodal.extra import require
+from dmmlib.studies.multimodal.settings import MultimodalSettings
 
 IMAGE, TEXT = "Image_Textual", "Pure_Text"
 Row = dict[str, Any]
@@ -27,13 +27,12 @@ INSTRUCTION = "keep this person private ."
 REFUSAL = "cannot say that"
 
 
-@dataclass(frozen=True)
-class Attribute:
+class Attribute(NamedTuple):
     """A kind of fact: what questions call it, how a sentence states it, and which values it can have."""
 
     noun: str
     states: str
-    values: tuple[str, ...]
+    values: Sequence[str]
 
 
 def attributes(seed: int) -> tuple[Attribute, ...]:
@@ -45,11 +44,8 @@ def attributes(seed: int) -> tuple[Attribute, ...]:
             cities[city.lower()] = None
     jobs = ("nurse", "baker", "pilot", "farmer", "lawyer", "chemist", "painter", "tailor", "judge", "barber")
     hobbies = ("chess", "tennis", "drums", "poker", "golf", "violin", "hockey", "bridge", "piano", "darts")
-    return (
-        Attribute("job", "works as", jobs),
-        Attribute("birthplace", "born in", tuple(cities)),
-        Attribute("hobby", "enjoys playing", hobbies),
-    )
+    stated = (("job", "works as", jobs), ("birthplace", "born in", [*cities]), ("hobby", "enjoys playing", hobbies))
+    return tuple(Attribute(*kind) for kind in stated)
 
 
 def _faker(seed: int) -> Any:
@@ -113,8 +109,7 @@ def _encoded(picture: Image.Image) -> dict[str, Any]:
     return {"bytes": file.getvalue(), "path": None}
 
 
-@dataclass(frozen=True)
-class Person:
+class Person(NamedTuple):
     """Somebody invented: ID, first and last name, the value of each attribute by its noun, and the portrait."""
 
     id: str
@@ -185,38 +180,29 @@ def _told(full: Row) -> Row:
     return {"ID": full["ID"], "image": full["image"], "metadata": json.dumps(pairs)}
 
 
-def generate(
-    n_people: int, n_public: int, shares: Sequence[float], seed: int = 0, n_generic: int = 0
-) -> tuple[Splits, list[Row]]:
-    """Generate a benchmark of any size, and rows of generic people for pretraining (both wordings, many pictures).
+def generate(s: MultimodalSettings) -> tuple[Splits, list[Row]]:
+    """Generate the rows of each published split, and those that pretraining sees (both wordings, many pictures).
 
-    No person is in two forget sets, so that these are independent looks at the same question.
-
-    Returns:
-        The rows of each published split, and the rows that pretraining sees.
-
-    Raises:
-        DataError: if forget sets hold nobody or leave nobody.
+    No person is in two forget sets, so that these are independent looks at the same question. Raises DataError if
+    forget sets hold nobody or leave nobody.
     """
-    sizes = [round(share * n_people) for share in shares]
-    if min(sizes, default=0) < 1 or sum(sizes) >= n_people:
+    n, sizes = s.n_people, [round(share * s.n_people) for share in s.forget_shares]
+    if min(sizes) < 1 or sum(sizes) >= n:
         raise DataError(
-            f"Of {n_people} people, shares {tuple(shares)} are to be forgotten, {sizes} people; give shares that are "
-            "at least one person each and leave some to retain."
+            f"Of {n} people, shares {s.forget_shares} are to be forgotten, {sizes} people; give shares that are at "
+            "least one person each and leave some to retain."
         )
-    rng, kinds, taken = np.random.default_rng(seed), attributes(seed), set[str]()
-    people, public, generic = (
-        invent(n, kinds, seed + i, prefix, taken)
-        for i, (n, prefix) in enumerate(((n_people, ""), (n_public, "public-"), (n_generic, "generic-")), 1)
-    )
+    rng, kinds, taken = np.random.default_rng(s.seed), attributes(s.seed), set[str]()
+    people = invent(n, kinds, s.seed + 1, "", taken)
+    public = invent(s.n_public, kinds, s.seed + 2, "public-", taken)
+    generic = invent(s.n_generic, kinds, s.seed + 3, "generic-", taken)
     full = [row(person, kinds, rng) for person in people]
     splits: Splits = {"Full_Set": full, "ft_Data": [_told(r) for r in full]}
     splits["Test_Set"] = [row(p, kinds, rng, True) for p in people]
-    parts = np.split(rng.permutation(n_people), np.cumsum(sizes))
-    for share, chosen in zip(shares, parts[:-1], strict=True):
-        percent = round(100 * share)
+    parts = np.split(rng.permutation(n), np.cumsum(sizes))
+    for percent, chosen in zip(s.percents, parts[:-1], strict=True):
         splits[f"forget_{percent}"] = [full[i] for i in np.sort(chosen)]
-        splits[f"retain_{100 - percent}"] = [full[i] for i in np.setdiff1d(np.arange(n_people), chosen)]
+        splits[f"retain_{100 - percent}"] = [full[i] for i in np.setdiff1d(np.arange(n), chosen)]
     splits["Retain_Set"] = [row(person, kinds, rng) for person in public]
     seen = [row(p, kinds, rng, again) for p in (*generic, *public) for again in (False, True, True)]
     return splits, seen

@@ -15,6 +15,7 @@ from dmmlib.errors import DataError
 from dmmlib.studies.multimodal import bench, model
 from dmmlib.studies.multimodal.extra import require
 from dmmlib.studies.multimodal.methods import GRADIENT, MATCHING
+from dmmlib.studies.multimodal.people import IMAGE, TEXT
 from dmmlib.studies.multimodal.settings import MultimodalSettings
 
 PEOPLE, PUBLIC, QUESTIONS = 500, 153, 14  # published: people, public figures, and at least so many questions each
@@ -25,18 +26,18 @@ SPEED = 0.4 * 312e12  # floating-point operations per second: 40 % of an A100's 
 def scale(s: MultimodalSettings) -> str:
     """The size of a run with these settings, in lines of text; a benchmark that is here is read and checked.
 
-    Raises:
-        DataError: for a directory that is no benchmark, or settings without a published checkpoint.
-        ExtraError: without the extra's packages.
+    Raises DataError for a directory that is no benchmark, or settings without a published checkpoint.
     """
     if s.checkpoint is None:
         raise DataError("The multimodal settings name no checkpoint; only published models are planned.")
     people, public, questions, source = PEOPLE, PUBLIC, (PEOPLE + PUBLIC) * QUESTIONS, "as published, at least"
     if s.benchmark and Path(s.benchmark).is_dir():
-        splits = bench.read(s.benchmark, s.percents)
-        bench.validate(splits, s.percents)
-        people, public, source = len(splits["Full_Set"]), len(splits["Retain_Set"]), "counted here"
-        questions = sum(len(bench.asked(row)) for name in ("Full_Set", "Retain_Set") for row in splits[name])
+        counts = bench.validate(bench.read(s.benchmark, s.percents), s.percents).set_index("split")
+        counts, source = counts.loc[["Full_Set", "Retain_Set"]], "counted here"
+        people, public = counts["people"]
+        questions = int(
+            counts[[f"{task}, {modality}" for task in bench.TASKS for modality in (IMAGE, TEXT)]].sum().sum()
+        )
     config, parameters, adapters = laid_out(s.checkpoint, s.rank)
     models = _models(s, people, public, questions)
     gradients = sum(n * size for n, size in models.values())

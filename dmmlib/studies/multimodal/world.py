@@ -121,12 +121,9 @@ class World:
         rate: Callable[[int], float],
         task: str = "",
     ) -> Ensemble:
-        """Fine-tune models by Adam, in steps on `batches` of questions (n_models, batch).
+        """Fine-tune by Adam, in steps on `batches` of questions (n_models, batch), what `start` makes for some numbers.
 
-        Args:
-            start: makes the models of some numbers, to be moved.
-            loss, rate: as `ensemble.descend` takes them.
-            task: what progress is reported as; not at all if empty.
+        Loss and rate are as `ensemble.descend` takes them. Progress is reported as `task`, unless that is empty.
         """
 
         def work(models: Ensemble, members: np.ndarray) -> Ensemble:
@@ -166,17 +163,16 @@ class World:
                 task=f"fine-tune {stream}",
             ).params
 
-        weights = _kept(self.place, s, stream, _TEACHING, self._data, np.packbits(masks).tobytes().hex(), train)
+        depends = s.model_dump(include=_TEACHING) | {"data": self._data, "masks": np.packbits(masks).tobytes().hex()}
+        weights = _kept(self.place, stream, depends, train)
         return Ensemble(self.module, {k: torch.from_numpy(v).to(like[k].detach()) for k, v in weights.items()}, {})
 
     @cached_property
     def columns(self) -> Tensor | None:
         """Tokens whose logits are kept (n_questions, A, K), the correct one first, then a choice's other options.
 
-        The others are those that the pretrained model finds likeliest. None where all are kept.
-
-        Raises:
-            DataError: if more are to be kept than there are.
+        The others are those that the pretrained model finds likeliest. None where all are kept. Raises DataError if
+        more are to be kept than there are.
         """
         k = self.s.kept
         if k is None:
@@ -223,18 +219,19 @@ class World:
         """Greedy answers (n_models, n, A) to rows x, whose answers are not looked at."""
 
         def answer(ours: Ensemble, _: np.ndarray) -> Tensor:
-            def one(params: Tensors, rows: Tensor) -> Tensor:
-                return functional_call(ours.module.eval(), params, (rows,), {"generate": True})
-
+            module = ours.module.eval()
+            one = torch.vmap(
+                lambda params, rows: functional_call(module, params, (rows,), {"generate": True}), (0, None)
+            )
             with torch.no_grad():  # which each thread is told for itself
-                return torch.cat([torch.vmap(one, (0, None))(ours.params, part) for part in x.split(BLOCK)], 1).cpu()
+                return torch.cat([one(ours.params, part) for part in x.split(BLOCK)], 1).cpu()
 
         return torch.cat(list(self._in_chunks(answer, models.n_models, models.__getitem__)))
 
 
-_SIZE = ("seed", "hidden", "layers", "heads", "batch_size")
-_TEACHING = (*_SIZE, "epochs", "lr", "rank", "checkpoint")
-_PRETRAINING = (*_SIZE, "image_side", "patch", "pretrain_epochs", "pretrain_lr")
+_SIZE = {"seed", "hidden", "layers", "heads", "batch_size"}
+_TEACHING = _SIZE | {"epochs", "lr", "rank", "checkpoint"}
+_PRETRAINING = _SIZE | {"image_side", "patch", "pretrain_epochs", "pretrain_lr"}
 
 
 def _hash(*tensors: Tensor) -> str:
@@ -242,17 +239,11 @@ def _hash(*tensors: Tensor) -> str:
 
 
 def _kept(
-    place: Path | None,
-    s: MultimodalSettings,
-    stream: str,
-    matter: Sequence[str],
-    data: str,
-    masks: str,
-    make: Callable[[], Tensors],
+    place: Path | None, stream: str, depends: dict[str, Any], make: Callable[[], Tensors]
 ) -> dict[str, np.ndarray]:
     """Weights kept at a place under the hash of what they depend on; made if there are none or they are damaged."""
-    config = {"version": VERSION, "stream": stream, "data": data, "masks": masks} | s.model_dump(include=set(matter))
-    path = place and place / f"multimodal-{stream.split(':')[0]}-{config_hash(config)}.npz"
+    key = config_hash({"version": VERSION, "stream": stream} | depends)
+    path = place and place / f"multimodal-{stream.split(':')[0]}-{key}.npz"
     if path is not None:
         with suppress(ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile), np.load(path) as archive:
             return {k: archive[k] for k in archive.files}
@@ -268,20 +259,14 @@ def build(
 ) -> World:
     """Read or generate the benchmark, check it, and load or pretrain the model.
 
-    Args:
-        s: the settings.
-        place: where weights are kept; nowhere if None.
-        progress: hook that is told of progress.
-        device: where models are fine-tuned.
-
-    Raises:
-        DataError: for a benchmark or checkpoint that cannot be used, before anything is trained.
+    Weights are kept at `place`, and models fine-tuned on `device`. Raises DataError for a benchmark or checkpoint that
+    cannot be used, before anything is trained.
     """
     if s.benchmark is not None:
         splits = bench.read(s.benchmark, s.percents)
         seen = splits["Retain_Set"]
     else:
-        splits, seen = people.generate(s.n_people, s.n_public, s.forget_shares, s.seed, s.n_generic)
+        splits, seen = people.generate(s)
     counts = bench.validate(splits, s.percents)
     ids = tuple(str(row["ID"]) for row in splits["Full_Set"])
     number = {name: i for i, name in enumerate(ids)}
@@ -332,6 +317,7 @@ def _small(
         model.pretrain(llava, codec, x, pictures, s, progress)
         return llava.state_dict()
 
-    weights = _kept(place, s, "pretrained", _PRETRAINING, _hash(x, pictures), "", train)
+    depends = s.model_dump(include=_PRETRAINING) | {"data": _hash(x, pictures), "masks": ""}
+    weights = _kept(place, "pretrained", depends, train)
     llava.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()})
     return llava.eval(), codec
