@@ -102,7 +102,10 @@ def test_parquet_files_are_read_as_they_were_written(splits, tmp_path):
     loaded = require("datasets").load_dataset("parquet", data_dir=str(tmp_path / "forget_20"), split="train")
     assert loaded.data.table.to_pylist()[1] == splits["forget_20"][1], "datasets reads them as well"
     (tmp_path / "forget_20" / "train-00000-of-00001.parquet").unlink()
-    with pytest.raises(DataError, match=r"lacks the split 'forget_20'.*forget_10"):
+    with pytest.raises(DataError, match="'forget_20', or it is empty"):
+        bench.validate(bench.read(tmp_path, PERCENTS), PERCENTS)
+    (tmp_path / "forget_20").rmdir()
+    with pytest.raises(DataError, match=r"'forget_20' of .* cannot be read"):
         bench.read(tmp_path, PERCENTS)
 
 
@@ -159,7 +162,7 @@ def test_what_cannot_be_is_refused_before_training(tmp_path):
         people.generate(given(forget_shares=(0.01,)))
     with pytest.raises(DataError, match=r"n_tuning=9.*only 7 of 10"):
         world.build(given(n_tuning=9))
-    with pytest.raises(DataError, match=r"no directory.*'Full_Set'"):
+    with pytest.raises(DataError, match=r"'Full_Set' of .*no folder here"):
         bench.read(tmp_path / "none", PERCENTS)
     with pytest.raises(ExtraError, match=r"needs the package.*pip install 'dmmlib\[multimodal\]'"):
         require("no_such_package")

@@ -52,34 +52,21 @@ def read(place: str | Path, percents: Sequence[int]) -> Splits:
 
     Raises DataError for a missing split or an unreadable file, and ExtraError without the extra's packages.
     """
-    one = _from_folder if Path(place).is_dir() else _from_hub
-    return {name: one(str(place), name) for name in names(percents)}
+    return {name: _read(place, name) for name in names(percents)}
 
 
-def _from_folder(place: str, name: str) -> list[Row]:
-    parquet, folder = require("pyarrow.parquet"), Path(place)
-    files = sorted((folder / name).glob("*.parquet"))
-    if not files:
-        there = sorted(p.name for p in folder.iterdir() if p.is_dir())
-        raise DataError(
-            f"{folder} lacks the split {name!r} (a folder of .parquet files; it has {', '.join(there) or 'none'}); "
-            "add it, or ask for other forget sets."
-        )
+def _read(place: str | Path, name: str) -> list[Row]:
+    here = Path(place).is_dir()
+    package = require("pyarrow.parquet" if here else "datasets")
     try:
-        return [row for file in files for row in parquet.read_table(file).to_pylist()]
-    except (OSError, ValueError) as error:
-        raise DataError(f"Split {name!r} of {folder} cannot be read ({error}); restore its files.") from error
-
-
-def _from_hub(place: str, name: str) -> list[Row]:
-    datasets = require("datasets")
-    try:
-        return datasets.load_dataset(place, name, split="train").data.table.to_pylist()
+        if here:
+            return package.read_table(Path(place) / name).to_pylist()
+        return package.load_dataset(str(place), name, split="train").data.table.to_pylist()
     except Exception as error:  # whatever the hub's client raises, the reader needs one line
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"{place!r} is no directory here, and split {name!r} of it cannot be had from the hub ({first}); give a "
-            "directory with a folder of parquet files for each split."
+            f"Split {name!r} of {str(place)!r}{'' if here else ', which is no folder here,'} cannot be read ({first}); "
+            "give a folder with a folder of parquet files for each split, or other forget sets."
         ) from error
 
 

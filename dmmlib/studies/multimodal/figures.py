@@ -20,10 +20,6 @@ from dmmlib.studies.multimodal.world import World
 _PALETTE = sns.color_palette("colorblind", 10)
 _NAMES = {"ga": "GA", "grad_diff": "GradDiff", "kl_min": "KL-min", "npo": "NPO", "all": "mean of the four"}
 _DATA = {"image": ("image + text", _PALETTE[0]), "text": ("text", _PALETTE[1])}
-LABELS = {"retrain": "retrain"} | {
-    f"{m}:{d}": f"{_NAMES[m]}, {name}" for m in GRADIENT for d, (name, _) in _DATA.items()
-}
-COLOURS = {"prompting": _PALETTE[7]} | {f"{m}:{d}": tint for m in GRADIENT for d, (_, tint) in _DATA.items()}
 SET_NAMES = {"forget": "forget", "test": "test (same people)", "retain": "retain", "public": "public figures"}
 MODALITY = {IMAGE: "image + text", TEXT: "text"}
 KINDS = [(task, modality) for task in TASKS for modality in MODALITY]
@@ -32,12 +28,18 @@ OTHERS = [m for m in METHODS if m != "retrain"]
 
 def label(method: str) -> str:
     """How a method is written in figures and tables."""
-    return LABELS.get(method) or plots.label(method)
+    base, _, data = method.partition(":")
+    if data:
+        return f"{_NAMES[base]}, {_DATA[data][0]}"
+    return "retrain" if base == "retrain" else plots.label(base)
 
 
 def colour(method: str) -> tuple[float, float, float]:
     """The colour of a method: gradient methods have that of what they are given."""
-    return COLOURS.get(method) or plots.colour(method)
+    base, _, data = method.partition(":")
+    if data:
+        return _DATA[data][1]
+    return _PALETTE[7] if base == "prompting" else plots.colour(base)
 
 
 def _bars(table: Any) -> np.ndarray:
