@@ -489,9 +489,17 @@ def test_a_person_raises_their_own_answers_most(here, task):
     assert (own.argmax(1) == np.arange(10)).all()
 
 
+def test_klom_is_averaged_over_forget_sets():
+    rows = [("dmm", split, f, v, h) for split in experiments.SETS for f, v, h in (("a", 1.0, 2.0), ("b", 3.0, 5.0))]
+    table = pd.DataFrame(rows, columns=["method", "split", "forget_set", "value", "high"])
+    found = experiments.klom_over_sets(table.assign(statistic="klom_mean", low=0.0, cost=0.2))
+    assert found["split"].tolist() == [*experiments.SETS, "all"]
+    np.testing.assert_allclose(found[["value", "low", "high", "cost"]], [[2.0, 0.5, 3.5, 0.2]] * 5)
+
+
 @pytest.mark.slow
 def test_the_whole_comparison_runs_and_has_every_row(here):
-    found = experiments.run(here)
+    found = experiments.run(replace(here, forget_sets={"20 %": here.forget_sets["20 %"]}))
     assert set(found.klom["method"]) == set(experiments.METHODS)
     klom = experiments.klom_over_sets(found.klom)
     assert len(klom) == len(experiments.METHODS) * 13
