@@ -30,7 +30,7 @@ S = TypeVar("S", bound="Section")
 class Section(BaseModel):
     """Unknown keys are errors, and nothing changes after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataSection(Section):

@@ -34,7 +34,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from dmmlib.attribution.base import Context, Linear, MarginDatamodel, Response, foresee, register, slope
 from dmmlib.attribution.linearised import LAM, RANK, linearised_response

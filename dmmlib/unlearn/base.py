@@ -30,8 +30,9 @@ class Problem:
     """One forget set, to be unlearned from every original.
 
     >>> x, y = torch.randn(12, 4), torch.arange(12) % 2  # ten training points and two others
-    >>> originals = train(lambda: nn.Linear(4, 2), x[:10], y[:10], np.ones((3, 10), bool), [0, 1, 2], Training(epochs=2))
-    >>> problem = Problem(originals, originals.logits(x).numpy(), x, y, 10, np.array([1, 6]), Training(epochs=2))
+    >>> masks, recipe = np.ones((3, 10), bool), Training(epochs=2)
+    >>> originals = train(lambda: nn.Linear(4, 2), x[:10], y[:10], masks, seeds=[0, 1, 2], training=recipe)
+    >>> problem = Problem(originals, originals.logits(x).numpy(), x, y, 10, np.array([1, 6]), recipe)
     >>> get("gd")(problem, epochs=1.0).margins.shape
     (3, 12)
 

@@ -19,7 +19,7 @@ import pandas as pd
 from PIL import Image
 
 from dmmlib.errors import DataError
-from dmmlib.hashing import short
+from dmmlib.files import short
 from dmmlib.studies.multimodal.extra import require
 from dmmlib.studies.multimodal.people import IMAGE, TEXT, Row, Splits
 
