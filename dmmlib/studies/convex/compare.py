@@ -3,73 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
-from dmmlib.studies.convex.iterations import conjugate_gradients, gd, match_probes, matchers, rate, steps_to
-from dmmlib.studies.convex.logistic import Logistic, logistic_effects
-from dmmlib.studies.convex.ridge import Effects, Ridge, effects, leverage, relative_error
+from dmmlib.studies.convex.iterations import conjugate_gradients, descents, match_probes, rate, steps_to
+from dmmlib.studies.convex.logistic import Logistic
+from dmmlib.studies.convex.ridge import Ridge, relative_error
 from dmmlib.studies.convex.stochastic import Moments, match_sgd, sgd_cost
 from dmmlib.studies.convex.synthetic import Synthetic
 
+BOUND = "bound: largest leverage"
 
-@dataclass(frozen=True)
-class GroupErrors:
-    """Relative errors, in the Hessian's norm, of approximate effects for nested forget sets of growing size.
 
-    Attributes:
-        sizes: |F|, (k,).
-        n: training points.
-        errors: name -> (k,).
-        bound: the largest leverage of each set, which first-order influence does not exceed (ridge only).
+def group_errors(problem: Ridge | Logistic, order: np.ndarray, sizes: Sequence[int]) -> pd.DataFrame:
+    """Compare approximate effects of the first |F| points of `order` with the exact ones, for each |F| of `sizes`.
+
+    Returns:
+        Relative errors in the Hessian's norm: a row for each |F|, a column for each approximation and, for ridge
+        regression, `BOUND`, which first-order influence does not exceed.
     """
-
-    sizes: np.ndarray
-    n: int
-    errors: dict[str, np.ndarray]
-    bound: np.ndarray | None = None
-
-
-def group_errors(problem: Ridge | Logistic, order: np.ndarray, sizes: Sequence[int]) -> GroupErrors:
-    """Effects of the first |F| points of `order`, approximate against exact."""
-    names = {"leave_one_out": "sum of leave-one-out", "first_order": "first-order influence"}
-    sets = [order[:k] for k in sizes]
-    if isinstance(problem, Ridge):
-        metric, bound = problem.hessian, np.array([leverage(problem, forget) for forget in sets])
-        found: list[Effects] = [effects(problem, forget) for forget in sets]
-    else:
-        metric, bound = problem.hessian(problem.theta), None
-        found = [logistic_effects(problem, forget) for forget in sets]
-        names["newton"] = "one Newton step on R"
-    errors = {
-        label: np.array([relative_error(getattr(e, name), e.exact, metric) for e in found])
-        for name, label in names.items()
-    }
-    return GroupErrors(np.array(sizes), problem.n, errors, bound)
+    rows = []
+    for forget in (order[:size] for size in sizes):
+        effects = problem.effects(forget)
+        truth = effects.pop("exact")
+        rows.append({name: relative_error(effect, truth, problem.hessian) for name, effect in effects.items()})
+        if isinstance(problem, Ridge):
+            rows[-1][BOUND] = problem.leverage(forget)
+    return pd.DataFrame(rows, index=list(sizes))
 
 
-def costs(case: Synthetic, fraction: float = 0.01) -> dict[str, float]:
-    """Sample gradients until the distance to the oracle's parameters is `fraction` of the first."""
-    descents = [gd(case), *matchers(case), match_probes(case)]
-    stochastic = match_sgd(case)
+def costs(case: Synthetic) -> dict[str, float]:
+    """Sample gradients of each method until the distance to the oracle's parameters is 1 % of the first."""
+    methods = [*(descents(case)[name] for name in ("GD on R", "OM on F", "OM on S")), match_probes(case)]
     return {
-        **{m.name: m.cost * steps_to(m, case, fraction) for m in descents},
-        "Newton (CG)": case.retain.n * (1 + conjugate_gradients(case, fraction)),
-        "SGD on R": sgd_cost(case, fraction),
-        stochastic.name: Moments(stochastic, case).steps_to(fraction),
+        **{method.name: method.cost * steps_to(method, case) for method in methods},
+        "Newton (CG)": case.retain.n * (1 + conjugate_gradients(case)),
+        "SGD on R": sgd_cost(case),
+        "OM on S, SGD": Moments(match_sgd(case), case).steps_to(),
     }
 
 
 def trade_off(case: Synthetic) -> tuple[float, float, float]:
     """F's largest leverage h, the speed-up of matching on S over descent on R, and first-order error.
 
-    The speed-up is the ratio of 1 - rate, over the directions in which something has to be unlearned; the
-    error is in the A_S norm. If all directions count, or if F spans eigen-directions of A_R, h bounds both:
-    A_R >= (1 - h) A_S, so that A_S, and the Hessian of matching below it, gains at most 1 / (1 - h) in the
-    smallest eigenvalue and nothing in the largest; and the error is at most h (see `leverage`).
+    The speed-up is the ratio of 1 - rate, over the directions in which something has to be unlearned; the error is in
+    the A_S norm. If all directions count, or if F spans eigen-directions of A_R, h bounds both: A_R >= (1 - h) A_S, so
+    that A_S, and the Hessian of matching below it, gains at most 1 / (1 - h) in the smallest eigenvalue and nothing in
+    the largest; and the error is at most h (see `ridge`).
     """
-    slow, fast = (1 - rate(method, case.delta) for method in (gd(case), matchers(case)[1]))
-    found = effects(case.problem, case.forget)
-    error = relative_error(found.first_order, found.exact, case.problem.hessian)
-    return leverage(case.problem, case.forget), fast / slow, error
+    methods, found = descents(case), case.problem.effects(case.forget)
+    slow, fast = (1 - rate(methods[name], case.delta) for name in ("GD on R", "OM on S"))
+    error = relative_error(found["first-order influence"], found["exact"], case.problem.hessian)
+    return case.problem.leverage(case.forget), fast / slow, error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
-from typing import Any
+from typing import Any, get_args
 
 import ipywidgets as widgets
 from matplotlib.figure import Figure
@@ -12,28 +12,25 @@ from matplotlib.figure import Figure
 from dmmlib.analysis.plots import png
 from dmmlib.errors import PresetError
 from dmmlib.studies.convex import figures
-from dmmlib.studies.convex.iterations import baselines, match, matchers
-from dmmlib.studies.convex.ridge import effects, leverage
+from dmmlib.studies.convex.iterations import descents, match
 from dmmlib.studies.convex.settings import ConvexSettings
-from dmmlib.studies.convex.synthetic import Span, synthetic
+from dmmlib.studies.convex.synthetic import Span, synthetic_regression
 
 
 def draw(settings: ConvexSettings, condition: float, forget_size: int, relative_step: float, span: Span) -> Figure:
-    """Distance to the oracle against steps for one synthetic problem, in closed form.
+    """Draw the distance to the oracle against steps for one synthetic problem, in closed form.
 
     Raises:
         PresetError: for values that make no problem, or a step beyond 2 / L.
     """
-    case = synthetic(settings.n, settings.dim, condition, forget_size, span=span)
+    case = synthetic_regression(settings.n, settings.dim, condition, forget_size, span=span)
     problem = case.problem
-    first_order = problem.theta + effects(problem, case.forget).first_order
+    first_order = problem.theta + problem.effects(case.forget)["first-order influence"]
     predicted = match("DMM, first order", problem.x, problem.x @ first_order, relative_step)
-    methods = [*baselines(case, relative_step), *matchers(case, relative_step=relative_step), predicted]
     return figures.explored(
         case,
-        methods,
-        20,
-        f"F's largest leverage: {leverage(problem, case.forget):.3g}",
+        [*descents(case, relative_step).values(), predicted],
+        f"F's largest leverage: {problem.leverage(case.forget):.3g}",
         f"n = {settings.n:,}, d = {settings.dim}, condition number {condition:,.0f}, "
         f"|F| = {forget_size} ({span} directions), step {relative_step:g} / L",
     )
@@ -43,30 +40,26 @@ class Explorer(widgets.VBox):
     """Sliders, a line for what is wrong, and a picture. Where no widget can be shown, the picture remains."""
 
     def __init__(self, settings: ConvexSettings) -> None:
-        style = {"style": {"description_width": "9em"}, "layout": {"width": "26em"}}
-        self.controls = {
-            "condition": widgets.FloatLogSlider(
-                value=settings.condition, description="condition number", min=1, max=6, step=0.25, **style
-            ),
-            "forget_size": widgets.IntSlider(
-                value=settings.forget_size, description="|F|", min=1, max=settings.n // 4, **style
-            ),
-            "relative_step": widgets.FloatSlider(
-                value=1.0, description="step, in 1 / L", min=0.1, max=2.1, step=0.1, **style
-            ),
-            "span": widgets.Dropdown(
-                value="weak", description="F spans", options=["weak", "random", "strong"], **style
-            ),
-        }
         self.settings = settings
-        self.message, self.picture = widgets.HTML(), widgets.Image(format="png")
-        for control in self.controls.values():
+        largest = max(settings.forget_size, settings.n // 4)
+        self.controls: dict[str, Any] = {
+            "condition": widgets.FloatLogSlider(settings.condition, min=1, max=6, step=0.25),
+            "forget_size": widgets.IntSlider(settings.forget_size, min=1, max=largest),
+            "relative_step": widgets.FloatSlider(1.0, min=0.1, max=2.1, step=0.1),
+            "span": widgets.Dropdown(value="weak", options=get_args(Span)),
+        }
+        descriptions = ("condition number", "|F|", "step, in 1 / L", "F spans")
+        for control, description in zip(self.controls.values(), descriptions, strict=True):
+            control.description = description
+            control.style, control.layout = {"description_width": "9em"}, {"width": "26em"}
             control.observe(self.redraw, names="value")
+        self.message, self.picture = widgets.HTML(), widgets.Image(format="png")
         self.redraw()
         rows = [widgets.HBox(list(self.controls.values())[i : i + 2]) for i in (0, 2)]
         super().__init__([*rows, self.message, self.picture])
 
     def redraw(self, _: object = None) -> None:
+        """Draw the picture of what the sliders say, or say what is wrong with it."""
         try:
             figure = draw(self.settings, **{name: control.value for name, control in self.controls.items()})
         except PresetError as error:  # the last good picture stays

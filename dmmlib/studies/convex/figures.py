@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import seaborn
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -15,23 +16,16 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from dmmlib.analysis.plots import colour, titled
-from dmmlib.studies.convex.compare import GroupErrors
-from dmmlib.studies.convex.iterations import (
-    Descent,
-    checkpoints,
-    closed_form,
-    conjugate_gradients,
-    distance,
-    gd,
-    iterate,
-    matchers,
-    unreachable,
-)
+from dmmlib.studies.convex import iterations
+from dmmlib.studies.convex.compare import BOUND
+from dmmlib.studies.convex.iterations import Descent, checkpoints, distance
 from dmmlib.studies.convex.logistic import Trace
 from dmmlib.studies.convex.stochastic import Moments, Stochastic, simulate
 from dmmlib.studies.convex.synthetic import Synthetic
 
 _PALETTE = seaborn.color_palette("colorblind")
+_CIVIDIS = colormaps["cividis"]
+_DISTANCE = "distance to the oracle\n(original = 1)"
 STYLE: dict[str, dict[str, Any]] = {  # a family's colour is that of plots.COLOURS; dashes tell its members apart
     "GD on R": {"color": colour("gd")},
     "SGD on R": {"color": colour("gd"), "ls": "--"},
@@ -49,26 +43,27 @@ STYLE: dict[str, dict[str, Any]] = {  # a family's colour is that of plots.COLOU
 }
 
 
-def _panels(
-    rows: int, columns: int, size: tuple[float, float] = (3.6, 2.9), share: bool = True
-) -> tuple[Figure, np.ndarray]:
+def _panels(rows: int, columns: int, width: float = 3.6, height: float = 2.9) -> tuple[Figure, np.ndarray]:
     """A grid of axes; not pyplot's, so that sliders may draw one after another."""
-    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=share, sharey=share)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+
+
+def _finished(
+    figure: Figure, axes: np.ndarray, x: str, y: str, title: str, caption: str, legend: bool = True
+) -> Figure:
+    """Label the outer axes and add a grid, the title, the caption, and the first axis' legend beside the panels."""
     for ax in axes.flat:
         ax.grid(color="0.92")
         ax.set_axisbelow(True)
-    return figure, axes
-
-
-def _finished(figure: Figure, title: str, caption: str, legend: Axes | None = None) -> Figure:
-    """With title, caption, and the legend of one of the axes beside them all."""
-    for ax in figure.axes:
         ax.minorticks_off()  # on logarithmic axes they take most of the time to draw
-    if legend is not None:
-        figure.legend(*legend.get_legend_handles_labels(), loc="outside right center", fontsize=9)
-    titled(figure, title, caption)
-    return figure
+    for ax in axes[-1]:
+        ax.set_xlabel(x)
+    for ax in axes[:, 0]:
+        ax.set_ylabel(ax.get_ylabel() or y)
+    if legend:
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
+    return titled(figure, title, caption)
 
 
 def _step_axis(ax: Axes, steps: np.ndarray) -> None:
@@ -77,180 +72,158 @@ def _step_axis(ax: Axes, steps: np.ndarray) -> None:
     ax.set(xlim=(0, steps[-1]), yscale="log")
 
 
-def group_effects(curves: Mapping[str, GroupErrors], title: str, caption: str) -> Figure:
-    """A panel a problem: error against |F|. What is exact (leave-one-out of one point) is off the axis."""
+def _run_and_theory(ax: Axes, case: Synthetic, method: Descent, steps: np.ndarray, eigen: bool, **look: Any) -> None:
+    """Distance to the oracle, or each eigen-direction's share of it, as run (solid) and predicted (dotted)."""
+    for follow, own in ((iterations.iterate, look), (iterations.closed_form, {"ls": ":", "color": "black", "lw": 0.8})):
+        path = follow(method, case.problem.theta, steps)
+        size = np.abs(path - case.oracle)[:, ::-1, 0] / np.linalg.norm(case.delta)
+        ax.plot(steps, size if eigen else distance(path, case.oracle), **own)
+    _step_axis(ax, steps)
+    ax.set_title(method.name)
+
+
+def _distances(
+    axes: Sequence[Axes], points: Mapping[str, np.ndarray | None], oracle: np.ndarray, traces: Mapping[str, Trace]
+) -> None:
+    """A panel for each kind of distance: of parameters (None), or of predictions at some points."""
+    for ax, (kind, x) in zip(axes, points.items(), strict=True):
+        for name, trace in traces.items():
+            ax.plot(trace.cost, distance(trace.path, oracle, x), label=name, **STYLE[name])
+        ax.set_xscale("log", nonpositive="mask")
+        ax.set(yscale="log", ylim=(1e-4, 30), title=kind)
+
+
+def _points(case: Synthetic) -> dict[str, np.ndarray | None]:
+    return {"parameters": None, "predictions on F": case.x_forget, "predictions on new points": case.x_val}
+
+
+def group_effects(curves: Mapping[str, pd.DataFrame], title: str, caption: str) -> Figure:
+    """A panel for each of `compare.group_errors`; what is exact (leave-one-out of one point) is off the axis."""
     figure, axes = _panels(2, math.ceil(len(curves) / 2))
-    for ax, (name, found) in zip(axes.flat, curves.items(), strict=False):
-        for marker, (label, errors) in zip("osD", found.errors.items(), strict=False):
-            ax.loglog(found.sizes, errors, marker=marker, ms=4, label=label)
-        if found.bound is not None:
-            ax.loglog(found.sizes, found.bound, "--", color="0.4", label="bound: largest leverage")
-        ax.set(ylim=(1e-3, 2), title=f"{name} (n = {found.n:,})")
-    for ax in axes[-1]:
-        ax.set_xlabel("|F|, points forgotten")
-    for ax in axes[:, 0]:
-        ax.set_ylabel("relative error")
+    for ax, (name, errors) in zip(axes.flat, curves.items(), strict=False):
+        for marker, label in zip("osD", errors.columns.drop(BOUND, errors="ignore"), strict=False):
+            ax.loglog(errors[label], marker=marker, ms=4, label=label)
+        if BOUND in errors:
+            ax.loglog(errors[BOUND], "--", color="0.4", label=BOUND)
+        ax.set(ylim=(1e-3, 2), title=name)
     for ax in (axes[0, 0], axes[-1, -1]):
         ax.legend(fontsize=8, loc="lower right")
-    return _finished(figure, title, caption)
+    return _finished(figure, axes, "|F|, points forgotten", "relative error", title, caption, legend=False)
 
 
-def directions(case: Synthetic, methods: Sequence[Descent], log2_steps: int, title: str, caption: str) -> Figure:
-    """A panel a method: |delta| in each eigen-direction of A_R against steps, run and predicted."""
-    figure, axes = _panels(2, math.ceil(len(methods) / 2))
-    norm, colours = LogNorm(case.curvature[-1], case.curvature[0]), colormaps["cividis"]
-    steps = checkpoints(log2_steps, 3)
+def directions(case: Synthetic, methods: Iterable[Descent], log2_steps: int, title: str, caption: str) -> Figure:
+    """A panel for each method: |delta| in each eigen-direction of A_R against steps, run and predicted."""
+    figure, axes = _panels(2, 3)
+    norm = LogNorm(case.curvature[-1], case.curvature[0])
     for ax, method in zip(axes.flat, methods, strict=True):
-        run, theory = (
-            np.abs(follow(method, case.problem.theta, steps) - case.oracle)[:, ::-1, 0] / np.linalg.norm(case.delta)
-            for follow in (iterate, closed_form)
-        )
-        ax.set_prop_cycle(color=colours(norm(case.curvature[::-1])))
-        ax.plot(steps, run, lw=2)
-        ax.plot(steps, theory, ":", color="black", lw=0.8)
-        _step_axis(ax, steps)
-        ax.set(ylim=(1e-6, 30), title=method.name)
-    for ax in axes[-1]:
-        ax.set_xlabel("steps")
-    for ax in axes[:, 0]:
-        ax.set_ylabel(r"$|\delta|$ in a direction")
-    figure.colorbar(ScalarMappable(norm, colours), ax=axes, label="eigenvalue of $A_R$ in the direction", shrink=0.8)
-    return _finished(figure, title, caption)
+        ax.set_prop_cycle(color=_CIVIDIS(norm(case.curvature[::-1])))
+        _run_and_theory(ax, case, method, checkpoints(log2_steps, 3), eigen=True, lw=2)
+        ax.set_ylim(1e-6, 30)
+    figure.colorbar(ScalarMappable(norm, _CIVIDIS), ax=axes, label="eigenvalue of $A_R$ in the direction", shrink=0.8)
+    return _finished(figure, axes, "steps", r"$|\delta|$ in a direction", title, caption, legend=False)
 
 
 def distances(
     cases: Mapping[str, tuple[Synthetic, Sequence[Descent]]], log2_steps: int, title: str, caption: str
 ) -> Figure:
-    """A row a case: distance to the oracle in parameters, predictions on F and on validation points."""
+    """A row for each case: distance to the oracle in parameters, predictions on F and on validation points."""
     figure, axes = _panels(len(cases), 3)
     steps = checkpoints(log2_steps, 3)
     for row, (name, (case, methods)) in zip(axes, cases.items(), strict=True):
-        kinds = {"parameters": None, "predictions on F": case.x_forget, "predictions on new points": case.x_val}
-        for method in methods:
-            path = iterate(method, case.problem.theta, steps)
-            for ax, x in zip(row, kinds.values(), strict=True):
-                curve = distance(path, case.oracle, x)
-                ax.plot(steps[1:] * method.cost, curve[1:], **STYLE[method.name], label=method.name)
-        for ax, kind in zip(row, kinds, strict=True):
+        traces = {m.name: Trace(steps * m.cost, iterations.iterate(m, case.problem.theta, steps)) for m in methods}
+        _distances(row, _points(case), case.oracle, traces)
+        for ax in row:
             ax.axhline(0.01, color="0.6", lw=0.8)
-            ax.set(xscale="log", yscale="log", ylim=(1e-4, 30), title=kind)
-        newton = case.retain.n * (1 + conjugate_gradients(case))
+        newton = case.retain.n * (1 + iterations.conjugate_gradients(case))
         row[0].plot(newton, 0.01, "*", ms=12, color="black", label="Newton (CG), to 1 %")
-        row[0].set_ylabel(f"$\\bf{{{name.replace(' ', '~')}}}$\ndistance to the oracle\n(original = 1)")
-    for ax in axes[-1]:
-        ax.set_xlabel("sample gradients")
-    return _finished(figure, title, caption, legend=axes[0, 0])
+        row[0].set_ylabel(f"$\\bf{{{name.replace(' ', '~')}}}$\n{_DISTANCE}")
+    return _finished(figure, axes, "sample gradients", "", title, caption)
 
 
 def stochastic(
     case: Synthetic, methods: Mapping[str, Stochastic], log2_steps: int, n_chains: int, title: str, caption: str
 ) -> Figure:
     """Root mean square distance of stochastic methods: runs (points), exact expectation (lines)."""
-    figure, axes = _panels(1, 1, size=(7.5, 3.6))
+    figure, axes = _panels(1, 1, 7.5, 3.6)
     ax, steps = axes[0, 0], checkpoints(log2_steps)
     for marker, (name, method) in zip("osD^v", methods.items(), strict=False):
         runs = simulate(method, case.problem.theta[:, 0], steps, n_chains, np.random.default_rng(0))
         measured = np.sqrt(np.mean(np.sum((runs - case.oracle[:, 0]) ** 2, 2), 1))
         tint = STYLE[method.name]["color"]
-        ax.plot(steps[1:], measured[1:] / measured[0], marker, ms=5, color=tint)
+        ax.plot(steps[1:], measured[1:] / measured[0], marker, ms=5, color=tint, label=name)
         ax.plot(steps[1:], Moments(method, case).expected(log2_steps)[1:], color=tint)
-        ax.plot([], [], marker=marker, ms=5, color=tint, label=name)
-    ax.plot([], [], "o", color="0.4", label=f"mean of {n_chains} runs")
-    ax.plot([], [], color="0.4", label="exact expectation")
-    ax.set(xscale="log", yscale="log", ylim=(3e-3, 30), xlabel="sample gradients, one a step")
-    ax.set_ylabel("root mean square distance\nto the oracle (original = 1)")
-    ax.legend(fontsize=9)
-    return _finished(figure, title, caption)
+    ax.plot([], [], color="0.4", label=f"exact expectation (markers: mean of {n_chains} runs)")
+    ax.legend(fontsize=9, loc="lower left")
+    ax.set(xscale="log", yscale="log", ylim=(3e-3, 30))
+    y = "root mean square distance\nto the oracle (original = 1)"
+    return _finished(figure, axes, "sample gradients, one per step", y, title, caption, legend=False)
 
 
 def costs(tables: Mapping[str, Mapping[float, Mapping[str, float]]], title: str, caption: str) -> Figure:
-    """A panel a case: sample gradients to 1 % against the condition number; what never arrives is on top."""
-    figure, axes = _panels(1, len(tables), size=(5.0, 3.9))
-    rows = [row for table in tables.values() for row in table.values()]
-    top = 30 * max(cost for row in rows for cost in row.values() if math.isfinite(cost))
-    for ax, (name, table) in zip(axes[0], tables.items(), strict=True):
-        conditions = np.array(list(table))
-        for marker, method in zip("osD^v<>pX", rows[0], strict=False):
-            values = np.array([row[method] for row in table.values()])
-            arrives = np.isfinite(values)
-            style = {**STYLE[method], "marker": marker, "ms": 5}
-            ax.plot(conditions[arrives], values[arrives], label=method, **style)
-            ax.plot(conditions[~arrives], np.full((~arrives).sum(), top), **{**style, "ls": "", "mfc": "none"})
+    """A panel for each case: sample gradients to 1 % against the condition number; what never arrives is on top."""
+    figure, axes = _panels(1, len(tables), 5.0, 3.9)
+    frames = {name: pd.DataFrame(table).T for name, table in tables.items()}
+    top = 30 * max(frame.to_numpy()[frame < np.inf].max() for frame in frames.values())
+    for ax, (name, frame) in zip(axes[0], frames.items(), strict=True):
+        for marker, (method, cost) in zip("osD^v<>pX", frame.items(), strict=False):
+            style = {**STYLE[str(method)], "marker": marker, "ms": 5}
+            ax.plot(cost[cost < np.inf], label=method, **style)
+            ax.plot(cost[cost == np.inf].clip(upper=top), **{**style, "ls": "", "mfc": "none"})
         ax.axhline(top, color="0.6", lw=0.8, ls=":")
-        ax.text(conditions[0], top * 2.5, "never", fontsize=8, color="0.4")
-        ax.set(xscale="log", yscale="log", xlabel="condition number of $A_R$", ylim=(None, top * 30), title=name)
-    axes[0, 0].set_ylabel("sample gradients to 1 %\nof the first distance")
-    return _finished(figure, title, caption, legend=axes[0, 0])
+        ax.text(min(frame.index), top * 2.5, "never", fontsize=8, color="0.4")
+        ax.set(xscale="log", yscale="log", ylim=(None, top * 30), title=name)
+    y = "sample gradients to 1 %\nof the first distance"
+    return _finished(figure, axes, "condition number of $A_R$", y, title, caption)
 
 
 def tilts(cases: Mapping[float, Synthetic], log2_steps: int, title: str, caption: str) -> Figure:
     """Matching on F, matching on S and descent on R as F's points leave the weak eigen-directions."""
-    figure, axes = _panels(1, 3, size=(3.7, 3.4))
-    steps = checkpoints(log2_steps, 3)
+    figure, axes = _panels(1, 3, 3.7, 3.4)
     for i, (tilt, case) in enumerate(cases.items()):
-        tint, theta = colormaps["cividis"](i / len(cases)), case.problem.theta
-        for ax, method in zip(axes[0], [*matchers(case), gd(case)], strict=True):
-            run, theory = (distance(follow(method, theta, steps), case.oracle) for follow in (iterate, closed_form))
-            ax.plot(steps, run, color=tint, lw=2, label=f"{tilt:g}")
-            ax.plot(steps, theory, ":", color="black", lw=0.8)
-            ax.set_title(method.name)
-        axes[0, 0].axhline(unreachable(case.x_forget, case.delta), color=tint, ls="--", lw=1)
-    for ax in axes[0]:
-        _step_axis(ax, steps)
-        ax.set(ylim=(1e-4, 3), xlabel="steps")
-    axes[0, 0].set_ylabel("distance to the oracle\n(original = 1)")
+        look, methods = {"color": _CIVIDIS(i / len(cases)), "lw": 2, "label": f"{tilt:g}"}, iterations.descents(case)
+        for ax, name in zip(axes[0], ("OM on F", "OM on S", "GD on R"), strict=True):
+            _run_and_theory(ax, case, methods[name], checkpoints(log2_steps, 3), eigen=False, **look)
+            ax.set_ylim(1e-4, 3)
+        short = iterations.unreachable(case.x_forget, case.delta)
+        axes[0, 0].axhline(short, color=look["color"], ls="--", lw=1)
     axes[0, -1].legend(title="tilt of F", fontsize=8, title_fontsize=8, loc="lower left")
-    return _finished(figure, title, caption)
+    return _finished(figure, axes, "steps", _DISTANCE, title, caption, legend=False)
 
 
 def trade_off(points: Mapping[str, Sequence[tuple[float, float, float]]], title: str, caption: str) -> Figure:
-    """Speed-up of matching and error of first-order influence against leverage, with their bounds."""
-    figure, axes = _panels(1, 2, size=(4.8, 3.5), share=False)
-    speed, loss = axes[0]
-    remaining = np.logspace(-5, 0, 200)
+    """Speed-up of matching and error of first-order influence against leverage h, with their bounds."""
+    figure = Figure(figsize=(9.6, 3.5), layout="constrained")
+    axes = figure.subplots(1, 2, squeeze=False)
+    (speed, loss), remaining = axes[0], np.logspace(-5, 0, 200)
     speed.plot(remaining, 1 / remaining, "--", color="0.4", label="bound 1 / (1 - h)")
     loss.plot(remaining, 1 - remaining, "--", color="0.4", label="bound h")
     for tint, marker, (name, rows) in zip(_PALETTE, "os", points.items(), strict=False):
         h, speed_up, error = np.array(rows).T
         speed.plot(1 - h, speed_up, marker, color=tint, label=name)
         loss.plot(1 - h, error, marker, color=tint, label=name)
-    for ax in axes[0]:
-        ax.set(xscale="log", xlabel="1 - h, where h is F's largest leverage")
-        ax.set_xlim(2, remaining[0])  # harder sets to the right
+    speed.set(xscale="log", xlim=(2, 1e-5), yscale="log", ylabel="speed-up of OM on S over GD on R")
+    loss.set(xscale="log", xlim=(2, 1e-5), ylim=(-0.02, 1.25), ylabel="error of first-order influence")
     speed.legend(fontsize=9, loc="upper left")
     loss.legend(fontsize=9, loc="lower right")
-    speed.set(yscale="log", ylabel="speed-up of OM on S over GD on R")
-    loss.set(ylabel="error of first-order influence", ylim=(-0.02, 1.25))
-    return _finished(figure, title, caption)
+    return _finished(figure, axes, "1 - h, where h is F's largest leverage", "", title, caption, legend=False)
 
 
 def logistic(
-    traces: Mapping[str, Trace],
-    truth: np.ndarray,
-    points: Mapping[str, np.ndarray | None],
-    title: str,
-    caption: str,
+    traces: Mapping[str, Trace], oracle: np.ndarray, points: Mapping[str, np.ndarray | None], title: str, caption: str
 ) -> Figure:
-    """A panel a kind of distance to the oracle `truth`: parameters (None), or logits at some points."""
-    figure, axes = _panels(1, len(points), size=(3.8, 3.6))
-    for ax, (kind, x) in zip(axes[0], points.items(), strict=True):
-        for name, trace in traces.items():
-            ax.plot(trace.cost[1:], distance(trace.path, truth, x)[1:], label=name, **STYLE[name])
-        ax.set(xscale="log", yscale="log", ylim=(1e-3, 30), xlabel="sample gradients", title=kind)
-    axes[0, 0].set_ylabel("distance to the oracle\n(original = 1)")
-    return _finished(figure, title, caption, legend=axes[0, 0])
+    """Distance to the oracle against sample gradients: of parameters (None), or of logits at some points."""
+    figure, axes = _panels(1, len(points), 3.8, 3.6)
+    _distances(axes[0], points, oracle, traces)
+    axes[0, 0].set_ylim(1e-3, 30)
+    return _finished(figure, axes, "sample gradients", _DISTANCE, title, caption)
 
 
-def explored(case: Synthetic, methods: Sequence[Descent], log2_steps: int, title: str, caption: str) -> Figure:
+def explored(case: Synthetic, methods: Iterable[Descent], title: str, caption: str) -> Figure:
     """Distance to the oracle against steps, in closed form: parameters, predictions on F and on new points."""
-    figure, axes = _panels(1, 3, size=(3.5, 3.0))
-    steps = checkpoints(log2_steps, 4)
-    kinds = {"parameters": None, "predictions on F": case.x_forget, "predictions on new points": case.x_val}
-    paths = {method.name: closed_form(method, case.problem.theta, steps) for method in methods}
-    for ax, (kind, x) in zip(axes[0], kinds.items(), strict=True):
-        for name, path in paths.items():
-            ax.plot(steps, distance(path, case.oracle, x), label=name, **STYLE[name])
+    figure, axes = _panels(1, 3, 3.5, 3.0)
+    steps, start = checkpoints(20, 4), case.problem.theta
+    traces = {method.name: Trace(steps, iterations.closed_form(method, start, steps)) for method in methods}
+    _distances(axes[0], _points(case), case.oracle, traces)
+    for ax in axes[0]:
         _step_axis(ax, steps)
-        ax.set(ylim=(1e-4, 30), xlabel="steps", title=kind)
-    axes[0, 0].set_ylabel("distance to the oracle\n(original = 1)")
-    return _finished(figure, title, caption, legend=axes[0, 0])
+    return _finished(figure, axes, "steps", _DISTANCE, title, caption)

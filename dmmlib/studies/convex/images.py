@@ -21,7 +21,7 @@ def image_features(data: Dataset, x: np.ndarray, side: int) -> np.ndarray:
     if images.ndim == 4:
         images = adaptive_avg_pool2d(images, side)
     flat = images.flatten(1).double().numpy()
-    return np.concatenate([flat, np.ones((len(flat), 1))], axis=1)
+    return np.column_stack([flat, np.ones(len(flat))])
 
 
 def image_problems(data: Dataset, n: int, side: int, ridge: float) -> tuple[Ridge, Logistic]:
@@ -32,5 +32,5 @@ def image_problems(data: Dataset, n: int, side: int, ridge: float) -> tuple[Ridg
     """
     if not 1 < n <= data.n_train:
         raise DataError(f"{n} images were asked of {data.name!r}, which has {data.n_train}; ask for at most that.")
-    x, y = image_features(data, data.x_train[:n], side), data.y_train[:n]
-    return Ridge(x, np.eye(data.n_classes)[y], ridge), Logistic(x, y, ridge, data.n_classes)
+    x, y = image_features(data, data.x_train[:n], side), np.eye(data.n_classes)[data.y_train[:n]]
+    return Ridge(x, y, ridge), Logistic(x, y, ridge)

@@ -1,4 +1,19 @@
-"""Stochastic iterations on least squares: runs, and their exact mean and second moment."""
+"""Stochastic iterations on least squares: runs, and their exact mean and second moment.
+
+Rows x_i of X are drawn with probability p_i = ||x_i||^2 / ||X||_F^2, one per step, and
+
+    theta <- theta - relax x_i (x_i theta - y_i) / ||x_i||^2.
+
+This is the randomised Kaczmarz method (Strohmer and Vershynin, 2009), i.e. SGD with importance sampling (Needell,
+Srebro and Ward, 2014). With G = X^T X / ||X||_F^2, u_i = x_i / ||x_i|| and residuals e_i = y_i - x_i theta_R, where
+theta_R solves the least-squares problem (so that X^T e = 0), the moments m = E delta and M = E delta delta^T follow
+
+    m <- (I - relax G) m
+    M <- M - relax (G M + M G)
+           + relax^2 sum_i (x_i^T M x_i - 2 e_i x_i^T m + e_i^2) u_i u_i^T / ||X||_F^2,
+
+a linear map of (M, m, 1), whose powers give any number of steps.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +28,7 @@ from dmmlib.studies.convex.synthetic import Synthetic
 
 @dataclass(frozen=True)
 class Stochastic:
-    """SGD on a least-squares problem, one row a step, drawn in proportion to its squared norm:
-
-        theta <- theta - relax x_i (x_i theta - y_i) / ||x_i||^2.
-
-    This is the randomised Kaczmarz method (Strohmer and Vershynin, 2009), i.e. SGD with importance sampling
-    (Needell, Srebro and Ward, 2014).
+    """SGD on a least-squares problem, as in the module's formula.
 
     Attributes:
         x, y: rows (q, d) and targets (q,).
@@ -33,15 +43,6 @@ class Stochastic:
     def __post_init__(self) -> None:
         if not 0 < self.relax <= 1:
             raise PresetError(f"{self.name} was given relax={self.relax}; give a share of the full step in (0, 1].")
-
-    @property
-    def contraction(self) -> float:
-        """Bound on the factor a step of E||delta||^2 for full steps on a consistent problem.
-
-        1 - sigma_min^2 / ||X||_F^2 over X's non-zero singular values (Strohmer and Vershynin, theorem 2).
-        """
-        s = np.linalg.svd(self.x, compute_uv=False) ** 2
-        return float(1 - s[s > 1e-12 * s[0]].min() / s.sum())
 
 
 def sgd(case: Synthetic, relax: float = 1.0) -> Stochastic:
@@ -59,7 +60,7 @@ def match_sgd(case: Synthetic, relax: float = 1.0) -> Stochastic:
 def simulate(
     method: Stochastic, theta: np.ndarray, steps: np.ndarray, n_chains: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Independent runs from theta (d,), kept after each number of steps: (n_steps, n_chains, d)."""
+    """Run independent chains from theta (d,) and keep them after each number of steps: (n_steps, n_chains, d)."""
     norms = np.sum(method.x**2, axis=1)
     units, levels = method.x / np.sqrt(norms)[:, None], method.y / np.sqrt(norms)
     cumulative = np.cumsum(norms / norms.sum())
@@ -76,18 +77,7 @@ def simulate(
 
 
 class Moments:
-    """The exact mean and second moment of delta = theta - theta_R under `Stochastic`, from the original.
-
-    With rows x_i drawn with p_i = ||x_i||^2 / ||X||_F^2, G = X^T X / ||X||_F^2 and residuals
-    e_i = y_i - x_i theta_R, where theta_R solves the least-squares problem (so that X^T e = 0), m = E delta and
-    M = E delta delta^T follow
-
-        m <- (I - relax G) m
-        M <- M - relax (G M + M G)
-               + relax^2 sum_i (x_i^T M x_i - 2 e_i x_i^T m + e_i^2) u_i u_i^T / ||X||_F^2
-
-    (u_i = x_i / ||x_i||): a linear map of (M, m, 1), whose powers give any number of steps.
-    """
+    """The exact mean and second moment of delta = theta - theta_R under `Stochastic`, from the original."""
 
     def __init__(self, method: Stochastic, case: Synthetic) -> None:
         x, relax, delta = method.x, method.relax, case.delta[:, 0]
@@ -96,10 +86,9 @@ class Moments:
         norms = np.sum(x**2, axis=1)
         total = norms.sum()
         e = method.y - (x @ case.oracle)[:, 0]
-        gram = x.T @ x / total
+        gram, identity = x.T @ x / total, np.eye(d)
         outer = (x[:, :, None] * x[:, None]).reshape(-1, dd)
         scaled = outer * (relax**2 / (total * norms))[:, None]
-        identity = np.eye(d)
         step = np.zeros((dd + d + 1, dd + d + 1))
         step[:dd, :dd] = np.eye(dd) - relax * (np.kron(gram, identity) + np.kron(identity, gram)) + scaled.T @ outer
         step[:dd, dd:-1] = -2 * scaled.T @ (e[:, None] * x)
@@ -131,12 +120,12 @@ class Moments:
         stationary = np.linalg.solve(np.eye(dd) - step[:dd, :dd], step[:dd, -1])
         return math.sqrt(max(0.0, self._squared(stationary)))
 
-    def steps_to(self, fraction: float = 0.01, log2_limit: int = 40) -> float:
-        """Steps until sqrt(E||delta||^2) is `fraction` of the first; inf beyond 2 ** log2_limit."""
+    def steps_to(self, fraction: float = 0.01) -> float:
+        """Steps until sqrt(E||delta||^2) is `fraction` of the first; inf beyond 2^45."""
         state, steps = self._start, 0
-        if self._squared(self._after(log2_limit, state)) > fraction**2:
+        if self._squared(self._after(45, state)) > fraction**2:
             return math.inf
-        for k in reversed(range(log2_limit)):
+        for k in reversed(range(45)):
             later = self._after(k, state)
             if self._squared(later) > fraction**2:
                 state, steps = later, steps + 2**k
@@ -146,14 +135,14 @@ class Moments:
 def sgd_cost(case: Synthetic, fraction: float = 0.01) -> float:
     """Sample gradients after which SGD on R is `fraction` from the oracle, in root mean square.
 
-    With a constant step SGD ends at a floor. Its square is proportional to small steps, which gives a first
-    guess; from there the step is halved until the floor is below half of the goal.
+    With a constant step SGD ends at a floor. Its square is proportional to small steps, which gives a first guess;
+    from there the step is halved until the floor is below half of the goal.
     """
     small = 1e-3
     relax = min(1.0, small * (0.6 * fraction / Moments(sgd(case, small), case).floor()) ** 2)
     while relax > 1e-12:
         moments = Moments(sgd(case, relax), case)
         if moments.floor() < fraction / 2:
-            return moments.steps_to(fraction, log2_limit=45)
+            return moments.steps_to(fraction)
         relax /= 2
     return math.inf

@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from dmmlib.errors import PresetError
-from dmmlib.studies.convex.ridge import Ridge, oracle
+from dmmlib.studies.convex.ridge import Ridge
 
-Span = Literal["weak", "strong", "random"]
+Span = Literal["weak", "random", "strong"]
 Spectrum = Literal["geometric", "power"]
-
-
-def eigenvalues(kind: Spectrum, dim: int, condition: float) -> np.ndarray:
-    """Eigenvalues from 1 down to 1 / condition: evenly spaced logarithms, or a power law j^-p.
-
-    Raises:
-        PresetError: for an unknown kind, a condition number below 1, or fewer than two dimensions.
-    """
-    if dim < 2 or not (condition >= 1 and math.isfinite(condition)):
-        raise PresetError(f"dim={dim} and condition={condition}; give dim >= 2 and a condition number >= 1.")
-    if kind == "geometric":
-        return condition ** -(np.arange(dim) / (dim - 1))
-    if kind == "power":
-        return np.arange(1, dim + 1) ** -(math.log(condition) / math.log(dim))
-    raise PresetError(f"Unknown spectrum {kind!r}; use geometric or power.")
 
 
 @dataclass(frozen=True)
@@ -39,7 +24,7 @@ class Synthetic:
         problem: the regression on S.
         forget: indices of F, the last points.
         curvature: eigenvalues of A_R, descending (d,); the eigenvectors are the coordinate axes.
-        x_val: validation points (n_val, d), drawn like R.
+        x_val: validation points (n, d), drawn like R.
     """
 
     problem: Ridge
@@ -54,8 +39,8 @@ class Synthetic:
 
     @cached_property
     def oracle(self) -> np.ndarray:
-        """theta_R (d, 1)."""
-        return oracle(self.problem, self.forget)
+        """theta_R (d, 1), without a pass over R."""
+        return self.problem.theta + self.problem.effects(self.forget)["exact"]
 
     @property
     def delta(self) -> np.ndarray:
@@ -67,7 +52,18 @@ class Synthetic:
         return self.problem.x[self.forget]
 
 
-def synthetic(
+def eigenvalues(kind: Spectrum, dim: int, condition: float) -> np.ndarray:
+    """Eigenvalues from 1 down to 1 / condition: evenly spaced logarithms, or a power law j^-p."""
+    if dim < 2 or not 1 <= condition < math.inf:
+        raise PresetError(f"dim={dim} and condition={condition}; give dim >= 2 and a condition number >= 1.")
+    if kind == "geometric":
+        return condition ** -(np.arange(dim) / (dim - 1))
+    if kind == "power":
+        return np.arange(1, dim + 1) ** -(math.log(condition) / math.log(dim))
+    raise PresetError(f"Unknown spectrum {kind!r}; use geometric or power.")
+
+
+def synthetic_regression(
     n: int,
     dim: int,
     condition: float,
@@ -79,19 +75,19 @@ def synthetic(
     noise: float = 0.5,
     seed: int = 0,
 ) -> Synthetic:
-    """Ridge regression in which A_R has exactly the condition number asked for.
+    """Make a ridge regression in which A_R has exactly the condition number asked for.
 
-    R's rows are orthonormal columns, scaled; the eigenvectors are the axes, which loses nothing because
-    every method here commutes with rotations. `ridge` is a tenth of A_R's smallest eigenvalue. F's points lie
-    in the weakest or strongest eigen-directions (unit norm; a direction for every four points, at most a
-    fifth of all), or are drawn like R's ("random").
+    R's rows are orthonormal columns, scaled; the eigenvectors are the axes, which loses nothing because every method
+    here commutes with rotations. `ridge` is a tenth of A_R's smallest eigenvalue.
 
     Args:
-        tilt: in [0, 1], how much of F's points is replaced by points drawn like R's: they are
-            sqrt(1 - tilt^2) x + tilt x', so that tilt breaks the exact alignment of weak and strong spans.
+        span: where F's points lie: drawn like R's ("random"), or of unit norm in the weakest or strongest
+            eigen-directions (one direction for every four points, at most a fifth of all directions).
+        tilt: in [0, 1], breaks the exact alignment of weak and strong spans: points of F are
+            sqrt(1 - tilt^2) x + tilt x', x aligned and x' drawn like R's.
 
     Raises:
-        PresetError: for sizes, spans or tilts that make no such problem.
+        PresetError: for sizes, spans, spectra or tilts that make no such problem.
     """
     if not 0 < forget_size <= n - dim:
         raise PresetError(
@@ -100,7 +96,7 @@ def synthetic(
         )
     if not 0 <= tilt <= 1:
         raise PresetError(f"tilt={tilt}; give a number from 0 (aligned) to 1 (drawn like the retain set).")
-    if span not in ("weak", "strong", "random"):
+    if span not in get_args(Span):
         raise PresetError(f"Unknown span {span!r}; use weak, strong or random.")
     rng = np.random.default_rng(seed)
     n_retain = n - forget_size
@@ -111,7 +107,7 @@ def synthetic(
     like_retain = rng.normal(size=(n + forget_size, dim)) * scale / math.sqrt(n_retain)
     x_forget, x_val = like_retain[:forget_size], like_retain[forget_size:]
     if span != "random":
-        # at least four points a direction, so that F's own Gram matrix is well conditioned
+        # at least four points for each direction, so that F's own Gram matrix is well conditioned
         k = max(1, min(dim // 5, forget_size // 4))
         axes = np.arange(dim)[-k:] if span == "weak" else np.arange(dim)[:k]
         aligned = np.zeros((forget_size, dim))
@@ -127,4 +123,4 @@ def scaled_forget(case: Synthetic, factor: float) -> Synthetic:
     """The same retain set, with F's features times a factor: it sets the leverage from 0 to 1."""
     x = case.problem.x.copy()
     x[case.forget] *= factor
-    return Synthetic(Ridge(x, case.problem.y, case.problem.ridge), case.forget, case.curvature, case.x_val)
+    return replace(case, problem=replace(case.problem, x=x))
