@@ -159,7 +159,7 @@ def stochastic(
     return _finished(figure, axes, "sample gradients, one per step", y, title, caption, legend=False)
 
 
-def costs(tables: Mapping[str, Mapping[float, Mapping[str, float]]], title: str, caption: str) -> Figure:
+def costs(tables: Mapping[str, dict[float, dict[str, float]]], title: str, caption: str) -> Figure:
     """A panel for each case: sample gradients to 1 % against the condition number; what never arrives is on top."""
     figure, axes = _panels(1, len(tables), 5.0, 3.9)
     frames = {name: pd.DataFrame(table).T for name, table in tables.items()}

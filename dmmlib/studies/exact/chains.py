@@ -22,7 +22,7 @@ The state is all of it: batches, means mu, noisy steps v (before the projection)
 3. *The rest.* Up to the first refusal the iterates stand, so the next step meets the same w_t in both chains;
    after it, draw the rest afresh on S'.
 
-Given a prefix with the law of training on S', each step extends it by the right conditional law whatever
+Given a prefix with the law of training on S', each step extends it by the correct conditional law whatever
 happened before (uniforms of acceptance are independent of all else), so by induction the *whole state* has the
 law of training on S', not only the last iterate; the next request meets a state as good as new, and a stream
 of any length stays exact. Two conditions: the requests must not depend on the chain's randomness (someone who
@@ -36,13 +36,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 from scipy.stats import binom, norm
 
-from dmmlib.errors import DataError, ForgetSetError, PresetError
-from dmmlib.studies.exact.problem import Problem, project
+from dmmlib.ensemble import check_masks
+from dmmlib.errors import ForgetSetError, PresetError
+from dmmlib.studies.exact.problem import LIPSCHITZ, Problem, project
 
 Points = int | Sequence[int] | np.ndarray
 """Points of a request: one, several, or an array (n_runs, k) with each run's own."""
@@ -54,14 +54,14 @@ class SGD:
 
     Attributes:
         n_steps: T.
-        batch_size: m, slots a step.
+        batch_size: m, slots per step.
         lr: step size.
         radius: of the ball that iterates are projected onto.
-        noise: sigma, standard deviation of each coordinate of the noise on the averaged gradient.
-        variant: "noisy", or "subsample" for no noise.
+        noise: sigma, standard deviation of each coordinate of the noise on the averaged gradient; 0 is the subsample
+            variant.
 
     Raises:
-        PresetError: for numbers out of range, noise 0 with "noisy", or noise with "subsample".
+        PresetError: for numbers out of range.
     """
 
     n_steps: int
@@ -69,24 +69,20 @@ class SGD:
     lr: float
     radius: float
     noise: float = 0.0
-    variant: Literal["noisy", "subsample"] = "noisy"
 
     def __post_init__(self) -> None:
         for key in ("n_steps", "batch_size", "lr", "radius"):
-            if not (getattr(self, key) > 0 and np.isfinite(getattr(self, key))):
+            if not 0 < getattr(self, key) < np.inf:
                 raise PresetError(f"SGD has {key}={getattr(self, key)}; give a positive number.")
         for key in ("n_steps", "batch_size"):
             if getattr(self, key) != int(getattr(self, key)):
                 raise PresetError(f"SGD has {key}={getattr(self, key)}; give a whole number.")
-        if self.variant not in ("noisy", "subsample"):
-            raise PresetError(f"Unknown variant {self.variant!r}; use 'noisy' or 'subsample'.")
-        if self.variant == "noisy" and not (self.noise > 0 and np.isfinite(self.noise)):
-            raise PresetError(
-                f"The noisy variant has noise={self.noise}; give a positive standard deviation, or use "
-                "variant='subsample', which needs none."
-            )
-        if self.variant == "subsample" and self.noise != 0:
-            raise PresetError(f"The subsample variant has noise={self.noise}; leave it at 0, or use variant='noisy'.")
+        if not 0 <= self.noise < np.inf:
+            raise PresetError(f"SGD has noise={self.noise}; give a standard deviation, or 0 for no noise.")
+
+    @property
+    def variant(self) -> str:
+        return "noisy" if self.noise else "subsample"
 
     @property
     def work(self) -> int:
@@ -119,11 +115,6 @@ class Chains:
         return len(self.iterates)
 
     @property
-    def final(self) -> np.ndarray:
-        """Last iterates (n_runs, d)."""
-        return self.iterates[:, -1]
-
-    @property
     def average(self) -> np.ndarray:
         """Mean of the iterates w_2 .. w_{T+1} (n_runs, d): the model whose risk SGD theory bounds."""
         return self.iterates[:, 1:].mean(1)
@@ -149,8 +140,6 @@ class Receipt:
     recomputed: np.ndarray
 
 
-# --- couplings of N(old, noise^2) and N(new, noise^2) ---------------------------------------------------
-
 Coupling = Callable[[np.ndarray, np.ndarray, np.ndarray, float, np.random.Generator], tuple[np.ndarray, np.ndarray]]
 """(steps, old means, new means (k, d), noise, generator) -> the new steps (k, d), and which were refused (k,)."""
 
@@ -158,17 +147,12 @@ Coupling = Callable[[np.ndarray, np.ndarray, np.ndarray, float, np.random.Genera
 def reflection(
     step: np.ndarray, old: np.ndarray, new: np.ndarray, noise: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The maximal coupling: keep by the ratio of densities, else reflect about the midpoint of the means."""
+    """The maximal coupling of N(old, noise^2) and N(new, noise^2): see "Steps" above."""
+    if not noise:
+        return new, np.ones(len(step), bool)
     log_ratio = (((step - old) ** 2).sum(1) - ((step - new) ** 2).sum(1)) / (2 * noise**2)
     refused = -rng.standard_exponential(len(step)) > log_ratio
     return np.where(refused[:, None], old + new - step, step), refused
-
-
-def replacement(
-    step: np.ndarray, old: np.ndarray, new: np.ndarray, noise: float, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """The coupling without noise: a changed mean is a new step."""
-    return new, np.ones(len(step), bool)
 
 
 # --- learning, deleting, inserting ---------------------------------------------------------------------
@@ -178,41 +162,32 @@ def learn(problem: Problem, sgd: SGD, runs: int | np.ndarray, rng: np.random.Gen
     """Train independent chains.
 
     Args:
-        problem: the points and the loss.
-        sgd: how to train.
         runs: how many chains, on all points; or who is present in each, bool (n_runs, n).
         rng: of batches and noise.
 
     Raises:
-        DataError: for a run without a point, or a loss that breaks its Lipschitz constant.
+        DataError: for a run without a point, or a shape that does not fit.
     """
-    present = np.ones((runs, problem.n), bool) if isinstance(runs, int) else np.array(runs, bool)
-    if present.ndim != 2 or present.shape[1] != problem.n or not len(present):
-        raise DataError(f"Runs have shape {present.shape}; give at least one row of {problem.n} points.")
-    if not present.any(1).all():
-        raise DataError(f"Run {int((~present.any(1)).argmax())} has no point to train on; give it at least one.")
+    present = np.ones((runs, problem.n), bool) if isinstance(runs, int) else runs.copy()
+    check_masks(present, problem.n)
     n_runs, t, d = len(present), sgd.n_steps, problem.dim
-    chains = Chains(
-        sgd,
-        present,
-        np.zeros((n_runs, t, sgd.batch_size), np.int32),
-        *(np.zeros((n_runs, steps, d)) for steps in (t, t, t + 1)),
-    )
+    batches = np.zeros((n_runs, t, sgd.batch_size), np.int32)
+    chains = Chains(sgd, present, batches, *(np.zeros((n_runs, steps, d)) for steps in (t, t, t + 1)))
     _draw_rest(problem, chains, np.zeros(n_runs, int), rng)
     return chains
 
 
 def delete(
-    problem: Problem, chains: Chains, points: Points, rng: np.random.Generator, coupling: Coupling | None = None
+    problem: Problem, chains: Chains, points: Points, rng: np.random.Generator, coupling: Coupling = reflection
 ) -> tuple[Chains, Receipt]:
-    """The state of training without some points, exactly in law; see the module.
+    """Make the state of training without some points, exactly in law; see the module.
 
     Args:
         problem: what the chains were trained on.
         chains: their state, left as it is.
         points: what to delete, in one walk.
         rng: of replacements, acceptance and what is recomputed.
-        coupling: None takes the right one for the variant; others are there to be caught by a test.
+        coupling: other than the default, they are wrong and there to be caught by a test.
 
     Raises:
         ForgetSetError: for points that are not present, or all that are.
@@ -227,10 +202,8 @@ def delete(
     return _walk(problem, chains, after, changed, _Pools(after.present), rng, coupling)
 
 
-def insert(
-    problem: Problem, chains: Chains, points: Points, rng: np.random.Generator, coupling: Coupling | None = None
-) -> tuple[Chains, Receipt]:
-    """The state of training with some points more, exactly in law; arguments as of `delete`.
+def insert(problem: Problem, chains: Chains, points: Points, rng: np.random.Generator) -> tuple[Chains, Receipt]:
+    """Make the state of training with some points more, exactly in law; arguments as of `delete`.
 
     Raises:
         ForgetSetError: for points that are present already.
@@ -241,7 +214,7 @@ def insert(
     after.present[new] = True
     share = new.sum(1) / after.present.sum(1)
     changed = np.nonzero(rng.random(chains.batches.shape) < share[:, None, None])
-    return _walk(problem, chains, after, changed, _Pools(new), rng, coupling)
+    return _walk(problem, chains, after, changed, _Pools(new), rng, reflection)
 
 
 def _walk(
@@ -251,7 +224,7 @@ def _walk(
     changed: tuple[np.ndarray, ...],
     pools: _Pools,
     rng: np.random.Generator,
-    coupling: Coupling | None,
+    coupling: Coupling,
 ) -> tuple[Chains, Receipt]:
     """Couple the chains to batches whose `changed` slots (runs, steps, slots) are drawn anew from the pools.
 
@@ -269,8 +242,7 @@ def _walk(
     hit = run, time = np.divmod(hits, t_end)
     means = before.means[hit]
     np.add.at(means, which, shift)
-    couple = coupling or (reflection if sgd.variant == "noisy" else replacement)
-    steps, refused = couple(before.steps[hit], before.means[hit], means, sgd.noise, rng)
+    steps, refused = coupling(before.steps[hit], before.means[hit], means, sgd.noise, rng)
 
     since = np.full(before.n_runs, t_end)
     np.minimum.at(since, run[refused], time[refused])
@@ -322,11 +294,9 @@ def _requested(problem: Problem, chains: Chains, points: Points) -> np.ndarray:
     asked = np.broadcast_to(asked, (chains.n_runs, asked.shape[1]))
     if asked.size == 0 or not np.issubdtype(asked.dtype, np.integer):
         raise ForgetSetError(f"The request names {asked.size} points as {asked.dtype}; give integers, at least one.")
-    outside = asked[(asked < 0) | (asked >= problem.n)]
+    outside, n = asked[(asked < 0) | (asked >= problem.n)], problem.n
     if len(outside):
-        raise ForgetSetError(
-            f"Point {outside[0]} was never in the data of {problem.n} points; use 0 to {problem.n - 1}."
-        )
+        raise ForgetSetError(f"Point {outside[0]} was never in the data of {n} points; use 0 to {n - 1}.")
     ordered = np.sort(asked, 1)
     twice = ordered[:, 1:][ordered[:, 1:] == ordered[:, :-1]]
     if len(twice):
@@ -344,36 +314,35 @@ def _check(wrong: np.ndarray, what: str) -> None:
 # --- what it must cost at most -------------------------------------------------------------------------
 
 
-def recomputation_bound(sgd: SGD, n: int, lipschitz: float, size: int = 1) -> float:
-    """A bound on the probability that deleting `size` of n points recomputes anything.
+def recomputation_bound(sgd: SGD, n: int, lipschitz: float = LIPSCHITZ) -> float:
+    """A bound on the probability that deleting one of n points recomputes anything.
 
-    A step has k ~ Bin(m, size/n) slots to replace whatever happened before it, each of which moves the mean by
+    A step has k ~ Bin(m, 1/n) slots to replace whatever happened before it, each of which moves the mean by
     at most 2 L / m, so it is refused with probability at most q = E[2 Phi(L k / (m sigma)) - 1], and the walk
     with at most 1 - (1 - q)^T. Without noise q = P(k > 0), and the bound is attained.
     """
     k = np.arange(sgd.batch_size + 1)
     refusal = 2 * norm.cdf(lipschitz * k / (sgd.batch_size * sgd.noise)) - 1 if sgd.noise else (k > 0).astype(float)
-    q = float(binom.pmf(k, sgd.batch_size, size / n) @ refusal)
+    q = float(binom.pmf(k, sgd.batch_size, 1 / n) @ refusal)
     return float(-np.expm1(sgd.n_steps * np.log1p(-q))) if q < 1 else 1.0
 
 
-def tv_bound(sgd: SGD, n: int, lipschitz: float, size: int = 1) -> float:
-    """rho: a bound on the total variation distance between training on n points and on n - size of them.
+def tv_bound(sgd: SGD, n: int, lipschitz: float = LIPSCHITZ) -> float:
+    """rho: a bound on the total variation distance between training on n points and on n - 1 of them.
 
     No exact unlearning can leave the model as it is with a higher probability than 1 minus that distance. Given
     k <= K slots to replace, a step's law on S is (1 - p) C + p A where C is its law on S', p = P(k > 0 | k <= K)
     and chi^2(A || C) <= E[exp((2 L k / (m sigma))^2) - 1 | 0 < k <= K]; so a step's KL is at most
     log(1 + p^2 chi^2). Sum over steps, Pinsker, add T P(k > K), take the best K. To first order
-    rho = sqrt(2 T) L size / (n sigma), sqrt(T) below the coupling's bound, as in the paper.
+    rho = sqrt(2 T) L / (n sigma), sqrt(T) below the coupling's bound, as in the paper.
     """
-    bound = recomputation_bound(sgd, n, lipschitz, size)
+    bound = recomputation_bound(sgd, n, lipschitz)
     if not sgd.noise:
         return bound
     k = np.arange(sgd.batch_size + 1)
-    weight = binom.pmf(k, sgd.batch_size, size / n)
+    weight = binom.pmf(k, sgd.batch_size, 1 / n)
     growth = np.expm1(np.minimum((2 * lipschitz * k / (sgd.batch_size * sgd.noise)) ** 2, 600.0))
     inside = np.cumsum(weight)
-    p_chi2 = np.cumsum(weight * growth) / inside
-    kl = np.log1p((1 - weight[0] / inside) * p_chi2)
-    tail = binom.sf(k, sgd.batch_size, size / n)
+    kl = np.log1p((1 - weight[0] / inside) * np.cumsum(weight * growth) / inside)
+    tail = binom.sf(k, sgd.batch_size, 1 / n)
     return min(bound, float((sgd.n_steps * tail + np.sqrt(sgd.n_steps * kl / 2))[1:].min()))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import expit
 
 from dmmlib import ensemble, metrics, unlearn
 from dmmlib.datamodels import RidgeDatamodel
@@ -21,6 +22,7 @@ from dmmlib.studies.exact.chains import SGD, delete, learn
 from dmmlib.studies.exact.problem import Problem
 
 CURVATURE_SLOPE = 1 / (6 * np.sqrt(3))  # the logistic loss's largest third derivative
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -56,78 +58,55 @@ class Task:
         """Margins (N, n_train + n_val), training points first."""
         return np.concatenate([self.train.margins(w), self.val.margins(w)], 1)
 
+    def row(
+        self, names: Row, original: np.ndarray, unlearned: np.ndarray, oracle: np.ndarray, floor: np.ndarray
+    ) -> Row:
+        """A row of the table: accuracy, and KLoM's p95 of each split, beside doing nothing and the retrain floor.
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a method's models answer: margins (N, n_train + n_val) of each kind.
+        Args:
+            names: method, setting, guarantee (what is proven), cost of unlearning F, cost of one random point.
+            original, unlearned, oracle, floor: margins (N, n_train + n_val) of models of S, of unlearned ones, and of
+                models retrained without F, twice.
+        """
+        n = self.train.n
 
-    Attributes:
-        method, setting: what it is called.
-        guarantee: what is proven of it.
-        cost: of unlearning F, relative to one training by SGD.
-        cost_one: of unlearning one random point, NaN where it was not asked.
-        original, unlearned, oracle, floor: models of S; unlearned; retrained without F, twice.
-    """
+        def p95(models: np.ndarray, points: np.ndarray) -> float:
+            return float(np.percentile(metrics.klom(models[:, points], oracle[:, points]), 95))
 
-    method: str
-    setting: str
-    guarantee: str
-    cost: float
-    cost_one: float
-    original: np.ndarray
-    unlearned: np.ndarray
-    oracle: np.ndarray
-    floor: np.ndarray
-
-    def row(self, task: Task) -> dict[str, Any]:
-        """A row of the table: cost, accuracy, and KLoM's p95 a split, beside doing nothing and the floor."""
-        n = task.train.n
-        parts = {
-            "forget": task.forget,
-            "retain": np.setdiff1d(np.arange(n), task.forget),
-            "validation": np.arange(n, n + task.val.n),
-        }
-        p95 = {
-            (kind, split): float(np.percentile(metrics.klom(getattr(self, kind)[:, p], self.oracle[:, p]), 95))
-            for kind in ("unlearned", "original", "floor")
-            for split, p in parts.items()
-        }
-        return {
-            "method": self.method,
-            "setting": self.setting,
-            "guarantee": self.guarantee,
-            "cost": self.cost,
-            "cost of one point": self.cost_one,
-            "accuracy": float((self.unlearned[:, n:] > 0).mean()),
-            **{split: p95["unlearned", split] for split in parts},
-            "do nothing": p95["original", "forget"],
-            "floor": p95["floor", "forget"],
+        return names | {
+            "accuracy": float((unlearned[:, n:] > 0).mean()),
+            "forget": p95(unlearned, self.forget),
+            "retain": p95(unlearned, np.setdiff1d(np.arange(n), self.forget)),
+            "validation": p95(unlearned, np.arange(n, n + self.val.n)),
+            "do nothing": p95(original, self.forget),
+            "floor": p95(floor, self.forget),
         }
 
 
-def tv_stable(task: Task, sgd: SGD, rng: np.random.Generator) -> Outcome:
+def named(method: str, setting: str, guarantee: str, cost: float, cost_of_one: float = np.nan) -> Row:
+    """The columns of a row that say what a method is and what it costs."""
+    costs = {"cost": cost, "cost of one point": cost_of_one}
+    return {"method": method, "setting": setting, "guarantee": guarantee} | costs
+
+
+def tv_stable(task: Task, sgd: SGD, rng: np.random.Generator) -> Row:
     """The exact method of `chains`; the model is the averaged iterate."""
     originals = learn(task.train, sgd, task.n_models, rng)
     unlearned, receipt = delete(task.train, originals, task.forget, rng)
     singles = [delete(task.train, originals, rng.integers(0, task.train.n, (task.n_models, 1)), rng) for _ in range(5)]
     oracle, floor = (learn(task.train, sgd, task.retained, rng) for _ in range(2))
-    return Outcome(
-        f"TV-stable, {sgd.variant}",
-        f"noise {sgd.noise:g}" if sgd.noise else "",
-        "exact",
-        float(receipt.cost.mean()) / sgd.work,
-        float(np.mean([one.cost for _, one in singles])) / sgd.work,
-        *(task.margins(chains.average) for chains in (originals, unlearned, oracle, floor)),
-    )
+    costs = float(receipt.cost.mean()) / sgd.work, float(np.mean([one.cost for _, one in singles])) / sgd.work
+    names = named(f"TV-stable, {sgd.variant}", f"noise {sgd.noise:g}" if sgd.noise else "", "exact", *costs)
+    return task.row(names, *(task.margins(chains.average) for chains in (originals, unlearned, oracle, floor)))
 
 
-def sisa(task: Task, sgd: SGD, n_shards: int, rng: np.random.Generator) -> Outcome:
-    """Sharding (Bourtoule et al., "Machine Unlearning", 2021): a model a shard, margins averaged; retrain those hit.
+def sisa(task: Task, sgd: SGD, n_shards: int, rng: np.random.Generator) -> Row:
+    """Sharding (Bourtoule et al., "Machine Unlearning", 2021): one model per shard, averaged; retrain the shards hit.
 
     Each point's shard is drawn on its own, so that leaving points out leaves the others' shards as they were
     and the result is exact; a partition into equal parts would not be. A shard gets 1 / n_shards of the steps.
     """
-    part = SGD(max(1, sgd.n_steps // n_shards), sgd.batch_size, sgd.lr, sgd.radius, variant="subsample")
+    part = SGD(max(1, sgd.n_steps // n_shards), sgd.batch_size, sgd.lr, sgd.radius)
     n_models, n = task.n_models, task.train.n
 
     def shards() -> np.ndarray:
@@ -146,43 +125,41 @@ def sisa(task: Task, sgd: SGD, n_shards: int, rng: np.random.Generator) -> Outco
     original = train(members)
     unlearned = original.copy()
     unlearned[hit] = train((members & retained)[hit])
-    return Outcome(
-        "SISA",
-        f"{n_shards} shards",
-        "exact",
-        float(hit.mean()) * part.n_steps * n_shards / sgd.n_steps,
-        part.n_steps / sgd.n_steps,
-        *map(aggregate, (original, unlearned, train(shards() & retained), train(shards() & retained))),
-    )
+    share = part.n_steps / sgd.n_steps
+    names = named("SISA", f"{n_shards} shards", "exact", float(hit.mean()) * n_shards * share, share)
+    weights = original, unlearned, train(shards() & retained), train(shards() & retained)
+    return task.row(names, *map(aggregate, weights))
 
 
 # --- certified Newton step -----------------------------------------------------------------------------
 
 
+def gradient(problem: Problem, ridge: float, b: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """Gradient (rows, d) of sum of losses + ridge n / 2 ||w||^2 + b . w, for each w and b (rows, d)."""
+    return (-problem.y * expit(-problem.margins(w))) @ problem.x + ridge * problem.n * w + b
+
+
+def newton(problem: Problem, ridge: float, b: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """What a Newton step on the same objective adds to each w (rows, d)."""
+    margins = problem.margins(w)
+    products = (problem.x[:, :, None] * problem.x[:, None, :]).reshape(problem.n, -1)
+    hessian = ((expit(margins) * expit(-margins)) @ products).reshape(-1, problem.dim, problem.dim)
+    hessian += ridge * problem.n * np.eye(problem.dim)
+    return -np.linalg.solve(hessian, gradient(problem, ridge, b, w)[..., None])[..., 0]
+
+
 def fit(problem: Problem, ridge: float, b: np.ndarray, n_steps: int = 30) -> np.ndarray:
-    """Minimise sum of losses + ridge n / 2 ||w||^2 + b . w by Newton's method, for each b (rows, d): (rows, d).
+    """Minimise the same objective by Newton's method, for each b (rows, d): (rows, d).
 
     Raises:
         DataError: if it does not converge.
     """
     w = np.zeros_like(b)
     for _ in range(n_steps):
-        gradient = _gradient(problem, ridge, b, w)
-        if np.abs(gradient).max() < 1e-9 * problem.n:
+        if np.abs(gradient(problem, ridge, b, w)).max() < 1e-9 * problem.n:
             return w
-        w = w - np.linalg.solve(_hessian(problem, ridge, w), gradient[..., None])[..., 0]
+        w = w + newton(problem, ridge, b, w)
     raise DataError(f"Newton's method did not converge in {n_steps} steps with ridge {ridge:g}; raise the ridge.")
-
-
-def _gradient(problem: Problem, ridge: float, b: np.ndarray, w: np.ndarray) -> np.ndarray:
-    return problem.loss.slope(w @ problem.x.T, problem.y) @ problem.x + ridge * problem.n * w + b
-
-
-def _hessian(problem: Problem, ridge: float, w: np.ndarray) -> np.ndarray:
-    curvature = problem.loss.curvature(w @ problem.x.T, problem.y)
-    products = (problem.x[:, :, None] * problem.x[:, None, :]).reshape(problem.n, -1)
-    hessian = (curvature @ products).reshape(-1, problem.dim, problem.dim)
-    return hessian + ridge * problem.n * np.eye(problem.dim)
 
 
 def newton_step(rest: Problem, ridge: float, b: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -193,54 +170,36 @@ def newton_step(rest: Problem, ridge: float, b: np.ndarray, w: np.ndarray) -> tu
         gamma / 2 ||X||_2 ||move||_2 ||X move||_2 with gamma the largest third derivative (Guo et al.,
         "Certified Data Removal", ICML 2020, corollary 2, with the 1/2 that its integral gives).
     """
-    move = -np.linalg.solve(_hessian(rest, ridge, w), _gradient(rest, ridge, b, w)[..., None])[..., 0]
+    move = newton(rest, ridge, b, w)
     spread = np.linalg.norm(rest.x, 2) * np.linalg.norm(move @ rest.x.T, axis=1)
     return w + move, CURVATURE_SLOPE / 2 * spread * np.linalg.norm(move, axis=1)
 
 
-def certified_newton(
-    task: Task, noise: float, ridge: float, delta: float, work: int, rng: np.random.Generator
-) -> Outcome:
+def certified_newton(task: Task, noise: float, ridge: float, delta: float, work: int, rng: np.random.Generator) -> Row:
     """Guo et al., 2020: logistic regression with a random linear term b . w in its objective, then one Newton step.
 
     With b ~ N(0, noise^2 I) and a residual gradient of norm at most beta, the step is (epsilon, delta)-certified
     with epsilon = beta sqrt(2 log(1.5 / delta)) / noise. The Hessian of S is taken as kept from training: F's
     share is subtracted (|F| d / 2 sample gradients), solved with (d^2 / 6), and the bound needs a pass (n / 2).
     """
-    shape = (task.n_models, task.train.dim)
+    d = task.train.dim
     rest = task.train.part(np.flatnonzero(task.retained[0]))
-    b, *others = (noise * rng.standard_normal(shape) for _ in range(3))
+    b, *others = (noise * rng.standard_normal((task.n_models, d)) for _ in range(3))
     original = fit(task.train, ridge, b)
     unlearned, beta = newton_step(rest, ridge, b, original)
     epsilon = float(beta.max()) * np.sqrt(2 * np.log(1.5 / delta)) / noise
-
-    def cost(size: int) -> float:
-        d = task.train.dim
-        return (size * (1 + d / 2) + d**2 / 6 + rest.n / 2) / work
-
-    return Outcome(
-        "certified Newton",
-        f"noise {noise:g}",
-        f"({epsilon:.2g}, {delta:g})",
-        cost(len(task.forget)),
-        cost(1),
-        *map(task.margins, (original, unlearned, *(fit(rest, ridge, other) for other in others))),
-    )
+    costs = ((size * (1 + d / 2) + d**2 / 6 + rest.n / 2) / work for size in (len(task.forget), 1))
+    names = named("certified Newton", f"noise {noise:g}", f"({epsilon:.2g}, {delta:g})", *costs)
+    return task.row(names, *map(task.margins, (original, unlearned, *(fit(rest, ridge, other) for other in others))))
 
 
 # --- datamodel matching --------------------------------------------------------------------------------
 
 
 def dmm(
-    task: Task,
-    training: ensemble.Training,
-    n_subsets: int,
-    lam: float,
-    costs: Sequence[float],
-    lr: float,
-    seed: int,
-) -> list[Outcome]:
-    """The study's own method on the same points: ensemble, ridge datamodel and `unlearn`'s dmm, an outcome a cost."""
+    task: Task, training: ensemble.Training, n_subsets: int, lam: float, costs: Sequence[float], lr: float, seed: int
+) -> list[Row]:
+    """The study's own method on the same points: ensemble, ridge datamodel and `unlearn`'s dmm, a row for each cost."""
     n, n_models = task.train.n, task.n_models
     x = torch.from_numpy(np.concatenate([task.train.x, task.val.x])).float()
     labels = (np.concatenate([task.train.y, task.val.y]) > 0).astype(np.int64)
@@ -256,27 +215,13 @@ def dmm(
         return models, models.logits(x).numpy()
 
     (originals, logits), (_, subsets) = train(np.ones((n_models, n), bool)), train(half)
-    oracle, floor = (metrics.margins(train(task.retained)[1], labels) for _ in range(2))
+    original, oracle, floor = (metrics.margins(z, labels) for z in (logits, *(train(task.retained)[1] for _ in "12")))
     attributor = RidgeDatamodel.fit(half, metrics.margin_gauge(subsets, labels), lam)
     problem = unlearn.Problem(originals, logits, x, y, n, task.forget, training, attributor, seed=seed)
-    outcomes = []
+    rows = []
     for cost in costs:
         done = unlearn.get("dmm")(problem, cost=cost, lr=lr, batch_size=10)
         spent = done.cost * problem.retraining / (training.epochs * n)
-        outcomes.append(
-            Outcome(
-                "DMM",
-                f"{cost:.0%} of retraining",
-                "none",
-                spent,
-                np.nan,
-                metrics.margins(logits, labels),
-                done.margins,
-                oracle,
-                floor,
-            )
-        )
-    return outcomes
-
-
-__all__ = ["Outcome", "Task", "certified_newton", "dmm", "fit", "newton_step", "sisa", "tv_stable"]
+        names = named("DMM", f"{cost:.0%} of retraining", "none", spent)
+        rows.append(task.row(names, original, done.margins, oracle, floor))
+    return rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,14 +10,11 @@ from scipy.stats import binomtest
 
 from dmmlib import ensemble
 from dmmlib.data import Dataset
-from dmmlib.errors import PresetError
 from dmmlib.studies.exact import compare
 from dmmlib.studies.exact.chains import SGD, delete, insert, learn, recomputation_bound, tv_bound
-from dmmlib.studies.exact.evidence import Verdict, keep_refused, never_refuse, redraw_refused, same_law
-from dmmlib.studies.exact.problem import Problem, from_images, optimum
+from dmmlib.studies.exact.evidence import BROKEN, same_law
+from dmmlib.studies.exact.problem import LIPSCHITZ, Problem, from_images, optimum
 from dmmlib.studies.exact.settings import ExactSettings
-
-BROKEN = {"no rejection": never_refuse, "no reflection": keep_refused, "redrawn, not reflected": redraw_refused}
 
 
 @dataclass(frozen=True)
@@ -26,17 +22,13 @@ class Exactness:
     """Chains on few points, where one point matters much, after every way of treating it.
 
     Attributes:
-        problem, sgd, point: what was trained, and the point that was deleted.
         runs: name -> iterates w_2 .. w_{T+1} (n_runs, T, d); "retrained" is what the others must be like.
-        verdicts: name -> the test against "retrained".
+        p_values: of the tests against "retrained" (`evidence.same_law`), a row for each way.
         recomputed: share of runs in which deletion recomputed anything.
     """
 
-    problem: Problem
-    sgd: SGD
-    point: int
     runs: dict[str, np.ndarray]
-    verdicts: dict[str, Verdict]
+    p_values: pd.DataFrame
     recomputed: float
 
 
@@ -50,21 +42,20 @@ def small(data: Dataset, s: ExactSettings) -> tuple[Problem, SGD, int]:
 
 
 def exactness(data: Dataset, s: ExactSettings) -> Exactness:
-    """Delete, insert and stream, right and wrong, `n_runs` times each; retrain as often; compare whole paths."""
+    """Delete, insert and stream, correctly and wrongly, `n_runs` times each; retrain as often; compare whole paths."""
     problem, sgd, point = small(data, s)
     rng = np.random.default_rng([s.seed, 0])
     without = np.ones((s.n_runs, problem.n), bool)
     without[:, point] = False
     other = (point + 1) % problem.n
-    noiseless = replace(sgd, noise=0.0, variant="subsample")
+    noiseless = replace(sgd, noise=0.0)
 
     originals = learn(problem, sgd, s.n_runs, rng)
     unlearned, receipt = delete(problem, originals, point, rng)
-    stream, _ = delete(problem, unlearned, other, rng)
-    stream, _ = insert(problem, stream, point, rng)
-    stream, _ = delete(problem, stream, point, rng)
-    stream, _ = insert(problem, stream, other, rng)
-    runs = {
+    stream = unlearned
+    for change, at in ((delete, other), (insert, point), (delete, point), (insert, other)):
+        stream, _ = change(problem, stream, at, rng)
+    chains = {
         "retrained": learn(problem, sgd, without, rng),
         "retrained again": learn(problem, sgd, without, rng),
         "deleted": unlearned,
@@ -77,13 +68,13 @@ def exactness(data: Dataset, s: ExactSettings) -> Exactness:
         "inserted": learn(problem, sgd, s.n_runs, rng),
         "deleted, subsample": learn(problem, noiseless, without, rng),
     }
-    paths = {name: chains.iterates[:, 1:] for name, chains in runs.items()}
-    verdicts = {
-        name: same_law(path, references.get(name, runs["retrained"]).iterates[:, 1:], rng, s.n_permutations)
-        for name, path in paths.items()
+    runs = {name: state.iterates[:, 1:] for name, state in chains.items()}
+    p_values = {
+        name: same_law(path, references.get(name, chains["retrained"]).iterates[:, 1:], rng, s.n_permutations)
+        for name, path in runs.items()
         if name != "retrained"
     }
-    return Exactness(problem, sgd, point, paths, verdicts, float(receipt.recomputed.mean()))
+    return Exactness(runs, pd.DataFrame(p_values).T, float(receipt.recomputed.mean()))
 
 
 def _recomputed(problem: Problem, sgd: SGD, n_runs: int, rng: np.random.Generator) -> dict[str, float]:
@@ -95,44 +86,37 @@ def _recomputed(problem: Problem, sgd: SGD, n_runs: int, rng: np.random.Generato
         "measured": float(receipt.recomputed.mean()),
         "low": interval.low,
         "high": interval.high,
-        "bound": recomputation_bound(sgd, problem.n, problem.lipschitz),
-        "rho": tv_bound(sgd, problem.n, problem.lipschitz),
+        "bound": recomputation_bound(sgd, problem.n),
+        "rho": tv_bound(sgd, problem.n),
         "cost": float(receipt.cost.mean()) / sgd.work,
         "n_runs": n_runs,
     }
 
 
 def price(data: Dataset, s: ExactSettings) -> pd.DataFrame:
-    """Probability of recomputation while noise, batch size, n or steps vary, one at a time, a row a setting."""
+    """Probability of recomputation while noise, batch size, n or steps vary, one at a time: a row for each setting."""
     train, _ = from_images(data, s.small_side, s.positive)
     sizes = tuple(n for n in s.price_n if n <= train.n) or (train.n,)
     sweeps = {"noise": s.price_noise, "batch": s.price_batch, "n": sizes, "steps": s.price_steps}
     middle = {key: values[len(values) // 2] for key, values in sweeps.items()}
     rng = np.random.default_rng([s.seed, 1])
-
-    def rows() -> Iterator[dict[str, object]]:
-        for key, values in sweeps.items():
-            for value in values:
-                at = middle | {key: value}
-                problem = train.part(np.arange(int(at["n"])))
-                for variant in ("noisy", "subsample") if key != "noise" else ("noisy",):
-                    noise = float(at["noise"]) if variant == "noisy" else 0.0
-                    sgd = SGD(int(at["steps"]), int(at["batch"]), s.lr, s.radius, noise, variant)
-                    yield {"varies": key, "value": value, "variant": variant} | _recomputed(
-                        problem, sgd, s.price_runs, rng
-                    )
-
-    return pd.DataFrame(rows())
+    rows = []
+    for key, value in ((key, value) for key, values in sweeps.items() for value in values):
+        at = middle | {key: value}
+        problem = train.part(np.arange(int(at["n"])))
+        for noise in (at["noise"],) if key == "noise" else (at["noise"], 0.0):
+            sgd = SGD(int(at["steps"]), int(at["batch"]), s.lr, s.radius, noise)
+            names = {"varies": key, "value": value, "variant": sgd.variant}
+            rows.append(names | _recomputed(problem, sgd, s.price_runs, rng))
+    return pd.DataFrame(rows)
 
 
 def risk(data: Dataset, s: ExactSettings) -> pd.DataFrame:
-    """Excess empirical risk of the averaged iterate and the price of a deletion, a row a noise.
+    """Excess empirical risk of the averaged iterate and the price of a deletion: a row for each noise.
 
     Theory: projected SGD from 0 on a loss of smoothness 1/4, with lr < 4 and gradients whose variance is at most
     s^2 = L^2 / m + d sigma^2, has an expected excess risk of at most ||w*||^2 / (2 lr T) + lr s^2 / (2 - lr / 2).
     """
-    if not s.lr < 4:
-        raise PresetError(f"exact.lr={s.lr:g}, but the bound on the risk needs a step below 4; lower it.")
     problem, _ = from_images(data, s.side, s.positive)
     best = optimum(problem, s.radius)
     lowest = float(problem.risk(best)[0])
@@ -141,30 +125,27 @@ def risk(data: Dataset, s: ExactSettings) -> pd.DataFrame:
     for noise in s.price_noise:
         sgd = SGD(s.steps, s.batch, s.lr, s.radius, noise)
         excess = problem.risk(learn(problem, sgd, s.n_models, rng).average) - lowest
-        variance = problem.lipschitz**2 / s.batch + problem.dim * noise**2
+        variance = LIPSCHITZ**2 / s.batch + problem.dim * noise**2
         theory = float((best**2).sum()) / (2 * s.lr * s.steps) + s.lr * variance / (2 - s.lr / 2)
         half = 1.96 * float(excess.std(ddof=1)) / np.sqrt(len(excess))
-        rows.append(
-            {"noise": noise, "excess": float(excess.mean()), "half": half, "theory": theory}
-            | _recomputed(problem, sgd, s.price_runs // 2, rng)
-        )
+        found = {"noise": noise, "excess": float(excess.mean()), "half": half, "theory": theory}
+        rows.append(found | _recomputed(problem, sgd, s.price_runs // 2, rng))
     return pd.DataFrame(rows)
 
 
 def comparison(data: Dataset, s: ExactSettings) -> pd.DataFrame:
-    """Every method on one forget set of images alike; a row a method and setting (`compare.Outcome.row`)."""
+    """Compare every method on one forget set of images alike: a row for each (`compare.Task.row`)."""
     train, val = from_images(data, s.side, s.positive)
     same = np.flatnonzero(train.y == train.y[0])
     alike = same[np.argsort(-train.x[same] @ train.x[0], kind="stable")[: s.forget_size]]
     task = compare.Task(train, val, alike, s.n_models)
     rng = np.random.default_rng([s.seed, 3])
-    quiet = SGD(s.steps, s.batch, s.lr, s.radius, variant="subsample")
+    quiet = SGD(s.steps, s.batch, s.lr, s.radius)
     training = ensemble.Training(s.dmm_epochs, s.dmm_batch, s.dmm_lr, momentum=0.0, weight_decay=0.0)
-    outcomes = [
-        compare.tv_stable(task, quiet, rng),
-        *(compare.tv_stable(task, replace(quiet, noise=v, variant="noisy"), rng) for v in s.noises),
+    rows = [
+        *(compare.tv_stable(task, replace(quiet, noise=noise), rng) for noise in (0.0, *s.noises)),
         *(compare.sisa(task, quiet, k, rng) for k in s.shards),
-        *(compare.certified_newton(task, v, s.ridge, s.delta, quiet.work, rng) for v in s.newton_noises),
+        *(compare.certified_newton(task, noise, s.ridge, s.delta, quiet.work, rng) for noise in s.newton_noises),
         *compare.dmm(task, training, s.n_subsets, s.ridge_datamodel, s.dmm_costs, s.matching_lr, s.seed),
     ]
-    return pd.DataFrame([outcome.row(task) for outcome in outcomes])
+    return pd.DataFrame(rows)

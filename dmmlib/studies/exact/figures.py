@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dmmlib.analysis.plots import titled
-from dmmlib.studies.exact.experiments import BROKEN, Exactness
+from dmmlib.studies.exact.evidence import BROKEN
+from dmmlib.studies.exact.experiments import Exactness
 
 _PALETTE = sns.color_palette("colorblind", 10)
 _LOOKS = {
@@ -27,13 +28,12 @@ _SMALLEST = 1e-12  # p-values below are drawn here
 def exactness(found: Exactness, title: str, caption: str, level: float) -> Figure:
     """Left: each way's distribution function minus retraining's, along one direction; right: p-values."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=(1.1, 1))
-    target = found.runs["retrained"][:, -1]
-    n = len(target)
-    direction = target.mean(0) - found.runs["no rejection"][:, -1].mean(0)
-    reference = np.sort(target @ direction / np.linalg.norm(direction))
-    for name in ("deleted", *BROKEN):
-        values = np.sort(found.runs[name][:, -1] @ direction / np.linalg.norm(direction))
-        grid = np.linspace(reference[0], reference[-1], 400)
+    last = {name: found.runs[name][:, -1] for name in ("retrained", "deleted", *BROKEN)}
+    direction = last["retrained"].mean(0) - last["no rejection"].mean(0)
+    along = {name: np.sort(w @ direction / np.linalg.norm(direction)) for name, w in last.items()}
+    reference = along.pop("retrained")
+    grid, n = np.linspace(reference[0], reference[-1], 400), len(reference)
+    for name, values in along.items():
         gap = (np.searchsorted(values, grid) - np.searchsorted(reference, grid)) / n
         left.plot(grid, gap, color=_WRONG.get(name, _PALETTE[0]), lw=2.4 if name == "deleted" else 1.5, label=name)
     band = 1.358 * np.sqrt(2 / n)  # the 95 % point of Kolmogorov's distribution
@@ -43,9 +43,10 @@ def exactness(found: Exactness, title: str, caption: str, level: float) -> Figur
     left.set(xlabel="last iterate, along one direction", ylabel="distribution function − retraining's")
     left.legend(fontsize=8, loc="upper right")
 
-    names = list(found.verdicts)[::-1]
+    names = found.p_values.index[::-1]
     for row, name in enumerate(names):
-        for p, mark, dy in ((found.verdicts[name].ks_p, "o", 0.13), (found.verdicts[name].energy_p, "D", -0.13)):
+        for test, mark, dy in (("KS, Holm", "o", 0.13), ("energy", "D", -0.13)):
+            p = found.p_values.loc[name, test]
             shown = mark if p > _SMALLEST else "<"
             right.plot(max(p, _SMALLEST), row + dy, shown, color=_WRONG.get(name, _PALETTE[0]), ms=6, clip_on=False)
     right.axvline(level / 2, color="black", lw=1, ls="--")
@@ -75,9 +76,8 @@ def price(table: pd.DataFrame, title: str, caption: str) -> Figure:
         axis.set_xticks(values, [f"{v:g}" for v in values])
         axis.minorticks_off()
     axes[0].set_ylabel("probability of recomputation")
-    handles, labels = axes[-1].get_legend_handles_labels()
-    order = np.argsort(labels)
-    figure.legend([handles[i] for i in order], [labels[i] for i in order], loc="outside right center", fontsize=9)
+    handles = dict(sorted(zip(*axes[-1].get_legend_handles_labels()[::-1], strict=True)))
+    figure.legend(handles.values(), handles, loc="outside right center", fontsize=9)
     return titled(figure, title, caption)
 
 
@@ -90,12 +90,12 @@ def risk(table: pd.DataFrame, title: str, caption: str) -> Figure:
     left.set(xlabel="noise σ", ylabel="excess empirical risk")
     left.legend()
     right.errorbar(table["cost"], table["excess"], table["half"], **look)
-    for _, at in table.iterrows():
-        place = {"xytext": (7, 4), "textcoords": "offset points", "fontsize": 8}
-        right.annotate(f"σ = {at['noise']:g}", (at["cost"], at["excess"]), **place)
+    place = {"xytext": (7, 4), "textcoords": "offset points", "fontsize": 8}
+    for noise, cost, excess in table[["noise", "cost", "excess"]].to_numpy():
+        right.annotate(f"σ = {noise:g}", (cost, excess), **place)
     right.set(xlabel="cost of deleting one random point / retraining", ylabel="excess empirical risk")
     for axis in (left, right):
-        _plain_log(axis, y=True)
+        _plain_log(axis, "x", "y")
     return titled(figure, title, caption)
 
 
@@ -115,11 +115,10 @@ def trade_off(table: pd.DataFrame, title: str, caption: str) -> Figure:
     left.axhspan(table["floor"].min(), table["floor"].max(), color="0.88", zorder=0, label="retrained twice (floor)")
     left.plot([], [], "_", color="0.3", ms=8, label="same models, do nothing")
     left.plot([], [], "o", color="0.3", mfc="white", label="right: one random point")
-    left.set(ylabel="forget KLoM p95, to own retraining", yscale="log", xlim=(0, 1.05), xlabel="cost / retraining")
-    left.set_yticks([0.5, 1, 2, 5, 10], ["0.5", "1", "2", "5", "10"])
-    left.minorticks_off()
+    left.set(ylabel="forget KLoM p95, to own retraining", xlim=(0, 1.05), xlabel="cost / retraining")
     right.set(ylabel="validation accuracy, unlearned", xlabel="cost / retraining")
-    _plain_log(right)
+    _plain_log(left, "y")
+    _plain_log(right, "x")
     for axis in (left, right):
         axis.axvline(1, color="black", lw=0.8, zorder=0, label="retraining")
     handles, labels = left.get_legend_handles_labels()
@@ -127,10 +126,11 @@ def trade_off(table: pd.DataFrame, title: str, caption: str) -> Figure:
     return titled(figure, title, caption)
 
 
-def _plain_log(axis: Axes, y: bool = False) -> None:
-    """Logarithmic axes with plain numbers at 1, 2 and 5."""
-    for one in (axis.xaxis, axis.yaxis) if y else (axis.xaxis,):
-        (axis.set_xscale if one is axis.xaxis else axis.set_yscale)("log")
-        one.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
-        one.set_major_formatter(lambda v, _: f"{v:g}")
-        one.set_minor_locator(plt.NullLocator())
+def _plain_log(axis: Axes, *which: str) -> None:
+    """Logarithmic axes ("x", "y") with plain numbers at 1, 2 and 5."""
+    for one in which:
+        axis.set(**{f"{one}scale": "log"})
+        ticks = getattr(axis, f"{one}axis")
+        ticks.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+        ticks.set_major_formatter(lambda v, _: f"{v:g}")
+        ticks.set_minor_locator(plt.NullLocator())

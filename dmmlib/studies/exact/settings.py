@@ -1,68 +1,67 @@
-"""Sizes of the exact-unlearning study; cheap to import, so that a preset can embed them."""
+"""Settings of the study of exact unlearning, notebook 06."""
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
 from dmmlib.presets import Section, study
+
+Floats = Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
+Ints = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 @study("exact")
 class ExactSettings(Section):
-    """Every number of notebook 06.
+    """Sizes of the tests, the sweeps and the comparison of notebook 06."""
 
-    Attributes:
-        positive: classes labelled +1; the others are -1.
-        n_runs: independent chains of the exactness tests, on each side.
-        n_permutations: of the energy-distance test.
-        small_n, small_side: points and pooled image side of the exactness tests.
-        small_steps, small_batch, small_lr, small_noise: their chain.
-        price_runs: chains a setting when the price is measured.
-        price_noise, price_batch, price_n, price_steps: sweeps; the middle value stays where another varies.
-        side: pooled image side of the comparison.
-        n_models: N, models of each kind in the comparison.
-        forget_size: |F| there, images alike.
-        steps, batch, lr, radius: the SGD of every first-order learner there.
-        noises: of the noisy chains, standard deviation a coordinate of the averaged gradient.
-        shards: of SISA.
-        newton_noises: of the certified Newton step, standard deviation of the objective's linear term.
-        ridge: lambda there, a point.
-        delta: of its (epsilon, delta) certificate.
-        n_subsets, ridge_datamodel: subset models behind DMM's predictions, and their ridge penalty.
-        dmm_epochs, dmm_batch, dmm_lr: SGD of DMM's models; as many sample gradients as the chains' by default.
-        matching_lr, dmm_costs: of DMM's fine-tuning, and the shares of a retraining that it may spend.
-        seed: of everything random.
-    """
+    positive: tuple[NonNegativeInt, ...] = Field((0, 1, 2, 3, 4), min_length=1)  # classes labelled +1, others are -1
 
-    positive: tuple[int, ...] = (0, 1, 2, 3, 4)
-    n_runs: int = 2000
-    n_permutations: int = 499
-    small_n: int = 5
-    small_side: int = 2
-    small_steps: int = 4
-    small_batch: int = 8
-    small_lr: float = 2.0
-    small_noise: float = 0.3
-    price_runs: int = 1000
-    price_noise: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-    price_batch: tuple[int, ...] = (1, 4, 16, 64)
-    price_n: tuple[int, ...] = (125, 250, 500, 1000, 2000)
-    price_steps: tuple[int, ...] = (25, 50, 100, 200, 400)
-    side: int = 5
-    n_models: int = 100
-    forget_size: int = 20
-    steps: int = 100
-    batch: int = 100
-    lr: float = 2.0
-    radius: float = 10.0
-    noises: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.5)
-    shards: tuple[int, ...] = (2, 5, 10, 20)
-    newton_noises: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
-    ridge: float = 1e-2
-    delta: float = 1e-4
-    n_subsets: int = 2000
-    ridge_datamodel: float = 0.05
-    dmm_epochs: int = 5
-    dmm_batch: int = 20
-    dmm_lr: float = 8.0
-    matching_lr: float = 0.03
-    dmm_costs: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.4)
-    seed: int = 0
+    # tests of exactness
+    n_runs: int = Field(2000, ge=10)  # independent chains on each side
+    n_permutations: PositiveInt = 499  # of the energy distance's test
+    small_n: int = Field(5, ge=3)  # points
+    small_side: PositiveInt = 2  # side of an image after average pooling
+    small_steps: PositiveInt = 4  # SGD of these chains
+    small_batch: PositiveInt = 8
+    small_lr: PositiveFloat = 2.0
+    small_noise: PositiveFloat = 0.3
+
+    # sweeps of the price; the middle value stays where another varies
+    price_runs: int = Field(1000, ge=2)  # chains per setting
+    price_noise: Floats = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+    price_batch: Ints = (1, 4, 16, 64)
+    price_n: Ints = (125, 250, 500, 1000, 2000)
+    price_steps: Ints = (25, 50, 100, 200, 400)
+
+    # comparison of methods
+    side: PositiveInt = 5  # side of an image after average pooling
+    n_models: int = Field(100, ge=2)  # N, models of each kind
+    forget_size: PositiveInt = 20  # |F|, images alike
+    steps: PositiveInt = 100  # SGD of every first-order learner
+    batch: PositiveInt = 100
+    lr: float = Field(2.0, gt=0, lt=4)  # the bound on the risk holds below 4
+    radius: PositiveFloat = 10.0
+    noises: Floats = (0.02, 0.05, 0.1, 0.2, 0.5)  # standard deviation of each coordinate of a noisy averaged gradient
+    shards: Ints = (2, 5, 10, 20)  # of SISA
+    newton_noises: Floats = (0.3, 1.0, 3.0, 10.0)  # standard deviation of the linear term of the certified Newton step
+    ridge: PositiveFloat = 1e-2  # lambda there, per point
+    delta: float = Field(1e-4, gt=0, lt=1)  # of its (epsilon, delta) certificate
+    n_subsets: int = Field(2000, ge=10)  # subset models behind DMM's predictions
+    ridge_datamodel: PositiveFloat = 0.05  # ridge penalty of these predictions
+    dmm_epochs: PositiveInt = 5  # SGD of DMM's models; by default as many sample gradients as the chains'
+    dmm_batch: PositiveInt = 20
+    dmm_lr: PositiveFloat = 8.0
+    matching_lr: PositiveFloat = 0.03  # of DMM's fine-tuning
+    dmm_costs: tuple[Share, ...] = Field((0.02, 0.05, 0.1, 0.2, 0.4), min_length=1)  # shares of a retraining it spends
+
+    seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _noises_grow(self) -> ExactSettings:
+        for name in ("price_noise", "noises"):
+            if list(getattr(self, name)) != sorted(set(getattr(self, name))):
+                raise ValueError(f"{name} is {getattr(self, name)}; give noises that grow")
+        return self

@@ -22,8 +22,9 @@ from dmmlib.files import replacing
 from dmmlib.studies.exact.chains import SGD, Chains, Points, Receipt, delete, insert
 from dmmlib.studies.exact.problem import Problem, project
 
-VERSION = 1
+FORMAT = "dmmlib.studies.exact, version 2"
 _DTYPES = {"present": "bool", "batches": "int32", "means": "float64", "steps": "float64", "iterates": "float64"}
+_ACTIONS = {"delete": delete, "insert": insert}
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,7 @@ class Request:
 
 def _header(problem: Problem, present: np.ndarray, sgd: SGD) -> dict[str, Any]:
     """What a state belongs to; points that no run holds any more leave no trace in it."""
-    return {
-        "format": "dmmlib.studies.exact",
-        "version": VERSION,
-        "sgd": asdict(sgd),
-        "training points": problem.fingerprint(np.asarray(present.any(0))),
-    }
+    return {"sgd": asdict(sgd), "training points": problem.fingerprint(np.asarray(present.any(0)))}
 
 
 def _digest(arrays: dict[str, np.ndarray]) -> str:
@@ -58,7 +54,7 @@ def save(path: Path, problem: Problem, chains: Chains) -> None:
         StoreError: if it cannot be written; the old file is then unchanged.
     """
     arrays = {name: np.ascontiguousarray(getattr(chains, name)) for name in _DTYPES}
-    header = _header(problem, chains.present, chains.sgd) | {"digest": _digest(arrays)}
+    header = {"format": FORMAT, "digest": _digest(arrays)} | _header(problem, chains.present, chains.sgd)
     with replacing(path) as temporary:
         save_file(arrays, temporary, {"state": json.dumps(header)})
 
@@ -75,26 +71,16 @@ def load(path: Path, problem: Problem, sgd: SGD) -> Chains:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise StoreError(f"{path} cannot be read as saved chains ({error}); restore a copy, or train again.") from error
-    if (
-        header.get("format") != "dmmlib.studies.exact"
-        or header.get("version") != VERSION
-        or set(arrays) != set(_DTYPES)
-    ):
-        raise StoreError(
-            f"{path} is no state of version {VERSION} (found {header.get('format')!r}, version "
-            f"{header.get('version')!r}); train again."
-        )
+    if header.get("format") != FORMAT or set(arrays) != set(_DTYPES):
+        raise StoreError(f"{path} has the format {header.get('format')!r}, expected {FORMAT!r}; train again.")
     if header["digest"] != _digest(arrays):
         raise StoreError(f"{path} is damaged: its content does not match its checksum; restore a copy, or train again.")
-    fitting = arrays["present"].ndim == 2 and arrays["present"].shape[1] == problem.n
-    expected = _header(problem, arrays["present"], sgd) if fitting else {}
-    for key, value in expected.items():
+    n = arrays["present"].shape[-1]
+    if n != problem.n:
+        raise StoreError(f"{path} is of other data: {n} points, expected {problem.n}; open its own.")
+    for key, value in _header(problem, arrays["present"], sgd).items():
         if header[key] != value:
             raise StoreError(f"{path} is of another model: its {key} is {header[key]}, expected {value}; open its own.")
-    if not fitting:
-        raise StoreError(
-            f"{path} is of other data: {arrays['present'].shape[-1]} points, expected {problem.n}; open its own."
-        )
     chains = Chains(sgd, **arrays)
     _check_consistent(path, problem, chains)
     return chains
@@ -120,22 +106,15 @@ def serve(
     """Answer a stream of requests over the state at `path`; each is on disk before its receipt is given.
 
     A crash leaves the state before a request or the one after it. Asking again is safe: a deletion that was
-    done is refused as one of a point that is not there.
-
-    Args:
-        path: what `save` wrote.
-        problem, sgd: what it belongs to.
-        requests: in the order in which to answer.
-        rng: not one that starts from the seed that made the state.
+    done is refused as one of a point that is not there. `rng` must not start from the seed that made the state.
 
     Raises:
         StoreError, ForgetSetError: as `load`, `delete` and `insert` do; earlier requests stay answered.
     """
-    actions = {"delete": delete, "insert": insert}
     chains = load(path, problem, sgd)
     for request in requests:
-        if request.kind not in actions:
+        if request.kind not in _ACTIONS:
             raise ForgetSetError(f"Unknown request {request.kind!r}; use 'delete' or 'insert'.")
-        chains, receipt = actions[request.kind](problem, chains, request.points, rng)
+        chains, receipt = _ACTIONS[request.kind](problem, chains, request.points, rng)
         save(path, problem, chains)
         yield receipt
