@@ -35,9 +35,12 @@ The *subsample* variant has sigma = 0: a changed batch is always refused, with v
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from numpy.random import Generator
 from scipy.stats import binom, norm
 
 from dmmlib.ensemble import check_masks
@@ -45,38 +48,24 @@ from dmmlib.errors import ForgetSetError, PresetError
 from dmmlib.studies.exact.problem import LIPSCHITZ, Problem, project
 
 Points = int | Sequence[int] | np.ndarray
-"""Points of a request: one, several, or an array (n_runs, k) with each run's own."""
+"""The points of a request: one, several, or each run's own (n_runs, k)."""
 
 
 @dataclass(frozen=True)
 class SGD:
-    """How a chain is trained.
+    """How a chain is trained; raises PresetError for numbers out of range."""
 
-    Attributes:
-        n_steps: T.
-        batch_size: m, slots per step.
-        lr: step size.
-        radius: of the ball that iterates are projected onto.
-        noise: sigma, standard deviation of each coordinate of the noise on the averaged gradient; 0 is the subsample
-            variant.
-
-    Raises:
-        PresetError: for numbers out of range.
-    """
-
-    n_steps: int
-    batch_size: int
+    n_steps: int  # T
+    batch_size: int  # m, slots per step
     lr: float
-    radius: float
-    noise: float = 0.0
+    radius: float  # of the ball around 0 that iterates are projected onto
+    noise: float = 0.0  # sigma, standard deviation of each coordinate of the noise on the averaged gradient
 
     def __post_init__(self) -> None:
         for key in ("n_steps", "batch_size", "lr", "radius"):
-            if not 0 < getattr(self, key) < np.inf:
-                raise PresetError(f"SGD has {key}={getattr(self, key)}; give a positive number.")
-        for key in ("n_steps", "batch_size"):
-            if getattr(self, key) != int(getattr(self, key)):
-                raise PresetError(f"SGD has {key}={getattr(self, key)}; give a whole number.")
+            value, whole = getattr(self, key), key in ("n_steps", "batch_size")
+            if not 0 < value < np.inf or (whole and value != int(value)):
+                raise PresetError(f"SGD has {key}={value}; give a positive {'whole ' * whole}number.")
         if not 0 <= self.noise < np.inf:
             raise PresetError(f"SGD has noise={self.noise}; give a standard deviation, or 0 for no noise.")
 
@@ -92,23 +81,14 @@ class SGD:
 
 @dataclass(frozen=True)
 class Chains:
-    """The state of `n_runs` chains: all that a later request needs.
+    """The state of `n_runs` chains: all that a later request needs."""
 
-    Attributes:
-        sgd: how they were trained.
-        present: S of each run, bool (n_runs, n).
-        batches: points (n_runs, T, m), int32.
-        means: mu, average gradients (n_runs, T, d).
-        steps: v, the noisy gradients that were taken (n_runs, T, d).
-        iterates: w (n_runs, T + 1, d), the first one 0.
-    """
-
-    sgd: SGD
-    present: np.ndarray
-    batches: np.ndarray
-    means: np.ndarray
-    steps: np.ndarray
-    iterates: np.ndarray
+    sgd: SGD  # how they were trained
+    present: np.ndarray  # S of each run, bool (n_runs, n)
+    batches: np.ndarray  # points (n_runs, T, m), int32
+    means: np.ndarray  # mu, average gradients (n_runs, T, d)
+    steps: np.ndarray  # v, the noisy gradients that were taken (n_runs, T, d)
+    iterates: np.ndarray  # w (n_runs, T + 1, d), the first one 0
 
     @property
     def n_runs(self) -> int:
@@ -121,32 +101,23 @@ class Chains:
 
     def copy(self) -> Chains:
         """A state that can be written to."""
-        fields = ("present", "batches", "means", "steps", "iterates")
-        return replace(self, **{k: getattr(self, k).copy() for k in fields})
+        return deepcopy(self)
 
 
-@dataclass(frozen=True)
-class Receipt:
-    """What a request did.
+class Receipt(NamedTuple):
+    """What a request did in each run, arrays (n_runs,)."""
 
-    Attributes:
-        since: step of the first refusal in each run, from 0, or T where every step was kept (n_runs,).
-        cost: sample gradients computed in each run (n_runs,).
-        recomputed: whether anything was drawn again (n_runs,).
-    """
-
-    since: np.ndarray
-    cost: np.ndarray
-    recomputed: np.ndarray
+    since: np.ndarray  # step of the first refusal, from 0, or T where every step was kept
+    cost: np.ndarray  # sample gradients computed
+    recomputed: np.ndarray  # whether anything was drawn again
 
 
-Coupling = Callable[[np.ndarray, np.ndarray, np.ndarray, float, np.random.Generator], tuple[np.ndarray, np.ndarray]]
+Array = np.ndarray
+Coupling = Callable[[Array, Array, Array, float, Generator], tuple[Array, Array]]
 """(steps, old means, new means (k, d), noise, generator) -> the new steps (k, d), and which were refused (k,)."""
 
 
-def reflection(
-    step: np.ndarray, old: np.ndarray, new: np.ndarray, noise: float, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def reflection(step: Array, old: Array, new: Array, noise: float, rng: Generator) -> tuple[Array, Array]:
     """The maximal coupling of N(old, noise^2) and N(new, noise^2): see "Steps" above."""
     if not noise:
         return new, np.ones(len(step), bool)
@@ -158,36 +129,28 @@ def reflection(
 # --- learning, deleting, inserting ---------------------------------------------------------------------
 
 
-def learn(problem: Problem, sgd: SGD, runs: int | np.ndarray, rng: np.random.Generator) -> Chains:
-    """Train independent chains.
-
-    Args:
-        runs: how many chains, on all points; or who is present in each, bool (n_runs, n).
-        rng: of batches and noise.
+def learn(problem: Problem, sgd: SGD, runs: int | np.ndarray, rng: Generator) -> Chains:
+    """Train independent chains: a number of `runs` on all points, or on those present in each, bool (n_runs, n).
 
     Raises:
         DataError: for a run without a point, or a shape that does not fit.
     """
     present = np.ones((runs, problem.n), bool) if isinstance(runs, int) else runs.copy()
     check_masks(present, problem.n)
-    n_runs, t, d = len(present), sgd.n_steps, problem.dim
+    n_runs, t = len(present), sgd.n_steps
     batches = np.zeros((n_runs, t, sgd.batch_size), np.int32)
-    chains = Chains(sgd, present, batches, *(np.zeros((n_runs, steps, d)) for steps in (t, t, t + 1)))
+    chains = Chains(sgd, present, batches, *(np.zeros((n_runs, steps, problem.dim)) for steps in (t, t, t + 1)))
     _draw_rest(problem, chains, np.zeros(n_runs, int), rng)
     return chains
 
 
 def delete(
-    problem: Problem, chains: Chains, points: Points, rng: np.random.Generator, coupling: Coupling = reflection
+    problem: Problem, chains: Chains, points: Points, rng: Generator, coupling: Coupling = reflection
 ) -> tuple[Chains, Receipt]:
-    """Make the state of training without some points, exactly in law; see the module.
+    """Make the state of training without some points, exactly in law, in one walk; see the module.
 
-    Args:
-        problem: what the chains were trained on.
-        chains: their state, left as it is.
-        points: what to delete, in one walk.
-        rng: of replacements, acceptance and what is recomputed.
-        coupling: other than the default, they are wrong and there to be caught by a test.
+    The chains that are given, trained on `problem`, stay as they are. Couplings other than the default are wrong and
+    there to be caught by a test.
 
     Raises:
         ForgetSetError: for points that are not present, or all that are.
@@ -199,11 +162,11 @@ def delete(
     _check(gone & ~after.present.any(1, keepdims=True), "the last one. Leave a point to train on")
     flat = chains.batches.reshape(chains.n_runs, -1)
     changed = np.nonzero(np.take_along_axis(gone, flat, 1).reshape(chains.batches.shape))
-    return _walk(problem, chains, after, changed, _Pools(after.present), rng, coupling)
+    return _walk(problem, chains, after, changed, _Pools(after.present).draw(changed[0], 1, rng)[:, 0], rng, coupling)
 
 
-def insert(problem: Problem, chains: Chains, points: Points, rng: np.random.Generator) -> tuple[Chains, Receipt]:
-    """Make the state of training with some points more, exactly in law; arguments as of `delete`.
+def insert(problem: Problem, chains: Chains, points: Points, rng: Generator) -> tuple[Chains, Receipt]:
+    """Make the state of training with some points more, exactly in law, as `delete` does.
 
     Raises:
         ForgetSetError: for points that are present already.
@@ -214,26 +177,18 @@ def insert(problem: Problem, chains: Chains, points: Points, rng: np.random.Gene
     after.present[new] = True
     share = new.sum(1) / after.present.sum(1)
     changed = np.nonzero(rng.random(chains.batches.shape) < share[:, None, None])
-    return _walk(problem, chains, after, changed, _Pools(new), rng, reflection)
+    return _walk(problem, chains, after, changed, _Pools(new).draw(changed[0], 1, rng)[:, 0], rng, reflection)
 
 
 def _walk(
-    problem: Problem,
-    before: Chains,
-    after: Chains,
-    changed: tuple[np.ndarray, ...],
-    pools: _Pools,
-    rng: np.random.Generator,
+    problem: Problem, before: Chains, after: Chains, changed: tuple[Array, ...], fresh: Array, rng: Generator,
     coupling: Coupling,
-) -> tuple[Chains, Receipt]:
-    """Couple the chains to batches whose `changed` slots (runs, steps, slots) are drawn anew from the pools.
-
-    All changed steps are coupled at once: until the first refusal, which alone counts, each of them meets the
-    stored iterate, whatever the others do.
-    """
+) -> tuple[Chains, Receipt]:  # fmt: skip
+    """Couple the chains to batches whose `changed` slots (runs, steps, slots) hold `fresh` points."""
+    # All changed steps are coupled at once: until the first refusal, which alone counts, each of them meets the stored
+    # iterate, whatever the others do.
     sgd, t_end = before.sgd, before.sgd.n_steps
     runs, times, _ = changed
-    fresh = pools.draw(runs, 1, rng)[:, 0]
     w = before.iterates[runs, times]
     (x_old, s_old), (x_new, s_new) = (problem.slopes(w, p[:, None]) for p in (before.batches[changed], fresh))
     shift = (s_new[..., None] * x_new - s_old[..., None] * x_old)[:, 0] / sgd.batch_size
@@ -260,7 +215,7 @@ def _walk(
     return after, Receipt(since, cost, since < t_end)
 
 
-def _draw_rest(problem: Problem, chains: Chains, since: np.ndarray, rng: np.random.Generator) -> None:
+def _draw_rest(problem: Problem, chains: Chains, since: np.ndarray, rng: Generator) -> None:
     """Draw the steps from `since` (n_runs,) on, in place."""
     sgd, pools = chains.sgd, _Pools(chains.present)
     for t in range(int(since.min()), sgd.n_steps):
@@ -280,7 +235,7 @@ class _Pools:
         self.order = np.argsort(~members, axis=1, kind="stable").astype(np.int32)  # members first
         self.sizes = members.sum(1)
 
-    def draw(self, runs: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
+    def draw(self, runs: np.ndarray, k: int, rng: Generator) -> np.ndarray:
         """k points, with replacement, for each of the runs: (len(runs), k)."""
         places = (rng.random((len(runs), k)) * self.sizes[runs, None]).astype(np.int64)
         return self.order[runs[:, None], places]

@@ -27,22 +27,12 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """One forget set.
+    """One forget set; raises ForgetSetError for indices that are no proper part of the training set."""
 
-    Attributes:
-        train: S.
-        val: V.
-        forget: indices of F in S.
-        n_models: N, models of each kind.
-
-    Raises:
-        ForgetSetError: for indices that are no proper part of the training set.
-    """
-
-    train: Problem
-    val: Problem
-    forget: np.ndarray
-    n_models: int
+    train: Problem  # S
+    val: Problem  # validation points
+    forget: np.ndarray  # indices of F in S
+    n_models: int  # N, models of each kind
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "forget", check_forget_indices(self.forget, self.train.n))
@@ -58,22 +48,26 @@ class Task:
         """Margins (N, n_train + n_val), training points first."""
         return np.concatenate([self.train.margins(w), self.val.margins(w)], 1)
 
-    def row(
-        self, names: Row, original: np.ndarray, unlearned: np.ndarray, oracle: np.ndarray, floor: np.ndarray
-    ) -> Row:
+    def row(self, method: str, setting: str, guarantee: str, costs: tuple[float, float], *margins: np.ndarray) -> Row:
         """A row of the table: accuracy, and KLoM's p95 of each split, beside doing nothing and the retrain floor.
 
         Args:
-            names: method, setting, guarantee (what is proven), cost of unlearning F, cost of one random point.
-            original, unlearned, oracle, floor: margins (N, n_train + n_val) of models of S, of unlearned ones, and of
-                models retrained without F, twice.
+            guarantee: what is proven.
+            costs: of unlearning F, and of one random point (NaN if not asked).
+            margins: (N, n_train + n_val) of models of S, of unlearned ones, and of models retrained without F, twice.
         """
+        original, unlearned, oracle, floor = margins
         n = self.train.n
 
         def p95(models: np.ndarray, points: np.ndarray) -> float:
             return float(np.percentile(metrics.klom(models[:, points], oracle[:, points]), 95))
 
-        return names | {
+        return {
+            "method": method,
+            "setting": setting,
+            "guarantee": guarantee,
+            "cost": costs[0],
+            "cost of one point": costs[1],
             "accuracy": float((unlearned[:, n:] > 0).mean()),
             "forget": p95(unlearned, self.forget),
             "retain": p95(unlearned, np.setdiff1d(np.arange(n), self.forget)),
@@ -83,12 +77,6 @@ class Task:
         }
 
 
-def named(method: str, setting: str, guarantee: str, cost: float, cost_of_one: float = np.nan) -> Row:
-    """The columns of a row that say what a method is and what it costs."""
-    costs = {"cost": cost, "cost of one point": cost_of_one}
-    return {"method": method, "setting": setting, "guarantee": guarantee} | costs
-
-
 def tv_stable(task: Task, sgd: SGD, rng: np.random.Generator) -> Row:
     """The exact method of `chains`; the model is the averaged iterate."""
     originals = learn(task.train, sgd, task.n_models, rng)
@@ -96,8 +84,9 @@ def tv_stable(task: Task, sgd: SGD, rng: np.random.Generator) -> Row:
     singles = [delete(task.train, originals, rng.integers(0, task.train.n, (task.n_models, 1)), rng) for _ in range(5)]
     oracle, floor = (learn(task.train, sgd, task.retained, rng) for _ in range(2))
     costs = float(receipt.cost.mean()) / sgd.work, float(np.mean([one.cost for _, one in singles])) / sgd.work
-    names = named(f"TV-stable, {sgd.variant}", f"noise {sgd.noise:g}" if sgd.noise else "", "exact", *costs)
-    return task.row(names, *(task.margins(chains.average) for chains in (originals, unlearned, oracle, floor)))
+    margins = (task.margins(chains.average) for chains in (originals, unlearned, oracle, floor))
+    setting = f"noise {sgd.noise:g}" if sgd.noise else ""
+    return task.row(f"TV-stable, {sgd.variant}", setting, "exact", costs, *margins)
 
 
 def sisa(task: Task, sgd: SGD, n_shards: int, rng: np.random.Generator) -> Row:
@@ -116,19 +105,17 @@ def sisa(task: Task, sgd: SGD, n_shards: int, rng: np.random.Generator) -> Row:
     def train(members: np.ndarray) -> np.ndarray:
         return learn(task.train, part, members, rng).average
 
-    def aggregate(w: np.ndarray) -> np.ndarray:
-        return task.margins(w.reshape(n_models, n_shards, -1).mean(1))  # scores are linear in w
-
     retained = np.repeat(task.retained, n_shards, 0)
     members = shards()
     hit = members[:, task.forget].any(1)
     original = train(members)
     unlearned = original.copy()
     unlearned[hit] = train((members & retained)[hit])
-    share = part.n_steps / sgd.n_steps
-    names = named("SISA", f"{n_shards} shards", "exact", float(hit.mean()) * n_shards * share, share)
     weights = original, unlearned, train(shards() & retained), train(shards() & retained)
-    return task.row(names, *map(aggregate, weights))
+    margins = (task.margins(w.reshape(n_models, n_shards, -1).mean(1)) for w in weights)  # scores are linear in w
+    share = part.n_steps / sgd.n_steps
+    costs = float(hit.mean()) * n_shards * share, share
+    return task.row("SISA", f"{n_shards} shards", "exact", costs, *margins)
 
 
 # --- certified Newton step -----------------------------------------------------------------------------
@@ -188,9 +175,10 @@ def certified_newton(task: Task, noise: float, ridge: float, delta: float, work:
     original = fit(task.train, ridge, b)
     unlearned, beta = newton_step(rest, ridge, b, original)
     epsilon = float(beta.max()) * np.sqrt(2 * np.log(1.5 / delta)) / noise
-    costs = ((size * (1 + d / 2) + d**2 / 6 + rest.n / 2) / work for size in (len(task.forget), 1))
-    names = named("certified Newton", f"noise {noise:g}", f"({epsilon:.2g}, {delta:g})", *costs)
-    return task.row(names, *map(task.margins, (original, unlearned, *(fit(rest, ridge, other) for other in others))))
+    group, one = ((size * (1 + d / 2) + d**2 / 6 + rest.n / 2) / work for size in (len(task.forget), 1))
+    margins = map(task.margins, (original, unlearned, *(fit(rest, ridge, other) for other in others)))
+    guarantee = f"({epsilon:.2g}, {delta:g})"
+    return task.row("certified Newton", f"noise {noise:g}", guarantee, (group, one), *margins)
 
 
 # --- datamodel matching --------------------------------------------------------------------------------
@@ -221,7 +209,7 @@ def dmm(
     rows = []
     for cost in costs:
         done = unlearn.get("dmm")(problem, cost=cost, lr=lr, batch_size=10)
-        spent = done.cost * problem.retraining / (training.epochs * n)
-        names = named("DMM", f"{cost:.0%} of retraining", "none", spent)
-        rows.append(task.row(names, original, done.margins, oracle, floor))
+        costs_here = done.cost * problem.retraining / (training.epochs * n), np.nan
+        margins = original, done.margins, oracle, floor
+        rows.append(task.row("DMM", f"{cost:.0%} of retraining", "none", costs_here, *margins))
     return rows

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.random import Generator
 from scipy.spatial.distance import cdist
 from scipy.stats import ks_2samp
 
 from dmmlib.errors import DataError
-from dmmlib.studies.exact.chains import reflection
+from dmmlib.studies.exact.chains import Array, reflection
 
 
-def same_law(a: np.ndarray, b: np.ndarray, rng: np.random.Generator, n_permutations: int = 199) -> dict[str, float]:
+def same_law(a: np.ndarray, b: np.ndarray, rng: Generator, n_permutations: int = 199) -> dict[str, float]:
     """Test that runs a and b, (n_a, ...) and (n_b, ...), have the same distribution.
 
     Coordinates that are constant in both are left out; the others are brought to one scale.
@@ -32,7 +33,7 @@ def same_law(a: np.ndarray, b: np.ndarray, rng: np.random.Generator, n_permutati
     return p | {"both": min(1.0, 2 * min(p.values()))}
 
 
-def energy_test(a: np.ndarray, b: np.ndarray, rng: np.random.Generator, n_permutations: int) -> float:
+def energy_test(a: np.ndarray, b: np.ndarray, rng: Generator, n_permutations: int) -> float:
     """p-value of the energy distance 2 E|a - b| - E|a - a'| - E|b - b'| under permutations of the labels.
 
     The statistic is -z^T D z with D the distances between all runs and z = 1/n_a or -1/n_b, so all permutations
@@ -49,23 +50,17 @@ def energy_test(a: np.ndarray, b: np.ndarray, rng: np.random.Generator, n_permut
 # --- couplings that are wrong, for the tests to catch --------------------------------------------------
 
 
-def never_refuse(
-    step: np.ndarray, old: np.ndarray, new: np.ndarray, noise: float, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def never_refuse(step: Array, old: Array, new: Array, noise: float, rng: Generator) -> tuple[Array, Array]:
     """No rejection: every stored step is kept."""
     return step, np.zeros(len(step), bool)
 
 
-def keep_refused(
-    step: np.ndarray, old: np.ndarray, new: np.ndarray, noise: float, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def keep_refused(step: Array, old: Array, new: Array, noise: float, rng: Generator) -> tuple[Array, Array]:
     """No reflection: a refused step stays, and only what comes after it is drawn again."""
     return step, reflection(step, old, new, noise, rng)[1]
 
 
-def redraw_refused(
-    step: np.ndarray, old: np.ndarray, new: np.ndarray, noise: float, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def redraw_refused(step: Array, old: Array, new: Array, noise: float, rng: Generator) -> tuple[Array, Array]:
     """A fresh step in place of the reflection: plausible, and wrong, as it adds N(new) to what was kept."""
     refused = reflection(step, old, new, noise, rng)[1]
     return np.where(refused[:, None], new + noise * rng.standard_normal(step.shape), step), refused

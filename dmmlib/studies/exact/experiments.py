@@ -19,17 +19,11 @@ from dmmlib.studies.exact.settings import ExactSettings
 
 @dataclass(frozen=True)
 class Exactness:
-    """Chains on few points, where one point matters much, after every way of treating it.
+    """Chains on few points, where one point matters much, after every way of treating it."""
 
-    Attributes:
-        runs: name -> iterates w_2 .. w_{T+1} (n_runs, T, d); "retrained" is what the others must be like.
-        p_values: of the tests against "retrained" (`evidence.same_law`), a row for each way.
-        recomputed: share of runs in which deletion recomputed anything.
-    """
-
-    runs: dict[str, np.ndarray]
-    p_values: pd.DataFrame
-    recomputed: float
+    runs: dict[str, np.ndarray]  # iterates w_2 .. w_{T+1} (n_runs, T, d); "retrained" is what others must be like
+    p_values: pd.DataFrame  # of the tests against "retrained" (`evidence.same_law`), a row for each way
+    recomputed: float  # share of runs in which deletion recomputed anything
 
 
 def small(data: Dataset, s: ExactSettings) -> tuple[Problem, SGD, int]:

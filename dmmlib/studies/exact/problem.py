@@ -18,18 +18,10 @@ LIPSCHITZ = 1.0  # L, which no point's gradient exceeds
 
 @dataclass(frozen=True)
 class Problem:
-    """Points that may be trained on.
+    """Points that may be trained on; raises DataError for those that are no such points."""
 
-    Attributes:
-        x: features (n, d), float64, each of norm at most 1.
-        y: labels (n,), -1 or 1.
-
-    Raises:
-        DataError: for shapes that differ, features outside the unit ball, or other labels.
-    """
-
-    x: np.ndarray
-    y: np.ndarray
+    x: np.ndarray  # features (n, d), float64, each of norm at most 1
+    y: np.ndarray  # labels (n,), -1 or 1
 
     def __post_init__(self) -> None:
         x, y = np.asarray(self.x, np.float64), np.asarray(self.y, np.float64)
