@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def test_reflection_is_the_maximal_coupling(shift: float, noise: float, seed: in
 def test_a_state_after_requests_is_one_of_training(few: Problem) -> None:
     rng = np.random.default_rng(0)
     state = learn(few, sgd(), 50, rng)
-    kept = state.copy()
+    kept = deepcopy(state)
     first = state
     for change, points in ((delete, [3, 4]), (insert, 4), (delete, rng.integers(10, 30, (50, 1)))):
         state, receipt = change(few, state, points, rng)
@@ -256,7 +257,7 @@ def test_damaged_foreign_and_missing_states_are_refused(few: Problem, saved: Pat
 
 
 def test_state_that_contradicts_itself_is_refused(few: Problem, saved: Path) -> None:
-    state = load(saved, few, sgd()).copy()
+    state = deepcopy(load(saved, few, sgd()))
     state.steps[0, 3] += 0.1
     save(saved, few, state)
     with pytest.raises(StoreError, match="contradicts itself"):

@@ -27,29 +27,21 @@ from dmmlib.studies.convex.synthetic import Synthetic
 class Descent:
     """The iteration theta <- theta - step (hessian theta - pull), with step = relative_step / L.
 
-    Attributes:
-        hessian, pull: (d, d) and (d, c). Gradient ascent has a negative hessian.
-        cost: sample gradients per step.
-        relative_step: in (0, 2]; beyond, descent diverges.
-        smoothness: L; the hessian's largest eigenvalue if None.
-
     Raises:
         PresetError: for a relative step out of range.
     """
 
     name: str
-    hessian: np.ndarray
-    pull: np.ndarray
-    cost: int
-    relative_step: float = 1.0
-    smoothness: float | None = None
+    hessian: np.ndarray  # (d, d); that of gradient ascent is negative
+    pull: np.ndarray  # (d, c)
+    cost: int  # sample gradients per step
+    relative_step: float = 1.0  # in (0, 2]; beyond, descent diverges
+    smoothness: float | None = None  # L; the hessian's largest eigenvalue if None
 
     def __post_init__(self) -> None:
         if not 0 < self.relative_step <= 2:
-            raise PresetError(
-                f"{self.name} was given the step {self.relative_step:g} / L, but descent diverges beyond 2 / L; give "
-                "a number above 0 and at most 2 (1 is the default)."
-            )
+            given = f"{self.name} was given the step {self.relative_step:g} / L"
+            raise PresetError(f"{given}, but descent diverges beyond 2 / L; give a number above 0 and at most 2.")
 
     @cached_property
     def spectrum(self) -> tuple[np.ndarray, np.ndarray]:
@@ -154,8 +146,7 @@ def steps_to(method: Descent, case: Synthetic, fraction: float = 0.01) -> float:
     """
 
     def close(t: int) -> bool:
-        path = closed_form(method, case.problem.theta, np.array([0, t]))
-        return bool(distance(path, case.oracle)[1] <= fraction)
+        return bool(distance(closed_form(method, case.problem.theta, np.array([0, t])), case.oracle)[1] <= fraction)
 
     found = bisect_left(range(2**50), True, key=close)
     return found if found < 2**50 else math.inf

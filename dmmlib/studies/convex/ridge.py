@@ -27,20 +27,11 @@ from dmmlib.forget_sets import check_forget_indices
 
 @dataclass(frozen=True)
 class Regression:
-    """A regularised linear regression on a training set S.
+    """A regularised linear regression on a training set S; raises DataError for arrays that make none."""
 
-    Attributes:
-        x: features (n, d).
-        y: targets (n, c).
-        ridge: weight of ||theta||^2 / 2, > 0.
-
-    Raises:
-        DataError: for shapes that differ, values that are not finite, ridge <= 0, or a Hessian singular in float64.
-    """
-
-    x: np.ndarray
-    y: np.ndarray
-    ridge: float
+    x: np.ndarray  # features (n, d)
+    y: np.ndarray  # targets (n, c)
+    ridge: float  # weight of ||theta||^2 / 2, > 0
 
     def __post_init__(self) -> None:
         if self.x.ndim != 2 or self.y.ndim != 2 or not 0 < len(self.x) == len(self.y):

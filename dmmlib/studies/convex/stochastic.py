@@ -28,17 +28,12 @@ from dmmlib.studies.convex.synthetic import Synthetic
 
 @dataclass(frozen=True)
 class Stochastic:
-    """SGD on a least-squares problem, as in the module's formula.
-
-    Attributes:
-        x, y: rows (q, d) and targets (q,).
-        relax: step size relative to the full projection, in (0, 1].
-    """
+    """SGD on a least-squares problem, as in the module's formula; raises PresetError for a step out of range."""
 
     name: str
-    x: np.ndarray
-    y: np.ndarray
-    relax: float = 1.0
+    x: np.ndarray  # rows (q, d)
+    y: np.ndarray  # targets (q,)
+    relax: float = 1.0  # step size relative to the full projection, in (0, 1]
 
     def __post_init__(self) -> None:
         if not 0 < self.relax <= 1:

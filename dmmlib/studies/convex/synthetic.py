@@ -18,19 +18,12 @@ Spectrum = Literal["geometric", "power"]
 
 @dataclass(frozen=True)
 class Synthetic:
-    """A regression whose retain set has a prescribed Hessian.
+    """A regression whose retain set has a prescribed Hessian."""
 
-    Attributes:
-        problem: the regression on S.
-        forget: indices of F, the last points.
-        curvature: eigenvalues of A_R, descending (d,); the eigenvectors are the coordinate axes.
-        x_val: validation points (n, d), drawn like R.
-    """
-
-    problem: Ridge
-    forget: np.ndarray
-    curvature: np.ndarray
-    x_val: np.ndarray
+    problem: Ridge  # the regression on S
+    forget: np.ndarray  # indices of F, the last points
+    curvature: np.ndarray  # eigenvalues of A_R, descending (d,); the eigenvectors are the coordinate axes
+    x_val: np.ndarray  # validation points (n, d), drawn like R
 
     @cached_property
     def retain(self) -> Ridge:
@@ -90,10 +83,7 @@ def synthetic_regression(
         PresetError: for sizes, spans, spectra or tilts that make no such problem.
     """
     if not 0 < forget_size <= n - dim:
-        raise PresetError(
-            f"forget_size={forget_size} of n={n} points in {dim} dimensions; the retain set needs at least "
-            f"{dim} points, so give 1 to {n - dim}."
-        )
+        raise PresetError(f"forget_size={forget_size} of n={n} points in {dim} dimensions; give 1 to {n - dim}.")
     if not 0 <= tilt <= 1:
         raise PresetError(f"tilt={tilt}; give a number from 0 (aligned) to 1 (drawn like the retain set).")
     if span not in get_args(Span):

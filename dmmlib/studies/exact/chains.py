@@ -99,10 +99,6 @@ class Chains:
         """Mean of the iterates w_2 .. w_{T+1} (n_runs, d): the model whose risk SGD theory bounds."""
         return self.iterates[:, 1:].mean(1)
 
-    def copy(self) -> Chains:
-        """A state that can be written to."""
-        return deepcopy(self)
-
 
 class Receipt(NamedTuple):
     """What a request did in each run, arrays (n_runs,)."""
@@ -157,7 +153,7 @@ def delete(
     """
     gone = _requested(problem, chains, points)
     _check(gone & ~chains.present, "not in the training set: deleted before, or never inserted. Leave it out")
-    after = chains.copy()
+    after = deepcopy(chains)
     after.present[gone] = False
     _check(gone & ~after.present.any(1, keepdims=True), "the last one. Leave a point to train on")
     flat = chains.batches.reshape(chains.n_runs, -1)
@@ -173,7 +169,7 @@ def insert(problem: Problem, chains: Chains, points: Points, rng: Generator) -> 
     """
     new = _requested(problem, chains, points)
     _check(new & chains.present, "in the training set already. Leave it out")
-    after = chains.copy()
+    after = deepcopy(chains)
     after.present[new] = True
     share = new.sum(1) / after.present.sum(1)
     changed = np.nonzero(rng.random(chains.batches.shape) < share[:, None, None])
@@ -246,9 +242,9 @@ def _requested(problem: Problem, chains: Chains, points: Points) -> np.ndarray:
     asked = np.atleast_2d(np.asarray(points))
     if asked.ndim != 2 or len(asked) not in (1, chains.n_runs):
         raise ForgetSetError(f"The request has shape {asked.shape}; give one row of points, or one for each run.")
-    asked = np.broadcast_to(asked, (chains.n_runs, asked.shape[1]))
     if asked.size == 0 or not np.issubdtype(asked.dtype, np.integer):
         raise ForgetSetError(f"The request names {asked.size} points as {asked.dtype}; give integers, at least one.")
+    asked = np.broadcast_to(asked, (chains.n_runs, asked.shape[1]))
     outside, n = asked[(asked < 0) | (asked >= problem.n)], problem.n
     if len(outside):
         raise ForgetSetError(f"Point {outside[0]} was never in the data of {n} points; use 0 to {n - 1}.")

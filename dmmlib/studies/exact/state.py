@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -27,8 +27,7 @@ _DTYPES = {"present": "bool", "batches": "int32", "means": "float64", "steps": "
 _ACTIONS = {"delete": delete, "insert": insert}
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """To delete points, or to insert them."""
 
     kind: Literal["delete", "insert"]
