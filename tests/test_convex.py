@@ -169,24 +169,21 @@ def test_conjugate_gradients_reach_the_oracle() -> None:
 @pytest.mark.parametrize("relax", [1.0, 0.3])
 def test_stochastic_runs_follow_the_exact_moments(relax: float) -> None:
     case = small("random", 10.0)
-    truth, start = case.oracle[:, 0], case.problem.theta[:, 0]
     for method in (stochastic.sgd(case, relax), stochastic.match_sgd(case, relax)):
-        runs = stochastic.simulate(method, start, iterations.checkpoints(7), 4000, np.random.default_rng(0))
-        measured = np.sqrt(np.mean(np.sum((runs - truth) ** 2, 2), 1))
-        expected = stochastic.Moments(method, case).expected(7)
-        np.testing.assert_allclose(measured / measured[0], expected, rtol=0.05, err_msg=method.name)
+        runs = method.simulate(iterations.checkpoints(7), 4000, np.random.default_rng(0))
+        measured = np.sqrt(np.mean(np.sum(runs**2, 2), 1))
+        np.testing.assert_allclose(measured / measured[0], method.expected(7), rtol=0.05, err_msg=method.name)
 
 
 def test_matching_has_no_noise_floor_and_obeys_its_bound() -> None:
     case = small("random", 10.0)
-    noisy = stochastic.Moments(stochastic.sgd(case), case)
+    noisy = stochastic.sgd(case)
     assert noisy.floor() > 1
     assert noisy.steps_to() == np.inf
     assert 1e4 < stochastic.sgd_cost(case) < np.inf
     method = stochastic.match_sgd(case)
-    matching = stochastic.Moments(method, case)
-    assert matching.floor() < 1e-12
-    expected = matching.expected(9) ** 2
+    assert method.floor() < 1e-12
+    expected = method.expected(9) ** 2
     squares = np.linalg.svd(method.x, compute_uv=False) ** 2
     bound = (1 - squares[-1] / squares.sum()) ** iterations.checkpoints(9)  # Strohmer and Vershynin, theorem 2
     assert (expected <= bound * (1 + 1e-9) + 1e-25).all()

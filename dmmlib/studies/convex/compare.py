@@ -10,7 +10,7 @@ import pandas as pd
 from dmmlib.studies.convex.iterations import conjugate_gradients, descents, match_probes, rate, steps_to
 from dmmlib.studies.convex.logistic import Logistic
 from dmmlib.studies.convex.ridge import Ridge, relative_error
-from dmmlib.studies.convex.stochastic import Moments, match_sgd, sgd_cost
+from dmmlib.studies.convex.stochastic import match_sgd, sgd_cost
 from dmmlib.studies.convex.synthetic import Synthetic
 
 BOUND = "bound: largest leverage"
@@ -40,17 +40,16 @@ def costs(case: Synthetic) -> dict[str, float]:
         **{method.name: method.cost * steps_to(method, case) for method in methods},
         "Newton (CG)": case.retain.n * (1 + conjugate_gradients(case)),
         "SGD on R": sgd_cost(case),
-        "OM on S, SGD": Moments(match_sgd(case), case).steps_to(),
+        "OM on S, SGD": match_sgd(case).steps_to(),
     }
 
 
 def trade_off(case: Synthetic) -> tuple[float, float, float]:
-    """F's largest leverage h, the speed-up of matching on S over descent on R, and first-order error.
+    """F's largest leverage h, the speed-up of matching on S over descent on R, and first-order error in the A_S norm.
 
-    The speed-up is the ratio of 1 - rate, over the directions in which something has to be unlearned; the error is in
-    the A_S norm. If all directions count, or if F spans eigen-directions of A_R, h bounds both: A_R >= (1 - h) A_S, so
-    that A_S, and the Hessian of matching below it, gains at most 1 / (1 - h) in the smallest eigenvalue and nothing in
-    the largest; and the error is at most h (see `ridge`).
+    The speed-up is the ratio of 1 - rate. If all directions count, or if F spans eigen-directions of A_R, it is at most
+    1 / (1 - h): from A_R >= (1 - h) A_S, the Hessian of matching, which is below A_S, gains at most that in the
+    smallest eigenvalue and nothing in the largest.
     """
     methods, found = descents(case), case.problem.effects(case.forget)
     slow, fast = (1 - rate(methods[name], case.delta) for name in ("GD on R", "OM on S"))

@@ -7,7 +7,6 @@ import html
 from typing import Any, get_args
 
 import ipywidgets as widgets
-from matplotlib.figure import Figure
 
 from dmmlib.analysis.plots import png
 from dmmlib.errors import PresetError
@@ -15,25 +14,6 @@ from dmmlib.studies.convex import figures
 from dmmlib.studies.convex.iterations import descents, match
 from dmmlib.studies.convex.settings import ConvexSettings
 from dmmlib.studies.convex.synthetic import Span, synthetic_regression
-
-
-def draw(settings: ConvexSettings, condition: float, forget_size: int, relative_step: float, span: Span) -> Figure:
-    """Draw the distance to the oracle against steps for one synthetic problem, in closed form.
-
-    Raises:
-        PresetError: for values that make no problem, or a step beyond 2 / L.
-    """
-    case = synthetic_regression(settings.n, settings.dim, condition, forget_size, span=span)
-    problem = case.problem
-    first_order = problem.theta + problem.effects(case.forget)["first-order influence"]
-    predicted = match("DMM, first order", problem.x, problem.x @ first_order, relative_step)
-    return figures.explored(
-        case,
-        [*descents(case, relative_step).values(), predicted],
-        f"F's largest leverage: {problem.leverage(case.forget):.3g}",
-        f"n = {settings.n:,}, d = {settings.dim}, condition number {condition:,.0f}, "
-        f"|F| = {forget_size} ({span} directions), step {relative_step:g} / L",
-    )
 
 
 class Explorer(widgets.VBox):
@@ -59,13 +39,25 @@ class Explorer(widgets.VBox):
         super().__init__([*rows, self.message, self.picture])
 
     def redraw(self, _: object = None) -> None:
-        """Draw the picture of what the sliders say, or say what is wrong with it."""
+        """Draw the distance to the oracle against steps, in closed form, or say what is wrong with the sliders."""
+        condition, forget_size, step, span = (control.value for control in self.controls.values())
+        n, d = self.settings.n, self.settings.dim
         try:
-            figure = draw(self.settings, **{name: control.value for name, control in self.controls.items()})
+            case = synthetic_regression(n, d, condition, forget_size, span=span)
+            methods = descents(case, step)
         except PresetError as error:  # the last good picture stays
             self.message.value = f"<b>{html.escape(str(error))}</b>"
-        else:
-            self.picture.value, self.message.value = png(figure), ""
+            return
+        problem = case.problem
+        first_order = problem.theta + problem.effects(case.forget)["first-order influence"]
+        figure = figures.explored(
+            case,
+            [*methods.values(), match("DMM, first order", problem.x, problem.x @ first_order, step)],
+            f"F's largest leverage: {problem.leverage(case.forget):.3g}",
+            f"n = {n:,}, d = {d}, condition number {condition:,.0f}, |F| = {forget_size} ({span} directions), "
+            f"step {step:g} / L",
+        )
+        self.picture.value, self.message.value = png(figure), ""
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
         image = base64.b64encode(self.picture.value).decode()

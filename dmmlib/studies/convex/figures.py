@@ -20,9 +20,10 @@ from dmmlib.studies.convex import iterations
 from dmmlib.studies.convex.compare import BOUND
 from dmmlib.studies.convex.iterations import Descent, checkpoints, distance
 from dmmlib.studies.convex.logistic import Trace
-from dmmlib.studies.convex.stochastic import Moments, Stochastic, simulate
+from dmmlib.studies.convex.stochastic import Stochastic
 from dmmlib.studies.convex.synthetic import Synthetic
 
+Points = Mapping[str, np.ndarray | None]  # where distances are measured: parameters (None), or inputs (k, d)
 _PALETTE = seaborn.color_palette("colorblind")
 _CIVIDIS = colormaps["cividis"]
 _DISTANCE = "distance to the oracle\n(original = 1)"
@@ -82,10 +83,8 @@ def _run_and_theory(ax: Axes, case: Synthetic, method: Descent, steps: np.ndarra
     ax.set_title(method.name)
 
 
-def _distances(
-    axes: Sequence[Axes], points: Mapping[str, np.ndarray | None], oracle: np.ndarray, traces: Mapping[str, Trace]
-) -> None:
-    """A panel for each kind of distance: of parameters (None), or of predictions at some points."""
+def _distances(axes: Sequence[Axes], points: Points, oracle: np.ndarray, traces: Mapping[str, Trace]) -> None:
+    """Distance to the oracle against cost, a panel for each of the points."""
     for ax, (kind, x) in zip(axes, points.items(), strict=True):
         for name, trace in traces.items():
             ax.plot(trace.cost, distance(trace.path, oracle, x), label=name, **STYLE[name])
@@ -93,7 +92,7 @@ def _distances(
         ax.set(yscale="log", ylim=(1e-4, 30), title=kind)
 
 
-def _points(case: Synthetic) -> dict[str, np.ndarray | None]:
+def _points(case: Synthetic) -> Points:
     return {"parameters": None, "predictions on F": case.x_forget, "predictions on new points": case.x_val}
 
 
@@ -140,18 +139,16 @@ def distances(
     return _finished(figure, axes, "sample gradients", "", title, caption)
 
 
-def stochastic(
-    case: Synthetic, methods: Mapping[str, Stochastic], log2_steps: int, n_chains: int, title: str, caption: str
-) -> Figure:
+def stochastic(methods: Mapping[str, Stochastic], log2_steps: int, n_chains: int, title: str, caption: str) -> Figure:
     """Root mean square distance of stochastic methods: runs (points), exact expectation (lines)."""
     figure, axes = _panels(1, 1, 7.5, 3.6)
     ax, steps = axes[0, 0], checkpoints(log2_steps)
     for marker, (name, method) in zip("osD^v", methods.items(), strict=False):
-        runs = simulate(method, case.problem.theta[:, 0], steps, n_chains, np.random.default_rng(0))
-        measured = np.sqrt(np.mean(np.sum((runs - case.oracle[:, 0]) ** 2, 2), 1))
+        runs = method.simulate(steps, n_chains, np.random.default_rng(0))
+        measured = np.sqrt(np.mean(np.sum(runs**2, 2), 1))
         tint = STYLE[method.name]["color"]
         ax.plot(steps[1:], measured[1:] / measured[0], marker, ms=5, color=tint, label=name)
-        ax.plot(steps[1:], Moments(method, case).expected(log2_steps)[1:], color=tint)
+        ax.plot(steps[1:], method.expected(log2_steps)[1:], color=tint)
     ax.plot([], [], color="0.4", label=f"exact expectation (markers: mean of {n_chains} runs)")
     ax.legend(fontsize=9, loc="lower left")
     ax.set(xscale="log", yscale="log", ylim=(3e-3, 30))
@@ -208,9 +205,7 @@ def trade_off(points: Mapping[str, Sequence[tuple[float, float, float]]], title:
     return _finished(figure, axes, "1 - h, where h is F's largest leverage", "", title, caption, legend=False)
 
 
-def logistic(
-    traces: Mapping[str, Trace], oracle: np.ndarray, points: Mapping[str, np.ndarray | None], title: str, caption: str
-) -> Figure:
+def logistic(traces: Mapping[str, Trace], oracle: np.ndarray, points: Points, title: str, caption: str) -> Figure:
     """Distance to the oracle against sample gradients: of parameters (None), or of logits at some points."""
     figure, axes = _panels(1, len(points), 3.8, 3.6)
     _distances(axes[0], points, oracle, traces)

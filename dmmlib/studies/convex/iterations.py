@@ -90,9 +90,6 @@ def match_probes(case: Synthetic) -> Descent:
     return match("OM on probes", x, x @ case.oracle)
 
 
-# --- runs and their theory -----------------------------------------------------------------------------
-
-
 def checkpoints(log2_steps: int, per_octave: int = 1) -> np.ndarray:
     """Steps 0, 1, ..., 2 ** log2_steps: the powers of two, or `per_octave` steps for each of them."""
     exponents = np.arange(log2_steps * per_octave + 1) / per_octave

@@ -100,8 +100,6 @@ def fit(problem: Logistic, theta: np.ndarray) -> np.ndarray:
     raise DataError("Logistic regression did not converge in 50 Newton steps; scale the features or raise ridge.")
 
 
-# --- runs ----------------------------------------------------------------------------------------------
-
 Gradient = Callable[[np.ndarray], np.ndarray]
 Residual = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(indices (b,), logits (b, c)) -> a loss's gradient with respect to the logits."""

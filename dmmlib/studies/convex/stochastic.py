@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -28,9 +29,10 @@ from dmmlib.studies.convex.synthetic import Synthetic
 
 @dataclass(frozen=True)
 class Stochastic:
-    """SGD on a least-squares problem, as in the module's formula; raises PresetError for a step out of range."""
+    """SGD from the original, as in the module's formula; raises PresetError for a step out of range."""
 
     name: str
+    case: Synthetic
     x: np.ndarray  # rows (q, d)
     y: np.ndarray  # targets (q,)
     relax: float = 1.0  # step size relative to the full projection, in (0, 1]
@@ -39,70 +41,21 @@ class Stochastic:
         if not 0 < self.relax <= 1:
             raise PresetError(f"{self.name} was given relax={self.relax}; give a share of the full step in (0, 1].")
 
-
-def sgd(case: Synthetic, relax: float = 1.0) -> Stochastic:
-    """SGD on R's loss. The ridge is d more examples sqrt(ridge) e_j with target 0."""
-    rest, d = case.retain, len(case.oracle)
-    x = np.concatenate([rest.x, math.sqrt(rest.ridge) * np.eye(d)])
-    return Stochastic("SGD on R", x, np.concatenate([rest.y[:, 0], np.zeros(d)]), relax)
-
-
-def match_sgd(case: Synthetic, relax: float = 1.0) -> Stochastic:
-    """SGD on matching the oracle's outputs on S."""
-    return Stochastic("OM on S, SGD", case.problem.x, (case.problem.x @ case.oracle)[:, 0], relax)
-
-
-def simulate(
-    method: Stochastic, theta: np.ndarray, steps: np.ndarray, n_chains: int, rng: np.random.Generator
-) -> np.ndarray:
-    """Run independent chains from theta (d,) and keep them after each number of steps: (n_steps, n_chains, d)."""
-    norms = np.sum(method.x**2, axis=1)
-    units, levels = method.x / np.sqrt(norms)[:, None], method.y / np.sqrt(norms)
-    cumulative = np.cumsum(norms / norms.sum())
-    chains = np.tile(theta, (n_chains, 1))
-    path = []
-    for ahead in np.diff(steps, prepend=0):
-        draws = rng.random((ahead, n_chains)) * cumulative[-1]
-        for chosen in np.searchsorted(cumulative, draws, side="right"):
-            u = units[chosen]
-            gap = levels[chosen] - np.einsum("ij,ij->i", u, chains)
-            chains += (method.relax * gap)[:, None] * u
-        path.append(chains.copy())
-    return np.stack(path)
-
-
-class Moments:
-    """The exact mean and second moment of delta = theta - theta_R under `Stochastic`, from the original."""
-
-    def __init__(self, method: Stochastic, case: Synthetic) -> None:
-        x, relax, delta = method.x, method.relax, case.delta[:, 0]
-        d = x.shape[1]
-        dd = d * d
-        norms = np.sum(x**2, axis=1)
-        total = norms.sum()
-        e = method.y - (x @ case.oracle)[:, 0]
-        gram, identity = x.T @ x / total, np.eye(d)
-        outer = (x[:, :, None] * x[:, None]).reshape(-1, dd)
-        scaled = outer * (relax**2 / (total * norms))[:, None]
-        step = np.zeros((dd + d + 1, dd + d + 1))
-        step[:dd, :dd] = np.eye(dd) - relax * (np.kron(gram, identity) + np.kron(identity, gram)) + scaled.T @ outer
-        step[:dd, dd:-1] = -2 * scaled.T @ (e[:, None] * x)
-        step[:dd, -1] = scaled.T @ e**2
-        step[dd:-1, dd:-1] = identity - relax * gram
-        step[-1, -1] = 1
-        self._d, self._powers = d, [step]
-        self._start = np.concatenate([np.outer(delta, delta).ravel(), delta, [1.0]])
-
-    def _after(self, k: int, state: np.ndarray) -> np.ndarray:
-        """The state 2^k steps later."""
-        while len(self._powers) <= k:
-            self._powers.append(self._powers[-1] @ self._powers[-1])
-        return self._powers[k] @ state
-
-    def _squared(self, state: np.ndarray) -> float:
-        """E||delta||^2 relative to the first."""
-        diagonal = slice(0, self._d**2, self._d + 1)
-        return float(state[diagonal].sum() / self._start[diagonal].sum())
+    def simulate(self, steps: np.ndarray, n_chains: int, rng: np.random.Generator) -> np.ndarray:
+        """Run independent chains and keep delta after each number of steps: (n_steps, n_chains, d)."""
+        norms = np.sum(self.x**2, axis=1)
+        units, levels = self.x / np.sqrt(norms)[:, None], self.y / np.sqrt(norms)
+        cumulative = np.cumsum(norms / norms.sum())
+        chains = np.tile(self.case.problem.theta[:, 0], (n_chains, 1))
+        path = []
+        for ahead in np.diff(steps, prepend=0):
+            draws = rng.random((ahead, n_chains)) * cumulative[-1]
+            for chosen in np.searchsorted(cumulative, draws, side="right"):
+                u = units[chosen]
+                gap = levels[chosen] - np.einsum("ij,ij->i", u, chains)
+                chains += (self.relax * gap)[:, None] * u
+            path.append(chains.copy())
+        return np.stack(path) - self.case.oracle[:, 0]
 
     def expected(self, log2_steps: int) -> np.ndarray:
         """sqrt(E||delta_t||^2) relative to the first, at `checkpoints(log2_steps)`."""
@@ -111,7 +64,7 @@ class Moments:
 
     def floor(self) -> float:
         """Where sqrt(E||delta_t||^2) ends, relative to the first."""
-        step, dd = self._powers[0], self._d**2
+        step, dd = self._powers[0], self.x.shape[1] ** 2
         stationary = np.linalg.solve(np.eye(dd) - step[:dd, :dd], step[:dd, -1])
         return math.sqrt(max(0.0, self._squared(stationary)))
 
@@ -126,6 +79,53 @@ class Moments:
                 state, steps = later, steps + 2**k
         return steps + 1
 
+    @cached_property
+    def _start(self) -> np.ndarray:
+        """(M, m, 1) of the original."""
+        delta = self.case.delta[:, 0]
+        return np.concatenate([np.outer(delta, delta).ravel(), delta, [1.0]])
+
+    @cached_property
+    def _powers(self) -> list[np.ndarray]:
+        """The linear map of (M, m, 1) in one step, and in 2, 4, ... steps as far as they were needed."""
+        x, relax, d = self.x, self.relax, self.x.shape[1]
+        dd, norms, identity = d * d, np.sum(x**2, axis=1), np.eye(d)
+        e = self.y - (x @ self.case.oracle)[:, 0]
+        gram = x.T @ x / norms.sum()
+        outer = (x[:, :, None] * x[:, None]).reshape(-1, dd)
+        scaled = outer * (relax**2 / (norms.sum() * norms))[:, None]
+        step = np.zeros((dd + d + 1, dd + d + 1))
+        step[:dd, :dd] = np.eye(dd) - relax * (np.kron(gram, identity) + np.kron(identity, gram)) + scaled.T @ outer
+        step[:dd, dd:-1] = -2 * scaled.T @ (e[:, None] * x)
+        step[:dd, -1] = scaled.T @ e**2
+        step[dd:-1, dd:-1] = identity - relax * gram
+        step[-1, -1] = 1
+        return [step]
+
+    def _after(self, k: int, state: np.ndarray) -> np.ndarray:
+        """The state 2^k steps later."""
+        while len(self._powers) <= k:
+            self._powers.append(self._powers[-1] @ self._powers[-1])
+        return self._powers[k] @ state
+
+    def _squared(self, state: np.ndarray) -> float:
+        """E||delta||^2 relative to the first."""
+        d = self.x.shape[1]
+        diagonal = slice(0, d * d, d + 1)
+        return float(state[diagonal].sum() / self._start[diagonal].sum())
+
+
+def sgd(case: Synthetic, relax: float = 1.0) -> Stochastic:
+    """SGD on R's loss. The ridge is d more examples sqrt(ridge) e_j with target 0."""
+    rest, d = case.retain, len(case.oracle)
+    x = np.concatenate([rest.x, math.sqrt(rest.ridge) * np.eye(d)])
+    return Stochastic("SGD on R", case, x, np.concatenate([rest.y[:, 0], np.zeros(d)]), relax)
+
+
+def match_sgd(case: Synthetic, relax: float = 1.0) -> Stochastic:
+    """SGD on matching the oracle's outputs on S."""
+    return Stochastic("OM on S, SGD", case, case.problem.x, (case.problem.x @ case.oracle)[:, 0], relax)
+
 
 def sgd_cost(case: Synthetic, fraction: float = 0.01) -> float:
     """Sample gradients after which SGD on R is `fraction` from the oracle, in root mean square.
@@ -134,10 +134,10 @@ def sgd_cost(case: Synthetic, fraction: float = 0.01) -> float:
     from there the step is halved until the floor is below half of the goal.
     """
     small = 1e-3
-    relax = min(1.0, small * (0.6 * fraction / Moments(sgd(case, small), case).floor()) ** 2)
+    relax = min(1.0, small * (0.6 * fraction / sgd(case, small).floor()) ** 2)
     while relax > 1e-12:
-        moments = Moments(sgd(case, relax), case)
-        if moments.floor() < fraction / 2:
-            return moments.steps_to(fraction)
+        method = sgd(case, relax)
+        if method.floor() < fraction / 2:
+            return method.steps_to(fraction)
         relax /= 2
     return math.inf

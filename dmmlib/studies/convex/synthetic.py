@@ -49,11 +49,11 @@ def eigenvalues(kind: Spectrum, dim: int, condition: float) -> np.ndarray:
     """Eigenvalues from 1 down to 1 / condition: evenly spaced logarithms, or a power law j^-p."""
     if dim < 2 or not 1 <= condition < math.inf:
         raise PresetError(f"dim={dim} and condition={condition}; give dim >= 2 and a condition number >= 1.")
+    if kind not in get_args(Spectrum):
+        raise PresetError(f"Unknown spectrum {kind!r}; use geometric or power.")
     if kind == "geometric":
         return condition ** -(np.arange(dim) / (dim - 1))
-    if kind == "power":
-        return np.arange(1, dim + 1) ** -(math.log(condition) / math.log(dim))
-    raise PresetError(f"Unknown spectrum {kind!r}; use geometric or power.")
+    return np.arange(1, dim + 1) ** -(math.log(condition) / math.log(dim))
 
 
 def synthetic_regression(

@@ -122,9 +122,6 @@ def reflection(step: Array, old: Array, new: Array, noise: float, rng: Generator
     return np.where(refused[:, None], old + new - step, step), refused
 
 
-# --- learning, deleting, inserting ---------------------------------------------------------------------
-
-
 def learn(problem: Problem, sgd: SGD, runs: int | np.ndarray, rng: Generator) -> Chains:
     """Train independent chains: a number of `runs` on all points, or on those present in each, bool (n_runs, n).
 
@@ -260,9 +257,6 @@ def _requested(problem: Problem, chains: Chains, points: Points) -> np.ndarray:
 def _check(wrong: np.ndarray, what: str) -> None:
     if wrong.any():
         raise ForgetSetError(f"Point {int(wrong.any(0).argmax())} of the request is {what}.")
-
-
-# --- what it must cost at most -------------------------------------------------------------------------
 
 
 def recomputation_bound(sgd: SGD, n: int, lipschitz: float = LIPSCHITZ) -> float:

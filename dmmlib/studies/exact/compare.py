@@ -118,9 +118,6 @@ def sisa(task: Task, sgd: SGD, n_shards: int, rng: np.random.Generator) -> Row:
     return task.row("SISA", f"{n_shards} shards", "exact", costs, *margins)
 
 
-# --- certified Newton step -----------------------------------------------------------------------------
-
-
 def gradient(problem: Problem, ridge: float, b: np.ndarray, w: np.ndarray) -> np.ndarray:
     """Gradient (rows, d) of sum of losses + ridge n / 2 ||w||^2 + b . w, for each w and b (rows, d)."""
     return (-problem.y * expit(-problem.margins(w))) @ problem.x + ridge * problem.n * w + b
@@ -179,9 +176,6 @@ def certified_newton(task: Task, noise: float, ridge: float, delta: float, work:
     margins = map(task.margins, (original, unlearned, *(fit(rest, ridge, other) for other in others)))
     guarantee = f"({epsilon:.2g}, {delta:g})"
     return task.row("certified Newton", f"noise {noise:g}", guarantee, (group, one), *margins)
-
-
-# --- datamodel matching --------------------------------------------------------------------------------
 
 
 def dmm(

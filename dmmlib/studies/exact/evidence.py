@@ -47,9 +47,6 @@ def energy_test(a: np.ndarray, b: np.ndarray, rng: Generator, n_permutations: in
     return float((statistic >= statistic[0]).mean())
 
 
-# --- couplings that are wrong, for the tests to catch --------------------------------------------------
-
-
 def never_refuse(step: Array, old: Array, new: Array, noise: float, rng: Generator) -> tuple[Array, Array]:
     """No rejection: every stored step is kept."""
     return step, np.zeros(len(step), bool)

@@ -81,22 +81,22 @@ def load(path: Path, problem: Problem, sgd: SGD) -> Chains:
         if header[key] != value:
             raise StoreError(f"{path} is of another model: its {key} is {header[key]}, expected {value}; open its own.")
     chains = Chains(sgd, **arrays)
-    _check_consistent(path, problem, chains)
+    if not _consistent(problem, chains):
+        raise StoreError(f"{path} contradicts itself: batches, steps and iterates do not belong together; train again.")
     return chains
 
 
-def _check_consistent(path: Path, problem: Problem, chains: Chains) -> None:
-    """Raise StoreError unless shapes fit, batches hold present points only, and the steps lead along the iterates."""
+def _consistent(problem: Problem, chains: Chains) -> bool:
+    """Whether shapes fit, batches hold present points only, and the steps lead along the iterates."""
     t, m, r, d = chains.sgd.n_steps, chains.sgd.batch_size, len(chains.present), problem.dim
     shapes = [(r, problem.n), (r, t, m), (r, t, d), (r, t, d), (r, t + 1, d)]
-    found = [getattr(chains, name).shape for name in _DTYPES]
-    if found != shapes or any(str(getattr(chains, k).dtype) != v for k, v in _DTYPES.items()):
-        raise StoreError(f"{path} holds arrays of shapes {found}, expected {shapes}; train again.")
+    found = {name: getattr(chains, name) for name in _DTYPES}
+    if [a.shape for a in found.values()] != shapes or {k: str(a.dtype) for k, a in found.items()} != _DTYPES:
+        return False
     inside = (chains.batches >= 0) & (chains.batches < problem.n)
     used = np.take_along_axis(chains.present, np.where(inside, chains.batches, 0).reshape(r, -1), 1)
     replayed = project(chains.iterates[:, :-1] - chains.sgd.lr * chains.steps, chains.sgd.radius)
-    if not (inside.all() and used.all() and np.allclose(replayed, chains.iterates[:, 1:], rtol=0, atol=1e-9)):
-        raise StoreError(f"{path} contradicts itself: batches, steps and iterates do not belong together; train again.")
+    return bool(inside.all() and used.all() and np.allclose(replayed, chains.iterates[:, 1:], rtol=0, atol=1e-9))
 
 
 def serve(
