@@ -50,10 +50,8 @@ def _panels(rows: int, columns: int, width: float = 3.6, height: float = 2.9) ->
     return figure, figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
 
 
-def _finished(
-    figure: Figure, axes: np.ndarray, x: str, y: str, title: str, caption: str, legend: bool = True
-) -> Figure:
-    """Label the outer axes and add a grid, the title, the caption, and the first axis' legend beside the panels."""
+def _finished(figure: Figure, axes: np.ndarray, x: str, y: str, title: str, caption: str) -> Figure:
+    """Add grids, labels of the outer axes, title, caption and, unless a panel has its own, a legend beside them all."""
     for ax in axes.flat:
         ax.grid(color="0.92")
         ax.set_axisbelow(True)
@@ -62,8 +60,9 @@ def _finished(
         ax.set_xlabel(x)
     for ax in axes[:, 0]:
         ax.set_ylabel(ax.get_ylabel() or y)
-    if legend:
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    if handles and not any(ax.get_legend() for ax in axes.flat):
+        figure.legend(handles, labels, loc="outside right center", fontsize=9)
     return titled(figure, title, caption)
 
 
@@ -107,7 +106,7 @@ def group_effects(curves: Mapping[str, pd.DataFrame], title: str, caption: str) 
         ax.set(ylim=(1e-3, 2), title=name)
     for ax in (axes[0, 0], axes[-1, -1]):
         ax.legend(fontsize=8, loc="lower right")
-    return _finished(figure, axes, "|F|, points forgotten", "relative error", title, caption, legend=False)
+    return _finished(figure, axes, "|F|, points forgotten", "relative error", title, caption)
 
 
 def directions(case: Synthetic, methods: Iterable[Descent], log2_steps: int, title: str, caption: str) -> Figure:
@@ -119,7 +118,7 @@ def directions(case: Synthetic, methods: Iterable[Descent], log2_steps: int, tit
         _run_and_theory(ax, case, method, checkpoints(log2_steps, 3), eigen=True, lw=2)
         ax.set_ylim(1e-6, 30)
     figure.colorbar(ScalarMappable(norm, _CIVIDIS), ax=axes, label="eigenvalue of $A_R$ in the direction", shrink=0.8)
-    return _finished(figure, axes, "steps", r"$|\delta|$ in a direction", title, caption, legend=False)
+    return _finished(figure, axes, "steps", r"$|\delta|$ in a direction", title, caption)
 
 
 def distances(
@@ -153,7 +152,7 @@ def stochastic(methods: Mapping[str, Stochastic], log2_steps: int, n_chains: int
     ax.legend(fontsize=9, loc="lower left")
     ax.set(xscale="log", yscale="log", ylim=(3e-3, 30))
     y = "root mean square distance\nto the oracle (original = 1)"
-    return _finished(figure, axes, "sample gradients, one per step", y, title, caption, legend=False)
+    return _finished(figure, axes, "sample gradients, one per step", y, title, caption)
 
 
 def costs(tables: Mapping[str, dict[float, dict[str, float]]], title: str, caption: str) -> Figure:
@@ -184,7 +183,7 @@ def tilts(cases: Mapping[float, Synthetic], log2_steps: int, title: str, caption
         short = iterations.unreachable(case.x_forget, case.delta)
         axes[0, 0].axhline(short, color=look["color"], ls="--", lw=1)
     axes[0, -1].legend(title="tilt of F", fontsize=8, title_fontsize=8, loc="lower left")
-    return _finished(figure, axes, "steps", _DISTANCE, title, caption, legend=False)
+    return _finished(figure, axes, "steps", _DISTANCE, title, caption)
 
 
 def trade_off(points: Mapping[str, Sequence[tuple[float, float, float]]], title: str, caption: str) -> Figure:
@@ -202,7 +201,7 @@ def trade_off(points: Mapping[str, Sequence[tuple[float, float, float]]], title:
     loss.set(xscale="log", xlim=(2, 1e-5), ylim=(-0.02, 1.25), ylabel="error of first-order influence")
     speed.legend(fontsize=9, loc="upper left")
     loss.legend(fontsize=9, loc="lower right")
-    return _finished(figure, axes, "1 - h, where h is F's largest leverage", "", title, caption, legend=False)
+    return _finished(figure, axes, "1 - h, where h is F's largest leverage", "", title, caption)
 
 
 def logistic(traces: Mapping[str, Trace], oracle: np.ndarray, points: Points, title: str, caption: str) -> Figure:

@@ -25,11 +25,7 @@ def image_features(data: Dataset, x: np.ndarray, side: int) -> np.ndarray:
 
 
 def image_problems(data: Dataset, n: int, side: int, ridge: float) -> tuple[Ridge, Logistic]:
-    """Ridge regression onto one-hot labels, and logistic regression, on the first n training images.
-
-    Raises:
-        DataError: if there are fewer.
-    """
+    """Ridge and logistic regression onto labels of the first n training images; DataError if there are fewer."""
     if not 1 < n <= data.n_train:
         raise DataError(f"{n} images were asked of {data.name!r}, which has {data.n_train}; ask for at most that.")
     x, y = image_features(data, data.x_train[:n], side), np.eye(data.n_classes)[data.y_train[:n]]

@@ -25,11 +25,7 @@ from dmmlib.studies.convex.synthetic import Synthetic
 
 @dataclass(frozen=True)
 class Descent:
-    """The iteration theta <- theta - step (hessian theta - pull), with step = relative_step / L.
-
-    Raises:
-        PresetError: for a relative step out of range.
-    """
+    """The iteration theta <- theta - step (hessian theta - pull); raises PresetError for a step out of range."""
 
     name: str
     hessian: np.ndarray  # (d, d); that of gradient ascent is negative
@@ -50,6 +46,7 @@ class Descent:
 
     @cached_property
     def step(self) -> float:
+        """relative_step / L."""
         return self.relative_step / float(self.smoothness or np.linalg.eigvalsh(self.hessian)[-1])
 
 

@@ -16,11 +16,7 @@ from dmmlib.studies.convex.ridge import Regression, solve
 
 
 class Logistic(Regression):
-    """Multinomial logistic regression onto one-hot labels y (n, c): cross-entropy, summed over S.
-
-    Raises:
-        DataError: for labels that are not one-hot, or what makes no `Regression`.
-    """
+    """Multinomial logistic regression onto one-hot labels y (n, c), with the cross-entropy summed over S."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,11 +81,7 @@ class Logistic(Regression):
 
 
 def fit(problem: Logistic, theta: np.ndarray) -> np.ndarray:
-    """Minimise the loss from theta by Newton's method with a halving line search.
-
-    Raises:
-        DataError: if 50 steps do not bring the gradient below 1e-11 per point.
-    """
+    """Minimise the loss from theta by Newton's method with a halving line search; raises DataError if it cannot."""
     for _ in range(50):
         if np.abs(problem.gradient(theta)).max() <= 1e-11 * problem.n:
             return theta

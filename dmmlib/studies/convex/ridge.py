@@ -70,11 +70,7 @@ class Ridge(Regression):
         return solve(self.hessian, self.x.T @ self.y)
 
     def effects(self, forget: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        """Compute what to add to theta_S to forget F, from the original's solution alone: each of shape (d, c).
-
-        Raises:
-            ForgetSetError: for indices that are no proper part of the training set.
-        """
+        """Compute what to add to theta_S (d, c) to forget F, from theta_S alone; raises ForgetSetError for a bad F."""
         gone = self.part(check_forget_indices(forget, self.n))
         residual = gone.y - gone.x @ self.theta
         lift = solve(self.hessian, gone.x.T)

@@ -143,10 +143,7 @@ def delete(
     """Make the state of training without some points, exactly in law, in one walk; see the module.
 
     The chains that are given, trained on `problem`, stay as they are. Couplings other than the default are wrong and
-    there to be caught by a test.
-
-    Raises:
-        ForgetSetError: for points that are not present, or all that are.
+    there to be caught by a test. Raises ForgetSetError for points that are not present, or all that are.
     """
     gone = _requested(problem, chains, points)
     _check(gone & ~chains.present, "not in the training set: deleted before, or never inserted. Leave it out")
@@ -159,11 +156,7 @@ def delete(
 
 
 def insert(problem: Problem, chains: Chains, points: Points, rng: Generator) -> tuple[Chains, Receipt]:
-    """Make the state of training with some points more, exactly in law, as `delete` does.
-
-    Raises:
-        ForgetSetError: for points that are present already.
-    """
+    """Make the state of training with some points more, exactly in law; raises ForgetSetError if one is present."""
     new = _requested(problem, chains, points)
     _check(new & chains.present, "in the training set already. Leave it out")
     after = deepcopy(chains)

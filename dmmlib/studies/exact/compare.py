@@ -133,11 +133,7 @@ def newton(problem: Problem, ridge: float, b: np.ndarray, w: np.ndarray) -> np.n
 
 
 def fit(problem: Problem, ridge: float, b: np.ndarray, n_steps: int = 30) -> np.ndarray:
-    """Minimise the same objective by Newton's method, for each b (rows, d): (rows, d).
-
-    Raises:
-        DataError: if it does not converge.
-    """
+    """Minimise the same objective by Newton's method, for each b (rows, d): (rows, d). DataError if it does not end."""
     w = np.zeros_like(b)
     for _ in range(n_steps):
         if np.abs(gradient(problem, ridge, b, w)).max() < 1e-9 * problem.n:

@@ -14,11 +14,9 @@ from dmmlib.studies.exact.chains import Array, reflection
 def same_law(a: np.ndarray, b: np.ndarray, rng: Generator, n_permutations: int = 199) -> dict[str, float]:
     """Test that runs a and b, (n_a, ...) and (n_b, ...), have the same distribution.
 
-    Coordinates that are constant in both are left out; the others are brought to one scale.
-
-    Returns:
-        p-values: of Kolmogorov-Smirnov tests in every coordinate ("KS, Holm", the smallest after Holm's correction),
-        of the energy distance ("energy"), and of both together ("both", Bonferroni).
+    Coordinates that are constant in both are left out; the others are brought to one scale. Returns p-values: of
+    Kolmogorov-Smirnov tests in every coordinate ("KS, Holm", the smallest after Holm's correction), of the energy
+    distance ("energy"), and of both together ("both", Bonferroni).
 
     Raises:
         DataError: for shapes that differ, or fewer than ten runs.

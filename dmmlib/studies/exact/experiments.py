@@ -58,10 +58,8 @@ def exactness(data: Dataset, s: ExactSettings) -> Exactness:
         "deleted, subsample": delete(problem, learn(problem, noiseless, s.n_runs, rng), point, rng)[0],
         **{name: delete(problem, originals, point, rng, wrong)[0] for name, wrong in BROKEN.items()},
     }
-    references = {
-        "inserted": learn(problem, sgd, s.n_runs, rng),
-        "deleted, subsample": learn(problem, noiseless, without, rng),
-    }
+    references = {"inserted": learn(problem, sgd, s.n_runs, rng)}
+    references["deleted, subsample"] = learn(problem, noiseless, without, rng)
     runs = {name: state.iterates[:, 1:] for name, state in chains.items()}
     p_values = {
         name: same_law(path, references.get(name, chains["retrained"]).iterates[:, 1:], rng, s.n_permutations)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -67,12 +66,6 @@ class Problem:
     def part(self, points: np.ndarray) -> Problem:
         """The same problem on some of the points."""
         return Problem(self.x[points], self.y[points])
-
-    def fingerprint(self, present: np.ndarray) -> str:
-        """SHA-256 of the points present, bool (n,); other points leave no trace in it."""
-        digest = hashlib.sha256(f"{self.x.shape}".encode() + np.packbits(present).tobytes())
-        digest.update(self.x[present].tobytes() + self.y[present].tobytes())
-        return digest.hexdigest()
 
 
 def from_images(data: Dataset, side: int, positive: Sequence[int]) -> tuple[Problem, Problem]:

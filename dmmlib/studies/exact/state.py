@@ -34,26 +34,24 @@ class Request(NamedTuple):
     points: Points
 
 
-def _header(problem: Problem, present: np.ndarray, sgd: SGD) -> dict[str, Any]:
-    """What a state belongs to; points that no run holds any more leave no trace in it."""
-    return {"sgd": asdict(sgd), "training points": problem.fingerprint(np.asarray(present.any(0)))}
-
-
-def _digest(arrays: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
+def _identity(problem: Problem, sgd: SGD, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """What a state is, and what it belongs to; points that no run holds any more leave no trace in it."""
+    content, present = hashlib.sha256(), np.flatnonzero(arrays["present"].any(0))
     for name in _DTYPES:
-        digest.update(f"{name}{arrays[name].shape}".encode() + arrays[name].tobytes())
-    return digest.hexdigest()
+        content.update(f"{name}{arrays[name].shape}".encode() + arrays[name].tobytes())
+    used = [present, *(values.take(present, axis=0, mode="clip") for values in (problem.x, problem.y))]
+    return {
+        "checksum": content.hexdigest(),
+        "number of points": problem.n,
+        "sgd": asdict(sgd),
+        "training data": hashlib.sha256(b"".join(values.tobytes() for values in used)).hexdigest(),
+    }
 
 
 def save(path: Path, problem: Problem, chains: Chains) -> None:
-    """Write a state; readers see the old file or the new one.
-
-    Raises:
-        StoreError: if it cannot be written; the old file is then unchanged.
-    """
+    """Write a state; readers see the old file or the new one, which StoreError leaves unchanged."""
     arrays = {name: np.ascontiguousarray(getattr(chains, name)) for name in _DTYPES}
-    header = {"format": FORMAT, "digest": _digest(arrays)} | _header(problem, chains.present, chains.sgd)
+    header = {"format": FORMAT} | _identity(problem, chains.sgd, arrays)
     with replacing(path) as temporary:
         save_file(arrays, temporary, {"state": json.dumps(header)})
 
@@ -72,14 +70,10 @@ def load(path: Path, problem: Problem, sgd: SGD) -> Chains:
         raise StoreError(f"{path} cannot be read as saved chains ({error}); restore a copy, or train again.") from error
     if header.get("format") != FORMAT or set(arrays) != set(_DTYPES):
         raise StoreError(f"{path} has the format {header.get('format')!r}, expected {FORMAT!r}; train again.")
-    if header["digest"] != _digest(arrays):
-        raise StoreError(f"{path} is damaged: its content does not match its checksum; restore a copy, or train again.")
-    n = arrays["present"].shape[-1]
-    if n != problem.n:
-        raise StoreError(f"{path} is of other data: {n} points, expected {problem.n}; open its own.")
-    for key, value in _header(problem, arrays["present"], sgd).items():
-        if header[key] != value:
-            raise StoreError(f"{path} is of another model: its {key} is {header[key]}, expected {value}; open its own.")
+    for key, value in _identity(problem, sgd, arrays).items():
+        if header.get(key) != value:
+            advice = "it is damaged, or of another model or other data: restore a copy, or open its own"
+            raise StoreError(f"{path} has the {key} {header.get(key)}, expected {value}; {advice}.")
     chains = Chains(sgd, **arrays)
     if not _consistent(problem, chains):
         raise StoreError(f"{path} contradicts itself: batches, steps and iterates do not belong together; train again.")
