@@ -270,12 +270,12 @@ def test_state_that_contradicts_itself_is_refused(few: Problem, saved: Path) -> 
 @pytest.mark.parametrize(
     ("points", "message"),
     [
-        (30, "Point 30 was never"),
-        (-1, "Point -1 was never"),
-        ([2, 2], "Point 2 is named twice"),
-        ([], "names 0 points"),
+        (30, "30 is outside"),
+        (-1, "-1 is outside"),
+        ([2, 2], "2 is given 2 times"),
+        ([], "is empty"),
         (1.5, "give integers"),
-        (list(range(30)), "the last one"),
+        (list(range(30)), "leave some"),
         (np.zeros((7, 1), int), "one row of points"),
     ],
 )
@@ -292,6 +292,8 @@ def test_points_are_deleted_and_inserted_once(few: Problem) -> None:
         delete(few, state, 3, rng)
     with pytest.raises(ForgetSetError, match=r"Point 5 .* already"):
         insert(few, state, 5, rng)
+    with pytest.raises(ForgetSetError, match="the last one"):
+        delete(few, state, np.delete(np.arange(30), 3), rng)
 
 
 @pytest.mark.parametrize(

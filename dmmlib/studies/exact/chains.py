@@ -45,6 +45,7 @@ from scipy.stats import binom, norm
 
 from dmmlib.ensemble import check_masks
 from dmmlib.errors import ForgetSetError, PresetError
+from dmmlib.forget_sets import check_forget_indices
 from dmmlib.studies.exact.problem import LIPSCHITZ, Problem, project
 
 Points = int | Sequence[int] | np.ndarray
@@ -232,18 +233,10 @@ def _requested(problem: Problem, chains: Chains, points: Points) -> np.ndarray:
     asked = np.atleast_2d(np.asarray(points))
     if asked.ndim != 2 or len(asked) not in (1, chains.n_runs):
         raise ForgetSetError(f"The request has shape {asked.shape}; give one row of points, or one for each run.")
-    if asked.size == 0 or not np.issubdtype(asked.dtype, np.integer):
-        raise ForgetSetError(f"The request names {asked.size} points as {asked.dtype}; give integers, at least one.")
-    asked = np.broadcast_to(asked, (chains.n_runs, asked.shape[1]))
-    outside, n = asked[(asked < 0) | (asked >= problem.n)], problem.n
-    if len(outside):
-        raise ForgetSetError(f"Point {outside[0]} was never in the data of {n} points; use 0 to {n - 1}.")
-    ordered = np.sort(asked, 1)
-    twice = ordered[:, 1:][ordered[:, 1:] == ordered[:, :-1]]
-    if len(twice):
-        raise ForgetSetError(f"Point {twice[0]} is named twice in one request; name each point once.")
+    for row in np.unique(asked, axis=0):
+        check_forget_indices(row, problem.n)
     mask = np.zeros((chains.n_runs, problem.n), bool)
-    np.put_along_axis(mask, asked, True, 1)
+    np.put_along_axis(mask, np.broadcast_to(asked, (chains.n_runs, asked.shape[1])), True, 1)
     return mask
 
 

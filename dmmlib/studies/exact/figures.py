@@ -115,9 +115,10 @@ def trade_off(table: pd.DataFrame, title: str, caption: str) -> Figure:
     left.axhspan(table["floor"].min(), table["floor"].max(), color="0.88", zorder=0, label="retrained twice (floor)")
     left.plot([], [], "_", color="0.3", ms=8, label="same models, do nothing")
     left.plot([], [], "o", color="0.3", mfc="white", label="right: one random point")
-    left.set(ylabel="forget KLoM p95, to own retraining", xlim=(0, 1.05), xlabel="cost / retraining")
+    left.set(ylabel="forget KLoM p95, to own retraining", yscale="log", xlim=(0, 1.05), xlabel="cost / retraining")
+    left.set_yticks([0.5, 1, 2, 5, 10], ["0.5", "1", "2", "5", "10"])
+    left.minorticks_off()
     right.set(ylabel="validation accuracy, unlearned", xlabel="cost / retraining")
-    _plain_log(left, "y")
     _plain_log(right, "x")
     for axis in (left, right):
         axis.axvline(1, color="black", lw=0.8, zorder=0, label="retraining")
