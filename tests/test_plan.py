@@ -9,7 +9,7 @@ from dmmlib import presets
 from dmmlib.app import plan
 from dmmlib.errors import DataError, MethodError
 from dmmlib.progress import silent
-from dmmlib.studies.cheap import experiments
+from dmmlib.studies.cheap import ablation, experiments
 from dmmlib.study import Study
 from tests.conftest import TINY
 
@@ -39,7 +39,7 @@ def test_a_plan_counts_what_a_run_trains(tmp_path, quick, monkeypatch):
 
     monkeypatch.setattr(Study, "train", counted)
     study.results()
-    experiments.ablate(study, experiments.Cache(study))
+    ablation.ablate(study, experiments.Cache(study))
     experiments.pool(study, 0, 40)
     assert before.total.n_models == 8 + 120 + 20 + 2 * 2 * 8 + 2 * 8 + 20 + 5 * 2 * 20
     assert before.total.missing == sum(trained.values()), "to the sample gradient"

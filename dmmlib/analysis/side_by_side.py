@@ -16,7 +16,7 @@ from dmmlib.attribution.base import Context
 from dmmlib.datamodels import Attributor, RidgeDatamodel
 from dmmlib.errors import DataError, MethodError
 from dmmlib.forget_sets import ForgetSet
-from dmmlib.studies.cheap.experiments import SPLITS, Effects, Yardstick, median_over, right, search
+from dmmlib.studies.cheap.evaluator import SPLITS, Evaluator, median_over, right
 from dmmlib.study import Study
 
 FLOOR, NOTHING = "retrain (floor)", "do nothing"
@@ -45,7 +45,7 @@ def side_by_side(
         be fitted here, why.
     """
     masks, outputs = study.held_out()
-    half, tuning = len(masks) // 2, Yardstick.tuning(study)
+    half, tuning = len(masks) // 2, Evaluator.tuning(study)
     before = study.original_logits()[:n_models]
     oracles = {name: (f, study.oracles(f)) for name, f in forget_sets.items()}
 
@@ -72,15 +72,15 @@ def side_by_side(
     return pd.concat(parts, ignore_index=True), missing
 
 
-def _tuned_ridge(study: Study, context: Context, tuning: Yardstick) -> dict[str, float]:
+def _tuned_ridge(study: Study, context: Context, tuning: Evaluator) -> dict[str, float]:
     """The setting of lowest p95 KLoM of DM-direct, over splits and tuning sets."""
-
-    def effects(model: RidgeDatamodel) -> Effects:
-        return lambda sets: [right(study, model.effect(f)) for f in sets]
-
     fit = partial(RidgeDatamodel.fit, context.masks, context.outputs, device=context.device)
-    tried = search(tuning, fit, effects, study.preset.datamodels.grid)
-    return min(tried, key=lambda found: found[2])[0]
+
+    def score(setting: dict[str, float]) -> float:
+        model = fit(**setting)
+        return tuning.score(lambda sets: right(study, model.effects(sets)))
+
+    return min(study.preset.datamodels.grid, key=score)
 
 
 def _dmm(study: Study, n_models: int) -> Unlearn:

@@ -9,27 +9,25 @@ retrained without F has margins lower by
 
 (block inversion; for one point, the leave-one-out formula of Cook and Weisberg, "Residuals and Influence in
 Regression", 1982). r_i says by how much the margin of i falls short where i alone is missing, and (D^-1 G_FF)^-1 by how
-much more it does where its likes are missing too: a group's effect is not the sum of its points'. Here K is exact,
-without TRAK's random projection, wherever a layer is linear on vectors: the gradient of one is an outer product of its
-input a and the gradient d at its output, so it adds (a_i.a_j + 1)(d_i.d_j). All other weights take explicit gradients.
+much more it does where its likes are missing too: a group's effect is not the sum of its points'. Here K is exact
+wherever a layer is linear on vectors, without TRAK's random projection (`attribution.gradients`).
 
 **The penalty** of a point is lam mean(diag K) / h_i. TRAK has h = 1. But cross-entropy pulls at a point that models get
 right with next to no force, so that such a point hardly ties the model down: the Gauss-Newton step weighs it by little
 (Martens, "New insights and perspectives on the natural gradient method", JMLR 2020). So h_i is the mean over models of
-1 - p_i, p_i the probability of the right class, relative to its mean over points, and at least `EASY`.
+1 - p_i, p_i the probability of the correct class, relative to its mean over points, and at least `EASY`.
 
-**The residual** r_i says how much there is to spread. TRAK's is 1 - p_i, "mean" over models; ridge regression's is that
-of a model *without* i ("held_out"). But some subset models were trained on i and some were not, so the rise of its own
-margin is *measured*. Where a subset leaves B out, i among it, the formula above gives that rise as
-T_ii ((D^-1 G_BB)^-1 r)_i; its mean over subsets is linear in r and is solved for it. So r is of models with all
-other points present, although no model was trained so, and the kernel says only how an effect spreads.
+**The residual** r_i says how much there is to spread. TRAK's is 1 - p_i. But some subset models were trained on i and
+some were not, so here the rise of its own margin is measured. Where a subset leaves B out, i among it, the formula
+above gives that rise as T_ii ((D^-1 G_BB)^-1 r)_i; its mean over subsets is linear in r and is solved for it. So r is
+of models with all other points present, although no model was trained so, and the kernel says only how an effect
+spreads.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -41,9 +39,6 @@ from dmmlib.attribution.gradients import gram
 from dmmlib.ensemble import Ensemble
 from dmmlib.errors import DataError
 
-Residual = Literal["mean", "held_out", "measured"]
-RESIDUALS: tuple[Residual, ...] = get_args(Residual)
-At = Literal["subsets", "originals"]
 EASY = 0.01  # of the mean: below it a point's hardness does not fall
 MASKS = 100  # subsets that residuals are solved with; each costs an inverse of what it leaves out
 
@@ -98,11 +93,7 @@ class Kernel:
 
 
 def hardness(margins: np.ndarray) -> np.ndarray:
-    """h (n_train,): mean of 1 - p over models, relative to its mean over points; at least `EASY`.
-
-    Args:
-        margins: (M, n_train).
-    """
+    """h (n_train,) of the module, from margins (M, n_train) of models on the training points."""
     h = expit(-margins).mean(0)
     return np.maximum(h / max(float(h.mean()), 1e-12), EASY)
 
@@ -110,9 +101,9 @@ def hardness(margins: np.ndarray) -> np.ndarray:
 def gradient_kernel(
     models: Ensemble, x: Tensor, y: Tensor, n_train: int, lam: float, hardness: np.ndarray | None = None, seed: int = 0
 ) -> Kernel:
-    """The kernel averaged over models.
+    """Average the kernel over models.
 
-    Takes 4 (n_points^2 + 2 n_train^2 + n_train n_points) bytes, and a model 2 n_train^2 n_points multiplications.
+    Takes 4 (n_points^2 + 2 n_train^2 + n_train n_points) bytes, and for each model 2 n_train^2 n_points multiplications.
 
     Args:
         models: where gradients are taken.
@@ -168,56 +159,33 @@ class KernelResponse:
         return float(np.sqrt(max(0.0, r @ self.kernel.transfer[np.ix_(forget, forget)] @ (h * r))))
 
 
-def kernel_response(
-    context: Context, lam: float, residual: Residual, at: At, n_models: int | None = None
-) -> KernelResponse:
-    """The kernel of a context's models, with residuals.
+def kernel_response(context: Context, lam: float = 0.1, n_models: int | None = None) -> KernelResponse:
+    """Take the kernel at a context's first subset models, all if None, and measure the residuals.
 
     Raises:
-        DataError: for a penalty that is not positive, or a context that lacks what the options need.
+        DataError: for a penalty that is not positive, or a context without weights.
     """
     if not lam > 0:
         raise DataError(f"The kernel's penalty is {lam}; give a positive number, such as 0.1.")
-    if residual not in RESIDUALS:
-        raise DataError(f"residual={residual!r} was asked for; use one of {', '.join(map(repr, RESIDUALS))}.")
-    models = context.subset_models() if at == "subsets" else context.originals
-    if models is None:
-        raise DataError("Gradients at the originals were asked for, but the context has no `originals`.")
-    n = context.n_train
+    n, models = context.n_train, context.subset_models()[:n_models]
     margins = context.margins[:, :n]
-    found = gradient_kernel(models[:n_models], context.x, context.y, n, lam, hardness(margins), context.seed)
-    return KernelResponse(found, residuals(found, margins, context.masks, residual))
-
-
-def residuals(kernel: Kernel, margins: np.ndarray, masks: np.ndarray, residual: Residual) -> np.ndarray:
-    """r (n_train,) of the module, from margins (M, n_train) of models trained on masks (M, n_train)."""
-    if residual == "measured":
-        return kernel.measured(margins, masks)
-    r = expit(-margins)
-    if residual == "mean":
-        return np.asarray(r.mean(0))
-    out = ~masks
-    return np.where(out.any(0), (r * out).sum(0) / np.maximum(out.sum(0), 1), r.mean(0))
+    kernel = gradient_kernel(models, context.x, context.y, n, lam, hardness(margins), context.seed)
+    return KernelResponse(kernel, kernel.measured(margins, context.masks))
 
 
 @register("kernel")
-def kernel(
-    context: Context, lam: float = 0.1, residual: Residual = "measured", at: At = "subsets", n_models: int | None = None
-) -> MarginDatamodel:
+def kernel(context: Context, lam: float = 0.1, n_models: int | None = None) -> MarginDatamodel:
     """Fit a gradient kernel, and its scale on the margins of the context's subset models.
 
     Args:
-        context: with the weights of subset models, or of the originals.
+        context: with the weights of subset models.
         lam: penalty on the kernel, relative to its mean diagonal.
-        residual: r of the module's formula: the "mean" over models (TRAK's), "held_out": over those not trained on
-            the point, or "measured": from the rise of each point's own margin.
-        at: whose gradients: of "subsets", or of the "originals".
-        n_models: of how many, the first so many; all that there are by default.
+        n_models: at how many models gradients are taken, the first so many; all by default.
 
     Raises:
         DataError: as `kernel_response`.
     """
-    return calibrated(context, kernel_response(context, lam, residual, at, n_models))
+    return calibrated(context, kernel_response(context, lam, n_models))
 
 
 def measured_residuals(margins: np.ndarray, masks: np.ndarray, own: np.ndarray) -> np.ndarray:

@@ -249,7 +249,7 @@ def fit_datamodel(world: World, site: Site) -> Monitor:
     outputs = metrics.margin_gauge(models.logits(site.x).numpy(), site.data.y)
     context = attribution.Context(site.x, site.y, masks, outputs, models=models)
     t = gradient_kernel(site.originals[:4], site.x[:n], site.y[:n], n, s.damping).transfer
-    response = kernel_response(context, 0.1, "measured", "subsets", 20)  # predicts hundreds of requests in a moment
+    response = kernel_response(context, n_models=20)  # predicts hundreds of requests in a moment
     return monitor(bayesian.fit(context, response, 0.2), context, t)
 
 

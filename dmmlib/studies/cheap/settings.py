@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
 from dmmlib.presets import Section, study
+
+Size = Annotated[int, Field(ge=3)]  # fewer subset models cannot be fitted to
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 @study("cheap")
 class CheapSettings(Section):
-    """Every number of notebook 07 that the study's own sections do not have.
+    """Every number of notebook 07 that the study's own sections do not have."""
 
-    Attributes:
-        sizes: subset models of Bayesian datamodels; the largest number of them is trained.
-        n_draws: independent draws of subset models, of every size that fits in as many blocks, and of every design.
-        n_kernel: linearised models, the first of a draw.
-        n_ablation: the same in the ablation, and
-        linearised: other numbers of them tried there.
-        penalties, ranks: of linearised models, in the ablation.
-        fractions: of S in a subset, in the ablation, besides the preset's.
-        n_clusters: of training points whose effects are alike, for clustered subsets.
-    """
-
-    sizes: tuple[int, ...] = (25, 50, 100, 250, 1000)
-    n_draws: int = 3
-    n_kernel: int = 20
-    n_ablation: int = 10
-    linearised: tuple[int, ...] = (5, 20)
-    penalties: tuple[float, ...] = (0.002, 0.02)
-    ranks: tuple[int, ...] = (100,)
-    fractions: tuple[float, ...] = (0.5, 0.9)
-    n_clusters: int = 50
+    # subset models that Bayesian datamodels are fitted to; as many are trained as the largest number asks for
+    sizes: tuple[Size, ...] = Field(default=(25, 50, 100, 250, 1000), min_length=1)
+    n_draws: int = Field(default=3, ge=2)  # independent draws of subset models: at most so many for each size
+    n_kernel: PositiveInt = 20  # linearised models: the first of a draw
+    n_ablation: PositiveInt = 10  # linearised models in the ablation
+    linearised: tuple[PositiveInt, ...] = (5, 20)  # other numbers of them that the ablation tries
+    penalties: tuple[PositiveFloat, ...] = (0.002, 0.02)  # and other penalties,
+    ranks: tuple[PositiveInt, ...] = (100,)  # and ranks
+    fractions: tuple[Share, ...] = (0.5, 0.9)  # of S in a subset: what the ablation tries besides the preset's
+    n_clusters: PositiveInt = 50  # of training points whose effects are alike, for clustered subsets

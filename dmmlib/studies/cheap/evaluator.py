@@ -1,0 +1,142 @@
+"""How good predicted changes of margins are: KLoM of DM-direct, which needs no fine-tuning, LDS, and 95 % intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy.stats import sem, t
+
+from dmmlib import metrics
+from dmmlib.attribution.base import indicator
+from dmmlib.attribution.bayesian import BayesianDatamodel
+from dmmlib.datamodels import RidgeDatamodel, lds_estimate
+from dmmlib.errors import DataError
+from dmmlib.metrics import Estimate
+
+if TYPE_CHECKING:
+    from dmmlib.forget_sets import ForgetSet
+    from dmmlib.study import Study
+
+SPLITS = ("forget", "retain", "validation")
+Rows = list[dict[str, Any]]
+Effects = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray] | np.ndarray]
+"""From the indices of each forget set to the predicted change of margins (n_points,), or (n, n_points), for each."""
+Predict = Callable[[np.ndarray], np.ndarray]
+"""From masks (k, n_train) to the margins (k, n_points) of models trained on them, up to a constant."""
+
+
+def median_over(values: np.ndarray, n_bootstrap: int = 2000, seed: int = 0) -> Estimate:
+    """Median of one value for each forget set, with a 95 % bootstrap interval over the sets."""
+    values = np.asarray(values, float)
+    drawn = np.random.default_rng(seed).integers(0, len(values), (n_bootstrap, len(values)))
+    low, high = np.percentile(np.median(values[drawn], 1), [2.5, 97.5])
+    return Estimate(float(np.median(values)), float(low), float(high))
+
+
+def mean_over(values: np.ndarray, log: bool = False) -> Estimate:
+    """Mean (geometric, if `log`) of one value for each draw or seed, with a 95 % t-interval over them.
+
+    Raises:
+        DataError: for fewer than two values.
+    """
+    v = np.log(values) if log else np.asarray(values, float)
+    if len(v) < 2:
+        raise DataError(f"An interval was asked for over {len(v)} value; give at least 2 draws or seeds.")
+    ends = v.mean() + float(t.ppf(0.975, len(v) - 1) * sem(v)) * np.array([0, -1, 1])
+    return Estimate(*(np.exp(ends) if log else ends).tolist())
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Compares answers to forget sets with oracles.
+
+    Attributes:
+        sets: name -> forget set.
+        before: margins of the originals (n, n_points).
+        oracles: name -> margins (n, n_points) of models retrained without that forget set.
+    """
+
+    study: Study
+    sets: Mapping[str, ForgetSet]
+    before: np.ndarray
+    oracles: Mapping[str, np.ndarray]
+
+    @classmethod
+    def of(cls, study: Study, sets: Mapping[str, ForgetSet], n: int) -> Evaluator:
+        """An evaluator with n originals, and n oracles for each forget set; trains those that are missing."""
+        y = study.data.y
+        oracles = {name: metrics.margins(study.oracles(f)[:n], y) for name, f in sets.items()}
+        return cls(study, sets, metrics.margins(study.original_logits()[:n], y), oracles)
+
+    @classmethod
+    def reported(cls, study: Study) -> Evaluator:
+        """On the reported forget sets, with all models."""
+        return cls.of(study, study.forget_sets(), study.preset.ensembles.n_models)
+
+    @classmethod
+    def tuning(cls, study: Study) -> Evaluator:
+        """On the tuning sets, with as many models as tuning takes."""
+        return cls.of(study, study.tuning_sets(), study.preset.tuning.n_models)
+
+    def rows(self, answers: Callable[[str], np.ndarray]) -> Rows:
+        """p95 KLoM on each split of each forget set, of the margins (n, n_points) that answer its name."""
+        found, data = [], self.study.data
+        for name, f in self.sets.items():
+            klom = metrics.klom(answers(name), self.oracles[name])
+            for split, at in f.splits(data.n_train, data.n_val).items():
+                value = float(np.percentile(klom[at], 95))
+                found.append({"forget_set": name, "split": split, "statistic": "klom_p95", "value": value})
+        return found
+
+    def klom(self, effects: Effects) -> Rows:
+        """`rows` of DM-direct: every original moves by the predicted change of margins."""
+        changes = dict(zip(self.sets, effects([f.indices for f in self.sets.values()]), strict=True))
+        return self.rows(lambda name: self.before + changes[name])
+
+    def score(self, effects: Effects) -> float:
+        """The mean of `klom` over forget sets and splits: what settings are chosen by, the lowest first."""
+        return float(np.mean([row["value"] for row in self.klom(effects)]))
+
+    def lds(self, predict: Predict) -> dict[str, Any]:
+        """LDS of predicted margins on the held-out subsets that chose nothing, as a row like those of KLoM."""
+        masks, actual = held_out_margins(self.study)
+        e = lds_estimate(predict(masks), actual)
+        numbers = {"value": e.value, "low": e.low, "high": e.high}
+        return {"forget_set": "every", "split": "all", "statistic": "lds"} | numbers
+
+    def bending(self, model: RidgeDatamodel) -> Effects:
+        """The changes (n, n_points) where a datamodel of raw logits moves each original's own, which bends margins."""
+        y, before = self.study.data.y, self.study.original_logits()[: len(self.before)]
+        return lambda sets: [metrics.margins(before + change, y) - self.before for change in model.effects(sets)]
+
+
+def right(study: Study, logits: np.ndarray) -> np.ndarray:
+    """The margin (..., n_points), or its change, in logits in the margin gauge (..., n_points, n_classes)."""
+    return metrics.right_logits(logits, study.data.y)
+
+
+def held_out_margins(study: Study, chosen: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Masks and margins of held-out subset models: those that may choose something, or those that report."""
+    half = study.preset.datamodels.n_held_out // 2
+    rows = slice(None, half) if chosen else slice(half, None)
+    masks, outputs = study.held_out()
+    return masks[rows], right(study, outputs[rows])
+
+
+def in_gauge(study: Study, model: BayesianDatamodel) -> Effects:
+    """The changes that a datamodel of logits in the margin gauge predicts."""
+    return lambda sets: right(study, model.effects(sets))
+
+
+def first_class(model: RidgeDatamodel) -> Effects:
+    """The changes that a datamodel of margins alone predicts."""
+    return lambda sets: model.effects(sets)[..., 0]
+
+
+def leaving_out(predict: Predict, n_train: int) -> Effects:
+    """The changes between predictions for masks: with everything, and without each set."""
+    everything = np.ones((1, n_train), bool)
+    return lambda sets: predict(np.stack([indicator(f, n_train) for f in sets]) == 0) - predict(everything)
