@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -74,10 +73,9 @@ def side_by_side(
 
 def _tuned_ridge(study: Study, context: Context, tuning: Evaluator) -> dict[str, float]:
     """The setting of lowest p95 KLoM of DM-direct, over splits and tuning sets."""
-    fit = partial(RidgeDatamodel.fit, context.masks, context.outputs, device=context.device)
 
     def score(setting: dict[str, float]) -> float:
-        model = fit(**setting)
+        model = RidgeDatamodel.fit(context.masks, context.outputs, device=context.device, **setting)
         return tuning.score(lambda sets: right(study, model.effects(sets)))
 
     return min(study.preset.datamodels.grid, key=score)

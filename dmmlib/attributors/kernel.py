@@ -103,7 +103,7 @@ def gradient_kernel(
 ) -> Kernel:
     """Average the kernel over models.
 
-    Takes 4 (n_points^2 + 2 n_train^2 + n_train n_points) bytes, and for each model 2 n_train^2 n_points multiplications.
+    Takes 4 (n_points^2 + 2 n_train^2 + n_train n_points) bytes, and per model 2 n_train^2 n_points multiplications.
 
     Args:
         models: where gradients are taken.

@@ -1,14 +1,13 @@
 """LASSO datamodels, for all targets at once.
 
-One sparse linear model an output (Ilyas et al., "Datamodels", ICML 2022): with centred masks A and outputs y of M
-subset models,
+For each output (Ilyas et al., "Datamodels", ICML 2022), with centred masks A and outputs y of M subset models,
 
     minimise over w:  |y - A w|^2 / 2M + lambda |w|_1,
 
-the objective of scikit-learn's Lasso. The targets, a point's logit each, are solved together, a block at a time, by
-proximal gradient steps of Barzilai and Borwein's length (SpaRSA; Wright, Nowak & Figueiredo, 2009), each target until
-its duality gap is small. A step multiplies by A and its transpose, or by A^T A / M where that is cheaper. lambda is a
-share of each target's smallest lambda that leaves no weight, max |A^T y| / M.
+the objective of scikit-learn's Lasso. The targets, one logit of one point each, are solved together, a block at a time,
+by proximal gradient steps of Barzilai and Borwein's length (SpaRSA; Wright, Nowak & Figueiredo, 2009), each until its
+duality gap is small. A step multiplies by A and its transpose, or by A^T A / M where that is cheaper. lambda is a share
+of each target's smallest lambda that leaves no weight, max |A^T y| / M.
 """
 
 from __future__ import annotations
@@ -21,63 +20,91 @@ import torch
 from scipy.sparse import csr_array, hstack
 from torch import Tensor
 
-from dmmlib.attribution.base import Context, register
+from dmmlib.attribution.base import Context, indicator, register
 from dmmlib.errors import DataError
-from dmmlib.forget_sets import check_forget_indices
 
 SHARES = (0.9, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12)  # of the lambda that leaves no weight; from sparse to dense
 BLOCK = 1000  # targets solved at a time
 STEPS, CHECK = 5000, 5  # at most; between two looks at the duality gaps
 
 
-def solve(
-    a: Tensor, y: Tensor, lam: Tensor, start: Tensor | None = None, tol: float = 1e-3, gram: Tensor | None = None
-) -> Tensor:
-    """LASSO weights (n_targets, n_train).
+class Solver:
+    """Solves for the weights of many targets with the same masks (M, n_train).
 
     Args:
-        a: centred masks (M, n_train).
-        y: centred outputs (n_targets, M).
-        lam: a penalty a target (n_targets,).
-        start: weights to start from, zero if None.
-        tol: a target is solved once its duality gap is at most this share of |y|^2 / 2M, the objective of no weights.
-        gram: A^T A / M (n_train, n_train), to step with instead of A where M is large.
-
-    Raises:
-        DataError: if a target has not converged after 5,000 steps.
+        masks: float, on the device to solve on.
     """
-    m = len(a)
-    top = float(torch.linalg.matrix_norm(a, 2)) ** 2 / m  # of the curvature: 1 / top is a step that never fails
-    correlation, scale = y @ a / m, (y**2).sum(1) / 2 / m
-    w = torch.zeros_like(correlation) if start is None else start
-    solved, left = torch.empty_like(w), torch.arange(len(y), device=y.device)
 
-    def gradient(w: Tensor, correlation: Tensor) -> Tensor:
-        """Minus that of the squared error."""
-        return correlation - (w @ a.T @ a / m if gram is None else w @ gram)
+    def __init__(self, masks: Tensor) -> None:
+        m, n = masks.shape
+        self.mean = masks.mean(0)
+        self.a = masks - self.mean
+        self.gram = self.a.T @ self.a / m if 2 * m >= n else None
+        self.steepest = float(torch.linalg.matrix_norm(self.a, 2)) ** 2 / m  # curvature; 1 / this step never fails
 
-    g, curvature = gradient(w, correlation), torch.full_like(lam, top)
-    for step in range(STEPS + 1):
-        if step % CHECK == 0:
-            rest = y - w @ a.T
-            dual = (lam / g.abs().amax(1).clamp(min=1e-30)).clamp(max=1)[:, None] * rest
-            gap = (rest**2 + (y - dual) ** 2).sum(1) / 2 / m - scale + lam * w.abs().sum(1)
-            done = gap <= tol * scale
-            solved[left[done]] = w[done]
-            rows = (v[~done] for v in (left, w, g, y, correlation, scale, lam, curvature))
-            left, w, g, y, correlation, scale, lam, curvature = rows
-            if not len(left):
-                return solved
-        ahead = torch.addcdiv(w, g, curvature[:, None])
-        threshold = (lam / curvature)[:, None]
-        new = ahead - torch.minimum(torch.maximum(ahead, -threshold), threshold)
-        new_g = gradient(new, correlation)
-        moved = new - w
-        bent, length = ((moved * v).sum(1) for v in (g - new_g, moved))
-        low = top * max(1e-3, (step / STEPS) ** 2)  # ever shorter steps, so that none goes astray for good
-        curvature = torch.where(bent > 0, bent / length.clamp(min=1e-30), top).clamp(low, top)
-        w, g = new, new_g
-    raise DataError(f"The LASSO has not converged after {STEPS:,} steps; raise its penalties or `tol`.")
+    def solve(self, y: Tensor, shares: Tensor, start: Tensor, tol: float) -> Tensor:
+        """Find the weights (n_targets, n_train).
+
+        Args:
+            y: outputs (n_targets, M).
+            shares: each target's lambda, as a share of the smallest that leaves no weight (n_targets,).
+            start: weights to start from (n_targets, n_train).
+            tol: a target is solved once its duality gap is at most this share of |y|^2 / 2M, the objective of w = 0.
+
+        Raises:
+            DataError: if a target has not converged after 5,000 steps.
+        """
+        a, m = self.a, len(self.a)
+        y = y - y.mean(1, keepdim=True)
+        correlation, scale = y @ a / m, (y**2).sum(1) / 2 / m
+        w, lam = start, shares * correlation.abs().amax(1)
+        solved, left = torch.empty_like(w), torch.arange(len(y), device=y.device)
+
+        def gradient(w: Tensor, correlation: Tensor) -> Tensor:
+            """Minus that of the squared error."""
+            return correlation - (w @ a.T @ a / m if self.gram is None else w @ self.gram)
+
+        g, curvature = gradient(w, correlation), torch.full_like(lam, self.steepest)
+        for step in range(STEPS + 1):
+            if step % CHECK == 0:
+                rest = y - w @ a.T
+                dual = (lam / g.abs().amax(1).clamp(min=1e-30)).clamp(max=1)[:, None] * rest
+                gap = (rest**2 + (y - dual) ** 2).sum(1) / 2 / m - scale + lam * w.abs().sum(1)
+                done = gap <= tol * scale
+                solved[left[done]] = w[done]
+                rows = (v[~done] for v in (left, w, g, y, correlation, scale, lam, curvature))
+                left, w, g, y, correlation, scale, lam, curvature = rows
+                if not len(left):
+                    return solved
+            ahead = torch.addcdiv(w, g, curvature[:, None])
+            threshold = (lam / curvature)[:, None]
+            new = ahead - torch.minimum(torch.maximum(ahead, -threshold), threshold)
+            new_g = gradient(new, correlation)
+            moved = new - w
+            bent, length = ((moved * v).sum(1) for v in (g - new_g, moved))
+            low = self.steepest * max(1e-3, (step / STEPS) ** 2)  # ever shorter steps: none goes astray for good
+            curvature = torch.where(bent > 0, bent / length.clamp(min=1e-30), self.steepest).clamp(low, self.steepest)
+            w, g = new, new_g
+        raise DataError(f"The LASSO has not converged after {STEPS:,} steps; raise its penalties or `tol`.")
+
+    def choose(self, y: Tensor, held_out: Tensor, masks: Tensor, shares: Sequence[float], tol: float) -> list[Tensor]:
+        """Choose each target's share by its squared error on held-out outputs (n_targets, k) of masks (k, n_train).
+
+        Shares are tried from the first on, and a target stops where its error no longer falls.
+
+        Returns:
+            The shares (n_targets,), and the weights (n_targets, n_train) that were found with them.
+        """
+        best, found = torch.full_like(y[:, 0], shares[0]), torch.zeros(len(y), masks.shape[1], device=y.device)
+        left, error, w = torch.arange(len(y), device=y.device), torch.full_like(best, torch.inf), found
+        for share in shares:
+            w = self.solve(y[left], torch.full_like(best[left], share), w, tol)
+            predicted = y[left].mean(1, keepdim=True) + w @ (masks - self.mean).T
+            missed = ((predicted - held_out[left]) ** 2).mean(1)
+            better = missed < error[left]
+            left, w = left[better], w[better]
+            error[left], best[left], found[left] = missed[better], share, w
+        return [best, found]
 
 
 @dataclass(frozen=True)
@@ -88,32 +115,26 @@ class LassoDatamodel:
         weights: sparse (n_train, n_points * n_classes).
         mean_mask: (n_train,).
         mean_output: (n_points, n_classes).
-        shares: the penalty chosen for each target, as a share of the one that leaves no weight (n_points, n_classes).
     """
 
     weights: csr_array
     mean_mask: np.ndarray
     mean_output: np.ndarray
-    shares: np.ndarray
 
-    def respond(self, directions: np.ndarray) -> np.ndarray:
-        """W^T d (k, n_points, n_classes) for each row d of (k, n_train)."""
+    def _respond(self, directions: np.ndarray) -> np.ndarray:
         return (np.asarray(directions, np.float32) @ self.weights).reshape(-1, *self.mean_output.shape)
 
     def effect(self, forget: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Predicted change of logits (n_points, n_classes) on retraining without F; raises ForgetSetError."""
+        """Predict the change of logits (n_points, n_classes) on retraining without F; raises ForgetSetError."""
         return self.effects([forget])[0]
 
     def effects(self, forget_sets: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
-        """`effect` of several forget sets (k, n_points, n_classes)."""
-        indicators = np.zeros((len(forget_sets), len(self.mean_mask)), np.float32)
-        for row, forget in zip(indicators, forget_sets, strict=True):
-            row[check_forget_indices(forget, len(row))] = 1
-        return -self.respond(indicators)
+        """Predict the `effect` of several forget sets (k, n_points, n_classes)."""
+        return -self._respond(np.stack([indicator(forget, len(self.mean_mask)) for forget in forget_sets]))
 
     def predict(self, masks: np.ndarray) -> np.ndarray:
-        """Predicted logits (k, n_points, n_classes) of models trained on the given masks (k, n_train)."""
-        return self.mean_output + self.respond(masks - self.mean_mask)
+        """Predict the logits (k, n_points, n_classes) of models trained on the given masks (k, n_train)."""
+        return self.mean_output + self._respond(masks - self.mean_mask)
 
 
 @register("lasso")
@@ -122,14 +143,14 @@ def lasso(
 ) -> LassoDatamodel:
     """Fit LASSO datamodels; of several penalties each target takes one by its error on held-out subsets.
 
-    Penalties are tried from the first on, and a target stops where its error no longer falls. A step costs
-    4 M n_train, or 2 n_train^2 where that is less, multiplications a target, and a fit some tens of steps a penalty.
+    A step costs 4 M n_train, or 2 n_train^2 where that is less, multiplications for each target, and a fit some tens of
+    steps for each penalty.
 
     Args:
         context: of masks and outputs; no weights are needed.
         shares: of the penalty that leaves no weight, in (0, 1), tried in this order.
         held_out: share of the subset models that chooses among several penalties, before a fit to all of them.
-        tol: see `solve`.
+        tol: see `Solver.solve`.
 
     Raises:
         DataError: for shares or a held-out part that cannot be used, or no convergence.
@@ -137,55 +158,19 @@ def lasso(
     if not shares or not all(0 < share < 1 for share in shares):
         raise DataError(f"The LASSO's shares are {tuple(shares)}; give numbers between 0 and 1.")
     m = len(context.masks)
-    n_held = max(1, round(held_out * m)) if len(shares) > 1 else 0
-    if not (0 < held_out < 1 and m - n_held > 1):
+    k = m - (max(1, round(held_out * m)) if len(shares) > 1 else 0)
+    if not (0 < held_out < 1 and k > 1):
         raise DataError(f"held_out={held_out} of {m} subset models was asked for; leave at least two to fit to.")
     masks = torch.from_numpy(context.masks.astype(np.float32)).to(context.device)
     outputs = np.asarray(context.outputs[:m], np.float32).reshape(m, -1)
-    every, fitting = _Fit.of(masks), _Fit.of(masks[: m - n_held])
-    parts, means, chosen = [], [], []
+    every, fitting = Solver(masks), Solver(masks[:k]) if k < m else None
+    parts, means = [], []
     for first in range(0, outputs.shape[1], BLOCK):
         y = torch.from_numpy(outputs[:, first : first + BLOCK].T.copy()).to(context.device)
-        start, share = torch.zeros(len(y), masks.shape[1], device=y.device), torch.full_like(y[:, 0], shares[0])
-        if n_held:
-            left, error, w = torch.arange(len(y), device=y.device), torch.full_like(share, torch.inf), start
-            for candidate in shares:
-                w = fitting(y[left, : m - n_held], torch.full_like(share[left], candidate), w, tol)
-                missed = fitting.predict(w, y[left, : m - n_held], masks[m - n_held :]) - y[left, m - n_held :]
-                better = (missed**2).mean(1) < error[left]
-                left, w = left[better], w[better]
-                error[left], share[left], start[left] = (missed[better] ** 2).mean(1), candidate, w
-        parts.append(csr_array(every(y, share, start, tol).cpu().numpy()).T)
+        share, start = torch.full_like(y[:, 0], shares[0]), torch.zeros(len(y), masks.shape[1], device=y.device)
+        if fitting:
+            share, start = fitting.choose(y[:, :k], y[:, k:], masks[k:], shares, tol)
+        parts.append(csr_array(every.solve(y, share, start, tol).cpu().numpy()).T)
         means.append(y.mean(1).cpu().numpy())
-        chosen.append(share.cpu().numpy())
-    row = context.outputs.shape[1:]
-    return LassoDatamodel(
-        csr_array(hstack(parts, format="csr")),
-        context.masks.mean(0, dtype=np.float32),
-        np.concatenate(means).reshape(row),
-        np.concatenate(chosen).reshape(row),
-    )
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """Some subset models' masks: their mean (n_train,), what is left of them (M, n_train), and perhaps the Gram."""
-
-    mean: Tensor
-    a: Tensor
-    gram: Tensor | None
-
-    @classmethod
-    def of(cls, masks: Tensor) -> _Fit:
-        mean = masks.mean(0)
-        a = masks - mean
-        return cls(mean, a, a.T @ a / len(a) if 2 * len(a) >= a.shape[1] else None)
-
-    def __call__(self, y: Tensor, shares: Tensor, start: Tensor, tol: float) -> Tensor:
-        """Weights (n_targets, n_train) of outputs (n_targets, M)."""
-        y = y - y.mean(1, keepdim=True)
-        return solve(self.a, y, shares * (y @ self.a / len(self.a)).abs().amax(1), start, tol, self.gram)
-
-    def predict(self, w: Tensor, y: Tensor, masks: Tensor) -> Tensor:
-        """Outputs (n_targets, k) for masks (k, n_train), by weights fitted to outputs y."""
-        return y.mean(1, keepdim=True) + w @ (masks - self.mean).T
+    mean = np.concatenate(means).reshape(context.outputs.shape[1:])
+    return LassoDatamodel(csr_array(hstack(parts, format="csr")), context.masks.mean(0, dtype=np.float32), mean)

@@ -36,9 +36,6 @@ Foresee = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 """From masks (k, n_train) to a change of margins (k, n_points), and the variance of the noise in it (n_points,)."""
 
 
-# --- the posterior -------------------------------------------------------------------------------------
-
-
 def posterior(
     masks: np.ndarray,
     margins: np.ndarray,
@@ -50,9 +47,7 @@ def posterior(
     each: bool = False,
     noisy: bool = False,
 ) -> Predict:
-    """Posterior mean of margins, for any mask; `attribution.bayesian` has model and terms.
-
-    With the defaults it is what `bayesian.fit` predicts margins with.
+    """Posterior mean of margins, for any mask; with the defaults as of `attribution.bayesian`, which has the terms.
 
     Args:
         masks: training sets of the subset models (M, n_train).
@@ -94,18 +89,9 @@ def posterior(
         b, rest = left(rho)
         combined[:, here] = rest[:, here] * (rho / (1 + rho * values))[:, None]
         b_own[here[:n]] = b[here[:n]]
-    dual = vectors @ combined
-
-    def predict(some: np.ndarray) -> np.ndarray:
-        d = some - masks.mean(0)
-        total = (d @ c @ a.T) @ dual
-        total[:, :n] += d * b_own
-        return np.asarray(total + scale * f(some)[0] if mean else total)
-
-    return predict
-
-
-# --- designs of subsets --------------------------------------------------------------------------------
+    weights = c @ a.T @ (vectors @ combined)
+    weights[:, :n] += np.diag(b_own)
+    return lambda some: (some - masks.mean(0)) @ weights + (scale * f(some)[0] if mean else 0)
 
 
 def antithetic_masks(masks: np.ndarray) -> np.ndarray:
@@ -158,9 +144,6 @@ def _designs(study: Study, cache: Cache, draw: int) -> Iterator[tuple[str, Conte
     t = cache("originals", _at_originals(study, study.context(), cheap.n_ablation), cheap.n_ablation).weights
     seed = study.seeds(f"masks:clustered:{draw}", 1)[0]
     yield trained("clustered", clustered_masks(t, m, fraction, cheap.n_clusters, seed))
-
-
-# --- variants ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

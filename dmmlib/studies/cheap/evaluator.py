@@ -107,6 +107,11 @@ class Evaluator:
         numbers = {"value": e.value, "low": e.low, "high": e.high}
         return {"forget_set": "every", "split": "all", "statistic": "lds"} | numbers
 
+    def both(self, model: BayesianDatamodel) -> Rows:
+        """KLoM and LDS of a Bayesian datamodel."""
+        rank = self.lds(lambda masks: right(self.study, model.predict(masks)))
+        return [*self.klom(lambda sets: right(self.study, model.effects(sets))), rank]
+
     def bending(self, model: RidgeDatamodel) -> Effects:
         """The changes (n, n_points) where a datamodel of raw logits moves each original's own, which bends margins."""
         y, before = self.study.data.y, self.study.original_logits()[: len(self.before)]
@@ -124,11 +129,6 @@ def held_out_margins(study: Study, chosen: bool = False) -> tuple[np.ndarray, np
     rows = slice(None, half) if chosen else slice(half, None)
     masks, outputs = study.held_out()
     return masks[rows], right(study, outputs[rows])
-
-
-def in_gauge(study: Study, model: BayesianDatamodel) -> Effects:
-    """The changes that a datamodel of logits in the margin gauge predicts."""
-    return lambda sets: right(study, model.effects(sets))
 
 
 def first_class(model: RidgeDatamodel) -> Effects:

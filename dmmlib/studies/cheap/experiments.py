@@ -5,11 +5,9 @@ Intervals are over forget sets, draws of subset models, or seeds, as each functi
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -18,23 +16,14 @@ from scipy.stats import norm
 
 from dmmlib import metrics
 from dmmlib.attribution import bayesian
-from dmmlib.attribution.base import Context, Response, foresee
+from dmmlib.attribution.base import Context
 from dmmlib.attribution.bayesian import BayesianDatamodel
 from dmmlib.attribution.linearised import LAM, RANK, Linearised, LinearisedResponse, linearised_response
 from dmmlib.datamodels import RidgeDatamodel, lds
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.metrics import Estimate
 from dmmlib.presets import Preset
-from dmmlib.studies.cheap.evaluator import (
-    Evaluator,
-    Rows,
-    first_class,
-    held_out_margins,
-    in_gauge,
-    mean_over,
-    median_over,
-    right,
-)
+from dmmlib.studies.cheap.evaluator import Evaluator, Rows, first_class, held_out_margins, mean_over, median_over, right
 from dmmlib.study import ModelSet, Study
 
 
@@ -69,64 +58,57 @@ def pool(study: Study, start: int, stop: int) -> Context:
     return replace(own, masks=masks, outputs=outputs, models=models)
 
 
-class Remembered:
-    """A response that predicts the same masks once."""
+class Remembered(LinearisedResponse):
+    """Linearised models that predict the same masks once."""
 
-    def __init__(self, response: Response) -> None:
-        self.n_train, self.weights = response.n_train, response.weights
-        self._response, self._known = response, dict[bytes, tuple[np.ndarray, np.ndarray]]()
-
-    def change(self, masks: np.ndarray) -> np.ndarray:
-        return self.foresee(masks)[0]
+    @cached_property
+    def _known(self) -> dict[bytes, tuple[np.ndarray, np.ndarray]]:
+        return {}
 
     def foresee(self, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         key = np.packbits(np.asarray(masks, bool)).tobytes()
         if key not in self._known:
-            self._known[key] = foresee(self._response, masks)
+            self._known[key] = super().foresee(masks)
         return self._known[key]
 
 
 class Cache:
-    """Linearised models of contexts, each made once, and their responses."""
+    """Linearised models of contexts, each made once."""
 
     def __init__(self, study: Study) -> None:
         self._progress = study.progress
-        self._models = defaultdict[tuple[Any, ...], tuple[Linearised, ...]](tuple)
-        self._responses: dict[tuple[Any, ...], Remembered] = {}
+        self._models: dict[tuple[str, float, int], tuple[Linearised, ...]] = {}
+        self._responses: dict[tuple[str, float, int, int], Remembered] = {}
 
     def __call__(self, name: str, context: Context, k: int, lam: float = LAM, rank: int = RANK) -> Remembered:
         """The response of the first k models, or all if they are fewer, of the context that is known by this name."""
-        key, models = (name, lam, rank), context.subset_models()[:k]
-        known = len(self._models[key])
-        if known < models.n_models:
-            self._progress(f"linearised models ({name})", known, k)
-            more = replace(context, models=models[known:])
-            self._models[key] += linearised_response(more, lam, None, rank).models
+        models, known = context.subset_models()[:k], self._models.get((name, lam, rank), ())
+        if len(known) < models.n_models:
+            self._progress(f"linearised models ({name})", len(known), k)
+            more = replace(context, models=models[len(known) :])
+            known = self._models[name, lam, rank] = known + linearised_response(more, lam, None, rank).models
             self._progress(f"linearised models ({name})", k, k)
-        if (key, k) not in self._responses:
-            self._responses[key, k] = Remembered(LinearisedResponse(self._models[key][:k]))
-        return self._responses[key, k]
+        return self._responses.setdefault((name, lam, rank, k), Remembered(known[:k]))
 
 
-def ridge(study: Study, size: int) -> tuple[RidgeDatamodel, dict[str, Any]]:
-    """Ridge on margins with the first `size` subset models of halves, and the row of its LDS.
+def ridge(study: Study, size: int, evaluator: Evaluator) -> Rows:
+    """p95 KLoM and LDS of ridge on margins with the first `size` subset models of halves.
 
     Penalty and share of it on own weights are those of the lowest score on the tuning sets. The LDS is that of the
     penalty that has the best LDS on the first half of the held-out subsets, reported on the second.
     """
     (masks, outputs), grid = study.subsets(), study.preset.datamodels.grid
-    fit = partial(RidgeDatamodel.fit, masks[:size], right(study, outputs[:size])[:, :, None], device=study.device)
-    evaluator, (held_out, actual) = Evaluator.tuning(study), held_out_margins(study, chosen=True)
-    scores, ranks = list[float](), list[float]()
+    margins, tuning = right(study, outputs[:size])[:, :, None], Evaluator.tuning(study)
+    fit: Callable[..., RidgeDatamodel] = partial(RidgeDatamodel.fit, masks[:size], margins, device=study.device)
+    (held_out, actual), scores, ranks = held_out_margins(study, chosen=True), list[float](), list[float]()
     for i, setting in enumerate(grid):
         study.progress(f"ridge on {size} models", i, len(grid))
         model = fit(**setting)
-        scores.append(evaluator.score(first_class(model)))
-        plain = setting["own_share"] == 1
-        ranks.append(float(lds(model.predict(held_out)[..., 0], actual).mean()) if plain else -1.0)
+        scores.append(tuning.score(first_class(model)))
+        ranks.append(lds(model.predict(held_out)[..., 0], actual).mean() if setting["own_share"] == 1 else -1)
     study.progress(f"ridge on {size} models", len(grid), len(grid))
-    ranker = fit(lam=grid[int(np.argmax(ranks))]["lam"])
-    return fit(**grid[int(np.argmin(scores))]), evaluator.lds(lambda masks: ranker.predict(masks)[..., 0])
+    model, ranker = fit(**grid[np.argmin(scores)]), fit(lam=grid[np.argmax(ranks)]["lam"])
+    return [*evaluator.klom(first_class(model)), evaluator.lds(lambda masks: ranker.predict(masks)[..., 0])]
 
 
 def more_ridge(study: Study, size: int) -> pd.DataFrame:
@@ -139,17 +121,10 @@ def more_ridge(study: Study, size: int) -> pd.DataFrame:
     more = ModelSet("subsets:more", study.random_masks("masks:more", size - section.n_subsets, section.fraction))
     masks = np.concatenate([study.subsets()[0], more.masks])
     logits = np.concatenate([study.raw_subset_logits(), study.logits_of(more)])
-    fit = partial(RidgeDatamodel.fit, masks, logits, device=study.device)
     tuning, reported = Evaluator.tuning(study), Evaluator.reported(study)
-    models = (fit(lam=lam) for lam in section.lambdas)
+    models = (RidgeDatamodel.fit(masks, logits, lam, study.device) for lam in section.lambdas)
     model = min(models, key=lambda model: tuning.score(tuning.bending(model)))
     return pd.DataFrame(reported.klom(reported.bending(model))).assign(n_models=size)
-
-
-def _bayesian(study: Study, evaluator: Evaluator, model: BayesianDatamodel) -> Rows:
-    """p95 KLoM and LDS of a Bayesian datamodel."""
-    rank = evaluator.lds(lambda masks: right(study, model.predict(masks)))
-    return [*evaluator.klom(in_gauge(study, model)), rank]
 
 
 def curve(study: Study, cache: Cache) -> pd.DataFrame:
@@ -171,8 +146,7 @@ def curve(study: Study, cache: Cache) -> pd.DataFrame:
     shifted = evaluator.rows(lambda name: before + evaluator.oracles[name].mean(0) - before.mean(0))
     add("true mean shift", shifted)
     for size in (size for size in study.preset.datamodels.sizes if size <= m):
-        model, rank = ridge(study, size)
-        add("ridge", [*evaluator.klom(first_class(model)), rank], size)
+        add("ridge", ridge(study, size, evaluator), size)
     logits, raw = study.original_logits()[:n], study.datamodel()
     bent = evaluator.rows(lambda name: metrics.margins(raw.retrained(logits, sets[name].indices), y))
     add("ridge, raw logits", bent, m)
@@ -180,7 +154,7 @@ def curve(study: Study, cache: Cache) -> pd.DataFrame:
         for draw, start in enumerate(draws(study.preset, size)):
             context = pool(study, start, start + size)
             model = bayesian.fit(context, cache(f"draw {start}", context, context.subset_models().n_models))
-            add("bayesian", _bayesian(study, evaluator, model), size, draw)
+            add("bayesian", evaluator.both(model), size, draw)
     columns = ["attributor", "n_models", "draw", "forget_set", "split", "statistic", "value", "low", "high"]
     return pd.concat(parts, ignore_index=True)[columns]
 
@@ -190,12 +164,11 @@ def fine_tuned(study: Study, methods: Sequence[str]) -> pd.DataFrame:
     evaluator, parts = Evaluator.reported(study), []
     for method in methods:
         results = {name: study.unlearned(method, f) for name, f in evaluator.sets.items()}
-        margins = {name: result.margins for name, result in results.items()}
-        costs = [
-            {"forget_set": name, "split": "all", "statistic": "cost", "value": r.cost} for name, r in results.items()
-        ]
-        parts.append(pd.DataFrame([*evaluator.rows(margins.__getitem__), *costs]).assign(attributor=method))
-    return pd.concat(parts, ignore_index=True).assign(n_models=0, draw=0)
+        klom = evaluator.rows({name: result.margins for name, result in results.items()}.__getitem__)
+        cost = [(name, "all", "cost", result.cost) for name, result in results.items()]
+        rows = [*map(dict.values, klom), *cost]
+        parts.append(pd.DataFrame(rows, columns=list(klom[0])).assign(attributor=method, n_models=0, draw=0))
+    return pd.concat(parts, ignore_index=True)
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -242,7 +215,7 @@ def uncertainty(study: Study, model: BayesianDatamodel, level: float = 0.95) -> 
     for name, f in evaluator.sets.items():
         oracle = evaluator.oracles[name]
         se = np.sqrt(before.var(0, ddof=1) / len(before) + oracle.var(0, ddof=1) / len(oracle))
-        (predicted,), sd = in_gauge(study, model)([f.indices]), model.sd(f.indices)
+        predicted, sd = right(study, model.effects([f.indices])[0]), model.sd(f.indices)
         true = oracle.mean(0) - before.mean(0)
         z = (true - predicted) / np.sqrt(sd**2 + se**2)
         every = pd.DataFrame({"predicted": predicted, "true": true, "sd": sd, "se": se, "z": z})
@@ -264,12 +237,9 @@ def calibration(table: pd.DataFrame) -> pd.DataFrame:
 PAIRS: dict[str, dict[str, Any]] = {
     "fashion-mnist, mlp": {"data.name": "fashion-mnist", "model": {"name": "mlp"}},
     "digits, mlp": {"data.name": "digits", "model": {"name": "mlp", "options": {"hidden": 64}}},
-    "fashion-mnist, convnet": {
-        "data.name": "fashion-mnist",
-        "model": {"name": "convnet", "options": {"width": 4}},
-        "training.lr": 0.05,
-    },
-}
+    "fashion-mnist, convnet": {"data.name": "fashion-mnist", "training.lr": 0.05,
+                               "model": {"name": "convnet", "options": {"width": 4}}},
+}  # fmt: skip
 """Data / model pairs, as overrides of the preset `replicate`."""
 
 
@@ -279,28 +249,16 @@ def replicate(study: Study) -> pd.DataFrame:
     Returns:
         Columns attributor ("bayesian", "ridge", "do nothing"), n_models, forget_set, kind, split, statistic, value.
     """
-    evaluator, model, few = Evaluator.reported(study), study.attributor("bayesian"), study.preset.attribution.n_subsets
-    many = study.preset.datamodels.n_subsets
+    evaluator, model, many = Evaluator.reported(study), study.attributor("bayesian"), study.preset.datamodels.n_subsets
     assert isinstance(model, BayesianDatamodel)
-    linear, rank = ridge(study, many)
-    parts = [
-        pd.DataFrame(rows).assign(attributor=attributor, n_models=n_models)
-        for attributor, n_models, rows in (
-            ("do nothing", 0, evaluator.rows(lambda _: evaluator.before)),
-            ("ridge", many, [*evaluator.klom(first_class(linear)), rank]),
-            ("bayesian", few, _bayesian(study, evaluator, model)),
-        )
-    ]
-    table = pd.concat(parts, ignore_index=True)
+    found = {
+        ("do nothing", 0): evaluator.rows(lambda _: evaluator.before),
+        ("ridge", many): ridge(study, many, evaluator),
+        ("bayesian", study.preset.attribution.n_subsets): evaluator.both(model),
+    }
+    table = pd.concat([pd.DataFrame(rows).assign(attributor=name, n_models=n) for (name, n), rows in found.items()])
     table["kind"] = table["forget_set"].map({name: kind_of(f) for name, f in evaluator.sets.items()}).fillna("every")
     return table[["attributor", "n_models", "forget_set", "kind", "split", "statistic", "value"]]
-
-
-def replications(study: Study, table: Path) -> pd.DataFrame:
-    """The table that `make replicate` writes, or, where there is none, this study alone: one pair, one seed."""
-    if table.exists():
-        return pd.read_csv(table)
-    return replicate(study).assign(pair=f"{study.data.name}, {study.preset.model.name}", seed=study.preset.seed)
 
 
 def ratios(table: pd.DataFrame) -> pd.DataFrame:
@@ -325,9 +283,8 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     """`ratios` over seeds: mean, 95 % t-interval (NaN of one seed), n: pair, kind, split, value, low, high, n."""
     keys, rows = ["pair", "kind", "split"], []
     for key, part in table.groupby(keys, sort=False):
-        values = part["value"].to_numpy()
-        several = len(values) > 1
-        e = mean_over(values, log=key[2] != "all") if several else Estimate(float(values[0]), np.nan, np.nan)
+        values, one = part["value"].to_numpy(), Estimate(float(part["value"].iloc[0]), np.nan, np.nan)
+        e = mean_over(values, log=key[2] != "all") if len(values) > 1 else one
         rows.append((*key, e.value, e.low, e.high, len(part)))
     return pd.DataFrame(rows, columns=[*keys, "value", "low", "high", "n"])
 

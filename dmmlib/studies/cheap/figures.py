@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -43,7 +44,7 @@ def _places(axes: Sequence[Axes]) -> Iterator[tuple[float, str, str, str]]:
     return ((j + shift, split, kind, m) for j, split in enumerate(SPLITS) for kind, (m, shift) in KINDS.items())
 
 
-def _kinds_legend(axis: Axes, group: str, **options: object) -> None:
+def _kinds_legend(axis: Axes, group: str, **options: Any) -> None:
     marks = [plt.Line2D([], [], color="0.3", ls="", marker=mark) for mark, _ in KINDS.values()]
     axis.legend(marks, ["random forget set", group], **options)
 
