@@ -20,7 +20,7 @@ from dmmlib.attribution.bayesian import covariance, fit
 from dmmlib.attribution.gradients import gram, margin
 from dmmlib.attribution.linearised import FLAT, LinearisedResponse, compressed, linearise, linearised_response
 from dmmlib.attributors.kernel import EASY, Kernel, gradient_kernel, hardness, kernel, kernel_response
-from dmmlib.attributors.lasso import solve
+from dmmlib.attributors.lasso import Solver
 from dmmlib.datamodels import lds, retrained
 from dmmlib.errors import DataError, ForgetSetError, MethodError
 
@@ -118,14 +118,13 @@ def test_many_gradients_are_projected(monkeypatch):
 
 
 @pytest.mark.parametrize("name", FACTORIES)
-@pytest.mark.parametrize("residual", ["mean", "held_out", "measured"])
-def test_kernel_equals_the_explicit_solve(name, residual):
+def test_kernel_equals_the_explicit_solve(name):
     context = problem(FACTORIES[name])
     m = metrics.margins(context.outputs[:, :10], context.labels[:10])
     q, seen = 1 / (1 + np.exp(m)), context.masks
     h = np.maximum(q.mean(0) / q.mean(), 0.01)
     t, g = explicit_kernel(context, 0.2, h)
-    found = kernel_response(context, 0.2, residual, "subsets")
+    found = kernel_response(context, 0.2)
     np.testing.assert_allclose(found.kernel.transfer, t, rtol=1e-2, atol=1e-3)
     np.testing.assert_allclose(found.kernel.inverse, g, rtol=2e-2, atol=2e-3 * np.abs(g).max())
     coupling = g / np.diag(g)[:, None]
@@ -133,16 +132,13 @@ def test_kernel_equals_the_explicit_solve(name, residual):
     def shortfall(r, without):
         return np.linalg.solve(coupling[np.ix_(without, without)], r[without])
 
-    if residual == "measured":  # the mean shortfall of a point over the subsets without it is its rise
-        rise = np.array([m[seen[:, i], i].mean() - m[~seen[:, i], i].mean() for i in range(10)])
-        shortfalls = np.zeros((12, 10))
-        for row, mask in zip(shortfalls, seen, strict=True):
-            row[~mask] = shortfall(found.residuals, np.flatnonzero(~mask))
-        np.testing.assert_allclose(shortfalls.sum(0) / (~seen).sum(0), rise / np.diag(t), rtol=5e-2, atol=5e-2)
-    else:
-        r = {"mean": q.mean(0), "held_out": (q * ~seen).sum(0) / (~seen).sum(0)}[residual]
-        np.testing.assert_allclose(found.residuals, r, rtol=1e-4)
-    fitted = kernel(context, lam=0.2, residual=residual)
+    # the mean shortfall of a point over the subsets without it is its rise
+    rise = np.array([m[seen[:, i], i].mean() - m[~seen[:, i], i].mean() for i in range(10)])
+    shortfalls = np.zeros((12, 10))
+    for row, mask in zip(shortfalls, seen, strict=True):
+        row[~mask] = shortfall(found.residuals, np.flatnonzero(~mask))
+    np.testing.assert_allclose(shortfalls.sum(0) / (~seen).sum(0), rise / np.diag(t), rtol=5e-2, atol=5e-2)
+    fitted = kernel(context, lam=0.2)
     effect, right = fitted.effect([0, 5]), np.eye(3, dtype=bool)[context.labels]
     change = -shortfall(found.residuals, [0, 5]) @ t[[0, 5]]
     np.testing.assert_allclose(effect[right], fitted.scale * change, rtol=5e-2, atol=1e-2 * np.abs(effect).max())
@@ -452,95 +448,83 @@ def test_lasso_equals_that_of_scikit_learn(share, m, monkeypatch):
 @pytest.mark.parametrize("m", [15, 200], ids=["fewer subsets than points", "more"])
 def test_lasso_by_masks_or_by_their_gram_matrix_is_that_of_scikit_learn(m):
     rng = np.random.default_rng(0)
-    a = rng.random((m, 40)) < 0.7
-    a, y = a - a.mean(0), rng.normal(size=(30, m))
-    y = y - y.mean(1, keepdims=True)
-    lam = rng.uniform(0.1, 0.9, 30) * np.abs(y @ a / m).max(1)
-    given = [torch.from_numpy(v) for v in (a, y, lam)]
-    by_masks = solve(*given, tol=1e-11).numpy()
-    by_gram = solve(*given, tol=1e-11, gram=given[0].T @ given[0] / m).numpy()
-    warm = solve(*given, start=torch.from_numpy(rng.normal(size=by_gram.shape)), tol=1e-11).numpy()
+    masks, y, shares = rng.random((m, 40)) < 0.7, rng.normal(size=(30, m)), rng.uniform(0.1, 0.9, 30)
+    solver, zero = Solver(torch.from_numpy(masks.astype(float))), torch.zeros(30, 40, dtype=torch.double)
+    assert (solver.gram is None) == (m == 15)
+    given = [torch.from_numpy(v) for v in (y, shares)]
+    ours = solver.solve(*given, zero, tol=1e-11).numpy()
+    warm = solver.solve(*given, torch.from_numpy(rng.normal(size=(30, 40))), tol=1e-11).numpy()
+    a, y = masks - masks.mean(0), y - y.mean(1, keepdims=True)
+    lam = shares * np.abs(y @ a / m).max(1)
     theirs = [
         linear_model.Lasso(alpha=l, tol=1e-13, max_iter=100_000).fit(a, v).coef_ for l, v in zip(lam, y, strict=True)
     ]
-    for ours in (by_masks, by_gram, warm):
-        np.testing.assert_allclose(ours, theirs, atol=1e-4)
-    loose = solve(*given, tol=0.05).numpy()
-    objective = [((y - w @ a.T) ** 2).sum(1) / 2 / m + lam * np.abs(w).sum(1) for w in (loose, by_masks)]
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    np.testing.assert_allclose(warm, theirs, atol=1e-4)
+    loose = solver.solve(*given, zero, tol=0.05).numpy()
+    objective = [((y - w @ a.T) ** 2).sum(1) / 2 / m + lam * np.abs(w).sum(1) for w in (loose, ours)]
     assert (objective[0] - objective[1] <= 0.05 * (y**2).sum(1) / 2 / m).all()  # what the duality gap promises
-    with pytest.raises(DataError, match="has not converged after 5,000 steps"):
-        solve(*given, tol=-1.0)
+    with pytest.raises(DataError, match="not converged"):
+        solver.solve(*(v[:3] for v in given), zero[:3], tol=-1.0)
+
+
+def chosen_shares(fitted, context, shares):
+    """For each target, the share whose fit alone has its weights."""
+    alone = [attribution.fit("lasso", context, shares=[share]).weights.toarray() for share in shares]
+    missed = np.abs(np.stack(alone) - fitted.weights.toarray()).max(1)
+    assert missed.min(0).max() < 5e-2, "each target has one of the shares"
+    return np.array(shares)[missed.argmin(0)]
 
 
 def test_lasso_goes_no_denser_than_its_held_out_error_falls():
     context, _ = sparse(40)
     noise = np.random.default_rng(1).normal(size=context.outputs.shape).astype("f4")
-    fitted = attribution.fit("lasso", Context(context.x, context.y, context.masks, noise), shares=[0.9, 0.3, 0.02])
-    alone = attribution.fit("lasso", Context(context.x, context.y, context.masks, noise), shares=[0.9])
-    sparsest = fitted.shares.reshape(-1) == np.float32(0.9)
-    assert 0.3 < sparsest.mean() < 1
-    both = [f.weights.toarray()[:, sparsest] for f in (fitted, alone)]
-    np.testing.assert_allclose(*both, atol=2e-2)
+    context, shares = Context(context.x, context.y, context.masks, noise), [0.9, 0.3, 0.02]
+    fitted = attribution.fit("lasso", context, shares=shares)
+    assert 0.3 < (chosen_shares(fitted, context, shares) == 0.9).mean() < 1
 
 
 def test_lasso_chooses_its_penalty_on_held_out_subsets():
-    context, weights = sparse(400)
-    fitted = attribution.fit("lasso", context, shares=[0.9, 0.05])
-    assert (fitted.shares == np.float32(0.05)).mean() > 0.9
-    missed = fitted.weights.toarray().reshape(weights.shape) - weights
-    assert np.abs(missed).mean() < 0.2
-    noise = Context(
-        context.x, context.y, context.masks, np.random.default_rng(1).normal(size=context.outputs.shape).astype("f4")
-    )
-    assert (attribution.fit("lasso", noise, shares=[0.9, 0.05]).shares == np.float32(0.9)).mean() > 0.5
-
-
-def test_gradients_at_the_originals():
-    context = problem(FACTORIES["mlp"])
-    fitted = kernel(context, lam=0.2, residual="mean", at="originals", n_models=2)
-    h = hardness(context.margins[:, :10])
-    t = explicit_kernel(context, 0.2, h, context.originals[:2])[0]
-    r = 1 / (1 + np.exp(metrics.margins(context.outputs[:, :10], context.labels[:10]))).mean(0)
-    raw = (1 / (1 + np.exp(metrics.margins(context.outputs, context.labels)))).mean(0)[:10, None] * t
-    assert r.shape == (10,)
-    slope = (fitted.weights * raw).sum() / (raw**2).sum()
-    np.testing.assert_allclose(fitted.weights, slope * raw, rtol=2e-2, atol=1e-3)
+    (context, weights), shares = sparse(400), [0.9, 0.05]
+    fitted = attribution.fit("lasso", context, shares=shares)
+    assert (chosen_shares(fitted, context, shares) == 0.05).mean() > 0.9
+    assert np.abs(fitted.weights.toarray().reshape(weights.shape) - weights).mean() < 0.2
+    noise = np.random.default_rng(1).normal(size=context.outputs.shape).astype("f4")
+    context = Context(context.x, context.y, context.masks, noise)
+    fitted = attribution.fit("lasso", context, shares=shares)
+    assert (chosen_shares(fitted, context, shares) == 0.9).mean() > 0.5
 
 
 def test_bad_input():
     context = problem(FACTORIES["linear"])
     parts = {k: getattr(context, k) for k in ("x", "y", "masks", "outputs")}
-    with pytest.raises(DataError, match=r"outputs have shape \(12, 13, 3\) for 12 masks and 14"):
+    with pytest.raises(DataError, match=r"\(12, 13, 3\) for 12 masks"):
         Context(**parts | {"outputs": context.outputs[:, :13]})
-    with pytest.raises(DataError, match="but only 2 masks; give the weights of the first"):
+    with pytest.raises(DataError, match="only 2 masks"):
         Context(**parts | {"masks": context.masks[:2], "outputs": context.outputs[:2]}, models=context.models)
     bare = Context(**parts)
-    with pytest.raises(DataError, match="give the context `models`"):
+    with pytest.raises(DataError, match="context `models`"):
         attribution.fit("kernel", bare)
-    with pytest.raises(DataError, match="no `originals`"):
-        attribution.fit("kernel", bare, at="originals")
-    with pytest.raises(DataError, match="residual='group' was asked for; use one of 'mean', 'held_out', 'measured'"):
-        attribution.fit("kernel", context, residual="group")
-    with pytest.raises(DataError, match="delta=0 was given; use a share above 0"):
+    with pytest.raises(DataError, match="delta=0"):
         attribution.fit("bayesian", context, delta=0)
     few = Context(**parts | {"masks": context.masks[:2], "outputs": context.outputs[:2]}, models=context.models[:2])
-    with pytest.raises(DataError, match="takes at least 3"):
+    with pytest.raises(DataError, match="at least 3"):
         attribution.fit("bayesian", few)
-    for name, given in (("kernel", "penalty is 0"), ("linearised", "penalty is lam=0")):
-        with pytest.raises(DataError, match=f"{given}; give a positive number"):
+    for name in ("kernel", "linearised"):
+        with pytest.raises(DataError, match=r"penalty is .*0; give a positive"):
             attribution.fit(name, context, lam=0)
     for options in ({"rank": 0}, {"n_models": 0}):
-        with pytest.raises(DataError, match="give at least 1 of each"):
+        with pytest.raises(DataError, match="at least 1"):
             attribution.fit("bayesian", context, **options)
-    with pytest.raises(DataError, match="give the context `models`"):
+    with pytest.raises(DataError, match="context `models`"):
         attribution.fit("linearised", bare)
-    with pytest.raises(ForgetSetError, match="index 10 is outside the training set of 10"):
+    with pytest.raises(ForgetSetError, match=r"index 10 .* 10"):
         attribution.fit("kernel", context).effect([10])
-    with pytest.raises(DataError, match="give numbers between 0 and 1"):
+    with pytest.raises(DataError, match="between 0 and 1"):
         attribution.fit("lasso", bare, shares=[0.5, 1.5])
-    with pytest.raises(DataError, match="leave at least two to fit to"):
+    with pytest.raises(DataError, match="at least two"):
         attribution.fit("lasso", bare, held_out=0.95)
-    with pytest.raises(MethodError, match="Unknown attributor 'nope'; use one of"):
+    with pytest.raises(MethodError, match="Unknown attributor 'nope'"):
         attribution.get("nope")
 
 
@@ -632,7 +616,7 @@ def test_comparison_takes_other_ways_of_unlearning_by_an_attributor():
 @pytest.mark.parametrize("name", ["trak", "tracin", "ekfac", "logra"])
 def test_gradient_attributors_of_dattri_or_a_clear_error(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "dattri", None)
-    with pytest.raises(MethodError, match=r"needs the library dattri .*pip install --no-deps dattri"):
+    with pytest.raises(MethodError, match=r"pip install --no-deps dattri"):
         attribution.fit(name, problem(FACTORIES["mlp"]))
 
 
@@ -640,7 +624,7 @@ def test_gradient_attributors_of_dattri_or_a_clear_error(name, monkeypatch):
 def test_dattri_agrees_with_explicit_scores(name):
     pytest.importorskip("dattri")
     context = problem(FACTORIES["mlp"])
-    with pytest.raises(DataError, match="models without buffers"):
+    with pytest.raises(DataError, match="without buffers"):
         attribution.fit(name, problem(FACTORIES["conv"]))
     options = {"n_features": None, "regularization": 0.01, "n_models": 1} if name == "trak" else {"n_models": 2}
     fitted = attribution.fit(name, context, **options)
@@ -670,7 +654,7 @@ def test_ekfac_of_dattri_damped_away_is_the_product_of_gradients(capfd):
     )
     np.testing.assert_allclose(damped, flat, atol=1e-3 * np.abs(flat).max())
     assert np.abs(curved - flat).max() > 0.05 * np.abs(flat).max()
-    with pytest.raises(DataError, match="of linear layers only"):
+    with pytest.raises(DataError, match="linear layers only"):
         attribution.fit("ekfac", problem(lambda: nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 3))))
     assert "calculating gradient" not in capfd.readouterr().err
 
@@ -734,11 +718,11 @@ def test_logra_of_dattri_ranks_effects_in_their_unit():
 
 def test_logra_refuses_what_it_has_no_gradients_of():
     pytest.importorskip("dattri")
-    with pytest.raises(DataError, match="models without buffers"):
+    with pytest.raises(DataError, match="without buffers"):
         attribution.fit("logra", problem(FACTORIES["conv"]))
     for factory in (FACTORIES["twice"], lambda: nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 3))):
-        with pytest.raises(DataError, match=r"LoGra's curvature here is of linear layers only, each used once"):
+        with pytest.raises(DataError, match=r"LoGra.* linear layers only"):
             attribution.fit("logra", problem(factory))
     for options in ({"rank": 0}, {"damping": 0}):
-        with pytest.raises(DataError, match="give at least 1, and a share above 0"):
+        with pytest.raises(DataError, match="at least 1, and a share"):
             attribution.fit("logra", problem(FACTORIES["mlp"]), **options)

@@ -9,22 +9,24 @@ import pandas as pd
 import pytest
 from scipy.stats import multivariate_normal, t
 
-from dmmlib import metrics
+from dmmlib import metrics, presets
 from dmmlib.analysis import tables
-from dmmlib.analysis.side_by_side import FLOOR, _tuned_ridge, best, over_sets, side_by_side, wide
+from dmmlib.analysis.side_by_side import FLOOR, best, over_sets, side_by_side, wide
 from dmmlib.attribution import bayesian
 from dmmlib.attribution.base import Linear
 from dmmlib.attribution.bayesian import RHOS, covariance
 from dmmlib.attribution.linearised import LinearisedResponse, linearised_response
 from dmmlib.datamodels import RidgeDatamodel
+from dmmlib.datamodels import lds as lds_of
 from dmmlib.errors import DataError, PresetError
 from dmmlib.files import home
 from dmmlib.metrics import Estimate
 from dmmlib.progress import silent
-from dmmlib.studies.cheap import experiments
+from dmmlib.studies.cheap import ablation, experiments
 from dmmlib.studies.cheap.ablation import antithetic_masks, clustered_masks, posterior
-from dmmlib.study import Study
-from dmmlib.trainer import ModelSet
+from dmmlib.studies.cheap.evaluator import SPLITS, Evaluator, leaving_out, mean_over, median_over
+from dmmlib.studies.cheap.settings import CheapSettings
+from dmmlib.study import ROOT, ModelSet, Study
 from tests.conftest import TINY
 from tests.test_attribution import FACTORIES, problem
 
@@ -52,14 +54,19 @@ def cache(study):
     return experiments.Cache(study)
 
 
+def prior(w0):
+    """A linear prior mean that is free of noise."""
+    return lambda masks: (Linear(w0).change(masks), np.zeros(w0.shape[1]))
+
+
 def test_the_posterior_taken_apart_is_the_bayesian_datamodels():
     context = problem(FACTORIES["mlp"], m=30)
     w0 = np.random.default_rng(0).normal(size=(10, 14)).astype(np.float32)
     model = bayesian.fit(context, w0, 0.3)
-    predict = posterior(context.masks, context.margins, Linear(w0), covariance(w0, 0.3))
+    predict = posterior(context.masks, context.margins, prior(w0), covariance(w0, 0.3))
     for forget in ([0], [2, 5, 7]):
         effect = metrics.right_logits(model.effect(forget), context.labels)
-        np.testing.assert_allclose(experiments.leaving_out(predict, 10)([forget])[0], effect, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(leaving_out(predict, 10)([forget])[0], effect, rtol=1e-3, atol=1e-4)
 
 
 def parts_of_a_regression(seed=0, n=8, m=25, n_points=11):
@@ -87,7 +94,7 @@ def log_evidence(a, y, c, rho):
 @pytest.mark.parametrize("each", [False, True])
 def test_without_mean_and_own_weights_it_is_gaussian_process_regression_at_the_best_evidence(each):
     masks, y, w0, c = parts_of_a_regression()
-    found = weights_of(posterior(masks, y, Linear(w0), c, mean=False, own=False, each=each))
+    found = weights_of(posterior(masks, y, prior(w0), c, mean=False, own=False, each=each))
     a, centred = masks - masks.mean(0), y - y.mean(0)
     scores = np.array([[log_evidence(a, column, c, rho) for column in centred.T] for rho in RHOS])
     rhos = RHOS[scores.argmax(0)] if each else np.full(y.shape[1], RHOS[scores.sum(1).argmax()])
@@ -98,7 +105,7 @@ def test_without_mean_and_own_weights_it_is_gaussian_process_regression_at_the_b
 
 def test_a_true_prior_mean_is_found_and_helps():
     masks, y, w0, c = parts_of_a_regression(m=12)
-    with_mean, without = (weights_of(posterior(masks, y, Linear(w0), c, mean=on)) for on in (True, False))
+    with_mean, without = (weights_of(posterior(masks, y, prior(w0), c, mean=on)) for on in (True, False))
     assert np.abs(with_mean - w0).mean() < np.abs(without - w0).mean()
 
 
@@ -120,20 +127,20 @@ def test_clustered_masks_hold_what_is_alike_together_and_are_of_exact_size():
     same = cluster[:, None] == cluster
     np.fill_diagonal(r, np.nan)
     assert np.nanmean(r[same]) > np.nanmean(r[~same]) + 0.2
-    with pytest.raises(DataError, match="n_clusters=41 was asked for among 40"):
+    with pytest.raises(DataError, match=r"n_clusters=41 .* 40"):
         clustered_masks(alike, 3, 0.75, 41, 0)
 
 
 def test_intervals_are_students_and_the_bootstraps():
-    e = experiments.mean_over(np.array([1.0, 2.0, 3.0]))
+    e = mean_over(np.array([1.0, 2.0, 3.0]))
     assert e.value == 2
     assert e.high - 2 == pytest.approx(t.ppf(0.975, 2) / np.sqrt(3))
-    logs = experiments.mean_over(np.array([0.5, 2.0]), log=True)
+    logs = mean_over(np.array([0.5, 2.0]), log=True)
     assert logs.value == pytest.approx(1)
     assert logs.low * logs.high == pytest.approx(1)
-    with pytest.raises(DataError, match="over 1 value"):
-        experiments.mean_over(np.array([1.0]))
-    m = experiments.median_over(np.arange(11.0))
+    with pytest.raises(DataError, match="1 value"):
+        mean_over(np.array([1.0]))
+    m = median_over(np.arange(11.0))
     assert m.low < m.value == 5 < m.high
 
 
@@ -161,17 +168,19 @@ def test_models_are_linearised_once_for_every_number_of_them(study, cache):
     context = experiments.pool(study, 0, 30)
     two, three = cache("draw 0", context, 2), cache("draw 0", context, 3)
     assert three.models[:2] == two.models
-    assert cache("draw 0", context, 2).models[0] is two.models[0]
+    assert cache("draw 0", context, 2) is two
+    assert cache("draw 0", context, 99).models == three.models, "there are no more"
     direct = linearised_response(context, n_models=3)
     np.testing.assert_allclose(three.change(context.masks), direct.change(context.masks), atol=1e-3)
 
 
 def test_a_remembered_response_predicts_the_same_masks_once(study, cache, monkeypatch):
     context = experiments.pool(study, 0, 30)
-    response = cache("draw 0", context, 1)
-    remembered = experiments.Remembered(response)
+    remembered = cache("draw 0", context, 1)
     first = remembered.change(context.masks)
-    np.testing.assert_array_equal(remembered.change(~context.masks), response.change(~context.masks))
+    np.testing.assert_array_equal(
+        remembered.change(~context.masks), LinearisedResponse(remembered.models).change(~context.masks)
+    )
     monkeypatch.setattr(LinearisedResponse, "foresee", None)
     assert remembered.change(context.masks) is first
 
@@ -182,7 +191,7 @@ def test_the_curve_measures_what_the_study_does(study, cache):
     for name, f in study.forget_sets().items():
         for method, key in (("do_nothing", "do nothing"), ("retrain", "floor")):
             rows = pd.DataFrame(study.evaluate(method, f)).query("statistic == 'klom_p95'").set_index("split")
-            for split in experiments.SPLITS:
+            for split in SPLITS:
                 mine = p95.loc[(key, 0, 0, name, split), "value"]
                 assert mine == pytest.approx(rows.loc[split, "value"], rel=1e-5), (method, split)
     model = bayesian.bayesian(study.context(), n_models=CHEAP["n_kernel"])
@@ -194,30 +203,36 @@ def test_the_curve_measures_what_the_study_does(study, cache):
         assert here == pytest.approx(np.percentile(klom[f.indices], 95), abs=0.05)
     lds = table[(table["statistic"] == "lds") & (table["n_models"] == 30) & (table["draw"] == 0)]
     both = study.lds(model)
-    assert lds["value"].iloc[0] == pytest.approx(experiments.lds(*both).mean(), abs=0.01)
+    assert lds["value"].iloc[0] == pytest.approx(lds_of(*both).mean(), abs=0.01)
     wide = experiments.summary(table).set_index(["attributor", "n_models", "split"])
     assert wide.loc[("bayesian", 30, "forget"), "n_draws"] == 2
     assert (wide["low"] <= wide["value"]).all()
     assert (wide["value"] <= wide["high"]).all()
 
 
-def test_ridge_is_tuned_once(study):
-    effect, setting, _ = experiments.ridge(study, 100)
-    forget = study.forget_sets()["pc1"].indices
-    model = RidgeDatamodel.fit(study.subsets()[0], study.subsets()[1], **setting)
-    theirs = metrics.right_logits(model.effect(forget), study.data.y)
-    np.testing.assert_allclose(effect([forget])[0], theirs, rtol=1e-3, atol=1e-4)
-    again = experiments.ridge(study, 100)[1]
-    assert again == setting
+def test_ridge_has_the_setting_of_the_lowest_score_on_the_tuning_sets(study):
+    masks, outputs = study.subsets()
+    tuning, reported = Evaluator.tuning(study), Evaluator.reported(study)
+
+    def effects(setting):
+        model = RidgeDatamodel.fit(masks, outputs, **setting)  # of all logits, where the study's is of margins alone
+        return lambda sets: metrics.right_logits(model.effects(sets), study.data.y)
+
+    best = min(study.preset.datamodels.grid, key=lambda setting: tuning.score(effects(setting)))
+    *klom, lds = experiments.ridge(study, 100, reported)
+    expected = [row["value"] for row in reported.klom(effects(best))]
+    np.testing.assert_allclose([row["value"] for row in klom], expected, rtol=1e-3)
+    assert lds["statistic"] == "lds"
+    assert lds["low"] < lds["value"] < lds["high"]
 
 
 def test_the_ablation_tries_each_change_in_every_draw(study, cache):
-    table = experiments.ablate(study, cache)
-    variants = experiments.variants(study)
+    table = ablation.ablate(study, cache)
+    variants = ablation.variants(study)
     assert len(table) == len(variants) * 2 * 4
-    against = experiments.against_default(table)
+    against = ablation.against_default(table)
     default = against[against["group"] == "default"].set_index("split")
-    assert (default.loc[list(experiments.SPLITS), "ratio"] == 1).all()
+    assert (default.loc[list(SPLITS), "ratio"] == 1).all()
     assert default.loc["lds", "ratio"] == 0
     no_mean = against.query("name == 'covariance only: no mean' and split == 'lds'")
     rows = table.query("split == 'lds'").pivot(index="draw", columns="name", values="value")
@@ -226,7 +241,7 @@ def test_the_ablation_tries_each_change_in_every_draw(study, cache):
 
 
 def test_gauges_end_in_the_same_margins_where_effects_vanish(study):
-    table = experiments.gauges(study)
+    table = ablation.gauges(study)
     assert set(table["gauge"]) == {"raw logits", "margin gauge"}
     assert np.isfinite(table["value"]).all()
     assert len(table) == 2 * 2 * len(study.tuning_sets()) * 3
@@ -252,7 +267,7 @@ def test_fine_tuned_methods_are_measured_as_the_study_does(study):
     rows = pd.DataFrame(study.evaluate("dmm", f))
     mine = table[table["forget_set"] == "pc1"].set_index("split")["value"]
     theirs = rows[rows["statistic"] == "klom_p95"].set_index("split")["value"]
-    for split in experiments.SPLITS:
+    for split in SPLITS:
         assert mine[split] == pytest.approx(theirs[split], rel=1e-5)
     assert mine["all"] == rows[rows["statistic"] == "cost"]["value"].iloc[0]
 
@@ -313,7 +328,7 @@ def test_replication_goes_on_where_its_table_ends(study, tmp_path, monkeypatch):
     (tmp_path / "04_replication.csv").unlink()
     script.main([1], ["digits, mlp"], tmp_path)
     assert [o["seed"] for o in asked] == [0, 1, 1], "each table goes on for itself"
-    rows = experiments.replications(study, tmp_path / "07_replication.csv")
+    rows = pd.read_csv(tmp_path / "07_replication.csv")
     assert set(rows["attributor"]) == {"do nothing", "bayesian", "ridge"}
     assert len(rows) == 2 * (3 * 2 * 3 + 2)
     ratios = experiments.over_seeds(experiments.ratios(rows))
@@ -328,16 +343,16 @@ def test_ridge_may_have_more_models_than_the_preset(study):
     masks = study.random_masks("masks:more", 20, section.fraction)
     assert not any((masks[:, None] == study.subsets()[0][None]).all(2).ravel())
     logits = np.concatenate([study.raw_subset_logits(), study.logits_of(ModelSet("subsets:more", masks))])
-    yardstick = experiments.Yardstick.reported(study)
+    reported = Evaluator.reported(study)
     possible = []
     for lam in section.lambdas:
         model = RidgeDatamodel.fit(np.concatenate([study.subsets()[0], masks]), logits, lam)
         assert len(logits) == m + 20
         moved = {
-            name: metrics.margins(study.original_logits()[: yardstick.n] + model.effect(f.indices), study.data.y)
+            name: metrics.margins(study.original_logits() + model.effect(f.indices), study.data.y)
             for name, f in study.forget_sets().items()
         }
-        possible.append([v for name, z in moved.items() for v in yardstick.p95(z, name).values()])
+        possible.append([row["value"] for row in reported.rows(moved.__getitem__)])
     assert any(np.allclose(table["value"], values, rtol=1e-3) for values in possible)
 
 
@@ -348,25 +363,25 @@ def test_the_main_table_over_seeds():
         for seed in (0, 2)
         for k in range(3)
         for method, value in values.items()
-        for split in experiments.SPLITS
+        for split in SPLITS
     ]
     rows[-3:] = [(*row[:-1], 10.0) for row in rows[-3:]]  # retraining, once
-    rows += [("p", 0, "set 0", "oracle_matching", split, 4.5) for split in experiments.SPLITS]
+    rows += [("p", 0, "set 0", "oracle_matching", split, 4.5) for split in SPLITS]
     table = tables.replications(
         pd.DataFrame(rows, columns=["pair", "seed", "forget_set", "method", "split", "value"])
     ).xs("p")
-    assert list(table.columns) == [*experiments.SPLITS, "ahead"]
-    assert table.loc["DMM", "forget"] == str(experiments.mean_over(np.array([2.0, 4.0]), log=True))
-    assert table.loc["best baseline", "forget"] == str(experiments.mean_over(np.array([4.0, 6.0]), log=True))
-    assert table.loc["best baseline", "retain"] == str(experiments.mean_over(np.array([5.0, 7.0]), log=True))
+    assert list(table.columns) == [*SPLITS, "ahead"]
+    assert table.loc["DMM", "forget"] == str(mean_over(np.array([2.0, 4.0]), log=True))
+    assert table.loc["best baseline", "forget"] == str(mean_over(np.array([4.0, 6.0]), log=True))
+    assert table.loc["best baseline", "retain"] == str(mean_over(np.array([5.0, 7.0]), log=True))
     assert table.loc["DMM", "ahead"] == "6 of 6"
     assert table.loc["do nothing", "ahead"] == "0 of 6"
     assert table.loc["oracle matching", "ahead"] == "0 of 1"
     assert table.loc["best baseline", "ahead"] == ""
 
 
-def test_without_a_table_a_run_stands_for_itself_without_an_interval(study, tmp_path):
-    rows = experiments.replications(study, tmp_path / "none.csv")
+def test_a_run_of_one_seed_has_no_interval(study):
+    rows = experiments.replicate(study).assign(pair="digits, linear", seed=0)
     seeds = experiments.over_seeds(experiments.ratios(rows))
     assert set(seeds["pair"]) == {"digits, linear"}
     assert seeds["low"].isna().all()
@@ -378,16 +393,23 @@ def test_replicated_pairs_are_presets(pair, tmp_path):
     assert study.preset.datamodels.n_subsets == 2 * study.data.n_train
 
 
-def test_unknown_settings_are_refused():
-    with pytest.raises(PresetError, match="cheap"):
-        Study(copy.deepcopy(TINY) | {"studies": {"cheap": {"size": [3]}}})
+@pytest.mark.parametrize(
+    "given",
+    [{"size": [3]}, {"sizes": []}, {"sizes": [2]}, {"n_draws": 1}, {"fractions": [1.0]}, {"penalties": [0]},
+     {"ranks": [0]}, {"linearised": [0]}, {"n_kernel": 0}],
+)  # fmt: skip
+def test_settings_that_cannot_be_are_refused(given):
+    with pytest.raises(ValueError, match=next(iter(given))):
+        CheapSettings(**given)
+    with pytest.raises(PresetError, match=next(iter(given))):
+        presets.load(TINY | {"studies": {"cheap": given}})
 
 
 def test_attributors_stand_side_by_side_a_users_own_and_those_that_cannot_be_fitted(study):
     settings = {"ridge": {}, "kernel": {"n_models": 2}, "nothing": {}, "lasso": {"shares": [2.0]}}
     table, missing = side_by_side(study, settings, study.forget_sets(), sizes=[100], n_models=6)
     assert list(missing) == ["lasso"]
-    assert "give numbers between 0 and 1" in missing["lasso"]
+    assert "between 0 and 1" in missing["lasso"]
     spent = table.drop_duplicates("attributor").set_index("attributor")["n_models"].to_dict()
     assert spent == {"do nothing": 0, FLOOR: 0, "ridge": 30, "kernel": 30, "nothing": 30, "ridge, 100 models": 100}
     klom = table[table["statistic"] == "klom_p95"].set_index(["attributor", "method", "forget_set", "split"])["value"]
@@ -406,21 +428,21 @@ def test_attributors_stand_side_by_side_a_users_own_and_those_that_cannot_be_fit
 
 
 def test_ridge_beside_others_has_the_setting_that_is_best_on_the_tuning_sets(study):
-    context, y = study.context(), study.data.y
-    before = metrics.margins(study.original_logits(), y)
-    scores = {}
-    for setting in itertools.product(study.preset.datamodels.lambdas, study.preset.datamodels.own_shares):
-        lam, own_share = setting
-        model = RidgeDatamodel.fit(context.masks, context.outputs, lam, own_share=own_share)
-        p95 = []
-        for f in study.tuning_sets().values():
-            answers = before + metrics.right_logits(model.effect(f.indices), y)
-            klom = metrics.klom(answers, metrics.margins(study.oracles(f, n=len(before)), y))
-            p95 += [np.percentile(klom[at], 95) for at in f.splits(study.data.n_train, study.data.n_val).values()]
-        scores[setting] = np.mean(p95)
+    context, tuning = study.context(), Evaluator.tuning(study)
+
+    def score(setting):
+        model = RidgeDatamodel.fit(context.masks, context.outputs, **setting)
+        return tuning.score(lambda sets: metrics.right_logits(model.effects(sets), study.data.y))
+
+    scores = {tuple(setting.items()): score(setting) for setting in study.preset.datamodels.grid}
     assert len(set(scores.values())) > 1
-    tuned = _tuned_ridge(study, context, experiments.Yardstick.tuning(study))
-    assert scores[tuned["lam"], tuned["own_share"]] == pytest.approx(min(scores.values()))
+    settings = {"ridge": {}}, {"ridge": dict(min(scores, key=scores.get))}, {"ridge": dict(max(scores, key=scores.get))}
+    tuned, best, worst = (
+        side_by_side(study, given, study.forget_sets(), n_models=4)[0].query("statistic == 'klom_p95'")["value"]
+        for given in settings
+    )
+    np.testing.assert_array_equal(tuned, best)
+    assert not np.array_equal(tuned, worst)
 
 
 def test_who_is_best_is_a_matter_of_intervals():

@@ -92,7 +92,8 @@ def _task(module: nn.Module, weights: list[Weights], loss: Of, target: Of, singl
 
 def _loaders(context: Context, batch: int, **points: Tensor) -> tuple[DataLoader, DataLoader]:
     """Training points, and all points: pairs, or under these names."""
-    every: Any = StackDataset(**points) if points else TensorDataset(context.x, context.y)
+    named: dict[str, Any] = points
+    every: Any = StackDataset(**named) if named else TensorDataset(context.x, context.y)
     return DataLoader(Subset(every, range(context.n_train)), batch), DataLoader(every, batch)
 
 
@@ -199,7 +200,9 @@ def ekfac(context: Context, damping: float = 0.1, n_models: int | None = None, b
     train, every = _loaders(context, batch)
     total = torch.zeros(context.n_train, len(context.x), device=context.device)
     for checkpoint in weights:
-        of_loss, of_margin = (_task(module, [checkpoint], f, f, single=False) for f in (cross_entropy, margin))
+        of_loss, of_margin = (
+            _task(module, [checkpoint], cross_entropy, target, single=False) for target in (cross_entropy, margin)
+        )
         scores = attributor(task=of_loss, device=str(context.device))
         with _quiet():
             scores.cache(train)
