@@ -7,13 +7,14 @@ import itertools
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy.stats import multivariate_normal, t
 
 from dmmlib import metrics, presets
 from dmmlib.analysis import tables
 from dmmlib.analysis.side_by_side import FLOOR, best, over_sets, side_by_side, wide
 from dmmlib.attribution import bayesian
-from dmmlib.attribution.base import Linear
+from dmmlib.attribution.base import Context, Linear
 from dmmlib.attribution.bayesian import RHOS, covariance
 from dmmlib.attribution.linearised import LinearisedResponse, linearised_response
 from dmmlib.datamodels import RidgeDatamodel
@@ -63,7 +64,7 @@ def test_the_posterior_taken_apart_is_the_bayesian_datamodels():
     context = problem(FACTORIES["mlp"], m=30)
     w0 = np.random.default_rng(0).normal(size=(10, 14)).astype(np.float32)
     model = bayesian.fit(context, w0, 0.3)
-    predict = posterior(context.masks, context.margins, prior(w0), covariance(w0, 0.3))
+    predict = posterior(context, prior(w0), covariance(w0, 0.3))
     for forget in ([0], [2, 5, 7]):
         effect = metrics.right_logits(model.effect(forget), context.labels)
         np.testing.assert_allclose(leaving_out(predict, 10)([forget])[0], effect, rtol=1e-3, atol=1e-4)
@@ -75,6 +76,12 @@ def parts_of_a_regression(seed=0, n=8, m=25, n_points=11):
     w0 = rng.normal(size=(n, n_points))
     y = (masks - masks.mean(0)) @ (w0 + 0.3 * rng.normal(size=w0.shape)) + 0.2 * rng.normal(size=(m, n_points))
     return masks, y, w0, covariance(w0, 0.5)
+
+
+def of_margins(masks, y):
+    """A context of one class, whose logits are margins."""
+    n_points = y.shape[1]
+    return Context(torch.zeros(n_points, 1), torch.zeros(n_points, dtype=torch.long), masks, y[:, :, None])
 
 
 def weights_of(predict, n=8):
@@ -94,7 +101,7 @@ def log_evidence(a, y, c, rho):
 @pytest.mark.parametrize("each", [False, True])
 def test_without_mean_and_own_weights_it_is_gaussian_process_regression_at_the_best_evidence(each):
     masks, y, w0, c = parts_of_a_regression()
-    found = weights_of(posterior(masks, y, prior(w0), c, mean=False, own=False, each=each))
+    found = weights_of(posterior(of_margins(masks, y), prior(w0), c, mean=False, own=False, each=each))
     a, centred = masks - masks.mean(0), y - y.mean(0)
     scores = np.array([[log_evidence(a, column, c, rho) for column in centred.T] for rho in RHOS])
     rhos = RHOS[scores.argmax(0)] if each else np.full(y.shape[1], RHOS[scores.sum(1).argmax()])
@@ -105,7 +112,7 @@ def test_without_mean_and_own_weights_it_is_gaussian_process_regression_at_the_b
 
 def test_a_true_prior_mean_is_found_and_helps():
     masks, y, w0, c = parts_of_a_regression(m=12)
-    with_mean, without = (weights_of(posterior(masks, y, prior(w0), c, mean=on)) for on in (True, False))
+    with_mean, without = (weights_of(posterior(of_margins(masks, y), prior(w0), c, mean=on)) for on in (True, False))
     assert np.abs(with_mean - w0).mean() < np.abs(without - w0).mean()
 
 

@@ -18,6 +18,7 @@ import copy
 import io
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from functools import partial
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
@@ -33,8 +34,7 @@ from dmmlib.attribution.gradients import margin
 from dmmlib.errors import DataError, MethodError
 
 Weights = dict[str, Tensor]
-Of = Callable[[Tensor, Tensor], Tensor]
-"""A value of each point (n,), or their mean, from logits (n, n_classes) and labels (n,)."""
+Of = Callable[[Tensor, Tensor], Tensor]  # values of points (n,), or their mean, from logits (n, n_classes) and labels
 
 
 def _load() -> Any:
@@ -86,31 +86,21 @@ def _function(module: nn.Module, of: Of, single: bool) -> Callable[..., Tensor]:
 
 def _task(module: nn.Module, weights: list[Weights], loss: Of, target: Of, single: bool) -> Any:
     """dattri's description of models: gradients of `loss` of training points against those of `target`."""
-    functions = {"loss_func": _function(module, loss, single), "target_func": _function(module, target, single)}
-    return _load().task.AttributionTask(model=module, checkpoints=weights, **functions)
+    loss_func, target_func = (_function(module, of, single) for of in (loss, target))
+    task = _load().task.AttributionTask
+    return task(loss_func=loss_func, target_func=target_func, model=module, checkpoints=weights)
 
 
-def _loaders(context: Context, batch: int, **points: Tensor) -> tuple[DataLoader, DataLoader]:
-    """Training points, and all points: pairs, or under these names."""
-    named: dict[str, Any] = points
-    every: Any = StackDataset(**named) if named else TensorDataset(context.x, context.y)
+def _loaders(context: Context, batch: int, kind: Any = TensorDataset) -> tuple[DataLoader, DataLoader]:
+    """Training points, and all points, as pairs or, of a `StackDataset`, as x and y."""
+    every = kind(context.x, context.y) if kind is TensorDataset else kind(x=context.x, y=context.y)
     return DataLoader(Subset(every, range(context.n_train)), batch), DataLoader(every, batch)
 
 
 def _projection(context: Context, n_features: int | None) -> dict[str, Any]:
     """Every setting of dattri's projections, since those left out keep what an earlier attributor was given."""
-    return {
-        "proj_dim": n_features or 512,  # without effect on whole gradients
-        "proj_type": "normal" if n_features else "identity",
-        "proj_max_batch_size": 32,
-        "proj_seed": context.seed,
-        "device": str(context.device),
-    }
-
-
-def _quiet() -> redirect_stderr[io.StringIO]:
-    """Hides dattri's progress bars."""
-    return redirect_stderr(io.StringIO())
+    kind = {"proj_dim": n_features or 512, "proj_type": "normal" if n_features else "identity"}  # 512 without effect
+    return kind | {"proj_max_batch_size": 32, "proj_seed": context.seed, "device": str(context.device)}
 
 
 @register("trak")
@@ -137,7 +127,7 @@ def trak(
         device=str(context.device),
         regularization=regularization,
     )
-    with _quiet():
+    with redirect_stderr(io.StringIO()):  # dattri's progress bars
         scores.cache(train)
         found = scores.attribute(targets)
     return calibrated(context, found.detach().cpu().numpy())
@@ -154,7 +144,7 @@ def tracin(context: Context, n_models: int | None = None, batch: int = 250) -> M
         projector_kwargs=_projection(context, None),
         device=str(context.device),
     )
-    with _quiet():
+    with redirect_stderr(io.StringIO()):  # dattri's progress bars
         found = scores.attribute(*_loaders(context, batch))
     return calibrated(context, found.detach().cpu().numpy())
 
@@ -200,28 +190,21 @@ def ekfac(context: Context, damping: float = 0.1, n_models: int | None = None, b
     train, every = _loaders(context, batch)
     total = torch.zeros(context.n_train, len(context.x), device=context.device)
     for checkpoint in weights:
-        of_loss, of_margin = (
-            _task(module, [checkpoint], cross_entropy, target, single=False) for target in (cross_entropy, margin)
-        )
-        scores = attributor(task=of_loss, device=str(context.device))
-        with _quiet():
+        task = partial(_task, module, [checkpoint], cross_entropy, single=False)
+        scores = attributor(task=task(cross_entropy), device=str(context.device))
+        with redirect_stderr(io.StringIO()):  # dattri's progress bars
             scores.cache(train)
             values = torch.cat([v.flatten() for v in scores.cached_lambdas.values()])
-            scores.task, scores.damping = of_margin, damping * float(values.mean())
-            whole = DataLoader(train.dataset, context.n_train)
-            total += scores.attribute(whole, every).detach() / len(weights)
+            scores.task, scores.damping = task(margin), damping * float(values.mean())
+            total += scores.attribute(DataLoader(train.dataset, context.n_train), every).detach() / len(weights)
     return calibrated(context, total.cpu().numpy())
 
 
-class _MeanMargin(nn.Module):
+class _MeanMargin(nn.ModuleList):
     """A network whose "loss" is the mean margin: dattri's LoGra asks models for one, instead of a target function."""
 
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
     def forward(self, x: Tensor, y: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(loss=margin(self.net(x), y).mean())
+        return SimpleNamespace(loss=margin(self[0](x), y).mean())
 
 
 @register("logra")
@@ -247,15 +230,15 @@ def logra(
     _check_linear(module, context.x, "LoGra")
 
     def loss(model: _MeanMargin, points: Weights, _: str) -> Tensor:
-        return cross_entropy(model.net(points["x"]), points["y"])
+        return cross_entropy(model[0](points["x"]), points["y"])
 
-    train, every = _loaders(context, batch, x=context.x, y=context.y)
+    train, every = _loaders(context, batch, StackDataset)
     total = torch.zeros(context.n_train, len(context.x), device=context.device)
     settings = {"damping": damping, "proj_dim": rank**2, "offload": "none", "device": str(context.device)}
     for i, checkpoint in enumerate(weights):
-        named = {f"net.{name}": weight for name, weight in checkpoint.items()}
-        task = library.task.AttributionTask(loss_func=loss, model=_MeanMargin(module), checkpoints=[named])
-        with TemporaryDirectory() as folder, _quiet(), torch.compiler.set_stance("force_eager"):
+        named = {f"0.{name}": weight for name, weight in checkpoint.items()}
+        task = library.task.AttributionTask(loss_func=loss, model=_MeanMargin([module]), checkpoints=[named])
+        with TemporaryDirectory() as folder, redirect_stderr(io.StringIO()), torch.compiler.set_stance("force_eager"):
             scores = library.algorithm.LoGraAttributor(task=task, cache_dir=folder, **settings)
             scores.sparsifier_kwargs["proj_seed"] = context.seed + i
             scores.cache(train)

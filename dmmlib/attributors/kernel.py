@@ -61,10 +61,7 @@ class Kernel:
         return np.asarray(self.inverse / np.diagonal(self.inverse)[:, None], np.float32)
 
     def change(self, residuals: np.ndarray, masks: np.ndarray) -> np.ndarray:
-        """Change of margins (k, n_points) of models trained on each mask of (k, n_train), against one trained on all.
-
-        Costs a solve of as many equations as a mask leaves points out.
-        """
+        """Change of margins (k, n_points) of models trained on each mask (k, n_train): a solve of what is left out."""
         coupling, r = self.coupling, residuals.astype(np.float32)
         out = np.zeros((len(masks), self.transfer.shape[1]), np.float32)
         for row, mask in zip(out, masks, strict=True):
@@ -107,8 +104,7 @@ def gradient_kernel(
 
     Args:
         models: where gradients are taken.
-        x, y: all points (n_points, ...), training points first, and their labels.
-        n_train: how many are training points.
+        x, y: all points (n_points, ...), the n_train training points first, and their labels.
         lam: penalty, relative to the kernel's mean diagonal.
         hardness: h (n_train,), by which a point's penalty is divided; 1 by default, which is TRAK's.
         seed: see `gram`.
@@ -150,9 +146,8 @@ class KernelResponse:
     def leverage(self, forget: np.ndarray) -> float:
         """Length, in the models' own metric, of the displacement without the points `forget`, up to a constant.
 
-        With phi the gradients of margins, h the hardness of points and r their residuals, the displacement is
-        sum_F r_i h_i A^-1 phi_i, A = sum h_i phi_i phi_i^T + mu. Its squared length in the metric A is
-        r_F . T_FF (h r)_F, and h_i is proportional to G_ii / (1 - T_ii).
+        The displacement is sum_F r_i h_i A^-1 phi_i, A = sum h_i phi_i phi_i^T + mu. Its squared length in the metric A
+        is r_F . T_FF (h r)_F, and h_i is proportional to G_ii / (1 - T_ii).
         """
         own, inverse = (np.diagonal(z)[forget] for z in (self.kernel.transfer, self.kernel.inverse))
         r, h = self.residuals[forget], inverse / np.maximum(1 - own, 1e-6)
@@ -160,7 +155,12 @@ class KernelResponse:
 
 
 def kernel_response(context: Context, lam: float = 0.1, n_models: int | None = None) -> KernelResponse:
-    """Take the kernel at a context's first subset models, all if None, and measure the residuals.
+    """Take the kernel at the weights of a context's subset models, and measure the residuals.
+
+    Args:
+        context: with the weights of subset models.
+        lam: penalty on the kernel, relative to its mean diagonal.
+        n_models: at how many models gradients are taken, the first so many; all by default.
 
     Raises:
         DataError: for a penalty that is not positive, or a context without weights.
@@ -175,16 +175,7 @@ def kernel_response(context: Context, lam: float = 0.1, n_models: int | None = N
 
 @register("kernel")
 def kernel(context: Context, lam: float = 0.1, n_models: int | None = None) -> MarginDatamodel:
-    """Fit a gradient kernel, and its scale on the margins of the context's subset models.
-
-    Args:
-        context: with the weights of subset models.
-        lam: penalty on the kernel, relative to its mean diagonal.
-        n_models: at how many models gradients are taken, the first so many; all by default.
-
-    Raises:
-        DataError: as `kernel_response`.
-    """
+    """Fit `kernel_response`, and its scale on the margins of the context's subset models."""
     return calibrated(context, kernel_response(context, lam, n_models))
 
 

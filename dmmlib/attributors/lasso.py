@@ -29,11 +29,7 @@ STEPS, CHECK = 5000, 5  # at most; between two looks at the duality gaps
 
 
 class Solver:
-    """Solves for the weights of many targets with the same masks (M, n_train).
-
-    Args:
-        masks: float, on the device to solve on.
-    """
+    """Solves for the weights of many targets with the same float masks (M, n_train), on their device."""
 
     def __init__(self, masks: Tensor) -> None:
         m, n = masks.shape
@@ -87,24 +83,9 @@ class Solver:
             w, g = new, new_g
         raise DataError(f"The LASSO has not converged after {STEPS:,} steps; raise its penalties or `tol`.")
 
-    def choose(self, y: Tensor, held_out: Tensor, masks: Tensor, shares: Sequence[float], tol: float) -> list[Tensor]:
-        """Choose each target's share by its squared error on held-out outputs (n_targets, k) of masks (k, n_train).
-
-        Shares are tried from the first on, and a target stops where its error no longer falls.
-
-        Returns:
-            The shares (n_targets,), and the weights (n_targets, n_train) that were found with them.
-        """
-        best, found = torch.full_like(y[:, 0], shares[0]), torch.zeros(len(y), masks.shape[1], device=y.device)
-        left, error, w = torch.arange(len(y), device=y.device), torch.full_like(best, torch.inf), found
-        for share in shares:
-            w = self.solve(y[left], torch.full_like(best[left], share), w, tol)
-            predicted = y[left].mean(1, keepdim=True) + w @ (masks - self.mean).T
-            missed = ((predicted - held_out[left]) ** 2).mean(1)
-            better = missed < error[left]
-            left, w = left[better], w[better]
-            error[left], best[left], found[left] = missed[better], share, w
-        return [best, found]
+    def predict(self, w: Tensor, y: Tensor, masks: Tensor) -> Tensor:
+        """Predict the outputs (n_targets, k) for masks (k, n_train), by weights that were fitted to outputs y."""
+        return y.mean(1, keepdim=True) + w @ (masks - self.mean).T
 
 
 @dataclass(frozen=True)
@@ -143,8 +124,8 @@ def lasso(
 ) -> LassoDatamodel:
     """Fit LASSO datamodels; of several penalties each target takes one by its error on held-out subsets.
 
-    A step costs 4 M n_train, or 2 n_train^2 where that is less, multiplications for each target, and a fit some tens of
-    steps for each penalty.
+    Penalties are tried from the first on, and a target stops where its error no longer falls. A step costs 4 M n_train,
+    or 2 n_train^2 where that is less, multiplications for each target, and a fit some tens of steps for each penalty.
 
     Args:
         context: of masks and outputs; no weights are needed.
@@ -163,13 +144,18 @@ def lasso(
         raise DataError(f"held_out={held_out} of {m} subset models was asked for; leave at least two to fit to.")
     masks = torch.from_numpy(context.masks.astype(np.float32)).to(context.device)
     outputs = np.asarray(context.outputs[:m], np.float32).reshape(m, -1)
-    every, fitting = Solver(masks), Solver(masks[:k]) if k < m else None
+    every, fitting = Solver(masks), Solver(masks[:k])
     parts, means = [], []
     for first in range(0, outputs.shape[1], BLOCK):
         y = torch.from_numpy(outputs[:, first : first + BLOCK].T.copy()).to(context.device)
         share, start = torch.full_like(y[:, 0], shares[0]), torch.zeros(len(y), masks.shape[1], device=y.device)
-        if fitting:
-            share, start = fitting.choose(y[:, :k], y[:, k:], masks[k:], shares, tol)
+        left, error, w = torch.arange(len(y), device=y.device), torch.full_like(share, torch.inf), start
+        for candidate in shares if k < m else ():
+            w = fitting.solve(y[left, :k], torch.full_like(share[left], candidate), w, tol)
+            missed = ((fitting.predict(w, y[left, :k], masks[k:]) - y[left, k:]) ** 2).mean(1)
+            better = missed < error[left]
+            left, w = left[better], w[better]
+            error[left], share[left], start[left] = missed[better], candidate, w
         parts.append(csr_array(every.solve(y, share, start, tol).cpu().numpy()).T)
         means.append(y.mean(1).cpu().numpy())
     mean = np.concatenate(means).reshape(context.outputs.shape[1:])

@@ -1,7 +1,4 @@
-"""The Bayesian datamodel taken apart: parts switched off, other designs of subsets, other linearised models.
-
-Everything is measured on the tuning sets, and every change is compared with the default draw by draw.
-"""
+"""The Bayesian datamodel taken apart on the tuning sets; each change is compared with the default draw by draw."""
 
 from __future__ import annotations
 
@@ -37,8 +34,7 @@ Foresee = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 def posterior(
-    masks: np.ndarray,
-    margins: np.ndarray,
+    context: Context,
     f: Foresee,
     c: np.ndarray,
     *,
@@ -50,16 +46,13 @@ def posterior(
     """Posterior mean of margins, for any mask; with the defaults as of `attribution.bayesian`, which has the terms.
 
     Args:
-        masks: training sets of the subset models (M, n_train).
-        margins: of the subset models (M, n_points), training points first.
-        f: the prior's mean, up to a scale.
-        c: covariance of what is wrong with it (n_train, n_train), up to a scale.
+        f: the prior's mean, and c: covariance of what is wrong with it (n_train, n_train), both up to a scale.
         mean: whether f is there, or 0.
         own: whether each point's weight on its own margin is free.
         each: whether rho maximises the evidence of each margin on its own instead of that of all.
         noisy: whether s is fitted as if f were free of noise.
     """
-    m, n = masks.shape
+    (m, n), masks, margins = context.masks.shape, context.masks, context.margins
     a = masks - masks.mean(0)
     gram = a @ c @ a.T
     values, vectors = np.linalg.eigh(gram + (1 + np.trace(gram)) / m)  # the constant comes last
@@ -104,12 +97,8 @@ def clustered_masks(t: np.ndarray, n_masks: int, fraction: float, n_clusters: in
     """Subsets that hold most of a cluster or little of it, so that effects of groups are seen: (n_masks, n_train).
 
     A cluster's probability is drawn from a beta distribution of mean `fraction`, then points are, to the exact size.
-
-    Args:
-        t: effects of training points (n_train, n_points); points whose effects have alike directions are a cluster.
-
-    Raises:
-        DataError: for more clusters than training points.
+    Points are a cluster whose effects t (n_train, n_points) have alike directions; raises DataError for more clusters
+    than training points.
     """
     n = len(t)
     if not 1 <= n_clusters <= n:
@@ -141,7 +130,8 @@ def _designs(study: Study, cache: Cache, draw: int) -> Iterator[tuple[str, Conte
         yield trained(f"{share:g}", study.random_masks(f"masks:{share:g}:{draw}", m, share))
     yield trained("antithetic", antithetic_masks(study.random_masks(f"masks:pairs:{draw}", m, 0.5)))
     yield trained("twice", np.repeat(study.random_masks(f"masks:twice:{draw}", -(-m // 2), fraction), 2, 0)[:m])
-    t = cache("originals", _at_originals(study, study.context(), cheap.n_ablation), cheap.n_ablation).weights
+    at_originals = replace(study.context(), models=study.originals()[: cheap.n_ablation])
+    t = cache("originals", at_originals, cheap.n_ablation).weights
     seed = study.seeds(f"masks:clustered:{draw}", 1)[0]
     yield trained("clustered", clustered_masks(t, m, fraction, cheap.n_clusters, seed))
 
@@ -153,8 +143,7 @@ class Variant:
     group: str  # what is changed,
     name: str  # and how
     subsets: str = "default"  # a design of them
-    k: int | None = None  # linearised models; the preset's `n_ablation` if None
-    linearised: Mapping[str, Any] = field(default_factory=dict)  # their penalty and rank
+    linearised: Mapping[str, Any] = field(default_factory=dict)  # their number k, penalty lam and rank
     at: Literal["subsets", "originals", "half-way"] = "subsets"  # whose gradients; half-way through their training
     response: Literal["linearised", "linear", "kernel"] = "linearised"  # linear: single points' effects add up
     by_class: bool = False  # whether each target's class has a scale of its own
@@ -175,7 +164,7 @@ def variants(study: Study) -> list[Variant]:
         Variant("subsets", f"of {own}, each twice", subsets="twice"),
         Variant("response", "kernel ridge, deletions exact", response="kernel"),
         Variant("response", "to first order: effects add up", response="linear"),
-        *(Variant(models, f"{k} of them", k=k) for k in cheap.linearised),
+        *(Variant(models, f"{k} of them", linearised={"k": k}) for k in cheap.linearised),
         *(Variant(models, f"λ = {v:g}", linearised={"lam": v}) for v in cheap.penalties),
         *(Variant(models, f"rank {r}", linearised={"rank": r}) for r in cheap.ranks),
         Variant(models, f"at {cheap.n_ablation} originals", at="originals"),
@@ -212,10 +201,6 @@ def ablate(study: Study, cache: Cache) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["group", "name", "draw", "split", "value"])
 
 
-def _at_originals(study: Study, context: Context, k: int) -> Context:
-    return replace(context, models=study.originals()[:k])
-
-
 def _half_way(study: Study, context: Context, k: int, draw: int) -> Context:
     """A context's first k models, trained for half as many epochs."""
     n, training = study.data.n_train, study.training
@@ -227,17 +212,17 @@ def _half_way(study: Study, context: Context, k: int, draw: int) -> Context:
 
 def _response(study: Study, cache: Cache, v: Variant, context: Context, draw: int) -> Response:
     """What a variant takes for the prior's mean."""
-    k = v.k or study.preset.studies["cheap"].n_ablation
+    options = {"k": study.preset.studies["cheap"].n_ablation} | dict(v.linearised)
+    name, k = f"{v.subsets}, draw {draw}", options["k"]
     if v.response == "kernel":
         return kernel_response(context, n_models=k)
-    name = f"{v.subsets}, draw {draw}"
     if v.at == "originals":
-        name, context = "originals", _at_originals(study, context, k)
+        name, context = "originals", replace(context, models=study.originals()[:k])
     elif v.at == "half-way":
         name, context = f"half-way, draw {draw}", _half_way(study, context, k, draw)
     elif v.subsets == "default":  # the curve's models
         name = f"draw {draws(study.preset, study.preset.attribution.n_subsets)[draw]}"
-    found = cache(name, context, k, **v.linearised)
+    found = cache(name, context, **options)
     return Linear(found.weights) if v.response == "linear" else found
 
 
@@ -250,7 +235,7 @@ def _predicting(v: Variant, context: Context, response: Response) -> Predict:
     if v.by_class:
         s = _class_scales(context, response)
         f, weights = (lambda masks: (s * response.change(masks), np.zeros(len(s)))), s * weights
-    return posterior(context.masks, context.margins, f, covariance(weights, v.delta), **v.parts)
+    return posterior(context, f, covariance(weights, v.delta), **v.parts)
 
 
 def _class_scales(context: Context, response: Response) -> np.ndarray:
@@ -269,12 +254,12 @@ def against_default(table: pd.DataFrame) -> pd.DataFrame:
     """
     default = table.loc[table["group"] == "default", ["draw", "split", "value"]]
     paired = table.merge(default, on=["draw", "split"], suffixes=("", "_of_default"))
-    rows = []
-    for (group, name, split), part in paired.groupby(["group", "name", "split"], sort=False):
+    keys, rows = ["group", "name", "split"], []
+    for key, part in paired.groupby(keys, sort=False):
         value, of = part["value"].to_numpy(), part["value_of_default"].to_numpy()
-        e = mean_over(value - of) if split == "lds" else mean_over(value / of, log=True)
-        rows.append((group, name, split, value.mean(), e.value, e.low, e.high, len(part)))
-    return pd.DataFrame(rows, columns=["group", "name", "split", "value", "ratio", "low", "high", "n"])
+        e = mean_over(value - of) if key[2] == "lds" else mean_over(value / of, log=True)
+        rows.append((*key, value.mean(), e.value, e.low, e.high, len(part)))
+    return pd.DataFrame(rows, columns=[*keys, "value", "ratio", "low", "high", "n"])
 
 
 def gauges(study: Study) -> pd.DataFrame:
@@ -285,7 +270,7 @@ def gauges(study: Study) -> pd.DataFrame:
     """
     evaluator, rows = Evaluator.tuning(study), list[dict[str, Any]]()
     masks, outputs = study.subsets()
-    raw, margins = study.raw_subset_logits(), right(study, outputs)[:, :, None]
+    raw, margins = study.raw_subset_logits(), right(study, outputs[:])[:, :, None]
     for lam in study.preset.datamodels.lambdas:
         bent = evaluator.bending(RidgeDatamodel.fit(masks, raw, lam, study.device))
         straight = first_class(RidgeDatamodel.fit(masks, margins, lam, study.device))

@@ -29,11 +29,13 @@ def _bars(part: pd.DataFrame, value: str = "value") -> np.ndarray:
     return np.clip(np.stack([part[value] - part["low"], part["high"] - part[value]]), 0, None)
 
 
-def _log_axis(axis: Axes, which: str, ticks: Sequence[float], limits: tuple[float, float]) -> None:
-    """Make an axis ("x" or "y") logarithmic, with the ticks that lie within the limits."""
-    shown = [tick for tick in ticks if limits[0] <= tick <= limits[1]]
-    axis.set(**{f"{which}scale": "log", f"{which}lim": limits})
+def _log_axis(axis: Axes, which: str, ticks: Sequence[float], limits: tuple[float, float] | None = None) -> None:
+    """Make an axis ("x" or "y") logarithmic, with the ticks that lie within the limits and no others."""
+    low, high = limits or (0, np.inf)
+    shown = [tick for tick in ticks if low <= tick <= high]
+    axis.set(**{f"{which}scale": "log"})
     axis.set(**{f"{which}ticks": shown, f"{which}ticklabels": [f"{tick:,g}" for tick in shown]})
+    axis.set(**({f"{which}lim": limits} if limits else {}))
     axis.minorticks_off()
 
 
@@ -203,8 +205,8 @@ def side_by_side(medians: pd.DataFrame, title: str, caption: str) -> Figure:
             axis.errorbar(part["value"], rows + shift, xerr=_bars(part), **look)
         for name, ls in (("do nothing", ":"), ("retrain (floor)", "-")):
             axis.axvline(here.loc[name, "value"], color="0.35", ls=ls, lw=1.2, label=name)
-        axis.set(xscale="log", xlabel="p95 KLoM", title=f"{split} points")
-        _log_axis(axis, "x", (0.5, 1, 2, 5, 10), axis.get_xlim())
+        axis.set(xlabel="p95 KLoM", title=f"{split} points")
+        _log_axis(axis, "x", (0.5, 1, 2, 5, 10))
     for axis in axes:
         axis.grid(axis="x", color="0.93")
     axes[0].set_yticks(rows, names)
