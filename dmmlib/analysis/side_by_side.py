@@ -15,7 +15,7 @@ from dmmlib.attribution.base import Context
 from dmmlib.datamodels import Attributor, RidgeDatamodel
 from dmmlib.errors import DataError, MethodError
 from dmmlib.forget_sets import ForgetSet
-from dmmlib.studies.cheap.evaluator import SPLITS, Evaluator, median_over, right
+from dmmlib.studies.cheap.evaluator import SPLITS, Evaluator, median_over
 from dmmlib.study import Study
 
 FLOOR, NOTHING = "retrain (floor)", "do nothing"
@@ -76,7 +76,7 @@ def _tuned_ridge(study: Study, context: Context, tuning: Evaluator) -> dict[str,
 
     def score(setting: dict[str, float]) -> float:
         model = RidgeDatamodel.fit(context.masks, context.outputs, device=context.device, **setting)
-        return tuning.score(lambda sets: right(study, model.effects(sets)))
+        return tuning.score(tuning.gauged(model))
 
     return min(study.preset.datamodels.grid, key=score)
 

@@ -17,15 +17,7 @@ from dmmlib.attribution.bayesian import RHOS, _evidence, covariance
 from dmmlib.attributors.kernel import kernel_response
 from dmmlib.datamodels import RidgeDatamodel, lds
 from dmmlib.errors import DataError
-from dmmlib.studies.cheap.evaluator import (
-    Evaluator,
-    Predict,
-    first_class,
-    held_out_margins,
-    leaving_out,
-    mean_over,
-    right,
-)
+from dmmlib.studies.cheap.evaluator import Evaluator, Predict, held_out_margins, label_logits, leaving_out, mean_over
 from dmmlib.studies.cheap.experiments import Cache, draws, pool
 from dmmlib.study import ModelSet, Study
 
@@ -270,10 +262,10 @@ def gauges(study: Study) -> pd.DataFrame:
     """
     evaluator, rows = Evaluator.tuning(study), list[dict[str, Any]]()
     masks, outputs = study.subsets()
-    raw, margins = study.raw_subset_logits(), right(study, outputs[:])[:, :, None]
+    raw, margins = study.raw_subset_logits(), label_logits(study, outputs[:])[:, :, None]
     for lam in study.preset.datamodels.lambdas:
         bent = evaluator.bending(RidgeDatamodel.fit(masks, raw, lam, study.device))
-        straight = first_class(RidgeDatamodel.fit(masks, margins, lam, study.device))
+        straight = evaluator.gauged(RidgeDatamodel.fit(masks, margins, lam, study.device))
         for gauge, effects in (("raw logits", bent), ("margin gauge", straight)):
             rows += [{"gauge": gauge, "lam": lam, **row} for row in evaluator.klom(effects)]
     return pd.DataFrame(rows)[["gauge", "lam", "forget_set", "split", "value"]]

@@ -100,17 +100,20 @@ class Evaluator:
         """The mean of `klom` over forget sets and splits: what settings are chosen by, the lowest first."""
         return float(np.mean([row["value"] for row in self.klom(effects)]))
 
-    def lds(self, predict: Predict) -> dict[str, Any]:
+    def lds(self, model: RidgeDatamodel | BayesianDatamodel) -> dict[str, Any]:
         """LDS of predicted margins on the held-out subsets that chose nothing, as a row like those of KLoM."""
         masks, actual = held_out_margins(self.study)
-        e = lds_estimate(predict(masks), actual)
+        e = lds_estimate(label_logits(self.study, model.predict(masks)), actual)
         numbers = {"value": e.value, "low": e.low, "high": e.high}
         return {"forget_set": "every", "split": "all", "statistic": "lds"} | numbers
 
-    def both(self, model: BayesianDatamodel) -> Rows:
-        """KLoM and LDS of a Bayesian datamodel."""
-        rank = self.lds(lambda masks: right(self.study, model.predict(masks)))
-        return [*self.klom(lambda sets: right(self.study, model.effects(sets))), rank]
+    def gauged(self, model: RidgeDatamodel | BayesianDatamodel) -> Effects:
+        """The changes that a datamodel of logits in the margin gauge predicts, or one of margins alone."""
+        return lambda sets: label_logits(self.study, model.effects(sets))
+
+    def judged(self, model: RidgeDatamodel | BayesianDatamodel, ranker: RidgeDatamodel | None = None) -> Rows:
+        """`klom` of a model that `gauged` takes, and its `lds`, or that of another."""
+        return [*self.klom(self.gauged(model)), self.lds(ranker or model)]
 
     def bending(self, model: RidgeDatamodel) -> Effects:
         """The changes (n, n_points) where a datamodel of raw logits moves each original's own, which bends margins."""
@@ -118,9 +121,9 @@ class Evaluator:
         return lambda sets: [metrics.margins(before + change, y) - self.before for change in model.effects(sets)]
 
 
-def right(study: Study, logits: np.ndarray) -> np.ndarray:
-    """The margin (..., n_points), or its change, in logits in the margin gauge (..., n_points, n_classes)."""
-    return metrics.right_logits(logits, study.data.y)
+def label_logits(study: Study, logits: np.ndarray) -> np.ndarray:
+    """The margins (..., n_points) in logits in the margin gauge (..., n_points, n_classes); of one class, these."""
+    return logits[..., 0] if logits.shape[-1] == 1 else metrics.right_logits(logits, study.data.y)
 
 
 def held_out_margins(study: Study, chosen: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -128,12 +131,7 @@ def held_out_margins(study: Study, chosen: bool = False) -> tuple[np.ndarray, np
     half = study.preset.datamodels.n_held_out // 2
     rows = slice(None, half) if chosen else slice(half, None)
     masks, outputs = study.held_out()
-    return masks[rows], right(study, outputs[rows])
-
-
-def first_class(model: RidgeDatamodel) -> Effects:
-    """The changes that a datamodel of margins alone predicts."""
-    return lambda sets: model.effects(sets)[..., 0]
+    return masks[rows], label_logits(study, outputs[rows])
 
 
 def leaving_out(predict: Predict, n_train: int) -> Effects:

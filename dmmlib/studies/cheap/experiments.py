@@ -23,7 +23,7 @@ from dmmlib.datamodels import RidgeDatamodel, lds
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.metrics import Estimate
 from dmmlib.presets import Preset
-from dmmlib.studies.cheap.evaluator import Evaluator, Rows, first_class, held_out_margins, mean_over, median_over, right
+from dmmlib.studies.cheap.evaluator import Evaluator, Rows, held_out_margins, label_logits, mean_over, median_over
 from dmmlib.study import ModelSet, Study
 
 
@@ -98,17 +98,18 @@ def ridge(study: Study, size: int, evaluator: Evaluator) -> Rows:
     penalty that has the best LDS on the first half of the held-out subsets, reported on the second.
     """
     (masks, outputs), grid = study.subsets(), study.preset.datamodels.grid
-    margins, tuning = right(study, outputs[:size])[:, :, None], Evaluator.tuning(study)
+    margins, tuning = label_logits(study, outputs[:size])[:, :, None], Evaluator.tuning(study)
     fit: Callable[..., RidgeDatamodel] = partial(RidgeDatamodel.fit, masks[:size], margins, device=study.device)
     (held_out, actual), scores, ranks = held_out_margins(study, chosen=True), list[float](), list[float]()
     for i, setting in enumerate(grid):
         study.progress(f"ridge on {size} models", i, len(grid))
         model = fit(**setting)
-        scores.append(tuning.score(first_class(model)))
-        ranks.append(lds(model.predict(held_out)[..., 0], actual).mean() if setting["own_share"] == 1 else -1)
+        scores.append(tuning.score(tuning.gauged(model)))
+        rank = lds(label_logits(study, model.predict(held_out)), actual).mean() if setting["own_share"] == 1 else -1
+        ranks.append(float(rank))
     study.progress(f"ridge on {size} models", len(grid), len(grid))
     model, ranker = fit(**grid[np.argmin(scores)]), fit(lam=grid[np.argmax(ranks)]["lam"])
-    return [*evaluator.klom(first_class(model)), evaluator.lds(lambda masks: ranker.predict(masks)[..., 0])]
+    return evaluator.judged(model, ranker)
 
 
 def more_ridge(study: Study, size: int) -> pd.DataFrame:
@@ -154,7 +155,7 @@ def curve(study: Study, cache: Cache) -> pd.DataFrame:
         for draw, start in enumerate(draws(study.preset, size)):
             context = pool(study, start, start + size)
             model = bayesian.fit(context, cache(f"draw {start}", context, context.subset_models().n_models))
-            add("bayesian", evaluator.both(model), size, draw)
+            add("bayesian", evaluator.judged(model), size, draw)
     columns = ["attributor", "n_models", "draw", "forget_set", "split", "statistic", "value", "low", "high"]
     return pd.concat(parts, ignore_index=True)[columns]
 
@@ -172,7 +173,7 @@ def fine_tuned(study: Study, methods: Sequence[str]) -> pd.DataFrame:
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """`curve`, with medians over forget sets (first the mean over draws of each): 95 % intervals over sets.
+    """`curve`, with medians over forget sets (first the mean over draws of each) and 95 % intervals over sets.
 
     The LDS is the mean over draws; its interval is over draws where there are several, else over held-out subsets.
     """
@@ -215,7 +216,7 @@ def uncertainty(study: Study, model: BayesianDatamodel, level: float = 0.95) -> 
     for name, f in evaluator.sets.items():
         oracle = evaluator.oracles[name]
         se = np.sqrt(before.var(0, ddof=1) / len(before) + oracle.var(0, ddof=1) / len(oracle))
-        predicted, sd = right(study, model.effects([f.indices])[0]), model.sd(f.indices)
+        predicted, sd = label_logits(study, model.effects([f.indices])[0]), model.sd(f.indices)
         true = oracle.mean(0) - before.mean(0)
         z = (true - predicted) / np.sqrt(sd**2 + se**2)
         every = pd.DataFrame({"predicted": predicted, "true": true, "sd": sd, "se": se, "z": z})
@@ -254,7 +255,10 @@ def replicate(study: Study) -> pd.DataFrame:
     found = {
         ("do nothing", 0): evaluator.rows(lambda _: evaluator.before),
         ("ridge", many): ridge(study, many, evaluator),
-        ("bayesian", study.preset.attribution.n_subsets): evaluator.both(model),
+        ("bayesian", study.preset.attribution.n_subsets): [
+            *evaluator.klom(evaluator.gauged(model)),
+            evaluator.lds(model),
+        ],
     }
     table = pd.concat([pd.DataFrame(rows).assign(attributor=name, n_models=n) for (name, n), rows in found.items()])
     table["kind"] = table["forget_set"].map({name: kind_of(f) for name, f in evaluator.sets.items()}).fillna("every")
@@ -262,10 +266,7 @@ def replicate(study: Study) -> pd.DataFrame:
 
 
 def ratios(table: pd.DataFrame) -> pd.DataFrame:
-    """Bayesian over ridge, p95 KLoM (LDS: minus), for each pair, seed, kind of forget set and split.
-
-    Args:
-        table: `replicate`, with columns pair and seed.
+    """Bayesian over ridge, p95 KLoM (LDS: minus), from `replicate` with columns pair and seed.
 
     Returns:
         Columns pair, seed, kind, split, value: the geometric mean over forget sets of that kind.
@@ -290,14 +291,11 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def costs(study: Study, dmm_cost: float) -> pd.DataFrame:
-    """What each way costs, in retrainings of one model: once, a request, and from which request on it is cheaper.
-
-    Args:
-        dmm_cost: sample gradients of DMM on one model, relative to retraining one.
+    """What each way costs, in retrainings of one model; `dmm_cost` is that of DMM on one model.
 
     Returns:
-        Columns way, models, once, request, beats (the number of requests from which on the total is below that of
-        retraining one model at each).
+        Columns way, models, once, request (for each), beats (the number of requests from which on the total is below
+        that of retraining one model at each).
     """
     rows: list[tuple[str, int, float, float, float]] = [("retrain", 0, 0.0, 1.0, np.inf)]
     for name, section in (("ridge", study.preset.datamodels), ("Bayesian", study.preset.attribution)):
