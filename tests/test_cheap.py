@@ -39,6 +39,7 @@ CHEAP = {
     "linearised": [1],
     "n_clusters": 5,
     "penalties": [0.1],
+    "fractions": [0.5],
     "ranks": [20],
 }
 
@@ -46,7 +47,8 @@ CHEAP = {
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cheap")
-    preset = copy.deepcopy(TINY) | {"studies": {"cheap": CHEAP}}
+    unlearning = {"checkpoints": 0, "methods": ["do_nothing", "retrain", "dm_direct", "dmm"]}
+    preset = copy.deepcopy(TINY) | {"studies": {"cheap": CHEAP}, "unlearning": unlearning}
     return Study(preset, runs=folder / "runs", figures=folder / "figures", progress=silent)
 
 
