@@ -127,15 +127,15 @@ class Models(Trainer):
         """Loadings (n_train, k) on the principal components of the train x train datamodel matrix."""
         every = (*self.preset.forget_sets, *self.preset.tuning.forget_sets)
         wanted = max((p.component for p in every if p.kind in ("pc", "pc_both")), default=2)
-        margins = self._subset_margins(slice(self.data.n_train))
+        margins = self.subset_margins(slice(self.data.n_train))
         return datamodels.principal_loadings(self.plain_datamodel(), margins, max(wanted, 2))
 
     def influences(self, point: int) -> np.ndarray:
         """How every training point acts on the margin of one point: its row (n_train,) of the datamodel matrix."""
-        return self.plain_datamodel().adjoint(self._subset_margins([point]).T)[0]
+        return self.plain_datamodel().adjoint(self.subset_margins([point]).T)[0]
 
-    def _subset_margins(self, points: Any) -> np.ndarray:
-        """Margins (M, n) of the subset models on some points."""
+    def subset_margins(self, points: Any = ...) -> np.ndarray:
+        """Margins (M, n) of the subset models on some points, all by default."""
         outputs, labels = self.subsets()[1], self.data.y[points]
         found = np.empty((len(outputs), len(labels)), np.float32)
         for i in range(0, len(outputs), outputs.step):

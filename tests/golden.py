@@ -681,9 +681,6 @@ def _(inputs: Inputs) -> Values:
     yield from _attributor(inputs, fitted)
     yield "scale", fitted.scale
     yield "leverage of F", fitted.response.leverage(FORGET)
-    for residual in ("mean", "held_out"):
-        fitted = attribution.fit("kernel", inputs.context, residual=residual, at="originals")
-        yield from _attributor(inputs, fitted, f"at the originals, {residual} residuals")
 
 
 @component("attributor lasso")
@@ -692,7 +689,6 @@ def _(inputs: Inputs) -> Values:
         fitted = attribution.fit("lasso", _linear_context(inputs), tol=1e-5, **options)
         yield f"{words}: sum of effects", fitted.effect([1, 5, 6]).sum()
         yield f"{words}: root mean square prediction", rms(fitted.predict(inputs.linear_world[0][:3]))
-    yield "mean of the shares chosen", fitted.shares.mean()
 
 
 @component("attributor ridge", "ridge")

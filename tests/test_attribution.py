@@ -21,7 +21,7 @@ from dmmlib.attribution.gradients import gram, margin
 from dmmlib.attribution.linearised import FLAT, LinearisedResponse, compressed, linearise, linearised_response
 from dmmlib.attributors.kernel import EASY, Kernel, gradient_kernel, hardness, kernel, kernel_response
 from dmmlib.attributors.lasso import Solver
-from dmmlib.datamodels import lds, retrained
+from dmmlib.datamodels import Attributor, lds, retrained
 from dmmlib.errors import DataError, ForgetSetError, MethodError
 
 
@@ -529,14 +529,17 @@ def test_bad_input():
 
 
 @attribution.register("nothing")
-class Nothing:
-    """A user's own attributor, without `predict`."""
+class Nothing(Attributor):
+    """A user's own attributor."""
 
     def __init__(self, context, size=0.0):
         self.change = np.full((len(context.x), context.n_classes), size, np.float32)
 
-    def effect(self, forget):
-        return self.change
+    def effects(self, forget_sets):
+        return np.stack([self.change] * len(forget_sets))
+
+    def predict(self, masks):
+        return np.stack([self.change] * len(masks))
 
 
 def trained(name, options):

@@ -27,7 +27,8 @@ from dmmlib.studies.cheap import ablation, experiments
 from dmmlib.studies.cheap.ablation import antithetic_masks, clustered_masks, posterior
 from dmmlib.studies.cheap.evaluator import SPLITS, Evaluator, leaving_out, mean_over, median_over
 from dmmlib.studies.cheap.settings import CheapSettings
-from dmmlib.study import ROOT, ModelSet, Study
+from dmmlib.study import Study
+from dmmlib.trainer import ModelSet
 from tests.conftest import TINY
 from tests.test_attribution import FACTORIES, problem
 
@@ -351,7 +352,7 @@ def test_ridge_may_have_more_models_than_the_preset(study):
     assert (table["n_models"] == size).all()
     masks = study.random_masks("masks:more", 20, section.fraction)
     assert not any((masks[:, None] == study.subsets()[0][None]).all(2).ravel())
-    logits = np.concatenate([study.raw_subset_logits(), study.logits_of(ModelSet("subsets:more", masks))])
+    logits = np.concatenate([study.subsets(raw=True)[1], study.outputs(ModelSet("subsets:more", masks), raw=True)])
     reported = Evaluator.reported(study)
     possible = []
     for lam in section.lambdas:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from dmmlib import data, ensemble, metrics, models, unlearn
+from dmmlib.datamodels import Attributor
 from dmmlib.ensemble import Training
 from dmmlib.errors import DataError, ForgetSetError, MethodError
 from dmmlib.unlearn import Problem
@@ -13,15 +14,18 @@ N_TRAIN, FORGET = 150, np.array([3, 30, 77, 100, 149])
 TUNED = ["gd", "ga", "ga_gd", "scrub", "oracle_matching", "dmm"]
 
 
-class TrueEffect:
+class TrueEffect(Attributor):
     """An attributor that knows: the mean difference of oracles and originals."""
 
     def __init__(self, change):
         self.change = change
 
-    def effect(self, forget):
-        assert list(forget) == FORGET.tolist()
-        return self.change
+    def effects(self, forget_sets):
+        assert [list(forget) for forget in forget_sets] == [FORGET.tolist()]
+        return self.change[None]
+
+    def predict(self, masks):
+        raise NotImplementedError
 
 
 @pytest.fixture(scope="module")

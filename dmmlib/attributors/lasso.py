@@ -20,8 +20,10 @@ import torch
 from scipy.sparse import csr_array, hstack
 from torch import Tensor
 
-from dmmlib.attribution.base import Context, indicator, register
+from dmmlib.attribution.base import Context, register
+from dmmlib.datamodels import Attributor, Indices
 from dmmlib.errors import DataError
+from dmmlib.forget_sets import indicator
 
 SHARES = (0.9, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12)  # of the lambda that leaves no weight; from sparse to dense
 BLOCK = 1000  # targets solved at a time
@@ -89,7 +91,7 @@ class Solver:
 
 
 @dataclass(frozen=True)
-class LassoDatamodel:
+class LassoDatamodel(Attributor):
     """Fitted LASSO datamodels.
 
     Attributes:
@@ -105,12 +107,8 @@ class LassoDatamodel:
     def _respond(self, directions: np.ndarray) -> np.ndarray:
         return (np.asarray(directions, np.float32) @ self.weights).reshape(-1, *self.mean_output.shape)
 
-    def effect(self, forget: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Predict the change of logits (n_points, n_classes) on retraining without F; raises ForgetSetError."""
-        return self.effects([forget])[0]
-
-    def effects(self, forget_sets: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
-        """Predict the `effect` of several forget sets (k, n_points, n_classes)."""
+    def effects(self, forget_sets: Sequence[Indices]) -> np.ndarray:
+        """Predict the change of logits (k, n_points, n_classes) on retraining without each forget set."""
         return -self._respond(np.stack([indicator(forget, len(self.mean_mask)) for forget in forget_sets]))
 
     def predict(self, masks: np.ndarray) -> np.ndarray:

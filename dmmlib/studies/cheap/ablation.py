@@ -17,9 +17,10 @@ from dmmlib.attribution.bayesian import RHOS, _evidence, covariance
 from dmmlib.attributors.kernel import kernel_response
 from dmmlib.datamodels import RidgeDatamodel, lds
 from dmmlib.errors import DataError
-from dmmlib.studies.cheap.evaluator import Evaluator, Predict, held_out_margins, label_logits, leaving_out, mean_over
+from dmmlib.studies.cheap.evaluator import Evaluator, Predict, held_out_margins, leaving_out, mean_over
 from dmmlib.studies.cheap.experiments import Cache, draws, pool
-from dmmlib.study import ModelSet, Study
+from dmmlib.study import Study
+from dmmlib.trainer import ModelSet
 
 Foresee = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 """From masks (k, n_train) to a change of margins (k, n_points), and the variance of the noise in it (n_points,)."""
@@ -261,8 +262,8 @@ def gauges(study: Study) -> pd.DataFrame:
         Columns gauge, lam, forget_set, split, value (p95 KLoM).
     """
     evaluator, rows = Evaluator.tuning(study), list[dict[str, Any]]()
-    masks, outputs = study.subsets()
-    raw, margins = study.raw_subset_logits(), label_logits(study, outputs[:])[:, :, None]
+    masks, raw = study.subsets(raw=True)
+    margins = study.subset_margins()[:, :, None]
     for lam in study.preset.datamodels.lambdas:
         bent = evaluator.bending(RidgeDatamodel.fit(masks, raw, lam, study.device))
         straight = evaluator.gauged(RidgeDatamodel.fit(masks, margins, lam, study.device))

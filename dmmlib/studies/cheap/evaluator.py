@@ -10,10 +10,10 @@ import numpy as np
 from scipy.stats import sem, t
 
 from dmmlib import metrics
-from dmmlib.attribution.base import indicator
 from dmmlib.attribution.bayesian import BayesianDatamodel
 from dmmlib.datamodels import RidgeDatamodel, lds_estimate
 from dmmlib.errors import DataError
+from dmmlib.forget_sets import indicator
 from dmmlib.metrics import Estimate
 
 if TYPE_CHECKING:

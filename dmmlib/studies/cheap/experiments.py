@@ -24,7 +24,8 @@ from dmmlib.forget_sets import ForgetSet
 from dmmlib.metrics import Estimate
 from dmmlib.presets import Preset
 from dmmlib.studies.cheap.evaluator import Evaluator, Rows, held_out_margins, label_logits, mean_over, median_over
-from dmmlib.study import ModelSet, Study
+from dmmlib.study import Study
+from dmmlib.trainer import ModelSet
 
 
 def sizes(preset: Preset) -> list[int]:
@@ -120,8 +121,8 @@ def more_ridge(study: Study, size: int) -> pd.DataFrame:
     """
     section = study.preset.datamodels
     more = ModelSet("subsets:more", study.random_masks("masks:more", size - section.n_subsets, section.fraction))
-    masks = np.concatenate([study.subsets()[0], more.masks])
-    logits = np.concatenate([study.raw_subset_logits(), study.logits_of(more)])
+    masks, known = study.subsets(raw=True)
+    masks, logits = np.concatenate([masks, more.masks]), np.concatenate([known[:], study.outputs(more, raw=True)[:]])
     tuning, reported = Evaluator.tuning(study), Evaluator.reported(study)
     models = (RidgeDatamodel.fit(masks, logits, lam, study.device) for lam in section.lambdas)
     model = min(models, key=lambda model: tuning.score(tuning.bending(model)))
@@ -149,7 +150,7 @@ def curve(study: Study, cache: Cache) -> pd.DataFrame:
     for size in (size for size in study.preset.datamodels.sizes if size <= m):
         add("ridge", ridge(study, size, evaluator), size)
     logits, raw = study.original_logits()[:n], study.datamodel()
-    bent = evaluator.rows(lambda name: metrics.margins(raw.retrained(logits, sets[name].indices), y))
+    bent = evaluator.rows(lambda name: metrics.margins(raw.retrained(logits, sets[name].indices, y), y))
     add("ridge, raw logits", bent, m)
     for size in sizes(study.preset):
         for draw, start in enumerate(draws(study.preset, size)):
