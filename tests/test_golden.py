@@ -155,7 +155,7 @@ CHANGES = {
         edit(bayesian.BayesianDatamodel.sd, "missing**2", "2 * missing**2"),
     ),
     "kernel: easy points harder": ("attributor kernel", put(kernel, "EASY", 0.3)),
-    "LASSO: smaller penalties": ("attributor lasso", edit(lasso.Lasso.solve, "shares *", "0.9 * shares *")),
+    "LASSO: smaller penalties": ("attributor lasso", edit(lasso.Solver.solve, "shares *", "0.9 * shares *")),
     "matching at a constant rate": ("matching", edit(matching.match, "lr * (1 - share)", "lr")),
     "matching: another damping": ("matching", put(matching, "DAMPING", 0.1)),
     "GA descends": ("method ga", edit(unlearn.get("ga"), "sign=-1.0", "sign=1.0")),
