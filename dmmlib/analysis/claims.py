@@ -7,14 +7,15 @@ says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 
-from dmmlib.analysis.plots import label
+from dmmlib.analysis.intervals import median_over
+from dmmlib.analysis.looks import label
 from dmmlib.metrics import Estimate
 
 Tables = Mapping[str, pd.DataFrame]
@@ -78,20 +79,12 @@ def judge(tables: Tables) -> list[Claim]:
 # --- the tables, as the claims read them -----------------------------------------------------------------
 
 
-def over_sets(values: pd.Series | Sequence[float], seed: int = 0) -> Estimate:
-    """Median over forget sets, with a 95 % percentile interval from resampling the sets."""
-    array = np.asarray(values, float)
-    draws = np.random.default_rng(seed).integers(len(array), size=(2000, len(array)))
-    low, high = np.percentile(np.median(array[draws], axis=1), [2.5, 97.5])
-    return Estimate(float(np.median(array)), float(low), float(high))
-
-
 def is_baseline(method: str) -> bool:
     """Whether a method is neither a reference nor one that matches or answers with predictions."""
     return method not in ("do_nothing", "retrain") and not method.startswith(("oracle_matching", "dm_direct", "dmm"))
 
 
-def _table(tables: Tables, name: str, columns: Sequence[str]) -> pd.DataFrame:
+def _table(tables: Tables, name: str, *columns: str) -> pd.DataFrame:
     if name not in tables or tables[name].empty:
         raise _Absent(f"the run has no {name}.csv")
     missing = [c for c in columns if c not in tables[name]]
@@ -100,24 +93,31 @@ def _table(tables: Tables, name: str, columns: Sequence[str]) -> pd.DataFrame:
     return tables[name]
 
 
-def _statistic(tables: Tables, statistic: str, split: str = "forget") -> dict[str, pd.DataFrame]:
-    """value, low and high, each a table (forget sets, methods)."""
-    results = _table(tables, "results", ["forget_set", "method", "split", "statistic", "value", "low", "high"])
+def _statistic(tables: Tables, statistic: str, *methods: str, split: str = "forget") -> list[pd.DataFrame]:
+    """value, low and high, each a table (forget sets, methods) that has the methods asked for."""
+    results = _table(tables, "results", "forget_set", "method", "split", "statistic", "value", "low", "high")
     here = results[(results["statistic"] == statistic) & (results["split"] == split)]
     if here.empty:
         raise _Absent(f"results.csv has no {statistic} on {split} points")
-    order = here["method"].unique()
-    return {v: here.pivot(index="forget_set", columns="method", values=v)[order] for v in ("value", "low", "high")}
-
-
-def _need(frames: dict[str, pd.DataFrame], *methods: str) -> None:
     for method in methods:
-        if method not in frames["value"]:
+        if method not in set(here["method"]):
             raise _Absent(f"the run has no {label(method)}")
+    order = here["method"].unique()
+    return [here.pivot(index="forget_set", columns="method", values=v)[order] for v in ("value", "low", "high")]
 
 
-def _baselines(frames: dict[str, pd.DataFrame]) -> list[str]:
-    found = [m for m in map(str, frames["value"]) if is_baseline(m)]
+def _datamodels(tables: Tables, statistic: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rows of a statistic on forget points, and of the LDS."""
+    columns = ("n_subsets", "forget_set", "split", "statistic", "value", "low", "high")
+    table = _table(tables, "datamodels", *columns)
+    here = table[(table["statistic"] == statistic) & (table["split"] == "forget")]
+    if here.empty:
+        raise _Absent(f"datamodels.csv has no {statistic} on forget points")
+    return here, table[table["statistic"] == "lds"]
+
+
+def _baselines(values: pd.DataFrame) -> list[str]:
+    found = [m for m in map(str, values) if is_baseline(m)]
     if not found:
         raise _Absent("the run has no gradient baseline")
     return found
@@ -142,28 +142,25 @@ def _of(holds: pd.Series) -> str:
     "no recorded moment on the way gets below that interval.",
 )
 def stopping_times(tables: Tables) -> Judgement:
-    p95 = _statistic(tables, "klom_p95")
-    _need(p95, "retrain")
-    names = _baselines(p95)
-    floor = p95["high"]["retrain"]
-    holds = p95["low"][names].min(axis=1) > floor
-    best = p95["value"][names].min(axis=1)
+    value, low, high = _statistic(tables, "klom_p95", "retrain")
+    names, floor = _baselines(value), high["retrain"]
+    holds = low[names].min(axis=1) > floor
     finding = (
-        f"the best baseline of a set ends at a median forget p95 of {over_sets(best)}, retraining at "
-        f"{over_sets(p95['value']['retrain'])}"
+        f"the best baseline of a set ends at a median forget p95 of {median_over(value[names].min(axis=1))}, "
+        f"retraining at {median_over(value['retrain'])}"
     )
     if "trajectories" in tables:
-        path = _table(tables, "trajectories", ["forget_set", "method", "split", "p95"])
+        path = _table(tables, "trajectories", "forget_set", "method", "split", "p95")
         path = path[path["method"].isin(names) & (path["split"] == "forget")]
         moments = path.loc[path.groupby("forget_set")["p95"].idxmin()].set_index("forget_set")
         holds &= moments["p95"].reindex(holds.index).fillna(np.inf) > floor
-        finding += f"; at the best moment of the best baseline it is {over_sets(moments['p95'])}"
+        finding += f"; at the best moment of the best baseline it is {median_over(moments['p95'])}"
         if "under" in path:
             finding += (
                 f", with {moments['under'].median():.0%} of F under- and {moments['over'].median():.0%} over-unlearned "
                 "by more than a standard deviation (medians)"
             )
-    listed = "; ".join(label(m) for m in names)
+    listed = "; ".join(map(label, names))
     return _verdict(holds), f"On {_of(holds)} every baseline ({listed}) stays above retraining: {finding}."
 
 
@@ -173,14 +170,14 @@ def stopping_times(tables: Tables) -> Judgement:
     f"down to {NEAR} x retraining's value.",
 )
 def oracle_matching(tables: Tables) -> Judgement:
-    p95, validation = _statistic(tables, "klom_p95"), _statistic(tables, "klom_p95", "validation")
-    _need(p95, "oracle_matching", "retrain")
-    ahead = p95["high"]["oracle_matching"] < p95["low"][_baselines(p95)].min(axis=1)
-    near = p95["low"]["oracle_matching"] <= NEAR * p95["value"]["retrain"]
+    value, low, high = _statistic(tables, "klom_p95", "oracle_matching", "retrain")
+    validation = _statistic(tables, "klom_p95", split="validation")[0]
+    ahead = high["oracle_matching"] < low[_baselines(value)].min(axis=1)
+    near = low["oracle_matching"] <= NEAR * value["retrain"]
     return _verdict(ahead & near), (
         f"Ahead of every baseline on {_of(ahead)}, near retraining on {_of(near)}: median forget p95 "
-        f"{over_sets(p95['value']['oracle_matching'])} against {over_sets(p95['value']['retrain'])}, validation "
-        f"{over_sets(validation['value']['oracle_matching'])} against {over_sets(validation['value']['retrain'])}."
+        f"{median_over(value['oracle_matching'])} against {median_over(value['retrain'])}, validation "
+        f"{median_over(validation['oracle_matching'])} against {median_over(validation['retrain'])}."
     )
 
 
@@ -190,20 +187,18 @@ def oracle_matching(tables: Tables) -> Judgement:
     "included.",
 )
 def prediction(tables: Tables) -> Judgement:
-    table = _table(tables, "datamodels", ["n_subsets", "forget_set", "split", "statistic", "value", "low", "high"])
-    rows = table[(table["statistic"] == "correlation") & (table["split"] == "forget")].set_index("forget_set")
-    slope = table[(table["statistic"] == "slope") & (table["split"] == "forget")]["value"]
-    if rows.empty or slope.empty:
-        raise _Absent("datamodels.csv has no correlation on forget points")
-    lds = table[table["statistic"] == "lds"].sort_values("n_subsets").groupby("split").last()
-    text = "; ".join(
-        f"LDS on {split} points {Estimate(row['value'], row['low'], row['high'])}" for split, row in lds.iterrows()
-    )
+    rows, lds = _datamodels(tables, "correlation")
+    slope, rows = _datamodels(tables, "slope")[0]["value"], rows.set_index("forget_set")
+    last = lds.sort_values("n_subsets").groupby("split").last()
+    parts = [
+        f"LDS on {split} points {Estimate(row['value'], row['low'], row['high'])}" for split, row in last.iterrows()
+    ]
     holds = rows["low"] > 0.5
     return _verdict(holds), (
-        f"Above 0.5 on {_of(holds)}: median correlation {over_sets(rows['value'])}, lowest {rows['value'].min():.2f} "
-        f"({rows['value'].idxmin()}), median slope of predicted against true {over_sets(slope)}"
-        f"{'; ' + text if text else ''}."
+        f"Above 0.5 on {_of(holds)}: median correlation {median_over(rows['value'])}, lowest {rows['value'].min():.2f} "
+        f"({rows['value'].idxmin()}), "
+        + "; ".join([f"median slope of predicted against true {median_over(slope)}", *parts])
+        + "."
     )
 
 
@@ -212,17 +207,14 @@ def prediction(tables: Tables) -> Judgement:
     f"On every forget set the interval of its forget p95 reaches down to {NEAR} x retraining's value.",
 )
 def direct(tables: Tables) -> Judgement:
-    p95 = _statistic(tables, "klom_p95")
-    _need(p95, "dm_direct", "retrain", "do_nothing")
-    value = p95["value"]
-    holds = p95["low"]["dm_direct"] <= NEAR * value["retrain"]
-    better = p95["high"]["dm_direct"] < p95["low"]["do_nothing"]
+    value, low, high = _statistic(tables, "klom_p95", "dm_direct", "retrain", "do_nothing")
+    holds = low["dm_direct"] <= NEAR * value["retrain"]
+    better = high["dm_direct"] < low["do_nothing"]
     worst = str(value["dm_direct"].idxmax())
     return _verdict(holds), (
         f"Near on {_of(holds)}, ahead of doing nothing on {_of(better)}: median forget p95 "
-        f"{over_sets(value['dm_direct'])}, retraining {over_sets(value['retrain'])}, doing nothing "
-        f"{over_sets(value['do_nothing'])}; worst on {worst} "
-        f"({value['dm_direct'][worst]:.2f})."
+        f"{median_over(value['dm_direct'])}, retraining {median_over(value['retrain'])}, doing nothing "
+        f"{median_over(value['do_nothing'])}; worst on {worst} ({value['dm_direct'][worst]:.2f})."
     )
 
 
@@ -233,20 +225,19 @@ def direct(tables: Tables) -> Judgement:
     "on at least half of the sets.",
 )
 def matching(tables: Tables) -> Judgement:
-    p95 = _statistic(tables, "klom_p95")
-    cost = _statistic(tables, "cost", "all")["value"]
-    _need(p95, "dmm", "oracle_matching")
-    value = p95["value"]
-    ahead = p95["high"]["dmm"] < p95["low"][_baselines(p95)].min(axis=1)
-    near = p95["low"]["dmm"] <= NEAR * value["oracle_matching"]
-    cheap = cost["dmm"].reindex(value.index) <= CHEAP
+    value, low, high = _statistic(tables, "klom_p95", "dmm", "oracle_matching")
+    cost = _statistic(tables, "cost", split="all")[0]["dmm"]
+    baselines = _baselines(value)
+    ahead = high["dmm"] < low[baselines].min(axis=1)
+    near = low["dmm"] <= NEAR * value["oracle_matching"]
+    cheap = cost.reindex(value.index) <= CHEAP
     all_three = _verdict(ahead & near & cheap)
     verdict: Verdict = "in part" if all_three == "refuted" and ahead.mean() >= 0.5 else all_three
     return verdict, (
         f"Ahead of every baseline on {_of(ahead)}, near oracle matching on {_of(near)}: median forget p95 "
-        f"{over_sets(value['dmm'])} against {over_sets(value['oracle_matching'])}, and "
-        f"{over_sets(value[_baselines(p95)].min(axis=1))} for the best baseline of a set. It costs a median "
-        f"{cost['dmm'].median():.2f} of a retraining a request; the datamodel comes on top, once for all requests."
+        f"{median_over(value['dmm'])} against {median_over(value['oracle_matching'])}, and "
+        f"{median_over(value[baselines].min(axis=1))} for the best baseline of a set. It costs a median "
+        f"{cost.median():.2f} of a retraining a request; the datamodel comes on top, once for all requests."
     )
 
 
@@ -256,19 +247,18 @@ def matching(tables: Tables) -> Judgement:
     "apart, and the LDS rises.",
 )
 def attribution(tables: Tables) -> Judgement:
-    table = _table(tables, "datamodels", ["n_subsets", "forget_set", "split", "statistic", "value", "low", "high"])
-    here = table[(table["statistic"] == "klom_p95") & (table["split"] == "forget")]
-    if here["n_subsets"].nunique() < 2:
+    here, lds = _datamodels(tables, "klom_p95")
+    few, many = here["n_subsets"].min(), here["n_subsets"].max()
+    if few == many:
         raise _Absent("datamodels.csv has KLoM for fewer than two numbers of subset models")
-    frames = {v: here.pivot(index="forget_set", columns="n_subsets", values=v) for v in ("value", "low", "high")}
-    few, many = frames["value"].columns.min(), frames["value"].columns.max()
-    lower = frames["high"][many] < frames["low"][few]
-    lds = table[table["statistic"] == "lds"].groupby("n_subsets")["value"].mean()
-    rises = many in lds and few in lds and lds[many] > lds[few]
-    text = f"LDS from {lds[few]:.2f} to {lds[many]:.2f}" if many in lds and few in lds else "LDS not recorded"
-    return _verdict(lower & rises), (
+    ends = here.pivot(index="forget_set", columns="n_subsets", values=["value", "low", "high"])
+    lower = ends["high"][many] < ends["low"][few]
+    mean = lds.groupby("n_subsets")["value"].mean()
+    known = {few, many} <= set(mean.index)
+    text = f"LDS from {mean[few]:.2f} to {mean[many]:.2f}" if known else "LDS not recorded"
+    return _verdict(lower & (known and mean[many] > mean[few])), (
         f"From M = {few:,} to {many:,} subset models, {text}: clearly lower KLoM on {_of(lower)}, median forget p95 "
-        f"from {over_sets(frames['value'][few])} to {over_sets(frames['value'][many])}."
+        f"from {median_over(ends['value'][few])} to {median_over(ends['value'][many])}."
     )
 
 
@@ -278,23 +268,25 @@ def attribution(tables: Tables) -> Judgement:
     "number as at the lowest, wherever F lies.",
 )
 def linear(tables: Tables) -> Judgement:
-    table = _table(tables, "convex", ["problem", "condition", "method", "cost"])
+    table = _table(tables, "convex", "problem", "condition", "method", "cost")
     low, high = table["condition"].min(), table["condition"].max()
     if low == high:
         raise _Absent("convex.csv has a single condition number")
-    cost = table.pivot_table(index=["problem", "method"], columns="condition", values="cost", sort=False)
-    matchers = [m for m in cost.index.get_level_values("method").unique() if m in ("OM on F", "OM on S")]
-    if not matchers or "GD on R" not in cost.index.get_level_values("method"):
+    cost = table.pivot_table(index=["method", "problem"], columns="condition", values="cost", sort=False)
+    growth = (cost[high] / cost[low]).where(np.isfinite(cost[high]), np.inf).unstack("problem")
+    growth = growth[table["problem"].unique()]
+    matchers = [m for m in growth.index if m in ("OM on F", "OM on S")]
+    if not matchers or "GD on R" not in growth.index:
         raise _Absent("convex.csv has no matching, or no descent")
-    growth = (cost[high] / cost[low]).where(np.isfinite(cost[high]), np.inf)
-    holds, parts = {}, []
-    for problem in cost.index.get_level_values("problem").unique():
-        here = growth[problem]
-        best = here.reindex(matchers).fillna(np.inf).idxmin()
-        holds[problem] = here[best] <= 2
-        parts.append(f"{problem}: {best} x {here[best]:,.3g}, GD on R x {here['GD on R']:,.3g}")
-    verdict = _verdict(pd.Series(holds))
-    return verdict, f"Cost at condition number {high:,.0f} over cost at {low:,.0f}, exact: " + "; ".join(parts) + "."
+    found = growth.loc[matchers].fillna(np.inf)
+    parts = [
+        f"{problem}: {best} x {found[problem][best]:,.3g}, GD on R x {growth[problem]['GD on R']:,.3g}"
+        for problem, best in found.idxmin().items()
+    ]
+    holds = found.min() <= 2
+    return _verdict(holds), (
+        f"Cost at condition number {high:,.0f} over cost at {low:,.0f}, exact: {'; '.join(parts)}."
+    )
 
 
 @_claim(
@@ -302,11 +294,10 @@ def linear(tables: Tables) -> Judgement:
     f"On every forget set the interval of its mean accuracy on F comes within {100 * CHANCE:.0f} points of 50 %.",
 )
 def attack(tables: Tables) -> Judgement:
-    lira = _statistic(tables, "u_lira")
-    _need(lira, "dmm", "retrain", "do_nothing")
-    holds = lira["low"]["dmm"] <= 0.5 + CHANCE
+    value, low, _ = _statistic(tables, "u_lira", "dmm", "retrain", "do_nothing")
+    holds = low["dmm"] <= 0.5 + CHANCE
     return _verdict(holds), (
-        f"Near chance on {_of(holds)}: median accuracy {over_sets(lira['value']['dmm'])} against DMM, "
-        f"{over_sets(lira['value']['retrain'])} against retraining itself, {over_sets(lira['value']['do_nothing'])} "
+        f"Near chance on {_of(holds)}: median accuracy {median_over(value['dmm'])} against DMM, "
+        f"{median_over(value['retrain'])} against retraining itself, {median_over(value['do_nothing'])} "
         "where nothing is done."
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from dmmlib import datamodels, metrics
+from dmmlib.analysis.intervals import normal
 from dmmlib.metrics import Estimate
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ COLUMNS = ["n_subsets", "forget_set", "split", "statistic", "value", "low", "hig
 
 
 def predictions(study: Study, fitted: Mapping[int, datamodels.RidgeDatamodel], n_bootstrap: int = 200) -> pd.DataFrame:
-    """How well datamodels predict oracles, and what more subset models bring: a row a statistic.
+    """How well datamodels predict oracles, and what more subset models bring.
 
     Args:
         study: whose forget sets, originals and oracles.
@@ -31,27 +33,24 @@ def predictions(study: Study, fitted: Mapping[int, datamodels.RidgeDatamodel], n
             klom_p95: of DM-direct on F, with each of the fitted datamodels.
             lds: of the same, on training and validation points (forget_set is then "every").
     """
-    rows: list[tuple[Any, ...]] = []
-
-    def add(n_subsets: int, forget_set: str, split: str, statistic: str, e: Estimate) -> None:
-        rows.append((n_subsets, forget_set, split, statistic, e.value, e.low, e.high))
-
-    n, m = study.data.n_train, study.n_subsets_of(study.preset.attribution.name)
+    rows: list[list[Any]] = []
+    n, m, y = study.data.n_train, study.n_subsets_of(study.preset.attribution.name), study.data.y
+    sets = {}
+    for f in study.forget_sets().values():
+        before = metrics.margins(study.original_logits()[:, f.indices], y[f.indices])
+        sets[f.name] = f.indices, before, study.reference(f)[0][:, f.indices]
     for size, model in fitted.items():
         both = study.lds(model)
-        add(size, "every", "train", "lds", datamodels.lds_estimate(*both[:, :, :n]))
-        add(size, "every", "validation", "lds", datamodels.lds_estimate(*both[:, :, n:]))
-        for f in study.forget_sets().values():
-            before = metrics.margins(study.original_logits()[:, f.indices], study.data.y[f.indices])
-            answers = before + metrics.right_logits(model.effect(f.indices), study.data.y)[f.indices]
-            oracles = study.reference(f)[0][:, f.indices]
-            summary = metrics.klom_summary(answers, oracles, {"forget": np.arange(len(f))})
-            add(size, f.name, "forget", "klom_p95", summary["forget"]["p95"])
-    for f in study.forget_sets().values():
-        before = metrics.margins(study.original_logits()[:, f.indices], study.data.y[f.indices])
-        after = before + metrics.right_logits(study.attributor().effect(f.indices), study.data.y)[f.indices]
-        for statistic, estimate in agreement(before, after, study.reference(f)[0][:, f.indices], n_bootstrap).items():
-            add(m, f.name, "forget", statistic, estimate)
+        for split, points in (("train", slice(n)), ("validation", slice(n, None))):
+            rows.append([size, "every", split, "lds", *astuple(datamodels.lds_estimate(*both[:, :, points]))])
+        for name, (forget, before, oracles) in sets.items():
+            after = before + metrics.right_logits(model.effect(forget), y)[forget]
+            summary = metrics.klom_summary(after, oracles, {"forget": np.arange(len(forget))})
+            rows.append([size, name, "forget", "klom_p95", *astuple(summary["forget"]["p95"])])
+    for name, (forget, before, oracles) in sets.items():
+        after = before + metrics.right_logits(study.attributor().effect(forget), y)[forget]
+        for statistic, estimate in agreement(before, after, oracles, n_bootstrap).items():
+            rows.append([m, name, "forget", statistic, *astuple(estimate)])
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -62,7 +61,7 @@ def agreement(
 
     Args:
         originals: margins (N, n_points) before.
-        predicted: margins (N, n_points) of predicted oracles, one an original.
+        predicted: margins (N, n_points) of predicted oracles, one for each original.
         oracles: margins (n_oracles, n_points) of true ones.
     """
     rng = np.random.default_rng(seed)
@@ -74,11 +73,7 @@ def agreement(
         norm = float(np.sqrt((true**2).sum() * (said**2).sum()))
         return float(true @ said) / max(norm, 1e-12), float(true @ said) / max(float((true**2).sum()), 1e-12)
 
-    sizes = len(originals), len(oracles)
-    value = scores(*(np.full(k, 1 / k) for k in sizes))
-    draws = [scores(*(rng.multinomial(k, np.full(k, 1 / k)) / k for k in sizes)) for _ in range(n_bootstrap)]
-    errors = 1.96 * np.std(draws, axis=0, ddof=1)
-    return {
-        name: Estimate(v, v - float(e), v + float(e))
-        for name, v, e in zip(("correlation", "slope"), value, errors, strict=True)
-    }
+    even = [np.full(k, 1 / k) for k in (len(originals), len(oracles))]
+    draws = [scores(*(rng.multinomial(len(p), p) / len(p) for p in even)) for _ in range(n_bootstrap)]
+    ends = zip(scores(*even), np.std(draws, axis=0, ddof=1), strict=True)
+    return dict(zip(("correlation", "slope"), (normal(value, error) for value, error in ends), strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,13 @@ import pandas as pd
 
 from dmmlib import metrics, unlearn
 from dmmlib.analysis.compare import Unlearn, compare
+from dmmlib.analysis.intervals import median_over
+from dmmlib.analysis.looks import SPLITS
 from dmmlib.attribution.base import Context
 from dmmlib.datamodels import Attributor, RidgeDatamodel
 from dmmlib.errors import DataError, MethodError
 from dmmlib.forget_sets import ForgetSet
-from dmmlib.studies.cheap.evaluator import SPLITS, Evaluator, median_over
+from dmmlib.metrics import Estimate
 from dmmlib.study import Study
 
 FLOOR, NOTHING = "retrain (floor)", "do nothing"
@@ -30,8 +32,8 @@ def side_by_side(
 ) -> tuple[pd.DataFrame, dict[str, str]]:
     """`compare` of registered attributors on the study's own subset models, by DM-direct and DMM.
 
-    Ridge takes the penalty, and the share of it on own weights, of the lowest p95 KLoM of DM-direct on the tuning sets;
-    DMM the setting that was tuned there with the study's own attributor. LDS is on the held-out subsets that report.
+    Ridge has the setting of `tuned_ridge`, DMM the one that was tuned with the study's own attributor. LDS is on the
+    held-out subsets that report.
 
     Args:
         settings: registered name -> options.
@@ -44,17 +46,15 @@ def side_by_side(
         be fitted here, why.
     """
     masks, outputs = study.held_out()
-    half, tuning = len(masks) // 2, Evaluator.tuning(study)
-    before = study.original_logits()[:n_models]
+    half, before = len(masks) // 2, study.original_logits()[:n_models]
     oracles = {name: (f, study.oracles(f)) for name, f in forget_sets.items()}
+    methods = {"dmm": _dmm(study, len(before))}
 
     def run(label: str, name: str, options: Mapping[str, Any], context: Context) -> pd.DataFrame:
         study.progress(f"attributor {label}", 0, 1)
-        if name == "ridge":
-            options = _tuned_ridge(study, context, tuning) | dict(options)
-        methods = {"dmm": _dmm(study, len(before))}
+        options = (tuned_ridge(study, context) if name == "ridge" else {}) | dict(options)
         context = replace(context, original_logits=before)
-        table = compare({label: (name, options)}, context, (masks[half:], outputs[half:]), oracles, methods, 0)
+        table = compare({label: (name, options)}, context, (masks[half:], outputs[half:]), oracles, methods)
         study.progress(f"attributor {label}", 1, 1)
         return table
 
@@ -71,12 +71,19 @@ def side_by_side(
     return pd.concat(parts, ignore_index=True), missing
 
 
-def _tuned_ridge(study: Study, context: Context, tuning: Evaluator) -> dict[str, float]:
-    """The setting of lowest p95 KLoM of DM-direct, over splits and tuning sets."""
+def tuned_ridge(study: Study, context: Context) -> dict[str, float]:
+    """Ridge's penalty and share of it on own weights, of the lowest p95 KLoM of DM-direct on the tuning sets."""
+    y, n = study.data.y, study.preset.tuning.n_models
+    before = metrics.margins(study.original_logits()[:n], y)
+    sets = [(f, metrics.margins(study.oracles(f)[:n], y)) for f in study.tuning_sets().values()]
 
     def score(setting: dict[str, float]) -> float:
-        model = RidgeDatamodel.fit(context.masks, context.outputs, device=context.device, **setting)
-        return tuning.score(tuning.gauged(model))
+        model, p95 = RidgeDatamodel.fit(context.masks, context.outputs, device=context.device, **setting), []
+        for f, oracle in sets:
+            klom = metrics.klom(before + metrics.right_logits(model.effect(f.indices), y), oracle)
+            splits = f.splits(study.data.n_train, study.data.n_val)
+            p95 += [np.percentile(klom[at], 95) for at in splits.values()]
+        return float(np.mean(p95))
 
     return min(study.preset.datamodels.grid, key=score)
 
@@ -85,13 +92,11 @@ def _dmm(study: Study, n_models: int) -> Unlearn:
     setting = study.tuned("dmm")
 
     def run(attributor: Attributor, forget_set: ForgetSet) -> np.ndarray:
-        problem = replace(
-            study.problem(forget_set),
-            originals=study.originals()[:n_models],
-            original_logits=study.original_logits()[:n_models],
-            attributor=attributor,
-            checkpoints=0,
-        )
+        few: dict[str, Any] = {
+            "originals": study.originals()[:n_models],
+            "original_logits": study.original_logits()[:n_models],
+        }
+        problem = replace(study.problem(forget_set), attributor=attributor, checkpoints=0, **few)
         return unlearn.get("dmm")(problem, **setting).margins
 
     return run
@@ -101,29 +106,23 @@ def _ends(study: Study, oracles: Mapping[str, tuple[ForgetSet, np.ndarray]], n_m
     """p95 KLoM of doing nothing, and of as many models retrained once more."""
     rows = []
     for name, (f, logits) in oracles.items():
-        true = metrics.margins(logits, study.data.y)
         ends = {NOTHING: study.original_logits()[:n_models], FLOOR: study.oracles(f, floor=True)[:n_models]}
         for attributor, answers in ends.items():
-            klom = metrics.klom(metrics.margins(answers, study.data.y), true)
+            klom = metrics.klom(metrics.margins(answers, study.data.y), metrics.margins(logits, study.data.y))
             for split, at in f.splits(study.data.n_train, study.data.n_val).items():
-                head = {"attributor": attributor, "n_models": 0, "method": "", "forget_set": name, "split": split}
-                rows.append(head | {"statistic": "klom_p95", "value": float(np.percentile(klom[at], 95))})
-    return pd.DataFrame(rows)
+                rows.append([attributor, 0, "", name, split, "klom_p95", float(np.percentile(klom[at], 95))])
+    columns = ["attributor", "n_models", "method", "forget_set", "split", "statistic", "value"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def over_sets(table: pd.DataFrame) -> pd.DataFrame:
     """Medians over forget sets with 95 % bootstrap intervals over them; what has no forget set stays as it is."""
-    keys = ["attributor", "n_models", "method", "split", "statistic"]
-    rows = []
-    for key, part in table.groupby(keys, sort=False):
-        whole = part["forget_set"].iloc[0] == ""
-        e = (
-            metrics.Estimate(*part[["value", "low", "high"]].iloc[0])
-            if whole
-            else median_over(part["value"].to_numpy())
-        )
-        rows.append((*key, e.value, e.low, e.high))
-    return pd.DataFrame(rows, columns=[*keys, "value", "low", "high"])
+    keys, ends = ["attributor", "n_models", "method", "split", "statistic"], ["value", "low", "high"]
+    rows = [
+        (*key, *(part[ends].iloc[0] if part["forget_set"].iloc[0] == "" else astuple(median_over(part["value"]))))
+        for key, part in table.groupby(keys, sort=False)
+    ]
+    return pd.DataFrame(rows, columns=[*keys, *ends])
 
 
 def best(table: pd.DataFrame, n_models: int) -> tuple[list[str], list[str]]:
@@ -136,28 +135,29 @@ def best(table: pd.DataFrame, n_models: int) -> tuple[list[str], list[str]]:
     rank = here[here["statistic"] == "lds"].sort_values("value", ascending=False)
     tied = rank.loc[rank["high"] >= rank["low"].iloc[0], "attributor"]
     part = here[(here["method"] == "dmm") & (here["split"] == "forget") & (here["statistic"] == "klom_p95")]
-    part = part.assign(log=np.log(part["value"]))
-    logs = part.pivot_table(index="forget_set", columns="attributor", values="log")
+    wide = part.pivot_table(index="forget_set", columns="attributor", values="value")
+    logs = wide.apply(np.log)
     order = list(logs.median().sort_values().index)
-    behind = {name: median_over((logs[name] - logs[order[0]]).to_numpy()).low for name in order}
-    return list(tied), [name for name in order if behind[name] <= 0]
+    return list(tied), [name for name in order if median_over(logs[name] - logs[order[0]]).low <= 0]
 
 
 def wide(medians: pd.DataFrame) -> pd.DataFrame:
-    """`over_sets` for a reader: a line an attributor."""
-    by = {tuple(row[:4]): row[4:] for row in medians[["attributor", "method", "split", "statistic", "n_models",
-                                                      "value", "low", "high"]].to_numpy()}  # fmt: skip
-    rows: dict[str, dict[str, Any]] = {}
-    for name in dict.fromkeys(medians["attributor"]):
-        row: dict[str, Any] = {}
-        if (name, "", "all", "lds") in by:
-            cost, seconds, lds = (by[name, "", "all", statistic] for statistic in ("cost", "seconds", "lds"))
-            row = {"subset models": f"{lds[0]:,}", "retrainings": f"{cost[1]:,.0f}", "fit, s": f"{seconds[1]:.2g}"}
-            row |= {"LDS": str(metrics.Estimate(*lds[1:]))}
-            row["slope on F"] = f"{by[name, 'dm_direct', 'forget', 'slope'][1]:.2f}"
+    """`over_sets` for a reader: one line for each attributor."""
+    rows: dict[str, dict[str, str]] = {}
+    for name, here in medians.groupby("attributor", sort=False):
+        at = here.set_index(["method", "split", "statistic"])
+        value, row = at["value"], dict[str, str]()
+        if ("", "all", "lds") in at.index:
+            cost, seconds = value["", "all", "cost"], value["", "all", "seconds"]
+            row = {"subset models": f"{at['n_models'].iloc[0]:,}", "retrainings": f"{cost:,.0f}"}
+            row |= {
+                "fit, s": f"{seconds:.2g}",
+                "LDS": str(Estimate(*at.loc[("", "all", "lds"), ["value", "low", "high"]])),
+            }
+            row["slope on F"] = f"{value['dm_direct', 'forget', 'slope']:.2f}"
         for split in SPLITS:
-            found = [by.get((name, method, split, "klom_p95")) for method in ("dm_direct", "dmm", "")]
-            row[split] = " / ".join(f"{e[1]:.2f}" for e in found if e is not None)
-        rows[name] = row
+            found = [value.get((method, split, "klom_p95")) for method in ("dm_direct", "dmm", "")]
+            row[split] = " / ".join(f"{v:.2f}" for v in found if v is not None)
+        rows[str(name)] = row
     columns = max(rows.values(), key=len)
     return pd.DataFrame(rows).T.reindex(columns=list(columns)).fillna("").rename_axis("attributor")

@@ -8,13 +8,16 @@ with the other, in turn; all numbers, the floor's too, are then of N / 2 models 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import astuple
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from dmmlib import metrics
-from dmmlib.analysis.claims import is_baseline, over_sets
+from dmmlib.analysis.claims import is_baseline
+from dmmlib.analysis.intervals import median_over, normal
 from dmmlib.errors import DataError
 from dmmlib.metrics import Estimate
 
@@ -23,7 +26,6 @@ if TYPE_CHECKING:
     from dmmlib.study import Study
 
 STOPS = {"end": "at its end", "common": "best common moment", "own": "each point's own moment"}
-COLUMNS = ["forget_set", "method", "stop", "value", "low", "high", "cost", "under", "over", "n_models"]
 
 
 def path(study: Study, method: str, forget_set: ForgetSet) -> tuple[np.ndarray, np.ndarray]:
@@ -31,11 +33,11 @@ def path(study: Study, method: str, forget_set: ForgetSet) -> tuple[np.ndarray, 
 
     Methods that record no trajectory have one moment, their end.
     """
-    result = study.unlearned(method, forget_set)
+    result, here = study.unlearned(method, forget_set), forget_set.indices
     if not len(result.costs):
-        return np.array([result.cost]), result.margins[None, :, forget_set.indices]
-    start = metrics.margins(study.original_logits()[:, forget_set.indices], study.data.y[forget_set.indices])
-    return np.array([0.0, *result.costs]), np.concatenate([start[None], result.trajectory[:, :, forget_set.indices]])
+        return np.array([result.cost]), result.margins[None, :, here]
+    start = metrics.margins(study.original_logits()[:, here], study.data.y[here])
+    return np.array([0.0, *result.costs]), np.concatenate([start[None], result.trajectory[:, :, here]])
 
 
 def gaps(margins: np.ndarray, oracle: np.ndarray) -> np.ndarray:
@@ -69,31 +71,37 @@ def judge(
     """
     if min(margins.shape[1], len(oracle)) < 4:
         raise DataError(f"A stopping time got {margins.shape[1]} models and {len(oracle)} oracles; give at least 4.")
-    n_moments, _, n_points = margins.shape
-    values = {stop: np.zeros(n_points) for stop in STOPS}
-    draws = {stop: np.zeros((n_bootstrap, n_points)) for stop in STOPS}
+    points = np.arange(margins.shape[2])
+    found = {stop: np.zeros((1 + n_bootstrap, len(points))) for stop in STOPS}  # the estimate, then its resamples
     chosen = []
     for fold in (0, 1):
         choosing = np.stack([metrics.klom(at[fold::2], oracle[fold::2]) for at in margins])
-        common = int(np.percentile(choosing, 95, axis=1).argmin())
-        moments = {"end": np.full(n_points, n_moments - 1), "common": np.full(n_points, common)}
-        moments["own"] = choosing.argmin(0)
-        chosen.append(common)
+        chosen.append(int(np.percentile(choosing, 95, axis=1).argmin()))
         judged = [metrics.klom_draws(at[1 - fold :: 2], oracle[1 - fold :: 2], n_bootstrap, seed) for at in margins]
-        point, resampled = (np.stack(part) for part in zip(*judged, strict=True))
+        kloms = np.stack([np.concatenate([value[None], resampled]) for value, resampled in judged])
+        moments = {"end": len(margins) - 1, "common": chosen[-1], "own": choosing.argmin(0)}
         for stop, at in moments.items():
-            values[stop] += point[at, np.arange(n_points)] / 2
-            draws[stop] += resampled[at, :, np.arange(n_points)].T / 2
-    p95 = {stop: float(np.percentile(v, 95)) for stop, v in values.items()}
-    drawn = {stop: np.percentile(d, 95, axis=1) for stop, d in draws.items()}
-    p95["gain"], drawn["gain"] = p95["common"] - p95["own"], drawn["common"] - drawn["own"]
-    errors = {name: 1.96 * float(np.std(d, ddof=1)) for name, d in drawn.items()}
-    low = {name: v - errors[name] if name == "gain" else max(0.0, v - errors[name]) for name, v in p95.items()}
-    return {name: Estimate(v, low[name], v + errors[name]) for name, v in p95.items()}, float(np.mean(chosen))
+            found[stop] += kloms[at, :, points].T / 2
+    p95 = {stop: np.percentile(kloms, 95, axis=1) for stop, kloms in found.items()}
+    estimates = {stop: normal(float(v[0]), np.std(v[1:], ddof=1), least=0) for stop, v in p95.items()}
+    gain = p95["common"] - p95["own"]
+    return estimates | {"gain": normal(float(gain[0]), np.std(gain[1:], ddof=1))}, float(np.mean(chosen))
+
+
+def _ways(study: Study) -> Iterator[tuple[str, str, np.ndarray, np.ndarray, np.ndarray]]:
+    """Forget set, method, `path`, and the oracles' margins on F, of every method on every forget set."""
+    for forget_set in study.forget_sets().values():
+        oracle = study.reference(forget_set)[0][:, forget_set.indices]
+        for method in study.preset.unlearning.methods:
+            yield forget_set.name, method, *path(study, method, forget_set), oracle
+
+
+def _shares(gap: np.ndarray) -> tuple[float, float]:
+    return float((gap > 1).mean()), float((gap < -1).mean())
 
 
 def table(study: Study) -> pd.DataFrame:
-    """Every method on every forget set: a row a way to stop, and one for what own moments gain.
+    """Every method on every forget set: one row for each way to stop, and one for what own moments gain.
 
     Returns:
         Columns forget_set, method, stop (see `STOPS`, and "gain"), value, low, high (KLoM's 95th percentile on F), cost
@@ -101,22 +109,15 @@ def table(study: Study) -> pd.DataFrame:
         deviations above and below their mean margin), n_models (that a KLoM is of).
     """
     rows = []
-    for forget_set in study.forget_sets().values():
-        oracle = study.reference(forget_set)[0][:, forget_set.indices]
-        for method in study.preset.unlearning.methods:
-            costs, margins = path(study, method, forget_set)
-            estimates, common = judge(margins, oracle)
-            away = gaps(margins, oracle)
-            at = {"end": len(costs) - 1, "common": round(common)}
-            for stop, e in estimates.items():
-                moment = at.get(stop)
-                extra = [np.nan] * 3 if moment is None else [costs[moment], *_shares(away[moment])]
-                rows.append([forget_set.name, method, stop, e.value, e.low, e.high, *extra, len(oracle) // 2])
-    return pd.DataFrame(rows, columns=COLUMNS)
-
-
-def _shares(gap: np.ndarray) -> tuple[float, float]:
-    return float((gap > 1).mean()), float((gap < -1).mean())
+    for forget_set, method, costs, margins, oracle in _ways(study):
+        estimates, common = judge(margins, oracle)
+        away = gaps(margins, oracle)
+        at = {"end": len(costs) - 1, "common": round(common)}
+        for stop, e in estimates.items():
+            extra = (costs[at[stop]], *_shares(away[at[stop]])) if stop in at else (np.nan,) * 3
+            rows.append((forget_set, method, stop, *astuple(e), *extra, len(oracle) // 2))
+    columns = ["forget_set", "method", "stop", "value", "low", "high", "cost", "under", "over", "n_models"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def shares(study: Study) -> pd.DataFrame:
@@ -125,28 +126,23 @@ def shares(study: Study) -> pd.DataFrame:
     Returns:
         Columns forget_set, method, moment (share of the method's run, 0 to 1), cost, under, over.
     """
-    rows = []
-    for forget_set in study.forget_sets().values():
-        oracle = study.reference(forget_set)[0][:, forget_set.indices]
-        for method in study.preset.unlearning.methods:
-            costs, margins = path(study, method, forget_set)
-            for i, away in enumerate(gaps(margins, oracle) if len(costs) > 1 else ()):
-                rows.append((forget_set.name, method, i / (len(costs) - 1), costs[i], *_shares(away)))
+    rows = [
+        (forget_set, method, i / (len(costs) - 1), costs[i], *_shares(away))
+        for forget_set, method, costs, margins, oracle in _ways(study)
+        if len(costs) > 1
+        for i, away in enumerate(gaps(margins, oracle))
+    ]
     return pd.DataFrame(rows, columns=["forget_set", "method", "moment", "cost", "under", "over"])
 
 
 def medians(stops: pd.DataFrame) -> pd.DataFrame:
-    """`table` in a line a method: medians over forget sets, with how many sets own moments clearly gain on."""
+    """`table` with one line for each method: medians over forget sets, and on how many own moments clearly gain."""
     wide = stops.pivot_table(index="method", columns="stop", values="value", aggfunc="median", sort=False)
     common = stops[stops["stop"] == "common"].groupby("method", sort=False)[["cost", "under", "over"]].median()
-    gain = stops[stops["stop"] == "gain"].set_index("method")
-    common["sets that gain"] = [
-        f"{int((gain.loc[[m], 'low'] > 0).sum())} of {len(gain.loc[[m]])}" for m in common.index
-    ]
-    return wide[list(STOPS)].rename(columns=STOPS).join(common.add_prefix("common: ").rename(columns=_PLAIN))
-
-
-_PLAIN = {"common: sets that gain": "sets where own moments gain"}
+    gains = (stops[stops["stop"] == "gain"].set_index("method")["low"] > 0).groupby("method")
+    table = wide[list(STOPS)].rename(columns=STOPS).join(common.add_prefix("common: "))
+    table["sets where own moments gain"] = gains.sum().astype(str) + " of " + gains.size().astype(str)
+    return table
 
 
 def verdict(stops: pd.DataFrame) -> str:
@@ -154,26 +150,26 @@ def verdict(stops: pd.DataFrame) -> str:
     at = {stop: rows.set_index(["method", "forget_set"]) for stop, rows in stops.groupby("stop")}
     floor = at["end"].loc["retrain"]
     every = [m for m in stops["method"].unique() if m not in ("do_nothing", "retrain", "dm_direct")]
+    baselines = [m for m in every if is_baseline(m)]
     sentences = []
     for name, methods in (
-        ("Gradient baselines", [m for m in every if is_baseline(m)]),
-        ("Oracle matching and DMM", [m for m in every if not is_baseline(m)]),
+        ("Gradient baselines", baselines),
+        ("Oracle matching and DMM", [m for m in every if m not in baselines]),
     ):
-        pairs = [(m, f) for m in methods for f in floor.index]
-        if not pairs:
+        if not methods:
             continue
-        n = len(pairs)
+        here = {stop: rows.loc[methods] for stop, rows in at.items()}
+        n, gain = len(here["gain"]), int((here["gain"]["low"] > 0).sum())
         above = {
-            stop: sum(at[stop].loc[(m, f), "low"] > floor.loc[f, "high"] for m, f in pairs)
+            stop: int((here[stop]["low"].unstack("method").gt(floor["high"], axis=0)).sum().sum())
             for stop in ("common", "own")
         }
-        gain = sum(at["gain"].loc[pair, "low"] > 0 for pair in pairs)
-        median = {stop: over_sets(at[stop]["value"].loc[methods].groupby("forget_set").min()) for stop in STOPS}
+        median = {stop: median_over(here[stop]["value"].groupby("forget_set").min()) for stop in STOPS}
         sentences.append(
             f"**{name}** ({n} pairs of method and forget set): even at the best common moment {above['common']} stay "
             f"clearly above retraining; a moment of each point's own clearly lowers {gain} of the {n}, and still "
             f"leaves {above['own']} above. The best of them on a set has a median p95 of {median['end']} at its end, "
             f"{median['common']} at the best common moment and {median['own']} at own moments; retraining has "
-            f"{over_sets(floor['value'])}."
+            f"{median_over(floor['value'])}."
         )
     return "\n\n".join(sentences) or "The run has neither a gradient baseline nor a matching method."

@@ -1,4 +1,4 @@
-"""Yardsticks: right where the answer is known; the power of KLoM is 5 % where there is nothing to find."""
+"""Evaluators: right where the answer is known; the power of KLoM is 5 % where there is nothing to find."""
 
 import numpy as np
 import pandas as pd
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmmlib import metrics
-from dmmlib.analysis import plots, yardsticks
+from dmmlib.analysis import plots, evaluators
 from dmmlib.errors import DataError
 
 
@@ -19,15 +19,15 @@ def normal(seed, *shape):
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=8), st.lists(st.integers(-3, 3), min_size=1, max_size=8))
 def test_membership_auc_is_the_share_of_pairs_in_order(members, others):
     pairs = [(a > b) + 0.5 * (a == b) for a in members for b in others]
-    found = yardsticks.membership_auc(np.array([members], float), np.array([others], float))
+    found = evaluators.membership_auc(np.array([members], float), np.array([others], float))
     np.testing.assert_allclose(found, [np.mean(pairs)])
-    swapped = yardsticks.membership_auc(np.array([others], float), np.array([members], float))
+    swapped = evaluators.membership_auc(np.array([others], float), np.array([members], float))
     np.testing.assert_allclose(found + swapped, 1)
 
 
 def test_membership_auc_refuses_other_models():
     with pytest.raises(DataError, match=r"\(2, 3\) and \(4, 3\); give \(n_models, n_points\) for the same models"):
-        yardsticks.membership_auc(np.zeros((2, 3)), np.zeros((4, 3)))
+        evaluators.membership_auc(np.zeros((2, 3)), np.zeros((4, 3)))
 
 
 def answers(seed, shift):
@@ -37,13 +37,13 @@ def answers(seed, shift):
 
 def measured(shift, seed=0):
     (u, right_u, val_u), (o, right_o, val_o) = answers(seed, shift), answers(seed + 1, 0.0)
-    return yardsticks.distances(u, o, (right_u, right_o), (val_u, val_o))
+    return evaluators.distances(u, o, (right_u, right_o), (val_u, val_o))
 
 
-def test_every_yardstick_grows_with_the_distance_and_its_interval_holds_it():
+def test_every_evaluator_grows_with_the_distance_and_its_interval_holds_it():
     none, some, far = measured(0.0), measured(1.0), measured(3.0)
-    assert set(none) == set(yardsticks.YARDSTICKS)
-    for name in yardsticks.YARDSTICKS:
+    assert set(none) == set(evaluators.EVALUATORS)
+    for name in evaluators.EVALUATORS:
         assert none[name].value < some[name].value < far[name].value, name
         assert some[name].low <= some[name].value <= some[name].high
         assert none[name].high < far[name].low, name
@@ -52,37 +52,37 @@ def test_every_yardstick_grows_with_the_distance_and_its_interval_holds_it():
 
 
 def test_halves_stay_apart_when_models_are_resampled():
-    drawn = yardsticks._within_halves(11, np.random.default_rng(0))
+    drawn = evaluators._within_halves(11, np.random.default_rng(0))
     assert (drawn % 2 == np.arange(11) % 2).all()
     assert len(set(drawn)) < 11
 
 
 def test_tables_of_a_study(tiny):
-    table = yardsticks.table(tiny)
+    table = evaluators.table(tiny)
     methods, sets = tiny.preset.unlearning.methods, list(tiny.forget_sets())
-    assert len(table) == len(sets) * (1 + len(methods) * (len(yardsticks.YARDSTICKS) + 1))
+    assert len(table) == len(sets) * (1 + len(methods) * (len(evaluators.EVALUATORS) + 1))
     results = tiny.results()
     same = results[(results["statistic"] == "klom_p95") & (results["split"] == "forget")]
-    here = table[table["yardstick"] == "klom_p95"]
+    here = table[table["evaluator"] == "klom_p95"]
     np.testing.assert_allclose(here["value"], same["value"], rtol=1e-6)
-    ranks = yardsticks.agreement(table, n_bootstrap=50)
+    ranks = evaluators.agreement(table, n_bootstrap=50)
     assert set(ranks["n_pairs"]) == {len(methods) * len(sets)}
     assert ((ranks["low"] <= ranks["high"]) | ranks["low"].isna()).all()
-    told = yardsticks.told_apart(table)
+    told = evaluators.told_apart(table)
     assert len(told) == len(sets) * (len(methods) - 1)
-    assert len(plots.yardsticks(table, yardsticks.YARDSTICKS, "t", "c").axes) == 5
+    assert len(plots.evaluators(table, evaluators.EVALUATORS, "t", "c").axes) == 5
     one = table[table["method"] == "dmm"]
     with pytest.raises(DataError, match="1 method; give at least two"):
-        yardsticks.agreement(one)
+        evaluators.agreement(one)
 
 
 def invented(rows):
     made = [["f", m, y, v, v - 0.1, v + 0.1, 8] for m, values in rows.items() for y, v in values.items()]
-    return pd.DataFrame(made, columns=yardsticks.COLUMNS)
+    return pd.DataFrame(made, columns=evaluators.COLUMNS)
 
 
-def test_only_pairs_that_both_yardsticks_separate_disagree():
-    others = dict.fromkeys(yardsticks.YARDSTICKS, 0.5)
+def test_only_pairs_that_both_evaluators_separate_disagree():
+    others = dict.fromkeys(evaluators.EVALUATORS, 0.5)
     table = invented(
         {
             "ga": others | {"klom_p95": 1, "ks": 3},
@@ -91,18 +91,18 @@ def test_only_pairs_that_both_yardsticks_separate_disagree():
             "retrain": others | {"klom_p95": 0.5, "ks": 0.5},
         }
     )
-    found = yardsticks.disagreements(table)
+    found = evaluators.disagreements(table)
     assert found[["nearer_by_klom", "nearer_by_other"]].to_numpy().tolist() == [["ga", "gd"]]
     assert found["klom"].tolist() == ["1.00 / 2.00"]
-    assert yardsticks.named(found).to_numpy().tolist() == [["f", "KS", "GA on F", "GD on R"]]
-    told = yardsticks.told_apart(table).set_index("method")
+    assert evaluators.named(found).to_numpy().tolist() == [["f", "KS", "GA on F", "GD on R"]]
+    told = evaluators.told_apart(table).set_index("method")
     assert told["klom_p95"].all()
     assert not told["accuracy_gap"].any()
 
 
 def test_agreement_is_one_where_ranks_are_the_same():
-    same = {f"m{i}": {y: float(i) for y in yardsticks.YARDSTICKS} for i in range(6)}
-    ranks = yardsticks.agreement(invented(same), n_bootstrap=30)
+    same = {f"m{i}": {y: float(i) for y in evaluators.EVALUATORS} for i in range(6)}
+    ranks = evaluators.agreement(invented(same), n_bootstrap=30)
     np.testing.assert_allclose(ranks[["value", "low", "high"]], 1)
 
 
@@ -111,7 +111,7 @@ def test_power_is_the_level_where_there_is_nothing_to_find(convention):
     """Over ten data sets: of the floor against itself, and of a method that is retraining."""
     shares = []
     for seed in range(10):
-        powers = yardsticks.power(
+        powers = evaluators.power(
             {"same": normal(seed, 80, 10)}, normal(seed + 100, 160, 10), [10], convention=convention, seed=seed
         )
         shares.append(powers.set_index("method")["power"])
@@ -122,20 +122,20 @@ def test_power_is_the_level_where_there_is_nothing_to_find(convention):
 
 def test_power_grows_with_models_and_with_the_distance():
     retrained, slight, far = normal(0, 100, 15), normal(1, 50, 15) + 1.5, normal(2, 50, 15) + 9
-    powers = yardsticks.power({"slight": slight, "far": far}, retrained, [5, 50], n_draws=60)
+    powers = evaluators.power({"slight": slight, "far": far}, retrained, [5, 50], n_draws=60)
     share = powers.set_index(["method", "n_models"])["power"]
     assert share["far", 5] == share["far", 50] == 1
     assert share["slight", 5] < 0.6 < share["slight", 50]
     floor = powers[powers["method"] == "retrain"].set_index("n_models")["median"]
     assert floor[50] < floor[5]
-    assert yardsticks.enough(powers)["far"] == 5
-    assert yardsticks.enough(powers)["slight"] == 50
+    assert evaluators.enough(powers)["far"] == 5
+    assert evaluators.enough(powers)["slight"] == 50
     assert len(plots.power(powers, "t", "c").axes) == 2
 
 
 def test_more_bins_raise_the_floor():
     floors = [
-        yardsticks.power({}, normal(0, 60, 10), [20], n_bins=b, n_draws=20)["median"].iloc[0] for b in (5, 20, 80)
+        evaluators.power({}, normal(0, 60, 10), [20], n_bins=b, n_draws=20)["median"].iloc[0] for b in (5, 20, 80)
     ]
     assert floors == sorted(floors)
     with pytest.raises(DataError, match=r"n_bins=1; use at least 2"):
@@ -144,12 +144,12 @@ def test_more_bins_raise_the_floor():
 
 def test_power_refuses_sizes_that_the_models_do_not_allow():
     with pytest.raises(DataError, match="N = 10, 50; with these models use 2 to 20"):
-        yardsticks.power({"a": normal(0, 20, 3)}, normal(1, 60, 3), [10, 50])
+        evaluators.power({"a": normal(0, 20, 3)}, normal(1, 60, 3), [10, 50])
 
 
 @given(st.integers(0, 50), st.integers(1, 50))
 def test_wilson_holds_the_share(successes, more):
     n = successes + more
-    e = yardsticks.wilson(successes, n)
+    e = evaluators.wilson(successes, n)
     assert 0 <= e.low <= e.value <= e.high <= 1
     assert e.high > 0

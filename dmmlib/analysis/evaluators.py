@@ -1,0 +1,313 @@
+"""KLoM beside other evaluators: do they rank methods alike, where do they disagree, and how many models decide?
+
+Every evaluator is a distance of unlearned models from oracles on F: 0 (or the floor, of finitely many models) where
+they cannot be told apart, larger where they can, so that ranks compare.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import kendalltau, mannwhitneyu, spearmanr
+
+from dmmlib import metrics
+from dmmlib.analysis.intervals import normal, wilson
+from dmmlib.analysis.looks import label
+from dmmlib.errors import DataError
+from dmmlib.metrics import Convention, Estimate
+
+if TYPE_CHECKING:
+    from dmmlib.forget_sets import ForgetSet
+    from dmmlib.study import Study
+
+EVALUATORS = {
+    "klom_p95": "KLoM p95",
+    "klom_mean": "KLoM mean",
+    "u_lira": "U-LiRA accuracy",
+    "ks": "KS",
+    "accuracy_gap": "accuracy gap",
+    "membership": "membership AUC gap",
+}
+COLUMNS = ["forget_set", "method", "evaluator", "value", "low", "high", "n_models"]
+
+
+# --- distances -------------------------------------------------------------------------------------------
+
+
+def membership_auc(members: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """AUC, for each model, of an attacker who takes points of low loss for members.
+
+    The cross-entropy of a point is log(1 + exp(-margin)), so a threshold on one is a threshold on the other; the
+    attack is that of Yeom et al., CSF 2018, at every threshold.
+
+    Args:
+        members: margins (n_models, n_members), e.g. on F.
+        others: margins (n_models, n_others), e.g. on validation points.
+
+    Returns:
+        (n_models,), the probability that a member has the larger margin; ties count half; 0.5 tells nothing.
+
+    Raises:
+        DataError: for numbers of models that differ, or no points.
+    """
+    if members.ndim != 2 or others.ndim != 2 or len(members) != len(others) or 0 in (*members.shape, *others.shape):
+        raise DataError(
+            f"The membership attack got margins of shape {members.shape} and {others.shape}; give (n_models, n_points) "
+            "for the same models, at least one point each."
+        )
+    u = mannwhitneyu(members, others, axis=1, method="asymptotic").statistic
+    return np.asarray(u) / (members.shape[1] * others.shape[1])
+
+
+def distances(
+    unlearned: np.ndarray,
+    oracle: np.ndarray,
+    correct: tuple[np.ndarray, np.ndarray],
+    validation: tuple[np.ndarray, np.ndarray],
+    n_bootstrap: int = 30,
+    seed: int = 0,
+) -> dict[str, Estimate]:
+    """All of `EVALUATORS`, with 95 % intervals over models.
+
+    U-LiRA's value is the larger of its mean accuracy on F and 0.5. The accuracy gap and the membership attack are
+    absolute differences of unlearned models' and oracles' accuracies on F, and AUCs of F against validation points: the
+    attack succeeds on oracles too where F is easier than validation points, without their having seen it. Models are
+    resampled within the halves that U-LiRA fits and tests on, so that no model is in both.
+
+    Args:
+        unlearned, oracle: margins on F, (n_models, n_forget).
+        correct: whether the same models' answers on F are correct, bool.
+        validation: their margins on validation points, (n_models, n_val).
+    """
+    summary = metrics.klom_summary(unlearned, oracle, {"F": np.arange(unlearned.shape[1])})["F"]
+    found = {"klom_p95": summary["p95"], "klom_mean": summary["mean"]}
+    rng = np.random.default_rng(seed)
+    draws = [(_within_halves(len(unlearned), rng), _within_halves(len(oracle), rng)) for _ in range(n_bootstrap)]
+    for name, evaluator, least in (("u_lira", metrics.u_lira, 0.5), ("ks", metrics.ks, 0.0)):
+        sampled = [max(least, evaluator(unlearned[u], oracle[o]).mean()) for u, o in draws]
+        value = max(least, float(evaluator(unlearned, oracle).mean()))
+        found[name] = normal(value, np.std(sampled, ddof=1), least=0)
+    accuracies = correct[0].mean(1), correct[1].mean(1)
+    attacks = membership_auc(unlearned, validation[0]), membership_auc(oracle, validation[1])
+    for name, (a, b) in (("accuracy_gap", accuracies), ("membership", attacks)):
+        error = np.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
+        found[name] = normal(abs(float(a.mean() - b.mean())), error, least=0)
+    return found
+
+
+def _within_halves(n: int, rng: np.random.Generator) -> np.ndarray:
+    """n row numbers drawn with replacement, even ones in even places and odd ones in odd places."""
+    drawn = np.zeros(n, int)
+    for half in (0, 1):
+        rows = np.arange(half, n, 2)
+        drawn[half::2] = rng.choice(rows, len(rows))
+    return drawn
+
+
+def table(study: Study) -> pd.DataFrame:
+    """Every evaluator of every method on every forget set.
+
+    Returns:
+        Columns forget_set, method, evaluator, value, low, high, n_models. Beside `EVALUATORS`, the row "auc" is the
+        membership attack's AUC itself; the oracles' own is the one of method "oracles".
+    """
+    rows: list[tuple[str, str, str, Estimate]] = []
+    n_train = study.data.n_train
+    for f in study.forget_sets().values():
+        oracle, correct = study.reference(f)
+        rows.append((f.name, "oracles", "auc", _mean_auc(oracle, f, n_train)))
+        for method in study.preset.unlearning.methods:
+            u = study.unlearned(method, f)
+            found = distances(
+                u.margins[:, f.indices],
+                oracle[:, f.indices],
+                (u.correct[:, f.indices], correct[:, f.indices]),
+                (u.margins[:, n_train:], oracle[:, n_train:]),
+            )
+            found["auc"] = _mean_auc(u.margins, f, n_train)
+            rows += [(f.name, method, evaluator, e) for evaluator, e in found.items()]
+    n_models = study.preset.ensembles.n_models
+    return pd.DataFrame([[*row, *astuple(e), n_models] for *row, e in rows], columns=COLUMNS)
+
+
+def _mean_auc(margins: np.ndarray, forget_set: ForgetSet, n_train: int) -> Estimate:
+    auc = membership_auc(margins[:, forget_set.indices], margins[:, n_train:])
+    return normal(float(auc.mean()), auc.std(ddof=1) / np.sqrt(len(auc)))
+
+
+# --- agreement and disagreement --------------------------------------------------------------------------
+
+
+def agreement(measured: pd.DataFrame, n_bootstrap: int = 500, seed: int = 0) -> pd.DataFrame:
+    """Rank agreement of KLoM p95 with every other evaluator over pairs of method and forget set.
+
+    Intervals (95 %, percentiles) resample methods and forget sets, each with replacement: pairs that share either are
+    not independent.
+
+    Args:
+        measured: `table`.
+
+    Returns:
+        Columns evaluator, statistic (kendall: tau-b, spearman), value, low, high, n_pairs.
+
+    Raises:
+        DataError: for fewer than two methods.
+    """
+    wide = measured[measured["method"] != "oracles"].pivot_table(
+        index="method", columns=["evaluator", "forget_set"], values="value", sort=False
+    )
+    cube = {evaluator: wide[evaluator].to_numpy() for evaluator in EVALUATORS}
+    base = cube.pop("klom_p95")
+    n_methods, n_sets = len(base), base.size // len(base)
+    if n_methods < 2:
+        raise DataError(f"Rank agreement got {n_methods} method; give at least two.")
+    rng = np.random.default_rng(seed)
+    pairs = [(rng.integers(n_methods, size=n_methods), rng.integers(n_sets, size=n_sets)) for _ in range(n_bootstrap)]
+    draws = [np.ix_(m, s) for m, s in pairs if len(np.unique(m)) > 2]  # of two methods a rank says nothing
+    rows = []
+    for evaluator, other in cube.items():
+        for name, correlate in (("kendall", kendalltau), ("spearman", spearmanr)):
+            sampled = [_correlation(correlate, base[at], other[at]) for at in draws]
+            ends = np.nanpercentile(sampled, [2.5, 97.5]) if np.isfinite(sampled).any() else (np.nan, np.nan)
+            rows.append([evaluator, name, _correlation(correlate, base, other), *ends, base.size])
+    return pd.DataFrame(rows, columns=["evaluator", "statistic", "value", "low", "high", "n_pairs"])
+
+
+def _correlation(correlate: Callable[..., Any], a: np.ndarray, b: np.ndarray) -> float:
+    return float(correlate(a.ravel(), b.ravel()).statistic) if np.ptp(a) > 0 and np.ptp(b) > 0 else float("nan")
+
+
+def _by_evaluator(measured: pd.DataFrame) -> dict[str, dict[str, pd.DataFrame]]:
+    """forget set -> evaluator -> value, low and high of each method."""
+    return {
+        str(name): {str(y): part.set_index("method") for y, part in here.groupby("evaluator")}
+        for name, here in measured[measured["method"] != "oracles"].groupby("forget_set", sort=False)
+    }
+
+
+def disagreements(measured: pd.DataFrame) -> pd.DataFrame:
+    """Pairs of methods that KLoM p95 and another evaluator order oppositely, intervals apart on both.
+
+    Returns:
+        Columns forget_set, evaluator, nearer_by_klom, nearer_by_other, klom (of the two, in that order), other
+        (likewise); text.
+    """
+    rows = []
+    for forget_set, by in _by_evaluator(measured).items():
+        for evaluator in (y for y in EVALUATORS if not y.startswith("klom")):
+            a, b = by["klom_p95"], by[evaluator]
+            for one, two in itertools.permutations(a.index, 2):
+                if a.loc[one, "high"] < a.loc[two, "low"] and b.loc[two, "high"] < b.loc[one, "low"]:
+                    texts = [" / ".join(f"{t.loc[m, 'value']:.2f}" for m in (one, two)) for t in (a, b)]
+                    rows.append([forget_set, evaluator, one, two, *texts])
+    return pd.DataFrame(rows, columns=["forget_set", "evaluator", "nearer_by_klom", "nearer_by_other", "klom", "other"])
+
+
+def named(pairs: pd.DataFrame) -> pd.DataFrame:
+    """`disagreements` in fewer lines: whom each evaluator puts, against KLoM, nearer to retraining than a method."""
+    keys = ["forget_set", "evaluator", "nearer_by_klom"]
+    grouped = pairs.assign(nearer_by_other=pairs["nearer_by_other"].map(label)).groupby(keys, sort=False)
+    table = grouped["nearer_by_other"].agg("; ".join).reset_index()
+    table["evaluator"], table["nearer_by_klom"] = table["evaluator"].map(EVALUATORS), table["nearer_by_klom"].map(label)
+    return table.rename(columns=lambda name: name.replace("_", " "))
+
+
+def told_apart(measured: pd.DataFrame) -> pd.DataFrame:
+    """Whether each evaluator tells each method from retraining: intervals apart, the method's above.
+
+    Returns:
+        Columns forget_set, method, then one bool for each evaluator; retraining itself is left out.
+    """
+    rows = []
+    for forget_set, by in _by_evaluator(measured).items():
+        for method in by["klom_p95"].index.drop("retrain"):
+            told = [by[y].loc[method, "low"] > by[y].loc["retrain", "high"] for y in EVALUATORS]
+            rows.append([forget_set, method, *told])
+    return pd.DataFrame(rows, columns=["forget_set", "method", *EVALUATORS])
+
+
+# --- power -----------------------------------------------------------------------------------------------
+
+
+def power(
+    methods: Mapping[str, np.ndarray],
+    retrained: np.ndarray,
+    sizes: Sequence[int],
+    *,
+    n_bins: int = metrics.N_BINS,
+    convention: Convention = "closed",
+    n_draws: int = 100,
+    level: float = 0.05,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """How often KLoM's 95th percentile tells a method from retraining, with N models of each.
+
+    Under the null hypothesis unlearned models are further retrained ones: N and N of the retrained models, drawn
+    without replacement and disjoint, give the floor for this N, and its quantile 1 - `level` the threshold. Power is
+    the share of draws (N of the method's models, N retrained ones) that lie above it. Draws from the models at hand
+    overlap, the more so the nearer N is to their number: power is of these models, and the interval (Wilson's, 95 %)
+    of the draws alone.
+
+    Args:
+        methods: name -> margins (n_unlearned, n_points).
+        retrained: margins (n_retrained, n_points) of every model trained on R, at least twice as many as a size.
+        sizes: numbers of models N.
+        n_draws: how many draws of each kind.
+
+    Returns:
+        One row for each method and size, and one of the floor (method "retrain"): columns method, n_models, n_bins,
+        convention, median, low, high (KLoM p95 over draws, central 95 % of them), threshold, power, power_low,
+        power_high. The floor's power is of fresh draws, and `level` up to chance.
+
+    Raises:
+        DataError: for sizes that the models at hand do not allow.
+    """
+    most = min([len(retrained) // 2, *(len(m) for m in methods.values())])
+    if not sizes or not 2 <= min(sizes) <= max(sizes) <= most:
+        raise DataError(
+            f"Power was asked for at N = {', '.join(map(str, sizes)) or 'nothing'}; with these models use 2 to {most}."
+        )
+    rng = np.random.default_rng(seed)
+
+    def p95(margins: np.ndarray | None, n: int) -> np.ndarray:
+        """KLoM's 95th percentile of each draw; points of all draws go through KLoM together."""
+        unlearned, oracle = [], []
+        for _ in range(n_draws):
+            if margins is not None:
+                unlearned.append(margins[rng.permutation(len(margins))[:n]])
+            order = rng.permutation(len(retrained))
+            oracle.append(retrained[order[n : 2 * n]])
+            if margins is None:
+                unlearned.append(retrained[order[:n]])
+        klom = metrics.klom(np.concatenate(unlearned, axis=1), np.concatenate(oracle, axis=1), convention, n_bins)
+        return np.percentile(klom.reshape(n_draws, -1), 95, axis=1)
+
+    rows = []
+    for n in sizes:
+        threshold = float(np.quantile(p95(None, n), 1 - level, method="higher"))
+        for name, margins in {"retrain": None, **methods}.items():
+            values = p95(margins, n)
+            share = wilson(int((values > threshold).sum()), n_draws)
+            ends = np.percentile(values, [50, 2.5, 97.5])
+            rows.append([name, n, n_bins, convention, *ends, threshold, *astuple(share)])
+    columns = ["method", "n_models", "n_bins", "convention", "median", "low", "high", "threshold"]
+    return pd.DataFrame(rows, columns=[*columns, "power", "power_low", "power_high"])
+
+
+def retrained(study: Study, forget_set: ForgetSet) -> np.ndarray:
+    """Margins (2 N, n_forget) on F of all models retrained without it: the reference, then the floor's."""
+    here = forget_set.indices
+    floor = metrics.margins(study.oracles(forget_set, floor=True)[:, here], study.data.y[here])
+    return np.concatenate([study.reference(forget_set)[0][:, here], floor])
+
+
+def enough(powers: pd.DataFrame, wanted: float = 0.8) -> pd.Series:
+    """The smallest N at which each method is told from retraining in `wanted` of draws, by its interval's low end."""
+    told = powers[(powers["power_low"] >= wanted) & (powers["method"] != "retrain")]
+    methods = [m for m in powers["method"].unique() if m != "retrain"]
+    return told.groupby("method")["n_models"].min().reindex(methods)

@@ -1,0 +1,48 @@
+"""Intervals of 95 %: normal around an estimate, Student's over draws, the bootstrap's over forget sets, Wilson's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import binomtest, norm, t
+
+from dmmlib.errors import DataError
+from dmmlib.metrics import Estimate
+
+Z = 1.96
+
+
+def normal(value: float, error: float | np.floating[Any], least: float = -np.inf) -> Estimate:
+    """A value +- 1.96 standard errors, cut off at the least value that there can be."""
+    return Estimate(value, max(least, value - Z * float(error)), value + Z * float(error))
+
+
+def mean_over(values: np.ndarray, log: bool = False) -> Estimate:
+    """Mean (geometric, if `log`) with a t-interval; `values` has one value for each draw or seed.
+
+    Raises:
+        DataError: for fewer than two values.
+    """
+    v = np.log(values) if log else np.asarray(values, float)
+    if len(v) < 2:
+        raise DataError(f"An interval was asked for over {len(v)} value; give at least 2 draws or seeds.")
+    mean, error = float(v.mean()), float(t.ppf(0.975, len(v) - 1) * v.std(ddof=1) / np.sqrt(len(v)))
+    ends = (mean, mean - error, mean + error)
+    return Estimate(*(float(np.exp(e)) for e in ends)) if log else Estimate(*ends)
+
+
+def median_over(values: np.ndarray | pd.Series | Sequence[float], n_bootstrap: int = 2000, seed: int = 0) -> Estimate:
+    """Median with a percentile interval that resamples the values; `values` has one value for each forget set."""
+    values = np.asarray(values, float)
+    rows = np.random.default_rng(seed).integers(0, len(values), (n_bootstrap, len(values)))
+    low, high = np.percentile(np.median(values[rows], axis=1), [2.5, 97.5])
+    return Estimate(float(np.median(values)), float(low), float(high))
+
+
+def wilson(successes: int, n: int) -> Estimate:
+    """The share of successes in n trials, with Wilson's interval."""
+    found = binomtest(successes, n).proportion_ci(2 * float(norm.cdf(Z)) - 1, "wilson")
+    return Estimate(successes / n, float(found.low), float(found.high))

@@ -1,0 +1,132 @@
+"""What the study's figures share: how methods are written and drawn, panels, axes, legends, titles and captions."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+SPLITS = ("forget", "retain", "validation")
+PALETTE = sns.color_palette("colorblind", 10)
+METHODS: dict[str, tuple[str, tuple[float, float, float], str]] = {  # label, colour, marker
+    "do_nothing": ("do nothing", (0.35, 0.35, 0.35), "o"),
+    "retrain": ("retrain (floor)", (0.0, 0.0, 0.0), "o"),
+    "gd": ("GD on R", PALETTE[0], "s"),
+    "ga": ("GA on F", PALETTE[1], "^"),
+    "ga_gd": ("GA, then GD", PALETTE[4], "v"),
+    "neggrad_plus": ("NegGrad+", PALETTE[6], "X"),
+    "scrub": ("SCRUB", PALETTE[5], "D"),
+    "random_labels": ("random labels", PALETTE[8], "<"),
+    "salun": ("SalUn", PALETTE[8], ">"),
+    "bad_teacher": ("bad teacher", (0.55, 0.65, 0.75), "d"),
+    "l1_sparse": ("L1-sparse", (0.45, 0.30, 0.60), "8"),
+    "cf_k": ("CF-k", (0.30, 0.45, 0.30), "p"),
+    "eu_k": ("EU-k", (0.30, 0.45, 0.30), "h"),
+    "ssd": ("SSD", PALETTE[7], "H"),
+    "newton": ("Newton step", (0.65, 0.05, 0.25), "o"),
+    "oracle_matching": ("oracle matching", PALETTE[9], "P"),
+    "dm_direct": ("DM-direct", PALETTE[2], "*"),
+    "dmm": ("DMM", PALETTE[3], "o"),
+}
+
+
+def label(method: str) -> str:
+    """How a method is written in figures and tables."""
+    base, _, attributor = method.partition("@")
+    name = METHODS[base][0] if base in METHODS else base.replace("_", " ")
+    return name + (f" ({attributor})" if attributor else "")
+
+
+def colour(method: str) -> tuple[float, float, float]:
+    """The colour of a method, the same in every figure; a user's own method gets one by its name."""
+    base, _, attributor = method.partition("@")
+    r, g, b = METHODS[base][1] if base in METHODS else PALETTE[sum(base.encode()) % len(PALETTE)]
+    return (0.5 + 0.5 * r, 0.5 + 0.5 * g, 0.5 + 0.5 * b) if attributor else (r, g, b)
+
+
+def marker(method: str) -> str:
+    """The marker of a method; a dot for a user's own."""
+    return METHODS[method][2] if method in METHODS else "o"
+
+
+def style() -> None:
+    """Set matplotlib's defaults for the study."""
+    sns.set_theme(context="notebook", style="ticks", palette="colorblind")
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "normal"})
+    plt.rcParams.update({"axes.titlesize": 11, "figure.titlesize": 13, "legend.frameon": False})
+    plt.rcParams["savefig.facecolor"] = "white"
+
+
+def grid(n: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, np.ndarray]:
+    """n panels of a size in inches, in rows of at most `columns`, with a common y axis: the figure and (rows, columns).
+
+    Args:
+        options: of `plt.subplots`.
+    """
+    columns = min(columns, n)
+    n_rows = -(-n // columns)
+    options = {"sharey": True, "layout": "constrained", "squeeze": False, **options}
+    figsize = (size[0] * columns + 0.4, size[1] * n_rows + 0.4)
+    figure, axes = plt.subplots(n_rows, columns, figsize=figsize, **options)
+    for axis in axes.flat[n:]:
+        axis.set_visible(False)
+    return figure, axes
+
+
+def bars(rows: pd.DataFrame | pd.Series, value: str = "value", low: str = "low", high: str = "high") -> np.ndarray:
+    """How far intervals reach below and above their values (2, n_rows), as matplotlib's error bars take it."""
+    here = pd.DataFrame(rows).T if isinstance(rows, pd.Series) else rows
+    return np.stack([here[value] - here[low], here[high] - here[value]]).astype(float)
+
+
+def quartiles(table: pd.DataFrame, *keys: str) -> pd.DataFrame:
+    """Quartiles of the values of each group of a table's rows: columns low, value (the median) and high."""
+    found = table.groupby(list(keys))["value"].quantile(np.array([0.25, 0.5, 0.75])).unstack()
+    return found.set_axis(["low", "value", "high"], axis=1)
+
+
+def log_axis(axis: Axes, which: str, ticks: tuple[float, ...], limits: tuple[float, float] | None = None) -> None:
+    """Make an axis ("x" or "y") logarithmic, with the ticks that lie within the limits and no others."""
+    low, high = limits or (0.0, np.inf)
+    shown = [tick for tick in ticks if low <= tick <= high]
+    axis.set(**{f"{which}scale": "log"})
+    axis.set(**{f"{which}ticks": shown, f"{which}ticklabels": [f"{tick:g}" for tick in shown]})
+    if limits:
+        axis.set(**{f"{which}lim": limits})
+    axis.minorticks_off()
+
+
+def klom_axis(axis: Axes, which: str, *values: float) -> None:
+    """A logarithmic axis of KLoM over the range of the values."""
+    log_axis(axis, which, (0.2, 0.5, 1, 2, 3, 5, 7, 10), (min(values) / 1.15, max(values) * 1.15))
+
+
+def legend(figure: Figure, axis: Axes) -> None:
+    """Put an axis's legend at the figure's side, which is widened for as many columns as its height asks for."""
+    handles, labels = axis.get_legend_handles_labels()
+    columns = -(-len(labels) // max(1, int(figure.get_figheight() / 0.3)))
+    figure.set_figwidth(figure.get_figwidth() + 2.1 * columns)
+    figure.legend(handles, labels, loc="outside right center", ncols=columns)
+
+
+def titled(figure: Figure, title: str, caption: str) -> Figure:
+    """Title above, caption (what, n) below, both outside the axes and wrapped to the figure's width."""
+    width = figure.get_figwidth()
+    figure.suptitle(textwrap.fill(title, int(9 * width)), x=0.01, ha="left", y=1.02, va="bottom", fontweight="bold")
+    figure.text(0.01, -0.01, textwrap.fill(caption, int(15 * width)), ha="left", va="top", fontsize=9, color="0.35")
+    return figure
+
+
+def png(figure: Figure, dpi: int = 90) -> bytes:
+    """A figure as the PNG that stands for a widget where none can be shown; the figure is closed."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+    return buffer.getvalue()
