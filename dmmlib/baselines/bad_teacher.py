@@ -7,22 +7,16 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from dmmlib.baselines.fresh import fresh
+from dmmlib.baselines.scrub import distillation
 from dmmlib.optim import Adam
 from dmmlib.unlearn.base import Phase, Problem, Unlearned, check_options, finetune, passes, register
 
 
 @register(
     "bad_teacher",
-    space={
-        "epochs": [1.0, 5.0],
-        "lr": [1e-4, 3e-4, 1e-3],
-        "retain_share": [0.3, 1.0],
-        "temperature": [1.0, 4.0],
-    },
+    space={"epochs": [1.0, 5.0], "lr": [1e-4, 3e-4, 1e-3], "retain_share": [0.3, 1.0], "temperature": [1.0, 4.0]},
     paper="bad teacher; Chundawat et al., AAAI 2023",
     cost="epochs (n_F + retain_share n_R) + n_F",
     elsewhere="vikram2000b/bad-teaching-unlearning, if-loops/selective-synaptic-dampening, xcadet/deepunlearn",
@@ -38,10 +32,10 @@ def bad_teacher(
 ) -> Unlearned:
     """Descend KL(teacher || student): the teacher is an untrained model on F, and the original on R.
 
-    F and a sample of R, drawn once a model, are shuffled together; Adam at a constant rate, as in the
-    authors' code. That averages the divergence over classes too, which Adam does not notice; here it is a
-    mean over the batch. The paper leaves open whether the untrained teacher is one for all; here each
-    original has its own. Its answers on F are counted as |F| sample gradients.
+    F and a sample of R, drawn once for each model, are shuffled together; Adam at a constant rate, as in the authors'
+    code. That averages the divergence over classes too, which Adam does not notice; here it is a mean over the batch.
+    The paper leaves open whether the untrained teacher is one for all; here each original has its own. Its answers on
+    F are counted as |F| sample gradients.
     """
     check_options(lr=lr, temperature=temperature)
     check_options(retain_share=retain_share, high=1.0)
@@ -50,16 +44,5 @@ def bad_teacher(
     pools = np.concatenate([np.tile(problem.forget, (problem.n_models, 1)), sample], axis=1)
     teacher = torch.from_numpy(problem.original_logits[:, : problem.n_train].copy())
     teacher[:, problem.forget] = fresh(problem).logits(problem.x[problem.forget])
-    teacher = teacher.to(problem.x.device)
-
-    def loss(logits: Tensor, indices: Tensor, models: Tensor) -> Tensor:
-        student = F.log_softmax(logits / temperature, -1)
-        soft = F.log_softmax(teacher[models[:, None], indices] / temperature, -1)
-        return F.kl_div(student, soft, reduction="none", log_target=True).sum(-1).mean(1)
-
-    return finetune(
-        problem,
-        [Phase(passes(problem, pools, epochs, batch_size), loss)],
-        Adam(lr),
-        spent=len(problem.forget),
-    )
+    phase = Phase(passes(problem, pools, epochs, batch_size), distillation(teacher.to(problem.x.device), temperature))
+    return finetune(problem, [phase], Adam(lr), spent=len(problem.forget))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -18,16 +16,18 @@ from dmmlib.unlearn.base import Problem, Unlearned, check_options, register
 def importance(problem: Problem, indices: np.ndarray) -> Tensors:
     """Diagonal of each model's empirical Fisher information: the mean square of per-example gradients.
 
-    Exact, in evaluation mode, with the true labels: name -> (n_models, ...), the mean over points (indices,)
-    of (d loss / d theta)^2. Points are taken a few at a time, so that what they need fits in memory.
+    Exact, in evaluation mode, with the true labels: name -> (n_models, ...), the mean over points (indices,) of
+    (d loss / d theta)^2. Points are taken a few at a time, so that what they need fits in memory.
     """
     models = problem.originals
-    owners = [part for part in models.module.modules() if next(part.parameters(recurse=False), None) is not None]
-    chained = isinstance(models.module, nn.Linear | nn.Sequential)  # so that each layer is applied once
-    dense = chained and problem.x.ndim == 2 and all(type(part) is nn.Linear for part in owners)
+    dense = problem.x.ndim == 2 and all(
+        isinstance(part, nn.Sequential)
+        or type(part) is nn.Linear
+        or not list(part.children()) + list(part.parameters())
+        for part in models.module.modules()
+    )
     squares = dense_squares if dense else squared_gradients
-    n_weights = sum(p.numel() for p in models.params.values())
-    size = 100 if dense else max(1, 50_000_000 // n_weights)
+    size = 100 if dense else max(1, 50_000_000 // sum(p.numel() for p in models.params.values()))
     total = {name: torch.zeros_like(p) for name, p in models.params.items()}
     for part in torch.from_numpy(indices).to(problem.x.device).split(size):
         for name, square in squares(models, problem.x[part], problem.y[part]).items():
@@ -53,41 +53,26 @@ def squared_gradients(models: Ensemble, x: Tensor, y: Tensor) -> Tensors:
 
 
 def dense_squares(models: Ensemble, x: Tensor, y: Tensor) -> Tensors:
-    """`squared_gradients` of a model whose only weights are those of linear layers on vectors, without writing
-    out any: the gradient of a point is delta h^T, delta the gradient at the layer's output and h its input, so
-    that its squares add up to (delta^2)^T h^2.
+    """`squared_gradients` of linear layers that follow one another on vectors, without writing out any gradient.
+
+    The gradient of a point is delta h^T, delta the gradient at the layer's output and h its input, so that its squares
+    add up to (delta^2)^T h^2.
     """
-    module = models.module.eval()
-    layers = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
-
-    def logits(params: Tensors, buffers: Tensors, zeros: Tensors) -> tuple[Tensor, Tensors]:
-        inputs: Tensors = {}
-
-        def tap(name: str) -> Callable[..., Tensor]:
-            def hook(_: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-                inputs[name] = args[0]
-                return output + zeros[name]
-
-            return hook
-
-        handles = [layer.register_forward_hook(tap(name)) for name, layer in layers.items()]
-        try:
-            return functional_call(module, (params, buffers), (x,)), inputs
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    shape = (models.n_models, len(x))
-    zeros = {name: x.new_zeros(*shape, layer.out_features).requires_grad_() for name, layer in layers.items()}
-    z, inputs = torch.vmap(logits)(models.params, models.buffers, zeros)
-    deltas = torch.autograd.grad(
-        F.cross_entropy(z.flatten(0, 1), y.repeat(len(z)), reduction="sum"), list(zeros.values())
-    )
+    h, seen = x.expand(models.n_models, *x.shape), dict[str, tuple[Tensor, Tensor]]()
+    for name, part in models.module.eval().named_modules(remove_duplicate=False):
+        if type(part) is nn.Linear:
+            prefix = f"{name}." if name else ""
+            z = h @ models.params[f"{prefix}weight"].mT
+            z = (z + models.params[f"{prefix}bias"][:, None] if part.bias is not None else z).requires_grad_()
+            h, seen[prefix] = z, (h.detach(), z)
+        elif not list(part.children()):
+            h = torch.vmap(part)(h)
+    loss = F.cross_entropy(h.flatten(0, 1), y.repeat(models.n_models), reduction="sum")
+    deltas = torch.autograd.grad(loss, [z for _, z in seen.values()])
     squares: Tensors = {}
-    for (name, layer), delta in zip(layers.items(), deltas, strict=True):
-        prefix = f"{name}." if name else ""
-        squares[f"{prefix}weight"] = delta.square().mT @ inputs[name].detach().square()
-        if layer.bias is not None:
+    for (prefix, (inputs, _)), delta in zip(seen.items(), deltas, strict=True):
+        squares[f"{prefix}weight"] = delta.square().mT @ inputs.square()
+        if f"{prefix}bias" in models.params:
             squares[f"{prefix}bias"] = delta.square().sum(1)
     return squares
 
@@ -102,14 +87,11 @@ def dampen(params: Tensors, forget: Tensors, everything: Tensors, alpha: float, 
         forget: importance for F, of the same shapes.
         everything: importance for S, of the same shapes.
     """
-    return {
-        name: torch.where(
-            forget[name] > alpha * everything[name],
-            p * (strength * everything[name] / forget[name]).clamp(max=1.0),
-            p,
-        )
-        for name, p in params.items()
-    }
+    dampened = {}
+    for name, p in params.items():
+        factor = (strength * everything[name] / forget[name]).clamp(max=1.0)
+        dampened[name] = torch.where(forget[name] > alpha * everything[name], p * factor, p)
+    return dampened
 
 
 @register(
@@ -122,10 +104,10 @@ def dampen(params: Tensors, forget: Tensors, everything: Tensors, alpha: float, 
 def ssd(problem: Problem, *, alpha: float = 10.0, strength: float = 1.0) -> Unlearned:
     """Dampen the weights of which F's importance exceeds alpha times that of all of S; no training.
 
-    The paper defines importance by squares of per-example gradients, and that reading is taken; its authors'
-    code squares the mean gradient of each batch, which is smaller by about the batch size where gradients
-    are unlike each other, for F and S alike. S includes F, as in the code. Importance for S could be kept
-    from training and shared by all forget sets; here its cost is counted every time.
+    The paper defines importance by squares of per-example gradients, and that reading is taken; its authors' code
+    squares the mean gradient of each batch, which is smaller by about the batch size where gradients are unlike each
+    other, for F and S alike. S includes F, as in the code. Importance for S could be kept from training and shared by
+    all forget sets; here its cost is counted every time.
     """
     check_options(alpha=alpha, strength=strength)
     everything = importance(problem, np.arange(problem.n_train))

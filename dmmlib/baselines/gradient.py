@@ -36,13 +36,24 @@ def mean_gradient(problem: Problem, models: Ensemble, indices: np.ndarray) -> Te
     """Gradient of each model's mean cross-entropy on points (indices,), in evaluation mode: name -> (n_models, ...)."""
 
     def loss(params: Tensors, part: Tensor) -> Tensor:
-        few = Ensemble(models.module, params, models.buffers)
-        logits = few.forward(problem.x[part].expand(models.n_models, *(-1,) * problem.x.ndim))
-        return cross_entropy(logits, problem.y[part].expand(models.n_models, -1)).sum() * (len(part) / len(indices))
+        x, y = (of[part].expand(models.n_models, *(-1,) * of.ndim) for of in (problem.x, problem.y))
+        logits = Ensemble(models.module, params, models.buffers).forward(x)
+        return cross_entropy(logits, y).sum() * (len(part) / len(indices))
 
     parts = torch.from_numpy(indices).to(problem.x.device).split(100)
     gradients = [torch.func.grad(loss)(models.params, part) for part in parts]
     return {name: sum(g[name] for g in gradients) for name in models.params}
+
+
+def flat(tensors: Tensors) -> Tensor:
+    """All weights of each model in one row: (n_models, n_weights)."""
+    return torch.cat([t.flatten(1) for t in tensors.values()], 1)
+
+
+def like(params: Tensors, rows: Tensor) -> Tensors:
+    """The inverse of `flat`, for tensors of the params' shapes."""
+    parts = rows.split([p[0].numel() for p in params.values()], dim=1)
+    return {name: part.reshape(p.shape) for (name, p), part in zip(params.items(), parts, strict=True)}
 
 
 @register(
@@ -84,12 +95,7 @@ def ga(problem: Problem, *, epochs: float = 5.0, lr: float = 1e-3, batch_size: i
     elsewhere="easydub/EasyDUB-code",
 )
 def ga_gd(
-    problem: Problem,
-    *,
-    ascent_epochs: float = 3.0,
-    descent_epochs: float = 3.0,
-    lr: float = 1e-3,
-    batch_size: int = 64,
+    problem: Problem, *, ascent_epochs: float = 3.0, descent_epochs: float = 3.0, lr: float = 1e-3, batch_size: int = 64
 ) -> Unlearned:
     """Gradient ascent on F, then descent on R, with one optimizer."""
     phases = [
@@ -101,11 +107,7 @@ def ga_gd(
 
 @register(
     "neggrad_plus",
-    space={
-        "epochs": [1.0, 3.0],
-        "lr": [1e-2, 3e-2, 1e-1],
-        "beta": [0.9, 0.95, 0.99],
-    },
+    space={"epochs": [1.0, 3.0], "lr": [1e-2, 3e-2, 1e-1], "beta": [0.9, 0.95, 0.99]},
     paper="NegGrad+; Kurmanji et al., NeurIPS 2023",
     cost="epochs n_R (1 + min(batch_size, n_F) / batch_size)",
     elsewhere="meghdadk/SCRUB, xcadet/deepunlearn",
@@ -115,17 +117,15 @@ def neggrad_plus(
 ) -> Unlearned:
     """Descent on R and ascent on F in every step: beta L(R) - (1 - beta) L(F).
 
-    The paper writes the two losses over whole sets. The reading taken is its authors' code: a step's batch of
-    R meets a batch of F of the same size (all of F if that is smaller), F starting over whenever it has been
-    gone through. So F is seen far more often than R, and beta has to be near 1.
+    The paper writes the two losses over whole sets. The reading taken is its authors' code: a step's batch of R meets a
+    batch of F of the same size (all of F if that is smaller), F starting over whenever it has been gone through. So F
+    is seen far more often than R, and beta has to be near 1.
     """
     check_options(lr=lr)
     check_options(beta=beta, high=1.0)
     retain = passes(problem, problem.retain, epochs, batch_size)
-    n_forget = min(batch_size, len(problem.forget))
+    n_forget, y = min(batch_size, len(problem.forget)), problem.y
     forget = draw_batches(problem, problem.forget, len(retain), n_forget)
-
-    y = problem.y
 
     def loss(logits: Tensor, indices: Tensor, models: Tensor) -> Tensor:
         labels = y[indices]

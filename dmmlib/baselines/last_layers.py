@@ -20,19 +20,18 @@ ELSEWHERE = "shash42/Evaluating-Inexact-Unlearning, meghdadk/SCRUB, xcadet/deepu
 def last_layers(models: Ensemble, k: int) -> set[str]:
     """Names of the parameters of the last k layers.
 
-    A layer is a module with a weight matrix or kernel. Modules with vectors only (batch norm) do not count
-    and go with the layer that they follow, as in the authors' code.
+    A layer is a module with a weight matrix or kernel. Modules with vectors only (batch norm) do not count and go with
+    the layer that they follow, as in the authors' code.
 
     Raises:
         OptionError: unless k is from 1 to the number of layers.
     """
-    owners = list(dict.fromkeys(name.rpartition(".")[0] for name in models.params))
-    of = {owner: [name for name in models.params if name.rpartition(".")[0] == owner] for owner in owners}
-    layers = [owner for owner in owners if any(models.params[name].ndim > 2 for name in of[owner])]
+    owners = {name: name.rpartition(".")[0] for name in models.params}
+    layers = list(dict.fromkeys(owner for name, owner in owners.items() if models.params[name].ndim > 2))
     if not isinstance(k, int) or not 1 <= k <= len(layers):
         raise OptionError(f"Option k={k!r} was given, but the model has {len(layers)} layers; use 1 to {len(layers)}.")
-    chosen = owners[owners.index(layers[-k]) :]
-    return {name for owner in chosen for name in of[owner]}
+    first = list(owners.values()).index(layers[-k])
+    return set(list(owners)[first:])
 
 
 @register(
@@ -45,8 +44,8 @@ def last_layers(models: Ensemble, k: int) -> set[str]:
 def cf_k(problem: Problem, *, k: int = 1, epochs: float = 3.0, lr: float = 3e-2, batch_size: int = 64) -> Unlearned:
     """Catastrophic forgetting of the last k layers: descend on R with the layers before them frozen.
 
-    SGD with momentum 0.9, a rate that falls linearly to 0. Frozen are weights; running statistics of batch
-    norm move, as in the authors' code. A sample gradient counts as one although it stops at layer k.
+    SGD with momentum 0.9, a rate that falls linearly to 0. Frozen are weights; running statistics of batch norm move,
+    as in the authors' code. A sample gradient counts as one although it stops at layer k.
     """
     check_options(lr=lr)
     only = last_layers(problem.originals, k)
@@ -63,9 +62,7 @@ def cf_k(problem: Problem, *, k: int = 1, epochs: float = 3.0, lr: float = 3e-2,
 )
 def eu_k(problem: Problem, *, k: int = 1, epochs: float = 6.0, lr: float = 1e-1, batch_size: int = 64) -> Unlearned:
     """Exact unlearning of the last k layers: as `cf_k`, from newly drawn weights of those layers."""
-    only = last_layers(problem.originals, k)
-    drawn = fresh(problem).params
-    originals = problem.originals
-    params = {name: drawn[name] if name in only else p for name, p in originals.params.items()}
+    originals, drawn = problem.originals, fresh(problem).params
+    params = originals.params | {name: drawn[name] for name in last_layers(originals, k)}
     restarted = dataclasses.replace(problem, originals=Ensemble(originals.module, params, originals.buffers))
     return cf_k(restarted, k=k, epochs=epochs, lr=lr, batch_size=batch_size)

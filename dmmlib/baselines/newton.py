@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp
 
-from dmmlib.baselines.gradient import mean_gradient
+from dmmlib.baselines.gradient import flat, like, mean_gradient
 from dmmlib.ensemble import Ensemble
 from dmmlib.optim import Tensors
 from dmmlib.unlearn.base import Problem, Unlearned, check_options, register
 
 Product = Callable[[Tensor], Tensor]
-"""v (n_models, n_weights) -> A v, one symmetric positive definite A a model."""
+"""v (n_models, n_weights) -> A v, with one symmetric positive definite A for each model."""
 
 
 def conjugate_gradients(product: Product, b: Tensor, iterations: int) -> Tensor:
-    """Solve A x = b by so many iterations from x = 0, for each model on its own: (n_models, n_weights)."""
+    """Solve A x = b from x = 0, for each model on its own: (n_models, n_weights)."""
     x, residual = torch.zeros_like(b), b
     direction, size = b, (b * b).sum(1, keepdim=True)
     tiny = torch.finfo(b.dtype).tiny  # a model that is done stays where it is
@@ -35,8 +35,8 @@ def conjugate_gradients(product: Product, b: Tensor, iterations: int) -> Tensor:
 def gauss_newton(models: Ensemble, x: Tensor, damping: float) -> Product:
     """Products with J^T (diag p - p p^T) J, averaged over points, plus damping.
 
-    It is the Hessian of the mean cross-entropy without the curvature of the logits, so positive
-    semidefinite, and for a linear model it is the Hessian.
+    It is the Hessian of the mean cross-entropy without the curvature of the logits, so positive semidefinite; for a
+    linear model it is the Hessian.
 
     Args:
         models: where to linearise; in evaluation mode.
@@ -51,9 +51,9 @@ def gauss_newton(models: Ensemble, x: Tensor, damping: float) -> Product:
     p = z.softmax(-1)
 
     def product(v: Tensor) -> Tensor:
-        dz = jvp(logits, (models.params,), (_like(models.params, v),))[1]
+        dz = jvp(logits, (models.params,), (like(models.params, v),))[1]
         curved = p * (dz - (p * dz).sum(-1, keepdim=True)) / x.shape[1]
-        return _flat(pull(curved)[0]) + damping * v
+        return flat(pull(curved)[0]) + damping * v
 
     return product
 
@@ -68,25 +68,22 @@ def gauss_newton(models: Ensemble, x: Tensor, damping: float) -> Product:
 def newton(problem: Problem, *, damping: float = 1e-3, iterations: int = 10, cost: float = 0.25) -> Unlearned:
     """theta + (G_R + (w + damping) I)^-1 (sum over F of grad loss + |F| w theta) / |R|, w the weight decay.
 
-    The Newton step of the loss on R from a minimum of that on S, where the gradient on R is what leaving F
-    out left over (Guo et al., section 3). The originals are not quite at a minimum; using R's own gradient
-    instead would train them on, too. G_R is the Gauss-Newton matrix over *all* weights, and the system is
-    solved by so many conjugate-gradient iterations: with early stopping and damping the step stays short
-    where the loss is flat. A product with G_R is counted as two sample gradients a point; each model takes as
-    large a random sample of R as the `cost`, relative to one retraining, then allows. On a linear model and
-    with all of R the step is exact.
+    The Newton step of the loss on R from a minimum of that on S, where the gradient on R is what leaving F out left
+    over (Guo et al., section 3). The originals are not quite at a minimum; using R's own gradient instead would train
+    them on, too. G_R is the Gauss-Newton matrix over *all* weights, and the system is solved by `iterations` conjugate
+    gradients: with early stopping and damping the step stays short where the loss is flat. A product with G_R is
+    counted as two sample gradients for each point; each model takes as large a random sample of R as the `cost`,
+    relative to one retraining, then allows. On a linear model and with all of R the step is exact.
     """
     check_options(damping=damping, cost=cost)
     check_options(iterations=iterations, whole=True)
     affordable = round((cost * problem.retraining - len(problem.forget)) / (2 * iterations))
     size = min(max(1, affordable), len(problem.retain))
     sample = np.stack([rng.choice(problem.retain, size, replace=False) for rng in problem.rngs(stream=1)])
-    parts = [
-        _step(problem, first, sample[first : first + 16], damping, iterations)  # a few models, to bound memory
-        for first in range(0, problem.n_models, 16)
-    ]
+    starts = range(0, problem.n_models, 16)  # a few models at a time, to bound memory
+    steps = [_step(problem, first, sample[first : first + 16], damping, iterations) for first in starts]
     models = problem.originals
-    step = _like(models.params, torch.cat(parts))
+    step = like(models.params, torch.cat(steps))
     moved = {name: p + step[name] for name, p in models.params.items()}
     spent = (len(problem.forget) + 2 * iterations * size) / problem.retraining
     logits = Ensemble(models.module, moved, models.buffers).logits(problem.x)
@@ -97,17 +94,7 @@ def _step(problem: Problem, first: int, sample: np.ndarray, damping: float, iter
     """What to add to the weights of models first, first + 1, ...: (len(sample), n_weights)."""
     few = problem.originals[first : first + len(sample)]
     decay = problem.training.weight_decay
-    force = _flat(mean_gradient(problem, few, problem.forget)) + decay * _flat(few.params)
+    force = flat(mean_gradient(problem, few, problem.forget)) + decay * flat(few.params)
     indices = torch.from_numpy(sample).to(problem.x.device)
     product = gauss_newton(few, problem.x[indices], decay + damping)
     return conjugate_gradients(product, force * (len(problem.forget) / len(problem.retain)), iterations)
-
-
-def _flat(tensors: Tensors) -> Tensor:
-    return torch.cat([t.flatten(1) for t in tensors.values()], 1)
-
-
-def _like(params: Tensors, flat: Tensor) -> Tensors:
-    """The inverse of `_flat`, for tensors of the params' shapes."""
-    parts = flat.split([p[0].numel() for p in params.values()], dim=1)
-    return {name: part.reshape(p.shape) for (name, p), part in zip(params.items(), parts, strict=True)}

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmmlib.baselines.gradient import by_epoch, mean_gradient
+from dmmlib.baselines.gradient import by_epoch, flat, like, mean_gradient
 from dmmlib.ensemble import Loss, cross_entropy
 from dmmlib.optim import SGD, Tensors
 from dmmlib.unlearn.base import Phase, Problem, Unlearned, check_options, finetune, passes, register
 
 
 def wrong_labels(problem: Problem, rngs: Sequence[np.random.Generator]) -> Tensor:
-    """Labels (n_models, n_train): another class than the right one, at random, on F; the right one on R."""
+    """Labels (n_models, n_train): another class than the correct one, at random, on F; the correct one on R."""
     n_classes = problem.original_logits.shape[2]
     labels = np.tile(problem.labels[: problem.n_train], (problem.n_models, 1))
     shift = np.stack([rng.integers(1, n_classes, len(problem.forget)) for rng in rngs])
@@ -27,7 +27,7 @@ def wrong_labels(problem: Problem, rngs: Sequence[np.random.Generator]) -> Tenso
 
 
 def relabelling(problem: Problem, epochs: int, batch_size: int) -> list[Phase]:
-    """So many passes over S, shuffled, with wrong labels on F that are drawn anew for every pass."""
+    """`epochs` passes over S, shuffled, with wrong labels on F that are drawn anew for every pass."""
     check_options(epochs=epochs, whole=True)
     rngs = problem.rngs(stream=1)
 
@@ -46,12 +46,12 @@ def relabelling(problem: Problem, epochs: int, batch_size: int) -> list[Phase]:
     elsewhere="OPTML-Group/Unlearn-Saliency, vikram2000b/bad-teaching-unlearning, xcadet/deepunlearn",
 )
 def random_labels(problem: Problem, *, epochs: int = 3, lr: float = 1e-2, batch_size: int = 64) -> Unlearned:
-    """Learn random wrong labels on F, and go on with the right ones on R.
+    """Learn random wrong labels on F, and go on with the correct ones on R.
 
-    Sources differ in three ways. The readings taken: a label is another class than the right one (SalUn's
-    equations, Graves et al.; SalUn's code draws from all classes); labels are drawn anew for every pass
-    (SalUn's code; Graves et al. draw once); and F is shuffled among R (Graves et al., SalUn's code on
-    CIFAR-100), where SalUn's code on CIFAR-10 goes through F first and then R in every pass.
+    Sources differ in three ways. The readings taken: a label is another class than the correct one (SalUn's equations,
+    Graves et al.; SalUn's code draws from all classes); labels are drawn anew for every pass (SalUn's code; Graves et
+    al. draw once); and F is shuffled among R (Graves et al., SalUn's code on CIFAR-100), where SalUn's code on CIFAR-10
+    goes through F first and then R in every pass.
     """
     check_options(lr=lr)
     return finetune(problem, relabelling(problem, epochs, batch_size), SGD(lr))
@@ -64,11 +64,9 @@ def saliency(problem: Problem, share: float) -> Tensors:
         name -> (n_models, ...), 1 or 0.
     """
     check_options(share=share, high=1.0)
-    gradients = mean_gradient(problem, problem.originals, problem.forget)
-    flat = torch.cat([g.abs().flatten(1) for g in gradients.values()], 1)
-    top = flat.topk(max(1, round(share * flat.shape[1])), dim=1).indices
-    parts = torch.zeros_like(flat).scatter_(1, top, 1.0).split([g[0].numel() for g in gradients.values()], dim=1)
-    return {name: part.reshape(g.shape) for part, (name, g) in zip(parts, gradients.items(), strict=True)}
+    sizes = flat(mean_gradient(problem, problem.originals, problem.forget)).abs()
+    top = sizes.topk(max(1, round(share * sizes.shape[1])), dim=1).indices
+    return like(problem.originals.params, torch.zeros_like(sizes).scatter_(1, top, 1.0))
 
 
 @register(
@@ -83,10 +81,9 @@ def salun(
 ) -> Unlearned:
     """`random_labels`, moving only the weights that are salient for F.
 
-    Salient are the `share` of a model's weights, ranked over all layers, with the largest absolute gradient
-    of the loss on F at the original. The paper's threshold is the median, share 0.5. Its authors' code adds
-    up batches' mean gradients, in evaluation mode; here it is the gradient of the mean over F, the same where
-    batches are of one size.
+    Salient are the `share` of a model's weights, ranked over all layers, with the largest absolute gradient of the loss
+    on F at the original. The paper's threshold is the median, share 0.5. Its authors' code adds up batches' mean
+    gradients, in evaluation mode; here it is the gradient of the mean over F, the same where batches are of one size.
     """
     check_options(lr=lr)
     masks = saliency(problem, share)

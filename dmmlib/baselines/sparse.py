@@ -23,13 +23,12 @@ def l1_sparse(
 ) -> Unlearned:
     """Descend cross-entropy on R + gamma_t |theta|_1, over all parameters, biases and norms included.
 
-    The paper tries a constant, a growing and a falling gamma_t and recommends the last; the reading taken is
-    a linear fall to 0 over all steps (its authors' code lowers it epoch by epoch, and can end with epochs
-    without penalty). The subgradient is gamma_t sign(theta), as there.
+    The paper tries a constant, a growing and a falling gamma_t and recommends the last; the reading taken is a linear
+    fall to 0 over all steps (its authors' code lowers it epoch by epoch, and can end with epochs without penalty). The
+    subgradient is gamma_t sign(theta), as there.
     """
     check_options(lr=lr, gamma=gamma)
     batches = passes(problem, problem.retain, epochs, batch_size)
-
     return finetune(problem, [Phase(batches, descent(problem))], SparseSGD(lr, gamma=gamma, n_steps=len(batches)))
 
 
