@@ -31,13 +31,13 @@ def test_membership_auc_refuses_other_models():
 
 
 def answers(seed, shift):
-    on_f, elsewhere = normal(seed, 40, 30) + shift, normal(seed + 50, 40, 60)
-    return on_f, on_f > 0, elsewhere
+    margins = np.concatenate([normal(seed, 40, 30) + shift, normal(seed + 50, 40, 60)], axis=1)
+    return margins, margins > 0
 
 
 def measured(shift, seed=0):
-    (u, right_u, val_u), (o, right_o, val_o) = answers(seed, shift), answers(seed + 1, 0.0)
-    return evaluators.distances(u, o, (right_u, right_o), (val_u, val_o))
+    """Of 30 training points, all of them forgotten, and 60 validation points."""
+    return evaluators.distances(answers(seed, shift), answers(seed + 1, 0.0), np.arange(30), 30)
 
 
 def test_every_evaluator_grows_with_the_distance_and_its_interval_holds_it():
@@ -55,8 +55,8 @@ def test_halves_stay_apart_when_models_are_resampled(monkeypatch):
     """Every margin is its model's number, so that a resample shows from which half each of its models comes."""
     seen = []
     monkeypatch.setattr(metrics, "u_lira", lambda u, o: seen.append(u[:, 0].astype(int)) or np.full(2, 0.5))
-    numbers = np.tile(np.arange(11.0)[:, None], 2)
-    evaluators.distances(numbers, numbers, (numbers > 0, numbers > 0), (numbers, numbers), n_bootstrap=3)
+    numbers = np.tile(np.arange(11.0)[:, None], 3)
+    evaluators.distances((numbers, numbers > 0), (numbers, numbers > 0), np.arange(2), 2, n_bootstrap=3)
     for drawn in seen:
         assert (drawn % 2 == np.arange(11) % 2).all()
     assert min(len(set(drawn)) for drawn in seen) < 11

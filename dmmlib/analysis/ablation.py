@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -21,15 +21,13 @@ from dmmlib import metrics, unlearn
 from dmmlib.attribution.gradients import margin
 from dmmlib.errors import OptionError
 from dmmlib.files import config_hash, read_json, write_json
+from dmmlib.forget_sets import ForgetSet
 from dmmlib.metrics import Estimate
 from dmmlib.optim import SGD, Adam
+from dmmlib.study import Study
 from dmmlib.unlearn.base import Phase, Problem, Unlearned, draw_batches, finetune
 from dmmlib.unlearn.matching import DAMPING, N_WHITEN, dmm, match, predicted_oracle
-from dmmlib.unlearn.whitening import unwhitened, whitened
-
-if TYPE_CHECKING:
-    from dmmlib.forget_sets import ForgetSet
-    from dmmlib.study import Study
+from dmmlib.unlearn.whitening import Whitening
 
 T = TypeVar("T")
 
@@ -106,19 +104,18 @@ def variant(
     def to_targets(logits: Tensor, indices: Tensor, models: Tensor) -> Tensor:
         return (counts[indices] * LOSSES[loss](logits, goal[models[:, None], indices], y[indices])).mean(1)
 
-    budget, seen, options = cost * problem.retraining, 0, dict[str, Any]()
+    budget, seen, coordinates = cost * problem.retraining, 0, None
     if optimizer == "whitened":
-        seen, module = max(1, min(N_WHITEN, len(problem.retain), round(budget / 8))), problem.originals.module
+        seen = max(1, min(N_WHITEN, len(problem.retain), round(budget / 8)))
         points = np.stack([rng.permutation(problem.retain)[:seen] for rng in problem.rngs(2)])
-        options["prepare"] = lambda models, members: whitened(models, x, points[members], DAMPING)
-        options["finish"] = lambda models: unwhitened(models, module)
+        coordinates = Whitening(x, points, DAMPING, problem.originals.module)
     n_steps = max(1, round((budget - seen) / batch_size))
     from_forget = min(max(1, round(forget_share * batch_size)), batch_size - 1)
     forget = draw_batches(problem, problem.forget, n_steps, from_forget)
     retain = _retained(problem, targets, n_steps, batch_size - from_forget, influence)
     phases = [Phase(list(np.concatenate([forget, retain], axis=2)), to_targets)]
     steps = SGD(lr) if optimizer == "sgd" else Adam(lr)
-    return finetune(problem, phases, steps, rate=lambda share: lr * (1 - share), spent=seen, **options)
+    return finetune(problem, phases, steps, rate=lambda t: lr * (1 - t), spent=seen, coordinates=coordinates)
 
 
 def _confidence(problem: Problem) -> np.ndarray:

@@ -31,20 +31,13 @@ CHANCE = 0.05  # from 50 %
 
 @dataclass(frozen=True)
 class Claim:
-    """A judged claim.
+    """A judged claim."""
 
-    Attributes:
-        number: as in the list above `CLAIMS`.
-        text: what is claimed.
-        rule: when it counts as shown.
-        finding: what this run says, with numbers and 95 % intervals, or what is missing.
-    """
-
-    number: int
+    number: int  # in the paper's order
     text: str
-    rule: str
+    rule: str  # when it counts as shown
     verdict: Verdict
-    finding: str
+    finding: str  # what this run says, with numbers and 95 % intervals, or what is missing
 
 
 Judgement = tuple[Verdict, str]
@@ -67,12 +60,10 @@ def judge(tables: Tables) -> list[Claim]:
     """All claims, in the paper's order; `not run` where the tables lack what one needs."""
     claims = []
     for number, (text, rule, rate) in enumerate(_JUDGES, 1):
-        verdict: Verdict = "not run"
         try:
-            verdict, finding = rate(tables)
+            claims.append(Claim(number, text, rule, *rate(tables)))
         except _Absent as absent:
-            finding = f"Not run: {absent}."
-        claims.append(Claim(number, text, rule, verdict, finding))
+            claims.append(Claim(number, text, rule, "not run", f"Not run: {absent}."))
     return claims
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,11 +19,9 @@ from dmmlib import metrics
 from dmmlib.analysis.intervals import normal, wilson
 from dmmlib.analysis.looks import label
 from dmmlib.errors import DataError
+from dmmlib.forget_sets import ForgetSet
 from dmmlib.metrics import Convention, Estimate
-
-if TYPE_CHECKING:
-    from dmmlib.forget_sets import ForgetSet
-    from dmmlib.study import Study
+from dmmlib.study import Study
 
 EVALUATORS = {
     "klom_p95": "KLoM p95",
@@ -33,6 +31,7 @@ EVALUATORS = {
     "accuracy_gap": "accuracy gap",
     "membership": "membership AUC gap",
 }
+Answers = tuple[np.ndarray, np.ndarray]
 COLUMNS = ["forget_set", "method", "evaluator", "value", "low", "high", "n_models"]
 
 
@@ -65,12 +64,7 @@ def membership_auc(members: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def distances(
-    unlearned: np.ndarray,
-    oracle: np.ndarray,
-    correct: tuple[np.ndarray, np.ndarray],
-    validation: tuple[np.ndarray, np.ndarray],
-    n_bootstrap: int = 30,
-    seed: int = 0,
+    unlearned: Answers, oracle: Answers, forget: np.ndarray, n_train: int, n_bootstrap: int = 30, seed: int = 0
 ) -> dict[str, Estimate]:
     """All of `EVALUATORS`, with 95 % intervals over models.
 
@@ -80,20 +74,20 @@ def distances(
     resampled within the halves that U-LiRA fits and tests on, so that no model is in both.
 
     Args:
-        unlearned, oracle: margins on F, (n_models, n_forget).
-        correct: whether the same models' answers on F are correct, bool.
-        validation: their margins on validation points, (n_models, n_val).
+        unlearned, oracle: margins (n_models, n_points), training points first, and whether answers are correct.
+        forget: indices of F.
     """
-    summary = metrics.klom_summary(unlearned, oracle, {"F": np.arange(unlearned.shape[1])})["F"]
+    u, o = (margins[:, forget] for margins, _ in (unlearned, oracle))
+    summary = metrics.klom_summary(u, o, {"F": np.arange(len(forget))})["F"]
     found = {"klom_p95": summary["p95"], "klom_mean": summary["mean"]}
     rng = np.random.default_rng(seed)
-    draws = [(_within_halves(len(unlearned), rng), _within_halves(len(oracle), rng)) for _ in range(n_bootstrap)]
+    draws = [(_within_halves(len(u), rng), _within_halves(len(o), rng)) for _ in range(n_bootstrap)]
     for name, evaluator, least in (("u_lira", metrics.u_lira, 0.5), ("ks", metrics.ks, 0.0)):
-        sampled = [max(least, evaluator(unlearned[u], oracle[o]).mean()) for u, o in draws]
-        value = max(least, float(evaluator(unlearned, oracle).mean()))
+        sampled = [max(least, evaluator(u[one], o[other]).mean()) for one, other in draws]
+        value = max(least, float(evaluator(u, o).mean()))
         found[name] = normal(value, np.std(sampled, ddof=1), least=0)
-    accuracies = correct[0].mean(1), correct[1].mean(1)
-    attacks = membership_auc(unlearned, validation[0]), membership_auc(oracle, validation[1])
+    accuracies = [correct[:, forget].mean(1) for _, correct in (unlearned, oracle)]
+    attacks = [membership_auc(margins[:, forget], margins[:, n_train:]) for margins, _ in (unlearned, oracle)]
     for name, (a, b) in (("accuracy_gap", accuracies), ("membership", attacks)):
         error = np.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
         found[name] = normal(abs(float(a.mean() - b.mean())), error, least=0)
@@ -119,16 +113,11 @@ def table(study: Study) -> pd.DataFrame:
     rows: list[tuple[str, str, str, Estimate]] = []
     n_train = study.data.n_train
     for f in study.forget_sets().values():
-        oracle, correct = study.reference(f)
-        rows.append((f.name, "oracles", "auc", _mean_auc(oracle, f, n_train)))
+        oracle = study.reference(f)
+        rows.append((f.name, "oracles", "auc", _mean_auc(oracle[0], f, n_train)))
         for method in study.preset.unlearning.methods:
             u = study.unlearned(method, f)
-            found = distances(
-                u.margins[:, f.indices],
-                oracle[:, f.indices],
-                (u.correct[:, f.indices], correct[:, f.indices]),
-                (u.margins[:, n_train:], oracle[:, n_train:]),
-            )
+            found = distances((u.margins, u.correct), oracle, f.indices, n_train)
             found["auc"] = _mean_auc(u.margins, f, n_train)
             rows += [(f.name, method, evaluator, e) for evaluator, e in found.items()]
     n_models = study.preset.ensembles.n_models

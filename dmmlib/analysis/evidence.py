@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import astuple
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,9 +12,7 @@ import pandas as pd
 from dmmlib import datamodels, metrics
 from dmmlib.analysis.intervals import normal
 from dmmlib.metrics import Estimate
-
-if TYPE_CHECKING:
-    from dmmlib.study import Study
+from dmmlib.study import Study
 
 COLUMNS = ["n_subsets", "forget_set", "split", "statistic", "value", "low", "high"]
 

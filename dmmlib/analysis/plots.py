@@ -319,7 +319,7 @@ def klom_distribution(kloms: Mapping[str, np.ndarray], title: str, caption: str)
     axis.axhline(0.95, color="0.6", lw=0.8)
     axis.text(axis.get_xlim()[1], 0.95, " p95", va="center", fontsize=8, color="0.4")
     axis.set(xlabel="KLoM of a forget point", ylabel="share of forget points", ylim=(0, 1.02))
-    axis.legend(**BESIDE)
+    looks.legend(figure, axis)
     return titled(figure, title, caption)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import astuple
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -19,11 +18,9 @@ from dmmlib import metrics
 from dmmlib.analysis.claims import is_baseline
 from dmmlib.analysis.intervals import median_over, normal
 from dmmlib.errors import DataError
+from dmmlib.forget_sets import ForgetSet
 from dmmlib.metrics import Estimate
-
-if TYPE_CHECKING:
-    from dmmlib.forget_sets import ForgetSet
-    from dmmlib.study import Study
+from dmmlib.study import Study
 
 STOPS = {"end": "at its end", "common": "best common moment", "own": "each point's own moment"}
 
