@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from dmmlib import data, ensemble, metrics, models, unlearn
 from dmmlib.analysis import tables
-from dmmlib.baselines import bad_teacher, dampening, gradient, last_layers, newton, relabel
+from dmmlib.baselines import bad_teacher, dampening, fresh, gradient, last_layers, newton, relabel
 from dmmlib.ensemble import Ensemble, Training
 from dmmlib.errors import MethodError, OptionError
 from dmmlib.unlearn import Problem, base
@@ -270,7 +270,7 @@ def test_salun_leaves_masked_weights_untouched(problem, end):
 
 
 def test_fresh_models_are_drawn_as_models_are(problem):
-    drawn = unlearn.fresh(problem)
+    drawn = fresh.fresh(problem)
     seeds = [int(rng.integers(2**32)) for rng in problem.rngs(stream=1)]
     expected = ensemble.initialise(lambda: models.build("mlp", (64,), 10, hidden=24), seeds)
     for name, p in expected.params.items():
@@ -288,11 +288,11 @@ def test_fresh_models_need_weights_that_can_be_drawn(problem):
 
     odd = ensemble.initialise(lambda: torch.nn.Sequential(Odd()), range(N_MODELS))
     with pytest.raises(MethodError, match=r"Part '0' of the model, a Odd, cannot be initialised anew; give it"):
-        unlearn.fresh(dataclasses.replace(problem, originals=odd))
+        fresh.fresh(dataclasses.replace(problem, originals=odd))
 
 
 def test_bad_teacher_answers_f_as_one_who_knows_nothing(problem, monkeypatch):
-    drawn = unlearn.fresh(problem)
+    drawn = fresh.fresh(problem)
     monkeypatch.setattr(bad_teacher, "fresh", lambda _: drawn)
     result = unlearn.get("bad_teacher")(problem, **STRONG["bad_teacher"])
     ignorant = metrics.margins(drawn.logits(problem.x).numpy(), problem.labels)
@@ -340,7 +340,7 @@ def test_cf_k_leaves_the_first_layers_untouched(problem, end):
 
 def test_eu_k_starts_its_last_layer_anew(problem, end):
     result = unlearn.get("eu_k")(problem, **{**STRONG["eu_k"], "lr": 1e-9})
-    after, drawn = end(), unlearn.fresh(problem).params
+    after, drawn = end(), fresh.fresh(problem).params
     assert torch.equal(after["0.weight"], problem.originals.params["0.weight"])
     torch.testing.assert_close(after["2.weight"], drawn["2.weight"], atol=1e-6, rtol=0)
     assert result.correct.mean() < 0.5, "it has not learned yet"
