@@ -120,12 +120,12 @@ def variant(
 
 def _confidence(problem: Problem) -> np.ndarray:
     """v / (v + sd^2) of each training point (n_train,)."""
-    sd = getattr(problem.attributor, "sd", None)
+    sd = None if problem.attributor is None else problem.attributor.sd(problem.forget)
     if sd is None:
         raise OptionError("weighted=True needs an attributor that has an `sd`; use 'bayesian', or weighted=False.")
     n = problem.n_train
     v = metrics.margins(problem.original_logits[:, :n], problem.labels[:n]).var(0)
-    return np.asarray(v / np.maximum(v + sd(problem.forget)[:n] ** 2, 1e-12), np.float32)
+    return np.asarray(v / np.maximum(v + sd[:n] ** 2, 1e-12), np.float32)
 
 
 def _retained(problem: Problem, targets: np.ndarray, n_steps: int, size: int, influence: float) -> np.ndarray:

@@ -63,8 +63,8 @@ def compare(
             where = {"method": method, "forget_set": forget, "split": split, "statistic": statistic}
             rows.append({"attributor": label, "n_models": len(context.masks), **where, **values})
 
-        actual = metrics.margins(held_out[1], context.labels)
-        lds = lds_estimate(_predicted(attributor, context, held_out[0], before.mean(0)), actual)
+        predicted = metrics.right_logits(attributor.predict(held_out[0]), context.labels)
+        lds = lds_estimate(predicted, metrics.margins(held_out[1], context.labels))
         add("", "", "all", "cost", float(context.masks.mean(1).sum()))
         add("", "", "all", "seconds", seconds)
         add("", "", "all", "lds", lds.value, lds.low, lds.high)
@@ -83,12 +83,3 @@ def compare(
                 slope = float(said[at] @ happened[at]) / max(float(said[at] @ said[at]), 1e-12)
                 add("dm_direct", forget, split, "slope", slope)
     return pd.DataFrame(rows)
-
-
-def _predicted(attributor: Attributor, context: Context, masks: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """Predicted margins (k, n_points) of masks; without a `predict` of its own, the mean original plus an effect."""
-    predict = getattr(attributor, "predict", None)
-    if predict is not None:
-        return metrics.right_logits(predict(masks), context.labels)
-    effects = np.stack([attributor.effect(np.flatnonzero(~mask)) for mask in masks])
-    return mean + metrics.right_logits(effects, context.labels)
