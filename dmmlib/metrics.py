@@ -174,7 +174,7 @@ def klom(
 
     >>> oracle = np.arange(10.0)[:, None]
     >>> klom(oracle, oracle), klom(oracle + 50, oracle).round(1)
-    (array([0.]), array([11.5]))
+    (array([0.]), array([10.2]))
 
     Margins are clipped to +-100, the joint range of a point is cut into 20 equal bins, p and q are the
     shares of unlearned and oracle models in each bin, q is floored at 1e-5, and

@@ -156,7 +156,7 @@ CHANGES = {
     ),
     "kernel: easy points harder": ("attributor kernel", put(kernel, "EASY", 0.3)),
     "LASSO: smaller penalties": ("attributor lasso", edit(lasso.Solver.solve, "shares *", "0.9 * shares *")),
-    "matching at a constant rate": ("matching", edit(matching.match, "lr * (1 - share)", "lr")),
+    "matching at a constant rate": ("matching", edit(matching.match, "lr * (1 - t)", "lr")),
     "matching: another damping": ("matching", put(matching, "DAMPING", 0.1)),
     "GA descends": ("method ga", edit(unlearn.get("ga"), "sign=-1.0", "sign=1.0")),
     "SCRUB without cross-entropy": ("method scrub", edit(unlearn.get("scrub"), "gamma * cross", "0 * cross")),
