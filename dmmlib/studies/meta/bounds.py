@@ -35,8 +35,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from dmmlib.errors import PresetError
-from dmmlib.studies.meta.learner import Learner
+from dmmlib.studies.meta.learner import Learner, strong_convexity
 from dmmlib.studies.meta.losses import Loss
 
 KINDS = ("task", "example", "adaptation", "meta")
@@ -45,81 +44,66 @@ of the meta-sample and an example of the new task, which is uniform meta-stabili
 
 
 @dataclass(frozen=True)
-class Constants:
-    """What the bounds depend on besides the learner.
+class Bounds:
+    """The bounds of a learner."""
 
-    Attributes:
-        lipschitz: G.
-        curvature: mu.
-        smooth: whether gradients are Lipschitz.
-        m, n: tasks, and examples a task.
-    """
+    learner: Learner
+    lipschitz: float  # G
+    curvature: float  # mu
+    smooth: bool  # whether gradients are Lipschitz
+    m: int  # tasks
+    n: int  # examples of each
 
-    lipschitz: float
-    curvature: float
-    smooth: bool
-    m: int
-    n: int
+    @classmethod
+    def of(cls, loss: Loss, learner: Learner, m: int, n: int, radius: float) -> Bounds:
+        """Take G and mu of a loss on the ball of that radius, for x of norm at most 1 and the learner's adversary."""
+        smooth = loss.smoothness < float("inf") and learner.eps == 0
+        curvature = loss.curvature * (1 + learner.eps) ** 2
+        return cls(learner, loss.lipschitz(radius, learner.eps), curvature, smooth, m, n)
 
+    @property
+    def kappa(self) -> float:
+        at = self.learner
+        return 1.0 if at.inner == "prox" else 1 - (1 - at.inner_step * at.lam) ** at.inner_steps
 
-def constants(loss: Loss, learner: Learner, m: int, n: int, radius: float) -> Constants:
-    """Constants of a loss on the ball of that radius (norms of x at most 1, and eps of the adversary)."""
-    smooth = loss.smoothness < float("inf") and learner.eps == 0
-    curvature = loss.curvature * (1 + learner.eps) ** 2
-    return Constants(loss.lipschitz(radius, learner.eps), curvature, smooth, m, n)
+    def adapted(self, apart: float, replaced: bool) -> float:
+        """Bound how far apart two adapted models are whose w are `apart`.
 
+        Args:
+            replaced: whether one example of the data that the second adapts to is replaced.
 
-def adapted(c: Constants, learner: Learner, apart: float, replaced: bool) -> float:
-    """How far two adapted models are at most, whose w are `apart`, on the same data or with one example replaced.
+        Raises:
+            PresetError: for prox, if lambda + mu is not positive.
+        """
+        at, example = self.learner, 2 * self.lipschitz / self.n if replaced else 0.0
+        if at.inner == "prox":
+            return (at.lam * apart + example) / strong_convexity(at.lam, self.curvature)
+        if self.smooth and self.curvature >= 0:
+            return apart + self.kappa * example / at.lam
+        eta, distance = at.inner_step, apart
+        keep = 1 - eta * at.lam
+        for _ in range(at.inner_steps):
+            stretched = (keep**2 - 2 * eta * keep * self.curvature) * distance**2 + 4 * (eta * self.lipschitz) ** 2
+            distance = stretched**0.5 + eta * at.lam * apart + eta * example
+        return distance
 
-    Raises:
-        PresetError: where the bounds do not hold (lambda + mu <= 0, or steps that are too large).
-    """
-    strong = learner.lam + c.curvature
-    if strong <= 0 and learner.inner == "prox":
-        raise PresetError(f"lambda + mu = {strong:g}; the bounds need it positive: raise lam.")
-    example = 2 * c.lipschitz / c.n if replaced else 0.0
-    if learner.inner == "prox":
-        return (learner.lam * apart + example) / strong
-    keep = 1 - learner.inner_step * learner.lam
-    if c.smooth and c.curvature >= 0:
-        return apart + _kappa(learner) * example / learner.lam
-    eta, distance = learner.inner_step, apart
-    for _ in range(learner.inner_steps):
-        stretched = (keep**2 - 2 * eta * keep * c.curvature) * distance**2 + 4 * (eta * c.lipschitz) ** 2
-        distance = stretched**0.5 + eta * learner.lam * apart + eta * example
-    return distance
+    def learned(self, whole_task: bool) -> float:
+        """Bound how far apart two meta-models are whose samples differ in one task, or in one example of one task."""
+        at, distance = self.learner, 0.0
+        share = at.step * at.lam
+        for _ in range(at.n_steps):
+            same = self.adapted(distance, replaced=False)
+            far = distance + 2 * self.lipschitz * self.kappa / at.lam
+            other = far if whole_task else self.adapted(distance, replaced=True)
+            distance = (1 - share) * distance + share * (same + (other - same) / self.m)
+        return distance
 
+    def changes(self) -> dict[str, float]:
+        """Bound the change of any loss, for each of `KINDS`; raises PresetError as `adapted`."""
+        task, example = self.learned(whole_task=True), self.learned(whole_task=False)
+        far = {"task": (task, False), "example": (example, False), "adaptation": (0.0, True), "meta": (task, True)}
+        return {kind: self.lipschitz * self.adapted(*far[kind]) for kind in KINDS}
 
-def _kappa(learner: Learner) -> float:
-    return 1.0 if learner.inner == "prox" else 1 - (1 - learner.inner_step * learner.lam) ** learner.inner_steps
-
-
-def meta(c: Constants, learner: Learner, whole_task: bool) -> float:
-    """How far two meta-models are at most whose samples differ in one task, or in one example of one task."""
-    share, distance = learner.step * learner.lam, 0.0
-    for _ in range(learner.n_steps):
-        same = adapted(c, learner, distance, replaced=False)
-        if whole_task:
-            other = distance + 2 * c.lipschitz * _kappa(learner) / learner.lam
-        else:
-            other = adapted(c, learner, distance, replaced=True)
-        distance = (1 - share) * distance + share * (same + (other - same) / c.m)
-    return distance
-
-
-def stability_bounds(c: Constants, learner: Learner) -> dict[str, float]:
-    """The largest change of any loss, for each of `KINDS`."""
-    task, example = meta(c, learner, whole_task=True), meta(c, learner, whole_task=False)
-    far = {
-        "task": adapted(c, learner, task, replaced=False),
-        "example": adapted(c, learner, example, replaced=False),
-        "adaptation": adapted(c, learner, 0.0, replaced=True),
-        "meta": adapted(c, learner, task, replaced=True),
-    }
-    return {kind: c.lipschitz * distance for kind, distance in far.items()}
-
-
-def as_if_met(c: Constants, learner: Learner) -> dict[str, float]:
-    """The bounds for convex smooth losses and allowed steps, whether or not that is so: kappa = 1."""
-    return stability_bounds(replace(c, curvature=0.0, smooth=True), replace(learner, inner="prox"))
+    def as_if_met(self) -> Bounds:
+        """The bounds for convex smooth losses and allowed steps (kappa = 1), whether or not that is so."""
+        return replace(self, curvature=0.0, smooth=True, learner=replace(self.learner, inner="prox"))

@@ -16,7 +16,7 @@ examples. Robust: L_D is the worst case within eps of each example. Any leading 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,94 +24,88 @@ import torch
 from torch import Tensor
 
 from dmmlib.errors import DataError, PresetError
-from dmmlib.studies.meta.losses import LOGISTIC, SQUARED, Loss, attacked, check_adversary, scores
+from dmmlib.studies.meta.losses import LOGISTIC, SQUARED, Loss, attacked, scores
 
 
 @dataclass(frozen=True)
 class Learner:
     """How to meta-learn.
 
-    Attributes:
-        lam: lambda, how much an adapted model is held at w.
-        step, n_steps: gamma and T of the meta level.
-        inner: the task-level algorithm.
-        inner_step, inner_steps: eta and K of "gd".
-        eps: norm of the adversary.
-        tasks_per_step: drawn with replacement a meta-step; all of them if None.
-        examples_per_step: drawn with replacement a task-level gradient ("gd"); all of them if None.
-        unchecked: run with steps that are known to be unstable, to see what happens.
+    Raises:
+        PresetError: for numbers that are not positive, or an adversary that is negative or as large as the data.
     """
 
-    lam: float = 1.0
-    step: float = 0.2
-    n_steps: int = 10
-    inner: Literal["prox", "gd"] = "prox"
-    inner_step: float = 0.5
-    inner_steps: int = 5
-    eps: float = 0.0
-    tasks_per_step: int | None = None
-    examples_per_step: int | None = None
-    unchecked: bool = False
+    lam: float = 1.0  # lambda, how much an adapted model is held at w
+    step: float = 0.2  # gamma of the meta level
+    n_steps: int = 10  # T
+    inner: Literal["prox", "gd"] = "prox"  # the task-level algorithm
+    inner_step: float = 0.5  # eta of "gd"
+    inner_steps: int = 5  # its K
+    eps: float = 0.0  # norm of the adversary
+    tasks_per_step: int | None = None  # drawn with replacement for each meta-step; all of them if None
+    examples_per_step: int | None = None  # drawn with replacement for each gradient of "gd"; all of them if None
+    unchecked: bool = False  # run with steps that are known to be unstable, to see what happens
 
-    def check(self, loss: Loss, m: int, n: int) -> None:
-        """Refuse what cannot work, before anything is computed.
-
-        Raises:
-            DataError: for fewer than two tasks, or fewer examples than the task-level algorithm needs.
-            PresetError: for steps beyond stability, an adversary as large as the data, or a loss whose task-level
-                problem has no unique solution or no solver.
-        """
-        if m < 2:
-            raise DataError(f"m={m} task, but one is to be replaced or forgotten; give at least 2.")
-        if n < 2:
-            raise DataError(f"n={n} example a task, but one is to be replaced; give at least 2.")
-        if self.examples_per_step is not None and not 1 <= self.examples_per_step <= n:
-            raise DataError(
-                f"The task-level gradient takes {self.examples_per_step} examples, but a task has n={n}; "
-                f"give n >= {self.examples_per_step}, or take fewer."
-            )
-        if self.tasks_per_step is not None and not 1 <= self.tasks_per_step <= m:
-            raise DataError(f"A meta-step takes {self.tasks_per_step} tasks of m={m}; give 1 to {m}.")
+    def __post_init__(self) -> None:
         for name in ("lam", "step", "n_steps", "inner_step", "inner_steps"):
             if not getattr(self, name) > 0:
                 raise PresetError(f"{name}={getattr(self, name):g}; give a positive number.")
-        check_adversary(self.eps)
-        if self.inner == "prox" and self.eps and loss is not LOGISTIC:
-            raise PresetError(f"The robust {loss.name} loss has no prox solver here; use inner='gd'.")
-        if self.inner == "prox" and loss not in (SQUARED, LOGISTIC) and self.examples_per_step is None:
-            _dual_margin(self.lam, loss)
+        if not 0 <= self.eps < 1:
+            raise PresetError(f"The adversary has eps={self.eps:g}, but the data have norm 1; give 0 <= eps < 1.")
         if self.inner == "prox" and self.examples_per_step is not None:
             raise PresetError("examples_per_step is for inner='gd'; prox uses all examples, so leave it out.")
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether steps draw their tasks or examples."""
+        return self.tasks_per_step is not None or self.examples_per_step is not None
+
+    def check(self, loss: Loss, m: int, n: int) -> None:
+        """Refuse what cannot work on m tasks of n examples, before anything is computed.
+
+        Raises:
+            DataError: for fewer than two tasks, or fewer examples than the task-level algorithm needs.
+            PresetError: for steps beyond stability, or a loss whose prox has no unique solution or no solver.
+        """
+        tasks, examples, prox = self.tasks_per_step, self.examples_per_step, self.inner == "prox"
+        if m < 2:
+            raise DataError(f"m={m} task, but one is to be replaced or forgotten; give at least 2.")
+        if n < 2:
+            raise DataError(f"n={n} example per task, but one is to be replaced; give at least 2.")
+        if examples is not None and not 1 <= examples <= n:
+            raise DataError(f"The task-level gradient takes {examples} examples, but a task has n={n}; take 1 to {n}.")
+        if tasks is not None and not 1 <= tasks <= m:
+            raise DataError(f"A meta-step takes {tasks} tasks of m={m}; give 1 to {m}.")
+        if prox and self.eps and loss is not LOGISTIC:
+            raise PresetError(f"The robust {loss.name} loss has no prox solver here; use inner='gd'.")
+        if prox:
+            strong_convexity(self.lam, loss.curvature)
         if self.unchecked:
             return
-        if self.step * self.lam > 1:
-            raise PresetError(
-                f"The meta-level step is unstable: gamma lambda = {self.step * self.lam:g} > 1; "
-                f"give step <= {1 / self.lam:g}."
-            )
-        smooth = loss.smoothness if loss.smoothness < float("inf") else 0.0
-        limit = 1 / (self.lam + smooth * (1 + self.eps) ** 2)
-        if self.inner == "gd" and self.inner_step > limit:
+        share = self.step * self.lam
+        if share > 1:
+            raise PresetError(f"The meta-level step is unstable: gamma lambda = {share:g} > 1; lower step or lam.")
+        smooth = 0.0 if math.isinf(loss.smoothness) else loss.smoothness * (1 + self.eps) ** 2
+        if not prox and self.inner_step > 1 / (self.lam + smooth):
             raise PresetError(
                 f"The task-level step is unstable: eta={self.inner_step:g} > 1 / (lambda + smoothness); "
-                f"give inner_step <= {limit:.4g}."
+                f"give inner_step <= {1 / (self.lam + smooth):.4g}."
             )
 
 
-@dataclass(frozen=True)
-class Meta:
-    """What was learned.
-
-    Attributes:
-        w: meta-models (..., d).
-        radius: largest norm of any model visited, of w or adapted.
-    """
-
-    w: Tensor
-    radius: float
+def strong_convexity(lam: float, curvature: float) -> float:
+    """Return lambda + mu, by which the prox problem is strongly convex; raises PresetError unless it is positive."""
+    if lam + curvature <= 0:
+        raise PresetError(
+            f"lambda + mu = {lam + curvature:g}, so prox has no one answer and no bound; "
+            f"give lam > {-curvature:g}, or use inner='gd'."
+        )
+    return lam + curvature
 
 
-Adapt = Callable[[Tensor, Tensor | None], Tensor]
+def largest_norm(models: Tensor) -> float:
+    """Largest norm of models (..., d)."""
+    return float(torch.linalg.vector_norm(models, dim=-1).max())
 
 
 def learn(
@@ -123,7 +117,7 @@ def learn(
     rng: torch.Generator | None = None,
     shared: tuple[int, ...] | None = None,
     masks: Tensor | None = None,
-) -> Meta:
+) -> tuple[Tensor, float]:
     """Meta-learn from tasks x (..., m, n, d), y (..., m, n), many runs at once.
 
     Args:
@@ -133,49 +127,46 @@ def learn(
             that dimension see the same draws. Each run has its own by default.
         masks: tasks that each run may see, bool (..., m); only where a step takes some of the tasks.
 
+    Returns:
+        Meta-models w (..., d), and the largest norm of any model visited, be it a meta-model or an adapted one.
+
     Raises:
         DataError, PresetError: as `Learner.check`; and if a run diverges.
     """
     m, n, dim = x.shape[-3:]
     learner.check(loss, m, n)
-    lead = torch.broadcast_shapes(
-        x.shape[:-3], start.shape[:-1], masks.shape[:-1] if masks is not None else (), shared or ()
-    )
-    w = start.expand(*lead, dim)
     if masks is not None and learner.tasks_per_step is None:
         raise PresetError("masks choose among the tasks of a step; give tasks_per_step.")
-    drawn = masks.shape[:-1] if masks is not None else shared or lead
+    seen = () if masks is None else masks.shape[:-1]
+    lead = torch.broadcast_shapes(x.shape[:-3], start.shape[:-1], seen, shared or ())
+    drawn = seen if masks is not None else shared or lead
     weights = (torch.ones(m) if masks is None else masks.float()).expand(*drawn, m).reshape(-1, m)
-    radius = float(torch.linalg.vector_norm(w, dim=-1).max())
-    adapted: Tensor | None = None
-    prepared = affine(learner.lam, x, y) if learner.inner == "prox" and loss is SQUARED else None
+    closed_form = learner.inner == "prox" and loss is SQUARED
+    every = affine(learner.lam, x, y) if closed_form else (x, y)
+    w = start.expand(*lead, dim)
+    radius = largest_norm(w)
     for _ in range(learner.n_steps):
-        if learner.tasks_per_step is None:
-            tasks, maps = (x, y), prepared
-        else:
+        tasks = every
+        if learner.tasks_per_step is not None:
             chosen = torch.multinomial(weights, learner.tasks_per_step, replacement=True, generator=rng)
             chosen = chosen.reshape(*drawn, -1).expand(*lead, -1)
-            adapted = None
-            tasks = (x, y) if prepared else (_take(x, chosen, 2), _take(y, chosen, 1))
-            maps = (_take(prepared[0], chosen, 2), _take(prepared[1], chosen, 1)) if prepared else None
-        if maps is not None:
-            adapted = (maps[0] @ w[..., None, :, None])[..., 0] + maps[1]
+            tasks = _take(every[0], chosen, 2), _take(every[1], chosen, 1)
+        if closed_form:
+            adapted = scores(w[..., None, :], tasks[0]) + tasks[1]
         else:
-            adapted = adapt(learner, loss, w[..., None, :], *tasks, start=adapted, rng=rng, shared=shared)
-        radius = max(radius, float(torch.linalg.vector_norm(adapted, dim=-1).max()))
+            adapted = adapt(learner, loss, w[..., None, :], *tasks, rng=rng, shared=shared)
         w = w - learner.step * learner.lam * (w - adapted.mean(-2))
-        radius = max(radius, float(torch.linalg.vector_norm(w, dim=-1).max()))
+        radius = max(radius, largest_norm(adapted), largest_norm(w))
     if not torch.isfinite(w).all():
         raise DataError("A meta-training diverged (NaN); lower step or inner_step.")
-    return Meta(w, radius)
+    return w, radius
 
 
 def _take(values: Tensor, chosen: Tensor, trailing: int) -> Tensor:
     """values (..., m, *trailing) at tasks chosen (..., k): (..., k, *trailing), leading dimensions broadcast."""
-    values = values.expand(*chosen.shape[:-1], *values.shape[-1 - trailing :])
-    index = chosen.reshape(*chosen.shape, *[1] * trailing).expand(
-        *chosen.shape, *values.shape[values.ndim - trailing :]
-    )
+    shape = values.shape[values.ndim - trailing :]
+    values = values.expand(*chosen.shape[:-1], -1, *shape)
+    index = chosen.reshape(*chosen.shape, *[1] * trailing).expand(*chosen.shape, *shape)
     return values.gather(chosen.ndim - 1, index)
 
 
@@ -185,28 +176,37 @@ def adapt(
     w: Tensor,
     x: Tensor,
     y: Tensor,
-    start: Tensor | None = None,
     rng: torch.Generator | None = None,
     shared: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """Task-level algorithm: adapted models u (..., d) for meta-models w (..., d) and tasks x (..., n, d), y (..., n).
+    """Adapt meta-models w (..., d) to tasks x (..., n, d), y (..., n): models u (..., d).
 
     Args:
-        start: where an iterative prox solver starts (it has one answer, found sooner from nearby).
         rng, shared: of random examples, as in `learn`.
+
+    Raises:
+        PresetError: if the loss is too far from convex for prox with this lambda.
+        DataError: if the solver does not converge.
     """
-    if learner.inner == "gd":
-        return _descend(learner, loss, w, x, y, rng, shared)
-    if loss is SQUARED:
-        matrix, offset = affine(learner.lam, x, y)
-        return (matrix @ w[..., None])[..., 0] + offset
-    if loss is LOGISTIC:
-        return _newton(learner, w, x, y, start)
-    return _dual(learner.lam, loss, w, x, y)
+    lead = torch.broadcast_shapes(w.shape[:-1], x.shape[:-2])
+    w = w.expand(*lead, -1)
+    if learner.inner == "prox":
+        if loss is SQUARED:
+            matrix, offset = affine(learner.lam, x, y)
+            return scores(w, matrix) + offset
+        return _newton(learner, w, x, y) if loss is LOGISTIC else _dual(learner.lam, loss, w, x, y)
+    u, part = w, (x, y)
+    for _ in range(learner.inner_steps):
+        if learner.examples_per_step is not None:
+            draws = (*(shared or lead[:-1]), lead[-1], learner.examples_per_step)
+            chosen = torch.randint(x.shape[-2], draws, generator=rng).expand(*lead, -1)
+            part = _take(x, chosen, 1), _take(y, chosen, 0)
+        u = u - learner.inner_step * (loss.gradient(u, *part, learner.eps) + learner.lam * (u - w))
+    return u
 
 
 def affine(lam: float, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Prox-regularised least squares in closed form: u = P w + c, with P = lam (X^T X / n + lam I)^-1.
+    """Solve prox-regularised least squares: u = P w + c, with P = lam (X^T X / n + lam I)^-1.
 
     Returns:
         P (..., d, d) and c (..., d).
@@ -217,77 +217,49 @@ def affine(lam: float, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     n, dim = x.shape[-2:]
     if lam == 0 and n < dim:
         raise DataError(f"Least squares with lam=0 has n={n} examples for {dim} features; give n >= {dim}, or lam > 0.")
-    eye = torch.eye(dim, dtype=x.dtype)
-    hessian = x.mT @ x / n + lam * eye
-    moment = (x.mT @ y[..., None])[..., 0] / n
-    solved = torch.linalg.solve(hessian, torch.cat([(lam * eye).expand_as(hessian), moment[..., None]], -1))
+    penalty = lam * torch.eye(dim, dtype=x.dtype)
+    hessian = x.mT @ x / n + penalty
+    moment = scores(y, x.mT) / n
+    solved = torch.linalg.solve(hessian, torch.cat([penalty.expand_as(hessian), moment[..., None]], -1))
     return solved[..., :-1], solved[..., -1]
 
 
-def _descend(
-    learner: Learner,
-    loss: Loss,
-    w: Tensor,
-    x: Tensor,
-    y: Tensor,
-    rng: torch.Generator | None,
-    shared: tuple[int, ...] | None,
-) -> Tensor:
-    lead = torch.broadcast_shapes(w.shape[:-1], x.shape[:-2])
-    u = w.expand(*lead, -1)
-    for _ in range(learner.inner_steps):
-        part = (x, y)
-        if learner.examples_per_step is not None:
-            draws = (*(shared if shared is not None else lead[:-1]), lead[-1], learner.examples_per_step)
-            chosen = torch.randint(x.shape[-2], draws, generator=rng).expand(*lead, -1)
-            part = (_take(x, chosen, 1), _take(y, chosen, 0))
-        gradient = loss.gradient(u, *part, learner.eps) + learner.lam * (u - w)
-        u = u - learner.inner_step * gradient
-    return u
-
-
-def _newton(learner: Learner, w: Tensor, x: Tensor, y: Tensor, start: Tensor | None, n_steps: int = 60) -> Tensor:
+def _newton(learner: Learner, w: Tensor, x: Tensor, y: Tensor, n_steps: int = 60) -> Tensor:
     """Prox of the (robust) logistic loss by damped Newton steps.
 
     With an adversary the loss has a kink at u = 0, and only there. 0 is the answer iff the gradient's part that does
     not come from the adversary, y x / 2 on average + lam w, is no longer than eps / 2; elsewhere that is a direction
     of descent from 0, and Newton starts where it is below the kink, so that it never meets it.
-
-    Raises:
-        DataError: if it does not converge.
     """
-    lam, eps = learner.lam, learner.eps
-    lead = torch.broadcast_shapes(w.shape[:-1], x.shape[:-2])
-    w = w.expand(*lead, -1)
+    lam, eps, n = learner.lam, learner.eps, x.shape[-2]
     eye = torch.eye(x.shape[-1], dtype=x.dtype)
 
     def objective(v: Tensor) -> Tensor:
         return LOGISTIC.at(v, x, y, eps).mean(-1) + lam / 2 * ((v - w) ** 2).sum(-1)
 
-    stuck = torch.zeros(lead, dtype=torch.bool)
-    u = w if start is None else start
+    u, stuck = w, torch.zeros(w.shape[:-1], dtype=torch.bool)
     if eps:
-        downhill = (y[..., None] * x).mean(-2) / 2 + lam * w
-        stuck = torch.linalg.vector_norm(downhill, dim=-1) <= eps / 2 + 1e-9
-        at_kink, u = objective(torch.zeros_like(w)), downhill
+        u = (y[..., None] * x).mean(-2) / 2 + lam * w
+        stuck = torch.linalg.vector_norm(u, dim=-1) <= eps / 2 + 1e-9
+        at_kink = objective(torch.zeros_like(w))
         while bool((outside := (objective(u) >= at_kink) & ~stuck).any()):
             u = torch.where(outside[..., None], u / 2, u)
     value = objective(u)
     for _ in range(n_steps):
         moved = attacked(LOGISTIC, u, x, y, eps)
         s = scores(u, moved)
-        slope, bend = LOGISTIC.slope(s, y), LOGISTIC.bend(s, y)
-        gradient = (slope[..., None, :] @ moved)[..., 0, :] / x.shape[-2] + lam * (u - w)
-        size = torch.linalg.vector_norm(gradient, dim=-1)
-        if bool(((size < 1e-9) | stuck).all()):
-            return u.where(~stuck[..., None], torch.zeros_like(u))
-        hessian = moved.mT @ (bend[..., None] * moved) / x.shape[-2] + lam * eye
+        slope, bend = LOGISTIC.slope(s, y), torch.sigmoid(s) * torch.sigmoid(-s)
+        gradient = scores(slope, moved.mT) / n + lam * (u - w)
+        left = torch.linalg.vector_norm(gradient, dim=-1).masked_fill(stuck, 0)
+        if bool((left < 1e-9).all()):
+            return u.masked_fill(stuck[..., None], 0)
+        hessian = moved.mT @ (bend[..., None] * moved) / n + lam * eye
         if eps:
             norm = torch.linalg.vector_norm(u, dim=-1).clamp(min=1e-12)[..., None, None]
             unit = u[..., None] / norm
             hessian = hessian + (-y * slope).mean(-1)[..., None, None] * eps / norm * (eye - unit @ unit.mT)
         towards = torch.linalg.solve(hessian, gradient)
-        length = torch.ones_like(size)
+        length = torch.ones_like(value)
         for _ in range(20):
             trial = u - length[..., None] * towards
             new = objective(trial)
@@ -295,21 +267,10 @@ def _newton(learner: Learner, w: Tensor, x: Tensor, y: Tensor, start: Tensor | N
             if not bool(worse.any()):
                 break
             length = torch.where(worse, length / 2, length)
-        u, value = torch.where((new <= value + 1e-14)[..., None], trial, u), torch.minimum(new, value)
-    left = float(size[~stuck].max())
-    if left > 1e-6:
-        raise DataError(f"Newton's method left a gradient of {left:.2g} after {n_steps} steps; raise lam.")
-    return u.where(~stuck[..., None], torch.zeros_like(u))
-
-
-def _dual_margin(lam: float, loss: Loss) -> float:
-    margin = lam + loss.curvature
-    if margin <= 0:
-        raise PresetError(
-            f"The {loss.name} loss is weakly convex with modulus {-loss.curvature:g}, so prox with lam={lam:g} has no "
-            f"one answer; give lam > {-loss.curvature:g}, or inner='gd'."
-        )
-    return margin
+        u, value = torch.where(worse[..., None], u, trial), torch.minimum(new, value)
+    if float(left.max()) > 1e-6:
+        raise DataError(f"Newton's method left a gradient of {float(left.max()):.2g} after {n_steps} steps; raise lam.")
+    return u.masked_fill(stuck[..., None], 0)
 
 
 def _dual(lam: float, loss: Loss, w: Tensor, x: Tensor, y: Tensor, n_steps: int = 150) -> Tensor:
@@ -320,10 +281,8 @@ def _dual(lam: float, loss: Loss, w: Tensor, x: Tensor, y: Tensor, n_steps: int 
     For lam > 2 the inner minimum is a linear system and the outer problem concave with a smooth objective:
     accelerated projected gradient ascent, restarted where it turns.
     """
-    margin = _dual_margin(lam, loss)
+    margin = strong_convexity(lam, loss.curvature)
     n, dim = x.shape[-2:]
-    lead = torch.broadcast_shapes(w.shape[:-1], x.shape[:-2])
-    w = w.expand(*lead, -1)
     eye = lam * torch.eye(dim, dtype=x.dtype)
     reach = lam / margin * torch.linalg.vector_norm(w, dim=-1).clamp(min=1e-6)
     gram = torch.linalg.matrix_norm(x, 2) ** 2  # of sum x x^T
@@ -332,13 +291,10 @@ def _dual(lam: float, loss: Loss, w: Tensor, x: Tensor, y: Tensor, n_steps: int 
     def solve(a: Tensor) -> Tensor:
         return torch.linalg.solve(eye + 2 / n * x.mT @ (a[..., None] * x), lam * w)
 
-    def climb(u: Tensor) -> Tensor:
-        return (scores(u, x) ** 2 - y) / n
-
     a = torch.sign(scores(w, x) ** 2 - y)
-    ahead, momentum = a, torch.ones(*lead, 1, dtype=x.dtype)
+    ahead, momentum = a, torch.ones_like(a[..., :1])
     for _ in range(n_steps):
-        uphill = climb(solve(ahead))
+        uphill = (scores(solve(ahead), x) ** 2 - y) / n
         new = (ahead + step * uphill).clamp(-1, 1)
         turned = ((new - a) * uphill).sum(-1, keepdim=True) < 0
         following = torch.where(turned, 1.0, (1 + (1 + 4 * momentum**2).sqrt()) / 2)

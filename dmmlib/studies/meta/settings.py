@@ -2,84 +2,93 @@
 
 from __future__ import annotations
 
+from typing import Annotated, TypeVar
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
 from dmmlib.presets import Section, study
+
+T = TypeVar("T")
+Some = Annotated[tuple[T, ...], Field(min_length=1)]
+Sweep = Annotated[tuple[T, ...], Field(min_length=2)]  # a slope is fitted over it
+Several = Annotated[int, Field(ge=2)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 @study("meta")
 class MetaSettings(Section):
-    """Every number of notebook 10.
+    """Every number of notebook 10."""
 
-    Attributes:
-        dim: features of the synthetic tasks.
-        spread: standard deviation of a task's parameters around the centre of all tasks.
-        m, n: tasks, and examples a task, where they do not vary.
-        lam, step, steps: regularisation lambda, meta-level step gamma and steps T, where they do not vary.
-        inner_step, inner_steps: of task-level gradient descent.
-        ms, ns, lams, gammas, ts, etas, ks: what is swept: m, n, lambda, gamma, T, inner step and inner steps.
-        repeats: independent meta-samples of a stability measurement; intervals are over these.
-        probes: replacements a meta-sample; the worst of them counts.
-        queries: points that the loss is compared on, a probe.
-        seeds: runs that a stochastic learner's loss is averaged over.
-        gap_repeats, gap_tasks: meta-samples, and fresh tasks each, of transfer risk minus empirical risk.
-        epsilons: of the adversary; the data have norm 1.
-        weak_lams: lambda of the weakly convex problem, whose modulus is 2.
-        broken_etas, broken_labels, broken_ns: sweeps in which an assumption is broken.
-        side: pooled image side.
-        tasks: m of the forgetting study, class pairs of images; the other pairs are validation tasks.
-        shots: examples a task there, and of the fresh support set that models adapt to when asked.
-        n_models: N, meta-learners of each kind there.
-        init: standard deviation of an initialisation's coordinates there.
-        forget_step, forget_steps, tasks_per_step: of its stochastic meta-learner.
-        forget_lam: lambda where methods are compared; `forget_lams` where it varies.
-        n_forget, n_tuning: tasks that are forgotten, one at a time, for the report and for tuning.
-        n_subsets, fraction, ridge: subset meta-learners behind the datamodel, share of tasks each has, and penalty.
-        cost: share of a retraining that a method may spend.
-        matching_lrs: of OM and DMM; chosen on the tuning tasks.
-        seed: of everything random.
-    """
+    # Synthetic tasks
+    dim: PositiveInt = 5  # features
+    spread: NonNegativeFloat = 0.5  # standard deviation of a task's parameters around the centre of all tasks
+    # The learner, where nothing varies
+    m: Several = 16  # tasks
+    n: Several = 16  # examples of each task
+    lam: PositiveFloat = 1.0  # regularisation lambda
+    step: PositiveFloat = 0.2  # meta-level step gamma
+    steps: PositiveInt = 10  # meta-level steps T
+    inner_step: PositiveFloat = 0.5  # eta of task-level gradient descent
+    inner_steps: PositiveInt = 5  # its steps K
+    # What is swept, in the same order
+    ms: Sweep[Several] = (4, 8, 16, 32, 64)
+    ns: Sweep[Several] = (4, 8, 16, 32, 64)
+    lams: Sweep[PositiveFloat] = (0.1, 0.3, 1.0, 3.0)
+    gammas: Sweep[PositiveFloat] = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+    ts: Sweep[PositiveInt] = (2, 5, 10, 20, 50)
+    etas: Sweep[PositiveFloat] = (0.02, 0.05, 0.1, 0.2, 0.5)
+    ks: Sweep[PositiveInt] = (1, 2, 5, 10, 20)
+    weak_lams: Sweep[Annotated[float, Field(gt=2)]] = (2.5, 4.0, 8.0, 16.0)  # of phase retrieval; its modulus is 2
+    # How much is measured
+    repeats: Several = 8  # independent meta-samples; intervals are over these
+    probes: PositiveInt = 16  # replacements in each meta-sample; the worst of them counts
+    queries: PositiveInt = 64  # points that the loss is compared on, for each probe
+    seeds: PositiveInt = 16  # runs that a stochastic learner's loss is averaged over
+    gap_repeats: Several = 100  # meta-samples of transfer risk minus empirical risk
+    gap_tasks: PositiveInt = 50  # fresh tasks for each of them
+    epsilons: Some[Annotated[float, Field(ge=0, lt=1)]] = (0.0, 0.1, 0.2, 0.4, 0.8)  # adversary; the data have norm 1
+    # Sweeps in which an assumption is broken
+    broken_ns: Sweep[Several] = (8, 32, 128)
+    broken_labels: Some[PositiveFloat] = (1.0, 2.0, 5.0, 10.0, 20.0)
+    broken_etas: Some[PositiveFloat] = (0.25, 0.5, 1.0, 1.5, 2.0, 2.25, 2.5, 3.0)  # in units of 1 / lambda
+    # Forgetting a task
+    side: PositiveInt = 5  # pooled images are side x side
+    tasks: Several = 18  # class pairs to train on; the other pairs are validation tasks
+    shots: Annotated[int, Field(ge=2, multiple_of=2)] = 10  # examples of a task, and fresh ones that models adapt to
+    n_models: Several = 100  # N, meta-learners of each kind
+    init: PositiveFloat = 0.1  # standard deviation of an initialisation's coordinates
+    forget_step: PositiveFloat = 0.3  # gamma
+    forget_steps: PositiveInt = 100  # T
+    tasks_per_step: PositiveInt = 4
+    forget_lam: PositiveFloat = 0.3  # lambda where methods are compared
+    forget_lams: Some[PositiveFloat] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # and where it varies
+    n_forget: Several = 8  # tasks that are forgotten, one at a time, for the report
+    n_tuning: PositiveInt = 2  # others, for tuning
+    n_subsets: Several = 1000  # subset meta-learners behind the datamodel
+    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.9  # share of the tasks that each of them has
+    ridge: PositiveFloat = 0.01  # penalty
+    cost: Share = 0.2  # share of a retraining that a method may spend
+    matching_lrs: Some[PositiveFloat] = (1e-3, 3e-3, 1e-2, 3e-2)  # of OM and DMM; chosen on the tuning tasks
+    seed: NonNegativeInt = 0
 
-    dim: int = 5
-    spread: float = 0.5
-    m: int = 16
-    n: int = 16
-    lam: float = 1.0
-    step: float = 0.2
-    steps: int = 10
-    inner_step: float = 0.5
-    inner_steps: int = 5
-    ms: tuple[int, ...] = (4, 8, 16, 32, 64)
-    ns: tuple[int, ...] = (4, 8, 16, 32, 64)
-    lams: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
-    gammas: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-    ts: tuple[int, ...] = (2, 5, 10, 20, 50)
-    etas: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.5)
-    ks: tuple[int, ...] = (1, 2, 5, 10, 20)
-    repeats: int = 8
-    probes: int = 16
-    queries: int = 64
-    seeds: int = 16
-    gap_repeats: int = 100
-    gap_tasks: int = 50
-    epsilons: tuple[float, ...] = (0.0, 0.1, 0.2, 0.4, 0.8)
-    weak_lams: tuple[float, ...] = (2.5, 4.0, 8.0, 16.0)
-    broken_ns: tuple[int, ...] = (8, 32, 128)
-    broken_labels: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0, 20.0)
-    broken_etas: tuple[float, ...] = (0.25, 0.5, 1.0, 1.5, 2.0, 2.25, 2.5, 3.0)
-    side: int = 5
-    tasks: int = 18
-    shots: int = 10
-    n_models: int = 100
-    init: float = 0.1
-    forget_step: float = 0.3
-    forget_steps: int = 100
-    tasks_per_step: int = 4
-    forget_lam: float = 0.3
-    forget_lams: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-    n_forget: int = 8
-    n_tuning: int = 2
-    n_subsets: int = 1000
-    fraction: float = 0.9
-    ridge: float = 0.01
-    cost: float = 0.2
-    matching_lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
-    seed: int = 0
+    @model_validator(mode="after")
+    def _fit(self) -> MetaSettings:
+        """Refuse sizes that do not fit one another, and steps beyond stability (`learner.Learner.check`)."""
+        if self.n_forget + self.n_tuning >= self.tasks:
+            raise ValueError(f"n_forget + n_tuning must leave some of the {self.tasks} tasks to retain")
+        if self.tasks_per_step > self.tasks:
+            raise ValueError(f"tasks_per_step={self.tasks_per_step} exceeds the {self.tasks} tasks; lower it")
+        stiffest = {
+            "step or lams": self.step * max(self.lam, *self.lams),
+            "gammas": max(self.gammas) * self.lam,
+            "forget_step or forget_lams": self.forget_step * max(self.forget_lam, *self.forget_lams),
+            "step or weak_lams": self.step * max(self.weak_lams) / self.weak_lams[1],
+            "etas or lam": max(self.etas) * (self.lam + 0.25),  # smoothness of the logistic loss
+            "inner_step or lam": self.inner_step * (self.lam + 1),  # of the squared loss
+        }
+        for names, value in stiffest.items():
+            if value > 1:
+                raise ValueError(
+                    f"steps must be stable, but times lambda and smoothness one is {value:g}; lower {names}"
+                )
+        return self

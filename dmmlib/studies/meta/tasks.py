@@ -8,13 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
+from torch.nn.utils.rnn import pad_sequence
 
 from dmmlib.data import Dataset
 from dmmlib.errors import DataError
 from dmmlib.studies.convex.images import image_features
 from dmmlib.studies.meta.losses import LOGISTIC, PHASE, Loss
 
-Draw = Callable[[Sequence[int], int, torch.Generator], tuple[Tensor, Tensor]]
+CLOTHES = (0, 1, 2, 3, 4, 6)  # of Fashion-MNIST; the rest are shoes and bags
+NAMES = {"squared": "linear regression", "logistic": "logistic regression", "phase": "phase retrieval"}
 
 
 @dataclass(frozen=True)
@@ -30,16 +33,8 @@ class Environment:
 
     name: str
     loss: Loss
-    draw: Draw
+    draw: Callable[[Sequence[int], int, torch.Generator], tuple[Tensor, Tensor]]
     start: Tensor
-
-    @property
-    def dim(self) -> int:
-        return len(self.start)
-
-
-def _normal(shape: Sequence[int], rng: torch.Generator) -> Tensor:
-    return torch.randn(*shape, generator=rng, dtype=torch.float64)
 
 
 def synthetic(loss: Loss, dim: int, spread: float) -> Environment:
@@ -50,6 +45,9 @@ def synthetic(loss: Loss, dim: int, spread: float) -> Environment:
 
     Args:
         spread: how much tasks differ; at 0 all are the same.
+
+    Raises:
+        DataError: for a negative spread, or no features.
     """
     if spread < 0 or dim < 1:
         raise DataError(
@@ -59,63 +57,32 @@ def synthetic(loss: Loss, dim: int, spread: float) -> Environment:
     centre[0] = 0.7
 
     def draw(shape: Sequence[int], n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        theta = centre + spread * _normal((*shape, 1, dim), rng) / dim**0.5
+        def normal(*size: int) -> Tensor:
+            return torch.randn(*shape, *size, generator=rng, dtype=torch.float64)
+
+        theta = centre + spread * normal(1, dim) / dim**0.5
         theta = theta / torch.linalg.vector_norm(theta, dim=-1, keepdim=True).clamp(min=1)
-        x = torch.nn.functional.normalize(_normal((*shape, n, dim), rng), dim=-1)
+        x = normalize(normal(n, dim), dim=-1)
         s = (x * theta).sum(-1)
         uniform = torch.rand(s.shape, generator=rng, dtype=torch.float64)
         if loss is LOGISTIC:
             return x, torch.where(uniform < torch.sigmoid(4 * s), 1.0, -1.0).double()
         if loss is PHASE:
             return x, torch.where(uniform < 0.1, 10 * uniform, s**2)
-        return x, (s + 0.1 * _normal(s.shape, rng)).clamp(-1, 1)
+        return x, (s + 0.1 * normal(n)).clamp(-1, 1)
 
     start = centre / 2 if loss is PHASE else torch.zeros(dim, dtype=torch.float64)  # 0 is stationary for phase
-    names = {"squared": "linear regression", "logistic": "logistic regression", "phase": "phase retrieval"}
-    return Environment(names[loss.name], loss, draw, start)
+    return Environment(NAMES[loss.name], loss, draw, start)
 
 
-def class_pairs(data: Dataset, first: Sequence[int]) -> list[tuple[int, int]]:
-    """Every pair of a class of `first` (labelled 1) and another (labelled -1)."""
-    rest = [c for c in range(data.n_classes) if c not in first]
-    return [(a, b) for a in first for b in rest]
+def features(data: Dataset, side: int) -> tuple[Tensor, list[Tensor], list[tuple[int, int]]]:
+    """Prepare training images, pooled to side x side and scaled to norm 1 one by one, for tasks of two classes.
 
-
-CLOTHES = (0, 1, 2, 3, 4, 6)  # of Fashion-MNIST; the rest are shoes and bags
-
-
-def images(data: Dataset, side: int, loss: Loss = LOGISTIC, first: Sequence[int] = CLOTHES) -> Environment:
-    """Few-shot tasks: a random pair of classes, images pooled to side x side, scaled to norm 1 one by one.
-
-    The examples of a task alternate between its classes and are drawn with replacement from the training set.
+    Returns:
+        x (n_train, d); the indices of each class; every pair of a class of clothes (labelled 1) and another (-1).
 
     Raises:
-        DataError: if `first` leaves no class on either side, or a class has no image.
-    """
-    x, members = features(data, side)
-    pairs = torch.tensor(class_pairs(data, [c for c in first if c < data.n_classes]))
-    if not len(pairs):
-        raise DataError(f"Classes {tuple(first)} of {data.name!r} leave no pair; name some of its classes, not all.")
-    sizes = torch.tensor([len(member) for member in members])
-    table = torch.zeros(len(members), int(sizes.max()), dtype=torch.long)
-    for row, member in zip(table, members, strict=True):
-        row[: len(member)] = member
-
-    def draw(shape: Sequence[int], n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        pair = pairs[torch.randint(len(pairs), tuple(shape), generator=rng)]
-        side_of = torch.arange(n) % 2
-        label = pair[..., side_of]
-        which = (torch.rand(label.shape, generator=rng, dtype=torch.float64) * sizes[label]).long()
-        return x[table[label, which]], (1.0 - 2.0 * side_of).double().expand(label.shape)
-
-    return Environment(f"{data.name}, class pairs", loss, draw, torch.zeros(x.shape[1], dtype=torch.float64))
-
-
-def features(data: Dataset, side: int) -> tuple[Tensor, list[Tensor]]:
-    """Unit-norm features (n_train, d) of the training images, and the indices of each class.
-
-    Raises:
-        DataError: if a class has no image.
+        DataError: if a class has no image, or there is no pair.
     """
     pooled = image_features(data, data.x_train, side)
     x = torch.from_numpy(pooled / np.linalg.norm(pooled, axis=1, keepdims=True))
@@ -123,12 +90,37 @@ def features(data: Dataset, side: int) -> tuple[Tensor, list[Tensor]]:
     for name, member in zip(data.class_names, members, strict=True):
         if not len(member):
             raise DataError(f"Class {name!r} of {data.name!r} has no training image; load more of them.")
-    return x, members
+    rest = [c for c in range(data.n_classes) if c not in CLOTHES]
+    pairs = [(a, b) for a in CLOTHES if a < data.n_classes for b in rest]
+    if not pairs:
+        raise DataError(f"The {data.n_classes} classes of {data.name!r} leave no pair; use data of at least 6 classes.")
+    return x, members, pairs
 
 
-def disjoint_tasks(
-    data: Dataset, side: int, n: int, rng: torch.Generator, first: Sequence[int] = CLOTHES
-) -> tuple[Tensor, Tensor]:
+def alternating(shape: Sequence[int]) -> Tensor:
+    """Labels 1, -1, 1, ... (*shape, n) along the last dimension."""
+    return (1.0 - 2.0 * (torch.arange(shape[-1]) % 2)).double().expand(shape)
+
+
+def images(data: Dataset, side: int, loss: Loss = LOGISTIC) -> Environment:
+    """Few-shot tasks, each a random one of the pairs of classes of `features`, which says what is raised.
+
+    The examples of a task alternate between its classes and are drawn with replacement from the training set.
+    """
+    x, members, pairs = features(data, side)
+    table = pad_sequence(members, batch_first=True)
+    sizes, classes = torch.tensor([len(member) for member in members]), torch.tensor(pairs)
+
+    def draw(shape: Sequence[int], n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        pair = classes[torch.randint(len(pairs), tuple(shape), generator=rng)]
+        label = pair[..., torch.arange(n) % 2]
+        which = (torch.rand(label.shape, generator=rng, dtype=torch.float64) * sizes[label]).long()
+        return x[table[label, which]], alternating(label.shape)
+
+    return Environment(f"{data.name}, class pairs", loss, draw, torch.zeros(x.shape[1], dtype=torch.float64))
+
+
+def disjoint_tasks(data: Dataset, side: int, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """One task of n examples for every pair of classes, no image in two of them: x (n_pairs, n, d), y (n_pairs, n).
 
     Pairs come in random order; the examples of a task alternate between its classes.
@@ -136,18 +128,17 @@ def disjoint_tasks(
     Raises:
         DataError: if a class has too few images, or n is odd.
     """
-    x, members = features(data, side)
-    pairs = class_pairs(data, [c for c in first if c < data.n_classes])
+    x, members, pairs = features(data, side)
     if n % 2 or n < 2:
         raise DataError(f"A task of two classes asks for n={n} examples; give an even number, at least 2.")
-    for c in range(data.n_classes):
+    for c, member in enumerate(members):
         needed = sum(c in pair for pair in pairs) * n // 2
-        if needed > len(members[c]):
+        if needed > len(member):
             raise DataError(
                 f"{len(pairs)} tasks of {n} examples need {needed} images of {data.class_names[c]!r}, but there are "
-                f"{len(members[c])}; ask for fewer shots, or load more images."
+                f"{len(member)}; ask for fewer shots, or load more images."
             )
     left = [iter(member[torch.randperm(len(member), generator=rng)].tolist()) for member in members]
     order = torch.randperm(len(pairs), generator=rng).tolist()
     rows = torch.tensor([[next(left[pairs[p][k % 2]]) for k in range(n)] for p in order])
-    return x[rows], (1.0 - 2.0 * (torch.arange(n) % 2)).double().expand(rows.shape)
+    return x[rows], alternating(rows.shape)
