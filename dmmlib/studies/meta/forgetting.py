@@ -56,39 +56,24 @@ def as_ensemble(w: Tensor) -> Ensemble:
 
 @dataclass(frozen=True)
 class Setting:
-    """Meta-training tasks, and the points that models are judged on.
+    """Meta-training tasks, and the points that models are judged on: m tasks to train on, then v to validate on."""
 
-    Attributes:
-        learner: how models are trained.
-        init: standard deviation of w_0's coordinates.
-        m: training tasks; they come first, v validation tasks after them.
-        asked_x, asked_y: examples (m + v, n, d), (m + v, n) that adapted models are asked about; those of the first m
-            tasks are trained on.
-        support_x, support_y: fresh examples of the same tasks (m + v, n, d), (m + v, n), to adapt to.
-    """
-
-    learner: Learner
-    init: float
-    m: int
-    asked_x: Tensor
-    asked_y: Tensor
-    support_x: Tensor
-    support_y: Tensor
-
-    @property
-    def n_train(self) -> int:
-        """Points of training tasks; they come first."""
-        return self.m * self.asked_y.shape[1]
+    s: MetaSettings
+    learner: Learner  # how models are trained
+    x: Tensor  # examples (m + v, n, d) that adapted models are asked about; those of the first m tasks are trained on
+    y: Tensor  # their labels (m + v, n), -1 or 1
+    support_x: Tensor  # fresh examples of the same tasks (m + v, n, d) to adapt to
+    support_y: Tensor  # their labels (m + v, n)
 
     @property
     def task_of(self) -> np.ndarray:
         """The task (n_points,) that each point belongs to."""
-        return np.repeat(np.arange(len(self.asked_y)), self.asked_y.shape[1])
+        return np.repeat(np.arange(len(self.y)), self.s.shots)
 
     @property
     def labels(self) -> np.ndarray:
         """Labels 1 or 0 (n_points,)."""
-        return (self.asked_y.flatten() > 0).long().numpy()
+        return (self.y.flatten() > 0).long().numpy()
 
     @cached_property
     def points(self) -> Tensor:
@@ -96,33 +81,40 @@ class Setting:
         return self._points(self.support_x, self.support_y)
 
     def own_points(self, n_models: int, rng: torch.Generator) -> Tensor:
-        """The points where each model has its own support sets: (n_models, n_points, d + 1).
+        """The same (n_models, n_points, d + 1) where each model adapts to its own support sets.
 
         They are drawn with replacement from the fresh examples, half of them of either class.
         """
-        tasks, n = self.support_y.shape
-        pick = 2 * torch.randint(n // 2, (n_models, tasks, n // 2, 2), generator=rng) + torch.tensor([0, 1])
-        pick, task = pick.flatten(2), torch.arange(tasks)[:, None]
-        return self._points(self.support_x[task, pick], self.support_y[task, pick])
+        task, half = torch.arange(len(self.y))[:, None], self.s.shots // 2
+        pick = 2 * torch.randint(half, (n_models, len(self.y), half, 2), generator=rng) + torch.tensor([0, 1])
+        return self._points(self.support_x[task, pick.flatten(2)], self.support_y[task, pick.flatten(2)])
 
     def _points(self, x: Tensor, y: Tensor) -> Tensor:
         matrix, offset = affine(self.learner.lam, x, y)
-        both = torch.cat([self.asked_x @ matrix, self.asked_x @ offset[..., None]], -1)
-        return both.flatten(-3, -2).float()
+        return torch.cat([self.x @ matrix, self.x @ offset[..., None]], -1).flatten(-3, -2).float()
 
-    def without(self, task: int, n_models: int) -> Tensor:
-        """Masks (n_models, m) of models that never see a task."""
-        return (torch.arange(self.m) != task).expand(n_models, -1)
+    def train(self, masks: Tensor, *stream: int, start: Tensor | None = None, learner: Learner | None = None) -> Tensor:
+        """Train meta-models (n_models, d) on the tasks of masks (n_models, m), from `start` or fresh initialisations.
 
-    def train(
-        self, masks: Tensor, seed: Sequence[int], start: Tensor | None = None, steps: int | None = None
-    ) -> Tensor:
-        """Train meta-models (n_models, d), one for each mask (n_models, m), from `start` or fresh initialisations."""
-        rng = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
+        The seed is of the settings' and `stream`.
+        """
+        seed = np.random.SeedSequence([self.s.seed, *stream]).generate_state(1, np.uint64)[0]
+        rng, m = torch.Generator().manual_seed(int(seed >> 1)), self.s.tasks
         if start is None:
-            start = self.init * torch.randn(len(masks), self.asked_x.shape[-1], generator=rng, dtype=torch.float64)
-        learner = replace(self.learner, n_steps=steps or self.learner.n_steps)
-        return learn(learner, SQUARED, self.asked_x[: self.m], self.asked_y[: self.m], start, rng, masks=masks)[0]
+            start = self.s.init * torch.randn(len(masks), self.x.shape[-1], generator=rng, dtype=torch.float64)
+        return learn(learner or self.learner, SQUARED, self.x[:m], self.y[:m], start, rng, masks=masks)[0]
+
+    def originals(self) -> Tensor:
+        """Meta-models (N, d) of all training tasks."""
+        return self.train(torch.ones(self.s.n_models, self.s.tasks, dtype=torch.bool), 5)
+
+    def without(self, task: int) -> Tensor:
+        """Masks (N, m) of models that never see a task."""
+        return (torch.arange(self.s.tasks) != task).expand(self.s.n_models, -1)
+
+    def oracles(self, task: int, floor: bool = False) -> Tensor:
+        """Meta-models (N, d) that never saw a task; for the floor others than those measured against."""
+        return self.train(self.without(task), 3, task, int(floor))
 
     def logits(self, w: Tensor) -> np.ndarray:
         """Logits (n_models, n_points, 2) of adapted models."""
@@ -135,8 +127,8 @@ class Setting:
 
     def splits(self, task: int) -> dict[str, np.ndarray]:
         """Points of the forgotten task, of the other training tasks, and of validation tasks."""
-        of = self.task_of
-        parts = {"forget": of == task, "retain": (of != task) & (of < self.m), "validation": of >= self.m}
+        of, m = self.task_of, self.s.tasks
+        parts = {"forget": of == task, "retain": (of != task) & (of < m), "validation": of >= m}
         return {split: np.flatnonzero(part) for split, part in parts.items()}
 
 
@@ -147,53 +139,40 @@ def setting(data: Dataset, s: MetaSettings, lam: float) -> Setting:
         DataError: if there are too few images or pairs of classes.
         PresetError: if the learner's steps are unstable.
     """
-    n, m = s.shots, s.tasks
-    x, y = disjoint_tasks(data, s.side, 2 * n, torch.Generator().manual_seed(s.seed))
-    if m >= len(x):
-        raise DataError(f"tasks={m} of {len(x)} class pairs are to be trained on; leave some to validate on.")
     learner = Learner(lam=lam, step=s.forget_step, n_steps=s.forget_steps, tasks_per_step=s.tasks_per_step)
-    learner.check(SQUARED, m, n)
-    return Setting(learner, s.init, m, x[:, :n], y[:, :n], x[:, n:], y[:, n:])
+    learner.check(SQUARED, s.tasks, s.shots)
+    x, y = disjoint_tasks(data, s.side, s.shots, torch.Generator().manual_seed(s.seed))
+    if s.tasks >= len(x):
+        raise DataError(f"tasks={s.tasks} of {len(x)} class pairs are to be trained on; leave some to validate on.")
+    return Setting(s, learner, x[:, : s.shots], y[:, : s.shots], x[:, s.shots :], y[:, s.shots :])
 
 
 @dataclass(frozen=True)
 class TaskAttributor:
-    """An attributor of points, by a ridge datamodel whose masks (M, m) are over tasks.
+    """An attributor of points by a ridge datamodel over tasks: it leaves out the tasks that forget points are of."""
 
-    Attributes:
-        datamodel: of adapted models' logits.
-        task_of: the task that each point belongs to (n_points,).
-    """
-
-    datamodel: RidgeDatamodel
-    task_of: np.ndarray
+    datamodel: RidgeDatamodel  # of adapted models' logits, with masks (M, m) over tasks
+    task_of: np.ndarray  # (n_points,)
 
     def effect(self, forget: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Predicted change of logits (n_points, 2) on leaving out the tasks of the forget points."""
+        """Predicted change of logits (n_points, 2)."""
         return self.datamodel.effect(np.unique(self.task_of[np.asarray(forget)]))
 
 
-def attribute(at: Setting, s: MetaSettings) -> TaskAttributor:
+def attribute(at: Setting) -> TaskAttributor:
     """Train meta-models on random subsets of tasks, and regress adapted models' logits on the masks."""
-    size = min(at.m - 1, max(1, round(s.fraction * at.m)))
-    masks = np.random.default_rng([s.seed, 1]).random((s.n_subsets, at.m)).argsort(1).argsort(1) < size
-    logits = metrics.margin_gauge(at.logits(at.train(torch.from_numpy(masks), [s.seed, 2])), at.labels)
+    s = at.s
+    size = min(s.tasks - 1, max(1, round(s.fraction * s.tasks)))
+    masks = np.random.default_rng([s.seed, 1]).random((s.n_subsets, s.tasks)).argsort(1).argsort(1) < size
+    logits = metrics.margin_gauge(at.logits(at.train(torch.from_numpy(masks), 2)), at.labels)
     return TaskAttributor(RidgeDatamodel.fit(masks, logits, s.ridge), at.task_of)
-
-
-def trained(at: Setting, s: MetaSettings, task: int | None = None, stream: int = 0) -> Tensor:
-    """Meta-models (N, d) of all tasks, or of all but one: oracles (stream 0), or others for the floor (stream 1)."""
-    if task is None:
-        return at.train(torch.ones(s.n_models, at.m, dtype=torch.bool), [s.seed, 5])
-    return at.train(at.without(task, s.n_models), [s.seed, 3, task, stream])
 
 
 def forget(
     at: Setting,
-    s: MetaSettings,
     task: int,
-    attributor: Attributor,
     originals: Tensor,
+    attributor: Attributor,
     rates: Mapping[str, float],
     methods: Sequence[str] = METHODS,
 ) -> pd.DataFrame:
@@ -202,26 +181,27 @@ def forget(
     "gd" goes on meta-training without the task for the share `cost` of the steps. Matching, at the learning rates
     `rates`, spends as many sample gradients on points of adapted models.
     """
-    splits, work = at.splits(task), at.learner.n_steps * s.tasks_per_step * s.shots
+    s, splits, n_steps = at.s, at.splits(task), at.learner.n_steps
+    work, n_train = n_steps * s.tasks_per_step * s.shots, s.tasks * s.shots
     problem = unlearn.Problem(
         as_ensemble(originals),
         at.logits(originals),
         at.points,
         torch.from_numpy(at.labels),
-        at.n_train,
+        n_train,
         splits["forget"],
-        Training(epochs=max(1, round(work / at.n_train))),
+        Training(epochs=max(1, round(work / n_train))),
         attributor,
-        at.logits(trained(at, s, task, stream=1)),
+        at.logits(at.oracles(task, floor=True)),
         seed=s.seed,
     )
-    reference = at.margins(trained(at, s, task))
+    reference = at.margins(at.oracles(task))
     rows = []
     for method in methods:
         if method == "gd":
-            steps = max(1, round(s.cost * at.learner.n_steps))
-            moved = at.train(at.without(task, s.n_models), [s.seed, 4, task], start=originals, steps=steps)
-            margins, cost = at.margins(moved), steps / at.learner.n_steps
+            fewer = replace(at.learner, n_steps=max(1, round(s.cost * n_steps)))
+            margins = at.margins(at.train(at.without(task), 4, task, start=originals, learner=fewer))
+            cost = fewer.n_steps / n_steps
         else:
             options = {"cost": s.cost, "lr": rates[method]} if method in MATCHING else {}
             done = unlearn.get(method)(problem, **options)
@@ -235,38 +215,35 @@ def forget(
     return pd.DataFrame(rows, columns=columns)
 
 
-def choose_rates(at: Setting, s: MetaSettings, attributor: Attributor, originals: Tensor) -> dict[str, float]:
-    """Learning rates of matching with the lowest p95 KLoM over splits and tuning tasks, which are not reported."""
-    tuning = range(s.n_forget, s.n_forget + s.n_tuning)
-    table = pd.concat(
-        forget(at, s, task, attributor, originals, dict.fromkeys(MATCHING, lr), MATCHING).assign(lr=lr)
-        for lr in s.matching_lrs
-        for task in tuning
-    )
-    scores = table[table["statistic"] == "klom_p95"].groupby(["method", "lr"], sort=False)["value"].mean()
-    return {method: float(scores[method].idxmin()) for method in MATCHING}
-
-
 def compare(data: Dataset, s: MetaSettings) -> tuple[pd.DataFrame, dict[str, float]]:
-    """Every method on every reported task at `forget_lam`, as `forget`; the rates that tuning tasks chose."""
+    """Every method on every reported task at `forget_lam`, as `forget`, and the learning rates of matching.
+
+    These have the lowest p95 KLoM over splits and tuning tasks, which are not reported.
+    """
     at = setting(data, s, s.forget_lam)
-    originals, attributor = trained(at, s), attribute(at, s)
-    rates = choose_rates(at, s, attributor, originals)
-    tables = [forget(at, s, task, attributor, originals, rates) for task in range(s.n_forget)]
+    models = at.originals(), attribute(at)
+    tuning = pd.concat(
+        forget(at, task, *models, dict.fromkeys(MATCHING, lr), MATCHING).assign(lr=lr)
+        for lr in s.matching_lrs
+        for task in range(s.n_forget, s.n_forget + s.n_tuning)
+    )
+    scores = tuning[tuning["statistic"] == "klom_p95"].groupby(["method", "lr"], sort=False)["value"].mean()
+    rates = {method: float(scores[method].idxmin()) for method in MATCHING}
+    tables = [forget(at, task, *models, rates) for task in range(s.n_forget)]
     return pd.concat(tables, ignore_index=True), rates
 
 
 def nothing(data: Dataset, s: MetaSettings, lam: float) -> pd.DataFrame:
-    """KLoM p95 of doing nothing on the forgotten task's points, and its floor, a line for each reported task.
+    """KLoM p95 of doing nothing on the forgotten task's points, and its floor: a row for each reported task.
 
     Columns "do nothing" and "floor": everyone adapts to the same support sets; with ", own support": each model to its
     own resample. "shift": how far leaving out a task moves the mean score of its points, in absolute terms; "spread":
     standard deviation of a point's score over oracles.
     """
     at, rng = setting(data, s, lam), torch.Generator().manual_seed(s.seed)
-    originals, rows = trained(at, s), []
+    originals, rows = at.originals(), []
     for task in range(s.n_forget):
-        here, models = at.splits(task)["forget"], (originals, trained(at, s, task), trained(at, s, task, stream=1))
+        here, models = at.splits(task)["forget"], (originals, at.oracles(task), at.oracles(task, floor=True))
         row = {}
         for own, suffix in ((None, ""), (rng, ", own support")):
             o, q, f = (at.margins(w, own)[:, here] for w in models)

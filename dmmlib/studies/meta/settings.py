@@ -78,17 +78,9 @@ class MetaSettings(Section):
             raise ValueError(f"n_forget + n_tuning must leave some of the {self.tasks} tasks to retain")
         if self.tasks_per_step > self.tasks:
             raise ValueError(f"tasks_per_step={self.tasks_per_step} exceeds the {self.tasks} tasks; lower it")
-        stiffest = {
-            "step or lams": self.step * max(self.lam, *self.lams),
-            "gammas": max(self.gammas) * self.lam,
-            "forget_step or forget_lams": self.forget_step * max(self.forget_lam, *self.forget_lams),
-            "step or weak_lams": self.step * max(self.weak_lams) / self.weak_lams[1],
-            "etas or lam": max(self.etas) * (self.lam + 0.25),  # smoothness of the logistic loss
-            "inner_step or lam": self.inner_step * (self.lam + 1),  # of the squared loss
-        }
-        for names, value in stiffest.items():
-            if value > 1:
-                raise ValueError(
-                    f"steps must be stable, but times lambda and smoothness one is {value:g}; lower {names}"
-                )
+        shares = self.step * max(self.lam, *self.lams), max(self.gammas) * self.lam
+        if max(*shares, self.forget_step * max(self.forget_lam, *self.forget_lams)) > 1:
+            raise ValueError("a meta-level step times lambda exceeds 1; lower step, gammas, forget_step or a lambda")
+        if max(self.inner_step * (self.lam + 1), max(self.etas) * (self.lam + 0.25)) > 1:
+            raise ValueError("a task-level step is above 1 / (lambda + smoothness); lower inner_step, etas or lam")
         return self

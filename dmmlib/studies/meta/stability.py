@@ -34,17 +34,11 @@ def slope(x: np.ndarray, rows: np.ndarray) -> Estimate:
 
 @dataclass(frozen=True)
 class Stability:
-    """Worst changes of loss, and what they may be.
+    """Worst changes of loss, and what they may be, for each kind of replacement (`bounds.KINDS`)."""
 
-    Attributes:
-        worst: kind of replacement (`bounds.KINDS`) -> largest change over probes, for each meta-sample (repeats,).
-        bound: kind -> bound, with G on the ball that held every model; NaN for an unchecked learner.
-        radius: of that ball.
-    """
-
-    worst: dict[str, np.ndarray]
-    bound: dict[str, float]
-    radius: float
+    worst: dict[str, np.ndarray]  # largest change over probes, for each meta-sample (repeats,)
+    bound: dict[str, float]  # with G on the ball that held every model; NaN for an unchecked learner
+    radius: float  # of that ball
 
 
 def measure(env: Environment, learner: Learner, m: int, n: int, s: MetaSettings, seed: int) -> Stability:

@@ -22,19 +22,13 @@ NAMES = {"squared": "linear regression", "logistic": "logistic regression", "pha
 
 @dataclass(frozen=True)
 class Environment:
-    """A distribution of tasks.
+    """A distribution of tasks."""
 
-    Attributes:
-        name: what figures call it.
-        loss: of every task.
-        draw: (shape, n, rng) -> x (*shape, n, d) in the unit ball and y (*shape, n): independent tasks.
-        start: where meta-learning starts from (d,).
-    """
-
-    name: str
-    loss: Loss
+    name: str  # what figures call it
+    loss: Loss  # of every task
     draw: Callable[[Sequence[int], int, torch.Generator], tuple[Tensor, Tensor]]
-    start: Tensor
+    """(shape, n, rng) -> x (*shape, n, d) in the unit ball and y (*shape, n): independent tasks."""
+    start: Tensor  # where meta-learning starts from (d,)
 
 
 def synthetic(loss: Loss, dim: int, spread: float) -> Environment:
@@ -120,25 +114,24 @@ def images(data: Dataset, side: int, loss: Loss = LOGISTIC) -> Environment:
     return Environment(f"{data.name}, class pairs", loss, draw, torch.zeros(x.shape[1], dtype=torch.float64))
 
 
-def disjoint_tasks(data: Dataset, side: int, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One task of n examples for every pair of classes, no image in two of them: x (n_pairs, n, d), y (n_pairs, n).
+def disjoint_tasks(data: Dataset, side: int, n_each: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One task for every pair of classes, with n_each examples of either, no image in two tasks.
 
-    Pairs come in random order; the examples of a task alternate between its classes.
+    Returns:
+        x (n_pairs, 2 n_each, d), y (n_pairs, 2 n_each); pairs come in random order, classes alternate within a task.
 
     Raises:
-        DataError: if a class has too few images, or n is odd.
+        DataError: if a class has too few images.
     """
     x, members, pairs = features(data, side)
-    if n % 2 or n < 2:
-        raise DataError(f"A task of two classes asks for n={n} examples; give an even number, at least 2.")
     for c, member in enumerate(members):
-        needed = sum(c in pair for pair in pairs) * n // 2
+        needed = sum(c in pair for pair in pairs) * n_each
         if needed > len(member):
             raise DataError(
-                f"{len(pairs)} tasks of {n} examples need {needed} images of {data.class_names[c]!r}, but there are "
-                f"{len(member)}; ask for fewer shots, or load more images."
+                f"{len(pairs)} tasks with {n_each} images of either class need {needed} of {data.class_names[c]!r}, "
+                f"but there are {len(member)}; ask for fewer shots, or load more images."
             )
     left = [iter(member[torch.randperm(len(member), generator=rng)].tolist()) for member in members]
     order = torch.randperm(len(pairs), generator=rng).tolist()
-    rows = torch.tensor([[next(left[pairs[p][k % 2]]) for k in range(n)] for p in order])
+    rows = torch.tensor([[next(left[c]) for _ in range(n_each) for c in pairs[p]] for p in order])
     return x[rows], alternating(rows.shape)
