@@ -36,7 +36,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from dmmlib.studies.meta.learner import Learner, strong_convexity
-from dmmlib.studies.meta.losses import Loss
+from dmmlib.studies.meta.tasks import Case
 
 KINDS = ("task", "example", "adaptation", "meta")
 """What is replaced: a task of the meta-sample; an example of one of its tasks; an example of the new task; or a task
@@ -45,21 +45,21 @@ of the meta-sample and an example of the new task, which is uniform meta-stabili
 
 @dataclass(frozen=True)
 class Bounds:
-    """The bounds of a learner."""
+    """The bounds of a learner on m tasks of n examples."""
 
     learner: Learner
+    m: int
+    n: int
     lipschitz: float  # G
     curvature: float  # mu
     smooth: bool  # whether gradients are Lipschitz
-    m: int  # tasks
-    n: int  # examples of each
 
     @classmethod
-    def of(cls, loss: Loss, learner: Learner, m: int, n: int, radius: float) -> Bounds:
-        """Take G and mu of a loss on the ball of that radius, for x of norm at most 1 and the learner's adversary."""
-        smooth = loss.smoothness < float("inf") and learner.eps == 0
-        curvature = loss.curvature * (1 + learner.eps) ** 2
-        return cls(learner, loss.lipschitz(radius, learner.eps), curvature, smooth, m, n)
+    def of(cls, case: Case, radius: float) -> Bounds:
+        """Take G and mu of the loss on the ball of that radius, for x of norm at most 1 and the learner's adversary."""
+        loss, eps = case.env.loss, case.learner.eps
+        smooth = loss.smoothness < float("inf") and eps == 0
+        return cls(case.learner, case.m, case.n, loss.lipschitz(radius, eps), loss.curvature * (1 + eps) ** 2, smooth)
 
     @property
     def kappa(self) -> float:

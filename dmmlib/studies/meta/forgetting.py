@@ -233,16 +233,15 @@ def compare(data: Dataset, s: MetaSettings) -> tuple[pd.DataFrame, dict[str, flo
     return pd.concat(tables, ignore_index=True), rates
 
 
-def nothing(data: Dataset, s: MetaSettings, lam: float) -> pd.DataFrame:
+def nothing(at: Setting) -> pd.DataFrame:
     """KLoM p95 of doing nothing on the forgotten task's points, and its floor: a row for each reported task.
 
     Columns "do nothing" and "floor": everyone adapts to the same support sets; with ", own support": each model to its
     own resample. "shift": how far leaving out a task moves the mean score of its points, in absolute terms; "spread":
     standard deviation of a point's score over oracles.
     """
-    at, rng = setting(data, s, lam), torch.Generator().manual_seed(s.seed)
-    originals, rows = at.originals(), []
-    for task in range(s.n_forget):
+    rng, originals, rows = torch.Generator().manual_seed(at.s.seed), at.originals(), []
+    for task in range(at.s.n_forget):
         here, models = at.splits(task)["forget"], (originals, at.oracles(task), at.oracles(task, floor=True))
         row = {}
         for own, suffix in ((None, ""), (rng, ", own support")):

@@ -79,7 +79,8 @@ class MetaSettings(Section):
         if self.tasks_per_step > self.tasks:
             raise ValueError(f"tasks_per_step={self.tasks_per_step} exceeds the {self.tasks} tasks; lower it")
         shares = self.step * max(self.lam, *self.lams), max(self.gammas) * self.lam
-        if max(*shares, self.forget_step * max(self.forget_lam, *self.forget_lams)) > 1:
+        weak = self.step / self.weak_lams[1] * max(self.weak_lams)
+        if max(*shares, weak, self.forget_step * max(self.forget_lam, *self.forget_lams)) > 1:
             raise ValueError("a meta-level step times lambda exceeds 1; lower step, gammas, forget_step or a lambda")
         if max(self.inner_step * (self.lam + 1), max(self.etas) * (self.lam + 0.25)) > 1:
             raise ValueError("a task-level step is above 1 / (lambda + smoothness); lower inner_step, etas or lam")

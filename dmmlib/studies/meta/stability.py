@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
+import pandas as pd
 import torch
 from scipy import stats
 from torch import Tensor
@@ -12,18 +11,18 @@ from torch import Tensor
 from dmmlib.errors import DataError
 from dmmlib.metrics import Estimate
 from dmmlib.studies.meta.bounds import KINDS, Bounds
-from dmmlib.studies.meta.learner import Learner, adapt, largest_norm, learn
+from dmmlib.studies.meta.learner import adapt, largest_norm, learn
 from dmmlib.studies.meta.settings import MetaSettings
-from dmmlib.studies.meta.tasks import Environment
+from dmmlib.studies.meta.tasks import Case
 
 
-def mean_estimate(values: np.ndarray) -> Estimate:
-    """Mean with a 95 % t interval over independent values (k,); raises DataError for fewer than two."""
+def mean_estimate(values: np.ndarray, least: float = -np.inf) -> Estimate:
+    """Mean with a 95 % t interval, cut off at `least`, over independent values (k,); raises DataError for one value."""
     if len(values) < 2:
         raise DataError(f"An interval over {len(values)} value was asked for; repeat at least twice.")
     centre = float(np.mean(values))
     half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
-    return Estimate(centre, centre - half, centre + half)
+    return Estimate(centre, max(least, centre - half), centre + half)
 
 
 def slope(x: np.ndarray, rows: np.ndarray) -> Estimate:
@@ -32,16 +31,7 @@ def slope(x: np.ndarray, rows: np.ndarray) -> Estimate:
     return mean_estimate(np.log(rows) @ centred / (centred**2).sum())
 
 
-@dataclass(frozen=True)
-class Stability:
-    """Worst changes of loss, and what they may be, for each kind of replacement (`bounds.KINDS`)."""
-
-    worst: dict[str, np.ndarray]  # largest change over probes, for each meta-sample (repeats,)
-    bound: dict[str, float]  # with G on the ball that held every model; NaN for an unchecked learner
-    radius: float  # of that ball
-
-
-def measure(env: Environment, learner: Learner, m: int, n: int, s: MetaSettings, seed: int) -> Stability:
+def measure(case: Case, s: MetaSettings, seed: int) -> pd.DataFrame:
     """Train on S and on S with one task, or one example, replaced, with the same randomness; compare losses.
 
     Each of `repeats` meta-samples gets `probes` replacements, by fresh draws in turn with adverse ones (labels as
@@ -49,9 +39,15 @@ def measure(env: Environment, learner: Learner, m: int, n: int, s: MetaSettings,
     label and with the adverse one; the largest change counts. The loss of a stochastic learner is averaged over
     `seeds` runs first. The supremum over all replacements, which a bound speaks of, is at least what is found.
 
+    Returns:
+        A row for each kind of replacement (`bounds.KINDS`): `each`, the largest change over probes for each
+        meta-sample (repeats,); `measured`, `low` and `high`, their mean and 95 % interval; `bound`, NaN for an
+        unchecked learner, with G on the ball that held every model; `radius` of that ball.
+
     Raises:
         DataError, PresetError: as `Learner.check`.
     """
+    env, learner, m, n = case.env, case.learner, case.m, case.n
     learner.check(env.loss, m, n)
     rng = torch.Generator().manual_seed(seed)
     repeats, probes, flip = s.repeats, s.probes, env.loss.flip
@@ -97,30 +93,37 @@ def measure(env: Environment, learner: Learner, m: int, n: int, s: MetaSettings,
         "adaptation": losses(base, changed),
         "meta": losses(task_w, changed),
     }
-    worst = {kind: (after[kind] - before).abs().amax((1, 2)).numpy() for kind in KINDS}
-    bound = dict.fromkeys(KINDS, float("nan"))
-    if not learner.unchecked:
-        bound = Bounds.of(env.loss, learner, m, n, max(radii)).changes()
-    return Stability(worst, bound, max(radii))
+    radius, nothing = max(radii), dict.fromkeys(KINDS, np.nan)
+    bound = nothing if learner.unchecked else Bounds.of(case, radius).changes()
+    rows = []
+    for kind in KINDS:
+        each = (after[kind] - before).abs().amax((1, 2)).numpy()
+        mean = mean_estimate(each, least=0)
+        rows.append([kind, mean.value, mean.low, mean.high, bound[kind], radius, each])
+    return pd.DataFrame(rows, columns=["kind", "measured", "low", "high", "bound", "radius", "each"]).set_index("kind")
 
 
-def gap(
-    env: Environment, learner: Learner, m: int, n: int, s: MetaSettings, seed: int
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """Transfer risk and average empirical risk of `gap_repeats` meta-samples, and the radius visited.
+def gap(case: Case, s: MetaSettings, seed: int, radius: float = 0.0) -> dict[str, float]:
+    """Transfer risk minus average empirical risk over `gap_repeats` meta-samples.
 
     Transfer risk: loss at `queries` fresh examples of each of `gap_tasks` fresh tasks, after adapting to n others;
     empirical risk: loss of the models adapted to the training tasks on those very examples.
 
+    Args:
+        radius: of the ball that the bound's G is taken on, where it is larger than what is visited here.
+
     Returns:
-        transfer (gap_repeats,), empirical (gap_repeats,), radius.
+        transfer: the mean transfer risk; gap, low, high: the difference with its 95 % interval; bound: on it.
     """
+    env, learner, n = case.env, case.learner, case.n
     rng = torch.Generator().manual_seed(seed)
-    x, y = env.draw((s.gap_repeats, m), n, rng)
-    w, radius = learn(learner, env.loss, x, y, env.start, rng)
+    x, y = env.draw((s.gap_repeats, case.m), n, rng)
+    w, visited = learn(learner, env.loss, x, y, env.start, rng)
     own = adapt(learner, env.loss, w[:, None], x, y, rng=rng)
     empirical = env.loss.at(own, x, y, learner.eps).mean((1, 2))
     new_x, new_y = env.draw((s.gap_repeats, s.gap_tasks), n + s.queries, rng)
     u = adapt(learner, env.loss, w[:, None], new_x[:, :, :n], new_y[:, :, :n], rng=rng)
     transfer = env.loss.at(u, new_x[:, :, n:], new_y[:, :, n:], learner.eps).mean((1, 2))
-    return transfer.numpy(), empirical.numpy(), max(radius, largest_norm(u))
+    mean = mean_estimate((transfer - empirical).numpy())
+    bound = Bounds.of(case, max(radius, visited, largest_norm(u))).changes()["meta"]
+    return {"transfer": float(transfer.mean()), "gap": mean.value, "low": mean.low, "high": mean.high, "bound": bound}

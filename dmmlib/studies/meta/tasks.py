@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from dmmlib.data import Dataset
 from dmmlib.errors import DataError
 from dmmlib.studies.convex.images import image_features
+from dmmlib.studies.meta.learner import Learner
 from dmmlib.studies.meta.losses import LOGISTIC, PHASE, Loss
 
 CLOTHES = (0, 1, 2, 3, 4, 6)  # of Fashion-MNIST; the rest are shoes and bags
@@ -29,6 +31,22 @@ class Environment:
     draw: Callable[[Sequence[int], int, torch.Generator], tuple[Tensor, Tensor]]
     """(shape, n, rng) -> x (*shape, n, d) in the unit ball and y (*shape, n): independent tasks."""
     start: Tensor  # where meta-learning starts from (d,)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A meta-learner on m tasks of n examples."""
+
+    env: Environment
+    learner: Learner
+    m: int
+    n: int
+
+    def changed(self, **quantities: Any) -> Case:
+        """The case with some of its quantities, or of its learner's, changed."""
+        sizes = {name: int(value) for name, value in quantities.items() if name in ("m", "n")}
+        others = {name: value for name, value in quantities.items() if name not in sizes}
+        return replace(self, learner=replace(self.learner, **others), **sizes)
 
 
 def synthetic(loss: Loss, dim: int, spread: float) -> Environment:
