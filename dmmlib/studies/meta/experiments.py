@@ -29,16 +29,15 @@ SYMBOLS = {
 }
 
 
-def cases(s: MetaSettings) -> dict[str, Case]:
-    """Every kind of synthetic task, with the learner of the settings where nothing varies."""
+def cases(s: MetaSettings) -> list[Case]:
+    """Synthetic logistic and linear regression and phase retrieval, by the learner where nothing varies."""
     base = Learner(s.lam, s.step, s.steps, "prox", s.inner_step, s.inner_steps)
-    losses = (LOGISTIC, SQUARED, PHASE)
-    return {loss.name: Case(synthetic(loss, s.dim, s.spread), base, s.m, s.n) for loss in losses}
+    return [Case(synthetic(loss, s.dim, s.spread), base, s.m, s.n) for loss in (LOGISTIC, SQUARED, PHASE)]
 
 
 def families(data: Dataset, s: MetaSettings) -> list[Case]:
-    """Every kind of task that is studied: logistic and linear regression, images, and phase retrieval."""
-    logistic, squared, phase = cases(s).values()
+    """Every kind of task that is studied: these and images, with a lambda that weakly convex losses need."""
+    logistic, squared, phase = cases(s)
     weak = phase.changed(lam=s.weak_lams[1], step=s.step / s.weak_lams[1])
     return [logistic, squared, replace(logistic, env=images(data, s.side)), weak]
 
@@ -90,7 +89,7 @@ def stochastic(s: MetaSettings) -> pd.DataFrame:
         "one example a step": example,
         "one task, one example": task | example,
     }
-    descent = cases(s)["logistic"].changed(inner="gd")
+    descent = cases(s)[0].changed(inner="gd")
     tables = [measure(descent.changed(**some), s, s.seed).assign(variant=name) for name, some in variants.items()]
     return pd.concat(tables).reset_index()
 
@@ -113,7 +112,7 @@ def robust(s: MetaSettings) -> pd.DataFrame:
     Logistic regression with prox, where the worst case is in closed form, and phase retrieval with task-level
     gradient descent on examples that projected gradient ascent found.
     """
-    logistic, _, phase = cases(s).values()
+    logistic, _, phase = cases(s)
     descent = phase.changed(inner="gd", inner_step=min(s.inner_step, 0.1))
     rows = []
     for name, base in {"logistic regression, prox": logistic, "phase retrieval, gd, PGD": descent}.items():
@@ -132,7 +131,7 @@ def broken(s: MetaSettings) -> pd.DataFrame:
     "Lipschitz": adverse labels of linear regression of size B, which G does not know of. "convexity": phase
     retrieval adapted by gradient descent with lambda far below its modulus, from next to its saddle point, against n.
     """
-    logistic, linear, phase = (case.changed(inner="gd") for case in cases(s).values())
+    logistic, linear, phase = (case.changed(inner="gd") for case in cases(s))
     saddle = replace(phase.env, start=torch.full((s.dim,), 1e-3, dtype=torch.float64))
     weak = replace(phase, env=saddle).changed(lam=0.1, inner_step=0.2, inner_steps=50)
     broken: list[tuple[str, float, Case]] = []

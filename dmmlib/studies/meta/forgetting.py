@@ -147,25 +147,17 @@ def setting(data: Dataset, s: MetaSettings, lam: float) -> Setting:
     return Setting(s, learner, x[:, : s.shots], y[:, : s.shots], x[:, s.shots :], y[:, s.shots :])
 
 
-@dataclass(frozen=True)
-class TaskAttributor:
-    """An attributor of points by a ridge datamodel over tasks: it leaves out the tasks that forget points are of."""
+def attribute(at: Setting) -> RidgeDatamodel:
+    """Train meta-models on random subsets of tasks, and regress adapted models' logits on the masks.
 
-    datamodel: RidgeDatamodel  # of adapted models' logits, with masks (M, m) over tasks
-    task_of: np.ndarray  # (n_points,)
-
-    def effect(self, forget: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Predicted change of logits (n_points, 2)."""
-        return self.datamodel.effect(np.unique(self.task_of[np.asarray(forget)]))
-
-
-def attribute(at: Setting) -> TaskAttributor:
-    """Train meta-models on random subsets of tasks, and regress adapted models' logits on the masks."""
+    The masks are over points, those of a task being in or out together: with n equal columns in place of one, the
+    penalty n lambda is lambda on their sum.
+    """
     s = at.s
     size = min(s.tasks - 1, max(1, round(s.fraction * s.tasks)))
     masks = np.random.default_rng([s.seed, 1]).random((s.n_subsets, s.tasks)).argsort(1).argsort(1) < size
     logits = metrics.margin_gauge(at.logits(at.train(torch.from_numpy(masks), 2)), at.labels)
-    return TaskAttributor(RidgeDatamodel.fit(masks, logits, s.ridge), at.task_of)
+    return RidgeDatamodel.fit(np.repeat(masks, s.shots, axis=1), logits, s.ridge * s.shots)
 
 
 def forget(

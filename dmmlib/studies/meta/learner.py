@@ -55,11 +55,6 @@ class Learner:
         if self.inner == "prox" and self.examples_per_step is not None:
             raise PresetError("examples_per_step is for inner='gd'; prox uses all examples, so leave it out.")
 
-    @property
-    def stochastic(self) -> bool:
-        """Whether steps draw their tasks or examples."""
-        return self.tasks_per_step is not None or self.examples_per_step is not None
-
     def check(self, loss: Loss, m: int, n: int) -> None:
         """Refuse what cannot work on m tasks of n examples, before anything is computed.
 
@@ -67,17 +62,16 @@ class Learner:
             DataError: for fewer than two tasks, or fewer examples than the task-level algorithm needs.
             PresetError: for steps beyond stability, or a loss whose prox has no unique solution or no solver.
         """
-        tasks, examples, prox = self.tasks_per_step, self.examples_per_step, self.inner == "prox"
-        if m < 2:
-            raise DataError(f"m={m} task, but one is to be replaced or forgotten; give at least 2.")
-        if n < 2:
-            raise DataError(f"n={n} example per task, but one is to be replaced; give at least 2.")
-        if examples is not None and not 1 <= examples <= n:
-            raise DataError(f"The task-level gradient takes {examples} examples, but a task has n={n}; take 1 to {n}.")
-        if tasks is not None and not 1 <= tasks <= m:
-            raise DataError(f"A meta-step takes {tasks} tasks of m={m}; give 1 to {m}.")
+        prox = self.inner == "prox"
+        if min(m, n) < 2:
+            raise DataError(
+                f"There are m={m} tasks of n={n} examples, and one is to be replaced; give at least 2 each."
+            )
+        for name, size in (("tasks_per_step", m), ("examples_per_step", n)):
+            if (count := getattr(self, name)) is not None and not 1 <= count <= size:
+                raise DataError(f"{name}={count} are to be drawn from {size}; give 1 to {size}.")
         if prox and self.eps and loss is not LOGISTIC:
-            raise PresetError(f"The robust {loss.name} loss has no prox solver here; use inner='gd'.")
+            raise PresetError(f"Robust {loss.name} has no prox solver here; use inner='gd'.")
         if prox:
             strong_convexity(self.lam, loss.curvature)
         if self.unchecked:
@@ -210,13 +204,8 @@ def affine(lam: float, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         P (..., d, d) and c (..., d).
-
-    Raises:
-        DataError: for lam = 0 and fewer examples than features, where there is no one answer.
     """
     n, dim = x.shape[-2:]
-    if lam == 0 and n < dim:
-        raise DataError(f"Least squares with lam=0 has n={n} examples for {dim} features; give n >= {dim}, or lam > 0.")
     penalty = lam * torch.eye(dim, dtype=x.dtype)
     hessian = x.mT @ x / n + penalty
     moment = scores(y, x.mT) / n

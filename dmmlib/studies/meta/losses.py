@@ -23,7 +23,7 @@ Pointwise = Callable[[Tensor, Tensor], Tensor]
 class Loss:
     """A loss of one score."""
 
-    name: str  # what figures and errors call it
+    name: str  # what figures and errors call a model with it
     value: Pointwise  # l
     slope: Pointwise  # its derivative in s (a subgradient where there is a kink)
     steepest: Callable[[float], float]  # (largest |s|) -> largest |slope| among scores up to it, for admissible labels
@@ -85,21 +85,21 @@ def pgd(loss: Loss, u: Tensor, x: Tensor, y: Tensor, eps: float, n_steps: int = 
 
 
 SQUARED = Loss(
-    "squared",
+    "linear regression",
     value=lambda s, y: (s - y) ** 2 / 2,
     slope=lambda s, y: s - y,
     steepest=lambda s: s + 1,  # |y| <= 1
     smoothness=1.0,
 )
 LOGISTIC = Loss(
-    "logistic",
+    "logistic regression",
     value=lambda s, y: softplus(-y * s),
     slope=lambda s, y: -y * torch.sigmoid(-y * s),
     steepest=lambda s: 1.0,
     smoothness=0.25,
 )
 PHASE = Loss(  # robust phase retrieval: measurements y of (x . u)^2, in [0, 1], some of them wrong
-    "phase",
+    "phase retrieval",
     value=lambda s, y: (s**2 - y).abs(),
     slope=lambda s, y: 2 * s * torch.sign(s**2 - y),
     steepest=lambda s: 2 * s,

@@ -73,15 +73,12 @@ class MetaSettings(Section):
 
     @model_validator(mode="after")
     def _fit(self) -> MetaSettings:
-        """Refuse sizes that do not fit one another, and steps beyond stability (`learner.Learner.check`)."""
+        """Refuse sizes that do not fit one another, and unstable steps."""
         if self.n_forget + self.n_tuning >= self.tasks:
             raise ValueError(f"n_forget + n_tuning must leave some of the {self.tasks} tasks to retain")
         if self.tasks_per_step > self.tasks:
             raise ValueError(f"tasks_per_step={self.tasks_per_step} exceeds the {self.tasks} tasks; lower it")
-        shares = self.step * max(self.lam, *self.lams), max(self.gammas) * self.lam
-        weak = self.step / self.weak_lams[1] * max(self.weak_lams)
-        if max(*shares, weak, self.forget_step * max(self.forget_lam, *self.forget_lams)) > 1:
+        forgetting = self.forget_step * max(self.forget_lam, *self.forget_lams)
+        if max(self.step * max(self.lam, *self.lams), max(self.gammas) * self.lam, forgetting) > 1:
             raise ValueError("a meta-level step times lambda exceeds 1; lower step, gammas, forget_step or a lambda")
-        if max(self.inner_step * (self.lam + 1), max(self.etas) * (self.lam + 0.25)) > 1:
-            raise ValueError("a task-level step is above 1 / (lambda + smoothness); lower inner_step, etas or lam")
         return self

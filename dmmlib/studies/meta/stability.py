@@ -67,8 +67,8 @@ def measure(case: Case, s: MetaSettings, seed: int) -> pd.DataFrame:
     run_x[whole], run_y[whole] = other_x, torch.where(adverse[:, None], flip(other_y), other_y)
     run_x[single], run_y[single] = x[rows, task, n], torch.where(adverse, flip(spare), spare)
 
-    seeds = s.seeds if learner.stochastic else 1
-    shared = (seeds, repeats, 1) if learner.stochastic else None
+    stochastic = learner.tasks_per_step is not None or learner.examples_per_step is not None
+    seeds, shared = (s.seeds, (s.seeds, repeats, 1)) if stochastic else (1, None)
     w, radius = learn(learner, env.loss, run_x, run_y, env.start, rng, shared)
     base, task_w, example_w = w.expand(seeds, *w.shape[-3:]).split([1, probes, probes], 2)
 

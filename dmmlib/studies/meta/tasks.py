@@ -19,7 +19,6 @@ from dmmlib.studies.meta.learner import Learner
 from dmmlib.studies.meta.losses import LOGISTIC, PHASE, Loss
 
 CLOTHES = (0, 1, 2, 3, 4, 6)  # of Fashion-MNIST; the rest are shoes and bags
-NAMES = {"squared": "linear regression", "logistic": "logistic regression", "phase": "phase retrieval"}
 
 
 @dataclass(frozen=True)
@@ -54,17 +53,8 @@ def synthetic(loss: Loss, dim: int, spread: float) -> Environment:
 
     Labels: for the squared loss x . theta + 0.1 N(0, 1), cut at -1 and 1; for the logistic loss 1 with probability
     sigmoid(4 x . theta), else -1; for phase retrieval (x . theta)^2, every tenth replaced by a uniform number.
-
-    Args:
-        spread: how much tasks differ; at 0 all are the same.
-
-    Raises:
-        DataError: for a negative spread, or no features.
+    Tasks differ by `spread`; at 0 all are the same.
     """
-    if spread < 0 or dim < 1:
-        raise DataError(
-            f"Tasks have spread {spread:g} and {dim} features; give a spread of 0 or more, and 1 or more features."
-        )
     centre = torch.zeros(dim, dtype=torch.float64)
     centre[0] = 0.7
 
@@ -84,7 +74,7 @@ def synthetic(loss: Loss, dim: int, spread: float) -> Environment:
         return x, (s + 0.1 * normal(n)).clamp(-1, 1)
 
     start = centre / 2 if loss is PHASE else torch.zeros(dim, dtype=torch.float64)  # 0 is stationary for phase
-    return Environment(NAMES[loss.name], loss, draw, start)
+    return Environment(loss.name, loss, draw, start)
 
 
 def features(data: Dataset, side: int) -> tuple[Tensor, list[Tensor], list[tuple[int, int]]]:
