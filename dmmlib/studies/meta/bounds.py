@@ -57,7 +57,7 @@ class Bounds:
     @classmethod
     def of(cls, case: Case, radius: float) -> Bounds:
         """Take G and mu of the loss on the ball of that radius, for x of norm at most 1 and the learner's adversary."""
-        loss, eps = case.env.loss, case.learner.eps
+        loss, eps = case.learner.loss, case.learner.eps
         smooth = loss.smoothness < float("inf") and eps == 0
         return cls(case.learner, case.m, case.n, loss.lipschitz(radius, eps), loss.curvature * (1 + eps) ** 2, smooth)
 

@@ -12,7 +12,7 @@ import torch
 from dmmlib.data import Dataset
 from dmmlib.studies.meta import forgetting
 from dmmlib.studies.meta.bounds import Bounds
-from dmmlib.studies.meta.learner import Learner, adapt, largest_norm
+from dmmlib.studies.meta.learner import Learner, largest_norm
 from dmmlib.studies.meta.losses import LOGISTIC, PHASE, SQUARED
 from dmmlib.studies.meta.settings import MetaSettings
 from dmmlib.studies.meta.stability import gap, mean_estimate, measure, slope
@@ -31,8 +31,9 @@ SYMBOLS = {
 
 def cases(s: MetaSettings) -> list[Case]:
     """Synthetic logistic and linear regression and phase retrieval, by the learner where nothing varies."""
-    base = Learner(s.lam, s.step, s.steps, "prox", s.inner_step, s.inner_steps)
-    return [Case(synthetic(loss, s.dim, s.spread), base, s.m, s.n) for loss in (LOGISTIC, SQUARED, PHASE)]
+    sizes = s.lam, s.step, s.steps, "prox", s.inner_step, s.inner_steps
+    losses = (LOGISTIC, SQUARED, PHASE)
+    return [Case(synthetic(loss, s.dim, s.spread), Learner(loss, *sizes), s.m, s.n) for loss in losses]
 
 
 def families(data: Dataset, s: MetaSettings) -> list[Case]:
@@ -96,7 +97,7 @@ def stochastic(s: MetaSettings) -> pd.DataFrame:
 
 def gaps(data: Dataset, s: MetaSettings, measured: pd.DataFrame) -> pd.DataFrame:
     """Transfer risk minus empirical risk against m, n and lambda, beside the stability that `sweeps` measured."""
-    known = {case.env.name: case for case in families(data, s) if case.env.loss is not PHASE}
+    known = {case.env.name: case for case in families(data, s) if case.learner.loss is not PHASE}
     chosen = measured.query("kind == 'meta' and inner == 'prox' and varies in ['m', 'n', 'lam'] and tasks in @known")
     chosen = chosen.rename(columns={"measured": "stability"})[["tasks", "varies", "value", "stability", "radius"]]
     rows = []
@@ -139,7 +140,7 @@ def broken(s: MetaSettings) -> pd.DataFrame:
         broken.append(("step", eta, logistic.changed(inner_step=eta / s.lam, inner_steps=20, unchecked=True)))
     for size in s.broken_labels:
         heavy = replace(SQUARED, flip=lambda y, size=size: -size * torch.sign(y))
-        broken.append(("Lipschitz", size, replace(linear, env=replace(linear.env, loss=heavy))))
+        broken.append(("Lipschitz", size, linear.changed(loss=heavy)))
     broken += [("convexity", n, weak.changed(n=n)) for n in s.broken_ns]
     tables = [
         measure(case, s, s.seed + 3)
@@ -162,10 +163,10 @@ def assumptions(data: Dataset, s: MetaSettings) -> pd.DataFrame:
     for case in families(data, s):
         env, at, rng = case.env, case.learner, torch.Generator().manual_seed(s.seed)
         x, y = env.draw((256,), s.n, rng)
-        u = adapt(at, env.loss, env.start, x, y)
+        u = at.adapt(env.start.expand(len(x), -1), x, y)
         moved = u + 0.1 * torch.randn(u.shape, generator=rng, dtype=u.dtype)
         radius, apart = max(largest_norm(u), largest_norm(moved)), moved - u
-        g, g_moved = (env.loss.gradient(v[:, None], x[:, :, None], y[..., None]) for v in (u, moved))
+        g, g_moved = (at.loss.gradient(v[:, None], x[:, :, None], y[..., None]) for v in (u, moved))
         curvature = ((g_moved - g) * apart[:, None]).sum(-1) / (apart**2).sum(-1)[:, None]
         bounds = Bounds.of(case, radius)
         rows.append(
@@ -174,7 +175,7 @@ def assumptions(data: Dataset, s: MetaSettings) -> pd.DataFrame:
                 "‖x‖ ≤ 1": largest_norm(x),
                 "Lipschitz: largest gradient / G": largest_norm(g) / bounds.lipschitz,
                 "G": bounds.lipschitz,
-                "G holds": "everywhere" if env.loss is LOGISTIC else f"for ‖u‖ ≤ {radius:.2f}, as visited",
+                "G holds": "everywhere" if at.loss is LOGISTIC else f"for ‖u‖ ≤ {radius:.2f}, as visited",
                 "convex: lowest curvature": float(curvature.min()),
                 "assumed": bounds.curvature,
                 "smooth": "yes" if bounds.smooth else "no",
@@ -189,7 +190,7 @@ def assumptions(data: Dataset, s: MetaSettings) -> pd.DataFrame:
 
 def forgetting_against_stability(data: Dataset, s: MetaSettings) -> pd.DataFrame:
     """KLoM of doing nothing, and measured stability of the same learner: a row for each lambda."""
-    rows, env = [], images(data, s.side, SQUARED)
+    rows, env = [], images(data, s.side)
     for lam in s.forget_lams:
         at = forgetting.setting(data, s, lam)
         row = {"lam": lam}

@@ -27,7 +27,7 @@ from dmmlib.data import Dataset
 from dmmlib.datamodels import Attributor, RidgeDatamodel
 from dmmlib.ensemble import Ensemble, Training
 from dmmlib.errors import DataError
-from dmmlib.studies.meta.learner import Learner, affine, learn
+from dmmlib.studies.meta.learner import Learner, affine
 from dmmlib.studies.meta.losses import SQUARED
 from dmmlib.studies.meta.settings import MetaSettings
 from dmmlib.studies.meta.tasks import disjoint_tasks
@@ -102,7 +102,7 @@ class Setting:
         rng, m = torch.Generator().manual_seed(int(seed >> 1)), self.s.tasks
         if start is None:
             start = self.s.init * torch.randn(len(masks), self.x.shape[-1], generator=rng, dtype=torch.float64)
-        return learn(learner or self.learner, SQUARED, self.x[:m], self.y[:m], start, rng, masks=masks)[0]
+        return (learner or self.learner).learn(self.x[:m], self.y[:m], start, rng, masks=masks)[0]
 
     def originals(self) -> Tensor:
         """Meta-models (N, d) of all training tasks."""
@@ -139,8 +139,8 @@ def setting(data: Dataset, s: MetaSettings, lam: float) -> Setting:
         DataError: if there are too few images or pairs of classes.
         PresetError: if the learner's steps are unstable.
     """
-    learner = Learner(lam=lam, step=s.forget_step, n_steps=s.forget_steps, tasks_per_step=s.tasks_per_step)
-    learner.check(SQUARED, s.tasks, s.shots)
+    learner = Learner(SQUARED, lam, step=s.forget_step, n_steps=s.forget_steps, tasks_per_step=s.tasks_per_step)
+    learner.check(s.tasks, s.shots)
     x, y = disjoint_tasks(data, s.side, s.shots, torch.Generator().manual_seed(s.seed))
     if s.tasks >= len(x):
         raise DataError(f"tasks={s.tasks} of {len(x)} class pairs are to be trained on; leave some to validate on.")

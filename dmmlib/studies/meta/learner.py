@@ -24,7 +24,10 @@ import torch
 from torch import Tensor
 
 from dmmlib.errors import DataError, PresetError
-from dmmlib.studies.meta.losses import LOGISTIC, SQUARED, Loss, attacked, scores
+from dmmlib.studies.meta.losses import LOGISTIC, PHASE, SQUARED, Loss, attacked, scores
+
+Rng = torch.Generator | None
+Shape = tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Learner:
         PresetError: for numbers that are not positive, or an adversary that is negative or as large as the data.
     """
 
+    loss: Loss
     lam: float = 1.0  # lambda, how much an adapted model is held at w
     step: float = 0.2  # gamma of the meta level
     n_steps: int = 10  # T
@@ -55,7 +59,7 @@ class Learner:
         if self.inner == "prox" and self.examples_per_step is not None:
             raise PresetError("examples_per_step is for inner='gd'; prox uses all examples, so leave it out.")
 
-    def check(self, loss: Loss, m: int, n: int) -> None:
+    def check(self, m: int, n: int) -> None:
         """Refuse what cannot work on m tasks of n examples, before anything is computed.
 
         Raises:
@@ -70,21 +74,93 @@ class Learner:
         for name, size in (("tasks_per_step", m), ("examples_per_step", n)):
             if (count := getattr(self, name)) is not None and not 1 <= count <= size:
                 raise DataError(f"{name}={count} are to be drawn from {size}; give 1 to {size}.")
-        if prox and self.eps and loss is not LOGISTIC:
-            raise PresetError(f"Robust {loss.name} has no prox solver here; use inner='gd'.")
+        if prox and self.eps and self.loss is not LOGISTIC:
+            raise PresetError(f"Robust {self.loss.name} has no prox solver here; use inner='gd'.")
         if prox:
-            strong_convexity(self.lam, loss.curvature)
+            strong_convexity(self.lam, self.loss.curvature)
         if self.unchecked:
             return
         share = self.step * self.lam
         if share > 1:
             raise PresetError(f"The meta-level step is unstable: gamma lambda = {share:g} > 1; lower step or lam.")
-        smooth = 0.0 if math.isinf(loss.smoothness) else loss.smoothness * (1 + self.eps) ** 2
+        smooth = 0.0 if math.isinf(self.loss.smoothness) else self.loss.smoothness * (1 + self.eps) ** 2
         if not prox and self.inner_step > 1 / (self.lam + smooth):
             raise PresetError(
                 f"The task-level step is unstable: eta={self.inner_step:g} > 1 / (lambda + smoothness); "
                 f"give inner_step <= {1 / (self.lam + smooth):.4g}."
             )
+
+    def learn(
+        self, x: Tensor, y: Tensor, start: Tensor, rng: Rng = None, shared: Shape = None, masks: Tensor | None = None
+    ) -> tuple[Tensor, float]:
+        """Meta-learn from tasks x (..., m, n, d), y (..., m, n), many runs at once.
+
+        Args:
+            start: w_0 (..., d); its leading dimensions broadcast with those of x and masks.
+            rng: of the stochastic variants.
+            shared: shape of the random draws' leading dimensions, broadcastable to the runs': a 1 makes runs along
+                that dimension see the same draws. Each run has its own by default.
+            masks: tasks that each run may see, bool (..., m); only where a step takes some of the tasks.
+
+        Returns:
+            Meta-models w (..., d), and the largest norm of any model visited, be it a meta-model or an adapted one.
+
+        Raises:
+            DataError, PresetError: as `check`; and if a run diverges.
+        """
+        m, n, dim = x.shape[-3:]
+        self.check(m, n)
+        if masks is not None and self.tasks_per_step is None:
+            raise PresetError("masks choose among the tasks of a step; give tasks_per_step.")
+        seen = () if masks is None else masks.shape[:-1]
+        lead = torch.broadcast_shapes(x.shape[:-3], start.shape[:-1], seen, shared or ())
+        drawn = seen if masks is not None else shared or lead
+        weights = (torch.ones(m) if masks is None else masks.float()).expand(*drawn, m).reshape(-1, m)
+        closed_form = self.inner == "prox" and self.loss is SQUARED
+        every = affine(self.lam, x, y) if closed_form else (x, y)
+        w = start.expand(*lead, dim)
+        radius = largest_norm(w)
+        for _ in range(self.n_steps):
+            tasks = every
+            if self.tasks_per_step is not None:
+                chosen = torch.multinomial(weights, self.tasks_per_step, replacement=True, generator=rng)
+                chosen = chosen.reshape(*drawn, -1).expand(*lead, -1)
+                tasks = _take(every[0], chosen, 2), _take(every[1], chosen, 1)
+            if closed_form:
+                adapted = scores(w[..., None, :], tasks[0]) + tasks[1]
+            else:
+                adapted = self.adapt(w[..., None, :], *tasks, rng=rng, shared=shared)
+            w = w - self.step * self.lam * (w - adapted.mean(-2))
+            radius = max(radius, largest_norm(adapted), largest_norm(w))
+        if not torch.isfinite(w).all():
+            raise DataError("A meta-training diverged (NaN); lower step or inner_step.")
+        return w, radius
+
+    def adapt(self, w: Tensor, x: Tensor, y: Tensor, rng: Rng = None, shared: Shape = None) -> Tensor:
+        """Adapt meta-models w (..., d) to tasks x (..., n, d), y (..., n): models u (..., d).
+
+        Args:
+            rng, shared: of random examples, as in `learn`.
+
+        Raises:
+            PresetError: if the loss is too far from convex for prox with this lambda.
+            DataError: if the solver does not converge.
+        """
+        lead = torch.broadcast_shapes(w.shape[:-1], x.shape[:-2])
+        w = w.expand(*lead, -1)
+        if self.inner == "prox":
+            if self.loss is SQUARED:
+                matrix, offset = affine(self.lam, x, y)
+                return scores(w, matrix) + offset
+            return _newton(self.lam, self.eps, w, x, y) if self.loss is LOGISTIC else _dual(self.lam, w, x, y)
+        u, part = w, (x, y)
+        for _ in range(self.inner_steps):
+            if self.examples_per_step is not None:
+                draws = (*(shared or lead[:-1]), lead[-1], self.examples_per_step)
+                chosen = torch.randint(x.shape[-2], draws, generator=rng).expand(*lead, -1)
+                part = _take(x, chosen, 1), _take(y, chosen, 0)
+            u = u - self.inner_step * (self.loss.gradient(u, *part, self.eps) + self.lam * (u - w))
+        return u
 
 
 def strong_convexity(lam: float, curvature: float) -> float:
@@ -102,101 +178,12 @@ def largest_norm(models: Tensor) -> float:
     return float(torch.linalg.vector_norm(models, dim=-1).max())
 
 
-def learn(
-    learner: Learner,
-    loss: Loss,
-    x: Tensor,
-    y: Tensor,
-    start: Tensor,
-    rng: torch.Generator | None = None,
-    shared: tuple[int, ...] | None = None,
-    masks: Tensor | None = None,
-) -> tuple[Tensor, float]:
-    """Meta-learn from tasks x (..., m, n, d), y (..., m, n), many runs at once.
-
-    Args:
-        start: w_0 (..., d); its leading dimensions broadcast with those of x and masks.
-        rng: of the stochastic variants.
-        shared: shape of the random draws' leading dimensions, broadcastable to the runs': a 1 makes runs along
-            that dimension see the same draws. Each run has its own by default.
-        masks: tasks that each run may see, bool (..., m); only where a step takes some of the tasks.
-
-    Returns:
-        Meta-models w (..., d), and the largest norm of any model visited, be it a meta-model or an adapted one.
-
-    Raises:
-        DataError, PresetError: as `Learner.check`; and if a run diverges.
-    """
-    m, n, dim = x.shape[-3:]
-    learner.check(loss, m, n)
-    if masks is not None and learner.tasks_per_step is None:
-        raise PresetError("masks choose among the tasks of a step; give tasks_per_step.")
-    seen = () if masks is None else masks.shape[:-1]
-    lead = torch.broadcast_shapes(x.shape[:-3], start.shape[:-1], seen, shared or ())
-    drawn = seen if masks is not None else shared or lead
-    weights = (torch.ones(m) if masks is None else masks.float()).expand(*drawn, m).reshape(-1, m)
-    closed_form = learner.inner == "prox" and loss is SQUARED
-    every = affine(learner.lam, x, y) if closed_form else (x, y)
-    w = start.expand(*lead, dim)
-    radius = largest_norm(w)
-    for _ in range(learner.n_steps):
-        tasks = every
-        if learner.tasks_per_step is not None:
-            chosen = torch.multinomial(weights, learner.tasks_per_step, replacement=True, generator=rng)
-            chosen = chosen.reshape(*drawn, -1).expand(*lead, -1)
-            tasks = _take(every[0], chosen, 2), _take(every[1], chosen, 1)
-        if closed_form:
-            adapted = scores(w[..., None, :], tasks[0]) + tasks[1]
-        else:
-            adapted = adapt(learner, loss, w[..., None, :], *tasks, rng=rng, shared=shared)
-        w = w - learner.step * learner.lam * (w - adapted.mean(-2))
-        radius = max(radius, largest_norm(adapted), largest_norm(w))
-    if not torch.isfinite(w).all():
-        raise DataError("A meta-training diverged (NaN); lower step or inner_step.")
-    return w, radius
-
-
 def _take(values: Tensor, chosen: Tensor, trailing: int) -> Tensor:
     """values (..., m, *trailing) at tasks chosen (..., k): (..., k, *trailing), leading dimensions broadcast."""
     shape = values.shape[values.ndim - trailing :]
     values = values.expand(*chosen.shape[:-1], -1, *shape)
     index = chosen.reshape(*chosen.shape, *[1] * trailing).expand(*chosen.shape, *shape)
     return values.gather(chosen.ndim - 1, index)
-
-
-def adapt(
-    learner: Learner,
-    loss: Loss,
-    w: Tensor,
-    x: Tensor,
-    y: Tensor,
-    rng: torch.Generator | None = None,
-    shared: tuple[int, ...] | None = None,
-) -> Tensor:
-    """Adapt meta-models w (..., d) to tasks x (..., n, d), y (..., n): models u (..., d).
-
-    Args:
-        rng, shared: of random examples, as in `learn`.
-
-    Raises:
-        PresetError: if the loss is too far from convex for prox with this lambda.
-        DataError: if the solver does not converge.
-    """
-    lead = torch.broadcast_shapes(w.shape[:-1], x.shape[:-2])
-    w = w.expand(*lead, -1)
-    if learner.inner == "prox":
-        if loss is SQUARED:
-            matrix, offset = affine(learner.lam, x, y)
-            return scores(w, matrix) + offset
-        return _newton(learner, w, x, y) if loss is LOGISTIC else _dual(learner.lam, loss, w, x, y)
-    u, part = w, (x, y)
-    for _ in range(learner.inner_steps):
-        if learner.examples_per_step is not None:
-            draws = (*(shared or lead[:-1]), lead[-1], learner.examples_per_step)
-            chosen = torch.randint(x.shape[-2], draws, generator=rng).expand(*lead, -1)
-            part = _take(x, chosen, 1), _take(y, chosen, 0)
-        u = u - learner.inner_step * (loss.gradient(u, *part, learner.eps) + learner.lam * (u - w))
-    return u
 
 
 def affine(lam: float, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,15 +200,14 @@ def affine(lam: float, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return solved[..., :-1], solved[..., -1]
 
 
-def _newton(learner: Learner, w: Tensor, x: Tensor, y: Tensor, n_steps: int = 60) -> Tensor:
+def _newton(lam: float, eps: float, w: Tensor, x: Tensor, y: Tensor, n_steps: int = 60) -> Tensor:
     """Prox of the (robust) logistic loss by damped Newton steps.
 
     With an adversary the loss has a kink at u = 0, and only there. 0 is the answer iff the gradient's part that does
     not come from the adversary, y x / 2 on average + lam w, is no longer than eps / 2; elsewhere that is a direction
     of descent from 0, and Newton starts where it is below the kink, so that it never meets it.
     """
-    lam, eps, n = learner.lam, learner.eps, x.shape[-2]
-    eye = torch.eye(x.shape[-1], dtype=x.dtype)
+    n, eye = x.shape[-2], torch.eye(x.shape[-1], dtype=x.dtype)
 
     def objective(v: Tensor) -> Tensor:
         return LOGISTIC.at(v, x, y, eps).mean(-1) + lam / 2 * ((v - w) ** 2).sum(-1)
@@ -262,7 +248,7 @@ def _newton(learner: Learner, w: Tensor, x: Tensor, y: Tensor, n_steps: int = 60
     return u.masked_fill(stuck[..., None], 0)
 
 
-def _dual(lam: float, loss: Loss, w: Tensor, x: Tensor, y: Tensor, n_steps: int = 150) -> Tensor:
+def _dual(lam: float, w: Tensor, x: Tensor, y: Tensor, n_steps: int = 150) -> Tensor:
     """Prox of robust phase retrieval as a saddle point, over |a_i| <= 1:
 
         max_a min_u (1/n) sum_i a_i ((x_i . u)^2 - y_i) + lam / 2 ||u - w||^2.
@@ -270,7 +256,7 @@ def _dual(lam: float, loss: Loss, w: Tensor, x: Tensor, y: Tensor, n_steps: int 
     For lam > 2 the inner minimum is a linear system and the outer problem concave with a smooth objective:
     accelerated projected gradient ascent, restarted where it turns.
     """
-    margin = strong_convexity(lam, loss.curvature)
+    margin = strong_convexity(lam, PHASE.curvature)
     n, dim = x.shape[-2:]
     eye = lam * torch.eye(dim, dtype=x.dtype)
     reach = lam / margin * torch.linalg.vector_norm(w, dim=-1).clamp(min=1e-6)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
 import numpy as np
 import pandas as pd
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from dmmlib.errors import DataError
 from dmmlib.metrics import Estimate
 from dmmlib.studies.meta.bounds import KINDS, Bounds
-from dmmlib.studies.meta.learner import adapt, largest_norm, learn
+from dmmlib.studies.meta.learner import largest_norm
 from dmmlib.studies.meta.settings import MetaSettings
 from dmmlib.studies.meta.tasks import Case
 
@@ -48,9 +50,9 @@ def measure(case: Case, s: MetaSettings, seed: int) -> pd.DataFrame:
         DataError, PresetError: as `Learner.check`.
     """
     env, learner, m, n = case.env, case.learner, case.m, case.n
-    learner.check(env.loss, m, n)
+    learner.check(m, n)
     rng = torch.Generator().manual_seed(seed)
-    repeats, probes, flip = s.repeats, s.probes, env.loss.flip
+    repeats, probes, flip = s.repeats, s.probes, learner.loss.flip
     rows, columns = torch.arange(repeats)[:, None], torch.arange(probes)
     adverse = columns % 2 == 1
 
@@ -69,7 +71,7 @@ def measure(case: Case, s: MetaSettings, seed: int) -> pd.DataFrame:
 
     stochastic = learner.tasks_per_step is not None or learner.examples_per_step is not None
     seeds, shared = (s.seeds, (s.seeds, repeats, 1)) if stochastic else (1, None)
-    w, radius = learn(learner, env.loss, run_x, run_y, env.start, rng, shared)
+    w, radius = learner.learn(run_x, run_y, env.start, rng, shared)
     base, task_w, example_w = w.expand(seeds, *w.shape[-3:]).split([1, probes, probes], 2)
 
     new_x, new_y = env.draw((repeats, probes), n + 1 + s.queries, rng)
@@ -82,25 +84,16 @@ def measure(case: Case, s: MetaSettings, seed: int) -> pd.DataFrame:
 
     def losses(which: Tensor, data: tuple[Tensor, Tensor]) -> Tensor:
         rng.set_state(state)  # the same examples are drawn for both of a pair
-        u = adapt(learner, env.loss, which.expand(seeds, repeats, probes, -1), *data, rng=rng)
+        u = learner.adapt(which.expand(seeds, repeats, probes, -1), *data, rng=rng)
         radii.append(largest_norm(u))
-        return env.loss.at(u, *both, learner.eps).mean(0)
+        return learner.loss.at(u, *both, learner.eps).mean(0)
 
     before = losses(base, support)
-    after = {
-        "task": losses(task_w, support),
-        "example": losses(example_w, support),
-        "adaptation": losses(base, changed),
-        "meta": losses(task_w, changed),
-    }
-    radius, nothing = max(radii), dict.fromkeys(KINDS, np.nan)
-    bound = nothing if learner.unchecked else Bounds.of(case, radius).changes()
-    rows = []
-    for kind in KINDS:
-        each = (after[kind] - before).abs().amax((1, 2)).numpy()
-        mean = mean_estimate(each, least=0)
-        rows.append([kind, mean.value, mean.low, mean.high, bound[kind], radius, each])
-    return pd.DataFrame(rows, columns=["kind", "measured", "low", "high", "bound", "radius", "each"]).set_index("kind")
+    after = [losses(task_w, support), losses(example_w, support), losses(base, changed), losses(task_w, changed)]
+    each = [(losses_ - before).abs().amax((1, 2)).numpy() for losses_ in after]
+    bound = dict.fromkeys(KINDS, np.nan) if learner.unchecked else Bounds.of(case, max(radii)).changes()
+    table = pd.DataFrame([astuple(mean_estimate(v, least=0)) for v in each], KINDS, ["measured", "low", "high"])
+    return table.rename_axis("kind").assign(bound=bound, radius=max(radii), each=each)
 
 
 def gap(case: Case, s: MetaSettings, seed: int, radius: float = 0.0) -> dict[str, float]:
@@ -118,12 +111,12 @@ def gap(case: Case, s: MetaSettings, seed: int, radius: float = 0.0) -> dict[str
     env, learner, n = case.env, case.learner, case.n
     rng = torch.Generator().manual_seed(seed)
     x, y = env.draw((s.gap_repeats, case.m), n, rng)
-    w, visited = learn(learner, env.loss, x, y, env.start, rng)
-    own = adapt(learner, env.loss, w[:, None], x, y, rng=rng)
-    empirical = env.loss.at(own, x, y, learner.eps).mean((1, 2))
+    w, visited = learner.learn(x, y, env.start, rng)
+    own = learner.adapt(w[:, None], x, y, rng=rng)
+    empirical = learner.loss.at(own, x, y, learner.eps).mean((1, 2))
     new_x, new_y = env.draw((s.gap_repeats, s.gap_tasks), n + s.queries, rng)
-    u = adapt(learner, env.loss, w[:, None], new_x[:, :, :n], new_y[:, :, :n], rng=rng)
-    transfer = env.loss.at(u, new_x[:, :, n:], new_y[:, :, n:], learner.eps).mean((1, 2))
+    u = learner.adapt(w[:, None], new_x[:, :, :n], new_y[:, :, :n], rng=rng)
+    transfer = learner.loss.at(u, new_x[:, :, n:], new_y[:, :, n:], learner.eps).mean((1, 2))
     mean = mean_estimate((transfer - empirical).numpy())
     bound = Bounds.of(case, max(radius, visited, largest_norm(u))).changes()["meta"]
     return {"transfer": float(transfer.mean()), "gap": mean.value, "low": mean.low, "high": mean.high, "bound": bound}

@@ -26,7 +26,6 @@ class Environment:
     """A distribution of tasks."""
 
     name: str  # what figures call it
-    loss: Loss  # of every task
     draw: Callable[[Sequence[int], int, torch.Generator], tuple[Tensor, Tensor]]
     """(shape, n, rng) -> x (*shape, n, d) in the unit ball and y (*shape, n): independent tasks."""
     start: Tensor  # where meta-learning starts from (d,)
@@ -74,7 +73,7 @@ def synthetic(loss: Loss, dim: int, spread: float) -> Environment:
         return x, (s + 0.1 * normal(n)).clamp(-1, 1)
 
     start = centre / 2 if loss is PHASE else torch.zeros(dim, dtype=torch.float64)  # 0 is stationary for phase
-    return Environment(loss.name, loss, draw, start)
+    return Environment(loss.name, draw, start)
 
 
 def features(data: Dataset, side: int) -> tuple[Tensor, list[Tensor], list[tuple[int, int]]]:
@@ -104,7 +103,7 @@ def alternating(shape: Sequence[int]) -> Tensor:
     return (1.0 - 2.0 * (torch.arange(shape[-1]) % 2)).double().expand(shape)
 
 
-def images(data: Dataset, side: int, loss: Loss = LOGISTIC) -> Environment:
+def images(data: Dataset, side: int) -> Environment:
     """Few-shot tasks, each a random one of the pairs of classes of `features`, which says what is raised.
 
     The examples of a task alternate between its classes and are drawn with replacement from the training set.
@@ -119,7 +118,7 @@ def images(data: Dataset, side: int, loss: Loss = LOGISTIC) -> Environment:
         which = (torch.rand(label.shape, generator=rng, dtype=torch.float64) * sizes[label]).long()
         return x[table[label, which]], alternating(label.shape)
 
-    return Environment(f"{data.name}, class pairs", loss, draw, torch.zeros(x.shape[1], dtype=torch.float64))
+    return Environment(f"{data.name}, class pairs", draw, torch.zeros(x.shape[1], dtype=torch.float64))
 
 
 def disjoint_tasks(data: Dataset, side: int, n_each: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
