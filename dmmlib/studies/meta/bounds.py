@@ -35,7 +35,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from dmmlib.studies.meta.learner import Learner, strong_convexity
+from dmmlib.studies.meta.learner import strong_convexity
 from dmmlib.studies.meta.tasks import Case
 
 KINDS = ("task", "example", "adaptation", "meta")
@@ -47,9 +47,7 @@ of the meta-sample and an example of the new task, which is uniform meta-stabili
 class Bounds:
     """The bounds of a learner on m tasks of n examples."""
 
-    learner: Learner
-    m: int
-    n: int
+    case: Case
     lipschitz: float  # G
     curvature: float  # mu
     smooth: bool  # whether gradients are Lipschitz
@@ -59,11 +57,11 @@ class Bounds:
         """Take G and mu of the loss on the ball of that radius, for x of norm at most 1 and the learner's adversary."""
         loss, eps = case.learner.loss, case.learner.eps
         smooth = loss.smoothness < float("inf") and eps == 0
-        return cls(case.learner, case.m, case.n, loss.lipschitz(radius, eps), loss.curvature * (1 + eps) ** 2, smooth)
+        return cls(case, loss.lipschitz(radius, eps), loss.curvature * (1 + eps) ** 2, smooth)
 
     @property
     def kappa(self) -> float:
-        at = self.learner
+        at = self.case.learner
         return 1.0 if at.inner == "prox" else 1 - (1 - at.inner_step * at.lam) ** at.inner_steps
 
     def adapted(self, apart: float, replaced: bool) -> float:
@@ -75,7 +73,7 @@ class Bounds:
         Raises:
             PresetError: for prox, if lambda + mu is not positive.
         """
-        at, example = self.learner, 2 * self.lipschitz / self.n if replaced else 0.0
+        at, example = self.case.learner, 2 * self.lipschitz / self.case.n if replaced else 0.0
         if at.inner == "prox":
             return (at.lam * apart + example) / strong_convexity(at.lam, self.curvature)
         if self.smooth and self.curvature >= 0:
@@ -89,13 +87,13 @@ class Bounds:
 
     def learned(self, whole_task: bool) -> float:
         """Bound how far apart two meta-models are whose samples differ in one task, or in one example of one task."""
-        at, distance = self.learner, 0.0
+        at, distance = self.case.learner, 0.0
         share = at.step * at.lam
         for _ in range(at.n_steps):
             same = self.adapted(distance, replaced=False)
             far = distance + 2 * self.lipschitz * self.kappa / at.lam
             other = far if whole_task else self.adapted(distance, replaced=True)
-            distance = (1 - share) * distance + share * (same + (other - same) / self.m)
+            distance = (1 - share) * distance + share * (same + (other - same) / self.case.m)
         return distance
 
     def changes(self) -> dict[str, float]:
@@ -106,4 +104,4 @@ class Bounds:
 
     def as_if_met(self) -> Bounds:
         """The bounds for convex smooth losses and allowed steps (kappa = 1), whether or not that is so."""
-        return replace(self, curvature=0.0, smooth=True, learner=replace(self.learner, inner="prox"))
+        return replace(self, curvature=0.0, smooth=True, case=self.case.changed(inner="prox"))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import numpy as np
 import pandas as pd
@@ -45,24 +44,23 @@ def families(data: Dataset, s: MetaSettings) -> list[Case]:
 
 def sweeps(data: Dataset, s: MetaSettings) -> pd.DataFrame:
     """Stability and its bounds while one quantity varies: a row for each task family, quantity, value and kind."""
-    every: dict[str, Sequence[float]] = {"m": s.ms, "n": s.ns, "lam": s.lams, "step": s.gammas, "n_steps": s.ts}
-    descent = {"m": s.ms, "n": s.ns, "step": s.gammas, "n_steps": s.ts, "inner_step": s.etas, "inner_steps": s.ks}
+    sizes, meta_level = {"m": s.ms, "n": s.ns}, {"step": s.gammas, "n_steps": s.ts}
+    every = {**sizes, "lam": s.lams, **meta_level}
     logistic, squared, pictures, phase = families(data, s)
-    varied: list[tuple[Case, dict[str, Sequence[float]]]] = [
+    varied = [
         (logistic, every),
-        (logistic.changed(inner="gd"), descent),
+        (logistic.changed(inner="gd"), {**sizes, **meta_level, "inner_step": s.etas, "inner_steps": s.ks}),
         (squared, every),
         (pictures, {"m": s.ms[:4], "n": s.ns[:4], "lam": s.lams}),
         (phase, {"m": s.ms[:3], "n": s.ns[:3], "lam": s.weak_lams}),
     ]
-    tables = [
-        measure(case.changed(**{name: value}), s, s.seed).assign(
-            tasks=case.env.name, inner=case.learner.inner, varies=name, value=value
-        )
-        for case, quantities in varied
-        for name, values in quantities.items()
-        for value in values
-    ]
+    tables = []
+    for case, quantities in varied:
+        named = {"tasks": case.env.name, "inner": case.learner.inner}
+        for name, values in quantities.items():
+            for value in values:
+                found = measure(case.changed(**{name: value}), s, s.seed)
+                tables.append(found.assign(**named, varies=name, value=value))
     return pd.concat(tables).reset_index()
 
 
@@ -73,23 +71,18 @@ def slopes(table: pd.DataFrame) -> pd.DataFrame:
         x, each, bound = part["value"].to_numpy(float), np.stack(part["each"].to_list(), 1), part["bound"].to_numpy()
         if (each <= 0).any():
             continue
-        fitted, its = slope(x, each), slope(x, np.stack([bound] * 2))
-        looseness = float((part["bound"] / part["measured"]).median())
         case = {"tasks": tasks, "inner": inner, "varies": SYMBOLS[str(varies)], "replaced": kind}
-        ends = {"slope": fitted.value, "low": fitted.low, "high": fitted.high}
-        rows.append(case | ends | {"bound's slope": its.value, "looseness": looseness})
+        its, looseness = slope(x, np.stack([bound] * 2)).value, (part["bound"] / part["measured"]).median()
+        fitted = dict(zip(("slope", "low", "high"), astuple(slope(x, each)), strict=True))
+        rows.append(case | fitted | {"bound's slope": its, "looseness": looseness})
     return pd.DataFrame(rows)
 
 
 def stochastic(s: MetaSettings) -> pd.DataFrame:
     """Full gradients, and random tasks, examples, or both at each step: expected change of loss over the draws."""
     task, example = {"tasks_per_step": 1}, {"examples_per_step": 1}
-    variants = {
-        "all tasks, all examples": {},
-        "one task a step": task,
-        "one example a step": example,
-        "one task, one example": task | example,
-    }
+    variants = {"all tasks, all examples": {}, "one task a step": task, "one example a step": example}
+    variants["one task, one example"] = task | example
     descent = cases(s)[0].changed(inner="gd")
     tables = [measure(descent.changed(**some), s, s.seed).assign(variant=name) for name, some in variants.items()]
     return pd.concat(tables).reset_index()
@@ -99,12 +92,11 @@ def gaps(data: Dataset, s: MetaSettings, measured: pd.DataFrame) -> pd.DataFrame
     """Transfer risk minus empirical risk against m, n and lambda, beside the stability that `sweeps` measured."""
     known = {case.env.name: case for case in families(data, s) if case.learner.loss is not PHASE}
     chosen = measured.query("kind == 'meta' and inner == 'prox' and varies in ['m', 'n', 'lam'] and tasks in @known")
-    chosen = chosen.rename(columns={"measured": "stability"})[["tasks", "varies", "value", "stability", "radius"]]
     rows = []
-    for row in chosen.to_dict("records"):
+    for row in chosen[["tasks", "varies", "value", "measured", "radius"]].to_dict("records"):
         case = known[row["tasks"]].changed(**{row["varies"]: row["value"]})
         rows.append(row | gap(case, s, s.seed + 1, row["radius"]))
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).rename(columns={"measured": "stability"})
 
 
 def robust(s: MetaSettings) -> pd.DataFrame:
@@ -135,21 +127,15 @@ def broken(s: MetaSettings) -> pd.DataFrame:
     logistic, linear, phase = (case.changed(inner="gd") for case in cases(s))
     saddle = replace(phase.env, start=torch.full((s.dim,), 1e-3, dtype=torch.float64))
     weak = replace(phase, env=saddle).changed(lam=0.1, inner_step=0.2, inner_steps=50)
-    broken: list[tuple[str, float, Case]] = []
-    for eta in s.broken_etas:
-        broken.append(("step", eta, logistic.changed(inner_step=eta / s.lam, inner_steps=20, unchecked=True)))
-    for size in s.broken_labels:
-        heavy = replace(SQUARED, flip=lambda y, size=size: -size * torch.sign(y))
-        broken.append(("Lipschitz", size, linear.changed(loss=heavy)))
-    broken += [("convexity", n, weak.changed(n=n)) for n in s.broken_ns]
-    tables = [
-        measure(case, s, s.seed + 3)
-        .loc[["adaptation"]]
-        .assign(
-            case=name, tasks=case.env.name, value=value, bound=Bounds.of(case, 1.0).as_if_met().changes()["adaptation"]
-        )
-        for name, value, case in broken
-    ]
+    steps = {eta: logistic.changed(inner_step=eta / s.lam, inner_steps=20, unchecked=True) for eta in s.broken_etas}
+    labels = {b: linear.changed(loss=replace(SQUARED, flip=lambda y, b=b: -b * torch.sign(y))) for b in s.broken_labels}
+    sizes = {n: weak.changed(n=n) for n in s.broken_ns}
+    tables = []
+    for name, cases_ in {"step": steps, "Lipschitz": labels, "convexity": sizes}.items():
+        for value, case in cases_.items():
+            bound = Bounds.of(case, 1.0).as_if_met().changes()["adaptation"]
+            found = measure(case, s, s.seed + 3).loc[["adaptation"]]
+            tables.append(found.assign(case=name, tasks=case.env.name, value=value, bound=bound))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -192,14 +178,12 @@ def forgetting_against_stability(data: Dataset, s: MetaSettings) -> pd.DataFrame
     """KLoM of doing nothing, and measured stability of the same learner: a row for each lambda."""
     rows, env = [], images(data, s.side)
     for lam in s.forget_lams:
-        at = forgetting.setting(data, s, lam)
-        row = {"lam": lam}
-        for name, values in forgetting.nothing(at).items():
-            mean = mean_estimate(values.to_numpy(), least=0)
+        at, row = forgetting.setting(data, s, lam), {"lam": lam}
+        found = measure(Case(env, at.learner, s.tasks, s.shots), s.model_copy(update={"seeds": 4}), s.seed)
+        for name, values in {**forgetting.nothing(at), **found["each"]}.items():
+            mean = mean_estimate(np.asarray(values), least=0)
             row |= {name: mean.value, f"{name} low": mean.low, f"{name} high": mean.high}
-        case = Case(env, at.learner, s.tasks, s.shots)
-        for kind, found in measure(case, s.model_copy(update={"seeds": 4}), s.seed).iterrows():
-            columns = {str(kind): "measured", f"{kind} low": "low", f"{kind} high": "high", f"{kind} bound": "bound"}
-            row |= {column: found[name] for column, name in columns.items()}
+            if name in found.index:
+                row[f"{name} bound"] = found.loc[name, "bound"]
         rows.append(row)
     return pd.DataFrame(rows)

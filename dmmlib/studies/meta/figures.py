@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -16,13 +17,13 @@ from dmmlib.analysis.plots import titled
 from dmmlib.studies.meta.experiments import SYMBOLS
 
 _PALETTE = sns.color_palette("colorblind", 10)
-REPLACED = {
+REPLACED: dict[str, dict[str, Any]] = {
     "task": {"label": "a task", "color": _PALETTE[0], "marker": "o"},
     "example": {"label": "one example of a task", "color": _PALETTE[1], "marker": "s"},
     "adaptation": {"label": "one example of the new task", "color": _PALETTE[2], "marker": "^"},
     "meta": {"label": "a task, and one example of the new one", "color": _PALETTE[3], "marker": "D"},
 }
-_BOUND = {"ls": "--", "lw": 1.2}
+_CHANGE = "largest change of loss"
 
 
 def _logarithmic(axis: Axes, values: pd.Series, name: str) -> None:
@@ -41,66 +42,72 @@ def _measured(axis: Axes, part: pd.DataFrame, name: str, **look: Any) -> None:
     axis.errorbar(part["value"], part[name], _bars(part, name), capsize=2, ms=5, **look)
 
 
-def _finished(
-    figure: Figure, title: str, caption: str, axes: Axes, heading: str = "", **lines: dict[str, Any]
-) -> Figure:
-    """Add a legend at the right, of what the first panel has and of further lines: label -> look; then the title."""
-    handles, labels = axes[0].get_legend_handles_labels()
-    handles += [plt.Line2D([], [], **{"color": "0.3"} | look) for look in lines.values()]
-    wrapped = [textwrap.fill(text, 22) for text in (*labels, *lines)]
-    figure.legend(handles, wrapped, loc="outside right center", fontsize=9, title=heading)
-    return titled(figure, title, caption)
+def _bound(axis: Axes, x: pd.Series, bound: pd.Series, color: Any, **look: Any) -> None:
+    axis.plot(x, bound, color=color, ls="--", lw=1.2, **look)
+
+
+def _legend(axis: Axes, more: Mapping[str, Mapping[str, Any]], heading: str | None = None) -> None:
+    """Explain at the figure's right what one of its panels has, and more: label -> look of a line."""
+    handles, labels = axis.get_legend_handles_labels()
+    handles += [plt.Line2D([], [], **{"color": "0.3", **look}) for look in more.values()]
+    wrapped = [textwrap.fill(text, 22) for text in (*labels, *more)]
+    axis.get_figure().legend(handles, wrapped, loc="outside right center", fontsize=9, title=heading)
 
 
 def sweeps(table: pd.DataFrame, title: str, caption: str) -> Figure:
     """A panel for each quantity that varies: measured stability (marks) and its bounds (dashed)."""
-    names = table["varies"].unique()
-    size = (2.9 * len(names), 3.5)
-    figure, axes = plt.subplots(1, len(names), figsize=size, sharey=True, layout="constrained")
-    for axis, (name, here) in zip(axes, table.groupby("varies", sort=False), strict=True):
+    parts = table.groupby("varies", sort=False)
+    size = (2.9 * parts.ngroups, 3.5)
+    figure, axes = plt.subplots(1, parts.ngroups, figsize=size, sharey=True, layout="constrained")
+    for axis, (name, here) in zip(axes, parts, strict=True):
         for kind, look in REPLACED.items():
             part = here[here["kind"] == kind]
             _measured(axis, part, "measured", **look)
-            axis.plot(part["value"], part["bound"], color=look["color"], **_BOUND)
-        _logarithmic(axis, here["value"], SYMBOLS[name])
-    axes[0].set_ylabel("largest change of loss")
-    return _finished(figure, title, caption, axes, "replaced", bounds={"ls": "--"})
+            _bound(axis, part["value"], part["bound"], look["color"])
+        _logarithmic(axis, here["value"], SYMBOLS[str(name)])
+    axes[0].set_ylabel(_CHANGE)
+    _legend(axes[0], {"bounds": {"ls": "--"}}, "replaced")
+    return titled(figure, title, caption)
 
 
 def slopes(table: pd.DataFrame, title: str, caption: str) -> Figure:
     """A panel for each replacement: log-log slopes, measured with intervals (marks) and of the bound (bars)."""
-    kinds, names = ("task", "example", "adaptation"), [v for v in SYMBOLS.values() if v in set(table["varies"])]
-    size = (12.5, 0.5 * len(names) + 1.8)
+    names, cases = (
+        [v for v in SYMBOLS.values() if v in set(table["varies"])],
+        table.groupby(["tasks", "inner"], sort=False),
+    )
+    size, bar = (12.5, 0.5 * len(names) + 1.8), {"color": "black", "marker": "|", "ls": "", "ms": 9, "mew": 1.4}
     figure, axes = plt.subplots(1, 3, figsize=size, sharey=True, sharex=True, layout="constrained")
-    for axis, kind in zip(axes, kinds, strict=True):
-        cases = table.groupby(["tasks", "inner"], sort=False)
+    for axis, kind in zip(axes, ("task", "example", "adaptation"), strict=True):
         for k, ((tasks, inner), case) in enumerate(cases):
             part = case[case["replaced"] == kind]
             row = part["varies"].map(names.index) + 0.14 * (k - (cases.ngroups - 1) / 2)
-            look = {"color": _PALETTE[k], "fmt": "osD^v"[k], "ms": 4.5}
-            axis.errorbar(part["slope"], row, xerr=_bars(part, "slope"), label=f"{tasks}, {inner}", **look)
-            axis.plot(part["bound's slope"], row, "|", color="black", ms=9, mew=1.4)
+            look = {"color": _PALETTE[k], "fmt": "osD^v"[k], "ms": 4.5, "label": f"{tasks}, {inner}"}
+            axis.errorbar(part["slope"], row, xerr=_bars(part, "slope"), **look)
+            axis.plot(part["bound's slope"], row, **bar)
         axis.axvline(0, color="0.8", lw=0.8, zorder=0)
         axis.set(title=f"replaced: {REPLACED[kind]['label']}", xlabel="log-log slope", xlim=(-3, 1.5))
         axis.grid(axis="x", color="0.93")
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
-    bar = {"color": "black", "marker": "|", "ls": "", "ms": 9, "mew": 1.4}
-    return _finished(figure, title, caption, axes, **{"slope of the bound": bar})
+    _legend(axes[0], {"slope of the bound": bar})
+    return titled(figure, title, caption)
 
 
 def gaps(table: pd.DataFrame, title: str, caption: str) -> Figure:
     """A panel for each quantity: transfer minus empirical risk (marks), stability (lines) and its bound (dashed)."""
-    names = table["varies"].unique()
-    figure, axes = plt.subplots(1, len(names), figsize=(4.1 * len(names), 3.5), sharey=True, layout="constrained")
-    for axis, (name, here) in zip(axes, table.groupby("varies", sort=False), strict=True):
+    parts = table.groupby("varies", sort=False)
+    size = (4.1 * parts.ngroups, 3.5)
+    figure, axes = plt.subplots(1, parts.ngroups, figsize=size, sharey=True, layout="constrained")
+    for axis, (name, here) in zip(axes, parts, strict=True):
         for (tasks, part), tint, mark in zip(here.groupby("tasks", sort=False), _PALETTE, "osD", strict=False):
             _measured(axis, part[part["low"] > 0], "gap", color=tint, fmt=mark, label=f"gap: {tasks}")
             axis.plot(part["value"], part["stability"], color=tint, lw=1.4)
-            axis.plot(part["value"], part["bound"], color=tint, **_BOUND)
-        _logarithmic(axis, here["value"], SYMBOLS[name])
+            _bound(axis, part["value"], part["bound"], tint)
+        _logarithmic(axis, here["value"], SYMBOLS[str(name)])
     axes[0].set_ylabel("loss")
-    return _finished(figure, title, caption, axes, **{"measured stability": {}, "its bound": {"ls": "--"}})
+    _legend(axes[0], {"measured stability": {}, "its bound": {"ls": "--"}})
+    return titled(figure, title, caption)
 
 
 def robust(table: pd.DataFrame, title: str, caption: str) -> Figure:
@@ -109,9 +116,9 @@ def robust(table: pd.DataFrame, title: str, caption: str) -> Figure:
     for (case, part), tint, mark in zip(table.groupby("case", sort=False), _PALETTE, "os", strict=False):
         shown = part[part["stability"] > 1e-6]
         left.plot(shown["eps"], shown["stability"], color=tint, marker=mark, label=f"{case}: stability")
-        left.plot(part["eps"], part["bound"], color=tint, label=f"{case}: bound", **_BOUND)
-        right.plot(part["eps"], part["transfer"] / part["transfer"].iloc[0], color=tint, marker=mark, label=case)
-    left.set(yscale="log", xlabel="adversary ε (data have norm 1)", ylabel="largest change of loss")
+        _bound(left, part["eps"], part["bound"], tint, label=f"{case}: bound")
+        right.plot(part["eps"], part["transfer"] / part["transfer"].iloc[0], color=tint, marker=mark, label=str(case))
+    left.set(yscale="log", xlabel="adversary ε (data have norm 1)", ylabel=_CHANGE)
     right.set(xlabel="adversary ε", ylabel="robust transfer risk / that at ε = 0")
     right.legend(fontsize=9)
     left.legend(fontsize=8)
@@ -133,15 +140,16 @@ def broken(table: pd.DataFrame, title: str, caption: str) -> Figure:
         _measured(axis, part[fails], "measured", color=_PALETTE[3], fmt="X", label="measured, above it")
         _logarithmic(axis, part["value"][np.log(part["value"]).diff().fillna(1) > 0.25], quantities[str(case)])
         axis.set_title(f"{part['tasks'].iloc[0]}: {case}")
-    axes[0].set_ylabel("largest change of loss")
-    return _finished(figure, title, caption, axes)
+    axes[0].set_ylabel(_CHANGE)
+    _legend(axes[0], {})
+    return titled(figure, title, caption)
 
 
 def forgetting(table: pd.DataFrame, title: str, caption: str) -> Figure:
     """Left: KLoM of doing nothing, middle: stability, against lambda; right: one against the other."""
-    size = {"figsize": (13, 4.2), "gridspec_kw": {"wspace": 0.06}}
-    figure, (left, middle, right) = plt.subplots(1, 3, layout="constrained", **size)
-    supports = {
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.06)
+    supports: dict[str, dict[str, Any]] = {
         "do nothing": {"label": "do nothing, same support", "color": _PALETTE[3], "marker": "o"},
         "do nothing, own support": {"label": "do nothing, own support", "color": _PALETTE[1], "marker": "s"},
         "floor": {"label": "floor, same support", "color": "black", "marker": "_"},
@@ -149,21 +157,19 @@ def forgetting(table: pd.DataFrame, title: str, caption: str) -> Figure:
     kinds = {kind: REPLACED[kind] for kind in ("task", "adaptation", "meta")}
     for axis, looks in ((left, supports), (middle, kinds)):
         for name, look in looks.items():
-            axis.errorbar(
-                table["lam"], table[name], _bars(table, name, f"{name} low", f"{name} high"), capsize=2, **look
-            )
+            bars = _bars(table, name, f"{name} low", f"{name} high")
+            axis.errorbar(table["lam"], table[name], bars, capsize=2, **look)
         _logarithmic(axis, table["lam"], "regularisation λ")
-    for kind, ends in {"task": ((-8, -14), (-40, 2)), "meta": ((-8, -14), (10, 2))}.items():
-        bars = _bars(table, kind, f"{kind} low", f"{kind} high")
-        right.errorbar(table[kind], table["do nothing"], xerr=bars, capsize=2, **kinds[kind])
-        for (_, row), shift in zip(table.iloc[[0, -1]].iterrows(), ends, strict=True):
-            look = {"textcoords": "offset points", "fontsize": 8, "color": kinds[kind]["color"]}
-            right.annotate(f"λ = {row['lam']:g}", (row[kind], row["do nothing"]), shift, **look)
+    for kind, shifts in {"task": ((-8, -14), (-40, 2)), "meta": ((-8, -14), (10, 2))}.items():
+        bars, look = _bars(table, kind, f"{kind} low", f"{kind} high"), kinds[kind]
+        right.errorbar(table[kind], table["do nothing"], xerr=bars, capsize=2, **look)
+        for (_, row), shift in zip(table.iloc[[0, -1]].iterrows(), shifts, strict=True):
+            place = {"xytext": shift, "textcoords": "offset points", "fontsize": 8, "color": look["color"]}
+            right.annotate(f"λ = {row['lam']:g}", (row[kind], row["do nothing"]), **place)
     left.set(yscale="linear", ylim=(0, 1.3 * table["do nothing high"].max()), ylabel="forget KLoM, p95")
-    middle.set_ylabel("largest change of loss")
+    middle.set_ylabel(_CHANGE)
     right.set(xscale="log", xlabel="measured stability (left: more stable)", ylabel="forget KLoM of doing nothing, p95")
     right.set_ylim(0, 1.4 * table["do nothing"].max())
-    left.legend(fontsize=8, loc="upper left")
-    middle.legend(fontsize=8, loc="best", title="what is replaced", title_fontsize=8)
-    right.legend(fontsize=8, loc="upper left", title="what is replaced", title_fontsize=8)
+    for axis, place in ((left, "upper left"), (middle, "best"), (right, "upper left")):
+        axis.legend(fontsize=8, loc=place, title=None if axis is left else "what is replaced", title_fontsize=8)
     return titled(figure, title, caption)

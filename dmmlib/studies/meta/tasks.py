@@ -131,13 +131,10 @@ def disjoint_tasks(data: Dataset, side: int, n_each: int, rng: torch.Generator) 
         DataError: if a class has too few images.
     """
     x, members, pairs = features(data, side)
-    for c, member in enumerate(members):
-        needed = sum(c in pair for pair in pairs) * n_each
-        if needed > len(member):
-            raise DataError(
-                f"{len(pairs)} tasks with {n_each} images of either class need {needed} of {data.class_names[c]!r}, "
-                f"but there are {len(member)}; ask for fewer shots, or load more images."
-            )
+    needed = [n_each * sum(c in pair for pair in pairs) for c in range(data.n_classes)]
+    for name, member, count in zip(data.class_names, members, needed, strict=True):
+        if count > len(member):
+            raise DataError(f"Tasks need {count} images of {name!r}, but there are {len(member)}; ask for fewer shots.")
     left = [iter(member[torch.randperm(len(member), generator=rng)].tolist()) for member in members]
     order = torch.randperm(len(pairs), generator=rng).tolist()
     rows = torch.tensor([[next(left[c]) for _ in range(n_each) for c in pairs[p]] for p in order])
