@@ -1,20 +1,25 @@
-"""What notebook 10 runs, each a table."""
+"""What notebook 10 measures: stability, generalisation, and forgetting against both, each as a table."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy import stats
+from torch import Tensor
 
 from dmmlib.data import Dataset
+from dmmlib.errors import DataError
+from dmmlib.metrics import Estimate
 from dmmlib.studies.meta import forgetting
-from dmmlib.studies.meta.bounds import Bounds
+from dmmlib.studies.meta.bounds import KINDS, Bounds
 from dmmlib.studies.meta.learner import Learner, largest_norm
-from dmmlib.studies.meta.losses import LOGISTIC, PHASE, SQUARED
+from dmmlib.studies.meta.losses import LOGISTIC, PHASE, SQUARED, Loss
 from dmmlib.studies.meta.settings import MetaSettings
-from dmmlib.studies.meta.stability import gap, mean_estimate, measure, slope
 from dmmlib.studies.meta.tasks import Case, images, synthetic
 
 SYMBOLS = {
@@ -28,11 +33,120 @@ SYMBOLS = {
 }
 
 
+def mean_estimate(values: np.ndarray, least: float = -np.inf) -> Estimate:
+    """Mean with a 95 % t interval, cut off at `least`, over independent values (k,); raises DataError for one value."""
+    if len(values) < 2:
+        raise DataError(f"An interval over {len(values)} value was asked for; repeat at least twice.")
+    centre = float(np.mean(values))
+    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+    return Estimate(centre, max(least, centre - half), centre + half)
+
+
+def slope(x: np.ndarray, rows: np.ndarray) -> Estimate:
+    """Fit the log-log slope of each row of rows (k, len(x)) against x: their mean with a 95 % interval."""
+    centred = np.log(x) - np.log(x).mean()
+    return mean_estimate(np.log(rows) @ centred / (centred**2).sum())
+
+
+def measure(case: Case, s: MetaSettings, seed: int) -> pd.DataFrame:
+    """Train on S and on S with one task, or one example, replaced, with the same randomness; compare losses.
+
+    Each of `repeats` meta-samples gets `probes` replacements, by fresh draws in turn with adverse ones (labels as
+    far from the drawn ones as can be). Each is judged on a new task of its own, at `queries` points with the drawn
+    label and with the adverse one; the largest change counts. The loss of a stochastic learner is averaged over
+    `seeds` runs first. The supremum over all replacements, which a bound speaks of, is at least what is found.
+
+    Returns:
+        A row for each kind of replacement (`bounds.KINDS`): `each`, the largest change over probes for each
+        meta-sample (repeats,); `measured`, `low` and `high`, their mean and 95 % interval; `bound`, NaN for an
+        unchecked learner, with G on the ball that held every model; `radius` of that ball.
+
+    Raises:
+        DataError, PresetError: as `Learner.check`.
+    """
+    env, learner, m, n = case.env, case.learner, case.m, case.n
+    learner.check(m, n)
+    rng = torch.Generator().manual_seed(seed)
+    repeats, probes, flip = s.repeats, s.probes, learner.loss.flip
+    rows, columns = torch.arange(repeats)[:, None], torch.arange(probes)
+    adverse = columns % 2 == 1
+
+    x, y = env.draw((repeats, m), n + 1, rng)  # the last example of each task is spare
+    other_x, other_y = env.draw((repeats, probes), n, rng)
+    task = torch.randint(m, (repeats, probes), generator=rng)
+    place = torch.randint(n, (repeats, probes), generator=rng)
+    spare = y[rows, task, n]
+
+    # Runs on the meta-sample itself, then with a task replaced for each probe, then with an example replaced.
+    run_x = x[:, None, :, :n].repeat(1, 1 + 2 * probes, 1, 1, 1)
+    run_y = y[:, None, :, :n].repeat(1, 1 + 2 * probes, 1, 1)
+    whole, single = (rows, 1 + columns, task), (rows, 1 + probes + columns, task, place)
+    run_x[whole], run_y[whole] = other_x, torch.where(adverse[:, None], flip(other_y), other_y)
+    run_x[single], run_y[single] = x[rows, task, n], torch.where(adverse, flip(spare), spare)
+
+    stochastic = learner.tasks_per_step is not None or learner.examples_per_step is not None
+    seeds, shared = (s.seeds, (s.seeds, repeats, 1)) if stochastic else (1, None)
+    w, visited = learner.learn(run_x, run_y, env.start, rng, shared)
+    base, task_w, example_w = w.expand(seeds, *w.shape[-3:]).split([1, probes, probes], 2)
+
+    new_x, new_y = env.draw((repeats, probes), n + 1 + s.queries, rng)
+    support, query = (new_x[:, :, :n], new_y[:, :, :n]), (new_x[:, :, n + 1 :], new_y[:, :, n + 1 :])
+    changed = support[0].clone(), support[1].clone()
+    changed[0][rows, columns, place] = new_x[:, :, n]
+    changed[1][rows, columns, place] = torch.where(adverse, flip(new_y[:, :, n]), new_y[:, :, n])
+    both = torch.cat([query[0], query[0]], 2), torch.cat([query[1], flip(query[1])], 2)
+    state, radii = rng.get_state(), [visited]
+
+    def losses(which: Tensor, data: tuple[Tensor, Tensor]) -> Tensor:
+        rng.set_state(state)  # the same examples are drawn for both of a pair
+        u = learner.adapt(which.expand(seeds, repeats, probes, -1), *data, rng=rng)
+        radii.append(largest_norm(u))
+        return learner.loss.at(u, *both, learner.eps).mean(0)
+
+    before = losses(base, support)
+    after = [losses(task_w, support), losses(example_w, support), losses(base, changed), losses(task_w, changed)]
+    radius = max(radii)
+    bound = {} if learner.unchecked else Bounds.of(case, radius).changes()
+    table: list[dict[str, Any]] = []
+    for kind, new in zip(KINDS, after, strict=True):
+        each = (new - before).abs().amax((1, 2)).numpy()
+        mean = mean_estimate(each, least=0)
+        row = {"kind": kind, "measured": mean.value, "low": mean.low, "high": mean.high}
+        table.append(row | {"bound": bound.get(kind, np.nan), "radius": radius, "each": each})
+    return pd.DataFrame(table).set_index("kind")
+
+
+def gap(case: Case, s: MetaSettings, seed: int, radius: float = 0.0) -> dict[str, float]:
+    """Transfer risk minus average empirical risk over `gap_repeats` meta-samples.
+
+    Transfer risk: loss at `queries` fresh examples of each of `gap_tasks` fresh tasks, after adapting to n others;
+    empirical risk: loss of the models adapted to the training tasks on those very examples.
+
+    Args:
+        radius: of the ball that the bound's G is taken on, where it is larger than what is visited here.
+
+    Returns:
+        transfer: the mean transfer risk; gap, low, high: the difference with its 95 % interval; bound: on it.
+    """
+    env, learner, n = case.env, case.learner, case.n
+    rng = torch.Generator().manual_seed(seed)
+    x, y = env.draw((s.gap_repeats, case.m), n, rng)
+    w, visited = learner.learn(x, y, env.start, rng)
+    own = learner.adapt(w[:, None], x, y, rng=rng)
+    empirical = learner.loss.at(own, x, y, learner.eps).mean((1, 2))
+    new_x, new_y = env.draw((s.gap_repeats, s.gap_tasks), n + s.queries, rng)
+    u = learner.adapt(w[:, None], new_x[:, :, :n], new_y[:, :, :n], rng=rng)
+    transfer = learner.loss.at(u, new_x[:, :, n:], new_y[:, :, n:], learner.eps).mean((1, 2))
+    mean = mean_estimate((transfer - empirical).numpy())
+    bound = Bounds.of(case, max(radius, visited, largest_norm(u))).changes()["meta"]
+    return {"transfer": float(transfer.mean()), "gap": mean.value, "low": mean.low, "high": mean.high, "bound": bound}
+
+
 def cases(s: MetaSettings) -> list[Case]:
     """Synthetic logistic and linear regression and phase retrieval, by the learner where nothing varies."""
-    sizes = s.lam, s.step, s.steps, "prox", s.inner_step, s.inner_steps
+    base = Learner(LOGISTIC, s.lam, s.step, s.steps, "prox", s.inner_step, s.inner_steps)
     losses = (LOGISTIC, SQUARED, PHASE)
-    return [Case(synthetic(loss, s.dim, s.spread), Learner(loss, *sizes), s.m, s.n) for loss in losses]
+    return [Case(synthetic(loss, s.dim, s.spread), replace(base, loss=loss), s.m, s.n) for loss in losses]
 
 
 def families(data: Dataset, s: MetaSettings) -> list[Case]:
@@ -47,7 +161,7 @@ def sweeps(data: Dataset, s: MetaSettings) -> pd.DataFrame:
     sizes, meta_level = {"m": s.ms, "n": s.ns}, {"step": s.gammas, "n_steps": s.ts}
     every = {**sizes, "lam": s.lams, **meta_level}
     logistic, squared, pictures, phase = families(data, s)
-    varied = [
+    varied: list[tuple[Case, Mapping[str, Sequence[float]]]] = [
         (logistic, every),
         (logistic.changed(inner="gd"), {**sizes, **meta_level, "inner_step": s.etas, "inner_steps": s.ks}),
         (squared, every),
@@ -112,7 +226,7 @@ def robust(s: MetaSettings) -> pd.DataFrame:
         for eps in s.epsilons:
             case = base.changed(eps=eps)
             found = measure(case, s, s.seed + 2).loc["meta"]
-            risks = gap(case, s, s.seed + 1, found["radius"])
+            risks = gap(case, s, s.seed + 1, float(found["radius"]))
             rows.append({"case": name, "eps": eps, "stability": found["measured"]} | risks)
     return pd.DataFrame(rows)
 
@@ -127,16 +241,22 @@ def broken(s: MetaSettings) -> pd.DataFrame:
     logistic, linear, phase = (case.changed(inner="gd") for case in cases(s))
     saddle = replace(phase.env, start=torch.full((s.dim,), 1e-3, dtype=torch.float64))
     weak = replace(phase, env=saddle).changed(lam=0.1, inner_step=0.2, inner_steps=50)
-    steps = {eta: logistic.changed(inner_step=eta / s.lam, inner_steps=20, unchecked=True) for eta in s.broken_etas}
-    labels = {b: linear.changed(loss=replace(SQUARED, flip=lambda y, b=b: -b * torch.sign(y))) for b in s.broken_labels}
-    sizes = {n: weak.changed(n=n) for n in s.broken_ns}
+    cases_ = [
+        ("step", v, logistic.changed(inner_step=v / s.lam, inner_steps=20, unchecked=True)) for v in s.broken_etas
+    ]
+    cases_ += [("Lipschitz", v, linear.changed(loss=_with_labels(v))) for v in s.broken_labels]
+    cases_ += [("convexity", n, weak.changed(n=n)) for n in s.broken_ns]
     tables = []
-    for name, cases_ in {"step": steps, "Lipschitz": labels, "convexity": sizes}.items():
-        for value, case in cases_.items():
-            bound = Bounds.of(case, 1.0).as_if_met().changes()["adaptation"]
-            found = measure(case, s, s.seed + 3).loc[["adaptation"]]
-            tables.append(found.assign(case=name, tasks=case.env.name, value=value, bound=bound))
+    for name, value, case in cases_:
+        bound = Bounds.of(case, 1.0).as_if_met().changes()["adaptation"]
+        found = measure(case, s, s.seed + 3).loc[["adaptation"]]
+        tables.append(found.assign(case=name, tasks=case.env.name, value=value, bound=bound))
     return pd.concat(tables, ignore_index=True)
+
+
+def _with_labels(size: float) -> Loss:
+    """The squared loss with adverse labels of that size."""
+    return replace(SQUARED, flip=lambda y: -size * torch.sign(y))
 
 
 def assumptions(data: Dataset, s: MetaSettings) -> pd.DataFrame:

@@ -46,12 +46,12 @@ def _bound(axis: Axes, x: pd.Series, bound: pd.Series, color: Any, **look: Any) 
     axis.plot(x, bound, color=color, ls="--", lw=1.2, **look)
 
 
-def _legend(axis: Axes, more: Mapping[str, Mapping[str, Any]], heading: str | None = None) -> None:
+def _legend(figure: Figure, axis: Axes, more: Mapping[str, Mapping[str, Any]], heading: str | None = None) -> None:
     """Explain at the figure's right what one of its panels has, and more: label -> look of a line."""
     handles, labels = axis.get_legend_handles_labels()
     handles += [plt.Line2D([], [], **{"color": "0.3", **look}) for look in more.values()]
     wrapped = [textwrap.fill(text, 22) for text in (*labels, *more)]
-    axis.get_figure().legend(handles, wrapped, loc="outside right center", fontsize=9, title=heading)
+    figure.legend(handles, wrapped, loc="outside right center", fontsize=9, title=heading)
 
 
 def sweeps(table: pd.DataFrame, title: str, caption: str) -> Figure:
@@ -66,7 +66,7 @@ def sweeps(table: pd.DataFrame, title: str, caption: str) -> Figure:
             _bound(axis, part["value"], part["bound"], look["color"])
         _logarithmic(axis, here["value"], SYMBOLS[str(name)])
     axes[0].set_ylabel(_CHANGE)
-    _legend(axes[0], {"bounds": {"ls": "--"}}, "replaced")
+    _legend(figure, axes[0], {"bounds": {"ls": "--"}}, "replaced")
     return titled(figure, title, caption)
 
 
@@ -90,7 +90,7 @@ def slopes(table: pd.DataFrame, title: str, caption: str) -> Figure:
         axis.grid(axis="x", color="0.93")
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
-    _legend(axes[0], {"slope of the bound": bar})
+    _legend(figure, axes[0], {"slope of the bound": bar})
     return titled(figure, title, caption)
 
 
@@ -106,7 +106,7 @@ def gaps(table: pd.DataFrame, title: str, caption: str) -> Figure:
             _bound(axis, part["value"], part["bound"], tint)
         _logarithmic(axis, here["value"], SYMBOLS[str(name)])
     axes[0].set_ylabel("loss")
-    _legend(axes[0], {"measured stability": {}, "its bound": {"ls": "--"}})
+    _legend(figure, axes[0], {"measured stability": {}, "its bound": {"ls": "--"}})
     return titled(figure, title, caption)
 
 
@@ -141,14 +141,14 @@ def broken(table: pd.DataFrame, title: str, caption: str) -> Figure:
         _logarithmic(axis, part["value"][np.log(part["value"]).diff().fillna(1) > 0.25], quantities[str(case)])
         axis.set_title(f"{part['tasks'].iloc[0]}: {case}")
     axes[0].set_ylabel(_CHANGE)
-    _legend(axes[0], {})
+    _legend(figure, axes[0], {})
     return titled(figure, title, caption)
 
 
 def forgetting(table: pd.DataFrame, title: str, caption: str) -> Figure:
     """Left: KLoM of doing nothing, middle: stability, against lambda; right: one against the other."""
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
-    figure.get_layout_engine().set(wspace=0.06)
+    room = {"wspace": 0.06}
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained", gridspec_kw=room)
     supports: dict[str, dict[str, Any]] = {
         "do nothing": {"label": "do nothing, same support", "color": _PALETTE[3], "marker": "o"},
         "do nothing, own support": {"label": "do nothing, own support", "color": _PALETTE[1], "marker": "s"},
@@ -170,6 +170,7 @@ def forgetting(table: pd.DataFrame, title: str, caption: str) -> Figure:
     middle.set_ylabel(_CHANGE)
     right.set(xscale="log", xlabel="measured stability (left: more stable)", ylabel="forget KLoM of doing nothing, p95")
     right.set_ylim(0, 1.4 * table["do nothing"].max())
-    for axis, place in ((left, "upper left"), (middle, "best"), (right, "upper left")):
-        axis.legend(fontsize=8, loc=place, title=None if axis is left else "what is replaced", title_fontsize=8)
+    left.legend(fontsize=8, loc="upper left")
+    for axis, corner in ((middle, "best"), (right, "upper left")):
+        axis.legend(fontsize=8, loc=corner, title="what is replaced", title_fontsize=8)
     return titled(figure, title, caption)

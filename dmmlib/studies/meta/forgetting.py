@@ -13,7 +13,7 @@ What is random in a model: its initialisation, and which tasks its meta-steps se
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -64,11 +64,6 @@ class Setting:
     y: Tensor  # their labels (m + v, n), -1 or 1
     support_x: Tensor  # fresh examples of the same tasks (m + v, n, d) to adapt to
     support_y: Tensor  # their labels (m + v, n)
-
-    @property
-    def task_of(self) -> np.ndarray:
-        """The task (n_points,) that each point belongs to."""
-        return np.repeat(np.arange(len(self.y)), self.s.shots)
 
     @property
     def labels(self) -> np.ndarray:
@@ -127,7 +122,7 @@ class Setting:
 
     def splits(self, task: int) -> dict[str, np.ndarray]:
         """Points of the forgotten task, of the other training tasks, and of validation tasks."""
-        of, m = self.task_of, self.s.tasks
+        of, m = np.arange(len(self.y)).repeat(self.s.shots), self.s.tasks
         parts = {"forget": of == task, "retain": (of != task) & (of < m), "validation": of >= m}
         return {split: np.flatnonzero(part) for split, part in parts.items()}
 
@@ -161,17 +156,12 @@ def attribute(at: Setting) -> RidgeDatamodel:
 
 
 def forget(
-    at: Setting,
-    task: int,
-    originals: Tensor,
-    attributor: Attributor,
-    rates: Mapping[str, float],
-    methods: Sequence[str] = METHODS,
+    at: Setting, task: int, originals: Tensor, attributor: Attributor, methods: Mapping[str, Mapping[str, float]]
 ) -> pd.DataFrame:
-    """Forget one task: for each method, split and statistic of KLoM its value, low and high end, and cost.
+    """Forget one task by methods with their options: a row for each method, split and statistic of KLoM.
 
-    "gd" goes on meta-training without the task for the share `cost` of the steps. Matching, at the learning rates
-    `rates`, spends as many sample gradients on points of adapted models.
+    "gd" goes on meta-training without the task for the share `cost` of the steps. Matching spends as many sample
+    gradients on points of adapted models.
     """
     s, splits, n_steps = at.s, at.splits(task), at.learner.n_steps
     work, n_train = n_steps * s.tasks_per_step * s.shots, s.tasks * s.shots
@@ -189,13 +179,12 @@ def forget(
     )
     reference = at.margins(at.oracles(task))
     rows = []
-    for method in methods:
+    for method, options in methods.items():
         if method == "gd":
             fewer = replace(at.learner, n_steps=max(1, round(s.cost * n_steps)))
             margins = at.margins(at.train(at.without(task), 4, task, start=originals, learner=fewer))
             cost = fewer.n_steps / n_steps
         else:
-            options = {"cost": s.cost, "lr": rates[method]} if method in MATCHING else {}
             done = unlearn.get(method)(problem, **options)
             margins, cost = done.margins, done.cost * (problem.retraining / work if method in MATCHING else 1)
         rows += [
@@ -215,14 +204,14 @@ def compare(data: Dataset, s: MetaSettings) -> tuple[pd.DataFrame, dict[str, flo
     at = setting(data, s, s.forget_lam)
     models = at.originals(), attribute(at)
     tuning = pd.concat(
-        forget(at, task, *models, dict.fromkeys(MATCHING, lr), MATCHING).assign(lr=lr)
+        forget(at, task, *models, {m: {"cost": s.cost, "lr": lr} for m in MATCHING}).assign(lr=lr)
         for lr in s.matching_lrs
         for task in range(s.n_forget, s.n_forget + s.n_tuning)
     )
     scores = tuning[tuning["statistic"] == "klom_p95"].groupby(["method", "lr"], sort=False)["value"].mean()
     rates = {method: float(scores[method].idxmin()) for method in MATCHING}
-    tables = [forget(at, task, *models, rates) for task in range(s.n_forget)]
-    return pd.concat(tables, ignore_index=True), rates
+    methods = {m: {"cost": s.cost, "lr": rates[m]} if m in rates else {} for m in METHODS}
+    return pd.concat([forget(at, k, *models, methods) for k in range(s.n_forget)], ignore_index=True), rates
 
 
 def nothing(at: Setting) -> pd.DataFrame:

@@ -32,11 +32,7 @@ Shape = tuple[int, ...] | None
 
 @dataclass(frozen=True)
 class Learner:
-    """How to meta-learn.
-
-    Raises:
-        PresetError: for numbers that are not positive, or an adversary that is negative or as large as the data.
-    """
+    """How to meta-learn, for numbers as `settings` allows them."""
 
     loss: Loss
     lam: float = 1.0  # lambda, how much an adapted model is held at w
@@ -50,15 +46,6 @@ class Learner:
     examples_per_step: int | None = None  # drawn with replacement for each gradient of "gd"; all of them if None
     unchecked: bool = False  # run with steps that are known to be unstable, to see what happens
 
-    def __post_init__(self) -> None:
-        for name in ("lam", "step", "n_steps", "inner_step", "inner_steps"):
-            if not getattr(self, name) > 0:
-                raise PresetError(f"{name}={getattr(self, name):g}; give a positive number.")
-        if not 0 <= self.eps < 1:
-            raise PresetError(f"The adversary has eps={self.eps:g}, but the data have norm 1; give 0 <= eps < 1.")
-        if self.inner == "prox" and self.examples_per_step is not None:
-            raise PresetError("examples_per_step is for inner='gd'; prox uses all examples, so leave it out.")
-
     def check(self, m: int, n: int) -> None:
         """Refuse what cannot work on m tasks of n examples, before anything is computed.
 
@@ -68,12 +55,12 @@ class Learner:
         """
         prox = self.inner == "prox"
         if min(m, n) < 2:
-            raise DataError(
-                f"There are m={m} tasks of n={n} examples, and one is to be replaced; give at least 2 each."
-            )
+            raise DataError(f"m={m} tasks of n={n} examples are given, and one is to be replaced; give at least 2.")
         for name, size in (("tasks_per_step", m), ("examples_per_step", n)):
             if (count := getattr(self, name)) is not None and not 1 <= count <= size:
                 raise DataError(f"{name}={count} are to be drawn from {size}; give 1 to {size}.")
+        if prox and self.examples_per_step is not None:
+            raise PresetError("examples_per_step is for inner='gd'; prox uses all examples, so leave it out.")
         if prox and self.eps and self.loss is not LOGISTIC:
             raise PresetError(f"Robust {self.loss.name} has no prox solver here; use inner='gd'.")
         if prox:

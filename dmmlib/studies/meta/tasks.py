@@ -42,9 +42,8 @@ class Case:
 
     def changed(self, **quantities: Any) -> Case:
         """The case with some of its quantities, or of its learner's, changed."""
-        sizes = {name: int(value) for name, value in quantities.items() if name in ("m", "n")}
-        others = {name: value for name, value in quantities.items() if name not in sizes}
-        return replace(self, learner=replace(self.learner, **others), **sizes)
+        own = {name: int(quantities.pop(name)) for name in ("m", "n") if name in quantities}
+        return replace(self, learner=replace(self.learner, **quantities), **own)  # type: ignore[arg-type]
 
 
 def synthetic(loss: Loss, dim: int, spread: float) -> Environment:
