@@ -281,8 +281,8 @@ def test_slope_of_a_power_law() -> None:
 # --- forgetting ----------------------------------------------------------------------------------------
 
 FEW = MetaSettings(
-    repeats=2, probes=2, queries=8, side=3, shots=4, n_models=40, forget_steps=30, n_subsets=200, n_forget=2, n_tuning=1,
-    forget_lam=3.0, forget_lams=(0.03, 3.0), matching_lrs=(3e-3, 3e-2),
+    repeats=2, probes=2, queries=8, side=3, shots=4, n_models=40, forget_steps=30, n_subsets=200, n_forget=2,
+    n_tuning=1, forget_lam=3.0, forget_lams=(0.03, 3.0), matching_lrs=(3e-3, 3e-2),
 )  # fmt: skip
 
 

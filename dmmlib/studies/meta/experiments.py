@@ -105,28 +105,19 @@ def measure(case: Case, s: MetaSettings, seed: int) -> pd.DataFrame:
 
     before = losses(base, support)
     after = [losses(task_w, support), losses(example_w, support), losses(base, changed), losses(task_w, changed)]
-    radius = max(radii)
-    bound = {} if learner.unchecked else Bounds.of(case, radius).changes()
-    table: list[dict[str, Any]] = []
-    for kind, new in zip(KINDS, after, strict=True):
-        each = (new - before).abs().amax((1, 2)).numpy()
-        mean = mean_estimate(each, least=0)
-        row = {"kind": kind, "measured": mean.value, "low": mean.low, "high": mean.high}
-        table.append(row | {"bound": bound.get(kind, np.nan), "radius": radius, "each": each})
-    return pd.DataFrame(table).set_index("kind")
+    each = [(new - before).abs().amax((1, 2)).numpy() for new in after]
+    table = pd.DataFrame([mean_estimate(v, least=0) for v in each], pd.Index(KINDS, name="kind"))
+    bound = {} if learner.unchecked else Bounds.of(case, max(radii)).changes()
+    found = {"bound": table.index.map(bound), "radius": max(radii), "each": pd.Series(each, table.index)}
+    return table.rename(columns={"value": "measured"}).assign(**found)
 
 
 def gap(case: Case, s: MetaSettings, seed: int, radius: float = 0.0) -> dict[str, float]:
-    """Transfer risk minus average empirical risk over `gap_repeats` meta-samples.
+    """Transfer risk, its excess over average empirical risk with a 95 % interval, and the bound of that.
 
     Transfer risk: loss at `queries` fresh examples of each of `gap_tasks` fresh tasks, after adapting to n others;
-    empirical risk: loss of the models adapted to the training tasks on those very examples.
-
-    Args:
-        radius: of the ball that the bound's G is taken on, where it is larger than what is visited here.
-
-    Returns:
-        transfer: the mean transfer risk; gap, low, high: the difference with its 95 % interval; bound: on it.
+    empirical risk: loss of the models adapted to the training tasks on those very examples; over `gap_repeats`
+    meta-samples. The bound's G is that of the ball of `radius`, or of what is visited here if that is larger.
     """
     env, learner, n = case.env, case.learner, case.n
     rng = torch.Generator().manual_seed(seed)
@@ -262,8 +253,7 @@ def _with_labels(size: float) -> Loss:
 def assumptions(data: Dataset, s: MetaSettings) -> pd.DataFrame:
     """What the bounds assume and what the experiments do, checked on adapted models: a row for each task family.
 
-    The curvature is the lowest (grad l(u') - grad l(u)) . (u' - u) / ||u' - u||^2 of single examples; it is negative
-    if the loss is not convex.
+    Curvature: (grad l(u') - grad l(u)) . (u' - u) / ||u' - u||^2 of single examples, negative where l is not convex.
     """
     rows = []
     for case in families(data, s):
@@ -271,7 +261,7 @@ def assumptions(data: Dataset, s: MetaSettings) -> pd.DataFrame:
         x, y = env.draw((256,), s.n, rng)
         u = at.adapt(env.start.expand(len(x), -1), x, y)
         moved = u + 0.1 * torch.randn(u.shape, generator=rng, dtype=u.dtype)
-        radius, apart = max(largest_norm(u), largest_norm(moved)), moved - u
+        radius, apart = largest_norm(torch.cat([u, moved])), moved - u
         g, g_moved = (at.loss.gradient(v[:, None], x[:, :, None], y[..., None]) for v in (u, moved))
         curvature = ((g_moved - g) * apart[:, None]).sum(-1) / (apart**2).sum(-1)[:, None]
         bounds = Bounds.of(case, radius)

@@ -67,15 +67,14 @@ class Learner:
             strong_convexity(self.lam, self.loss.curvature)
         if self.unchecked:
             return
-        share = self.step * self.lam
-        if share > 1:
-            raise PresetError(f"The meta-level step is unstable: gamma lambda = {share:g} > 1; lower step or lam.")
-        smooth = 0.0 if math.isinf(self.loss.smoothness) else self.loss.smoothness * (1 + self.eps) ** 2
-        if not prox and self.inner_step > 1 / (self.lam + smooth):
+        if self.step * self.lam > 1:
             raise PresetError(
-                f"The task-level step is unstable: eta={self.inner_step:g} > 1 / (lambda + smoothness); "
-                f"give inner_step <= {1 / (self.lam + smooth):.4g}."
+                f"Meta-level steps are unstable: gamma lambda = {self.step * self.lam:g} > 1; lower step."
             )
+        smooth = 0.0 if math.isinf(self.loss.smoothness) else self.loss.smoothness * (1 + self.eps) ** 2
+        limit = 1 / (self.lam + smooth)
+        if not prox and self.inner_step > limit:
+            raise PresetError(f"Task-level steps eta={self.inner_step:g} are unstable; give inner_step <= {limit:.4g}.")
 
     def learn(
         self, x: Tensor, y: Tensor, start: Tensor, rng: Rng = None, shared: Shape = None, masks: Tensor | None = None
@@ -154,8 +153,7 @@ def strong_convexity(lam: float, curvature: float) -> float:
     """Return lambda + mu, by which the prox problem is strongly convex; raises PresetError unless it is positive."""
     if lam + curvature <= 0:
         raise PresetError(
-            f"lambda + mu = {lam + curvature:g}, so prox has no one answer and no bound; "
-            f"give lam > {-curvature:g}, or use inner='gd'."
+            f"lambda + mu = {lam + curvature:g}, so prox has no one answer; raise lam, or use inner='gd'."
         )
     return lam + curvature
 
@@ -174,16 +172,11 @@ def _take(values: Tensor, chosen: Tensor, trailing: int) -> Tensor:
 
 
 def affine(lam: float, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Solve prox-regularised least squares: u = P w + c, with P = lam (X^T X / n + lam I)^-1.
-
-    Returns:
-        P (..., d, d) and c (..., d).
-    """
+    """Solve prox-regularised least squares: u = P w + c, with P (..., d, d) = lam (X^T X / n + lam I)^-1, c (..., d)."""
     n, dim = x.shape[-2:]
     penalty = lam * torch.eye(dim, dtype=x.dtype)
-    hessian = x.mT @ x / n + penalty
-    moment = scores(y, x.mT) / n
-    solved = torch.linalg.solve(hessian, torch.cat([penalty.expand_as(hessian), moment[..., None]], -1))
+    hessian, moment = x.mT @ x / n + penalty, x.mT @ y[..., None] / n
+    solved = torch.linalg.solve(hessian, torch.cat([penalty.expand_as(hessian), moment], -1))
     return solved[..., :-1], solved[..., -1]
 
 
@@ -209,17 +202,16 @@ def _newton(lam: float, eps: float, w: Tensor, x: Tensor, y: Tensor, n_steps: in
     value = objective(u)
     for _ in range(n_steps):
         moved = attacked(LOGISTIC, u, x, y, eps)
-        s = scores(u, moved)
-        slope, bend = LOGISTIC.slope(s, y), torch.sigmoid(s) * torch.sigmoid(-s)
-        gradient = scores(slope, moved.mT) / n + lam * (u - w)
+        wrong = torch.sigmoid(-y * scores(u, moved))
+        gradient = scores(-y * wrong, moved.mT) / n + lam * (u - w)
         left = torch.linalg.vector_norm(gradient, dim=-1).masked_fill(stuck, 0)
         if bool((left < 1e-9).all()):
             return u.masked_fill(stuck[..., None], 0)
-        hessian = moved.mT @ (bend[..., None] * moved) / n + lam * eye
+        hessian = moved.mT @ ((wrong * (1 - wrong))[..., None] * moved) / n + lam * eye
         if eps:
             norm = torch.linalg.vector_norm(u, dim=-1).clamp(min=1e-12)[..., None, None]
             unit = u[..., None] / norm
-            hessian = hessian + (-y * slope).mean(-1)[..., None, None] * eps / norm * (eye - unit @ unit.mT)
+            hessian = hessian + wrong.mean(-1)[..., None, None] * eps / norm * (eye - unit @ unit.mT)
         towards = torch.linalg.solve(hessian, gradient)
         length = torch.ones_like(value)
         for _ in range(20):
@@ -244,11 +236,9 @@ def _dual(lam: float, w: Tensor, x: Tensor, y: Tensor, n_steps: int = 150) -> Te
     accelerated projected gradient ascent, restarted where it turns.
     """
     margin = strong_convexity(lam, PHASE.curvature)
-    n, dim = x.shape[-2:]
-    eye = lam * torch.eye(dim, dtype=x.dtype)
+    n, eye = x.shape[-2], lam * torch.eye(x.shape[-1], dtype=x.dtype)
     reach = lam / margin * torch.linalg.vector_norm(w, dim=-1).clamp(min=1e-6)
-    gram = torch.linalg.matrix_norm(x, 2) ** 2  # of sum x x^T
-    step = (n**2 * margin / (4 * reach**2 * gram))[..., None]
+    step = (n**2 * margin / (4 * reach**2 * torch.linalg.matrix_norm(x, 2) ** 2))[..., None]
 
     def solve(a: Tensor) -> Tensor:
         return torch.linalg.solve(eye + 2 / n * x.mT @ (a[..., None] * x), lam * w)

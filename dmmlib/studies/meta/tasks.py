@@ -76,10 +76,9 @@ def synthetic(loss: Loss, dim: int, spread: float) -> Environment:
 
 
 def features(data: Dataset, side: int) -> tuple[Tensor, list[Tensor], list[tuple[int, int]]]:
-    """Prepare training images, pooled to side x side and scaled to norm 1 one by one, for tasks of two classes.
+    """Prepare training images x (n_train, d) for tasks of two classes: pooled to side x side, scaled to norm 1 each.
 
-    Returns:
-        x (n_train, d); the indices of each class; every pair of a class of clothes (labelled 1) and another (-1).
+    Also returns the indices of each class, and every pair of a class of clothes (labelled 1) and another (-1).
 
     Raises:
         DataError: if a class has no image, or there is no pair.
@@ -90,23 +89,20 @@ def features(data: Dataset, side: int) -> tuple[Tensor, list[Tensor], list[tuple
     for name, member in zip(data.class_names, members, strict=True):
         if not len(member):
             raise DataError(f"Class {name!r} of {data.name!r} has no training image; load more of them.")
-    rest = [c for c in range(data.n_classes) if c not in CLOTHES]
-    pairs = [(a, b) for a in CLOTHES if a < data.n_classes for b in rest]
+    classes = range(data.n_classes)
+    pairs = [(a, b) for a in classes for b in classes if a in CLOTHES and b not in CLOTHES]
     if not pairs:
         raise DataError(f"The {data.n_classes} classes of {data.name!r} leave no pair; use data of at least 6 classes.")
     return x, members, pairs
 
 
 def alternating(shape: Sequence[int]) -> Tensor:
-    """Labels 1, -1, 1, ... (*shape, n) along the last dimension."""
+    """Labels 1, -1, 1, ... along the last dimension: a task's examples alternate between its classes."""
     return (1.0 - 2.0 * (torch.arange(shape[-1]) % 2)).double().expand(shape)
 
 
 def images(data: Dataset, side: int) -> Environment:
-    """Few-shot tasks, each a random one of the pairs of classes of `features`, which says what is raised.
-
-    The examples of a task alternate between its classes and are drawn with replacement from the training set.
-    """
+    """Few-shot tasks, each a random pair of classes, with examples drawn with replacement; raises as `features`."""
     x, members, pairs = features(data, side)
     table = pad_sequence(members, batch_first=True)
     sizes, classes = torch.tensor([len(member) for member in members]), torch.tensor(pairs)
@@ -121,13 +117,10 @@ def images(data: Dataset, side: int) -> Environment:
 
 
 def disjoint_tasks(data: Dataset, side: int, n_each: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One task for every pair of classes, with n_each examples of either, no image in two tasks.
-
-    Returns:
-        x (n_pairs, 2 n_each, d), y (n_pairs, 2 n_each); pairs come in random order, classes alternate within a task.
+    """One task x (2 n_each, d), y (2 n_each,) for every pair of classes, in random order, no image in two of them.
 
     Raises:
-        DataError: if a class has too few images.
+        DataError: if a class has too few images, or as `features`.
     """
     x, members, pairs = features(data, side)
     needed = [n_each * sum(c in pair for pair in pairs) for c in range(data.n_classes)]
