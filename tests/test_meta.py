@@ -27,13 +27,13 @@ SMALL = MetaSettings(repeats=3, probes=6, queries=16, seeds=8)
 
 
 def case(loss: Loss = LOGISTIC, m: int = 8, n: int = 8, dim: int = 3, **changes: Any) -> Case:
-    return Case(tasks.synthetic(loss, dim, 0.5), Learner(loss, **changes), m, n)
+    return tasks.synthetic(Learner(loss, **changes), m, n, dim, spread=0.5)
 
 
 def problem(loss: Loss, seed: int = 0, shape: tuple[int, ...] = (3,), n: int = 12, dim: int = 4) -> tuple[Tensor, ...]:
     """Adapted-model problems: w (*shape, dim), x (*shape, n, dim), y (*shape, n)."""
     rng = torch.Generator().manual_seed(seed)
-    env = tasks.synthetic(loss, dim, 0.5)
+    env = case(loss, dim=dim)
     x, y = env.draw(shape, n, rng)
     return 0.5 * torch.randn(*shape, dim, generator=rng, dtype=torch.float64), x, y
 
@@ -139,7 +139,7 @@ def test_descent_ends_at_the_prox(loss: Loss) -> None:
 
 
 def test_batched_runs_are_single_runs() -> None:
-    env = tasks.synthetic(LOGISTIC, 3, 0.5)
+    env = case(LOGISTIC, dim=3)
     x, y = env.draw((4, 5), 6, torch.Generator().manual_seed(0))
     for at in (Learner(LOGISTIC), Learner(LOGISTIC, inner="gd"), Learner(LOGISTIC, eps=0.2)):
         many, _ = at.learn(x, y, env.start)
@@ -169,7 +169,7 @@ def test_mean_estimation_moves_by_what_theory_says() -> None:
 
 
 def test_drawing_every_task_in_turn_is_the_full_step_on_average() -> None:
-    env = tasks.synthetic(SQUARED, 3, 0.5)
+    env = case(SQUARED, dim=3)
     x, y = env.draw((6,), 5, torch.Generator().manual_seed(0))
     full, _ = Learner(SQUARED, n_steps=8).learn(x, y, env.start)
     some = Learner(SQUARED, n_steps=8, tasks_per_step=2)
@@ -179,7 +179,7 @@ def test_drawing_every_task_in_turn_is_the_full_step_on_average() -> None:
 
 
 def test_shared_draws_leave_only_the_replacement() -> None:
-    env = tasks.synthetic(LOGISTIC, 3, 0.5)
+    env = case(LOGISTIC, dim=3)
     x, y = env.draw((1, 6), 5, torch.Generator().manual_seed(0))
     x, y = x.expand(4, -1, -1, -1), y.expand(4, -1, -1)
     for at in (Learner(LOGISTIC, tasks_per_step=2), Learner(LOGISTIC, inner="gd", examples_per_step=2)):
@@ -190,7 +190,7 @@ def test_shared_draws_leave_only_the_replacement() -> None:
 
 
 def test_masked_tasks_leave_no_trace() -> None:
-    env = tasks.synthetic(SQUARED, 3, 0.5)
+    env = case(SQUARED, dim=3)
     x, y = env.draw((6,), 5, torch.Generator().manual_seed(0))
     masks = torch.ones(50, 6, dtype=torch.bool)
     masks[:, 2] = False
@@ -253,7 +253,7 @@ def test_gap_is_what_replacing_does_on_average() -> None:
     """E[transfer - empirical] = E[loss of z_11 after replacing task 1 in S and z_11 in D_1, minus before]."""
     m, n, repeats = 3, 4, 4000
     few = case(m=m, n=n, lam=0.3)
-    env, at = few.env, few.learner
+    env, at = few, few.learner
     direct = experiments.gap(few, MetaSettings(gap_repeats=repeats, gap_tasks=4, queries=8), 0)
     rng = torch.Generator().manual_seed(1)
     x, y = env.draw((repeats, m + 1), n + 1, rng)
@@ -407,7 +407,7 @@ def test_bad_learners(changes: dict[str, Any], m: int, n: int, error: type[Excep
 
     good = case(m=m, n=n, **changes)
     with pytest.raises(error, match=message) as caught:
-        experiments.measure(replace(good, env=replace(good.env, draw=drawn)), SMALL, 0)
+        experiments.measure(replace(good, draw=drawn), SMALL, 0)
     assert "\n" not in str(caught.value)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -64,15 +63,15 @@ def measure(case: Case, s: MetaSettings, seed: int) -> pd.DataFrame:
     Raises:
         DataError, PresetError: as `Learner.check`.
     """
-    env, learner, m, n = case.env, case.learner, case.m, case.n
+    learner, m, n = case.learner, case.m, case.n
     learner.check(m, n)
     rng = torch.Generator().manual_seed(seed)
     repeats, probes, flip = s.repeats, s.probes, learner.loss.flip
     rows, columns = torch.arange(repeats)[:, None], torch.arange(probes)
     adverse = columns % 2 == 1
 
-    x, y = env.draw((repeats, m), n + 1, rng)  # the last example of each task is spare
-    other_x, other_y = env.draw((repeats, probes), n, rng)
+    x, y = case.draw((repeats, m), n + 1, rng)  # the last example of each task is spare
+    other_x, other_y = case.draw((repeats, probes), n, rng)
     task = torch.randint(m, (repeats, probes), generator=rng)
     place = torch.randint(n, (repeats, probes), generator=rng)
     spare = y[rows, task, n]
@@ -86,10 +85,10 @@ def measure(case: Case, s: MetaSettings, seed: int) -> pd.DataFrame:
 
     stochastic = learner.tasks_per_step is not None or learner.examples_per_step is not None
     seeds, shared = (s.seeds, (s.seeds, repeats, 1)) if stochastic else (1, None)
-    w, visited = learner.learn(run_x, run_y, env.start, rng, shared)
+    w, visited = learner.learn(run_x, run_y, case.start, rng, shared)
     base, task_w, example_w = w.expand(seeds, *w.shape[-3:]).split([1, probes, probes], 2)
 
-    new_x, new_y = env.draw((repeats, probes), n + 1 + s.queries, rng)
+    new_x, new_y = case.draw((repeats, probes), n + 1 + s.queries, rng)
     support, query = (new_x[:, :, :n], new_y[:, :, :n]), (new_x[:, :, n + 1 :], new_y[:, :, n + 1 :])
     changed = support[0].clone(), support[1].clone()
     changed[0][rows, columns, place] = new_x[:, :, n]
@@ -108,8 +107,8 @@ def measure(case: Case, s: MetaSettings, seed: int) -> pd.DataFrame:
     each = [(new - before).abs().amax((1, 2)).numpy() for new in after]
     table = pd.DataFrame([mean_estimate(v, least=0) for v in each], pd.Index(KINDS, name="kind"))
     bound = {} if learner.unchecked else Bounds.of(case, max(radii)).changes()
-    found = {"bound": table.index.map(bound), "radius": max(radii), "each": pd.Series(each, table.index)}
-    return table.rename(columns={"value": "measured"}).assign(**found)
+    table["bound"], table["radius"], table["each"] = table.index.map(bound), max(radii), pd.Series(each, table.index)
+    return table.rename(columns={"value": "measured"})
 
 
 def gap(case: Case, s: MetaSettings, seed: int, radius: float = 0.0) -> dict[str, float]:
@@ -119,13 +118,12 @@ def gap(case: Case, s: MetaSettings, seed: int, radius: float = 0.0) -> dict[str
     empirical risk: loss of the models adapted to the training tasks on those very examples; over `gap_repeats`
     meta-samples. The bound's G is that of the ball of `radius`, or of what is visited here if that is larger.
     """
-    env, learner, n = case.env, case.learner, case.n
-    rng = torch.Generator().manual_seed(seed)
-    x, y = env.draw((s.gap_repeats, case.m), n, rng)
-    w, visited = learner.learn(x, y, env.start, rng)
+    learner, n, rng = case.learner, case.n, torch.Generator().manual_seed(seed)
+    x, y = case.draw((s.gap_repeats, case.m), n, rng)
+    w, visited = learner.learn(x, y, case.start, rng)
     own = learner.adapt(w[:, None], x, y, rng=rng)
     empirical = learner.loss.at(own, x, y, learner.eps).mean((1, 2))
-    new_x, new_y = env.draw((s.gap_repeats, s.gap_tasks), n + s.queries, rng)
+    new_x, new_y = case.draw((s.gap_repeats, s.gap_tasks), n + s.queries, rng)
     u = learner.adapt(w[:, None], new_x[:, :, :n], new_y[:, :, :n], rng=rng)
     transfer = learner.loss.at(u, new_x[:, :, n:], new_y[:, :, n:], learner.eps).mean((1, 2))
     mean = mean_estimate((transfer - empirical).numpy())
@@ -136,15 +134,14 @@ def gap(case: Case, s: MetaSettings, seed: int, radius: float = 0.0) -> dict[str
 def cases(s: MetaSettings) -> list[Case]:
     """Synthetic logistic and linear regression and phase retrieval, by the learner where nothing varies."""
     base = Learner(LOGISTIC, s.lam, s.step, s.steps, "prox", s.inner_step, s.inner_steps)
-    losses = (LOGISTIC, SQUARED, PHASE)
-    return [Case(synthetic(loss, s.dim, s.spread), replace(base, loss=loss), s.m, s.n) for loss in losses]
+    return [synthetic(replace(base, loss=loss), s.m, s.n, s.dim, s.spread) for loss in (LOGISTIC, SQUARED, PHASE)]
 
 
 def families(data: Dataset, s: MetaSettings) -> list[Case]:
     """Every kind of task that is studied: these and images, with a lambda that weakly convex losses need."""
     logistic, squared, phase = cases(s)
     weak = phase.changed(lam=s.weak_lams[1], step=s.step / s.weak_lams[1])
-    return [logistic, squared, replace(logistic, env=images(data, s.side)), weak]
+    return [logistic, squared, images(data, s.side, logistic.learner, s.m, s.n), weak]
 
 
 def sweeps(data: Dataset, s: MetaSettings) -> pd.DataFrame:
@@ -161,7 +158,7 @@ def sweeps(data: Dataset, s: MetaSettings) -> pd.DataFrame:
     ]
     tables = []
     for case, quantities in varied:
-        named = {"tasks": case.env.name, "inner": case.learner.inner}
+        named = {"tasks": case.name, "inner": case.learner.inner}
         for name, values in quantities.items():
             for value in values:
                 found = measure(case.changed(**{name: value}), s, s.seed)
@@ -195,7 +192,7 @@ def stochastic(s: MetaSettings) -> pd.DataFrame:
 
 def gaps(data: Dataset, s: MetaSettings, measured: pd.DataFrame) -> pd.DataFrame:
     """Transfer risk minus empirical risk against m, n and lambda, beside the stability that `sweeps` measured."""
-    known = {case.env.name: case for case in families(data, s) if case.learner.loss is not PHASE}
+    known = {case.name: case for case in families(data, s) if case.learner.loss is not PHASE}
     chosen = measured.query("kind == 'meta' and inner == 'prox' and varies in ['m', 'n', 'lam'] and tasks in @known")
     rows = []
     for row in chosen[["tasks", "varies", "value", "measured", "radius"]].to_dict("records"):
@@ -216,8 +213,8 @@ def robust(s: MetaSettings) -> pd.DataFrame:
     for name, base in {"logistic regression, prox": logistic, "phase retrieval, gd, PGD": descent}.items():
         for eps in s.epsilons:
             case = base.changed(eps=eps)
-            found = measure(case, s, s.seed + 2).loc["meta"]
-            risks = gap(case, s, s.seed + 1, float(found["radius"]))
+            found = measure(case, s, s.seed + 2).loc["meta"].to_dict()
+            risks = gap(case, s, s.seed + 1, found["radius"])
             rows.append({"case": name, "eps": eps, "stability": found["measured"]} | risks)
     return pd.DataFrame(rows)
 
@@ -230,18 +227,18 @@ def broken(s: MetaSettings) -> pd.DataFrame:
     retrieval adapted by gradient descent with lambda far below its modulus, from next to its saddle point, against n.
     """
     logistic, linear, phase = (case.changed(inner="gd") for case in cases(s))
-    saddle = replace(phase.env, start=torch.full((s.dim,), 1e-3, dtype=torch.float64))
-    weak = replace(phase, env=saddle).changed(lam=0.1, inner_step=0.2, inner_steps=50)
+    saddle = replace(phase, start=torch.full((s.dim,), 1e-3, dtype=torch.float64))
+    saddle = saddle.changed(lam=0.1, inner_step=0.2, inner_steps=50)
     cases_ = [
         ("step", v, logistic.changed(inner_step=v / s.lam, inner_steps=20, unchecked=True)) for v in s.broken_etas
     ]
     cases_ += [("Lipschitz", v, linear.changed(loss=_with_labels(v))) for v in s.broken_labels]
-    cases_ += [("convexity", n, weak.changed(n=n)) for n in s.broken_ns]
+    cases_ += [("convexity", n, saddle.changed(n=n)) for n in s.broken_ns]
     tables = []
     for name, value, case in cases_:
         bound = Bounds.of(case, 1.0).as_if_met().changes()["adaptation"]
         found = measure(case, s, s.seed + 3).loc[["adaptation"]]
-        tables.append(found.assign(case=name, tasks=case.env.name, value=value, bound=bound))
+        tables.append(found.assign(case=name, tasks=case.name, value=value, bound=bound))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -257,9 +254,9 @@ def assumptions(data: Dataset, s: MetaSettings) -> pd.DataFrame:
     """
     rows = []
     for case in families(data, s):
-        env, at, rng = case.env, case.learner, torch.Generator().manual_seed(s.seed)
-        x, y = env.draw((256,), s.n, rng)
-        u = at.adapt(env.start.expand(len(x), -1), x, y)
+        at, rng = case.learner, torch.Generator().manual_seed(s.seed)
+        x, y = case.draw((256,), s.n, rng)
+        u = at.adapt(case.start.expand(len(x), -1), x, y)
         moved = u + 0.1 * torch.randn(u.shape, generator=rng, dtype=u.dtype)
         radius, apart = largest_norm(torch.cat([u, moved])), moved - u
         g, g_moved = (at.loss.gradient(v[:, None], x[:, :, None], y[..., None]) for v in (u, moved))
@@ -267,7 +264,7 @@ def assumptions(data: Dataset, s: MetaSettings) -> pd.DataFrame:
         bounds = Bounds.of(case, radius)
         rows.append(
             {
-                "tasks": env.name,
+                "tasks": case.name,
                 "‖x‖ ≤ 1": largest_norm(x),
                 "Lipschitz: largest gradient / G": largest_norm(g) / bounds.lipschitz,
                 "G": bounds.lipschitz,
@@ -286,10 +283,11 @@ def assumptions(data: Dataset, s: MetaSettings) -> pd.DataFrame:
 
 def forgetting_against_stability(data: Dataset, s: MetaSettings) -> pd.DataFrame:
     """KLoM of doing nothing, and measured stability of the same learner: a row for each lambda."""
-    rows, env = [], images(data, s.side)
+    rows = []
     for lam in s.forget_lams:
         at, row = forgetting.setting(data, s, lam), {"lam": lam}
-        found = measure(Case(env, at.learner, s.tasks, s.shots), s.model_copy(update={"seeds": 4}), s.seed)
+        case = images(data, s.side, at.learner, s.tasks, s.shots)
+        found = measure(case, s.model_copy(update={"seeds": 4}), s.seed)
         for name, values in {**forgetting.nothing(at), **found["each"]}.items():
             mean = mean_estimate(np.asarray(values), least=0)
             row |= {name: mean.value, f"{name} low": mean.low, f"{name} high": mean.high}

@@ -172,7 +172,7 @@ def _take(values: Tensor, chosen: Tensor, trailing: int) -> Tensor:
 
 
 def affine(lam: float, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Solve prox-regularised least squares: u = P w + c, with P (..., d, d) = lam (X^T X / n + lam I)^-1, c (..., d)."""
+    """Solve prox-regularised least squares: u = P w + c, P (..., d, d) = lam (X^T X / n + lam I)^-1, c (..., d)."""
     n, dim = x.shape[-2:]
     penalty = lam * torch.eye(dim, dtype=x.dtype)
     hessian, moment = x.mT @ x / n + penalty, x.mT @ y[..., None] / n

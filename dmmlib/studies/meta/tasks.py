@@ -16,26 +16,19 @@ from dmmlib.data import Dataset
 from dmmlib.errors import DataError
 from dmmlib.studies.convex.images import image_features
 from dmmlib.studies.meta.learner import Learner
-from dmmlib.studies.meta.losses import LOGISTIC, PHASE, Loss
+from dmmlib.studies.meta.losses import LOGISTIC, PHASE
 
 CLOTHES = (0, 1, 2, 3, 4, 6)  # of Fashion-MNIST; the rest are shoes and bags
 
 
 @dataclass(frozen=True)
-class Environment:
-    """A distribution of tasks."""
+class Case:
+    """A meta-learner on m tasks of n examples, drawn from an environment."""
 
-    name: str  # what figures call it
+    name: str  # of the environment, as figures call it
     draw: Callable[[Sequence[int], int, torch.Generator], tuple[Tensor, Tensor]]
     """(shape, n, rng) -> x (*shape, n, d) in the unit ball and y (*shape, n): independent tasks."""
     start: Tensor  # where meta-learning starts from (d,)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A meta-learner on m tasks of n examples."""
-
-    env: Environment
     learner: Learner
     m: int
     n: int
@@ -46,14 +39,14 @@ class Case:
         return replace(self, learner=replace(self.learner, **quantities), **own)  # type: ignore[arg-type]
 
 
-def synthetic(loss: Loss, dim: int, spread: float) -> Environment:
+def synthetic(learner: Learner, m: int, n: int, dim: int, spread: float) -> Case:
     """Linear models with parameters centre + spread N(0, I / d), pulled into the unit ball; x uniform on the sphere.
 
     Labels: for the squared loss x . theta + 0.1 N(0, 1), cut at -1 and 1; for the logistic loss 1 with probability
     sigmoid(4 x . theta), else -1; for phase retrieval (x . theta)^2, every tenth replaced by a uniform number.
     Tasks differ by `spread`; at 0 all are the same.
     """
-    centre = torch.zeros(dim, dtype=torch.float64)
+    loss, centre = learner.loss, torch.zeros(dim, dtype=torch.float64)
     centre[0] = 0.7
 
     def draw(shape: Sequence[int], n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -72,7 +65,7 @@ def synthetic(loss: Loss, dim: int, spread: float) -> Environment:
         return x, (s + 0.1 * normal(n)).clamp(-1, 1)
 
     start = centre / 2 if loss is PHASE else torch.zeros(dim, dtype=torch.float64)  # 0 is stationary for phase
-    return Environment(loss.name, draw, start)
+    return Case(loss.name, draw, start, learner, m, n)
 
 
 def features(data: Dataset, side: int) -> tuple[Tensor, list[Tensor], list[tuple[int, int]]]:
@@ -101,7 +94,7 @@ def alternating(shape: Sequence[int]) -> Tensor:
     return (1.0 - 2.0 * (torch.arange(shape[-1]) % 2)).double().expand(shape)
 
 
-def images(data: Dataset, side: int) -> Environment:
+def images(data: Dataset, side: int, learner: Learner, m: int, n: int) -> Case:
     """Few-shot tasks, each a random pair of classes, with examples drawn with replacement; raises as `features`."""
     x, members, pairs = features(data, side)
     table = pad_sequence(members, batch_first=True)
@@ -113,7 +106,8 @@ def images(data: Dataset, side: int) -> Environment:
         which = (torch.rand(label.shape, generator=rng, dtype=torch.float64) * sizes[label]).long()
         return x[table[label, which]], alternating(label.shape)
 
-    return Environment(f"{data.name}, class pairs", draw, torch.zeros(x.shape[1], dtype=torch.float64))
+    start = torch.zeros(x.shape[1], dtype=torch.float64)
+    return Case(f"{data.name}, class pairs", draw, start, learner, m, n)
 
 
 def disjoint_tasks(data: Dataset, side: int, n_each: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
