@@ -42,32 +42,34 @@ def _measured(axis: Axes, part: pd.DataFrame, name: str, **look: Any) -> None:
     axis.errorbar(part["value"], part[name], _bars(part, name), capsize=2, ms=5, **look)
 
 
-def _bound(axis: Axes, x: pd.Series, bound: pd.Series, color: Any, **look: Any) -> None:
-    axis.plot(x, bound, color=color, ls="--", lw=1.2, **look)
+def _panels(table: pd.DataFrame, by: str, width: float, ylabel: str, **shared: Any) -> tuple[Figure, list[Any]]:
+    """A figure, and an axis of it for each part of the table, with the part's name and rows."""
+    parts = table.groupby(by, sort=False)
+    size = (width * parts.ngroups, 3.5)
+    figure, axes = plt.subplots(1, parts.ngroups, figsize=size, layout="constrained", **shared)
+    axes[0].set_ylabel(ylabel)
+    return figure, [(axis, name, part) for axis, (name, part) in zip(axes, parts, strict=True)]
 
 
-def _legend(figure: Figure, axis: Axes, more: Mapping[str, Mapping[str, Any]], heading: str | None = None) -> None:
-    """Explain at the figure's right what one of its panels has, and more: label -> look of a line."""
-    handles, labels = axis.get_legend_handles_labels()
+def _finished(figure: Figure, title: str, caption: str, more: Mapping[str, Any], heading: str = "") -> Figure:
+    """Explain at the right what the first panel has, and more: label -> look of a line; then add the title."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
     handles += [plt.Line2D([], [], **{"color": "0.3", **look}) for look in more.values()]
     wrapped = [textwrap.fill(text, 22) for text in (*labels, *more)]
     figure.legend(handles, wrapped, loc="outside right center", fontsize=9, title=heading)
+    return titled(figure, title, caption)
 
 
 def sweeps(table: pd.DataFrame, title: str, caption: str) -> Figure:
     """A panel for each quantity that varies: measured stability (marks) and its bounds (dashed)."""
-    parts = table.groupby("varies", sort=False)
-    size = (2.9 * parts.ngroups, 3.5)
-    figure, axes = plt.subplots(1, parts.ngroups, figsize=size, sharey=True, layout="constrained")
-    for axis, (name, here) in zip(axes, parts, strict=True):
+    figure, panels = _panels(table, "varies", 2.9, _CHANGE, sharey=True)
+    for axis, name, here in panels:
         for kind, look in REPLACED.items():
             part = here[here["kind"] == kind]
             _measured(axis, part, "measured", **look)
-            _bound(axis, part["value"], part["bound"], look["color"])
-        _logarithmic(axis, here["value"], SYMBOLS[str(name)])
-    axes[0].set_ylabel(_CHANGE)
-    _legend(figure, axes[0], {"bounds": {"ls": "--"}}, "replaced")
-    return titled(figure, title, caption)
+            axis.plot(part["value"], part["bound"], color=look["color"], ls="--", lw=1.2)
+        _logarithmic(axis, here["value"], SYMBOLS[name])
+    return _finished(figure, title, caption, {"bounds": {"ls": "--"}}, "replaced")
 
 
 def slopes(table: pd.DataFrame, title: str, caption: str) -> Figure:
@@ -90,24 +92,19 @@ def slopes(table: pd.DataFrame, title: str, caption: str) -> Figure:
         axis.grid(axis="x", color="0.93")
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
-    _legend(figure, axes[0], {"slope of the bound": bar})
-    return titled(figure, title, caption)
+    return _finished(figure, title, caption, {"slope of the bound": bar})
 
 
 def gaps(table: pd.DataFrame, title: str, caption: str) -> Figure:
     """A panel for each quantity: transfer minus empirical risk (marks), stability (lines) and its bound (dashed)."""
-    parts = table.groupby("varies", sort=False)
-    size = (4.1 * parts.ngroups, 3.5)
-    figure, axes = plt.subplots(1, parts.ngroups, figsize=size, sharey=True, layout="constrained")
-    for axis, (name, here) in zip(axes, parts, strict=True):
+    figure, panels = _panels(table, "varies", 4.1, "loss", sharey=True)
+    for axis, name, here in panels:
         for (tasks, part), tint, mark in zip(here.groupby("tasks", sort=False), _PALETTE, "osD", strict=False):
             _measured(axis, part[part["low"] > 0], "gap", color=tint, fmt=mark, label=f"gap: {tasks}")
             axis.plot(part["value"], part["stability"], color=tint, lw=1.4)
-            _bound(axis, part["value"], part["bound"], tint)
-        _logarithmic(axis, here["value"], SYMBOLS[str(name)])
-    axes[0].set_ylabel("loss")
-    _legend(figure, axes[0], {"measured stability": {}, "its bound": {"ls": "--"}})
-    return titled(figure, title, caption)
+            axis.plot(part["value"], part["bound"], color=tint, ls="--", lw=1.2)
+        _logarithmic(axis, here["value"], SYMBOLS[name])
+    return _finished(figure, title, caption, {"measured stability": {}, "its bound": {"ls": "--"}})
 
 
 def robust(table: pd.DataFrame, title: str, caption: str) -> Figure:
@@ -116,7 +113,7 @@ def robust(table: pd.DataFrame, title: str, caption: str) -> Figure:
     for (case, part), tint, mark in zip(table.groupby("case", sort=False), _PALETTE, "os", strict=False):
         shown = part[part["stability"] > 1e-6]
         left.plot(shown["eps"], shown["stability"], color=tint, marker=mark, label=f"{case}: stability")
-        _bound(left, part["eps"], part["bound"], tint, label=f"{case}: bound")
+        left.plot(part["eps"], part["bound"], color=tint, ls="--", lw=1.2, label=f"{case}: bound")
         right.plot(part["eps"], part["transfer"] / part["transfer"].iloc[0], color=tint, marker=mark, label=str(case))
     left.set(yscale="log", xlabel="adversary ε (data have norm 1)", ylabel=_CHANGE)
     right.set(xlabel="adversary ε", ylabel="robust transfer risk / that at ε = 0")
@@ -132,17 +129,15 @@ def broken(table: pd.DataFrame, title: str, caption: str) -> Figure:
         "Lipschitz": "size of adverse labels (assumed: ≤ 1)",
         "convexity": "examples n (λ below the modulus)",
     }
-    figure, axes = plt.subplots(1, 3, figsize=(12.5, 3.5), layout="constrained")
-    for axis, (case, part) in zip(axes, table.groupby("case", sort=False), strict=True):
+    figure, panels = _panels(table, "case", 12.5 / 3, _CHANGE)
+    for axis, case, part in panels:
         fails = part["low"] > part["bound"]
         axis.plot(part["value"], part["bound"], color="0.25", ls="--", label="bound, if the assumption held")
         _measured(axis, part[~fails], "measured", color=_PALETTE[0], fmt="o", label="measured, below it")
         _measured(axis, part[fails], "measured", color=_PALETTE[3], fmt="X", label="measured, above it")
-        _logarithmic(axis, part["value"][np.log(part["value"]).diff().fillna(1) > 0.25], quantities[str(case)])
+        _logarithmic(axis, part["value"][np.log(part["value"]).diff().fillna(1) > 0.25], quantities[case])
         axis.set_title(f"{part['tasks'].iloc[0]}: {case}")
-    axes[0].set_ylabel(_CHANGE)
-    _legend(figure, axes[0], {})
-    return titled(figure, title, caption)
+    return _finished(figure, title, caption, {})
 
 
 def forgetting(table: pd.DataFrame, title: str, caption: str) -> Figure:

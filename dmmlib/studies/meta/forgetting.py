@@ -76,23 +76,18 @@ class Setting:
         return self._points(self.support_x, self.support_y)
 
     def own_points(self, n_models: int, rng: torch.Generator) -> Tensor:
-        """The same (n_models, n_points, d + 1) where each model adapts to its own support sets.
-
-        They are drawn with replacement from the fresh examples, half of them of either class.
-        """
+        """The same (n_models, n_points, d + 1) with support sets drawn for each model, half of them of either class."""
         task, half = torch.arange(len(self.y))[:, None], self.s.shots // 2
         pick = 2 * torch.randint(half, (n_models, len(self.y), half, 2), generator=rng) + torch.tensor([0, 1])
-        return self._points(self.support_x[task, pick.flatten(2)], self.support_y[task, pick.flatten(2)])
+        pick = pick.flatten(2)
+        return self._points(self.support_x[task, pick], self.support_y[task, pick])
 
     def _points(self, x: Tensor, y: Tensor) -> Tensor:
         matrix, offset = affine(self.learner.lam, x, y)
         return torch.cat([self.x @ matrix, self.x @ offset[..., None]], -1).flatten(-3, -2).float()
 
     def train(self, masks: Tensor, *stream: int, start: Tensor | None = None, learner: Learner | None = None) -> Tensor:
-        """Train meta-models (n_models, d) on the tasks of masks (n_models, m), from `start` or fresh initialisations.
-
-        The seed is of the settings' and `stream`.
-        """
+        """Meta-models (n_models, d) of the tasks of masks (n_models, m), from `start` or fresh initialisations."""
         seed = np.random.SeedSequence([self.s.seed, *stream]).generate_state(1, np.uint64)[0]
         rng, m = torch.Generator().manual_seed(int(seed >> 1)), self.s.tasks
         if start is None:
@@ -128,11 +123,10 @@ class Setting:
 
 
 def setting(data: Dataset, s: MetaSettings, lam: float) -> Setting:
-    """The forgetting study's tasks and learner, for one lambda; tasks do not depend on it.
+    """The forgetting study's tasks and learner, for one lambda, which tasks do not depend on.
 
     Raises:
-        DataError: if there are too few images or pairs of classes.
-        PresetError: if the learner's steps are unstable.
+        DataError, PresetError: for too few images or pairs of classes, or unstable steps.
     """
     learner = Learner(SQUARED, lam, step=s.forget_step, n_steps=s.forget_steps, tasks_per_step=s.tasks_per_step)
     learner.check(s.tasks, s.shots)

@@ -47,11 +47,9 @@ class Learner:
     unchecked: bool = False  # run with steps that are known to be unstable, to see what happens
 
     def check(self, m: int, n: int) -> None:
-        """Refuse what cannot work on m tasks of n examples, before anything is computed.
+        """Refuse m tasks of n examples if they are too few (DataError), and what cannot work on any (PresetError).
 
-        Raises:
-            DataError: for fewer than two tasks, or fewer examples than the task-level algorithm needs.
-            PresetError: for steps beyond stability, or a loss whose prox has no unique solution or no solver.
+        That is steps beyond stability, and a loss whose prox has no unique solution or no solver.
         """
         prox = self.inner == "prox"
         if min(m, n) < 2:
@@ -125,12 +123,10 @@ class Learner:
     def adapt(self, w: Tensor, x: Tensor, y: Tensor, rng: Rng = None, shared: Shape = None) -> Tensor:
         """Adapt meta-models w (..., d) to tasks x (..., n, d), y (..., n): models u (..., d).
 
-        Args:
-            rng, shared: of random examples, as in `learn`.
+        Random examples are drawn as in `learn`.
 
         Raises:
-            PresetError: if the loss is too far from convex for prox with this lambda.
-            DataError: if the solver does not converge.
+            PresetError, DataError: if prox has no one answer with this lambda, or its solver does not converge.
         """
         lead = torch.broadcast_shapes(w.shape[:-1], x.shape[:-2])
         w = w.expand(*lead, -1)
