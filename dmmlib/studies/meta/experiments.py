@@ -63,44 +63,47 @@ def measure(case: Case, s: MetaSettings, seed: int) -> pd.DataFrame:
     Raises:
         DataError, PresetError: as `Learner.check`.
     """
-    learner, m, n = case.learner, case.m, case.n
+    learner, m, n, repeats, probes = case.learner, case.m, case.n, s.repeats, s.probes
     learner.check(m, n)
     rng = torch.Generator().manual_seed(seed)
-    repeats, probes, flip = s.repeats, s.probes, learner.loss.flip
-    rows, columns = torch.arange(repeats)[:, None], torch.arange(probes)
-    adverse = columns % 2 == 1
 
-    x, y = case.draw((repeats, m), n + 1, rng)  # the last example of each task is spare
-    other_x, other_y = case.draw((repeats, probes), n, rng)
+    def draw(tasks: int, size: int) -> Tensor:
+        """Examples (x, y) of tasks for each meta-sample: (repeats, tasks, size, d + 1)."""
+        x, y = case.draw((repeats, tasks), size, rng)
+        return torch.cat([x, y[..., None]], -1)
+
+    def adverse(z: Tensor, first: int = 0, every: int = 1) -> Tensor:
+        """The examples with the opposite labels for every so many probes."""
+        z = z.clone()
+        z[:, first::every, ..., -1] = learner.loss.flip(z[:, first::every, ..., -1])
+        return z
+
+    sample = draw(m, n + 1)  # the last example of each task is spare
+    other = adverse(draw(probes, n), 1, 2)
     task = torch.randint(m, (repeats, probes), generator=rng)
     place = torch.randint(n, (repeats, probes), generator=rng)
-    spare = y[rows, task, n]
+    rows, columns = torch.arange(repeats)[:, None], torch.arange(probes)
 
     # Runs on the meta-sample itself, then with a task replaced for each probe, then with an example replaced.
-    run_x = x[:, None, :, :n].repeat(1, 1 + 2 * probes, 1, 1, 1)
-    run_y = y[:, None, :, :n].repeat(1, 1 + 2 * probes, 1, 1)
-    whole, single = (rows, 1 + columns, task), (rows, 1 + probes + columns, task, place)
-    run_x[whole], run_y[whole] = other_x, torch.where(adverse[:, None], flip(other_y), other_y)
-    run_x[single], run_y[single] = x[rows, task, n], torch.where(adverse, flip(spare), spare)
-
+    runs = sample[:, None, :, :n].repeat(1, 1 + 2 * probes, 1, 1, 1)
+    runs[rows, 1 + columns, task] = other
+    runs[rows, 1 + probes + columns, task, place] = adverse(sample[rows, task, n], 1, 2)
     stochastic = learner.tasks_per_step is not None or learner.examples_per_step is not None
     seeds, shared = (s.seeds, (s.seeds, repeats, 1)) if stochastic else (1, None)
-    w, visited = learner.learn(run_x, run_y, case.start, rng, shared)
+    w, visited = learner.learn(runs[..., :-1], runs[..., -1], case.start, rng, shared)
     base, task_w, example_w = w.expand(seeds, *w.shape[-3:]).split([1, probes, probes], 2)
 
-    new_x, new_y = case.draw((repeats, probes), n + 1 + s.queries, rng)
-    support, query = (new_x[:, :, :n], new_y[:, :, :n]), (new_x[:, :, n + 1 :], new_y[:, :, n + 1 :])
-    changed = support[0].clone(), support[1].clone()
-    changed[0][rows, columns, place] = new_x[:, :, n]
-    changed[1][rows, columns, place] = torch.where(adverse, flip(new_y[:, :, n]), new_y[:, :, n])
-    both = torch.cat([query[0], query[0]], 2), torch.cat([query[1], flip(query[1])], 2)
+    new = draw(probes, n + 1 + s.queries)
+    support, changed, queries = new[:, :, :n], new[:, :, :n].clone(), new[:, :, n + 1 :]
+    changed[rows, columns, place] = adverse(new[:, :, n], 1, 2)
+    queries = torch.cat([queries, adverse(queries)], 2)
     state, radii = rng.get_state(), [visited]
 
-    def losses(which: Tensor, data: tuple[Tensor, Tensor]) -> Tensor:
+    def losses(which: Tensor, z: Tensor) -> Tensor:
         rng.set_state(state)  # the same examples are drawn for both of a pair
-        u = learner.adapt(which.expand(seeds, repeats, probes, -1), *data, rng=rng)
+        u = learner.adapt(which.expand(seeds, repeats, probes, -1), z[..., :-1], z[..., -1], rng)
         radii.append(largest_norm(u))
-        return learner.loss.at(u, *both, learner.eps).mean(0)
+        return learner.loss.at(u, queries[..., :-1], queries[..., -1], learner.eps).mean(0)
 
     before = losses(base, support)
     after = [losses(task_w, support), losses(example_w, support), losses(base, changed), losses(task_w, changed)]

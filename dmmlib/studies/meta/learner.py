@@ -161,10 +161,8 @@ def largest_norm(models: Tensor) -> float:
 
 def _take(values: Tensor, chosen: Tensor, trailing: int) -> Tensor:
     """values (..., m, *trailing) at tasks chosen (..., k): (..., k, *trailing), leading dimensions broadcast."""
-    shape = values.shape[values.ndim - trailing :]
-    values = values.expand(*chosen.shape[:-1], -1, *shape)
-    index = chosen.reshape(*chosen.shape, *[1] * trailing).expand(*chosen.shape, *shape)
-    return values.gather(chosen.ndim - 1, index)
+    values = values.expand(*chosen.shape[:-1], *values.shape[-1 - trailing :])
+    return torch.take_along_dim(values, chosen[(..., *[None] * trailing)], -1 - trailing)
 
 
 def affine(lam: float, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
