@@ -183,7 +183,7 @@ def test_shared_draws_leave_only_the_replacement() -> None:
     x, y = env.draw((1, 6), 5, torch.Generator().manual_seed(0))
     x, y = x.expand(4, -1, -1, -1), y.expand(4, -1, -1)
     for at in (Learner(LOGISTIC, tasks_per_step=2), Learner(LOGISTIC, inner="gd", examples_per_step=2)):
-        shared, _ = at.learn(x, y, env.start, torch.Generator().manual_seed(1), shared=(1,))
+        shared, _ = at.learn(x, y, env.start, torch.Generator().manual_seed(1), shared=True)
         apart, _ = at.learn(x, y, env.start, torch.Generator().manual_seed(1))
         torch.testing.assert_close(shared, shared[:1].expand_as(shared), rtol=0, atol=1e-12)
         assert (apart[0] - apart[1]).abs().max() > 1e-4
@@ -318,7 +318,7 @@ def test_points_are_adapted_models(images: data.Dataset) -> None:
     logits = at.logits(w)[:, here]
     np.testing.assert_allclose(logits[..., 1] - logits[..., 0], scores, atol=1e-5)
     np.testing.assert_allclose(at.margins(w)[:, here], scores * at.y[task], atol=1e-5)
-    own = at.own_points(3, torch.Generator().manual_seed(0))
+    own = at.points(3, torch.Generator().manual_seed(0))
     assert own.shape == (3, at.y.numel(), w.shape[1] + 1)
     assert (own[0] != own[1]).any()
     apart = at.margins(w, torch.Generator().manual_seed(0))

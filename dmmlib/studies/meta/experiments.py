@@ -58,10 +58,7 @@ def measure(case: Case, s: MetaSettings, seed: int) -> pd.DataFrame:
     Returns:
         A row for each kind of replacement (`bounds.KINDS`): `each`, the largest change over probes for each
         meta-sample (repeats,); `measured`, `low` and `high`, their mean and 95 % interval; `bound`, NaN for an
-        unchecked learner, with G on the ball that held every model; `radius` of that ball.
-
-    Raises:
-        DataError, PresetError: as `Learner.check`.
+        unchecked learner, with G on the ball that held every model; `radius` of that ball. Raises as `Learner.check`.
     """
     learner, m, n, repeats, probes = case.learner, case.m, case.n, s.repeats, s.probes
     learner.check(m, n)
@@ -72,14 +69,14 @@ def measure(case: Case, s: MetaSettings, seed: int) -> pd.DataFrame:
         x, y = case.draw((repeats, tasks), size, rng)
         return torch.cat([x, y[..., None]], -1)
 
-    def adverse(z: Tensor, first: int = 0, every: int = 1) -> Tensor:
-        """The examples with the opposite labels for every so many probes."""
+    def adverse(z: Tensor, which: slice = slice(1, None, 2)) -> Tensor:
+        """The examples, with the opposite labels for every other probe, or for `which` ones."""
         z = z.clone()
-        z[:, first::every, ..., -1] = learner.loss.flip(z[:, first::every, ..., -1])
+        z[:, which, ..., -1] = learner.loss.flip(z[:, which, ..., -1])
         return z
 
     sample = draw(m, n + 1)  # the last example of each task is spare
-    other = adverse(draw(probes, n), 1, 2)
+    other = adverse(draw(probes, n))
     task = torch.randint(m, (repeats, probes), generator=rng)
     place = torch.randint(n, (repeats, probes), generator=rng)
     rows, columns = torch.arange(repeats)[:, None], torch.arange(probes)
@@ -87,16 +84,16 @@ def measure(case: Case, s: MetaSettings, seed: int) -> pd.DataFrame:
     # Runs on the meta-sample itself, then with a task replaced for each probe, then with an example replaced.
     runs = sample[:, None, :, :n].repeat(1, 1 + 2 * probes, 1, 1, 1)
     runs[rows, 1 + columns, task] = other
-    runs[rows, 1 + probes + columns, task, place] = adverse(sample[rows, task, n], 1, 2)
-    stochastic = learner.tasks_per_step is not None or learner.examples_per_step is not None
-    seeds, shared = (s.seeds, (s.seeds, repeats, 1)) if stochastic else (1, None)
-    w, visited = learner.learn(runs[..., :-1], runs[..., -1], case.start, rng, shared)
-    base, task_w, example_w = w.expand(seeds, *w.shape[-3:]).split([1, probes, probes], 2)
+    runs[rows, 1 + probes + columns, task, place] = adverse(sample[rows, task, n])
+    seeds = s.seeds if learner.tasks_per_step or learner.examples_per_step else 1
+    start = case.start.expand(seeds, 1, 1, -1)
+    w, visited = learner.learn(runs[..., :-1], runs[..., -1], start, rng, shared=True)
+    base, task_w, example_w = w.split([1, probes, probes], 2)
 
     new = draw(probes, n + 1 + s.queries)
     support, changed, queries = new[:, :, :n], new[:, :, :n].clone(), new[:, :, n + 1 :]
-    changed[rows, columns, place] = adverse(new[:, :, n], 1, 2)
-    queries = torch.cat([queries, adverse(queries)], 2)
+    changed[rows, columns, place] = adverse(new[:, :, n])
+    queries = torch.cat([queries, adverse(queries, slice(None))], 2)
     state, radii = rng.get_state(), [visited]
 
     def losses(which: Tensor, z: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -70,19 +69,16 @@ class Setting:
         """Labels 1 or 0 (n_points,)."""
         return (self.y.flatten() > 0).long().numpy()
 
-    @cached_property
-    def points(self) -> Tensor:
-        """(a, b) of each point, all models adapting to the same support sets: (n_points, d + 1), float32."""
-        return self._points(self.support_x, self.support_y)
+    def points(self, n_models: int = 0, rng: torch.Generator | None = None) -> Tensor:
+        """(a, b) of each point (n_points, d + 1), float32, all models adapting to the same support sets.
 
-    def own_points(self, n_models: int, rng: torch.Generator) -> Tensor:
-        """The same (n_models, n_points, d + 1) with support sets drawn for each model, half of them of either class."""
-        task, half = torch.arange(len(self.y))[:, None], self.s.shots // 2
-        pick = 2 * torch.randint(half, (n_models, len(self.y), half, 2), generator=rng) + torch.tensor([0, 1])
-        pick = pick.flatten(2)
-        return self._points(self.support_x[task, pick], self.support_y[task, pick])
-
-    def _points(self, x: Tensor, y: Tensor) -> Tensor:
+        With `rng` each of n_models has its own, half of either class: (n_models, n_points, d + 1).
+        """
+        x, y = self.support_x, self.support_y
+        if rng is not None:
+            task, half = torch.arange(len(y))[:, None], self.s.shots // 2
+            pick = 2 * torch.randint(half, (n_models, len(y), half, 2), generator=rng) + torch.tensor([0, 1])
+            x, y = x[task, pick.flatten(2)], y[task, pick.flatten(2)]
         matrix, offset = affine(self.learner.lam, x, y)
         return torch.cat([self.x @ matrix, self.x @ offset[..., None]], -1).flatten(-3, -2).float()
 
@@ -108,11 +104,11 @@ class Setting:
 
     def logits(self, w: Tensor) -> np.ndarray:
         """Logits (n_models, n_points, 2) of adapted models."""
-        return as_ensemble(w).logits(self.points).numpy()
+        return as_ensemble(w).logits(self.points()).numpy()
 
     def margins(self, w: Tensor, own: torch.Generator | None = None) -> np.ndarray:
         """Margins (n_models, n_points) of adapted models; with `own`, each has its own support sets."""
-        logits = self.logits(w) if own is None else as_ensemble(w).forward(self.own_points(len(w), own)).numpy()
+        logits = self.logits(w) if own is None else as_ensemble(w).forward(self.points(len(w), own)).numpy()
         return metrics.margins(logits, self.labels)
 
     def splits(self, task: int) -> dict[str, np.ndarray]:
@@ -162,7 +158,7 @@ def forget(
     problem = unlearn.Problem(
         as_ensemble(originals),
         at.logits(originals),
-        at.points,
+        at.points(),
         torch.from_numpy(at.labels),
         n_train,
         splits["forget"],

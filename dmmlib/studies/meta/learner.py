@@ -27,7 +27,6 @@ from dmmlib.errors import DataError, PresetError
 from dmmlib.studies.meta.losses import LOGISTIC, PHASE, SQUARED, Loss, attacked, scores
 
 Rng = torch.Generator | None
-Shape = tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -75,15 +74,14 @@ class Learner:
             raise PresetError(f"Task-level steps eta={self.inner_step:g} are unstable; give inner_step <= {limit:.4g}.")
 
     def learn(
-        self, x: Tensor, y: Tensor, start: Tensor, rng: Rng = None, shared: Shape = None, masks: Tensor | None = None
+        self, x: Tensor, y: Tensor, start: Tensor, rng: Rng = None, shared: bool = False, masks: Tensor | None = None
     ) -> tuple[Tensor, float]:
         """Meta-learn from tasks x (..., m, n, d), y (..., m, n), many runs at once.
 
         Args:
             start: w_0 (..., d); its leading dimensions broadcast with those of x and masks.
             rng: of the stochastic variants.
-            shared: shape of the random draws' leading dimensions, broadcastable to the runs': a 1 makes runs along
-                that dimension see the same draws. Each run has its own by default.
+            shared: let runs along the last leading dimension see the same draws; each has its own by default.
             masks: tasks that each run may see, bool (..., m); only where a step takes some of the tasks.
 
         Returns:
@@ -96,10 +94,10 @@ class Learner:
         self.check(m, n)
         if masks is not None and self.tasks_per_step is None:
             raise PresetError("masks choose among the tasks of a step; give tasks_per_step.")
-        seen = () if masks is None else masks.shape[:-1]
-        lead = torch.broadcast_shapes(x.shape[:-3], start.shape[:-1], seen, shared or ())
-        drawn = seen if masks is not None else shared or lead
-        weights = (torch.ones(m) if masks is None else masks.float()).expand(*drawn, m).reshape(-1, m)
+        weights = torch.ones(m) if masks is None else masks.float()
+        lead = torch.broadcast_shapes(x.shape[:-3], start.shape[:-1], weights.shape[:-1])
+        drawn = (*lead[:-1], 1) if shared else lead
+        weights = weights.expand(*drawn, m).reshape(-1, m)
         closed_form = self.inner == "prox" and self.loss is SQUARED
         every = affine(self.lam, x, y) if closed_form else (x, y)
         w = start.expand(*lead, dim)
@@ -120,7 +118,7 @@ class Learner:
             raise DataError("A meta-training diverged (NaN); lower step or inner_step.")
         return w, radius
 
-    def adapt(self, w: Tensor, x: Tensor, y: Tensor, rng: Rng = None, shared: Shape = None) -> Tensor:
+    def adapt(self, w: Tensor, x: Tensor, y: Tensor, rng: Rng = None, shared: bool = False) -> Tensor:
         """Adapt meta-models w (..., d) to tasks x (..., n, d), y (..., n): models u (..., d).
 
         Random examples are drawn as in `learn`.
@@ -138,8 +136,8 @@ class Learner:
         u, part = w, (x, y)
         for _ in range(self.inner_steps):
             if self.examples_per_step is not None:
-                draws = (*(shared or lead[:-1]), lead[-1], self.examples_per_step)
-                chosen = torch.randint(x.shape[-2], draws, generator=rng).expand(*lead, -1)
+                draws = (*lead[:-2], 1, lead[-1]) if shared else lead
+                chosen = torch.randint(x.shape[-2], (*draws, self.examples_per_step), generator=rng).expand(*lead, -1)
                 part = _take(x, chosen, 1), _take(y, chosen, 0)
             u = u - self.inner_step * (self.loss.gradient(u, *part, self.eps) + self.lam * (u - w))
         return u
