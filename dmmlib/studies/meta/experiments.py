@@ -61,7 +61,7 @@ def measure(case: Case, s: MetaSettings, seed: int) -> pd.DataFrame:
         unchecked learner, with G on the ball that held every model; `radius` of that ball. Raises as `Learner.check`.
     """
     learner, m, n, repeats, probes = case.learner, case.m, case.n, s.repeats, s.probes
-    learner.check(m, n)
+    learner.check()
     rng = torch.Generator().manual_seed(seed)
 
     def draw(tasks: int, size: int) -> Tensor:
@@ -202,10 +202,9 @@ def gaps(data: Dataset, s: MetaSettings, measured: pd.DataFrame) -> pd.DataFrame
 
 
 def robust(s: MetaSettings) -> pd.DataFrame:
-    """Stability, gap and risk of adversarially robust meta-learning against the adversary's norm.
+    """Stability, gap and risk of robust meta-learning against the adversary's norm.
 
-    Logistic regression with prox, where the worst case is in closed form, and phase retrieval with task-level
-    gradient descent on examples that projected gradient ascent found.
+    Its worst case is in closed form for logistic regression, and found by projected ascent for phase retrieval.
     """
     logistic, _, phase = cases(s)
     descent = phase.changed(inner="gd", inner_step=min(s.inner_step, 0.1))
@@ -274,11 +273,9 @@ def assumptions(data: Dataset, s: MetaSettings) -> pd.DataFrame:
                 "smooth": "yes" if bounds.smooth else "no",
                 "λ + μ > 0": at.lam + bounds.curvature,
                 "γλ ≤ 1": at.step * at.lam,
-                "tasks i.i.d.": "yes",
-                "loss bounded": "not needed in expectation",
             }
         )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).assign(**{"tasks i.i.d.": "yes", "loss bounded": "not needed in expectation"})
 
 
 def forgetting_against_stability(data: Dataset, s: MetaSettings) -> pd.DataFrame:

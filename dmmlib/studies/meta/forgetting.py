@@ -125,7 +125,7 @@ def setting(data: Dataset, s: MetaSettings, lam: float) -> Setting:
         DataError, PresetError: for too few images or pairs of classes, or unstable steps.
     """
     learner = Learner(SQUARED, lam, step=s.forget_step, n_steps=s.forget_steps, tasks_per_step=s.tasks_per_step)
-    learner.check(s.tasks, s.shots)
+    learner.check()
     x, y = disjoint_tasks(data, s.side, s.shots, torch.Generator().manual_seed(s.seed))
     if s.tasks >= len(x):
         raise DataError(f"tasks={s.tasks} of {len(x)} class pairs are to be trained on; leave some to validate on.")

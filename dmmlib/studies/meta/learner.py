@@ -45,17 +45,9 @@ class Learner:
     examples_per_step: int | None = None  # drawn with replacement for each gradient of "gd"; all of them if None
     unchecked: bool = False  # run with steps that are known to be unstable, to see what happens
 
-    def check(self, m: int, n: int) -> None:
-        """Refuse m tasks of n examples if they are too few (DataError), and what cannot work on any (PresetError).
-
-        That is steps beyond stability, and a loss whose prox has no unique solution or no solver.
-        """
+    def check(self) -> None:
+        """Raise PresetError for steps beyond stability, or a loss whose prox has no unique solution or no solver."""
         prox = self.inner == "prox"
-        if min(m, n) < 2:
-            raise DataError(f"m={m} tasks of n={n} examples are given, and one is to be replaced; give at least 2.")
-        for name, size in (("tasks_per_step", m), ("examples_per_step", n)):
-            if (count := getattr(self, name)) is not None and not 1 <= count <= size:
-                raise DataError(f"{name}={count} are to be drawn from {size}; give 1 to {size}.")
         if prox and self.examples_per_step is not None:
             raise PresetError("examples_per_step is for inner='gd'; prox uses all examples, so leave it out.")
         if prox and self.eps and self.loss is not LOGISTIC:
@@ -90,17 +82,16 @@ class Learner:
         Raises:
             DataError, PresetError: as `check`; and if a run diverges.
         """
-        m, n, dim = x.shape[-3:]
-        self.check(m, n)
+        self.check()
         if masks is not None and self.tasks_per_step is None:
             raise PresetError("masks choose among the tasks of a step; give tasks_per_step.")
-        weights = torch.ones(m) if masks is None else masks.float()
+        weights = torch.ones(x.shape[-3]) if masks is None else masks.float()
         lead = torch.broadcast_shapes(x.shape[:-3], start.shape[:-1], weights.shape[:-1])
         drawn = (*lead[:-1], 1) if shared else lead
-        weights = weights.expand(*drawn, m).reshape(-1, m)
+        weights = weights.expand(*drawn, -1).flatten(0, -2) if drawn else weights[None]
         closed_form = self.inner == "prox" and self.loss is SQUARED
         every = affine(self.lam, x, y) if closed_form else (x, y)
-        w = start.expand(*lead, dim)
+        w = start.expand(*lead, -1)
         radius = largest_norm(w)
         for _ in range(self.n_steps):
             tasks = every

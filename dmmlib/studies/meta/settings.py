@@ -12,7 +12,6 @@ T = TypeVar("T")
 Some = Annotated[tuple[T, ...], Field(min_length=1)]
 Sweep = Annotated[tuple[T, ...], Field(min_length=2)]  # a slope is fitted over it
 Several = Annotated[int, Field(ge=2)]
-Share = Annotated[float, Field(gt=0, le=1)]
 
 
 @study("meta")
@@ -67,7 +66,7 @@ class MetaSettings(Section):
     n_subsets: Several = 1000  # subset meta-learners behind the datamodel
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.9  # share of the tasks that each of them has
     ridge: PositiveFloat = 0.01  # penalty
-    cost: Share = 0.2  # share of a retraining that a method may spend
+    cost: Annotated[float, Field(gt=0, le=1)] = 0.2  # share of a retraining that a method may spend
     matching_lrs: Some[PositiveFloat] = (1e-3, 3e-3, 1e-2, 3e-2)  # of OM and DMM; chosen on the tuning tasks
     seed: NonNegativeInt = 0
 
