@@ -16,10 +16,9 @@ from torch import Tensor
 
 from dmmlib import data, metrics, presets, unlearn
 from dmmlib.errors import DataError, PresetError
-from dmmlib.studies.meta import experiments, forgetting, losses, tasks
+from dmmlib.studies.meta import experiments, forgetting, learner, tasks
 from dmmlib.studies.meta.bounds import KINDS, Bounds
-from dmmlib.studies.meta.learner import Learner
-from dmmlib.studies.meta.losses import LOGISTIC, PHASE, SQUARED, Loss
+from dmmlib.studies.meta.learner import LOGISTIC, PHASE, SQUARED, Learner, Loss
 from dmmlib.studies.meta.settings import MetaSettings
 from dmmlib.studies.meta.tasks import Case
 
@@ -77,7 +76,7 @@ def test_robust_loss_is_the_worst_found_by_brute_force(loss: Loss, eps: float) -
     robust = loss.at(u, x, y, eps)
     assert (robust >= tried - 1e-3).all(), "brute force found a worse example"
     torch.testing.assert_close(robust, tried, rtol=0, atol=2e-3)
-    moved = losses.attacked(loss, u, x, y, eps)
+    moved = learner.attacked(loss, u, x, y, eps)
     assert (torch.linalg.vector_norm(moved - x, dim=-1) <= eps + 1e-9).all()
 
 
@@ -86,7 +85,7 @@ def test_robust_loss_is_the_worst_found_by_brute_force(loss: Loss, eps: float) -
 def test_pgd_agrees_with_the_closed_form(seed: int, eps: float) -> None:
     for loss in (SQUARED, LOGISTIC):
         u, x, y = problem(loss, seed)
-        by_ascent = loss.value(losses.scores(u, losses.pgd(loss, u, x, y, eps)), y)
+        by_ascent = loss.value(learner.scores(u, learner.pgd(loss, u, x, y, eps)), y)
         torch.testing.assert_close(by_ascent, loss.at(u, x, y, eps), rtol=0, atol=1e-9)
 
 
@@ -447,7 +446,7 @@ def test_problems_without_one_answer_are_refused(images: data.Dataset) -> None:
         tasks.disjoint_tasks(images, 5, 20, torch.Generator())
     with pytest.raises(DataError, match="24 of 24 class pairs"):
         forgetting.setting(images, but(FEW, tasks=24), 1.0)
-    with pytest.raises(PresetError, match="gamma lambda = 3"):
+    with pytest.raises(PresetError, match="lam step = 3"):
         forgetting.setting(images, FEW, 10.0)
     with pytest.raises(DataError, match="interval over 1 value"):
         experiments.mean_estimate(np.ones(1))

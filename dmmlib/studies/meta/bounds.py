@@ -1,10 +1,9 @@
 r"""Bounds on uniform meta-stability, derived here for exactly the algorithm that `learner` runs.
 
 Wang and Arora (NeurIPS 2024) define uniform meta-stability by the change of loss when one task of the meta-sample
-*and* one example of the new task are replaced, and bound it for prox meta-learning. Their constants could not be
-checked, so what follows is derived, and claimed, only for this code. Notation of `learner`; G is the loss's Lipschitz
-constant on the ball that holds every model visited, mu a lower bound on its curvature (0 if convex, -rho if
-rho-weakly convex, lambda + mu > 0), and kappa = 1 for prox, 1 - (1 - eta lambda)^K for gradient descent.
+*and* one example of the new task are replaced. Their constants could not be checked, so what follows is derived, and
+claimed, only for this code. Notation of `learner`; G is the loss's Lipschitz constant on the ball that holds every
+model visited, mu its curvature (lambda + mu > 0), and kappa = 1 for prox, 1 - (1 - eta lambda)^K for descent.
 
 1. *Adaptation, new w.* ||u(w, D) - u(w', D)|| <= c ||w - w'||. Prox: optimality conditions and curvature give
    c = lambda / (lambda + mu). Descent on convex, beta-smooth losses with eta (beta + lambda) <= 1: a step
@@ -65,10 +64,7 @@ class Bounds:
         return 1.0 if at.inner == "prox" else 1 - (1 - at.inner_step * at.lam) ** at.inner_steps
 
     def adapted(self, apart: float, replaced: bool) -> float:
-        """Bound how far apart two adapted models are whose w are `apart`.
-
-        Args:
-            replaced: whether one example of the data that the second adapts to is replaced.
+        """Bound how far apart two adapted models are whose w are `apart` and whose data may differ in one example.
 
         Raises:
             PresetError: for prox, if lambda + mu is not positive.

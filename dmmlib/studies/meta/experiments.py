@@ -16,8 +16,7 @@ from dmmlib.errors import DataError
 from dmmlib.metrics import Estimate
 from dmmlib.studies.meta import forgetting
 from dmmlib.studies.meta.bounds import KINDS, Bounds
-from dmmlib.studies.meta.learner import Learner, largest_norm
-from dmmlib.studies.meta.losses import LOGISTIC, PHASE, SQUARED, Loss
+from dmmlib.studies.meta.learner import LOGISTIC, PHASE, SQUARED, Learner, Loss, largest_norm
 from dmmlib.studies.meta.settings import MetaSettings
 from dmmlib.studies.meta.tasks import Case, images, synthetic
 
@@ -86,8 +85,7 @@ def measure(case: Case, s: MetaSettings, seed: int) -> pd.DataFrame:
     runs[rows, 1 + columns, task] = other
     runs[rows, 1 + probes + columns, task, place] = adverse(sample[rows, task, n])
     seeds = s.seeds if learner.tasks_per_step or learner.examples_per_step else 1
-    start = case.start.expand(seeds, 1, 1, -1)
-    w, visited = learner.learn(runs[..., :-1], runs[..., -1], start, rng, shared=True)
+    w, visited = learner.learn(runs[..., :-1], runs[..., -1], case.start.expand(seeds, 1, 1, -1), rng, shared=True)
     base, task_w, example_w = w.split([1, probes, probes], 2)
 
     new = draw(probes, n + 1 + s.queries)
@@ -202,10 +200,7 @@ def gaps(data: Dataset, s: MetaSettings, measured: pd.DataFrame) -> pd.DataFrame
 
 
 def robust(s: MetaSettings) -> pd.DataFrame:
-    """Stability, gap and risk of robust meta-learning against the adversary's norm.
-
-    Its worst case is in closed form for logistic regression, and found by projected ascent for phase retrieval.
-    """
+    """Stability, gap and risk of robust meta-learning against the adversary's norm, by closed form and by ascent."""
     logistic, _, phase = cases(s)
     descent = phase.changed(inner="gd", inner_step=min(s.inner_step, 0.1))
     rows = []

@@ -26,8 +26,7 @@ from dmmlib.data import Dataset
 from dmmlib.datamodels import Attributor, RidgeDatamodel
 from dmmlib.ensemble import Ensemble, Training
 from dmmlib.errors import DataError
-from dmmlib.studies.meta.learner import Learner, affine
-from dmmlib.studies.meta.losses import SQUARED
+from dmmlib.studies.meta.learner import SQUARED, Learner, affine
 from dmmlib.studies.meta.settings import MetaSettings
 from dmmlib.studies.meta.tasks import disjoint_tasks
 
@@ -135,8 +134,7 @@ def setting(data: Dataset, s: MetaSettings, lam: float) -> Setting:
 def attribute(at: Setting) -> RidgeDatamodel:
     """Train meta-models on random subsets of tasks, and regress adapted models' logits on the masks.
 
-    The masks are over points, those of a task being in or out together: with n equal columns in place of one, the
-    penalty n lambda is lambda on their sum.
+    The masks are over points, in or out with their task: n equal columns at the penalty n lambda are one at lambda.
     """
     s = at.s
     size = min(s.tasks - 1, max(1, round(s.fraction * s.tasks)))
@@ -207,9 +205,8 @@ def compare(data: Dataset, s: MetaSettings) -> tuple[pd.DataFrame, dict[str, flo
 def nothing(at: Setting) -> pd.DataFrame:
     """KLoM p95 of doing nothing on the forgotten task's points, and its floor: a row for each reported task.
 
-    Columns "do nothing" and "floor": everyone adapts to the same support sets; with ", own support": each model to its
-    own resample. "shift": how far leaving out a task moves the mean score of its points, in absolute terms; "spread":
-    standard deviation of a point's score over oracles.
+    Columns "do nothing" and "floor": everyone adapts to the same support sets, or with ", own support" to their own.
+    "shift": absolute change of a point's mean score on leaving out its task; "spread": its standard deviation.
     """
     rng, originals, rows = torch.Generator().manual_seed(at.s.seed), at.originals(), []
     for task in range(at.s.n_forget):

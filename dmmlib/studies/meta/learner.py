@@ -12,21 +12,118 @@ Meta level, over m tasks, T steps (lambda (w - u) is the gradient of the Moreau 
 That is the prox meta-learning of Wang and Arora ("On the Stability and Generalization of Meta-Learning", NeurIPS
 2024) with its two task-level algorithms, last iterate. Stochastic: a step sees some tasks, a task-level gradient some
 examples. Robust: L_D is the worst case within eps of each example. Any leading dimensions are independent runs.
+
+A loss l(s, y) is one of a score s = x . u. Everywhere u is (..., d), x is (..., n, d) with norms of at most 1, and y is
+(..., n); all are float64. Each loss knows what a bound needs: its Lipschitz constant on a ball, its smoothness, and its
+curvature, which is 0 if the loss is convex and -rho if l + rho/2 ||u||^2 is ("rho-weakly convex").
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize, softplus
 
 from dmmlib.errors import DataError, PresetError
-from dmmlib.studies.meta.losses import LOGISTIC, PHASE, SQUARED, Loss, attacked, scores
 
+Pointwise = Callable[[Tensor, Tensor], Tensor]
+"""(scores, labels) of one shape -> a tensor of that shape."""
 Rng = torch.Generator | None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss of one score."""
+
+    name: str  # what figures and errors call a model with it
+    value: Pointwise  # l
+    slope: Pointwise  # its derivative in s (a subgradient where there is a kink)
+    steepest: Callable[[float], float]  # (largest |s|) -> largest |slope| among scores up to it, for admissible labels
+    smoothness: float  # largest second derivative in s, infinite where l has a kink
+    curvature: float = 0.0  # lowest second derivative in s, in the sense of weak convexity
+    flip: Callable[[Tensor], Tensor] = torch.neg  # a label as far from y as it can be, for adverse replacements
+
+    def lipschitz(self, radius: float, eps: float = 0.0) -> float:
+        """Return G, which bounds the gradient's norm for ||u|| <= radius, ||x|| <= 1 and an adversary of norm eps."""
+        return self.steepest(radius * (1 + eps)) * (1 + eps)
+
+    def gradient(self, u: Tensor, x: Tensor, y: Tensor, eps: float = 0.0) -> Tensor:
+        """Mean gradient (..., d) over the examples, taken at the adversary's answer (Danskin's theorem)."""
+        x = attacked(self, u, x, y, eps)
+        return (self.slope(scores(u, x), y)[..., None, :] @ x)[..., 0, :] / x.shape[-2]
+
+    def at(self, u: Tensor, x: Tensor, y: Tensor, eps: float = 0.0) -> Tensor:
+        """Loss of each example (..., n), the worst within eps of it."""
+        return self.value(scores(u, attacked(self, u, x, y, eps)), y)
+
+
+def scores(u: Tensor, x: Tensor) -> Tensor:
+    """Scores x . u (..., n)."""
+    return (x @ u[..., None])[..., 0]
+
+
+def attacked(loss: Loss, u: Tensor, x: Tensor, y: Tensor, eps: float) -> Tensor:
+    """Move each example within eps (Euclidean) of x to where the loss is highest.
+
+    For a convex loss this is x + eps sign(slope) u / ||u||, so that the robust logistic loss is
+    softplus(-(y s - eps ||u||)) and the robust squared loss (|s - y| + eps ||u||)^2 / 2. Otherwise `pgd` looks for it.
+    """
+    if eps == 0:
+        return x
+    if loss.curvature < 0:
+        return pgd(loss, u, x, y, eps)
+    sign = torch.where(loss.slope(scores(u, x), y) >= 0, 1.0, -1.0).to(x)
+    return x + eps * sign[..., None] * normalize(u, dim=-1)[..., None, :]
+
+
+def pgd(loss: Loss, u: Tensor, x: Tensor, y: Tensor, eps: float, n_steps: int = 15) -> Tensor:
+    """Projected gradient ascent on the loss in x + delta, ||delta|| <= eps; returns the best example met.
+
+    It starts from both ends along u and from beside x, as the loss may have several maxima. Steps go along the
+    normalised gradient; the first has length eps / 2, each further one 0.7 times the length before.
+    """
+    unit = normalize(u, dim=-1)[..., None, :]
+    best, worst = x, loss.value(scores(u, x), y)
+    for begin in (-1.0, 0.01, 1.0):
+        delta = begin * eps * unit + torch.zeros_like(x)
+        for k in range(n_steps):
+            s = scores(u, x + delta)
+            found = loss.value(s, y)
+            best = torch.where((found > worst)[..., None], x + delta, best)
+            worst = torch.maximum(found, worst)
+            delta = delta + eps / 2 * 0.7**k * torch.sign(loss.slope(s, y))[..., None] * unit
+            delta = delta * (eps / torch.linalg.vector_norm(delta, dim=-1, keepdim=True).clamp(min=eps))
+    return best
+
+
+SQUARED = Loss(
+    "linear regression",
+    value=lambda s, y: (s - y) ** 2 / 2,
+    slope=lambda s, y: s - y,
+    steepest=lambda s: s + 1,  # |y| <= 1
+    smoothness=1.0,
+)
+LOGISTIC = Loss(
+    "logistic regression",
+    value=lambda s, y: softplus(-y * s),
+    slope=lambda s, y: -y * torch.sigmoid(-y * s),
+    steepest=lambda s: 1.0,
+    smoothness=0.25,
+)
+PHASE = Loss(  # robust phase retrieval: measurements y of (x . u)^2, in [0, 1], some of them wrong
+    "phase retrieval",
+    value=lambda s, y: (s**2 - y).abs(),
+    slope=lambda s, y: 2 * s * torch.sign(s**2 - y),
+    steepest=lambda s: 2 * s,
+    smoothness=math.inf,
+    curvature=-2.0,
+    flip=lambda y: 1 - y,
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +155,7 @@ class Learner:
             return
         if self.step * self.lam > 1:
             raise PresetError(
-                f"Meta-level steps are unstable: gamma lambda = {self.step * self.lam:g} > 1; lower step."
+                f"Meta-level steps are unstable: lam step = {self.step * self.lam:g} > 1; lower one of them."
             )
         smooth = 0.0 if math.isinf(self.loss.smoothness) else self.loss.smoothness * (1 + self.eps) ** 2
         limit = 1 / (self.lam + smooth)
@@ -88,7 +185,7 @@ class Learner:
         weights = torch.ones(x.shape[-3]) if masks is None else masks.float()
         lead = torch.broadcast_shapes(x.shape[:-3], start.shape[:-1], weights.shape[:-1])
         drawn = (*lead[:-1], 1) if shared else lead
-        weights = weights.expand(*drawn, -1).flatten(0, -2) if drawn else weights[None]
+        weights = weights.expand(*drawn, -1).reshape(-1, x.shape[-3])
         closed_form = self.inner == "prox" and self.loss is SQUARED
         every = affine(self.lam, x, y) if closed_form else (x, y)
         w = start.expand(*lead, -1)
@@ -99,10 +196,8 @@ class Learner:
                 chosen = torch.multinomial(weights, self.tasks_per_step, replacement=True, generator=rng)
                 chosen = chosen.reshape(*drawn, -1).expand(*lead, -1)
                 tasks = _take(every[0], chosen, 2), _take(every[1], chosen, 1)
-            if closed_form:
-                adapted = scores(w[..., None, :], tasks[0]) + tasks[1]
-            else:
-                adapted = self.adapt(w[..., None, :], *tasks, rng=rng, shared=shared)
+            begin = w[..., None, :]
+            adapted = scores(begin, tasks[0]) + tasks[1] if closed_form else self.adapt(begin, *tasks, rng, shared)
             w = w - self.step * self.lam * (w - adapted.mean(-2))
             radius = max(radius, largest_norm(adapted), largest_norm(w))
         if not torch.isfinite(w).all():

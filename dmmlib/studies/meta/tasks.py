@@ -15,8 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from dmmlib.data import Dataset
 from dmmlib.errors import DataError
 from dmmlib.studies.convex.images import image_features
-from dmmlib.studies.meta.learner import Learner
-from dmmlib.studies.meta.losses import LOGISTIC, PHASE
+from dmmlib.studies.meta.learner import LOGISTIC, PHASE, Learner
 
 CLOTHES = (0, 1, 2, 3, 4, 6)  # of Fashion-MNIST; the rest are shoes and bags
 
