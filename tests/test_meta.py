@@ -391,6 +391,9 @@ def test_registered_methods_are_used_as_they_stand() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"eps": 1.0}, "eps=1"),
+        ({"eps": -0.1}, "eps=-0.1"),
+        ({"lam": 0.0}, r"lambda \+ mu = 0"),
         ({"step": 1.5}, r"Meta-level .* 1.5 > 1"),
         ({"inner": "gd", "inner_step": 0.9}, r"Task-level .* <= 0.8"),
         ({"examples_per_step": 2}, "for inner='gd'"),
@@ -446,7 +449,7 @@ def test_problems_without_one_answer_are_refused(images: data.Dataset) -> None:
         tasks.disjoint_tasks(images, 5, 20, torch.Generator())
     with pytest.raises(DataError, match="24 of 24 class pairs"):
         forgetting.setting(images, but(FEW, tasks=24), 1.0)
-    with pytest.raises(PresetError, match="lam step = 3"):
+    with pytest.raises(PresetError, match="gamma lambda = 3"):
         forgetting.setting(images, FEW, 10.0)
     with pytest.raises(DataError, match="interval over 1 value"):
         experiments.mean_estimate(np.ones(1))

@@ -145,6 +145,8 @@ class Learner:
     def check(self) -> None:
         """Raise PresetError for steps beyond stability, or a loss whose prox has no unique solution or no solver."""
         prox = self.inner == "prox"
+        if not 0 <= self.eps < 1:
+            raise PresetError(f"The adversary has eps={self.eps:g}, but the data have norm 1; give 0 <= eps < 1.")
         if prox and self.examples_per_step is not None:
             raise PresetError("examples_per_step is for inner='gd'; prox uses all examples, so leave it out.")
         if prox and self.eps and self.loss is not LOGISTIC:
@@ -155,7 +157,7 @@ class Learner:
             return
         if self.step * self.lam > 1:
             raise PresetError(
-                f"Meta-level steps are unstable: lam step = {self.step * self.lam:g} > 1; lower one of them."
+                f"Meta-level steps are unstable (gamma lambda = {self.step * self.lam:g} > 1); lower step."
             )
         smooth = 0.0 if math.isinf(self.loss.smoothness) else self.loss.smoothness * (1 + self.eps) ** 2
         limit = 1 / (self.lam + smooth)
