@@ -1,9 +1,7 @@
-"""Files that come with the library, files that it writes whole or not at all, and hashes by which they are found."""
+"""Where files lie, and how they are written: a reader sees the old content or the new, never a part."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib.resources
 import json
 import os
 import uuid
@@ -14,11 +12,35 @@ from typing import Any
 
 from dmmlib.errors import StoreError
 
+SHARE = Path(__file__).parent / "share"  # a wheel has the folders in it that a clone has beside the package
+OWN = SHARE if SHARE.is_dir() else Path(__file__).parents[1]
+LAID_OUT = ("notebooks", "presets")  # what `dmm init` copies, to be worked on
+
+
+def _is_laid_out(folder: Path) -> bool:
+    return (folder / "presets" / "smoke.yaml").is_file()
+
+
+def _root() -> Path:
+    here = Path.cwd()
+    otherwise = here if OWN == SHARE else OWN
+    return next((folder for folder in (here, *here.parents) if _is_laid_out(folder)), otherwise)
+
+
+ROOT = _root()
+"""The folder to work in: the nearest one around the current folder that is a clone or that `dmm init` laid out; else
+the clone that the library is imported from, or, for an installed library, the current folder."""
+
 
 def resource(name: str) -> Path:
-    """A folder that comes with the library (presets, notebooks, data): beside the package, or in it from a wheel."""
-    inside = Path(str(importlib.resources.files("dmmlib"))) / "share" / name
-    return inside if inside.exists() else Path(__file__).parents[1] / name
+    """A folder that comes with the library (presets, notebooks, data), or the copy that `dmm init` made of it."""
+    own = ROOT / name
+    return own if name in LAID_OUT and _is_laid_out(ROOT) and own.is_dir() else OWN / name
+
+
+def place(name: str) -> Path:
+    """Where everything computed goes, "runs" or "figures": $DMM_RUNS or $DMM_FIGURES, or a folder of `ROOT`."""
+    return Path(os.environ.get(f"DMM_{name.upper()}") or ROOT / name)
 
 
 def home() -> Path:

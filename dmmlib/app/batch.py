@@ -1,11 +1,19 @@
-"""The study's notebooks in batch: through papermill, two at a time where that is faster."""
+"""The study's notebooks in batch: through papermill, two at a time where that is faster.
+
+A stage is not executed again while its executed notebook and the tables that it wrote are there and its key is the
+same. The key is made of what stores are keyed by: parameters, the content of files that they name, and the version of
+every component; and of the notebook's source. Source of the library is not in it: a comment executes nothing again,
+and whoever changes numbers raises a version.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import multiprocessing
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -13,16 +21,17 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from tqdm import tqdm
-
-from dmmlib.errors import DmmError
-from dmmlib.files import config_hash, read_json, resource, short, write_json
+from dmmlib.errors import DmmError, StoreError
+from dmmlib.files import read_json, resource, write_json
+from dmmlib.hashing import config_hash
+from dmmlib.presets import PLACES
 from dmmlib.progress import PROGRESS_FILE
+from dmmlib.registry import REGISTRIES, VERSIONS
 
 NOTEBOOKS = resource("notebooks")
 NEEDS = {"03": ("02",), "04": ("02",), "05": ("04",), "07": ("04",)}
@@ -32,7 +41,7 @@ ORDER = ("02", "04", "07", "09", "08", "05", "03", "10", "06", "01")
 GRACE = 10.0  # seconds that interrupted stages have to end their kernels
 
 Say = Callable[[str, bool], None]
-"""Told a line of a stage, and whether something was done."""
+"""Told a line about a stage, and whether something was done."""
 
 
 def stages() -> dict[str, Path]:
@@ -40,51 +49,39 @@ def stages() -> dict[str, Path]:
     return {path.name[:2]: path for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))}
 
 
-def run(
-    notebooks: Iterable[Path],
-    out: Path,
-    parameters: Mapping[str, Any],
-    say: Say,
-    *,
-    force: bool = False,
-    threads: int = 1,
-    wide: Collection[str] = (),
-) -> None:
-    """Execute notebooks; side by side where there are threads for two.
+def key(notebook: Path, parameters: Mapping[str, Any]) -> str:
+    """Hash of all that an executed notebook depends on.
 
     Args:
-        notebooks: of stages, in order.
-        out: where executed ones go.
-        parameters: of every notebook.
-        say: is told what was done.
-        force: execute also what was done with the same parameters, notebook and library.
-        threads: to be shared by two; with 1, one notebook runs after the other, with all that torch takes.
-        wide: numbers of the stages that keep every core busy by themselves, and run alone.
-
-    Raises:
-        DmmError: if one fails; what runs beside it is finished, nothing else is begun.
+        notebook: its path; its name and outputs do not count.
+        parameters: of the notebook. Where things run does not count (`presets.PLACES`), and the path of a file counts
+            by the file's content.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    todo, library = [], _library()
-    for notebook in notebooks:
-        key = config_hash({"parameters": parameters, "notebook": _source(notebook), "library": library})
-        stage = _Stage(notebook, out, key)
-        if stage.done and not force:
-            say(f"{notebook.stem}: already done", False)
-        else:
-            todo.append(stage)
-    with _shown() as folder:
-        if threads < 2 or len(todo) < 2:
-            for stage in todo:
-                start, file = time.monotonic(), folder and folder / stage.number
-                stage.keep(_execute(stage, parameters, file), start, say, file)
-        else:
-            _side_by_side(todo, parameters, say, folder, threads, frozenset(wide))
+    import dmmlib.study  # noqa: F401 (imports whatever registers components)
+
+    preset = parameters.get("preset")
+    if isinstance(preset, Mapping):
+        parameters = {**parameters, "preset": {k: v for k, v in preset.items() if k not in PLACES}}
+    registered = {f"{kind} {name}": entries.version(name) for kind, entries in REGISTRIES.items() for name in entries}
+    source = [cell["source"] for cell in json.loads(notebook.read_text())["cells"]]
+    return config_hash({"parameters": _by_content(parameters), "notebook": source, "versions": VERSIONS | registered})
+
+
+def _by_content(value: Any) -> Any:
+    """The same, with a hash in the place of each path of a file."""
+    if isinstance(value, Mapping):
+        return {k: _by_content(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_by_content(v) for v in value]
+    if isinstance(value, str) and os.path.isabs(value) and os.path.isfile(value):
+        with open(value, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    return value
 
 
 @dataclass(frozen=True)
 class _Stage:
-    """A notebook to be executed, and where it goes; the key names all that it depends on."""
+    """A notebook to be executed, and where it goes."""
 
     notebook: Path
     out: Path
@@ -106,63 +103,86 @@ class _Stage:
     def record(self) -> Path:
         return self.out / f".{self.notebook.stem}.json"
 
-    @property
     def done(self) -> bool:
-        return self.target.exists() and self.record.exists() and read_json(self.record).get("key") == self.key
+        """Whether what was executed for the same key is still there and whole."""
+        try:
+            record = read_json(self.record)
+            cells = read_json(self.target)["cells"]
+            tables = [self.out.parent / name for name in record["tables"]]
+            whole = any(cell.get("outputs") for cell in cells) and all(t.stat().st_size for t in tables)
+            return whole and record["key"] == self.key
+        except (StoreError, OSError, LookupError, TypeError, AttributeError):
+            return False
 
-    def keep(self, error: str, start: float, say: Say, progress: Path | None) -> None:
-        """Put what was executed where it belongs, and say so.
-
-        Raises:
-            DmmError: if there was an error.
-        """
-        if progress is not None:
-            progress.unlink(missing_ok=True)
+    def keep(self, error: str, began: float, say: Say) -> None:
+        """Put what was executed where it belongs, and say so; raises DmmError if there was an error."""
         failed = self.out / f"{self.notebook.stem}-failed.ipynb"
         if error:
             os.replace(self.part, failed)
             raise DmmError(f"{self.notebook.stem} failed: {error} Everything trained is kept; see {failed}.")
         os.replace(self.part, self.target)
         failed.unlink(missing_ok=True)
-        seconds = time.monotonic() - start
-        write_json(self.record, {"key": self.key, "seconds": round(seconds, 1)})
-        with tqdm.external_write_mode():  # not into the line that shows progress
-            say(f"{self.notebook.stem}: done in {seconds:.0f} s", True)
+        seconds = time.time() - began
+        tables = sorted(p.name for p in self.out.parent.glob("*.csv") if p.stat().st_mtime > began)
+        write_json(self.record, {"key": self.key, "seconds": round(seconds, 1), "tables": tables})
+        say(f"{self.notebook.stem}: done in {seconds:.0f} s", True)
 
 
-def _side_by_side(
-    todo: Iterable[_Stage],
+def run(
+    notebooks: Iterable[Path],
+    out: Path,
     parameters: Mapping[str, Any],
     say: Say,
-    folder: Path | None,
-    threads: int,
-    wide: frozenset[str],
+    *,
+    force: bool = False,
+    threads: int = 1,
+    wide: Collection[str] = (),
+    environment: Mapping[str, str] | None = None,
 ) -> None:
-    """Two at a time, each in a process of its own with half of the threads, once what they need is done."""
-    by_number = {stage.number: stage for stage in todo}
-    waiting = sorted(by_number, key=lambda number: ORDER.index(number) if number in ORDER else len(ORDER))
+    """Execute notebooks, each in a process of its own; two at a time where there are threads for two.
+
+    Args:
+        notebooks: of stages.
+        out: where executed ones go; their tables go to the folder that it is in.
+        parameters: of every notebook.
+        say: is told what was done.
+        force: execute also what is done.
+        threads: to be shared by two; with 1, one notebook runs after the other, with all that torch takes.
+        wide: numbers of the stages that keep every core busy by themselves, and run alone.
+        environment: variables that kernels are given besides this process's.
+
+    Raises:
+        DmmError: if one fails; what runs beside it is finished, nothing else is begun.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    todo = {}
+    for notebook in notebooks:
+        stage = _Stage(notebook, out, key(notebook, parameters))
+        if stage.done() and not force:
+            say(f"{notebook.stem}: already done", False)
+        else:
+            todo[stage.number] = stage
+    at_once = 2 if threads > 1 and len(todo) > 1 else 1
+    waiting = sorted(todo, key=lambda number: ORDER.index(number) if number in ORDER else len(ORDER))
     running: dict[str, tuple[Future[str], float]] = {}
     failed: DmmError | None = None
-
-    def may_start() -> str | None:
-        ready = [n for n in waiting if not {*waiting, *running}.intersection(NEEDS.get(n, ()))]
-        if failed is not None or not ready or (running and wide & {ready[0], *running}):
-            return None
-        return ready[0] if len(running) < 2 else None
-
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+    pool = ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
+    with _shown() as folder, pool:
         try:
             while running or (waiting and failed is None):
-                while number := may_start():
+                while failed is None and len(running) < at_once and (number := _next(waiting, running, wide)):
                     waiting.remove(number)
-                    share = None if number in wide else threads // 2
-                    future = pool.submit(_execute, by_number[number], parameters, folder and folder / number, share)
-                    running[number] = future, time.monotonic()
-                done = wait([future for future, _ in running.values()], return_when=FIRST_COMPLETED).done
+                    given = {**(environment or {}), **({PROGRESS_FILE: str(folder / number)} if folder else {})}
+                    if at_once > 1 and number not in wide:
+                        given["OMP_NUM_THREADS"] = str(threads // 2)
+                    running[number] = pool.submit(_execute, todo[number], parameters, given), time.time()
+                done, _ = wait([future for future, _ in running.values()], return_when=FIRST_COMPLETED)
                 for number in [n for n, (future, _) in running.items() if future in done]:
-                    future, start = running.pop(number)
+                    future, began = running.pop(number)
+                    if folder:
+                        (folder / number).unlink(missing_ok=True)
                     try:
-                        by_number[number].keep(future.result(), start, say, folder and folder / number)
+                        todo[number].keep(future.result(), began, say)
                     except DmmError as error:
                         failed = failed or error
                     except BrokenProcessPool:
@@ -173,6 +193,8 @@ def _side_by_side(
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in multiprocessing.active_children():
+                with suppress(ProcessLookupError):
+                    os.kill(child.pid or 0, signal.SIGINT)  # only a terminal tells it too
                 child.join(GRACE)
                 child.terminate()
             raise
@@ -180,51 +202,40 @@ def _side_by_side(
         raise failed
 
 
-def _execute(stage: _Stage, parameters: Mapping[str, Any], progress: Path | None, threads: int | None = None) -> str:
-    """Run a notebook; the error's last line, or nothing.
+def _next(waiting: Iterable[str], running: Iterable[str], wide: Collection[str]) -> str | None:
+    """The stage that may start now beside those that run, if there is one."""
+    ready = [n for n in waiting if not {*waiting, *running}.intersection(NEEDS.get(n, ()))]
+    alone = running and {ready[0], *running}.intersection(wide) if ready else ()
+    return None if alone or not ready else ready[0]
 
-    Args:
-        progress: where its kernel writes how far it is; as the environment says, if None.
-        threads: that its kernel takes; as many as it likes if None.
-    """
+
+def _execute(stage: _Stage, parameters: Mapping[str, Any], environment: Mapping[str, str]) -> str:
+    """Run a notebook, in a process with nothing else to do; the last line of its error, or nothing."""
     import papermill
 
+    def interrupt(*_: object) -> NoReturn:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # being told twice must not disturb the end of the kernel
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    here = {} if progress is None else {PROGRESS_FILE: str(progress)}
-    if threads is not None:
-        here["OMP_NUM_THREADS"] = str(threads)
-    with warnings.catch_warnings(), _environment(here):
-        warnings.simplefilter("ignore")
-        try:
-            papermill.execute_notebook(
-                str(stage.notebook),
-                str(stage.part),
-                dict(parameters),
-                kernel_name="python3",
-                progress_bar=False,
-                start_timeout=300,  # a kernel is slow to come on a busy machine
-                cwd=str(NOTEBOOKS),
-                extra_arguments=["--IPKernelApp.log_level=50"],  # its chatter is not for the terminal
-            )
-        except papermill.PapermillExecutionError as error:
-            return f"{error.ename}: {error.evalue}"
+    warnings.simplefilter("ignore")
+    os.environ.update(environment)
+    try:
+        papermill.execute_notebook(
+            str(stage.notebook),
+            str(stage.part),
+            dict(parameters),
+            kernel_name="python3",
+            progress_bar=False,
+            start_timeout=300,  # a kernel is slow to come on a busy machine
+            cwd=str(stage.notebook.parent),
+            extra_arguments=["--IPKernelApp.log_level=50"],  # its chatter is not for the terminal
+        )
+    except papermill.PapermillExecutionError as error:
+        return f"{error.ename}: {error.evalue}"
     _scrub(stage.part)
     return ""
-
-
-@contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """These variables for what is started within."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _scrub(path: Path) -> None:
@@ -235,20 +246,20 @@ def _scrub(path: Path) -> None:
     notebook.metadata.pop("papermill", None)
     notebook.metadata.get("language_info", {}).pop("version", None)
     for cell in notebook.cells:
-        cell.metadata.pop("papermill", None)
-        cell.metadata.pop("execution", None)
-        for key in ("collapsed", "jupyter"):
-            if "injected-parameters" not in cell.metadata.get("tags", []):
-                cell.metadata.pop(key, None)
+        injected = "injected-parameters" in cell.metadata.get("tags", [])
+        for name in ("papermill", "execution", *(() if injected else ("collapsed", "jupyter"))):
+            cell.metadata.pop(name, None)
     nbformat.write(notebook, path)
 
 
 @contextmanager
 def _shown() -> Iterator[Path | None]:
-    """A folder into which kernels report, a file a stage, while the terminal shows it; None if another shows it."""
+    """A folder where each kernel reports in a file, shown in the terminal; None if another shows it."""
     if PROGRESS_FILE in os.environ:  # whoever started this command
         yield None
         return
+    from tqdm import tqdm
+
     with tempfile.TemporaryDirectory() as name:
         folder, stop = Path(name), threading.Event()
         bar = tqdm(bar_format="{desc}", leave=False, disable=None)  # silent where it is no terminal
@@ -257,10 +268,8 @@ def _shown() -> Iterator[Path | None]:
             while not stop.wait(0.5):
                 lines = []
                 for file in sorted(folder.iterdir()):
-                    try:
+                    with suppress(OSError, ValueError):  # caught half-written
                         lines.append(f"{file.name}: {json.loads(file.read_text())['line']}")
-                    except (OSError, ValueError):
-                        continue  # caught half-written
                 bar.set_description_str(" | ".join(lines))
 
         thread = threading.Thread(target=watch, daemon=True)
@@ -271,12 +280,3 @@ def _shown() -> Iterator[Path | None]:
             stop.set()
             thread.join()
             bar.close()
-
-
-def _source(notebook: Path) -> str:
-    cells = json.loads(notebook.read_text())["cells"]
-    return short(json.dumps([c["source"] for c in cells]).encode())
-
-
-def _library() -> str:
-    return short(b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py"))))

@@ -1,10 +1,11 @@
-"""`dmm`: run the study's notebooks in batch. A thin layer on papermill."""
+"""`dmm`: run the study's notebooks in batch. A thin layer on papermill; what computes is imported when it is needed."""
 
 from __future__ import annotations
 
-import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,23 +14,36 @@ import yaml
 
 from dmmlib import presets
 from dmmlib.app import batch
-from dmmlib.errors import DmmError, PresetError
+from dmmlib.errors import DmmError, PresetError, StoreError
+from dmmlib.files import LAID_OUT, resource
 
 TRAINING = ("02", "04")  # stages that keep every core busy by themselves
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+HELP = {"help_option_names": ["-h", "--help"]}
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, context_settings=HELP)
+
+Name = Annotated[str, typer.Argument(metavar="PRESET", help="A name in presets/, or the path of a YAML file.")]
+Ran = Annotated[str, typer.Argument(metavar="PRESET", help="A preset that was run, or the directory of a run.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Replace a number, e.g. datamodels.n_subsets=500; may be repeated."
+    ),
+]
+Place = Annotated[str, typer.Option(help="Where trained outputs go: a directory or fsspec address.")]
+Runs = Annotated[Path | None, typer.Option(help="Directory for everything computed (default: runs/).")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dmm {metadata.version('dmmlib')}")
+        raise typer.Exit
 
 
 @app.callback()
-def _main() -> None:
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
     """Machine unlearning by datamodel matching: run the study in batch."""
-
-
-@app.command("list")
-def list_() -> None:
-    """Show presets and stages."""
-    typer.echo("presets: " + ", ".join(presets.names()))
-    for number, path in batch.stages().items():
-        typer.echo(f"stage {number}: {path.stem[3:].replace('_', ' ')}")
 
 
 @contextmanager
@@ -40,105 +54,154 @@ def _one_line() -> Iterator[None]:
     except DmmError as error:
         typer.secho(f"dmm: {error}", fg=typer.colors.RED, err=True)
         raise typer.Exit(2) from None
-
-
-@app.command()
-def run(
-    preset: Annotated[str, typer.Argument(help="A name in presets/, or the path of a YAML file.")],
-    stage: Annotated[list[str] | None, typer.Option(help="Only this stage, e.g. 04; may be repeated.")] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Replace a number: key=value, e.g. datamodels.n_subsets=500."),
-    ] = None,
-    forget_set: Annotated[
-        Path | None, typer.Option(help="A forget set's JSON file, in the preset's sets' place.")
-    ] = None,
-    beside: Annotated[bool, typer.Option(help="That set beside the preset's, not in their place.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "",
-    scheduler: Annotated[
-        str, typer.Option(help="Who trains: local, local-cluster, cluster (the preset's), or a Dask address.")
-    ] = "",
-    store: Annotated[str, typer.Option(help="Where trained outputs go: a directory or fsspec address.")] = "",
-    force: Annotated[bool, typer.Option(help="Run stages again that are done.")] = False,
-    runs: Annotated[Path | None, typer.Option(help="Directory for everything computed (default: runs/).")] = None,
-    dry_run: Annotated[
-        bool, typer.Option(help="Only say what would be trained, for how long, and what it leaves.")
-    ] = False,
-) -> None:
-    """Run notebooks through papermill; stages already done for the same configuration are skipped."""
-    places = {"device": device, "scheduler": scheduler, "store": store}
-    try:
-        with _one_line():
-            overrides = _parse(set_ or []) | {key: value for key, value in places.items() if value}
-            if dry_run and forget_set:
-                raise PresetError("--dry-run plans the preset's own forget sets; leave --forget-set out.")
-            if dry_run:
-                _dry_run(preset, overrides, runs)
-            else:
-                _run(preset, stage or [], overrides, forget_set, beside, force, runs)
     except KeyboardInterrupt:
         typer.secho("dmm: interrupted; finished shards and stages are kept, run again to go on.", err=True)
         raise typer.Exit(130) from None
 
 
-@app.command()
-def status(
-    preset: Annotated[str, typer.Argument(help="A name in presets/, or the path of a YAML file.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", help="As for `dmm run`.")] = None,
-    store: Annotated[str, typer.Option(help="As for `dmm run`.")] = "",
-    runs: Annotated[Path | None, typer.Option(help="As for `dmm run`.")] = None,
-) -> None:
-    """Show what is trained, missing and damaged; trains nothing."""
-    from dmmlib.app import plan
-    from dmmlib.progress import silent
-    from dmmlib.study import Study
+@app.command("list")
+def list_() -> None:
+    """Show presets and stages."""
+    typer.echo("presets: " + ", ".join(presets.names()))
+    for number, path in batch.stages().items():
+        typer.echo(f"stage {number}: {path.stem[3:].replace('_', ' ')}")
 
+
+@app.command()
+def init(folder: Annotated[Path, typer.Argument(help="Where; it is made if it does not exist.")]) -> None:
+    """Lay out notebooks, presets and a README in a folder to work in; what is there already is kept as it is."""
+    sources = {folder / name / path.name: path for name in LAID_OUT for path in sorted(resource(name).glob("[!.]*.*"))}
+    sources[folder / "README.md"] = Path(__file__).parent / "templates" / "README.md"
+    new = [target for target in sources if not target.exists()]
     with _one_line():
-        overrides = _parse(set_ or []) | ({"store": store} if store else {})
+        try:
+            for target in new:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(sources[target], target)
+        except OSError as error:
+            raise StoreError(f"{folder} cannot be written ({error.strerror}); choose another folder.") from error
+    kept = len(sources) - len(new)
+    also = f"; {kept} that were there already are kept as they are" if kept else ""
+    typer.echo(f"{folder}: {len(new)} files written{also}.")
+
+
+@app.command()
+def run(
+    preset: Name,
+    stage: Annotated[list[str] | None, typer.Option(help="Only this stage, e.g. 04; may be repeated.")] = None,
+    set_: Settings = None,
+    forget_set: Annotated[
+        Path | None, typer.Option(help="The JSON file of a forget set to study in the place of the preset's.")
+    ] = None,
+    beside: Annotated[bool, typer.Option(help="Study that set beside the preset's, not in their place.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "",
+    scheduler: Annotated[
+        str, typer.Option(help="Who trains: local, local-cluster, cluster (the preset's), or a Dask address.")
+    ] = "",
+    store: Place = "",
+    force: Annotated[bool, typer.Option(help="Run stages again that are done.")] = False,
+    runs: Runs = None,
+    dry_run: Annotated[
+        bool, typer.Option(help="Only say what would be trained, for how long, and what it takes and leaves.")
+    ] = False,
+) -> None:
+    """Run notebooks through papermill; stages already done for the same configuration are skipped."""
+    places = {"device": device, "scheduler": scheduler, "store": store}
+    with _one_line():
+        overrides = _parse(set_) | {key: value for key, value in places.items() if value}
+        if dry_run:
+            if forget_set:
+                raise PresetError("--dry-run plans the preset's own forget sets; leave --forget-set out.")
+            _dry_run(preset, overrides, runs)
+            return
+        known = batch.stages()
+        wanted = [number.zfill(2) for number in stage or known]
+        if unknown := set(wanted).difference(known):
+            raise PresetError(f"Unknown stage {min(unknown)!r}; use one of {', '.join(known)}.")
+        import torch  # only once the arguments have been read
+
+        from dmmlib.app.report import record
+        from dmmlib.study import Study
+
+        own = str(forget_set.resolve()) if forget_set else None
+        study = Study(preset, overrides, forget_set=own, beside=beside, runs=runs)  # says what can be wrong
+        content = study.preset.model_dump(mode="json")
+        if content["data"]["path"]:  # kernels work in another folder
+            content["data"]["path"] = str(Path(content["data"]["path"]).expanduser().resolve())
+        record(study, study.output)
+        notebooks, figures = study.output / "notebooks", study.figures / study.output.relative_to(study.runs)
+        batch.run(
+            [known[number] for number in sorted({*wanted})],
+            notebooks,
+            {"preset": content, "overrides": {}, "forget_set": own, "beside": beside},
+            _say,
+            force=force,
+            threads=1 if study.preset.threads else torch.get_num_threads(),  # one's own are for a single notebook
+            wide=TRAINING if study.trains_much else (),
+            environment={"DMM_RUNS": str(study.runs.resolve()), "DMM_FIGURES": str(study.figures.resolve())},
+        )
+    typer.echo(f"executed notebooks: {notebooks}")
+    if tables := sorted(study.output.glob("*.csv")):
+        typer.echo("tables:             " + ", ".join(map(str, tables)))
+    typer.echo(f"figures:            {figures}")
+
+
+@app.command()
+def status(preset: Name, set_: Settings = None, store: Place = "", runs: Runs = None) -> None:
+    """Show what is trained, missing and damaged; trains nothing."""
+    with _one_line():
+        from dmmlib.app import plan
+        from dmmlib.progress import silent
+        from dmmlib.study import Study
+
+        overrides = _parse(set_) | ({"store": store} if store else {})
         table = plan.status(Study(preset, overrides, runs=runs, progress=silent))
     typer.echo(table.to_string(index=False))
-    done, planned = int(table["done"].sum()), int(table["planned"].sum())
-    typer.echo(f"{done:,} of {planned:,} models trained, {int(table['damaged'].sum()):,} damaged")
-    if table["damaged"].any():
+    done, planned, damaged = (int(table[column].sum()) for column in ("done", "planned", "damaged"))
+    typer.echo(f"{done:,} of {planned:,} models trained, {damaged:,} damaged")
+    if damaged:
         typer.echo("the next run trains the damaged shards again")
 
 
 @app.command()
 def report(
-    name: Annotated[str, typer.Argument(metavar="PRESET", help="A preset that was run, or the directory of a run.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Numbers that were replaced, as for `run`.")] = None,
+    name: Ran,
+    set_: Settings = None,
     out: Annotated[Path | None, typer.Option(help="The page (default: report.html in the run's directory).")] = None,
-    runs: Annotated[Path | None, typer.Option(help="Directory of runs (default: runs/).")] = None,
+    runs: Runs = None,
 ) -> None:
     """Write a run as one self-contained HTML page: claims with verdicts, tables, figures, settings."""
-    from dmmlib.app import report as pages
-
     with _one_line():
-        run = pages.open_run(pages.preset_name(name, _parse(set_ or [])), runs)
+        from dmmlib.app import report as pages
+
+        overrides = _parse(set_)
+        if overrides or name.endswith((".yaml", ".yml")):
+            name = presets.load(name, overrides).name
+        run = pages.open_run(name, runs)
         typer.echo(pages.write(pages.html(run), out or run.directory / "report.html"))
 
 
 @app.command()
 def compare(
-    a: Annotated[str, typer.Argument(help="A preset that was run, or the directory of a run.")],
-    b: Annotated[str, typer.Argument(help="Another.")],
+    a: Ran,
+    b: Annotated[str, typer.Argument(metavar="PRESET", help="Another.")],
     statistic: Annotated[str, typer.Option(help="klom_p95, klom_mean, accuracy_gap, u_lira or cost.")] = "klom_p95",
     html: Annotated[Path | None, typer.Option(help="Also write a page with every statistic.")] = None,
-    runs: Annotated[Path | None, typer.Option(help="Directory of runs (default: runs/).")] = None,
+    runs: Runs = None,
 ) -> None:
     """Set two runs side by side: which settings differ, and by how much the results do, with intervals."""
-    from dmmlib.app import report as pages
-
     with _one_line():
+        from dmmlib.app import report as pages
+
         left, right = pages.open_run(a, runs), pages.open_run(b, runs)
         typer.echo(pages.comparison_text(left, right, statistic))
         if html:
             typer.echo(pages.write(pages.comparison_html(left, right), html))
 
 
-def _parse(settings: list[str]) -> dict[str, Any]:
+def _parse(settings: list[str] | None) -> dict[str, Any]:
     parsed = {}
-    for setting in settings:
+    for setting in settings or []:
         key, separator, value = setting.partition("=")
         if not separator or not key:
             raise PresetError(f"--set got {setting!r}; give key=value, such as datamodels.n_subsets=500.")
@@ -149,55 +212,17 @@ def _parse(settings: list[str]) -> dict[str, Any]:
     return parsed
 
 
-def _run(
-    preset: str,
-    wanted: list[str],
-    overrides: dict[str, Any],
-    forget_set: Path | None,
-    beside: bool,
-    force: bool,
-    runs: Path | None,
-) -> None:
-    import torch  # only once the arguments have been read
-
-    from dmmlib.app.report import record
-    from dmmlib.study import Study
-
-    known = batch.stages()
-    unknown = [s for s in wanted if s not in known]
-    if unknown:
-        raise PresetError(f"Unknown stage {unknown[0]!r}; use one of {', '.join(known)}.")
-    if runs:
-        os.environ["DMM_RUNS"] = str(runs.resolve())
-    own = str(forget_set.resolve()) if forget_set else None
-    study = Study(preset, overrides, forget_set=own, beside=beside)  # everything that can be wrong is said here
-    parameters = {
-        "preset": study.preset.model_dump(mode="json", exclude_defaults=False),
-        "overrides": {},
-        "forget_set": own,
-        "beside": beside,
-    }
-    out = study.output
-    record(study, out)
-    threads = 1 if study.preset.threads else torch.get_num_threads()  # threads of one's own are for a single notebook
-    chosen = [path for number, path in known.items() if not wanted or number in wanted]
-    wide = TRAINING if study.trains_much else ()
-    batch.run(chosen, out / "notebooks", parameters, _say, force=force, threads=threads, wide=wide)
-    tables = sorted(out.glob("*.csv"))
-    typer.echo(f"executed notebooks: {out / 'notebooks'}")
-    if tables:
-        typer.echo("tables:             " + ", ".join(str(t) for t in tables))
-    typer.echo(f"figures:            {study.figures / out.relative_to(study.runs)}")
-
-
 def _say(line: str, done: bool) -> None:
-    typer.secho(line, fg=typer.colors.GREEN if done else typer.colors.BRIGHT_BLACK)
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode():  # not into the line that shows progress
+        typer.secho(line, fg=typer.colors.GREEN if done else typer.colors.BRIGHT_BLACK)
 
 
 def _dry_run(preset: str, overrides: dict[str, Any], runs: Path | None) -> None:
+    loaded = presets.load(preset, overrides)
     from dmmlib.app import plan
 
-    loaded = presets.load(preset, overrides)
     typer.echo(plan.plan(loaded, runs))
     if loaded.studies["multimodal"].checkpoint is not None:
         from dmmlib.studies.multimodal.scale import scale
