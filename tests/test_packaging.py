@@ -1,12 +1,19 @@
 """One list of dependencies; nothing in the repository that does not belong there."""
 
+import os
 import re
+import shutil
 import subprocess
+import sys
+import sysconfig
 import tomllib
+import venv
 from pathlib import Path
 
 import pytest
 import yaml
+
+from tests.conftest import TINY
 
 ROOT = Path(__file__).parents[1]
 REQUIRED = {"jupyterlab", "torch", "numpy", "matplotlib", "seaborn", "ipywidgets", "papermill", "nbval"}
@@ -71,3 +78,65 @@ def test_top_level_is_complete():
     for name in ("notebooks", "dmmlib", "data", "figures", "tests", "environment.yml", "README.md", "LICENSE",
                  "CITATION.cff", "CONTRIBUTING.md", "CHANGELOG.md", ".pre-commit-config.yaml", ".ci/run"):  # fmt: skip
         assert (ROOT / name).exists(), name
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The wheel in an environment of its own, which shares nothing with the checkout but the dependencies."""
+    place = tmp_path_factory.mktemp("wheel")
+    source, environment, folder = place / "source", place / "environment", place / "empty"
+    folder.mkdir()
+    for name in ("dmmlib", "notebooks", "presets", "data"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
+    options = ["--no-deps", "--no-build-isolation", "-w", place, source]
+    subprocess.run([*pip, "wheel", *options], check=True, env=os.environ | {"PYTHONPATH": ""})
+    (wheel,) = place.glob("*.whl")
+    assert wheel.stat().st_size < 10e6
+    venv.create(environment)
+    dependencies = sysconfig.get_path("purelib")
+    (libraries,) = environment.glob("lib/python*/site-packages")
+    (libraries / "dependencies.pth").write_text(dependencies)  # of this folder no .pth is read, an editable install's
+    python = environment / "bin" / "python"
+    subprocess.run([*pip, "--python", python, "install", "--no-deps", "--no-index", wheel], check=True)
+    hidden = {name: value for name, value in os.environ.items() if not name.startswith(("DMM_", "PYTHONPATH"))}
+
+    def dmm(*arguments, cwd=folder):
+        said = subprocess.run(
+            [environment / "bin" / "dmm", *map(str, arguments)], cwd=cwd, env=hidden, capture_output=True, text=True
+        )
+        assert said.returncode == 0, said.stdout + said.stderr
+        return said.stdout
+
+    return folder, dmm
+
+
+@pytest.mark.slow
+def test_a_wheel_runs_a_stage_in_an_empty_folder(installed):
+    folder, dmm = installed
+    assert re.fullmatch(r"dmm \d+\.\d+\.\d+\n", dmm("--version"))
+    assert "smoke" in dmm("list")
+    assert "stage 10: meta stability" in dmm("list")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump({"preset": TINY}))
+    said = dmm("run", "tiny.yaml", "--stage", "3")
+    assert "03_forget_set_selection: done in" in said
+    assert (folder / "figures" / "tiny" / "03_forget_sets.png").stat().st_size > 5000
+    assert sorted(path.name for path in folder.iterdir()) == ["figures", "runs", "tiny.yaml"]
+
+
+@pytest.mark.slow
+def test_a_folder_is_laid_out_once_and_worked_in(installed):
+    folder, dmm = installed
+    assert re.fullmatch(r"work: \d+ files written\.\n", dmm("init", "work"))
+    work = folder / "work"
+    assert {path.name for path in work.iterdir()} == {"README.md", "notebooks", "presets"}
+    assert len(list((work / "notebooks").glob("*.ipynb"))) == 10
+    (work / "presets" / "smoke.yaml").write_text(yaml.safe_dump({"preset": TINY | {"name": "mine"}}))
+    (work / "README.md").unlink()
+    assert re.fullmatch(
+        r"work: 1 file written; \d+ that were there already are kept as they are\.\n", dmm("init", "work")
+    )
+    said = dmm("status", "smoke", cwd=work / "notebooks")
+    assert "originals        8" in said, "the preset that was changed here, not the library's"

@@ -193,8 +193,9 @@ def run(
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in multiprocessing.active_children():
-                with suppress(ProcessLookupError):
-                    os.kill(child.pid or 0, signal.SIGINT)  # only a terminal tells it too
+                if child.pid:
+                    with suppress(ProcessLookupError):
+                        os.kill(child.pid, signal.SIGINT)  # a terminal has told it, but nobody else has
                 child.join(GRACE)
                 child.terminate()
             raise

@@ -25,9 +25,7 @@ Name = Annotated[str, typer.Argument(metavar="PRESET", help="A name in presets/,
 Ran = Annotated[str, typer.Argument(metavar="PRESET", help="A preset that was run, or the directory of a run.")]
 Settings = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Replace a number, e.g. datamodels.n_subsets=500; may be repeated."
-    ),
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace a number, e.g. ensembles.n_models=50; may be repeated."),
 ]
 Place = Annotated[str, typer.Option(help="Where trained outputs go: a directory or fsspec address.")]
 Runs = Annotated[Path | None, typer.Option(help="Directory for everything computed (default: runs/).")]
@@ -82,7 +80,7 @@ def init(folder: Annotated[Path, typer.Argument(help="Where; it is made if it do
             raise StoreError(f"{folder} cannot be written ({error.strerror}); choose another folder.") from error
     kept = len(sources) - len(new)
     also = f"; {kept} that were there already are kept as they are" if kept else ""
-    typer.echo(f"{folder}: {len(new)} files written{also}.")
+    typer.echo(f"{folder}: {len(new)} file{'s' * (len(new) != 1)} written{also}.")
 
 
 @app.command()
