@@ -1,4 +1,4 @@
-"""What a run would do, without doing it: stages, models to train, hours, disk (`dmm run PRESET --dry-run`)."""
+"""What a run would do, without doing it: models to train, hours, memory, disk (`dmm run PRESET --dry-run`)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import pandas as pd
 import torch
 from fsspec.core import url_to_fs
 from platformdirs import user_cache_dir
+from tqdm import tqdm
 
-from dmmlib import data as datasets
 from dmmlib import ensemble, models, unlearn
+from dmmlib.data import Dataset
 from dmmlib.errors import DataError
 from dmmlib.execution import one_thread
 from dmmlib.files import short
@@ -26,26 +27,13 @@ from dmmlib.studies.cheap import experiments
 from dmmlib.studies.cheap.ablation import antithetic_masks
 from dmmlib.study import Study
 
-# Published sizes of data sets that need not be on this machine: point, classes, training and validation points.
-PUBLISHED: dict[str, tuple[tuple[int, ...], int, int, int]] = {
-    "cifar10": ((32, 32, 3), 10, 50_000, 10_000),
-    "living17": ((160, 160, 3), 17, 88_400, 3_400),
-}
-
-
-@dataclass(frozen=True)
-class Size:
-    """Of a data set: shape of a point, classes, training and validation points."""
-
-    shape: tuple[int, ...]
-    n_classes: int
-    n_train: int
-    n_val: int
-    present: bool = True
-
-    @property
-    def n_points(self) -> int:
-        return self.n_train + self.n_val
+PUBLISHED = {"cifar10": ((32, 32, 3), 10, 50_000, 10_000), "living17": ((160, 160, 3), 17, 88_400, 3_400)}
+"""Data sets that need not be on this machine: shape of a point, classes, training and validation points."""
+Masks = Callable[[Study], np.ndarray] | None
+"""Makes the masks of a model set; None where they are not known before a run."""
+COPIES = (
+    3.5  # peak memory of reading subset outputs whole, changing their gauge and regressing on them, over their size
+)
 
 
 @dataclass(frozen=True)
@@ -54,31 +42,123 @@ class Job:
 
     Attributes:
         what: which models.
-        n_models: how many the preset asks for.
-        done: how many of them lie in a store of the same configuration.
-        gradients: sample gradients of one.
-        weights: whether their weights are kept as well.
+        n_models: how many the preset asks for, in all model sets together.
+        size: training points of each.
+        sets: name of each model set -> its number of models, and its masks.
+        weights: whether the weights are kept too.
     """
 
     what: str
-    n_models: int
-    done: int
-    gradients: float
+    size: int
+    sets: Mapping[str, tuple[int, Masks]]
     weights: bool = False
 
     @property
-    def missing(self) -> float:
-        """Sample gradients still to compute."""
-        return (self.n_models - self.done) * self.gradients
+    def n_models(self) -> int:
+        return sum(n for n, _ in self.sets.values())
+
+
+def jobs(preset: Preset, n_train: int, n_classes: int) -> Iterator[Job]:
+    """All models that the notebooks train, those of stages 01, 06 and 08 to 10 excepted."""
+    yield from _main(preset, n_train, n_classes)
+    yield from _more(preset, n_train)
+
+
+def _random(stream: str, n: int, fraction: float) -> Masks:
+    return lambda study: study.random_masks(stream, n, fraction)
+
+
+def _main(preset: Preset, n_train: int, n_classes: int) -> Iterator[Job]:
+    n, d, t, a = preset.ensembles.n_models, preset.datamodels, preset.tuning, preset.attribution
+    m = d.n_subsets + d.n_held_out
+    yield Job("originals", n_train, {"originals": (n, lambda s: np.ones((n, s.data.n_train), bool))}, True)
+    yield Job("subset models", round(d.fraction * n_train), {"subsets": (m, Study.subset_masks)})
+    masks = _random("attribution masks", a.n_subsets, a.fraction)
+    yield Job("attribution models", round(a.fraction * n_train), {"attribution": (a.n_subsets, masks)}, True)
+    for sections, n_floor, kind in ((preset.forget_sets, n, ""), (t.forget_sets, t.n_models, "tuning: ")):
+        for part in sections:
+            size = n_train - (part.size or round(part.share * n_train / n_classes))
+            sets: dict[str, tuple[int, Masks]]
+            sets = {f"oracles:{part.name}": (n, None), f"floor:{part.name}": (n_floor, None)}
+            yield Job(f"{kind}oracles and floor, {part.name}", size, sets)
+
+
+def _more(preset: Preset, n_train: int) -> Iterator[Job]:
+    """Subset models that notebook 07 trains."""
+    m, fraction, cheap = preset.attribution.n_subsets, preset.attribution.fraction, preset.studies["cheap"]
+    every, draws = max(experiments.sizes(preset)), range(len(experiments.draws(preset, m)))
+
+    def job(what: str, name: str, n: int, share: float, masks: Callable[[int], Masks]) -> Job:
+        sets = {f"attribution:{name}:{draw}": (n, masks(draw)) for draw in draws}
+        return Job(f"stage 07: ablation, {what}", round(share * n_train), sets, True)
+
+    def paired(draw: int) -> Masks:
+        return lambda study: antithetic_masks(study.random_masks(f"masks:pairs:{draw}", m, 0.5))
+
+    def twice(draw: int) -> Masks:
+        return lambda study: np.repeat(study.random_masks(f"masks:twice:{draw}", -(-m // 2), fraction), 2, 0)[:m]
+
+    if every > m:
+        further: Masks = lambda study: study.random_masks("attribution masks", every, fraction)[m:]  # noqa: E731
+        sets = {"attribution:more": (every - m, further)}
+        yield Job("stage 07: more of attribution", round(fraction * n_train), sets, True)
+    for f in cheap.fractions:
+        yield job(f"{f:g}", f"{f:g}", m, f, lambda draw, f=f: _random(f"masks:{f:g}:{draw}", m, f))
+    yield job("antithetic", "antithetic", m // 2 * 2, 0.5, paired)
+    yield job("twice", "twice", m, fraction, twice)
+    yield job("clustered", "clustered", m, fraction, lambda draw: None)
+
+
+def _found(job: Job, stores: Sequence[Store], study: Study | None) -> Iterator[tuple[int, Store]]:
+    """Number of models of each of a job's model sets, and the fullest store of just these models, if there is one."""
+    for name, (n, masks) in job.sets.items():
+        of_name = [store for store in stores if _is_of(store, name) and store.n_models == n]
+        if of_name and study and masks:
+            drawn = short(np.packbits(masks(study)).tobytes())
+            of_name = [store for store in of_name if store.config["masks"] == drawn]
+        if of_name:
+            yield n, min(of_name, key=lambda store: _count(store, store.missing()))
+
+
+def _stores(study: Study) -> Iterator[Store]:
+    """The stores of this configuration."""
+    identity = study._identity() | {"seed": study.preset.seed}
+    files, root = url_to_fs(study.preset.store or str(study.runs / "store"))
+    for path in sorted(files.glob(f"{root}/*.zarr")):
+        store = Store.existing(files.unstrip_protocol(path))  # a run would say what is wrong with one that is no store
+        if store is not None and all(store.config.get(k) == v for k, v in identity.items()):
+            yield store
+
+
+def _is_of(store: Store, name: str) -> bool:
+    """Whether a store is of a model set, whose name may go on with the hash of a forget set."""
+    stream = store.config["stream"]
+    return stream == name or (":" in name and stream.rpartition(":")[0] == name)
+
+
+def _count(store: Store, shards: list[int]) -> int:
+    return sum(len(store.models(shard)) for shard in shards)
+
+
+def status(study: Study) -> pd.DataFrame:
+    """`Study.status`, and the subset models that notebook 07 trains besides, by the names of a plan."""
+    stores, rows = list(_stores(study)), []
+    for job in _more(study.preset, study.data.n_train):
+        found = [store for _, store in _found(job, stores, study)]
+        damaged = sum(_count(store, store.damaged()) for store in found)
+        done = sum(store.n_models - _count(store, store.missing()) for store in found) - damaged
+        missing = job.n_models - done - damaged
+        rows.append({"models": job.what, "planned": job.n_models, "done": done, "missing": missing, "damaged": damaged})
+    return pd.concat([study.status(), pd.DataFrame(rows)], ignore_index=True)
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Sample gradients a second, just measured here.
+    """Sample gradients per second, just measured here.
 
     Attributes:
         per_second: over all models trained together.
-        n_models, batch: how many models, and examples a model, took a step together in the measurement.
+        n_models, batch: how many models, and examples of each, took a step together in the measurement.
         device: where.
     """
 
@@ -93,56 +173,54 @@ class Plan:
     """See `plan`.
 
     Attributes:
-        jobs: models to train.
-        unlearning: sample gradients of the search and of unlearning, about (see `_unlearning`).
-        bytes: name -> what it takes on disk when complete.
+        data: of the preset; where it is not on this machine, zeros of the published size.
+        present: whether it is.
+        n_parameters: of one model.
+        models: columns models (which), planned, done (in stores of the same configuration), missing, gradients (sample
+            gradients that training the missing ones takes).
+        unlearning: sample gradients of the search and of unlearning, about; see `_unlearning`.
+        disk: name -> bytes that it takes on disk when complete.
+        memory: what is done -> bytes that it takes at its peak, about; one is done after the other.
     """
 
     preset: Preset
-    size: Size
+    data: Dataset
+    present: bool
     n_parameters: int
-    jobs: tuple[Job, ...]
+    models: pd.DataFrame
     unlearning: float
-    bytes: Mapping[str, float]
+    disk: Mapping[str, float]
+    memory: Mapping[str, float]
     rate: Rate
-
-    @property
-    def total(self) -> Job:
-        """All models, with the mean of what is missing over those that are."""
-        asked, done = sum(j.n_models for j in self.jobs), sum(j.done for j in self.jobs)
-        return Job("all", asked, done, sum(j.missing for j in self.jobs) / max(1, asked - done))
 
     @property
     def hours(self) -> float:
         """Training of what is missing, at the measured rate."""
-        return self.total.missing / self.rate.per_second / 3600
-
-    @property
-    def unlearning_hours(self) -> float:
-        return self.unlearning / self.rate.per_second / 3600
+        return float(self.models["gradients"].sum()) / self.rate.per_second / 3600
 
     def __str__(self) -> str:
-        p, s, r = self.preset, self.size, self.rate
-        width = max(len(job.what) for job in self.jobs)
-        where = "" if s.present else "; its data are not on this machine, so published sizes and random images stand in"
-        lines = [
-            f"{p.name}: {p.data.name}, {s.n_train:,} training and {s.n_val:,} validation points, "
-            f"{p.model.name} with {self.n_parameters:,} parameters{where}",
-            f"  {'models':{width}}  {'asked for':>9}  {'in stores':>9}  {'to train':>9}  {'sample gradients':>16}",
-            *(
-                f"  {job.what:{width}}  {job.n_models:>9,}  {job.done:>9,}  {job.n_models - job.done:>9,}  "
-                f"{job.missing:>16.2e}"
-                for job in (*self.jobs, self.total)
-            ),
-            f"  rate: {r.per_second:,.0f} sample gradients/s, measured just now on this machine ({r.device}; "
-            f"{r.n_models} model{'s' * (r.n_models > 1)} with {r.batch} examples a plain step)",
-            f"  time: {_duration(self.hours)} to train what is missing, about {_duration(self.unlearning_hours)} more "
-            "to search hyperparameters and to unlearn",
-            "  disk: " + ", ".join(f"{name} {_size(n)}" for name, n in self.bytes.items() if n)
-            + f"; {_size(sum(self.bytes.values()))} when complete",
-            "  not counted: fitting datamodels, KLoM, and the small models of stages 01 and 06 (minutes).",
-        ]  # fmt: skip
-        return "\n".join(lines)
+        p, d, r = self.preset, self.data, self.rate
+        where = "" if self.present else "; its data are not on this machine: published sizes and random images stand in"
+        total = self.models.sum(numeric_only=True).to_frame().T.assign(models="all")
+        table = pd.concat([self.models, total]).to_string(
+            index=False,
+            header=["models", "asked for", "in stores", "to train", "sample gradients"],
+            formatters=dict.fromkeys(["planned", "done", "missing"], "{:,.0f}".format) | {"gradients": "{:.2e}".format},
+        )
+        return "\n".join(
+            [
+                f"{p.name}: {p.data.name}, {d.n_train:,} training and {d.n_val:,} validation points, "
+                f"{p.model.name} with {self.n_parameters:,} parameters{where}",
+                *(f"  {line}" for line in table.splitlines()),
+                f"  rate: {r.per_second:,.0f} sample gradients/s, measured just now on this machine ({r.device}; "
+                f"{r.n_models} model{'s' * (r.n_models > 1)} with {r.batch} examples a plain step)",
+                f"  time: {_duration(self.hours)} to train what is missing, about "
+                f"{_duration(self.unlearning / r.per_second / 3600)} more to search hyperparameters and to unlearn",
+                f"  memory: about {_bytes(max(self.memory.values()))} at the peak; {_sizes(self.memory)}",
+                f"  disk: {_bytes(sum(self.disk.values()))} when complete; {_sizes(self.disk)}",
+                "  not counted: fitting datamodels, KLoM, and the small models of stages 01 and 06 (minutes).",
+            ]
+        )
 
 
 def plan(preset: Preset, runs: Path | None = None) -> Plan:
@@ -155,32 +233,35 @@ def plan(preset: Preset, runs: Path | None = None) -> Plan:
     for method in preset.unlearning.methods:
         unlearn.get(method)
     device = models.resolve_device(preset.device)
-    present = _on_disk(preset.data)
-    study = Study(preset.model_dump(), runs=runs) if present else None
-    size = _size_of(preset.data, study)
+    study = Study(preset.model_dump(), runs=runs) if _on_disk(preset.data) else None
+    data = study.data if study else _stand_in(preset.data)
     spec = models.get(preset.model.name)
-    # Two points of the right shape tell the shape of a prepared one.
-    zeros = np.zeros((2, *size.shape), np.uint8 if len(size.shape) == 3 else np.float32)
-    names = tuple(map(str, range(size.n_classes)))
-    tiny = datasets.from_arrays(zeros, np.arange(2), zeros, np.arange(2), class_names=names)
-    shape = tuple(spec.prepare(tiny if study is None else replace(study.data, x_train=zeros), zeros).shape[1:])
+    shape = tuple(spec.prepare(data, np.array(data.x_train[:2])).shape[1:])
 
     def module() -> torch.nn.Module:
-        return spec.factory(shape, size.n_classes, **preset.model.options)
+        return spec.factory(shape, data.n_classes, **preset.model.options)
 
-    jobs = tuple(_jobs(preset, size, study))
+    stores, rows, listed = list(_stores(study)) if study else [], [], list(jobs(preset, data.n_train, data.n_classes))
+    for job in listed:
+        done = sum(n - _count(store, store.missing()) for n, store in _found(job, stores, study))
+        gradients = (job.n_models - done) * float(preset.training.epochs * job.size)
+        rows.append((job.what, job.n_models, done, job.n_models - done, gradients))
+    table = pd.DataFrame(rows, columns=["models", "planned", "done", "missing", "gradients"])
     built = module()
     n_parameters = sum(p.numel() for p in built.parameters())
     weights = 4 * (n_parameters + sum(b.numel() for b in built.buffers()))
-    n = preset.ensembles.n_models
-    record = (1 + preset.unlearning.checkpoints) * 4 + 1  # margins at each moment, and whether the answer is right
-    written = {
-        "outputs of models": sum(j.n_models for j in jobs) * (4 * size.n_points * size.n_classes + size.n_train),
-        "weights": sum(j.n_models for j in jobs if j.weights) * weights,
-        "unlearned margins": len(preset.forget_sets) * len(preset.unlearning.methods) * n * size.n_points * record,
-    }
-    rate = measure(module, shape, size.n_classes, preset, device)
-    return Plan(preset, size, n_parameters, jobs, _unlearning(preset, size), written, rate)
+    kept = weights * sum(job.n_models for job in listed if job.weights)
+    return Plan(
+        preset,
+        data,
+        study is not None,
+        n_parameters,
+        table,
+        _unlearning(preset, data.n_train),
+        _disk(preset, data, table["planned"].sum(), kept),
+        _memory(preset, data, math.prod(shape), weights),
+        measure(module, shape, data.n_classes, preset, device),
+    )
 
 
 def _on_disk(section: DataSection) -> bool:
@@ -191,114 +272,43 @@ def _on_disk(section: DataSection) -> bool:
     return section.name != "living17"
 
 
-def _size_of(section: DataSection, study: Study | None) -> Size:
-    if study is not None:
-        d = study.data
-        return Size(tuple(d.x_train.shape[1:]), d.n_classes, d.n_train, d.n_val)
+def _stand_in(section: DataSection) -> Dataset:
+    """Zeros of a data set's published size, which take no memory."""
     if section.path or section.name not in PUBLISHED:
         raise DataError(f"{section.path} does not exist; correct data.path.")
-    shape, n_classes, n_train, n_val = PUBLISHED[section.name]
-    if "side" in section.options:
-        shape = (section.options["side"], section.options["side"], 3)
-    return Size(shape, n_classes, section.n_train or n_train, section.n_val or n_val, present=False)
+    shape, n_classes, *sizes = PUBLISHED[section.name]
+    side = section.options.get("side", shape[0])
+    parts: list[np.ndarray] = []
+    for n in (section.n_train or sizes[0], section.n_val or sizes[1]):
+        parts += [np.broadcast_to(np.uint8(0), (n, side, side, shape[2])), np.arange(n) % n_classes]
+    return Dataset(section.name, *parts, tuple(map(str, range(n_classes))), (0.5,) * shape[2], (0.25,) * shape[2])
 
 
-def _jobs(preset: Preset, size: Size, study: Study | None) -> Iterator[Job]:
-    stores = list(_stores(study)) if study is not None else []
-    epochs, n = preset.training.epochs, preset.ensembles.n_models
-    d, t, a = preset.datamodels, preset.tuning, preset.attribution
-
-    def done(stream: str, n_models: int, masks: np.ndarray | None = None) -> int:
-        return max((n_models - _missing(store) for store in _of(stores, stream, n_models, masks)), default=0)
-
-    full = np.ones((n, size.n_train), bool) if study else None
-    yield Job("originals", n, done("originals", n, full), epochs * size.n_train, True)
-    m = d.n_subsets + d.n_held_out
-    masks = study.subset_masks() if study and any(s.config["stream"] == "subsets" for s in stores) else None
-    yield Job("subset models", m, done("subsets", m, masks), epochs * round(d.fraction * size.n_train))
-    masks = study.random_masks("attribution masks", a.n_subsets, a.fraction) if study else None
-    gradients = epochs * round(a.fraction * size.n_train)
-    yield Job("attribution models", a.n_subsets, done("attribution", a.n_subsets, masks), gradients, True)
-    for section, n_floor, kind in ((preset.forget_sets, n, ""), (t.forget_sets, t.n_models, "tuning: ")):
-        for part in section:
-            forget = part.size or round(part.share * size.n_train / size.n_classes)
-            here = done(f"oracles:{part.name}", n) + done(f"floor:{part.name}", n_floor)
-            yield Job(f"{kind}oracles and floor, {part.name}", n + n_floor, here, epochs * (size.n_train - forget))
-    for what, count, fraction, streams in _more(preset, study):
-        here = sum(done(name, count, masks) for name, masks in streams.items())
-        yield Job(what, count * len(streams), here, epochs * round(fraction * size.n_train), True)
+def _disk(preset: Preset, data: Dataset, n_models: int, weights: float) -> dict[str, float]:
+    n_points = data.n_train + data.n_val
+    results = len(preset.forget_sets) * len(preset.unlearning.methods) * preset.ensembles.n_models
+    record = (1 + preset.unlearning.checkpoints) * 4 + 1  # margins at each moment, and whether the answer is correct
+    return {
+        "outputs of models": n_models * (4.0 * n_points * data.n_classes + data.n_train),
+        "weights": weights,
+        "unlearned margins": float(results * n_points * record),
+    }
 
 
-def _more(preset: Preset, study: Study | None) -> Iterator[tuple[str, int, float, dict[str, np.ndarray | None]]]:
-    """Subset models that notebook 07 trains: what they are, how many a stream, share of S, and streams with masks.
-
-    Masks are None where they are not known: without the data, and where they are made from effects.
-    """
-    m, fraction = preset.attribution.n_subsets, preset.attribution.fraction
-    every, draws = max(experiments.sizes(preset)), range(len(experiments.draws(preset, m)))
-
-    def masks(stream: str, n: int, share: float) -> np.ndarray | None:
-        return study.random_masks(stream, n, share) if study else None
-
-    if every > m:
-        drawn = masks("attribution masks", every, fraction)
-        streams = {"attribution:more": drawn if drawn is None else drawn[m:]}
-        yield "stage 07: more of attribution", every - m, fraction, streams
-    for f in preset.studies["cheap"].fractions:
-        streams = {f"attribution:{f:g}:{draw}": masks(f"masks:{f:g}:{draw}", m, f) for draw in draws}
-        yield f"stage 07: ablation, {f:g}", m, f, streams
-    halves = [masks(f"masks:pairs:{draw}", m, 0.5) for draw in draws]
-    pairs = [half if half is None else antithetic_masks(half) for half in halves]
-    streams = {f"attribution:antithetic:{draw}": pairs[draw] for draw in draws}
-    yield "stage 07: ablation, antithetic", m // 2 * 2, 0.5, streams
-    halves = [masks(f"masks:twice:{draw}", -(-m // 2), fraction) for draw in draws]
-    twice = [half if half is None else np.repeat(half, 2, 0)[:m] for half in halves]
-    yield "stage 07: ablation, twice", m, fraction, {f"attribution:twice:{draw}": twice[draw] for draw in draws}
-    yield "stage 07: ablation, clustered", m, fraction, {f"attribution:clustered:{draw}": None for draw in draws}
+def _memory(preset: Preset, data: Dataset, n_features: int, weights: float) -> dict[str, float]:
+    """Of points, outputs, and weights, gradients and momentum of models trained together; activations come on top."""
+    n_points, chunk = data.n_train + data.n_val, preset.ensembles.chunk
+    points = 4.0 * n_points * n_features
+    outputs = 4.0 * n_points * data.n_classes  # of one model
+    d = preset.datamodels
+    return {
+        "training": points + 3 * weights * (32 if chunk == "auto" else chunk) + outputs * preset.ensembles.shard,
+        "unlearning": points + (3 * weights + outputs) * preset.ensembles.n_models,
+        "subset outputs": COPIES * outputs * (d.n_subsets + d.n_held_out),
+    }
 
 
-def status(study: Study) -> pd.DataFrame:
-    """`Study.status`, and the subset models that notebook 07 trains besides, by the names of a plan."""
-    stores, rows = list(_stores(study)), []
-    for what, count, _, streams in _more(study.preset, study):
-        done = damaged = 0
-        for name, masks in streams.items():
-            fullest = min(_of(stores, name, count, masks), key=_missing, default=None)
-            if fullest is not None:
-                bad = sum(len(fullest.models(shard)) for shard in fullest.damaged())
-                damaged += bad
-                done += count - _missing(fullest) - bad
-        planned = count * len(streams)
-        missing = planned - done - damaged
-        rows.append({"models": what, "planned": planned, "done": done, "missing": missing, "damaged": damaged})
-    return pd.concat([study.status(), pd.DataFrame(rows)], ignore_index=True)
-
-
-def _stores(study: Study) -> Iterator[Store]:
-    """The stores of this configuration."""
-    identity = study._identity() | {"seed": study.preset.seed}
-    files, root = url_to_fs(study.preset.store or str(study.runs / "store"))
-    for path in sorted(files.glob(f"{root}/*.zarr")):
-        store = Store.existing(files.unstrip_protocol(path))  # a run would say what is wrong with one that is no store
-        if store is not None and all(store.config.get(k) == v for k, v in identity.items()):
-            yield store
-
-
-def _of(stores: Sequence[Store], stream: str, n_models: int, masks: np.ndarray | None) -> Iterator[Store]:
-    """Stores of a stream, whose name may go on with a hash or a draw; masks are compared where they are known."""
-    drawn = None if masks is None else short(np.packbits(masks).tobytes())
-    for store in stores:
-        name = store.config["stream"]
-        same = name == stream or (":" in stream and name.rpartition(":")[0] == stream)
-        if same and store.n_models == n_models and drawn in (None, store.config["masks"]):
-            yield store
-
-
-def _missing(store: Store) -> int:
-    return sum(len(store.models(shard)) for shard in store.missing())
-
-
-def _unlearning(preset: Preset, size: Size) -> float:
+def _unlearning(preset: Preset, n_train: int) -> float:
     """Sample gradients of search and unlearning, about: an epoch of a method counts as a pass over S.
 
     An epoch over F alone is far less, so this errs on the high side. A matching method names its cost itself.
@@ -314,7 +324,7 @@ def _unlearning(preset: Preset, size: Size) -> float:
         if len(costs) > 1:
             total += sum(costs) * preset.tuning.n_models * len(preset.tuning.forget_sets)
         total += float(np.mean(costs)) * preset.ensembles.n_models * len(preset.forget_sets)
-    return total * preset.training.epochs * size.n_train
+    return total * preset.training.epochs * n_train
 
 
 def measure(
@@ -331,56 +341,39 @@ def measure(
     take longer than the budget is not tried. So it errs on the slow side: larger steps, cores and compilation gain.
     It takes one thread, as a worker does: of several that wait for one another the rate is what else the machine does.
     """
+
+    def train(n_models: int, examples: int, epochs: int) -> float:
+        x, y = torch.randn(examples, *shape, device=device), torch.arange(examples, device=device) % n_classes
+        training = replace(preset.training.training(), epochs=epochs, batch_size=examples, lr=1e-3)
+        start = time.perf_counter()
+        trained = ensemble.train(module, x, y, np.ones((n_models, examples), bool), range(n_models), training)
+        next(iter(trained.params.values())).sum().item()  # waits for the device
+        return time.perf_counter() - start
+
     batch, chunk = preset.training.batch_size, preset.ensembles.chunk
     most = min(chunk, 32) if isinstance(chunk, int) else 32
     sizes = [(1, min(batch, 8)), (1, batch), *((k, batch) for k in (4, 16, 32) if k < most), (most, batch)]
-    best, spent = Rate(0.0, 1, 1, device.type), 0.0
+    best, start = Rate(0.0, 1, 1, device.type), time.perf_counter()
     with one_thread():
         for n_models, examples in dict.fromkeys(sizes):
             expected = 5 * n_models * examples / best.per_second if best.per_second else 0.0
-            if expected > budget - spent:
+            if expected > budget - (time.perf_counter() - start):
                 break
-            start = time.perf_counter()
-            seconds = _step(module, shape, n_classes, preset, n_models, examples, device)
-            spent += time.perf_counter() - start
+            _, one, three = (train(n_models, examples, epochs) for epochs in (1, 1, 3))  # the first warms up
+            seconds = max((three - one) / 2, three / 6)  # two steps more; a disturbed clock must not make them free
             best = Rate(n_models * examples / seconds, n_models, examples, device.type)
     return best
 
 
-def _step(
-    module: Callable[[], torch.nn.Module],
-    shape: tuple[int, ...],
-    n_classes: int,
-    preset: Preset,
-    n_models: int,
-    examples: int,
-    device: torch.device,
-) -> float:
-    """Seconds of a training step: what three take more than one, which pays for starting; the first run warms up."""
-    x = torch.randn(examples, *shape, device=device)
-    y = torch.arange(examples, device=device) % n_classes
-    masks = np.ones((n_models, examples), bool)
-    seconds = []
-    for epochs in (1, 1, 3):
-        training = replace(preset.training.training(), epochs=epochs, batch_size=examples, lr=1e-3)
-        start = time.perf_counter()
-        models = ensemble.train(module, x, y, masks, range(n_models), training)
-        next(iter(models.params.values())).sum().item()  # waits for the device
-        seconds.append(time.perf_counter() - start)
-    return max((seconds[2] - seconds[1]) / 2, seconds[2] / 6)  # a disturbed clock must not make it free
-
-
 def _duration(hours: float) -> str:
-    if hours < 1 / 60:
-        return "less than a minute"
     if hours < 1.5:
         return f"{math.ceil(60 * hours)} minutes"
-    return f"{hours:.1f} hours" if hours < 48 else f"{hours:,.0f} hours ({hours / 24:,.0f} days)"
+    return f"{hours:,.1f} hours" + (f" ({hours / 24:,.0f} days)" if hours >= 48 else "")
 
 
-def _size(n: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:.3g} TB"
+def _bytes(n: float) -> str:
+    return f"{tqdm.format_sizeof(n)}B"
+
+
+def _sizes(parts: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {_bytes(n)}" for name, n in parts.items() if n)
