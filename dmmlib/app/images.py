@@ -1,8 +1,7 @@
-"""Images in a directory tree, a folder a class, as arrays: decoded once, kept as .npy, mapped when read again."""
+"""Images in a directory tree, a folder for each class, as arrays: decoded once, kept as .npy, mapped from there."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -27,15 +26,15 @@ def image_folder(
     std: tuple[float, ...] = (0.229, 0.224, 0.225),
     cache: str | Path | None = None,
 ) -> Dataset:
-    """A data set in the layout of ImageNet: `root/train/<folder>/*.JPEG` and `root/val/<folder>/*.JPEG`.
+    """Load a data set in the layout of ImageNet: `root/train/<folder>/*.JPEG` and `root/val/<folder>/*.JPEG`.
 
     Each image is cropped to its central square of `crop` times the shorter side and scaled to `side` pixels. The
-    arrays are written once to the cache (side^2 x 3 bytes an image) and mapped from there; the cache is found by
+    arrays are written once to the cache (3 side^2 bytes for each image) and mapped from there; the cache is found by
     folders, file names and sizes, so a changed tree is decoded anew.
 
     Args:
         root: the directory that holds `train` and `val`.
-        classes: class name -> the folders that it is made of; a class a folder of `train` if None.
+        classes: class name -> the folders that it is made of; each folder of `train` is a class if None.
         side: pixels.
         crop: share of the shorter side that is kept.
         mean, std: for normalisation; ImageNet's by default.
@@ -44,25 +43,22 @@ def image_folder(
     Raises:
         DataError: for a directory of another layout, a folder that is missing or empty, or a damaged image.
     """
-    root = Path(root).expanduser()
-    for part in ("train", "val"):
+    root, parts = Path(root).expanduser(), ("train", "val")
+    for part in parts:
         if not (root / part).is_dir():
             raise DataError(
-                f"{root} holds no directory {part!r}; give a directory with train/ and val/, a folder a class."
+                f"{root} holds no directory {part!r}; give one with train/ and val/, and in them a folder a class."
             )
     if classes is None:
         classes = {path.name: [path.name] for path in sorted((root / "train").iterdir()) if path.is_dir()}
     if len(classes) < 2:
         raise DataError(f"{root} gives {len(classes)} classes; at least two are needed.")
-    found = {part: _files(root / part, classes) for part in ("train", "val")}
     arrays = []
-    for part, files in found.items():
+    for part, files in [(part, _files(root / part, classes)) for part in parts]:
         listing = [(path.relative_to(root).as_posix(), path.stat().st_size, label) for path, label in files]
         key = config_hash({"files": listing, "side": side, "crop": crop})
         path = Path(cache or Path(user_cache_dir("dmmlib")) / "images") / f"{name}-{part}-{side}-{key}.npy"
-        if not path.exists():
-            _decode([path for path, _ in files], side, crop, path)
-        arrays += [_mapped(path, (len(files), side, side, 3)), np.array([label for _, label in files])]
+        arrays += [_decoded([path for path, _ in files], side, crop, path), np.array([label for _, label in files])]
     return from_arrays(*arrays, name=name, class_names=tuple(classes), mean=mean, std=std)
 
 
@@ -70,7 +66,7 @@ def _files(root: Path, classes: Mapping[str, Sequence[str]]) -> list[tuple[Path,
     files = []
     for label, (name, folders) in enumerate(classes.items()):
         for folder in folders:
-            here = [p for p in sorted((root / folder).glob("*")) if p.suffix.lower() in SUFFIXES]
+            here = [path for path in sorted((root / folder).glob("*")) if path.suffix.lower() in SUFFIXES]
             if not here:
                 raise DataError(
                     f"{root / folder}, of class {name!r}, holds no images; complete it or correct the classes."
@@ -79,36 +75,40 @@ def _files(root: Path, classes: Mapping[str, Sequence[str]]) -> list[tuple[Path,
     return files
 
 
-def _decode(files: Sequence[Path], side: int, crop: float, target: Path) -> None:
+def _decoded(files: Sequence[Path], side: int, crop: float, target: Path) -> np.ndarray:
+    """Images as bytes (n, side, side, 3), mapped from `target`, which is written first if it is not there."""
+    shape = (len(files), side, side, 3)
+    if not target.exists():
+        with replacing(target) as temporary:
+            out = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
+            for row, path in zip(out, files, strict=True):
+                row[:] = _image(path, side, crop)
+            out.flush()
+    try:
+        array = np.load(target, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise DataError(f"The cache {target} is damaged ({error}); delete it to decode the images again.") from error
+    if array.shape != shape or array.dtype != np.uint8:
+        raise DataError(f"The cache {target} holds {array.dtype} {array.shape}, expected uint8 {shape}; delete it.")
+    return array
+
+
+def _image(path: Path, side: int, crop: float) -> np.ndarray:
     from PIL import Image, UnidentifiedImageError
 
-    with replacing(target) as temporary:
-        out = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(files), side, side, 3))
-        for row, path in zip(out, files, strict=True):
-            try:
-                with Image.open(path) as image:
-                    edge = crop * min(image.size)
-                    left, top = ((length - edge) / 2 for length in image.size)
-                    box = (left, top, left + edge, top + edge)
-                    row[:] = image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR, box=box)
-            except (UnidentifiedImageError, OSError) as error:
-                raise DataError(f"{path} cannot be decoded ({error}); fetch it again or remove it.") from error
-        out.flush()
-
-
-def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"The cache {path} is damaged ({error}); delete it to decode the images again.") from error
-    if array.shape != shape or array.dtype != np.uint8:
-        raise DataError(f"The cache {path} holds {array.dtype} {array.shape}, expected uint8 {shape}; delete it.")
-    return array
+        with Image.open(path) as image:
+            edge = crop * min(image.size)
+            left, top = ((length - edge) / 2 for length in image.size)
+            box = (left, top, left + edge, top + edge)
+            return np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR, box=box))
+    except (UnidentifiedImageError, OSError) as error:
+        raise DataError(f"{path} cannot be decoded ({error}); fetch it again or remove it.") from error
 
 
 @register("living17")
 def living17(path: str | None = None, side: int = 160, classes: str | None = None) -> Dataset:
-    """ImageNet Living-17 (Santurkar et al., "BREEDS", 2020): 17 classes of animals, each of 4 ImageNet classes.
+    """Load ImageNet Living-17 (Santurkar et al., "BREEDS", 2020): 17 classes of animals, each of 4 ImageNet classes.
 
     Args:
         path: ImageNet's directory, with `train/<wnid>` and `val/<wnid>`.
@@ -118,15 +118,14 @@ def living17(path: str | None = None, side: int = 160, classes: str | None = Non
     """
     if path is None:
         raise DataError("living17 needs ImageNet's directory; set data.path to the one that holds train/ and val/.")
-    root = Path(os.path.expanduser(path))
-    mapping = Path(os.path.expanduser(classes)) if classes else root / "living17.json"
+    mapping = Path(classes or Path(path) / "living17.json").expanduser()
     if not mapping.is_file():
         raise DataError(
             f"{mapping} does not exist; write Living-17's superclasses there as JSON, name -> list of wnids, or name "
             "the file in data.options.classes."
         )
     content = read_json(mapping)
-    valid = isinstance(content, dict) and all(isinstance(v, list) and v for v in content.values())
+    valid = isinstance(content, dict) and all(isinstance(wnids, list) and wnids for wnids in content.values())
     if not valid or len(content) != 17:
         raise DataError(f"{mapping} is no mapping of 17 superclasses to lists of wnids; see dmmlib/app/images.py.")
-    return image_folder(root, content, side, name="living17")
+    return image_folder(path, content, side, name="living17")

@@ -6,8 +6,9 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -29,11 +30,9 @@ from dmmlib.study import Study
 
 PUBLISHED = {"cifar10": ((32, 32, 3), 10, 50_000, 10_000), "living17": ((160, 160, 3), 17, 88_400, 3_400)}
 """Data sets that need not be on this machine: shape of a point, classes, training and validation points."""
+COPIES = 3.5  # memory of subset outputs while their gauge is changed and they are regressed on, over their own size
 Masks = Callable[[Study], np.ndarray] | None
 """Makes the masks of a model set; None where they are not known before a run."""
-COPIES = (
-    3.5  # peak memory of reading subset outputs whole, changing their gauge and regressing on them, over their size
-)
 
 
 @dataclass(frozen=True)
@@ -42,71 +41,65 @@ class Job:
 
     Attributes:
         what: which models.
-        n_models: how many the preset asks for, in all model sets together.
-        size: training points of each.
-        sets: name of each model set -> its number of models, and its masks.
-        weights: whether the weights are kept too.
+        share: of the training set in the training set of each.
+        sets: name of each model set -> how many models it has, and their masks.
+        weights: whether their weights are kept too.
     """
 
     what: str
-    size: int
+    share: float
     sets: Mapping[str, tuple[int, Masks]]
-    weights: bool = False
+    weights: bool = True
 
     @property
     def n_models(self) -> int:
         return sum(n for n, _ in self.sets.values())
 
 
-def jobs(preset: Preset, n_train: int, n_classes: int) -> Iterator[Job]:
-    """All models that the notebooks train, those of stages 01, 06 and 08 to 10 excepted."""
-    yield from _main(preset, n_train, n_classes)
-    yield from _more(preset, n_train)
-
-
-def _random(stream: str, n: int, fraction: float) -> Masks:
+def _drawn(stream: str, n: int, fraction: float) -> Masks:
     return lambda study: study.random_masks(stream, n, fraction)
 
 
 def _main(preset: Preset, n_train: int, n_classes: int) -> Iterator[Job]:
+    """Models that notebooks 02 to 05 train."""
     n, d, t, a = preset.ensembles.n_models, preset.datamodels, preset.tuning, preset.attribution
-    m = d.n_subsets + d.n_held_out
-    yield Job("originals", n_train, {"originals": (n, lambda s: np.ones((n, s.data.n_train), bool))}, True)
-    yield Job("subset models", round(d.fraction * n_train), {"subsets": (m, Study.subset_masks)})
-    masks = _random("attribution masks", a.n_subsets, a.fraction)
-    yield Job("attribution models", round(a.fraction * n_train), {"attribution": (a.n_subsets, masks)}, True)
-    for sections, n_floor, kind in ((preset.forget_sets, n, ""), (t.forget_sets, t.n_models, "tuning: ")):
-        for part in sections:
-            size = n_train - (part.size or round(part.share * n_train / n_classes))
-            sets: dict[str, tuple[int, Masks]]
-            sets = {f"oracles:{part.name}": (n, None), f"floor:{part.name}": (n_floor, None)}
-            yield Job(f"{kind}oracles and floor, {part.name}", size, sets)
+    yield Job("originals", 1, {"originals": (n, lambda study: np.ones((n, n_train), bool))})
+    yield Job("subset models", d.fraction, {"subsets": (d.n_subsets + d.n_held_out, Study.subset_masks)}, False)
+    masks = _drawn("attribution masks", a.n_subsets, a.fraction)
+    yield Job("attribution models", a.fraction, {"attribution": (a.n_subsets, masks)})
+    for parts, n_floor, kind in ((preset.forget_sets, n, ""), (t.forget_sets, t.n_models, "tuning: ")):
+        for f in parts:
+            forget = f.size or round(f.share * n_train / n_classes)
+            sets: dict[str, tuple[int, Masks]] = {f"oracles:{f.name}": (n, None), f"floor:{f.name}": (n_floor, None)}
+            yield Job(f"{kind}oracles and floor, {f.name}", 1 - forget / n_train, sets, False)
 
 
-def _more(preset: Preset, n_train: int) -> Iterator[Job]:
-    """Subset models that notebook 07 trains."""
-    m, fraction, cheap = preset.attribution.n_subsets, preset.attribution.fraction, preset.studies["cheap"]
+def _more(preset: Preset) -> Iterator[Job]:
+    """Subset models that notebook 07 trains besides."""
+    m, fraction = preset.attribution.n_subsets, preset.attribution.fraction
     every, draws = max(experiments.sizes(preset)), range(len(experiments.draws(preset, m)))
 
-    def job(what: str, name: str, n: int, share: float, masks: Callable[[int], Masks]) -> Job:
-        sets = {f"attribution:{name}:{draw}": (n, masks(draw)) for draw in draws}
-        return Job(f"stage 07: ablation, {what}", round(share * n_train), sets, True)
+    def drawn(name: str, n: int, share: float, masks: Callable[[Study, int], np.ndarray] | None) -> Job:
+        sets = {f"attribution:{name}:{draw}": (n, masks and partial(masks, draw=draw)) for draw in draws}
+        return Job(f"stage 07: ablation, {name}", share, sets)
 
-    def paired(draw: int) -> Masks:
-        return lambda study: antithetic_masks(study.random_masks(f"masks:pairs:{draw}", m, 0.5))
+    def pairs(study: Study, draw: int) -> np.ndarray:
+        return antithetic_masks(study.random_masks(f"masks:pairs:{draw}", m, 0.5))
 
-    def twice(draw: int) -> Masks:
-        return lambda study: np.repeat(study.random_masks(f"masks:twice:{draw}", -(-m // 2), fraction), 2, 0)[:m]
+    def twice(study: Study, draw: int) -> np.ndarray:
+        return np.repeat(study.random_masks(f"masks:twice:{draw}", -(-m // 2), fraction), 2, 0)[:m]
 
     if every > m:
-        further: Masks = lambda study: study.random_masks("attribution masks", every, fraction)[m:]  # noqa: E731
-        sets = {"attribution:more": (every - m, further)}
-        yield Job("stage 07: more of attribution", round(fraction * n_train), sets, True)
-    for f in cheap.fractions:
-        yield job(f"{f:g}", f"{f:g}", m, f, lambda draw, f=f: _random(f"masks:{f:g}:{draw}", m, f))
-    yield job("antithetic", "antithetic", m // 2 * 2, 0.5, paired)
-    yield job("twice", "twice", m, fraction, twice)
-    yield job("clustered", "clustered", m, fraction, lambda draw: None)
+
+        def rest(study: Study) -> np.ndarray:
+            return study.random_masks("attribution masks", every, fraction)[m:]
+
+        yield Job("stage 07: more of attribution", fraction, {"attribution:more": (every - m, rest)})
+    for f in preset.studies["cheap"].fractions:
+        yield drawn(f"{f:g}", m, f, lambda study, draw, f=f: study.random_masks(f"masks:{f:g}:{draw}", m, f))
+    yield drawn("antithetic", m // 2 * 2, 0.5, pairs)
+    yield drawn("twice", m, fraction, twice)
+    yield drawn("clustered", m, fraction, None)
 
 
 def _found(job: Job, stores: Sequence[Store], study: Study | None) -> Iterator[tuple[int, Store]]:
@@ -120,14 +113,13 @@ def _found(job: Job, stores: Sequence[Store], study: Study | None) -> Iterator[t
             yield n, min(of_name, key=lambda store: _count(store, store.missing()))
 
 
-def _stores(study: Study) -> Iterator[Store]:
+def _stores(study: Study) -> list[Store]:
     """The stores of this configuration."""
     identity = study._identity() | {"seed": study.preset.seed}
     files, root = url_to_fs(study.preset.store or str(study.runs / "store"))
-    for path in sorted(files.glob(f"{root}/*.zarr")):
-        store = Store.existing(files.unstrip_protocol(path))  # a run would say what is wrong with one that is no store
-        if store is not None and all(store.config.get(k) == v for k, v in identity.items()):
-            yield store
+    paths = sorted(files.glob(f"{root}/*.zarr"))
+    stores = [Store.existing(files.unstrip_protocol(path)) for path in paths]  # None of one that a run would refuse
+    return [s for s in stores if s is not None and all(s.config.get(k) == v for k, v in identity.items())]
 
 
 def _is_of(store: Store, name: str) -> bool:
@@ -142,8 +134,8 @@ def _count(store: Store, shards: list[int]) -> int:
 
 def status(study: Study) -> pd.DataFrame:
     """`Study.status`, and the subset models that notebook 07 trains besides, by the names of a plan."""
-    stores, rows = list(_stores(study)), []
-    for job in _more(study.preset, study.data.n_train):
+    stores, rows = _stores(study), []
+    for job in _more(study.preset):
         found = [store for _, store in _found(job, stores, study)]
         damaged = sum(_count(store, store.damaged()) for store in found)
         done = sum(store.n_models - _count(store, store.missing()) for store in found) - damaged
@@ -152,15 +144,8 @@ def status(study: Study) -> pd.DataFrame:
     return pd.concat([study.status(), pd.DataFrame(rows)], ignore_index=True)
 
 
-@dataclass(frozen=True)
-class Rate:
-    """Sample gradients per second, just measured here.
-
-    Attributes:
-        per_second: over all models trained together.
-        n_models, batch: how many models, and examples of each, took a step together in the measurement.
-        device: where.
-    """
+class Rate(NamedTuple):
+    """Sample gradients per second of some models that take steps together, each with `batch` examples."""
 
     per_second: float
     n_models: int
@@ -170,12 +155,10 @@ class Rate:
 
 @dataclass(frozen=True)
 class Plan:
-    """See `plan`.
+    """What running a preset trains, takes and leaves.
 
     Attributes:
-        data: of the preset; where it is not on this machine, zeros of the published size.
-        present: whether it is.
-        n_parameters: of one model.
+        data: of the preset; where it is not on this machine (`present`), zeros of the published size.
         models: columns models (which), planned, done (in stores of the same configuration), missing, gradients (sample
             gradients that training the missing ones takes).
         unlearning: sample gradients of the search and of unlearning, about; see `_unlearning`.
@@ -224,7 +207,7 @@ class Plan:
 
 
 def plan(preset: Preset, runs: Path | None = None) -> Plan:
-    """What running a preset would train, take and leave, given what is in the stores. Trains and writes nothing.
+    """Plan a run, given what is in the stores. Trains and writes nothing.
 
     Raises:
         DataError, MethodError, DeviceError: as a run of the preset would; DataError also where a data set is absent
@@ -237,30 +220,38 @@ def plan(preset: Preset, runs: Path | None = None) -> Plan:
     data = study.data if study else _stand_in(preset.data)
     spec = models.get(preset.model.name)
     shape = tuple(spec.prepare(data, np.array(data.x_train[:2])).shape[1:])
-
-    def module() -> torch.nn.Module:
-        return spec.factory(shape, data.n_classes, **preset.model.options)
-
-    stores, rows, listed = list(_stores(study)) if study else [], [], list(jobs(preset, data.n_train, data.n_classes))
-    for job in listed:
+    module = partial(spec.factory, shape, data.n_classes, **preset.model.options)
+    jobs, stores = [*_main(preset, data.n_train, data.n_classes), *_more(preset)], _stores(study) if study else []
+    rows = []
+    for job in jobs:
         done = sum(n - _count(store, store.missing()) for n, store in _found(job, stores, study))
-        gradients = (job.n_models - done) * float(preset.training.epochs * job.size)
+        gradients = (job.n_models - done) * float(preset.training.epochs * round(job.share * data.n_train))
         rows.append((job.what, job.n_models, done, job.n_models - done, gradients))
-    table = pd.DataFrame(rows, columns=["models", "planned", "done", "missing", "gradients"])
     built = module()
     n_parameters = sum(p.numel() for p in built.parameters())
-    weights = 4 * (n_parameters + sum(b.numel() for b in built.buffers()))
-    kept = weights * sum(job.n_models for job in listed if job.weights)
+    weights = 4.0 * (n_parameters + sum(b.numel() for b in built.buffers()))
+    n, n_points = preset.ensembles.n_models, data.n_train + data.n_val
+    points, outputs = 4.0 * n_points * math.prod(shape), 4.0 * n_points * data.n_classes  # of one model
+    n_results = n * n_points * len(preset.forget_sets) * len(preset.unlearning.methods)
+    n_together = 32 if preset.ensembles.chunk == "auto" else preset.ensembles.chunk
     return Plan(
         preset,
         data,
         study is not None,
         n_parameters,
-        table,
+        pd.DataFrame(rows, columns=["models", "planned", "done", "missing", "gradients"]),
         _unlearning(preset, data.n_train),
-        _disk(preset, data, table["planned"].sum(), kept),
-        _memory(preset, data, math.prod(shape), weights),
-        measure(module, shape, data.n_classes, preset, device),
+        disk={
+            "outputs of models": sum(job.n_models for job in jobs) * (outputs + data.n_train),
+            "weights": sum(job.n_models for job in jobs if job.weights) * weights,
+            "unlearned margins": n_results * (4.0 * (1 + preset.unlearning.checkpoints) + 1),  # 1: correct or not
+        },
+        memory={  # weights, gradients and momentum; activations come on top
+            "training": points + 3 * weights * n_together + outputs * preset.ensembles.shard,
+            "unlearning": points + (3 * weights + outputs) * n,
+            "subset outputs": COPIES * outputs * (preset.datamodels.n_subsets + preset.datamodels.n_held_out),
+        },
+        rate=measure(module, shape, data.n_classes, preset, device),
     )
 
 
@@ -276,36 +267,14 @@ def _stand_in(section: DataSection) -> Dataset:
     """Zeros of a data set's published size, which take no memory."""
     if section.path or section.name not in PUBLISHED:
         raise DataError(f"{section.path} does not exist; correct data.path.")
-    shape, n_classes, *sizes = PUBLISHED[section.name]
+    shape, n_classes, n_train, n_val = PUBLISHED[section.name]
     side = section.options.get("side", shape[0])
-    parts: list[np.ndarray] = []
-    for n in (section.n_train or sizes[0], section.n_val or sizes[1]):
-        parts += [np.broadcast_to(np.uint8(0), (n, side, side, shape[2])), np.arange(n) % n_classes]
-    return Dataset(section.name, *parts, tuple(map(str, range(n_classes))), (0.5,) * shape[2], (0.25,) * shape[2])
 
+    def points(n: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.broadcast_to(np.uint8(0), (n, side, side, shape[2])), np.arange(n) % n_classes
 
-def _disk(preset: Preset, data: Dataset, n_models: int, weights: float) -> dict[str, float]:
-    n_points = data.n_train + data.n_val
-    results = len(preset.forget_sets) * len(preset.unlearning.methods) * preset.ensembles.n_models
-    record = (1 + preset.unlearning.checkpoints) * 4 + 1  # margins at each moment, and whether the answer is correct
-    return {
-        "outputs of models": n_models * (4.0 * n_points * data.n_classes + data.n_train),
-        "weights": weights,
-        "unlearned margins": float(results * n_points * record),
-    }
-
-
-def _memory(preset: Preset, data: Dataset, n_features: int, weights: float) -> dict[str, float]:
-    """Of points, outputs, and weights, gradients and momentum of models trained together; activations come on top."""
-    n_points, chunk = data.n_train + data.n_val, preset.ensembles.chunk
-    points = 4.0 * n_points * n_features
-    outputs = 4.0 * n_points * data.n_classes  # of one model
-    d = preset.datamodels
-    return {
-        "training": points + 3 * weights * (32 if chunk == "auto" else chunk) + outputs * preset.ensembles.shard,
-        "unlearning": points + (3 * weights + outputs) * preset.ensembles.n_models,
-        "subset outputs": COPIES * outputs * (d.n_subsets + d.n_held_out),
-    }
+    train, val = points(section.n_train or n_train), points(section.n_val or n_val)
+    return Dataset(section.name, *train, *val, tuple(map(str, range(n_classes))), (0.5,) * shape[2], (0.25,) * shape[2])
 
 
 def _unlearning(preset: Preset, n_train: int) -> float:

@@ -1,13 +1,24 @@
 """Readers of public records: count KLoM and fit datamodels at full scale without training a model.
 
-Nothing is downloaded or executed: files are read as plain arrays, and what does not fit its description is
-refused in one sentence.
+Nothing is downloaded or executed: files are read as plain arrays, and what does not fit its description is refused in
+one sentence. EasyDUB (200 originals, 200 oracles for each of 10 forget sets) has one .npy of margins for each model:
+
+    forget_sets/<data>/forget_set_<k>.npy                          indices into the training set
+    margins/<data>/pretrain/{retain,val,forget_<k>}/<model>/id_<i>_epoch_<e>.npy
+    margins/<data>/oracle/forget_<k>/{retain,val,forget}/<model>/id_<i>_epoch_<e>.npy
+
+MadryLab's datamodel data (300,000 models of half of S, and 10,000 more to evaluate) has:
+
+    train_masks_<percent>pct.npy               bool (M, n_train)
+    {train,test}_margins_<percent>pct.npy      float16 (M, n_points)
+    {train,test}_logits_<percent>pct.npy       float16 (M, n_points, 10), CIFAR-10 only
+    {train,test}_<percent>pct.pt               fitted: a dictionary of tensors weight, bias and lam
 """
 
 from __future__ import annotations
 
 import pickle
-import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +41,6 @@ def _array(path: Path, mmap: bool = False) -> np.ndarray:
         return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise DataError(f"{path} cannot be read as an .npy array ({error}); fetch it again.") from error
-
-
-# --- EasyDUB -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -62,21 +70,14 @@ def easydub(
     model: str = "resnet9",
     epoch: int = 23,
 ) -> UnlearningRecord:
-    """A forget set of the EasyDUB data set (200 originals; 200 oracles a forget set, 2,000 in all).
+    """Read a forget set of EasyDUB. Its originals' `retain` holds all of S; the forget set is taken out of it here.
 
-    Its layout, an .npy file of margins (n_points,) a model:
-        forget_sets/<data>/forget_set_<k>.npy                          indices into the training set
-        margins/<data>/pretrain/{retain,val,forget_<k>}/<model>/id_<i>_epoch_<e>.npy
-        margins/<data>/oracle/forget_<k>/{retain,val,forget}/<model>/id_<i>_epoch_<e>.npy
-    Originals' `retain` holds the whole training set; the forget set's points are taken out of it here.
+    EasyDUB's README states the 95th percentiles of doing nothing on forget set 2, with 100 models: retain 0.3191,
+    forget 9.2647, validation 0.2639. Its bins are open on the right:
 
-    Example:
-        EasyDUB's README states the 95th percentiles of doing nothing on forget set 2, with 100 models: retain
-        0.3191, forget 9.2647, validation 0.2639. Its bins are open on the right:
-
-            record = public.easydub("EasyDUB-dataset", 2)
-            values = metrics.klom(record.originals, record.oracles, convention="easydub")
-            {split: np.percentile(values[at], 95) for split, at in record.splits.items()}
+        record = public.easydub("EasyDUB-dataset", 2)
+        values = metrics.klom(record.originals, record.oracles, convention="easydub")
+        {split: np.percentile(values[at], 95) for split, at in record.splits.items()}
 
     Args:
         root: the directory that holds `margins` and `forget_sets`.
@@ -88,55 +89,51 @@ def easydub(
         ForgetSetError: for indices that are no proper part of the training set.
     """
     root = Path(root).expanduser()
-    if not (root / "margins" / data).is_dir():
+    margins = root / "margins" / data
+    if not margins.is_dir():
         raise DataError(f"{root} holds no margins/{data}; give the directory of the data set, fetched from {EASYDUB}.")
     if n_models < 1:
         raise DataError(f"n_models={n_models} was asked for; ask for at least one model.")
-    margins = root / "margins" / data
 
-    def read(folder: Path) -> np.ndarray:
-        rows = [_array(folder / model / f"id_{i}_epoch_{epoch}.npy") for i in range(n_models)]
+    def read(*parts: str) -> np.ndarray:
+        folder = margins.joinpath(*parts, model)
+        rows = [_array(folder / f"id_{i}_epoch_{epoch}.npy") for i in range(n_models)]
         shapes = {row.shape for row in rows}
         if len(shapes) > 1 or rows[0].ndim != 1:
             raise DataError(f"{folder} holds margins of shapes {sorted(shapes)}; each model's must be (n_points,).")
         return np.stack(rows).astype(np.float32)
 
-    def pair(split: str) -> tuple[np.ndarray, np.ndarray]:
-        original = f"forget_{forget_set}" if split == "forget" else split
-        return read(margins / "pretrain" / original), read(margins / "oracle" / f"forget_{forget_set}" / split)
-
-    indices = _array(root / "forget_sets" / data / f"forget_set_{forget_set}.npy")
-    parts = {name: pair(split) for name, split in (("forget", "forget"), ("retain", "retain"), ("validation", "val"))}
-    originals, oracles = parts["retain"]
-    n_train = originals.shape[1]
-    indices = check_forget_indices(indices.astype(np.int64), n_train)
-    if oracles.shape[1] == n_train - len(indices):
-        parts["retain"] = np.delete(originals, indices, axis=1), oracles
-    elif oracles.shape[1] == n_train:
-        parts["retain"] = np.delete(originals, indices, axis=1), np.delete(oracles, indices, axis=1)
-    for name, (u, o) in parts.items():
+    known = _array(root / "forget_sets" / data / f"forget_set_{forget_set}.npy")
+    own, pairs = f"forget_{forget_set}", {}
+    for split, before, after in (
+        ("forget", own, "forget"),
+        ("retain", "retain", "retain"),
+        ("validation", "val", "val"),
+    ):
+        pairs[split] = read("pretrain", before), read("oracle", own, after)
+    originals, oracles = pairs["retain"]
+    forget = check_forget_indices(known.astype(np.int64), originals.shape[1])
+    if oracles.shape == originals.shape:
+        oracles = np.delete(oracles, forget, axis=1)
+    pairs["retain"] = np.delete(originals, forget, axis=1), oracles
+    for split, (u, o) in pairs.items():
         if u.shape != o.shape:
             raise DataError(
-                f"Forget set {forget_set}, {name}: originals have margins {u.shape} and oracles {o.shape}; both must "
+                f"Forget set {forget_set}, {split}: originals have margins {u.shape} and oracles {o.shape}; both must "
                 "be for the same points."
             )
-    ends = np.cumsum([0, *(u.shape[1] for u, _ in parts.values())])
-    splits = {name: np.arange(a, b) for name, a, b in zip(parts, ends[:-1], ends[1:], strict=True)}
-    u, o = (np.concatenate([p[i] for p in parts.values()], axis=1) for i in (0, 1))
-    return UnlearningRecord(u, o, indices, splits)
-
-
-# --- MadryLab's datamodel data ---------------------------------------------------------------------------
+    u, o = (np.concatenate(part, axis=1) for part in zip(*pairs.values(), strict=True))
+    ends = np.cumsum([before.shape[1] for before, _ in pairs.values()])
+    return UnlearningRecord(u, o, forget, dict(zip(pairs, np.split(np.arange(ends[-1]), ends[:-1]), strict=True)))
 
 
 @dataclass(frozen=True)
 class SubsetRecord:
-    """Outputs of models trained on random subsets, mapped from disk: slice them, a read is a copy.
+    """Outputs of models trained on random subsets, mapped from disk: slice them, each read is a copy.
 
     Attributes:
         masks: training sets, bool (M, n_train).
-        outputs: float16 (M, n_points, n_outputs): margins (one output), or the logits of all classes. An
-            attributor slices it along the first axis.
+        outputs: float16 (M, n_points, n_outputs): margins (one output), or the logits of all classes.
     """
 
     masks: np.ndarray
@@ -144,14 +141,7 @@ class SubsetRecord:
 
 
 def datamodel_data(root: str | Path, split: str = "test", percent: int = 50, *, logits: bool = False) -> SubsetRecord:
-    """MadryLab's public training data for datamodels (300,000 models at 50 %, and 10,000 more to evaluate).
-
-    Its layout, in the directory of a data set (`cifar/data` in the bucket):
-        train_masks_<percent>pct.npy               bool (M, n_train)
-        {train,test}_margins_<percent>pct.npy      float16 (M, n_points)
-        {train,test}_logits_<percent>pct.npy       float16 (M, n_points, 10), CIFAR-10 only
-
-    Nothing is read into memory here. Example, a ridge datamodel of test margins on the first 20,000 models:
+    """Map MadryLab's training data for datamodels. A ridge datamodel of test margins on the first 20,000 models:
 
         record = public.datamodel_data("cifar/data", "test")
         model = RidgeDatamodel.fit(record.masks[:20_000], record.outputs[:20_000], lam=0.1)
@@ -175,10 +165,8 @@ def datamodel_data(root: str | Path, split: str = "test", percent: int = 50, *, 
     if masks.dtype != bool or masks.ndim != 2:
         raise DataError(f"The masks are {masks.dtype} of shape {masks.shape}; they must be booleans (M, n_train).")
     if outputs.ndim != (3 if logits else 2) or len(outputs) != len(masks):
-        raise DataError(
-            f"{path.name} has shape {outputs.shape} and there are {len(masks)} masks; expected "
-            f"({len(masks)}, n_points{', n_classes' if logits else ''})."
-        )
+        expected = f"({len(masks)}, n_points{', n_classes' if logits else ''})"
+        raise DataError(f"{path.name} has shape {outputs.shape} and there are {len(masks)} masks; expected {expected}.")
     share = float(masks[:100].mean()) if len(masks) else 0.0
     if abs(share - percent / 100) > 0.05:
         raise DataError(f"The first masks hold {share:.0%} of the training set, not {percent} %; check percent.")
@@ -191,8 +179,7 @@ class PublicDatamodels:
 
     Attributes:
         weight: (n_train, n_points): what including a training point adds to a point's margin.
-        bias: (n_points,).
-        lam: the penalty chosen for each point (n_points,).
+        bias, lam: (n_points,): the intercept, and the penalty chosen.
     """
 
     weight: torch.Tensor
@@ -206,9 +193,7 @@ class PublicDatamodels:
 
 
 def datamodel_weights(path: str | Path) -> PublicDatamodels:
-    """MadryLab's estimated datamodels: `datamodels/{train,test}_<percent>pct.pt`, a dictionary of tensors.
-
-    Read as tensors only (`weights_only`) and mapped from disk: nothing in the file is executed.
+    """Read MadryLab's fitted datamodels as tensors only, mapped from disk where torch can.
 
     Raises:
         DataError: for a missing file, one that is no such dictionary, or shapes that do not fit.
@@ -217,22 +202,16 @@ def datamodel_weights(path: str | Path) -> PublicDatamodels:
     if not path.is_file():
         raise DataError(f"{path} does not exist; complete the download, or correct the path.")
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        first = re.split(r"[\n.]", str(error))[0]
+        first = str(error).partition("\n")[0].partition(".")[0]
         raise DataError(f"{path} cannot be read as tensors ({first}); fetch it again from {MADRYLAB}.") from error
     if not isinstance(content, dict) or not {"weight", "bias", "lam"} <= set(content):
         raise DataError(f"{path} is no dictionary with weight, bias and lam; fetch it again from {MADRYLAB}.")
-    weight, bias, lam = (torch.as_tensor(content[key]) for key in ("weight", "bias", "lam"))
+    weight, bias, lam = (torch.as_tensor(content[name]) for name in ("weight", "bias", "lam"))
     if weight.ndim != 2 or not len(bias) == len(lam) == weight.shape[1]:
         raise DataError(
             f"{path} holds weight {tuple(weight.shape)}, bias {tuple(bias.shape)} and lam {tuple(lam.shape)}; "
             "expected (n_train, n_points), (n_points,) and (n_points,)."
         )
     return PublicDatamodels(weight, bias, lam)
-
-
-def _is_zip(path: Path) -> bool:
-    """Whether torch can map the file: those of its older format it cannot."""
-    with open(path, "rb") as file:
-        return file.read(2) == b"PK"
