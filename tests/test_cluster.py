@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from dmmlib.app import cluster
 from dmmlib.errors import PresetError, SchedulerError
 from dmmlib.progress import silent
 from dmmlib.study import Study
@@ -20,8 +21,19 @@ distributed = pytest.importorskip("distributed", reason="the extra `cluster` (Da
 
 @pytest.fixture(scope="module")
 def workers():
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
-        yield cluster
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as local:
+        yield local
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Workers that were connected to during a test; clusters that were started for it are closed after it."""
+    connect, workers = cluster.connect, []
+    monkeypatch.setattr(cluster, "connect", lambda study: workers.append(connect(study)) or workers[-1])
+    yield workers
+    for each in workers:
+        with each.client as client, contextlib.suppress(AttributeError):
+            client.cluster.close()
 
 
 def study(runs, **places):
@@ -40,7 +52,7 @@ def test_results_equal_the_serial_ones(tmp_path, workers, tiny):
 
 
 @pytest.mark.parametrize("scheduler", ["local-cluster", "cluster"])
-def test_clusters_that_a_preset_names_train_the_same(tmp_path, tiny, scheduler):
+def test_clusters_that_a_preset_names_train_the_same(tmp_path, tiny, started, scheduler):
     threads = torch.get_num_threads()
     options = {"n_workers": 0, "threads_per_worker": 1, "dashboard_address": None}  # `jobs` are started afterwards
     try:
@@ -48,8 +60,7 @@ def test_clusters_that_a_preset_names_train_the_same(tmp_path, tiny, scheduler):
         np.testing.assert_allclose(far.subsets()[1], tiny.subsets()[1], atol=1e-5)
     finally:
         torch.set_num_threads(threads)
-    with far._workers._client.cluster as started:
-        assert len(started.workers) == 1
+    assert len(started[0].client.cluster.workers) == 1
 
 
 @pytest.fixture
@@ -83,7 +94,7 @@ SLURM = {
 }
 
 
-def test_jobs_of_a_queue_train_the_same(tmp_path, queue, tiny):
+def test_jobs_of_a_queue_train_the_same(tmp_path, queue, tiny, started):
     pytest.importorskip("dask_jobqueue", reason="dask-jobqueue is not installed")
     told = []
     places = {"scheduler": "cluster", "cluster": SLURM}
@@ -93,23 +104,20 @@ def test_jobs_of_a_queue_train_the_same(tmp_path, queue, tiny):
     scripts = [job.read_text() for job in queue.iterdir()]
     assert len(scripts) == 2
     assert all("--nthreads 2" in script for script in scripts)
-    with far._workers._client as client:
-        started = client.cluster
-    started.close()
 
 
 def test_a_queue_that_refuses_is_quoted(tmp_path, queue):
     pytest.importorskip("dask_jobqueue", reason="dask-jobqueue is not installed")
     refused = SLURM | {"options": SLURM["options"] | {"queue": "nosuch"}}
-    with pytest.raises(SchedulerError, match=r"invalid partition specified: nosuch.*correct the preset's cluster"):
+    with pytest.raises(SchedulerError, match="invalid partition specified: nosuch"):
         _ = study(tmp_path, scheduler="cluster", cluster=refused).subsets()
     assert not list(queue.iterdir())
 
 
 def test_a_worker_trains_one_shard_at_a_time_with_all_its_threads(tmp_path, tiny):
     with (
-        distributed.LocalCluster(n_workers=1, threads_per_worker=3, dashboard_address=None) as cluster,
-        distributed.Client(cluster, set_as_default=False) as client,
+        distributed.LocalCluster(n_workers=1, threads_per_worker=3, dashboard_address=None) as local,
+        distributed.Client(local, set_as_default=False) as client,
     ):
 
         def watch():
@@ -128,7 +136,7 @@ def test_a_worker_trains_one_shard_at_a_time_with_all_its_threads(tmp_path, tiny
             Study.train_shard = watched
 
         client.run(watch)
-        far = study(tmp_path, scheduler=cluster.scheduler_address)
+        far = study(tmp_path, scheduler=local.scheduler_address)
         np.testing.assert_allclose(far.subsets()[1], tiny.subsets()[1], atol=1e-5)
 
 
@@ -174,9 +182,9 @@ def test_a_store_elsewhere(tmp_path, tiny):
 
 
 def test_what_cannot_be_reached_is_said_at_once(tmp_path):
-    with pytest.raises(SchedulerError, match="No Dask scheduler answers at 'nonsense'"):
+    with pytest.raises(SchedulerError, match="No Dask scheduler"):
         _ = study(tmp_path, scheduler="nonsense").subsets()
-    with pytest.raises(PresetError, match="give a class of distributed, dask_jobqueue"):
+    with pytest.raises(PresetError, match="give a class"):
         _ = study(tmp_path, **{"scheduler": "cluster", "cluster.type": "os.system"}).subsets()
     with pytest.raises(SchedulerError, match="cannot be started"):
         _ = study(tmp_path, **{"scheduler": "cluster", "cluster.type": "distributed.NoSuch"}).subsets()

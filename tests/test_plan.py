@@ -1,7 +1,5 @@
 """A plan counts what a run trains, finds what is there, and writes nothing."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -27,7 +25,7 @@ def test_a_plan_counts_what_a_run_trains(tmp_path, quick, monkeypatch):
     preset = presets.load(tiny)
     before = plan.plan(preset, tmp_path)
     assert not list(tmp_path.iterdir()), "a plan leaves nothing"
-    assert before.total.done == 0
+    assert before.models["done"].sum() == 0
     study = Study(tiny, runs=tmp_path, progress=silent)
     trained = {}
     original = Study.train
@@ -41,18 +39,19 @@ def test_a_plan_counts_what_a_run_trains(tmp_path, quick, monkeypatch):
     study.results()
     ablation.ablate(study, experiments.Cache(study))
     experiments.pool(study, 0, 40)
-    assert before.total.n_models == 8 + 120 + 20 + 2 * 2 * 8 + 2 * 8 + 20 + 5 * 2 * 20
-    assert before.total.missing == sum(trained.values()), "to the sample gradient"
+    assert before.models["planned"].sum() == 8 + 120 + 20 + 2 * 2 * 8 + 2 * 8 + 20 + 5 * 2 * 20
+    assert before.models["gradients"].sum() == sum(trained.values()), "to the sample gradient"
     after = plan.plan(preset, tmp_path)
-    assert after.total.done == after.total.n_models
+    assert after.models["missing"].sum() == 0
     assert after.hours == 0
     status = plan.status(study).set_index("models")
-    asked = {job.what: job.n_models for job in after.jobs if job.what.startswith("stage 07")}
+    planned = after.models.set_index("models")["planned"]
+    asked = planned[planned.index.str.startswith("stage 07")].to_dict()
     assert len(asked) == 6
     assert status.loc[list(asked), "done"].to_dict() == asked
-    assert status["planned"].sum() == status["done"].sum() == after.total.n_models
+    assert status["planned"].sum() == status["done"].sum() == planned.sum()
     stores = sum(f.stat().st_size for f in tmp_path.rglob("*.zarr/**/*") if f.is_file())
-    assert before.bytes["outputs of models"] + before.bytes["weights"] == pytest.approx(stores, rel=0.3)
+    assert before.disk["outputs of models"] + before.disk["weights"] == pytest.approx(stores, rel=0.3)
 
 
 def test_status_shows_what_notebook_07_trains(tmp_path, quick):
@@ -65,14 +64,14 @@ def test_status_shows_what_notebook_07_trains(tmp_path, quick):
     }  # fmt: skip
     assert not list(tmp_path.iterdir()), "a status leaves nothing"
     experiments.pool(study, 0, 40)
-    (store,) = (s for s in plan._stores(study) if s.config["stream"] == "attribution:more")
-    chunk = next(Path(store.address.removeprefix("file://")).glob("logits/c/0/0/0"))
+    more = [p.parent for p in tmp_path.glob("store/*.zarr/zarr.json") if '"attribution:more"' in p.read_text()]
+    chunk = more[0] / "logits" / "c" / "0" / "0" / "0"
     chunk.write_bytes(chunk.read_bytes()[:50])
     after = plan.status(study).set_index("models")
     assert after.loc["stage 07: more of attribution", "damaged"] == 20
     assert after.loc["attribution", "done"] == 20
     changed = presets.load(study.preset.model_dump(), {"attribution.fraction": 0.6})
-    there = {job.what: job.done for job in plan.plan(changed, tmp_path).jobs}
+    there = plan.plan(changed, tmp_path).models.set_index("models")["done"]
     assert there["attribution models"] == there["stage 07: more of attribution"] == 0, "other masks, other models"
 
 
@@ -80,15 +79,15 @@ def test_a_plan_finds_stores_elsewhere(tmp_path, quick):
     for place in ("memory://planned/runs", (tmp_path / "elsewhere").as_uri()):
         study = Study(TINY, {"store": place}, runs=tmp_path, progress=silent)
         study.original_logits()
-        assert plan.plan(study.preset, tmp_path).jobs[0].done == 8
+        assert plan.plan(study.preset, tmp_path).models["done"][0] == 8
 
 
 def test_stores_of_another_configuration_do_not_count(tmp_path, quick):
     study = Study(TINY, runs=tmp_path, progress=silent)
     study.original_logits()
-    assert plan.plan(presets.load(TINY), tmp_path).jobs[0].done == 8
+    assert plan.plan(presets.load(TINY), tmp_path).models["done"][0] == 8
     for change in ({"training.lr": 0.2}, {"seed": 1}, {"data.seed": 1}, {"ensembles.n_models": 9}):
-        assert plan.plan(presets.load(TINY, change), tmp_path).total.done == 0, change
+        assert plan.plan(presets.load(TINY, change), tmp_path).models["done"].sum() == 0, change
 
 
 @pytest.mark.parametrize("name", ["cifar10", "living17", "digits", "cifar10-images", "laptop", "smoke", "mllmu"])
@@ -97,13 +96,15 @@ def test_every_preset_can_be_planned(name, tmp_path, quick, monkeypatch):
     found = plan.plan(presets.load(name), tmp_path)
     text = str(found)
     assert f"{name}: " in text
+    assert "at the peak" in text
     assert "measured just now on this machine" in text
     if name == "cifar10":
         assert found.n_parameters == 2_274_880
-        assert found.total.n_models == 200 + 20_200 + 100 + 10 * 400 + 2 * (200 + 50) + 900 + 5 * 3 * 100
+        assert found.models["planned"].sum() == 200 + 20_200 + 100 + 10 * 400 + 2 * (200 + 50) + 900 + 5 * 3 * 100
         assert "random images stand in" in text
+        assert found.memory["subset outputs"] == pytest.approx(3.5 * 4 * 20_200 * 60_000 * 10)
     if name == "living17":
-        assert (found.size.n_train, found.size.n_classes) == (88_400, 17)
+        assert (found.data.n_train, found.data.n_classes) == (88_400, 17)
 
 
 def test_a_rate_is_measured_with_what_fits_the_budget():
@@ -117,7 +118,7 @@ def test_a_rate_is_measured_with_what_fits_the_budget():
 
 
 def test_mistakes_are_named(tmp_path):
-    with pytest.raises(DataError, match=r"nowhere\.npz does not exist"):
+    with pytest.raises(DataError, match="does not exist"):
         plan.plan(presets.load("smoke", {"data.path": str(tmp_path / "nowhere.npz")}), tmp_path)
-    with pytest.raises(MethodError, match="Unknown method 'dmmm'"):
+    with pytest.raises(MethodError, match="Unknown method"):
         plan.plan(presets.load("smoke", {"unlearning.methods": ["dmmm"]}), tmp_path)

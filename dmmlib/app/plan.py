@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,20 +20,16 @@ from tqdm import tqdm
 
 from dmmlib import ensemble, models, unlearn
 from dmmlib.data import Dataset
-from dmmlib.errors import DataError
+from dmmlib.errors import DamageError, DataError
 from dmmlib.execution import one_thread
-from dmmlib.files import short
 from dmmlib.presets import DataSection, Preset
 from dmmlib.store import Store
 from dmmlib.studies.cheap import experiments
-from dmmlib.studies.cheap.ablation import antithetic_masks
 from dmmlib.study import Study
 
 PUBLISHED = {"cifar10": ((32, 32, 3), 10, 50_000, 10_000), "living17": ((160, 160, 3), 17, 88_400, 3_400)}
 """Data sets that need not be on this machine: shape of a point, classes, training and validation points."""
 COPIES = 3.5  # memory of subset outputs while their gauge is changed and they are regressed on, over their own size
-Masks = Callable[[Study], np.ndarray] | None
-"""Makes the masks of a model set; None where they are not known before a run."""
 
 
 @dataclass(frozen=True)
@@ -41,76 +38,64 @@ class Job:
 
     Attributes:
         what: which models.
-        share: of the training set in the training set of each.
-        sets: name of each model set -> how many models it has, and their masks.
+        size: training points of each.
+        sets: name of each model set -> how many models it has.
         weights: whether their weights are kept too.
     """
 
     what: str
-    share: float
-    sets: Mapping[str, tuple[int, Masks]]
+    size: int
+    sets: Mapping[str, int]
     weights: bool = True
 
     @property
     def n_models(self) -> int:
-        return sum(n for n, _ in self.sets.values())
-
-
-def _drawn(stream: str, n: int, fraction: float) -> Masks:
-    return lambda study: study.random_masks(stream, n, fraction)
+        return sum(self.sets.values())
 
 
 def _main(preset: Preset, n_train: int, n_classes: int) -> Iterator[Job]:
     """Models that notebooks 02 to 05 train."""
     n, d, t, a = preset.ensembles.n_models, preset.datamodels, preset.tuning, preset.attribution
-    yield Job("originals", 1, {"originals": (n, lambda study: np.ones((n, n_train), bool))})
-    yield Job("subset models", d.fraction, {"subsets": (d.n_subsets + d.n_held_out, Study.subset_masks)}, False)
-    masks = _drawn("attribution masks", a.n_subsets, a.fraction)
-    yield Job("attribution models", a.fraction, {"attribution": (a.n_subsets, masks)})
+    yield Job("originals", n_train, {"originals": n})
+    yield Job("subset models", round(d.fraction * n_train), {"subsets": d.n_subsets + d.n_held_out}, False)
+    yield Job("attribution models", round(a.fraction * n_train), {"attribution": a.n_subsets})
     for parts, n_floor, kind in ((preset.forget_sets, n, ""), (t.forget_sets, t.n_models, "tuning: ")):
         for f in parts:
-            forget = f.size or round(f.share * n_train / n_classes)
-            sets: dict[str, tuple[int, Masks]] = {f"oracles:{f.name}": (n, None), f"floor:{f.name}": (n_floor, None)}
-            yield Job(f"{kind}oracles and floor, {f.name}", 1 - forget / n_train, sets, False)
+            size = n_train - (f.size or round(f.share * n_train / n_classes))
+            sets = {f"oracles:{f.name}": n, f"floor:{f.name}": n_floor}
+            yield Job(f"{kind}oracles and floor, {f.name}", size, sets, False)
 
 
-def _more(preset: Preset) -> Iterator[Job]:
+def _more(preset: Preset, n_train: int) -> Iterator[Job]:
     """Subset models that notebook 07 trains besides."""
-    m, fraction = preset.attribution.n_subsets, preset.attribution.fraction
+    m, fraction, cheap = preset.attribution.n_subsets, preset.attribution.fraction, preset.studies["cheap"]
     every, draws = max(experiments.sizes(preset)), range(len(experiments.draws(preset, m)))
-
-    def drawn(name: str, n: int, share: float, masks: Callable[[Study, int], np.ndarray] | None) -> Job:
-        sets = {f"attribution:{name}:{draw}": (n, masks and partial(masks, draw=draw)) for draw in draws}
-        return Job(f"stage 07: ablation, {name}", share, sets)
-
-    def pairs(study: Study, draw: int) -> np.ndarray:
-        return antithetic_masks(study.random_masks(f"masks:pairs:{draw}", m, 0.5))
-
-    def twice(study: Study, draw: int) -> np.ndarray:
-        return np.repeat(study.random_masks(f"masks:twice:{draw}", -(-m // 2), fraction), 2, 0)[:m]
-
     if every > m:
-
-        def rest(study: Study) -> np.ndarray:
-            return study.random_masks("attribution masks", every, fraction)[m:]
-
-        yield Job("stage 07: more of attribution", fraction, {"attribution:more": (every - m, rest)})
-    for f in preset.studies["cheap"].fractions:
-        yield drawn(f"{f:g}", m, f, lambda study, draw, f=f: study.random_masks(f"masks:{f:g}:{draw}", m, f))
-    yield drawn("antithetic", m // 2 * 2, 0.5, pairs)
-    yield drawn("twice", m, fraction, twice)
-    yield drawn("clustered", m, fraction, None)
+        yield Job("stage 07: more of attribution", round(fraction * n_train), {"attribution:more": every - m})
+    designs = {f"{f:g}": (m, f) for f in cheap.fractions} | {"antithetic": (m // 2 * 2, 0.5)}
+    for name, (n, share) in {**designs, "twice": (m, fraction), "clustered": (m, fraction)}.items():
+        sets = {f"attribution:{name}:{draw}": n for draw in draws}
+        yield Job(f"stage 07: ablation, {name}", round(share * n_train), sets)
 
 
-def _found(job: Job, stores: Sequence[Store], study: Study | None) -> Iterator[tuple[int, Store]]:
-    """Number of models of each of a job's model sets, and the fullest store of just these models, if there is one."""
-    for name, (n, masks) in job.sets.items():
-        of_name = [store for store in stores if _is_of(store, name) and store.n_models == n]
-        if of_name and study and masks:
-            drawn = short(np.packbits(masks(study)).tobytes())
-            of_name = [store for store in of_name if store.config["masks"] == drawn]
-        if of_name:
-            yield n, min(of_name, key=lambda store: _count(store, store.missing()))
+def _found(job: Job, stores: Sequence[Store]) -> list[Store]:
+    """The fullest store of each of a job's model sets, where there is one."""
+    found = []
+    for name, n in job.sets.items():
+        of_set = [store for store in stores if _is_of(store, name, n, job.size)]
+        found += sorted(of_set, key=lambda store: _count(store, store.missing()))[:1]
+    return found
+
+
+def _is_of(store: Store, name: str, n: int, size: int) -> bool:
+    """Whether some of a model set lie in a store: n models of `size` points, whose name a hash may follow."""
+    stream, done = store.config["stream"], set(range(store.n_shards)).difference(store.missing())
+    if not done or store.n_models != n or (stream != name and (":" not in name or stream.rpartition(":")[0] != name)):
+        return False
+    first = store.models(min(done)).start
+    with suppress(DamageError):
+        return int(store.read("masks", first, first + 1).sum()) == size
+    return True
 
 
 def _stores(study: Study) -> list[Store]:
@@ -122,12 +107,6 @@ def _stores(study: Study) -> list[Store]:
     return [s for s in stores if s is not None and all(s.config.get(k) == v for k, v in identity.items())]
 
 
-def _is_of(store: Store, name: str) -> bool:
-    """Whether a store is of a model set, whose name may go on with the hash of a forget set."""
-    stream = store.config["stream"]
-    return stream == name or (":" in name and stream.rpartition(":")[0] == name)
-
-
 def _count(store: Store, shards: list[int]) -> int:
     return sum(len(store.models(shard)) for shard in shards)
 
@@ -135,8 +114,8 @@ def _count(store: Store, shards: list[int]) -> int:
 def status(study: Study) -> pd.DataFrame:
     """`Study.status`, and the subset models that notebook 07 trains besides, by the names of a plan."""
     stores, rows = _stores(study), []
-    for job in _more(study.preset):
-        found = [store for _, store in _found(job, stores, study)]
+    for job in _more(study.preset, study.data.n_train):
+        found = _found(job, stores)
         damaged = sum(_count(store, store.damaged()) for store in found)
         done = sum(store.n_models - _count(store, store.missing()) for store in found) - damaged
         missing = job.n_models - done - damaged
@@ -221,11 +200,14 @@ def plan(preset: Preset, runs: Path | None = None) -> Plan:
     spec = models.get(preset.model.name)
     shape = tuple(spec.prepare(data, np.array(data.x_train[:2])).shape[1:])
     module = partial(spec.factory, shape, data.n_classes, **preset.model.options)
-    jobs, stores = [*_main(preset, data.n_train, data.n_classes), *_more(preset)], _stores(study) if study else []
+    jobs, stores = (
+        [*_main(preset, data.n_train, data.n_classes), *_more(preset, data.n_train)],
+        _stores(study) if study else [],
+    )
     rows = []
     for job in jobs:
-        done = sum(n - _count(store, store.missing()) for n, store in _found(job, stores, study))
-        gradients = (job.n_models - done) * float(preset.training.epochs * round(job.share * data.n_train))
+        done = sum(store.n_models - _count(store, store.missing()) for store in _found(job, stores))
+        gradients = (job.n_models - done) * float(preset.training.epochs * job.size)
         rows.append((job.what, job.n_models, done, job.n_models - done, gradients))
     built = module()
     n_parameters = sum(p.numel() for p in built.parameters())
@@ -325,8 +307,8 @@ def measure(
     best, start = Rate(0.0, 1, 1, device.type), time.perf_counter()
     with one_thread():
         for n_models, examples in dict.fromkeys(sizes):
-            expected = 5 * n_models * examples / best.per_second if best.per_second else 0.0
-            if expected > budget - (time.perf_counter() - start):
+            left = budget - (time.perf_counter() - start)
+            if best.per_second and 5 * n_models * examples / best.per_second > left:
                 break
             _, one, three = (train(n_models, examples, epochs) for epochs in (1, 1, 3))  # the first warms up
             seconds = max((three - one) / 2, three / 6)  # two steps more; a disturbed clock must not make them free
