@@ -32,8 +32,9 @@ def started(monkeypatch):
     monkeypatch.setattr(cluster, "connect", lambda study: workers.append(connect(study)) or workers[-1])
     yield workers
     for each in workers:
-        with each.client as client, contextlib.suppress(AttributeError):
-            client.cluster.close()
+        if isinstance(each, cluster.Dask):
+            with each.client as client:
+                client.cluster.close()
 
 
 def study(runs, **places):
@@ -89,7 +90,13 @@ echo "Submitted batch job $!"
 
 SLURM = {
     "type": "dask_jobqueue.SLURMCluster",
-    "options": {"cores": 2, "processes": 1, "memory": "1GB", "scheduler_options": {"dashboard_address": None}},
+    "options": {
+        "cores": 2,
+        "processes": 1,
+        "memory": "1GB",
+        "death_timeout": 300,
+        "scheduler_options": {"dashboard_address": None},
+    },
     "jobs": 2,
 }
 
