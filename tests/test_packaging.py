@@ -75,7 +75,7 @@ def test_no_machines_own_paths():
 
 
 def test_top_level_is_complete():
-    for name in ("notebooks", "dmmlib", "data", "figures", "tests", "environment.yml", "README.md", "LICENSE",
+    for name in ("notebooks", "dmmlib", "data", "figures", "tests", "environment.yml", "setup.py", "README.md", "LICENSE",
                  "CITATION.cff", "CONTRIBUTING.md", "CHANGELOG.md", ".pre-commit-config.yaml", ".ci/run"):  # fmt: skip
         assert (ROOT / name).exists(), name
 
@@ -123,7 +123,15 @@ def test_a_wheel_runs_a_stage_in_an_empty_folder(installed):
     said = dmm("run", "tiny.yaml", "--stage", "3")
     assert "03_forget_set_selection: done in" in said
     assert (folder / "figures" / "tiny" / "03_forget_sets.png").stat().st_size > 5000
-    assert sorted(path.name for path in folder.iterdir()) == ["figures", "runs", "tiny.yaml"]
+    assert {path.name for path in folder.iterdir()} == {"figures", "runs", "tiny.yaml"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("CI" not in os.environ, reason="a minute or two; continuous integration does it")
+def test_a_wheel_runs_the_smoke_presets_main_table(installed):
+    folder, dmm = installed
+    assert "04_dmm_versus_baselines: done in" in dmm("run", "smoke", "--stage", "04")
+    assert (folder / "runs" / "smoke" / "results.csv").stat().st_size > 5000
 
 
 @pytest.mark.slow

@@ -15,13 +15,12 @@ import multiprocessing
 import os
 import signal
 import tempfile
-import threading
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -92,10 +91,6 @@ class _Stage:
         return self.notebook.name[:2]
 
     @property
-    def target(self) -> Path:
-        return self.out / self.notebook.name
-
-    @property
     def part(self) -> Path:
         return self.out / f".{self.notebook.name}.part"
 
@@ -107,7 +102,7 @@ class _Stage:
         """Whether what was executed for the same key is still there and whole."""
         try:
             record = read_json(self.record)
-            cells = read_json(self.target)["cells"]
+            cells = read_json(self.out / self.notebook.name)["cells"]
             tables = [self.out.parent / name for name in record["tables"]]
             whole = any(cell.get("outputs") for cell in cells) and all(t.stat().st_size for t in tables)
             return whole and record["key"] == self.key
@@ -120,7 +115,7 @@ class _Stage:
         if error:
             os.replace(self.part, failed)
             raise DmmError(f"{self.notebook.stem} failed: {error} Everything trained is kept; see {failed}.")
-        os.replace(self.part, self.target)
+        os.replace(self.part, self.out / self.notebook.name)
         failed.unlink(missing_ok=True)
         seconds = time.time() - began
         tables = sorted(p.name for p in self.out.parent.glob("*.csv") if p.stat().st_mtime > began)
@@ -142,9 +137,8 @@ def run(
     """Execute notebooks, each in a process of its own; two at a time where there are threads for two.
 
     Args:
-        notebooks: of stages.
+        notebooks, parameters: the notebooks of stages, and the parameters of each.
         out: where executed ones go; their tables go to the folder that it is in.
-        parameters: of every notebook.
         say: is told what was done.
         force: execute also what is done.
         threads: to be shared by two; with 1, one notebook runs after the other, with all that torch takes.
@@ -154,6 +148,8 @@ def run(
     Raises:
         DmmError: if one fails; what runs beside it is finished, nothing else is begun.
     """
+    from tqdm import tqdm
+
     out.mkdir(parents=True, exist_ok=True)
     todo = {}
     for notebook in notebooks:
@@ -167,20 +163,22 @@ def run(
     running: dict[str, tuple[Future[str], float]] = {}
     failed: DmmError | None = None
     pool = ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
-    with _shown() as folder, pool:
+    bar = tqdm(bar_format="{desc}", leave=False, disable=None)  # silent where it is no terminal
+    with tempfile.TemporaryDirectory() as told, bar, pool:
         try:
             while running or (waiting and failed is None):
                 while failed is None and len(running) < at_once and (number := _next(waiting, running, wide)):
                     waiting.remove(number)
-                    given = {**(environment or {}), **({PROGRESS_FILE: str(folder / number)} if folder else {})}
+                    place = os.environ.get(PROGRESS_FILE, f"{told}/{number}")  # of whoever started this command
+                    given = {**(environment or {}), PROGRESS_FILE: place}
                     if at_once > 1 and number not in wide:
                         given["OMP_NUM_THREADS"] = str(threads // 2)
                     running[number] = pool.submit(_execute, todo[number], parameters, given), time.time()
-                done, _ = wait([future for future, _ in running.values()], return_when=FIRST_COMPLETED)
+                done, _ = wait([future for future, _ in running.values()], 0.5, FIRST_COMPLETED)
+                bar.set_description_str(_said(Path(told)))
                 for number in [n for n, (future, _) in running.items() if future in done]:
                     future, began = running.pop(number)
-                    if folder:
-                        (folder / number).unlink(missing_ok=True)
+                    Path(told, number).unlink(missing_ok=True)
                     try:
                         todo[number].keep(future.result(), began, say)
                     except DmmError as error:
@@ -253,31 +251,10 @@ def _scrub(path: Path) -> None:
     nbformat.write(notebook, path)
 
 
-@contextmanager
-def _shown() -> Iterator[Path | None]:
-    """A folder where each kernel reports in a file, shown in the terminal; None if another shows it."""
-    if PROGRESS_FILE in os.environ:  # whoever started this command
-        yield None
-        return
-    from tqdm import tqdm
-
-    with tempfile.TemporaryDirectory() as name:
-        folder, stop = Path(name), threading.Event()
-        bar = tqdm(bar_format="{desc}", leave=False, disable=None)  # silent where it is no terminal
-
-        def watch() -> None:
-            while not stop.wait(0.5):
-                lines = []
-                for file in sorted(folder.iterdir()):
-                    with suppress(OSError, ValueError):  # caught half-written
-                        lines.append(f"{file.name}: {json.loads(file.read_text())['line']}")
-                bar.set_description_str(" | ".join(lines))
-
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        try:
-            yield folder
-        finally:
-            stop.set()
-            thread.join()
-            bar.close()
+def _said(folder: Path) -> str:
+    """How far each kernel says that it is, in its file."""
+    lines = []
+    for file in sorted(folder.iterdir()):
+        with suppress(OSError, ValueError):  # caught half-written
+            lines.append(f"{file.name}: {json.loads(file.read_text())['line']}")
+    return " | ".join(lines)

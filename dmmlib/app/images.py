@@ -12,6 +12,8 @@ from dmmlib.data import Dataset, from_arrays, register
 from dmmlib.errors import DataError
 from dmmlib.files import config_hash, read_json, replacing
 
+CROP = 0.875  # of the shorter side is kept
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp")
 
 
@@ -19,25 +21,20 @@ def image_folder(
     root: str | Path,
     classes: Mapping[str, Sequence[str]] | None = None,
     side: int = 160,
-    crop: float = 0.875,
     *,
     name: str = "images",
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406),
-    std: tuple[float, ...] = (0.229, 0.224, 0.225),
     cache: str | Path | None = None,
 ) -> Dataset:
     """Load a data set in the layout of ImageNet: `root/train/<folder>/*.JPEG` and `root/val/<folder>/*.JPEG`.
 
-    Each image is cropped to its central square of `crop` times the shorter side and scaled to `side` pixels. The
-    arrays are written once to the cache (3 side^2 bytes for each image) and mapped from there; the cache is found by
-    folders, file names and sizes, so a changed tree is decoded anew.
+    Each image is cropped to its central square of 7/8 of the shorter side and scaled to `side` pixels. The arrays are
+    written once to the cache (3 side^2 bytes for each image) and mapped from there; the cache is found by folders, file
+    names and sizes, so a changed tree is decoded anew.
 
     Args:
         root: the directory that holds `train` and `val`.
         classes: class name -> the folders that it is made of; each folder of `train` is a class if None.
         side: pixels.
-        crop: share of the shorter side that is kept.
-        mean, std: for normalisation; ImageNet's by default.
         cache: where arrays are kept; the user's cache directory if None.
 
     Raises:
@@ -56,10 +53,10 @@ def image_folder(
     arrays = []
     for part, files in [(part, _files(root / part, classes)) for part in parts]:
         listing = [(path.relative_to(root).as_posix(), path.stat().st_size, label) for path, label in files]
-        key = config_hash({"files": listing, "side": side, "crop": crop})
+        key = config_hash({"files": listing, "side": side, "crop": CROP})
         path = Path(cache or Path(user_cache_dir("dmmlib")) / "images") / f"{name}-{part}-{side}-{key}.npy"
-        arrays += [_decoded([path for path, _ in files], side, crop, path), np.array([label for _, label in files])]
-    return from_arrays(*arrays, name=name, class_names=tuple(classes), mean=mean, std=std)
+        arrays += [_decoded([path for path, _ in files], side, path), np.array([label for _, label in files])]
+    return from_arrays(*arrays, name=name, class_names=tuple(classes), mean=MEAN, std=STD)
 
 
 def _files(root: Path, classes: Mapping[str, Sequence[str]]) -> list[tuple[Path, int]]:
@@ -75,14 +72,14 @@ def _files(root: Path, classes: Mapping[str, Sequence[str]]) -> list[tuple[Path,
     return files
 
 
-def _decoded(files: Sequence[Path], side: int, crop: float, target: Path) -> np.ndarray:
+def _decoded(files: Sequence[Path], side: int, target: Path) -> np.ndarray:
     """Images as bytes (n, side, side, 3), mapped from `target`, which is written first if it is not there."""
     shape = (len(files), side, side, 3)
     if not target.exists():
         with replacing(target) as temporary:
             out = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
             for row, path in zip(out, files, strict=True):
-                row[:] = _image(path, side, crop)
+                row[:] = _image(path, side)
             out.flush()
     try:
         array = np.load(target, mmap_mode="r", allow_pickle=False)
@@ -93,12 +90,12 @@ def _decoded(files: Sequence[Path], side: int, crop: float, target: Path) -> np.
     return array
 
 
-def _image(path: Path, side: int, crop: float) -> np.ndarray:
+def _image(path: Path, side: int) -> np.ndarray:
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(path) as image:
-            edge = crop * min(image.size)
+            edge = CROP * min(image.size)
             left, top = ((length - edge) / 2 for length in image.size)
             box = (left, top, left + edge, top + edge)
             return np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR, box=box))
