@@ -184,8 +184,8 @@ def test_a_process_that_is_killed_is_said_in_one_line(write, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("whole_group", [True, False], ids=["as a terminal does", "the command alone"])
-def test_ctrl_c_ends_the_command_and_its_kernels(write, tmp_path, whole_group):
+@pytest.mark.parametrize("how", ["Ctrl-C in a terminal", "Ctrl-C to the command alone", "killed"])
+def test_kernels_end_with_the_command(write, tmp_path, how):
     for number in ("01", "06"):
         write({number: f"pathlib.Path(place, '{number}.pid').write_text(str(os.getpid())); time.sleep(600)"})
     script = tmp_path / "run.py"
@@ -208,8 +208,9 @@ def test_ctrl_c_ends_the_command_and_its_kernels(write, tmp_path, whole_group):
         assert process.poll() is None, "it runs until it is stopped"
         assert time.monotonic() < until
         time.sleep(0.1)
-    (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT)
-    assert process.wait(60) == 130
+    end = os.killpg if how == "Ctrl-C in a terminal" else os.kill
+    end(process.pid, signal.SIGKILL if how == "killed" else signal.SIGINT)
+    assert process.wait(60) == (-signal.SIGKILL if how == "killed" else 130)
     until = time.monotonic() + 30
     while any(alive(int(p.read_text())) for p in pids):
         assert time.monotonic() < until, "kernels end with it"

@@ -75,8 +75,8 @@ def test_no_machines_own_paths():
 
 
 def test_top_level_is_complete():
-    for name in ("notebooks", "dmmlib", "data", "figures", "tests", "environment.yml", "setup.py", "README.md", "LICENSE",
-                 "CITATION.cff", "CONTRIBUTING.md", "CHANGELOG.md", ".pre-commit-config.yaml", ".ci/run"):  # fmt: skip
+    for name in ("notebooks", "dmmlib", "data", "figures", "tests", "environment.yml", "setup.py", "README.md",
+                 "LICENSE", "CITATION.cff", "CONTRIBUTING.md", "CHANGELOG.md", ".pre-commit-config.yaml", ".ci/run"):  # fmt: skip
         assert (ROOT / name).exists(), name
 
 
@@ -102,6 +102,7 @@ def installed(tmp_path_factory):
     python = environment / "bin" / "python"
     subprocess.run([*pip, "--python", python, "install", "--no-deps", "--no-index", wheel], check=True)
     hidden = {name: value for name, value in os.environ.items() if not name.startswith(("DMM_", "PYTHONPATH"))}
+    hidden["OMP_NUM_THREADS"] = "1"
 
     def dmm(*arguments, cwd=folder):
         said = subprocess.run(

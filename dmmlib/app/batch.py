@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -216,7 +217,12 @@ def _execute(stage: _Stage, parameters: Mapping[str, Any], environment: Mapping[
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # being told twice must not disturb the end of the kernel
         raise KeyboardInterrupt
 
+    def end_with(parent: Any) -> NoReturn:
+        parent.join()
+        os._exit(1)  # a kernel ends once the process that started it is gone
+
     signal.signal(signal.SIGINT, interrupt)
+    threading.Thread(target=end_with, args=[multiprocessing.parent_process()], daemon=True).start()
     logging.getLogger("papermill").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     os.environ.update(environment)
