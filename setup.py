@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: a wheel holds presets, notebooks and data, which lie beside the package in a clone."""
+"""What pyproject.toml cannot say: a wheel holds presets, notebooks and data, in a clone beside the package."""
 
 import json
 from pathlib import Path

@@ -75,9 +75,10 @@ def test_no_machines_own_paths():
 
 
 def test_top_level_is_complete():
-    for name in ("notebooks", "dmmlib", "data", "figures", "tests", "environment.yml", "setup.py", "README.md",
-                 "LICENSE", "CITATION.cff", "CONTRIBUTING.md", "CHANGELOG.md", ".pre-commit-config.yaml", ".ci/run"):  # fmt: skip
-        assert (ROOT / name).exists(), name
+    folders = {"notebooks", "dmmlib", "data", "figures", "tests", "presets", ".ci"}
+    files = {"environment.yml", "setup.py", "README.md", "LICENSE", "CITATION.cff", "CONTRIBUTING.md", "CHANGELOG.md"}
+    missing = {name for name in folders | files | {".pre-commit-config.yaml", ".ci/run"} if not (ROOT / name).exists()}
+    assert not missing
 
 
 @pytest.fixture(scope="module")

@@ -65,13 +65,11 @@ def connect(study: Study) -> Workers:
             f"Scheduler {scheduler!r} needs Dask, which is absent; pip install 'dmmlib[cluster]', or use 'local'."
         ) from None
     address: Any = scheduler
-    if scheduler == "local-cluster":
-        with dask.config.set(UNTRIMMED):
-            address = distributed.LocalCluster(
-                n_workers=study.preset.threads, threads_per_worker=1, dashboard_address=None
-            )
-    elif scheduler == "cluster":
-        address = _start(**study.preset.cluster.model_dump())
+    with dask.config.set(UNTRIMMED):
+        if scheduler == "local-cluster":
+            address = distributed.LocalCluster(study.preset.threads, threads_per_worker=1, dashboard_address=None)
+        elif scheduler == "cluster":
+            address = _start(**study.preset.cluster.model_dump())
     try:
         client = distributed.Client(address, timeout="20s", set_as_default=False)
     except (OSError, ValueError) as error:

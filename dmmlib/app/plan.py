@@ -34,19 +34,12 @@ COPIES = 3.5  # memory of subset outputs while their gauge is changed and they a
 
 @dataclass(frozen=True)
 class Job:
-    """Models of one kind.
-
-    Attributes:
-        what: which models.
-        size: training points of each.
-        sets: name of each model set -> how many models it has.
-        weights: whether their weights are kept too.
-    """
+    """Models of one kind."""
 
     what: str
-    size: int
-    sets: Mapping[str, int]
-    weights: bool = True
+    size: int  # training points of each
+    sets: Mapping[str, int]  # name of each model set -> how many models it has
+    weights: bool = True  # whether they are kept too
 
     @property
     def n_models(self) -> int:
@@ -134,25 +127,16 @@ class Rate(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What running a preset trains, takes and leaves.
-
-    Attributes:
-        data: of the preset; where it is not on this machine (`present`), zeros of the published size.
-        models: columns models (which), planned, done (in stores of the same configuration), missing, gradients (sample
-            gradients that training the missing ones takes).
-        unlearning: sample gradients of the search and of unlearning, about; see `_unlearning`.
-        disk: name -> bytes that it takes on disk when complete.
-        memory: what is done -> bytes that it takes at its peak, about; one is done after the other.
-    """
+    """What running a preset trains, takes and leaves."""
 
     preset: Preset
-    data: Dataset
-    present: bool
+    data: Dataset  # where it is not on this machine, zeros of the published size
+    present: bool  # whether it is
     n_parameters: int
-    models: pd.DataFrame
-    unlearning: float
-    disk: Mapping[str, float]
-    memory: Mapping[str, float]
+    models: pd.DataFrame  # columns models (which), planned, done, missing, gradients (of samples, to train the missing)
+    unlearning: float  # sample gradients of the search and of unlearning, about
+    disk: Mapping[str, float]  # name -> bytes when complete
+    memory: Mapping[str, float]  # what is done -> bytes at its peak, about; one is done after the other
     rate: Rate
 
     @property

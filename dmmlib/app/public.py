@@ -45,20 +45,12 @@ def _array(path: Path, mmap: bool = False) -> np.ndarray:
 
 @dataclass(frozen=True)
 class UnlearningRecord:
-    """Margins of originals and of oracles for one forget set.
+    """Margins for one forget set: of its points, retain points in the order of the training set, validation points."""
 
-    Attributes:
-        originals: margins (n_models, n_points); forget points first, then retain points in the order of the
-            training set, then validation points.
-        oracles: the same of models trained without the forget set.
-        forget: indices of the forget set in the training set (n_forget,), in the order of the file.
-        splits: forget, retain, validation -> columns of the margins, as `metrics.klom_summary` takes them.
-    """
-
-    originals: np.ndarray
-    oracles: np.ndarray
-    forget: np.ndarray
-    splits: Mapping[str, np.ndarray]
+    originals: np.ndarray  # (n_models, n_points)
+    oracles: np.ndarray  # the same of models trained without the forget set
+    forget: np.ndarray  # indices of the forget set in the training set (n_forget,), in the order of the file
+    splits: Mapping[str, np.ndarray]  # forget, retain, validation -> columns, as `metrics.klom_summary` takes them
 
 
 def easydub(
@@ -129,15 +121,10 @@ def easydub(
 
 @dataclass(frozen=True)
 class SubsetRecord:
-    """Outputs of models trained on random subsets, mapped from disk: slice them, each read is a copy.
+    """Outputs of models trained on random subsets, mapped from disk: slice them, each read is a copy."""
 
-    Attributes:
-        masks: training sets, bool (M, n_train).
-        outputs: float16 (M, n_points, n_outputs): margins (one output), or the logits of all classes.
-    """
-
-    masks: np.ndarray
-    outputs: np.ndarray
+    masks: np.ndarray  # training sets, bool (M, n_train)
+    outputs: np.ndarray  # float16 (M, n_points, n_outputs): margins (one output), or the logits of all classes
 
 
 def datamodel_data(root: str | Path, split: str = "test", percent: int = 50, *, logits: bool = False) -> SubsetRecord:
@@ -175,16 +162,11 @@ def datamodel_data(root: str | Path, split: str = "test", percent: int = 50, *, 
 
 @dataclass(frozen=True)
 class PublicDatamodels:
-    """LASSO datamodels estimated by their authors.
+    """LASSO datamodels estimated by their authors."""
 
-    Attributes:
-        weight: (n_train, n_points): what including a training point adds to a point's margin.
-        bias, lam: (n_points,): the intercept, and the penalty chosen.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-    lam: torch.Tensor
+    weight: torch.Tensor  # (n_train, n_points): what including a training point adds to a point's margin
+    bias: torch.Tensor  # (n_points,)
+    lam: torch.Tensor  # (n_points,): the penalty chosen
 
     def effect(self, forget: np.ndarray) -> np.ndarray:
         """Predicted change of the margins (n_points, 1) on leaving the points `forget` out."""

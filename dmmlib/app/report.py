@@ -49,20 +49,13 @@ def record(study: Study, directory: Path) -> Path:
 
 @dataclass(frozen=True)
 class Run:
-    """A run on disk.
+    """A run on disk."""
 
-    Attributes:
-        name: the preset's, with what was overridden.
-        tables: file name without .csv -> table.
-        record: what `record` wrote, or {} where a run has none.
-        figures: PNG files, in the order of the notebooks.
-    """
-
-    name: str
+    name: str  # the preset's, with what was overridden
     directory: Path
-    tables: Mapping[str, pd.DataFrame]
-    record: Mapping[str, Any]
-    figures: Sequence[Path]
+    tables: Mapping[str, pd.DataFrame]  # file name without .csv -> table
+    record: Mapping[str, Any]  # what `record` wrote, or {} where a run has none
+    figures: Sequence[Path]  # PNG files, in the order of the notebooks
 
     @property
     def results(self) -> pd.DataFrame:
