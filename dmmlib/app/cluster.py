@@ -67,7 +67,8 @@ def connect(study: Study) -> Workers:
     address: Any = scheduler
     with dask.config.set(UNTRIMMED):
         if scheduler == "local-cluster":
-            address = distributed.LocalCluster(study.preset.threads, threads_per_worker=1, dashboard_address=None)
+            n = study.preset.threads
+            address = distributed.LocalCluster(n_workers=n, threads_per_worker=1, dashboard_address=None)
         elif scheduler == "cluster":
             address = _start(**study.preset.cluster.model_dump())
     try:
