@@ -1,7 +1,8 @@
-"""Where files lie, and how they are written: a reader sees the old content or the new, never a part."""
+"""Files that come with the library, files that it writes whole or not at all, and hashes by which they are found."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import uuid
@@ -21,32 +22,25 @@ def _is_laid_out(folder: Path) -> bool:
     return (folder / "presets" / "smoke.yaml").is_file()
 
 
-def _root() -> Path:
+def home() -> Path:
+    """The folder to work in: the nearest one around the current folder that is a clone or that `dmm init` laid out.
+
+    If there is none, it is the clone that the library is imported from or, for a wheel, the current folder.
+    """
     here = Path.cwd()
     otherwise = here if OWN == SHARE else OWN
     return next((folder for folder in (here, *here.parents) if _is_laid_out(folder)), otherwise)
 
 
-ROOT = _root()
-"""The folder to work in: the nearest one around the current folder that is a clone or that `dmm init` laid out; else
-the clone that the library is imported from, or, for an installed library, the current folder."""
-
-
 def resource(name: str) -> Path:
     """A folder that comes with the library (presets, notebooks, data), or the copy that `dmm init` made of it."""
-    own = ROOT / name
-    return own if name in LAID_OUT and _is_laid_out(ROOT) and own.is_dir() else OWN / name
+    own = home() / name
+    return own if name in LAID_OUT and _is_laid_out(home()) and own.is_dir() else OWN / name
 
 
 def place(name: str) -> Path:
-    """Where everything computed goes, "runs" or "figures": $DMM_RUNS or $DMM_FIGURES, or a folder of `ROOT`."""
-    return Path(os.environ.get(f"DMM_{name.upper()}") or ROOT / name)
-
-
-def home() -> Path:
-    """Where `runs/` and `figures/` are by default: the clone that holds the library, or the current folder."""
-    clone = Path(__file__).parents[1]
-    return clone if (clone / "pyproject.toml").exists() else Path.cwd()
+    """Where everything computed goes, "runs" or "figures": $DMM_RUNS or $DMM_FIGURES, or a folder of `home()`."""
+    return Path(os.environ.get(f"DMM_{name.upper()}") or home() / name)
 
 
 def short(content: bytes) -> str:

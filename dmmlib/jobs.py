@@ -2,113 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from fsspec.core import url_to_fs
 
-from dmmlib.files import short
+from dmmlib.errors import DamageError
 from dmmlib.presets import Preset
 from dmmlib.store import Store
 
 
 @dataclass(frozen=True)
 class Job:
-    """Models of one kind that a preset asks for.
+    """Models of one kind.
 
     Attributes:
         what: which models, in words.
-        name: of their model set, up to a hash that it may end with.
-        n_models: how many.
         size: how many points each is trained on.
-        masks: makes their masks; None where these are not known before other models are trained.
-        keep_models: as in `ModelSet`.
+        sets: name of each model set -> how many models it has; an oracle set's name goes on with a hash.
+        weights: whether weights are kept, too.
     """
 
     what: str
-    name: str
-    n_models: int
     size: int
-    masks: Callable[[], np.ndarray] | None = None
-    keep_models: bool = False
+    sets: Mapping[str, int]
+    weights: bool = True
+
+    @property
+    def n_models(self) -> int:
+        return sum(self.sets.values())
 
 
-def jobs(
-    preset: Preset, n_train: int, n_classes: int, draw: Callable[[str, int, float], np.ndarray] | None = None
-) -> list[Job]:
-    """All models that a preset's main story trains.
-
-    Args:
-        preset: what asks for them.
-        n_train, n_classes: of the data.
-        draw: `Trainer.random_masks`, where the data are at hand.
-    """
-    n, d, a, t = preset.ensembles.n_models, preset.datamodels, preset.attribution, preset.tuning
-    m = d.n_subsets + d.n_held_out
-    made = [
-        Job("originals", "originals", n, n_train, lambda: np.ones((n, n_train), bool), True),
-        Job("subset models", "subsets", m, round(d.fraction * n_train), draw and partial(draw, "masks", m, d.fraction)),
-        Job(
-            "attribution models",
-            "attribution",
-            a.n_subsets,
-            round(a.fraction * n_train),
-            draw and partial(draw, "attribution masks", a.n_subsets, a.fraction),
-            True,
-        ),
-    ]
-    for sections, n_floor, kind in ((preset.forget_sets, n, ""), (t.forget_sets, t.n_models, "tuning: ")):
-        for part in sections:
-            size = n_train - (part.size or round(part.share * n_train / n_classes))
-            made += [
-                Job(f"{kind}oracles, {part.name}", f"oracles:{part.name}", n, size),
-                Job(f"{kind}floor, {part.name}", f"floor:{part.name}", n_floor, size),
-            ]
-    return made
+def jobs(preset: Preset, n_train: int, n_classes: int) -> Iterator[Job]:
+    """All models that a preset's main story trains, on data of that size."""
+    n, d, t, a = preset.ensembles.n_models, preset.datamodels, preset.tuning, preset.attribution
+    yield Job("originals", n_train, {"originals": n})
+    yield Job("subset models", round(d.fraction * n_train), {"subsets": d.n_subsets + d.n_held_out}, False)
+    yield Job("attribution models", round(a.fraction * n_train), {"attribution": a.n_subsets})
+    for parts, n_floor, kind in ((preset.forget_sets, n, ""), (t.forget_sets, t.n_models, "tuning: ")):
+        for f in parts:
+            size = n_train - (f.size or round(f.share * n_train / n_classes))
+            sets = {f"oracles:{f.name}": n, f"floor:{f.name}": n_floor}
+            yield Job(f"{kind}oracles and floor, {f.name}", size, sets, False)
 
 
-def status(jobs: Sequence[Job], root: str, identity: dict[str, Any]) -> pd.DataFrame:
+def status(asked: Sequence[Job], root: str, identity: Mapping[str, Any]) -> pd.DataFrame:
     """Look which models are trained; nothing is trained, fitted or written.
 
     Args:
-        jobs: what is looked for.
+        asked: what is looked for.
         root: where stores lie, a directory or fsspec address.
         identity: what all models depend on; see `Trainer.identity`.
 
     Returns:
         One row per job: models, planned, done, missing, damaged.
     """
-    stores, rows = list(_stores(root, identity)), []
-    for job in jobs:
+    files, place = url_to_fs(root)
+    found = [Store.existing(files.unstrip_protocol(path)) for path in sorted(files.glob(f"{place}/*.zarr"))]
+    stores = [s for s in found if s is not None and all(s.config.get(k) == v for k, v in identity.items())]
+    rows = []
+    for job in asked:
         done = damaged = 0
-        for store in _of(stores, job):
-            bad = sum(len(store.models(shard)) for shard in store.damaged())
-            whole = store.n_models - bad - sum(len(store.models(shard)) for shard in store.missing())
-            done, damaged = max((done, damaged), (whole, bad))
+        for name, n in job.sets.items():
+            of_set = [store for store in stores if _holds(store, name, n, job.size)]
+            for store in sorted(of_set, key=lambda store: len(store.missing()))[:1]:  # the fullest
+                bad = store.count(store.damaged())
+                damaged += bad
+                done += n - store.count(store.missing()) - bad
         rows.append((job.what, job.n_models, done, job.n_models - done - damaged, damaged))
     return pd.DataFrame(rows, columns=["models", "planned", "done", "missing", "damaged"])
 
 
-def _stores(root: str, identity: dict[str, Any]) -> Iterator[Store]:
-    """The stores of this identity that can be read."""
-    files, path = url_to_fs(root)
-    for place in sorted(files.glob(f"{path}/*.zarr")):
-        store = Store.existing(files.unstrip_protocol(place))
-        if store is not None and all(store.config.get(key) == value for key, value in identity.items()):
-            yield store
-
-
-def _of(stores: Sequence[Store], job: Job) -> Iterator[Store]:
-    """Those stores that hold a job's models; masks are compared where they are known."""
-    named = [s for s in stores if s.n_models == job.n_models and _is(s.config["set"], job.name)]
-    masks = short(np.packbits(job.masks()).tobytes()) if named and job.masks else None
-    return (store for store in named if masks in (None, store.config["masks"]))
-
-
-def _is(name: str, wanted: str) -> bool:
-    """Whether a model set is the wanted one; an oracle set's name goes on with a hash."""
-    return name == wanted or (":" in wanted and name.rpartition(":")[0] == wanted)
+def _holds(store: Store, name: str, n: int, size: int) -> bool:
+    """Whether some of a model set lie in a store: n models of `size` points, whose name a hash may follow."""
+    found, done = store.config["set"], set(range(store.n_shards)).difference(store.missing())
+    if not done or store.n_models != n or (found != name and (":" not in name or found.rpartition(":")[0] != name)):
+        return False
+    first = store.models(min(done)).start
+    with suppress(DamageError):
+        return int(store.read("masks", first, first + 1).sum()) == size
+    return True

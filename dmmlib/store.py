@@ -167,6 +167,10 @@ class Store:
         """The models of a shard."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.n_models))
 
+    def count(self, shards: Sequence[int]) -> int:
+        """How many models some shards have."""
+        return sum(len(self.models(shard)) for shard in shards)
+
     def missing(self) -> list[int]:
         """Shards that are not done."""
         return np.flatnonzero(self._array("done")[:] == 0).tolist()

@@ -7,24 +7,17 @@ Properties only read; what may train, fit or write is a method. Everything resum
 from __future__ import annotations
 
 import dataclasses
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial, wraps
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from dmmlib import attribution, datamodels, ensemble, execution, forget_sets, metrics, models, presets, unlearn
-from dmmlib import data as datasets
-from dmmlib.app import cluster
-from dmmlib.errors import DamageError, DeviceError, ForgetSetError, MethodError, PresetError, StoreError
-from dmmlib.execution import Execution
-from dmmlib.files import ROOT as ROOT
-from dmmlib.files import place, read_json, replacing, write_json
+from dmmlib import attribution, datamodels, evaluation, forget_sets, metrics, presets, tuning, unlearn
+from dmmlib.errors import ForgetSetError, MethodError, PresetError
+from dmmlib.files import config_hash, place, read_json, replacing, write_json
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.prediction import Models
 from dmmlib.progress import Progress
@@ -36,7 +29,8 @@ if TYPE_CHECKING:
     from IPython.display import Image
     from matplotlib.figure import Figure
 
-T = TypeVar("T")
+UNLEARNING = ("optimizer adam", "finetune", "whitening", "matching", "predicted oracle", "metric margin")
+ATTRIBUTION = ("attribution gradients", "calibration", "attributor linearised", "predicted oracle", "metric margin")
 N_GAUGE = 20  # originals that a ridge datamodel's change of logits is turned into one of margins at
 
 
@@ -52,8 +46,8 @@ class Study(Models):
         overrides: dotted key -> value; see `presets.load`.
         forget_set: a JSON file of a forget set to study instead of the preset's.
         beside: study that set beside the preset's, not instead of them.
-        runs: directory for everything computed; see `files.place`.
-        figures: directory for figures; see `files.place`.
+        runs: directory for everything computed; `runs/` of the repository, or $DMM_RUNS.
+        figures: directory for figures; `figures/` of the repository, or $DMM_FIGURES.
         progress: hook that is told of progress.
 
     Raises:
@@ -75,17 +69,8 @@ class Study(Models):
         for method in self.preset.unlearning.methods:
             unlearn.get(method)
             attribution.get(method.partition("@")[2] or self.preset.attribution.name)
-        self.device = models.resolve_device(self.preset.device)
-        if self.preset.threads:
-            torch.set_num_threads(self.preset.threads)
-        self.runs = Path(runs or place("runs"))
         self.figures = Path(figures or place("figures"))
-        self.progress = progress or Reporter()
-        self._spec = models.get(self.preset.model.name)
-        section = self.preset.data
-        options = section.options | ({"path": section.path} if section.path else {})
-        self.data = datasets.load(section.name, section.n_train, section.n_val, section.seed, **options)
-        self._check_preset()
+        taken = self._check_preset()
         self._own = forget_sets.load(Path(forget_set), self.data) if forget_set else None
         self._beside = beside
         if beside and self._own is not None and self._own.name in taken:

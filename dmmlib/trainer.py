@@ -6,7 +6,6 @@ training resumes where it was, a changed number trains only what it touches, and
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from dmmlib import data as datasets
 from dmmlib import ensemble, execution, models, presets
 from dmmlib.errors import DamageError, StoreError
 from dmmlib.execution import Execution
-from dmmlib.files import config_hash, home, short
+from dmmlib.files import config_hash, place, short
 from dmmlib.jobs import Job, jobs, status
 from dmmlib.metrics import margin_gauge
 from dmmlib.progress import Progress, Reporter
@@ -111,7 +110,7 @@ class Trainer:
         self.device = models.resolve_device(self.preset.device)
         if self.preset.threads:
             torch.set_num_threads(self.preset.threads)
-        self.runs = Path(runs or os.environ.get("DMM_RUNS") or home() / "runs")
+        self.runs = Path(runs or place("runs"))
         self.progress = progress or Reporter()
         self._spec = models.get(self.preset.model.name)
         section = self.preset.data
@@ -330,7 +329,7 @@ class Trainer:
 
     def jobs(self) -> list[Job]:
         """All models that the preset's main story trains."""
-        return jobs(self.preset, self.data.n_train, self.data.n_classes, self.random_masks)
+        return list(jobs(self.preset, self.data.n_train, self.data.n_classes))
 
     def status(self, more: Sequence[Job] = ()) -> pd.DataFrame:
         """What is trained, missing and damaged of all jobs, and of `more`; see `jobs.status`."""

@@ -27,8 +27,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dmmlib.errors import DmmError, StoreError
-from dmmlib.files import read_json, resource, write_json
-from dmmlib.hashing import config_hash
+from dmmlib.files import config_hash, read_json, resource, write_json
 from dmmlib.presets import PLACES
 from dmmlib.progress import PROGRESS_FILE
 from dmmlib.registry import REGISTRIES, VERSIONS

@@ -1,6 +1,6 @@
-"""Who trains the shards of models: this process, or the workers of a Dask scheduler.
+"""Train shards of models on the workers of a Dask scheduler.
 
-A worker makes the study anew from its preset, so it needs the data (embedded, or at the same path) but not the store:
+A worker makes the trainer anew from its preset, so it needs the data (embedded, or at the same path) but not the store:
 it sends back what it trained, and the process that asked writes it. Workers may come, go and die: Dask gives what a
 dead one had in hand to another. A worker trains one shard at a time, with all its threads.
 """
@@ -15,16 +15,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from dmmlib.errors import PresetError, SchedulerError
 from dmmlib.progress import silent
-
-if TYPE_CHECKING:
-    from dmmlib.study import Study
+from dmmlib.trainer import WORKERS, Trainer
 
 T = TypeVar("T")
 Arguments = tuple[np.ndarray, list[int], bool]
@@ -35,28 +33,14 @@ CLUSTERS = ("distributed", "dask_jobqueue", "dask_cuda", "dask_kubernetes")
 ONE_SHARD = threading.Lock()
 
 
-class Workers:
-    """Train shards here, in this process."""
-
-    def __init__(self, study: Study) -> None:
-        self._study = study
-
-    def map(self, arguments: Callable[[T], Arguments], tasks: Sequence[T]) -> Iterator[tuple[T, Arrays]]:
-        """Pairs of a task and what `Study.train_shard` gives for its arguments, in whatever order they are done."""
-        for task in tasks:
-            yield task, self._study.train_shard(*arguments(task))
-
-
-def connect(study: Study) -> Workers:
-    """The workers that the study's preset names: `local`, `local-cluster`, `cluster`, or an address.
+def connect(trainer: Trainer) -> Dask:
+    """Connect to the workers that a preset names: `local-cluster`, `cluster`, or a scheduler's address.
 
     Raises:
         SchedulerError: if Dask is not installed, or the scheduler cannot be reached.
         PresetError: for a cluster class that is none.
     """
-    scheduler = study.preset.scheduler
-    if scheduler == "local":
-        return Workers(study)
+    scheduler = trainer.preset.scheduler
     try:
         import dask
         import distributed
@@ -67,17 +51,17 @@ def connect(study: Study) -> Workers:
     address: Any = scheduler
     with dask.config.set(UNTRIMMED):
         if scheduler == "local-cluster":
-            n = study.preset.threads
+            n = trainer.preset.threads
             address = distributed.LocalCluster(n_workers=n, threads_per_worker=1, dashboard_address=None)
         elif scheduler == "cluster":
-            address = _start(**study.preset.cluster.model_dump())
+            address = _start(**trainer.preset.cluster.model_dump())
     try:
         client = distributed.Client(address, timeout="20s", set_as_default=False)
     except (OSError, ValueError) as error:
         raise SchedulerError(
             f"No Dask scheduler answers at {scheduler!r} ({error}); start one with `dask scheduler`, or use 'local'."
         ) from error
-    return Dask(client, study)
+    return Dask(client, trainer)
 
 
 def _start(type: str, options: dict[str, Any], jobs: int) -> Any:
@@ -108,13 +92,13 @@ async def _asked_for(cluster: Any) -> None:
         await worker
 
 
-class Dask(Workers):
-    """Train shards on the workers of a Dask scheduler, who are told the preset and need nothing else of the study."""
+class Dask:
+    """Train shards on the workers of a Dask scheduler, which are told the preset and need nothing else of the study."""
 
-    def __init__(self, client: Any, study: Study) -> None:
+    def __init__(self, client: Any, trainer: Trainer) -> None:
         self.client = client
-        self._progress = study.progress
-        self._preset = study.preset.model_copy(update={"scheduler": "local", "threads": None}).model_dump_json()
+        self._progress = trainer.progress
+        self._preset = trainer.preset.model_copy(update={"scheduler": "local", "threads": None}).model_dump_json()
 
     def map(self, arguments: Callable[[T], Arguments], tasks: Sequence[T]) -> Iterator[tuple[T, Arrays]]:
         from distributed import KilledWorker, as_completed
@@ -142,18 +126,19 @@ class Dask(Workers):
 
 
 def train_shard(preset: str, packed: np.ndarray, seeds: list[int], keep_models: bool) -> Arrays:
-    """`Study.train_shard` in a worker, for a preset as JSON and masks as bits."""
+    """`Trainer.train_shard` in a worker, for a preset as JSON and masks as bits."""
     from distributed import get_worker
 
     with ONE_SHARD:
         torch.set_num_threads(get_worker().state.nthreads)  # of this one of the worker's threads
-        study = _study(preset)
-        masks = np.unpackbits(packed, axis=1, count=study.data.n_train).astype(bool)
-        return study.train_shard(masks, seeds, keep_models)
+        trainer = _trainer(preset)
+        masks = np.unpackbits(packed, axis=1, count=trainer.data.n_train).astype(bool)
+        return trainer.train_shard(masks, seeds, keep_models)
 
 
 @functools.lru_cache(maxsize=2)
-def _study(preset: str) -> Study:
-    from dmmlib.study import Study
+def _trainer(preset: str) -> Trainer:
+    return Trainer(json.loads(preset), runs=Path(tempfile.gettempdir()) / "dmmlib-worker", progress=silent)
 
-    return Study(json.loads(preset), runs=Path(tempfile.gettempdir()) / "dmmlib-worker", progress=silent)
+
+WORKERS.add("dask", connect)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,106 +13,27 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from fsspec.core import url_to_fs
 from platformdirs import user_cache_dir
 from tqdm import tqdm
 
 from dmmlib import ensemble, models, unlearn
 from dmmlib.data import Dataset
-from dmmlib.errors import DamageError, DataError
+from dmmlib.datamodels import BLOCK
+from dmmlib.errors import DataError
 from dmmlib.execution import one_thread
+from dmmlib.jobs import jobs
 from dmmlib.presets import DataSection, Preset
-from dmmlib.store import Store
 from dmmlib.studies.cheap import experiments
 from dmmlib.study import Study
 
 PUBLISHED = {"cifar10": ((32, 32, 3), 10, 50_000, 10_000), "living17": ((160, 160, 3), 17, 88_400, 3_400)}
 """Data sets that need not be on this machine: shape of a point, classes, training and validation points."""
-COPIES = 3.5  # memory of subset outputs while their gauge is changed and they are regressed on, over their own size
-
-
-@dataclass(frozen=True)
-class Job:
-    """Models of one kind."""
-
-    what: str
-    size: int  # training points of each
-    sets: Mapping[str, int]  # name of each model set -> how many models it has
-    weights: bool = True  # whether they are kept too
-
-    @property
-    def n_models(self) -> int:
-        return sum(self.sets.values())
-
-
-def _main(preset: Preset, n_train: int, n_classes: int) -> Iterator[Job]:
-    """Models that notebooks 02 to 05 train."""
-    n, d, t, a = preset.ensembles.n_models, preset.datamodels, preset.tuning, preset.attribution
-    yield Job("originals", n_train, {"originals": n})
-    yield Job("subset models", round(d.fraction * n_train), {"subsets": d.n_subsets + d.n_held_out}, False)
-    yield Job("attribution models", round(a.fraction * n_train), {"attribution": a.n_subsets})
-    for parts, n_floor, kind in ((preset.forget_sets, n, ""), (t.forget_sets, t.n_models, "tuning: ")):
-        for f in parts:
-            size = n_train - (f.size or round(f.share * n_train / n_classes))
-            sets = {f"oracles:{f.name}": n, f"floor:{f.name}": n_floor}
-            yield Job(f"{kind}oracles and floor, {f.name}", size, sets, False)
-
-
-def _more(preset: Preset, n_train: int) -> Iterator[Job]:
-    """Subset models that notebook 07 trains besides."""
-    m, fraction, cheap = preset.attribution.n_subsets, preset.attribution.fraction, preset.studies["cheap"]
-    every, draws = max(experiments.sizes(preset)), range(len(experiments.draws(preset, m)))
-    if every > m:
-        yield Job("stage 07: more of attribution", round(fraction * n_train), {"attribution:more": every - m})
-    designs = {f"{f:g}": (m, f) for f in cheap.fractions} | {"antithetic": (m // 2 * 2, 0.5)}
-    for name, (n, share) in {**designs, "twice": (m, fraction), "clustered": (m, fraction)}.items():
-        sets = {f"attribution:{name}:{draw}": n for draw in draws}
-        yield Job(f"stage 07: ablation, {name}", round(share * n_train), sets)
-
-
-def _found(job: Job, stores: Sequence[Store]) -> list[Store]:
-    """The fullest store of each of a job's model sets, where there is one."""
-    found = []
-    for name, n in job.sets.items():
-        of_set = [store for store in stores if _is_of(store, name, n, job.size)]
-        found += sorted(of_set, key=lambda store: _count(store, store.missing()))[:1]
-    return found
-
-
-def _is_of(store: Store, name: str, n: int, size: int) -> bool:
-    """Whether some of a model set lie in a store: n models of `size` points, whose name a hash may follow."""
-    stream, done = store.config["stream"], set(range(store.n_shards)).difference(store.missing())
-    if not done or store.n_models != n or (stream != name and (":" not in name or stream.rpartition(":")[0] != name)):
-        return False
-    first = store.models(min(done)).start
-    with suppress(DamageError):
-        return int(store.read("masks", first, first + 1).sum()) == size
-    return True
-
-
-def _stores(study: Study) -> list[Store]:
-    """The stores of this configuration."""
-    identity = study._identity() | {"seed": study.preset.seed}
-    files, root = url_to_fs(study.preset.store or str(study.runs / "store"))
-    paths = sorted(files.glob(f"{root}/*.zarr"))
-    stores = [Store.existing(files.unstrip_protocol(path)) for path in paths]  # None of one that a run would refuse
-    return [s for s in stores if s is not None and all(s.config.get(k) == v for k, v in identity.items())]
-
-
-def _count(store: Store, shards: list[int]) -> int:
-    return sum(len(store.models(shard)) for shard in shards)
+COLUMNS = ["models", "planned", "done", "missing", "gradients"]
 
 
 def status(study: Study) -> pd.DataFrame:
-    """`Study.status`, and the subset models that notebook 07 trains besides, by the names of a plan."""
-    stores, rows = _stores(study), []
-    for job in _more(study.preset, study.data.n_train):
-        found = _found(job, stores)
-        damaged = sum(_count(store, store.damaged()) for store in found)
-        done = sum(store.n_models - _count(store, store.missing()) for store in found) - damaged
-        missing = job.n_models - done - damaged
-        rows.append({"models": job.what, "planned": job.n_models, "done": done, "missing": missing, "damaged": damaged})
-    return pd.concat([study.status(), pd.DataFrame(rows)], ignore_index=True)
+    """What is trained of all that the study and notebook 07 ask for; see `jobs.status`."""
+    return study.status(list(experiments.jobs(study.preset, study.data.n_train)))
 
 
 class Rate(NamedTuple):
@@ -184,38 +104,36 @@ def plan(preset: Preset, runs: Path | None = None) -> Plan:
     spec = models.get(preset.model.name)
     shape = tuple(spec.prepare(data, np.array(data.x_train[:2])).shape[1:])
     module = partial(spec.factory, shape, data.n_classes, **preset.model.options)
-    jobs, stores = (
-        [*_main(preset, data.n_train, data.n_classes), *_more(preset, data.n_train)],
-        _stores(study) if study else [],
-    )
-    rows = []
-    for job in jobs:
-        done = sum(store.n_models - _count(store, store.missing()) for store in _found(job, stores))
-        gradients = (job.n_models - done) * float(preset.training.epochs * job.size)
-        rows.append((job.what, job.n_models, done, job.n_models - done, gradients))
+    asked = [*jobs(preset, data.n_train, data.n_classes), *experiments.jobs(preset, data.n_train)]
+    known = pd.DataFrame([(job.what, job.n_models, 0, job.n_models) for job in asked], columns=COLUMNS[:-1])
+    known = study.status(asked[len(study.jobs()) :])[COLUMNS[:-1]] if study else known
+    known["gradients"] = known["missing"] * [float(preset.training.epochs * job.size) for job in asked]
     built = module()
     n_parameters = sum(p.numel() for p in built.parameters())
     weights = 4.0 * (n_parameters + sum(b.numel() for b in built.buffers()))
     n, n_points = preset.ensembles.n_models, data.n_train + data.n_val
     points, outputs = 4.0 * n_points * math.prod(shape), 4.0 * n_points * data.n_classes  # of one model
     n_results = n * n_points * len(preset.forget_sets) * len(preset.unlearning.methods)
+    n_subsets = preset.datamodels.n_subsets
+    factor = data.n_train * n_subsets + 2 * min(n_subsets, data.n_train) ** 2  # centred masks, Gram matrix and factor
     n_together = 32 if preset.ensembles.chunk == "auto" else preset.ensembles.chunk
     return Plan(
         preset,
         data,
         study is not None,
         n_parameters,
-        pd.DataFrame(rows, columns=["models", "planned", "done", "missing", "gradients"]),
+        known,
         _unlearning(preset, data.n_train),
         disk={
-            "outputs of models": sum(job.n_models for job in jobs) * (outputs + data.n_train),
-            "weights": sum(job.n_models for job in jobs if job.weights) * weights,
+            "outputs of models": sum(job.n_models for job in asked) * (outputs + data.n_train),
+            "weights": sum(job.n_models for job in asked if job.weights) * weights,
             "unlearned margins": n_results * (4.0 * (1 + preset.unlearning.checkpoints) + 1),  # 1: correct or not
         },
         memory={  # weights, gradients and momentum; activations come on top
             "training": points + 3 * weights * n_together + outputs * preset.ensembles.shard,
             "unlearning": points + (3 * weights + outputs) * n,
-            "subset outputs": COPIES * outputs * (preset.datamodels.n_subsets + preset.datamodels.n_held_out),
+            "ridge": 1.2 * outputs * min(BLOCK, n_subsets)
+            + 4.0 * data.n_train * (n_subsets + 2 * min(n_subsets, data.n_train)),
         },
         rate=measure(module, shape, data.n_classes, preset, device),
     )

@@ -5,7 +5,7 @@ Intervals are over forget sets, draws of subset models, or seeds, as each functi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -21,6 +21,7 @@ from dmmlib.attribution.bayesian import BayesianDatamodel
 from dmmlib.attribution.linearised import LAM, RANK, Linearised, LinearisedResponse, linearised_response
 from dmmlib.datamodels import RidgeDatamodel, lds
 from dmmlib.forget_sets import ForgetSet
+from dmmlib.jobs import Job
 from dmmlib.metrics import Estimate
 from dmmlib.presets import Preset
 from dmmlib.studies.cheap.evaluator import Evaluator, Rows, held_out_margins, label_logits, mean_over, median_over
@@ -38,6 +39,18 @@ def draws(preset: Preset, size: int) -> list[int]:
     n_draws, every = preset.studies["cheap"].n_draws, max(sizes(preset))
     apart = every // n_draws
     return [k * max(size, apart) for k in range(n_draws if size <= apart else max(1, every // size))]
+
+
+def jobs(preset: Preset, n_train: int) -> Iterator[Job]:
+    """Subset models that notebook 07 trains besides."""
+    m, fraction, cheap = preset.attribution.n_subsets, preset.attribution.fraction, preset.studies["cheap"]
+    every, repeats = max(sizes(preset)), range(len(draws(preset, m)))
+    if every > m:
+        yield Job("stage 07: more of attribution", round(fraction * n_train), {"attribution:more": every - m})
+    designs = {f"{f:g}": (m, f) for f in cheap.fractions} | {"antithetic": (m // 2 * 2, 0.5)}
+    for name, (n, share) in {**designs, "twice": (m, fraction), "clustered": (m, fraction)}.items():
+        sets = {f"attribution:{name}:{draw}": n for draw in repeats}
+        yield Job(f"stage 07: ablation, {name}", round(share * n_train), sets)
 
 
 def pool(study: Study, start: int, stop: int) -> Context:
