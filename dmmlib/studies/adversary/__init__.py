@@ -1,9 +1,10 @@
-"""Malicious deletion requests: the DDPA attack beside others, every method under it, and a defence.
+"""Malicious deletion requests: the DDPA attack and others, every unlearning method under them, and a defence.
 
-`stable_region` and `simplex` the geometry, `subspace` the directions it lives in, `crafting` the poison, `attacks` the
-requests, `service` what checks and scores them, `world` who holds what; of notebook 08 `experiments` prepares the
-attacks, `serving` runs every method under them, `sweep` asks what they depend on, `defence` what the service sees of
-them, `convex` has the model whose deletions are exact, and `figures` the pictures.
+The geometry is in `stable_region` and `simplex`, the directions that an attack moves models along in `subspace`, the
+poison in `crafting`, the requests in `attacks`, and what a service checks and scores in `service`. `world` says who
+holds what. For notebook 08 `experiments` prepares the attacks, `serving` runs every method under them, `sweep` asks
+what they depend on, `defence` what the service sees of them, `convex` repeats them on a model whose deletions are
+exact, and `figures` draws.
 
 Written from the published idea ("Flexible, Efficient, and Stable Adversarial Attacks on Machine Unlearning", ICML
 2025), whose public repository holds no attack. The readings taken: displacements are measured in the Gauss-Newton

@@ -20,7 +20,7 @@ from dmmlib.studies.adversary.simplex import apportion, farthest
 
 
 class Datamodel(Attributor, Protocol):
-    """An attributor of any number of requests at a time."""
+    """An attributor that answers any number of requests at a time."""
 
     def change(self, masks: np.ndarray) -> np.ndarray:
         """Change of logits, in the margin gauge, (k, n_points, n_classes) of models trained on each of some masks."""
@@ -50,15 +50,12 @@ def delete_groups(
     if size is not None and not 1 <= size <= there.sum():
         raise OptionError(f"{size} points to delete were asked for, but the attacker has {there.sum()}; ask for fewer.")
     shares = farthest(poison.vertices, wanted(target))
-    available = np.array([(there & (poison.group == i)).sum() for i in range(len(shares))])
+    members = [np.flatnonzero(there & (poison.group == i)) for i in range(len(shares))]
+    available = np.array([len(m) for m in members])
     exact = (1 - shares / shares.max()) * available
     counts = apportion(exact, round(exact.sum()) if size is None else size, available)
     serves = poison.coordinates @ target  # by how much the margin rises if the point is deleted
-    parts = []
-    for i, count in enumerate(counts):
-        members = np.flatnonzero(there & (poison.group == i))
-        parts.append(members[np.argsort(serves[members], kind="stable")[:count]])
-    return np.sort(np.concatenate(parts))
+    return np.sort(np.concatenate([most_harmful(serves, *its) for its in zip(counts, members, strict=True)]))
 
 
 def most_harmful(influence: np.ndarray, size: int, allowed: np.ndarray) -> np.ndarray:
@@ -82,5 +79,4 @@ def datamodel_influence(model: Datamodel, labels: np.ndarray, n_train: int, poin
         points: positions among all.
     """
     without = np.array_split(~np.eye(n_train, dtype=bool), -(-n_train // 100))
-    rows = [right_logits(model.change(masks), labels)[:, points] for masks in without]
-    return np.concatenate(rows).T
+    return np.concatenate([right_logits(model.change(masks), labels)[:, points] for masks in without]).T

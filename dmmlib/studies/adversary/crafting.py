@@ -5,8 +5,8 @@ changed by at most epsilon, to raise
 
     p |cos|^angle,    p = -c . v_i / ||v_i||,    cos = p / ||c||,    c the coordinates of its loss's gradient:
 
-gradient matching in the subspace (`subspace`). With angle 0 only the length of the pull towards the vertex counts, the
-higher it is the more a pull aside counts against it. The base images are the attacker's own, chosen so that the pulls
+gradient matching in the subspace (`subspace`). With angle 0 only the length of the pull towards the vertex counts; the
+higher it is, the more a pull aside counts against it. The base images are the attacker's own, chosen so that the pulls
 of all groups cancel (`_choose`). *Clean* labels leave the base image its true label; *dirty* ones give it any.
 """
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dmmlib.errors import OptionError
+from dmmlib.studies.adversary.simplex import regular
 from dmmlib.studies.adversary.subspace import Subspace
 
 Prepare = Callable[[Tensor], Tensor]
@@ -36,7 +37,6 @@ class Poison:
         bases: the images before their pixels were changed.
         group: vertex that each point pulls towards (p,).
         coordinates: of the gradients of their losses (p, k): deleting a point adds them to z.
-        vertices: of the simplex (k + 1, k).
     """
 
     images: np.ndarray
@@ -44,96 +44,109 @@ class Poison:
     bases: np.ndarray
     group: np.ndarray
     coordinates: np.ndarray
-    vertices: np.ndarray
 
     def __len__(self) -> int:
         return len(self.images)
 
     @property
+    def points(self) -> tuple[np.ndarray, np.ndarray]:
+        """Images and labels."""
+        return self.images, self.labels
+
+    @property
+    def vertices(self) -> np.ndarray:
+        """Of the simplex, of radius 1 (k + 1, k)."""
+        return regular(self.coordinates.shape[1])
+
+    @property
+    def _pulls(self) -> np.ndarray:
+        """Sum of the pulls of each group (k + 1, k), with the opposite sign."""
+        return np.stack([self.coordinates[self.group == i].sum(0) for i in range(self.coordinates.shape[1] + 1)])
+
+    @property
+    def reach(self) -> float:
+        """How far a whole group is to move the parameters: mean length of the groups' summed pulls."""
+        return float(np.linalg.norm(self._pulls, axis=1).mean())
+
+    @property
     def balance(self) -> float:
-        """Length of the sum of all pulls relative to the mean length of a group's: 0 if they cancel."""
-        pulls = np.stack([self.coordinates[self.group == i].sum(0) for i in range(len(self.vertices))])
-        return float(np.linalg.norm(pulls.sum(0)) / np.linalg.norm(pulls, axis=1).mean())
+        """Length of the sum of all pulls, relative to the reach: 0 if they cancel."""
+        return float(np.linalg.norm(self._pulls.sum(0)) / self.reach)
 
     @property
     def alignment(self) -> float:
         """Mean cosine between the pull of a point and the direction of its vertex."""
-        unit = self.vertices / np.linalg.norm(self.vertices, axis=1, keepdims=True)
-        pulls = -self.coordinates
-        return float(((pulls * unit[self.group]).sum(1) / np.maximum(np.linalg.norm(pulls, axis=1), 1e-12)).mean())
+        along = -(self.coordinates * self.vertices[self.group]).sum(1)
+        return float((along / np.maximum(np.linalg.norm(self.coordinates, axis=1), 1e-12)).mean())
 
 
-def _pull(c: Tensor, unit: Tensor, angle: float) -> Tensor:
-    """What the module raises, for coordinates (..., k) and directions that go with them."""
-    along = -(c * unit).sum(-1)
+def _pull(c: Tensor, towards: Tensor, angle: float) -> Tensor:
+    """What the module raises, for coordinates (..., k) and the unit vectors that go with them."""
+    along = -(c * towards).sum(-1)
     length = torch.linalg.vector_norm(c, dim=-1).clamp(min=1e-12)
     return along * (along.abs() / length) ** angle if angle else along
 
 
 def craft(
     subspace: Subspace,
-    vertices: np.ndarray,
     images: np.ndarray,
     labels: np.ndarray,
     prepare: Prepare,
     size: int,
     *,
-    epsilon: int = 16,
-    dirty: bool = False,
-    angle: float = 0.0,
-    steps: int = 20,
+    epsilon: int,
+    dirty: bool,
+    angle: float,
+    steps: int,
 ) -> Poison:
-    """Craft `size` points in groups as equal as can be, one a vertex.
+    """Craft `size` points in groups as equal as can be, one group for each vertex.
 
     Args:
         subspace: where, and at which models, gradients are matched.
-        vertices: of the simplex (k + 1, k).
         images, labels: the attacker's pool, uint8 (m, height, width, channels) and (m,); each is used once at most.
         prepare: from images to what the models take.
-        size: points, at least one a vertex.
+        size: points, at least k + 1.
         epsilon: bound on the change of a pixel, of 255; 0 leaves the images as they are.
-        dirty: labels may be any class.
+        dirty: whether labels may be any class.
         angle: exponent of the module's formula, 0 or more.
         steps: of signed gradient ascent on the pixels.
 
     Raises:
-        OptionError: for a size, bound or pool that does not do.
+        OptionError: for a size, bound or pool that cannot be used.
     """
-    groups = len(vertices)
+    groups = subspace.k + 1
     if not groups <= size <= len(images):
         raise OptionError(
-            f"{size} poisoned points for {groups} groups from {len(images)} images; use {groups} to that."
+            f"{size} poisoned points were asked for; use {groups}, one for each group, to {len(images)}, the images."
         )
     if not 0 <= epsilon <= 255 or epsilon != int(epsilon):
         raise OptionError(f"The bound epsilon={epsilon} was given; use a whole number of 255ths, 0 to 255.")
     device = subspace.models.device
-    unit = torch.from_numpy(vertices / np.linalg.norm(vertices, axis=1, keepdims=True)).float().to(device)
+    towards = torch.from_numpy(regular(subspace.k)).float().to(device)
     base = torch.from_numpy(images).to(device).float() / 255
     with torch.no_grad():
         c = subspace.of_losses(prepare(base))  # (m, n_classes, k)
-    scores = torch.stack([-_pull(c, u, angle) for u in unit]).cpu().numpy()  # (groups, m, n_classes)
+    scores = torch.stack([-_pull(c, u, angle) for u in towards]).cpu().numpy()  # (groups, m, n_classes)
     if not dirty:
-        others = np.arange(scores.shape[2]) != labels[:, None]
-        scores[:, others] = np.inf
+        scores[:, np.arange(scores.shape[2]) != labels[:, None]] = np.inf
     chosen, given = _choose(scores, -c.cpu().numpy(), size)
     group = np.arange(size) % groups
-    given_labels = torch.from_numpy(given).to(device)
-    rows, low, high = torch.arange(size, device=device), base[chosen] - epsilon / 255, base[chosen] + epsilon / 255
+    points, classes = torch.arange(size, device=device), torch.from_numpy(given).to(device)
 
     def coordinates(x: Tensor) -> Tensor:
-        return subspace.of_losses(prepare(x))[rows, given_labels]
+        return subspace.of_losses(prepare(x))[points, classes]
 
-    x = base[chosen].clone()
+    bound, x = epsilon / 255, base[chosen]
+    low, high = (x - bound).clamp(min=0), (x + bound).clamp(max=1)
     for t in range(steps if epsilon else 0):
-        x.requires_grad_(True)
-        (slope,) = torch.autograd.grad(_pull(coordinates(x), unit[group], angle).sum(), x)
-        rate = 2.5 * epsilon / 255 / steps * (1 if t < steps // 2 else 0.5)
-        x = (x.detach() + rate * slope.sign()).clamp(low, high).clamp(0, 1)
+        x = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(_pull(coordinates(x), towards[group], angle).sum(), x)
+        rate = 2.5 * bound / steps * (1 if t < steps // 2 else 0.5)
+        x = (x.detach() + rate * slope.sign()).clamp(low, high)
+    pixels = (x * 255).round().to(torch.uint8)
     with torch.no_grad():
-        x = (x * 255).round().clamp(0, 255) / 255
-        final = coordinates(x).cpu().numpy()
-    pixels = (x * 255).round().to(torch.uint8).cpu().numpy()
-    return Poison(pixels, given, images[chosen], group, final, vertices)
+        final = coordinates(pixels.float() / 255).cpu().numpy()
+    return Poison(pixels.cpu().numpy(), given, images[chosen], group, final)
 
 
 def _choose(scores: np.ndarray, pulls: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:

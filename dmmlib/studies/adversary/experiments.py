@@ -7,9 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy.special import expit
-from torch import Tensor
 
 from dmmlib import attribution, metrics
 from dmmlib.attribution import bayesian
@@ -17,14 +15,14 @@ from dmmlib.attribution.base import calibrated
 from dmmlib.attributors.kernel import gradient_kernel, kernel_response
 from dmmlib.datamodels import Attributor
 from dmmlib.execution import Execution
-from dmmlib.studies.adversary import attacks, simplex
-from dmmlib.studies.adversary.attacks import Datamodel
+from dmmlib.studies.adversary import simplex
+from dmmlib.studies.adversary.attacks import Datamodel, datamodel_influence, delete_groups, most_harmful
 from dmmlib.studies.adversary.crafting import Poison
 from dmmlib.studies.adversary.service import COMPONENTS, Monitor
 from dmmlib.studies.adversary.settings import AdversarySettings
 from dmmlib.studies.adversary.stable_region import Region, stable_region
-from dmmlib.studies.adversary.subspace import Subspace, gradients
-from dmmlib.studies.adversary.world import Logits, Site, World, check_targets, retrain, sites, together
+from dmmlib.studies.adversary.subspace import Subspace
+from dmmlib.studies.adversary.world import Site, World, retrain, sites, together
 
 ATTACKS = {
     "ddpa_clean": "DDPA, clean labels",
@@ -51,43 +49,19 @@ def regions(world: World, subspace: Subspace, reach: float) -> dict[str, Region]
     sharp = Subspace.of(known, known.x, known.y, subspace.k)
     cases = [(f"towards targets, model {i + 1}", subspace, i) for i in range(min(2, known.models.n_models))]
     cases += [("highest curvature, model 1", sharp, 0)]
-    return {
-        name: stable_region(
-            space.loss(known.x, known.y, model),
-            space.k,
-            [reach * r for r in s.radii],
-            s.tolerance,
-            s.n_polyhedra,
-            np.random.default_rng([s.seed, 2, model]),
-        )
-        for name, space, model in cases
-    }
-
-
-def reach(poison: Poison) -> float:
-    """How far a whole group is to move the parameters: mean length of the groups' summed pulls."""
-    pulls = [poison.coordinates[poison.group == i].sum(0) for i in range(len(poison.vertices))]
-    return float(np.linalg.norm(pulls, axis=1).mean())
-
-
-def energies(world: World, damping: float, x: Tensor, y: Tensor) -> np.ndarray:
-    """Squared lengths (m,) of the gradients of margins, phi . A^-1 phi, at the models that the attacker knows."""
-    metric = world.known.damped(damping)
-    total = torch.zeros(len(x), device=x.device)
-    for i in range(metric.models.n_models):
-        g = gradients(metric.models, i, x, y)
-        total += (g * metric.solve(i, g)).sum(1) / metric.models.n_models
-    return total.cpu().numpy()
+    found = {}
+    for name, space, model in cases:
+        loss, rng = space.loss(known.x, known.y, model), np.random.default_rng([s.seed, 2, model])
+        found[name] = stable_region(loss, space.k, reach * np.array(s.radii), s.tolerance, s.n_polyhedra, rng)
+    return found
 
 
 def covered(s: AdversarySettings) -> pd.DataFrame:
-    """Volume of the regular simplex over its ball's: in closed form, and by sampling, a row a dimension."""
+    """Volume of the regular simplex over its ball's for each dimension: in closed form, and by sampling."""
     rng = np.random.default_rng([s.seed, 3])
-    rows = []
-    for k in s.volume_ks:
-        share, error = simplex.sampled_share(simplex.regular(k), s.volume_samples, rng)
-        rows.append({"k": k, "theory": simplex.volume_share(k), "sampled": share, "error": 1.96 * error})
-    return pd.DataFrame(rows)
+    sampled = [simplex.sampled_share(simplex.regular(k), s.volume_samples, rng) for k in s.volume_ks]
+    table = pd.DataFrame(sampled, columns=["sampled", "error"])
+    return table.assign(k=s.volume_ks, theory=[simplex.volume_share(k) for k in s.volume_ks], error=1.96 * table.error)
 
 
 # --- crafting ------------------------------------------------------------------------------------------
@@ -102,7 +76,7 @@ class Crafted:
         damping, angle: as chosen on the tuning targets.
         subspace: at the models that the attacker knows, or at its own.
         poison: for it.
-        tried: a row a setting: change of the tuning targets' margins after retraining, and how the pulls cancel.
+        tried: for each setting the change of the tuning targets' margins after retraining, and how the pulls cancel.
     """
 
     dirty: bool
@@ -119,7 +93,7 @@ def ddpa(
     """DDPA's request for each target: training points to delete, half of the poison unless `size` says otherwise."""
     first = world.s.n - len(poison)
     coordinates = subspace.of_margins(*world.of_targets(targets))
-    return [first + attacks.delete_groups(poison, c, size or len(poison) // 2) for c in coordinates]
+    return [first + delete_groups(poison, c, size or len(poison) // 2) for c in coordinates]
 
 
 def choose(world: World, dirty: bool) -> Crafted:
@@ -127,9 +101,9 @@ def choose(world: World, dirty: bool) -> Crafted:
     s = world.s
     spaces = {damping: world.subspace(s.k, damping) for damping in s.dampings}
     cases = [(damping, angle) for damping in s.dampings for angle in s.angles]
-    poisons = [world.craft(spaces[damping], dirty=dirty, angle=angle) for damping, angle in cases]
+    poisons = [world.craft(spaces[damping], dirty, angle) for damping, angle in cases]
     asked = [ddpa(world, p, spaces[damping], world.tuning) for p, (damping, _) in zip(poisons, cases, strict=True)]
-    done = together(world, [(p.images, p.labels) for p in poisons], s.n_models, asked, 1)
+    done = together(world, [p.points for p in poisons], s.n_models, asked, 1)
     found = [site.outcomes(world.tuning, retrained) for site, retrained in done]
     changes = [float((table["margin"] - table["margin before"]).mean()) for table in found]
     tried = pd.DataFrame(cases, columns=["damping", "angle"]).assign(
@@ -145,7 +119,7 @@ def choose(world: World, dirty: bool) -> Crafted:
 def by_surrogate(world: World, crafted: Crafted) -> Crafted:
     """The same attack, crafted and planned on models of other seeds and of the attacker's own data."""
     space = world.subspace(crafted.subspace.k, crafted.damping, white=False)
-    return replace(crafted, subspace=space, poison=world.craft(space, dirty=crafted.dirty, angle=crafted.angle))
+    return replace(crafted, subspace=space, poison=world.craft(space, crafted.dirty, crafted.angle))
 
 
 # --- requests ------------------------------------------------------------------------------------------
@@ -153,12 +127,12 @@ def by_surrogate(world: World, crafted: Crafted) -> Crafted:
 
 @dataclass(frozen=True)
 class Asked:
-    """Requests of one attack, a target each.
+    """Requests of one attack, one for each target.
 
     Attributes:
         attack: its name in `ATTACKS`.
-        sites: what was trained, one for all targets or one a target.
-        requests: training points to delete, a request a target.
+        sites: what was trained, one for all targets or one for each.
+        requests: training points to delete for each target.
         retrained: logits (T, n_models, n_points, n_classes) of models without them.
         attributors: of the sites, for the methods that go by a datamodel.
     """
@@ -166,7 +140,7 @@ class Asked:
     attack: str
     sites: list[Site]
     requests: list[np.ndarray]
-    retrained: Logits
+    retrained: np.ndarray
     attributors: Sequence[Attributor]
 
     def site(self, t: int) -> Site:
@@ -192,7 +166,7 @@ class Prepared:
         asked: attack -> its requests.
         places: the training sets "honest" and those of `crafted`.
         monitors: the service's datamodel of each of them.
-        hidden: camouflaged poison, a target each.
+        hidden: camouflaged poison for each target.
         watched: scores of camouflage's requests, and of honest ones for the same training sets; see `watch`.
     """
 
@@ -209,35 +183,38 @@ def prepare(world: World) -> Prepared:
 
     All requests delete equally many points, half of what the attacker contributed.
     """
-    s, targets, size = world.s, world.targets, world.half
+    s, targets = world.s, world.targets
     crafted = {"ddpa_clean": choose(world, dirty=False), "ddpa_dirty": choose(world, dirty=True)}
     crafted |= {name.replace("ddpa", "surrogate"): by_surrogate(world, c) for name, c in crafted.items()}
-    nobody = (world.data.x_train[:0], world.data.y_train[:0])
-    made = sites(world, [nobody, *((c.poison.images, c.poison.labels) for c in crafted.values())], s.n_models)
+    made = sites(world, [world.nobody, *(c.poison.points for c in crafted.values())], s.n_models)
     places = dict(zip(("honest", *crafted), made, strict=True))
-    honest = places["honest"]
-    check_targets(honest.logits, world.data.y, targets, s.n)
     monitors = {name: fit_datamodel(world, site) for name, site in places.items()}
-    requests = {name: ddpa(world, c.poison, c.subspace, targets, size) for name, c in crafted.items()}
-    rng = np.random.default_rng([s.seed, 5])
-    requests["random"] = [np.sort(rng.choice(places["ddpa_dirty"].own, size, replace=False)) for _ in targets]
-    influences = {
-        "honest_datamodel": attacks.datamodel_influence(
-            monitors["honest"].datamodel, honest.data.y, s.n, s.n + targets
-        ),
-        "honest_gradient": world.known.influence(*world.of_targets(targets)),
-    }
-    for name, influence in influences.items():
-        requests[name] = [attacks.most_harmful(row, size, np.arange(s.n)) for row in influence]
-    homes = {"random": "ddpa_dirty"} | dict.fromkeys(influences, "honest")
+    requests = {(name, name): ddpa(world, c.poison, c.subspace, targets, s.half) for name, c in crafted.items()}
+    requests["random", "ddpa_dirty"] = at_random(world, places["ddpa_dirty"].own)
+    requests |= {(name, "honest"): r for name, r in of_honest_points(world, monitors["honest"]).items()}
     asked = {}
-    for name, wanted in requests.items():
-        home = homes.get(name, name)
+    for (name, home), wanted in requests.items():
         after = retrain(world, places[home], wanted, s.n_models)
         asked[name] = Asked(name, [places[home]], wanted, after, [monitors[home].datamodel])
-    asked["camouflage"], hidden, watched = camouflage(world)
-    asked["never_trained"] = never_trained(world, honest, asked["camouflage"], s.n_models)
-    return Prepared(crafted, asked, places, monitors, hidden, watched)
+    asked["camouflage"], poisons, watched = camouflage(world)
+    asked["never_trained"] = never_trained(world, places["honest"], asked["camouflage"], s.n_models)
+    return Prepared(crafted, asked, places, monitors, poisons, watched)
+
+
+def at_random(world: World, own: np.ndarray) -> list[np.ndarray]:
+    """For each target a request for random points of the attacker's own."""
+    rng = np.random.default_rng([world.s.seed, 5])
+    return [np.sort(rng.choice(own, world.s.half, replace=False)) for _ in world.targets]
+
+
+def of_honest_points(world: World, monitor: Monitor) -> dict[str, list[np.ndarray]]:
+    """For each target the honest points that a datamodel of the service, and gradients, name as most harmful."""
+    n, targets = world.s.n, world.targets
+    influences = {
+        "honest_datamodel": datamodel_influence(monitor.datamodel, monitor.labels, n, n + targets),
+        "honest_gradient": world.known.influence(*world.of_targets(targets)),
+    }
+    return {name: [most_harmful(row, world.s.half, np.arange(n)) for row in z] for name, z in influences.items()}
 
 
 def fit_datamodel(world: World, site: Site) -> Monitor:
@@ -249,15 +226,15 @@ def fit_datamodel(world: World, site: Site) -> Monitor:
     outputs = metrics.margin_gauge(models.logits(site.x).numpy(), site.data.y)
     context = attribution.Context(site.x, site.y, masks, outputs, models=models)
     t = gradient_kernel(site.originals[:4], site.x[:n], site.y[:n], n, s.damping).transfer
-    response = kernel_response(context, n_models=20)  # predicts hundreds of requests in a moment
-    return monitor(bayesian.fit(context, response, 0.2), context, t)
+    response = kernel_response(context, 0.1, "measured", "subsets", 20)  # predicts hundreds of requests in a moment
+    return _monitor(bayesian.fit(context, response, 0.2), context, t)
 
 
-def monitor(datamodel: Datamodel, context: attribution.Context, t: np.ndarray) -> Monitor:
-    """With residuals 1 - p of the context's subset models, and the kernel T (n_train, n_points)."""
+def _monitor(datamodel: Datamodel, context: attribution.Context, t: np.ndarray) -> Monitor:
+    """A monitor with residuals 1 - p of the context's subset models, and the kernel T (n_train, n_points)."""
     n = context.n_train
     residual = expit(-context.margins[:, :n]).mean(0)
-    return Monitor(datamodel, context.labels, residual[:, None] * t[:, :n] * residual, context.seed)
+    return Monitor(datamodel, context.labels, residual[:, None] * t[:, :n] * residual)
 
 
 def camouflage(world: World) -> tuple[Asked, list[Poison], pd.DataFrame]:
@@ -273,7 +250,7 @@ def camouflage(world: World) -> tuple[Asked, list[Poison], pd.DataFrame]:
     """
     s, n = world.s, world.s.n
     poisons, requests = hidden(world)
-    pairs = [(p.images, p.labels) for p in poisons]
+    pairs = [p.points for p in poisons]
     done = together(world, pairs, s.n_models, [[r] for r in requests], s.n_models)
     masks = np.random.default_rng([s.seed, 6]).random((s.camouflage_subsets, n)).argsort(1) < n // 2
     subsets = together(world, pairs, 0, [[np.flatnonzero(~mask) for mask in masks]] * len(pairs), 1, seed=40_000)
@@ -283,27 +260,24 @@ def camouflage(world: World) -> tuple[Asked, list[Poison], pd.DataFrame]:
         site, outputs = done[t][0], metrics.margin_gauge(subsets[t][1][:, 0], done[t][0].data.y)
         context = attribution.Context(site.x, site.y, masks, outputs)
         kernel = gradient_kernel(site.originals[:2].clone(), site.x, site.y, n, s.damping).transfer
-        weights = expit(-context.margins[:, :n]).mean(0)[:, None] * kernel
-        its = monitor(calibrated(context, weights), context, kernel)
+        datamodel = calibrated(context, expit(-context.margins[:, :n]).mean(0)[:, None] * kernel)
+        its = _monitor(datamodel, context, kernel)
         watched = watch(world, its, site, "camouflage", {"camouflage": [requests[t]]}, n_honest, t)
-        return Predicted(its.datamodel.effect(requests[t])), watched
+        return Predicted(datamodel.effect(requests[t])), watched
 
-    judged = list(threads(world).run(judge, range(len(pairs))))
-    asked = Asked("camouflage", [site for site, _ in done], requests, [z[0] for _, z in done], [p for p, _ in judged])
-    return asked, poisons, pd.concat([table for _, table in judged], ignore_index=True)
+    predicted, watched = zip(*threads(world).run(judge, range(len(pairs))), strict=True)
+    asked = Asked("camouflage", [site for site, _ in done], requests, np.concatenate([z for _, z in done]), predicted)
+    return asked, poisons, pd.concat(watched, ignore_index=True)
 
 
 def hidden(world: World) -> tuple[list[Poison], list[np.ndarray]]:
     """Camouflaged poison for each target, and the request that uncovers it."""
-    x, y = world.of_targets(world.targets)
-
-    def make(t: int) -> tuple[Poison, np.ndarray]:
-        line = Subspace.of(world.known, x[[t]], y[[t]], 1)
-        poison = world.craft(line, dirty=False, angle=0.0)
-        return poison, ddpa(world, poison, line, world.targets[[t]])[0]
-
-    poisons, requests = zip(*(make(t) for t in range(len(world.targets))), strict=True)
-    return list(poisons), list(requests)
+    poisons, requests = [], []
+    for t in world.targets:
+        line = Subspace.of(world.known, *world.of_targets(np.array([t])), 1)
+        poisons.append(world.craft(line, dirty=False, angle=0.0))
+        requests += ddpa(world, poisons[-1], line, np.array([t]))
+    return poisons, requests
 
 
 def never_trained(world: World, honest: Site, camouflaged: Asked, n_models: int) -> Asked:
@@ -312,28 +286,25 @@ def never_trained(world: World, honest: Site, camouflaged: Asked, n_models: int)
     In the manner of "unlearn and burn". They are the points that `camouflage` would ask to delete, and stand behind the
     training points, in no model's training set, so that retraining without them is training again: `n_models` for all.
     """
-    s, data = world.s, honest.data
-    again = world.victim.train(
-        honest.x[: s.n], data.y_train, np.ones((n_models, s.n), bool), [30_000 + i for i in range(n_models)]
-    )
+    n, data = world.s.n, honest.data
+    seeds = range(30_000, 30_000 + n_models)
+    again = world.victim.train(honest.x[:n], data.y_train, np.ones((n_models, n), bool), seeds)
     made, requests, retrained = [], [], []
     for t, forget in enumerate(camouflaged.requests):
         poisoned = camouflaged.site(t).data
-        extended = replace(
-            data,
-            x_train=np.concatenate([data.x_train, poisoned.x_train[forget]]),
-            y_train=np.concatenate([data.y_train, poisoned.y_train[forget]]),
-        )
+        images = np.concatenate([data.x_train, poisoned.x_train[forget]])
+        labels = np.concatenate([data.y_train, poisoned.y_train[forget]])
+        extended = replace(data, x_train=images, y_train=labels)
         x = world.victim.points(extended.x)
         made.append(Site(extended, np.zeros(0, int), x, honest.originals, honest.originals.logits(x).numpy()))
-        requests.append(s.n + np.arange(len(forget)))
+        requests.append(n + np.arange(len(forget)))
         retrained.append(again.logits(x).numpy())
     none = [Predicted(np.zeros(site.logits.shape[1:], np.float32)) for site in made]  # no subset held them: no effect
-    return Asked("never_trained", made, requests, retrained, none)
+    return Asked("never_trained", made, requests, np.stack(retrained), none)
 
 
 def threads(world: World) -> Execution:
-    """One job a thread; not for what takes forward-mode derivatives, of which torch keeps one level for all threads."""
+    """One job in each thread; not for forward-mode derivatives, of which torch keeps one level for all threads."""
     return Execution(chunk=1, workers=world.victim.execution.workers)
 
 
@@ -349,16 +320,17 @@ def watch(
     n_honest: int,
     stream: int = 0,
 ) -> pd.DataFrame:
-    """Scores of attacks' requests, and of `n_honest` honest ones of each kind for the same training set: a row each.
+    """Scores of attacks' requests, and of `n_honest` honest ones of each kind for the same training set.
 
     Honest requests are as large as the attacks', and of two kinds: random points, and images alike (`World.album`).
     The service knows neither who is honest nor the attacker's models.
     """
     rng = np.random.default_rng([world.s.seed, 8, stream])
     honest = site.data.n_train - len(site.own)
-    random = [np.sort(rng.choice(honest, world.half, replace=False)) for _ in range(n_honest)]
-    alike = [world.album(world.half, honest, rng) for _ in range(n_honest)]
-    rows = [("honest, random", False, r) for r in random] + [("honest, images alike", False, r) for r in alike]
-    rows += [(attack, True, r) for attack, asked in requests.items() for r in asked]
+    kinds = {
+        "honest, random": [np.sort(rng.choice(honest, world.s.half, replace=False)) for _ in range(n_honest)],
+        "honest, images alike": [world.album(honest, rng) for _ in range(n_honest)],
+    }
+    rows = [(kind, kind not in kinds, r) for kind, asked in {**kinds, **requests}.items() for r in asked]
     table = pd.DataFrame([row[:2] for row in rows], columns=["request", "malicious"]).assign(site=name)
     return table.join(pd.DataFrame(monitor.scores([r for *_, r in rows]), columns=[*COMPONENTS, "score"]))

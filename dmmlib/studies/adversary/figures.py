@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,43 +11,57 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from sklearn.metrics import roc_curve
 
 from dmmlib.analysis.plots import label, titled
 from dmmlib.metrics import FLOOR
-from dmmlib.studies.adversary import service
 from dmmlib.studies.adversary.crafting import Poison
 from dmmlib.studies.adversary.experiments import ATTACKS
 from dmmlib.studies.adversary.stable_region import Region
 
 _PALETTE = sns.color_palette("colorblind", 10)
-LOOKS = {
-    "ddpa_clean": (_PALETTE[0], "o"),
-    "ddpa_dirty": (_PALETTE[3], "s"),
-    "surrogate_clean": (_PALETTE[9], "<"),
-    "surrogate_dirty": (_PALETTE[6], ">"),
-    "random": (_PALETTE[7], "v"),
-    "camouflage": (_PALETTE[1], "D"),
-    "honest_datamodel": (_PALETTE[2], "^"),
-    "honest_gradient": (_PALETTE[4], "P"),
-    "never_trained": (_PALETTE[5], "X"),
+LOOKS = dict(
+    zip(ATTACKS, zip([_PALETTE[i] for i in (0, 3, 9, 6, 7, 1, 2, 4, 5)], "os<>vD^PX", strict=True), strict=True)
+)
+EXACT = {
+    "retrain": (_PALETTE[0], "o", "retrained"),
+    "tv_stable": (_PALETTE[1], "D", "TV-stable deletion"),
+    "do_nothing": ("0.45", "v", "nothing done"),
 }
-LABELS = {"tv_stable": "TV-stable (exact)"}
+SPLITS = {"forget": "deleted points", "retain": "points that stay", "validation": "validation points"}
+QUANTITIES = {
+    "share": "attacker's share of S",
+    "bound": "bound on pixels, of 255",
+    "k": "dimension k",
+    "points deleted": "points deleted",
+}
+
+
+def _panels(n_rows: int, n_columns: int, width: float, height: float, **options: Any) -> tuple[Figure, np.ndarray]:
+    """Panels (n_rows, n_columns) on a figure of that size in inches."""
+    size = (width, height)
+    return plt.subplots(n_rows, n_columns, figsize=size, layout="constrained", squeeze=False, **options)
+
+
+def _bars(table: pd.DataFrame, name: str) -> list[pd.Series]:
+    """How far a column's interval reaches down and up, as `errorbar` takes it."""
+    return [table[name] - table[f"{name} low"], table[f"{name} high"] - table[name]]
 
 
 def regions(
     known: Region, radius: float, found: Mapping[str, Region], reach: float, title: str, caption: str
 ) -> Figure:
     """Left: gap against radius of a function whose convex radius is known; right: of trained models' loss."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.6), layout="constrained")
+    figure, ((left, right),) = _panels(1, 2, 10.5, 3.6)
     left.plot(known.radii / radius, known.gaps, color=_PALETTE[0], marker="o", label="largest gap found")
     left.axvline(1, color="black", lw=1, ls=":", label="convex up to here")
     left.set(xlabel="radius / the known convex radius", ylabel="Jensen gap / rise of the function")
     left.set_title("1 − exp(−‖z‖²/2)", fontsize=10)
     for i, (name, region) in enumerate(found.items()):
         right.plot(region.radii / reach, region.gaps, color=_PALETTE[i + 1], marker="so^D"[i % 4], label=name)
+    first = next(iter(found.values()))
     right.axvline(1, color="black", lw=1, ls=":", label="reach of the poison")
     right.set(xlabel="radius / reach of the poison", ylabel="Jensen gap / rise of the loss", xscale="log")
-    first = next(iter(found.values()))
     right.set_xticks(first.radii / reach, [f"{r:g}" for r in first.radii / reach])
     right.minorticks_off()
     right.set_title("training loss of the service's models", fontsize=10)
@@ -59,18 +74,10 @@ def regions(
 
 def covered(table: pd.DataFrame, title: str, caption: str) -> Figure:
     """Share of the ball that the regular simplex covers, in closed form and by sampling."""
-    figure, axis = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
+    figure, ((axis,),) = _panels(1, 1, 6.5, 3.6)
     axis.plot(table["k"], table["theory"], color="black", lw=1.2, label="closed form")
-    shown = table[table["sampled"] > 0]
-    axis.errorbar(
-        shown["k"],
-        shown["sampled"],
-        shown["error"],
-        color=_PALETTE[3],
-        fmt="o",
-        capsize=3,
-        label="sampled, 95 % interval",
-    )
+    k, sampled, error = table.loc[table["sampled"] > 0, ["k", "sampled", "error"]].to_numpy().T
+    axis.errorbar(k, sampled, error, color=_PALETTE[3], fmt="o", capsize=3, label="sampled, 95 % interval")
     axis.set(yscale="log", xlabel="dimension k of the subspace", ylabel="simplex / ball, volume", xticks=table["k"])
     axis.grid(color="0.93")
     axis.legend(fontsize=9)
@@ -78,33 +85,32 @@ def covered(table: pd.DataFrame, title: str, caption: str) -> Figure:
 
 
 def poison(poisons: Mapping[str, Poison], names: Sequence[str], title: str, caption: str, n: int = 10) -> Figure:
-    """The first points of each poison, below the images that they were made from; labels in the panels' titles."""
-    figure, axes = plt.subplots(2 * len(poisons), n, figsize=(1.05 * n, 2.5 * len(poisons) + 0.5), layout="constrained")
-    for row, (attack, p) in enumerate(poisons.items()):
-        for j in range(n):
-            for k, images in enumerate((p.bases, p.images)):
-                axis = axes[2 * row + k, j]
-                axis.imshow(images[j, ..., 0] if images.shape[-1] == 1 else images[j], cmap="gray", vmin=0, vmax=255)
-                axis.set(xticks=[], yticks=[])
-            axes[2 * row + 1, j].set_xlabel(names[int(p.labels[j])], fontsize=7)
-        axes[2 * row, 0].set_ylabel("own image", fontsize=8)
-        axes[2 * row + 1, 0].set_ylabel(f"poison:\n{ATTACKS[attack].split(', ')[1]}", fontsize=8)
+    """The first points of each poison, below the images that they were made from, with their labels."""
+    figure, axes = _panels(2 * len(poisons), n, 1.05 * n, 2.5 * len(poisons) + 0.5)
+    rows = [images for p in poisons.values() for images in (p.bases, p.images)]
+    for row, images in zip(axes, rows, strict=True):
+        for axis, image in zip(row, images, strict=False):
+            axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
+            axis.set(xticks=[], yticks=[])
+    for (own, made), (attack, p) in zip(axes.reshape(-1, 2, n), poisons.items(), strict=True):
+        for axis, its in zip(made, p.labels, strict=False):
+            axis.set_xlabel(names[its], fontsize=7)
+        own[0].set_ylabel("own image", fontsize=8)
+        made[0].set_ylabel(f"poison:\n{ATTACKS[attack].split(', ')[1]}", fontsize=8)
     return titled(figure, title, caption)
 
 
 def success(table: pd.DataFrame, title: str, caption: str) -> Figure:
     """Retraining after each attack's requests: left the share of errors on targets, right the change of margins."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), sharey=True, layout="constrained")
-    part = table[table["method"] == "retrain"].reset_index(drop=True)
-    for i, row in part.iterrows():
-        tint, mark = LOOKS[row["attack"]]
+    figure, ((left, right),) = _panels(1, 2, 11, 3.8, sharey=True)
+    table = table[table["method"] == "retrain"].reset_index(drop=True)
+    for i, attack in enumerate(table["attack"]):
+        (tint, mark), row = LOOKS[attack], table[i : i + 1]
         for axis, name in ((left, "success"), (right, "change")):
-            error = [[row[name] - row[f"{name} low"]], [row[f"{name} high"] - row[name]]]
-            axis.errorbar(row[name], i, xerr=error, color=tint, marker=mark, capsize=3, ms=7)
-        left.plot(row["before"], i, "|", color="black", ms=12, label="before the request" if i == 0 else None)
-    left.set_yticks(
-        range(len(part)), [f"{ATTACKS[a]} ({n:.0f})" for a, n in zip(part["attack"], part["size"], strict=True)]
-    )
+            axis.errorbar(row[name], [i], xerr=_bars(row, name), color=tint, marker=mark, capsize=3, ms=7)
+    left.plot(table["before"], table.index, "|", color="black", ms=12, label="before the request")
+    names = [f"{ATTACKS[a]} ({n:.0f})" for a, n in zip(table["attack"], table["size"], strict=True)]
+    left.set_yticks(table.index, names)
     left.invert_yaxis()
     left.set(xlabel="share of models that err on the target", xlim=(-0.02, 1.0))
     right.set(xlabel="change of the target's margin")
@@ -117,82 +123,58 @@ def success(table: pd.DataFrame, title: str, caption: str) -> Figure:
 
 def _grid(table: pd.DataFrame, column: str) -> pd.DataFrame:
     """A column as attacks x methods, in the order of their rows, retraining and doing nothing first."""
-    order = [m for m in ("retrain", "do_nothing") if m in set(table["method"])]
-    order += [m for m in dict.fromkeys(table["method"]) if m not in order]
-    values = table.pivot(index="attack", columns="method", values=column)
-    values = values.loc[list(dict.fromkeys(table["attack"])), order]
-    return values.rename(index=ATTACKS | {"album": "honest, images alike"}, columns=lambda m: LABELS.get(m, label(m)))
+    methods = dict.fromkeys([*("retrain", "do_nothing"), *table["method"]])
+    values = table.pivot(index="attack", columns="method", values=column).loc[table["attack"].unique(), list(methods)]
+    return values.rename(index=ATTACKS | {"album": "honest, images alike"}, columns=label)
 
 
-def _lines(axis: Axes) -> None:
-    """What all heat maps of attacks x methods share: a line beside retraining, slanted names."""
+def _heatmap(axis: Axes, values: pd.DataFrame, unit: str, **options: Any) -> None:
+    """Attacks x methods with the numbers, and a line beside retraining."""
+    sns.heatmap(values, cmap="cividis", ax=axis, linewidths=0.5, cbar_kws={"label": unit}, **options)
     axis.axvline(1, color="white", lw=4)
     axis.set(xlabel="", ylabel="")
     plt.setp(axis.get_xticklabels(), rotation=35, ha="right", rotation_mode="anchor")
 
 
 def methods(table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Success of each attack against each method: a heat map with the numbers, retraining first."""
-    values = _grid(table, "success")
-    figure, axis = plt.subplots(figsize=(10.5, 0.5 * len(values) + 1.9), layout="constrained")
-    sns.heatmap(
-        100 * values, annot=True, fmt=".0f", cmap="cividis", vmin=0, vmax=100, ax=axis, linewidths=0.5,
-        cbar_kws={"label": "models that err on the target, %"},
-    )  # fmt: skip
-    _lines(axis)
+    """Success of each attack against each method, retraining first."""
+    values = 100 * _grid(table, "success")
+    figure, ((axis,),) = _panels(1, 1, 10.5, 0.5 * len(values) + 1.9)
+    _heatmap(axis, values, "models that err on the target, %", annot=True, fmt=".0f", vmin=0, vmax=100)
     return titled(figure, title, caption)
-
-
-SPLITS = {"forget": "deleted points", "retain": "points that stay", "validation": "validation points"}
 
 
 def klom(table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """KLoM of each attack's requests after each method, with half intervals: a heat map a split."""
-    parts = dict(tuple(table.groupby("split", sort=False)))
-    n = table["attack"].nunique()
-    figure, axes = plt.subplots(
-        len(parts), 1, figsize=(10.5, 0.36 * n * len(parts) + 2.2), sharex=True, layout="constrained"
-    )
-    for axis, (split, part) in zip(axes, parts.items(), strict=True):
-        values, error = _grid(part, "value"), _grid(part, "error")
+    """KLoM of each attack's requests after each method, with half intervals, in one panel for each split."""
+    figure, axes = _panels(len(SPLITS), 1, 10.5, 0.36 * table["attack"].nunique() * len(SPLITS) + 2.2, sharex=True)
+    limits = {"vmin": table["value"].min(), "vmax": -np.log(FLOOR)}
+    for axis, (split, name) in zip(axes[:, 0], SPLITS.items(), strict=True):
+        values, error = (_grid(table[table["split"] == split], column) for column in ("value", "error"))
         text = values.map("{:.1f}".format) + error.map(" ±{:.1f}".format)
-        sns.heatmap(
-            values, annot=text, fmt="", annot_kws={"fontsize": 8}, cmap="cividis", ax=axis, linewidths=0.5,
-            vmin=table["value"].min(), vmax=-np.log(FLOOR), cbar_kws={"label": "KLoM, p95"},
-        )  # fmt: skip
-        _lines(axis)
-        axis.set_title(SPLITS[str(split)], fontsize=10)
+        _heatmap(axis, values, "KLoM, p95", annot=text, fmt="", annot_kws={"fontsize": 8}, **limits)
+        axis.set_title(name, fontsize=10)
     return titled(figure, title, caption)
 
 
-EXACT = {
-    "retrain": (_PALETTE[0], "o", "retrained"),
-    "tv_stable": (_PALETTE[1], "D", "TV-stable deletion"),
-    "do_nothing": ("0.45", "v", "nothing done"),
-}
-
-
 def exact(results: pd.DataFrame, table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Served exactly, retrained and not served, an attack a row: change of the target's margin, KLoM's p95 by split.
+    """Served exactly, retrained and not served: change of each attack's targets' margins, and KLoM's p95 by split.
 
     Args:
         results: `serving.summary` of `convex.study`.
         table: `convex.klom`.
         title, caption: of the figure.
     """
-    changes = results.rename(columns={"change": "value", "change low": "low", "change high": "high"})
-    panels = {"change of the target's margin": changes[changes["method"] != "do_nothing"]}
-    panels |= {f"KLoM, p95: {name}": table[table["split"] == split] for split, name in SPLITS.items()}
-    names = list(dict.fromkeys(results["attack"]))
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(12.5, 0.38 * len(names) + 1.8), sharey=True, layout="constrained"
-    )
-    for axis, (quantity, part) in zip(axes, panels.items(), strict=True):
+    table = table.rename(columns={"value": "KLoM", "low": "KLoM low", "high": "KLoM high"})
+    panels = [("change of the target's margin", results[results["method"] != "do_nothing"], "change")]
+    panels += [(f"KLoM, p95: {name}", table[table["split"] == split], "KLoM") for split, name in SPLITS.items()]
+    names = list(results["attack"].unique())
+    figure, (axes,) = _panels(1, len(panels), 12.5, 0.38 * len(names) + 1.8, sharey=True)
+    for axis, (quantity, part, column) in zip(axes, panels, strict=True):
         for i, (method, (tint, mark, told)) in enumerate(EXACT.items()):
             its = part[part["method"] == method]
-            place = [names.index(a) + 0.2 * (i - 1) for a in its["attack"]]
-            error = [its["value"] - its["low"], its["high"] - its["value"]]
-            axis.errorbar(its["value"], place, xerr=error, fmt=mark, color=tint, ms=5, capsize=2, label=told)
+            place = [names.index(attack) + 0.2 * (i - 1) for attack in its["attack"]]
+            look = {"fmt": mark, "color": tint, "ms": 5, "capsize": 2, "label": told}
+            axis.errorbar(its[column], place, xerr=_bars(its, column), **look)
         axis.set_xlabel(quantity)
         axis.grid(axis="x", color="0.93")
     axes[0].set_yticks(range(len(names)), [ATTACKS[a] for a in names])
@@ -204,61 +186,51 @@ def exact(results: pd.DataFrame, table: pd.DataFrame, title: str, caption: str) 
     return titled(figure, title, caption)
 
 
-QUANTITIES = {
-    "share": "attacker's share of S",
-    "bound": "bound on pixels, of 255",
-    "k": "dimension k",
-    "points deleted": "points deleted",
-}
-
-
 def sweep(table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Top: success after retraining, bottom: change of margin, a column a quantity, a line an attack."""
-    figure, axes = plt.subplots(
-        2, len(QUANTITIES), figsize=(12.5, 5.6), sharey="row", sharex="col", layout="constrained"
-    )
-    for column, (varies, name) in enumerate(QUANTITIES.items()):
+    """Top: success after retraining, bottom: change of margin, in one column for each quantity."""
+    figure, axes = _panels(2, len(QUANTITIES), 12.5, 5.6, sharey="row", sharex="col")
+    for column, (varies, name) in zip(axes.T, QUANTITIES.items(), strict=True):
         shown = table[table["varies"] == varies]
         values = sorted(shown["value"].unique())
-        for i, (attack, part) in enumerate(shown.groupby("attack", sort=False)):
-            tint, mark = LOOKS[str(attack)]
+        for i, attack in enumerate(shown["attack"].unique()):
+            (tint, mark), part = LOOKS[attack], shown[shown["attack"] == attack]
             place = np.searchsorted(values, part["value"]) + 0.08 * (i - 0.5)
-            for axis, key in zip(axes[:, column], ("success", "change"), strict=True):
-                error = [part[key] - part[f"{key} low"], part[f"{key} high"] - part[key]]
-                axis.errorbar(place, part[key], error, color=tint, marker=mark, capsize=2, label=ATTACKS[str(attack)])
+            for axis, key in zip(column, ("success", "change"), strict=True):
+                look = {"color": tint, "marker": mark, "capsize": 2, "label": ATTACKS[attack]}
+                axis.errorbar(place, part[key], _bars(part, key), **look)
                 axis.set_xticks(range(len(values)), [f"{v:g}" for v in values])
                 axis.grid(axis="y", color="0.93")
-        axes[1, column].axhline(0, color="0.6", lw=0.8)
-        axes[1, column].set_xlabel(name)
-    axes[0, 0].set_ylabel("models that err\non the target")
-    axes[0, 0].set_ylim(0, max(0.2, 1.1 * table["success high"].max()))
+        column[1].axhline(0, color="0.6", lw=0.8)
+        column[1].set_xlabel(name)
+    axes[0, 0].set(ylabel="models that err\non the target", ylim=(0, max(0.2, 1.1 * table["success high"].max())))
     axes[1, 0].set_ylabel("change of the\ntarget's margin")
     axes[0, -1].legend(fontsize=8)
     return titled(figure, title, caption)
 
 
 def roc(scores: pd.DataFrame, found: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Detections against false alarms of the score, a panel a kind of honest request, a curve an attack.
+    """Detections against false alarms of the score, with one panel for each kind of honest request.
 
     Args:
-        scores: a row a request (`defence.scores`).
+        scores: of every request (`defence.scores`).
         found: areas (`defence.detection`).
         title, caption: of the figure.
     """
-    areas = found.set_index(["attack", "against"])
-    kinds = list(found["against"].unique())
-    figure, axes = plt.subplots(1, len(kinds), figsize=(6.2 * len(kinds), 5.0), sharey=True, layout="constrained")
-    for axis, kind in zip(np.atleast_1d(axes), kinds, strict=True):
-        for (place, attack), part in scores[scores["malicious"]].groupby(["site", "request"], sort=False):
-            honest = scores[(scores["site"] == place) & (scores["request"] == kind)]["score"].to_numpy()
-            false, true = service.roc(honest, part["score"].to_numpy())
-            a = areas.loc[(str(attack), kind)]
-            name = f"{ATTACKS[str(attack)]}: {a['score']:.2f} [{a['score low']:.2f}, {a['score high']:.2f}]"
-            line = "--" if str(attack).startswith("surrogate") else "-"
-            axis.step(false, true, line, where="post", color=LOOKS[str(attack)][0], label=name)
+    kinds, malicious = found["against"].unique(), scores[scores["malicious"]].drop_duplicates("request")
+    attacks = dict(zip(malicious["request"], malicious["site"], strict=True))
+    figure, (axes,) = _panels(1, len(kinds), 6.2 * len(kinds), 5.0, sharey=True)
+    for axis, kind in zip(axes, kinds, strict=True):
+        areas = found[found["against"] == kind].set_index("attack")
+        for attack, site in attacks.items():
+            both = scores[(scores["site"] == site) & scores["request"].isin([kind, attack])]
+            false, true, _ = roc_curve(both["malicious"], both["score"])
+            a = areas.loc[attack]
+            name = f"{ATTACKS[attack]}: {a['score']:.2f} [{a['score low']:.2f}, {a['score high']:.2f}]"
+            line = "--" if attack.startswith("surrogate") else "-"
+            axis.step(false, true, line, where="post", color=LOOKS[attack][0], label=name)
         axis.plot([0, 1], [0, 1], color="0.7", lw=0.8, ls=":")
         axis.set(xlabel="false alarms", xlim=(-0.01, 1), ylim=(0, 1.02))
         axis.set_title(f"against {kind}", fontsize=10)
         axis.legend(fontsize=7.5, title="area under the curve, 95 % interval", title_fontsize=8, loc="lower right")
-    np.atleast_1d(axes)[0].set_ylabel("attacks detected")
+    axes[0].set_ylabel("attacks detected")
     return titled(figure, title, caption)

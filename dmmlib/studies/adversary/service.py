@@ -10,13 +10,12 @@ requests of random training points of the same size; their mean is the score.
   together moves answers in proportion to its size, random points by its root.
 - *leverage*: length of the predicted displacement of the parameters, in their own metric: with r the residuals 1 - p of
   the request's points and phi their margins' gradients, (r_F . Phi_F A^-1 Phi_F^T r_F)^(1/2) (`subspace`). The matrix
-  Phi A^-1 Phi^T is the gradient kernel's T between training points (`attribution.kernel`).
+  Phi A^-1 Phi^T is the gradient kernel's T between training points (`attributors.kernel`).
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,10 +29,8 @@ from dmmlib.studies.adversary.attacks import Datamodel
 COMPONENTS = ("validation", "retain", "leverage")
 
 
-def _content(image: np.ndarray, label: int) -> bytes:
-    return hashlib.sha256(
-        np.ascontiguousarray(image).tobytes() + int(label).to_bytes(8, "little", signed=True)
-    ).digest()
+def _contents(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[bytes, int]]:
+    return ((image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True))
 
 
 def resolve(
@@ -54,39 +51,26 @@ def resolve(
     if images.dtype != data.x_train.dtype or images.shape[1:] != data.x_train.shape[1:] or len(images) != len(labels):
         raise DataError(
             f"The request has {images.dtype} images of shape {images.shape} and {len(labels)} labels; give "
-            f"{data.x_train.dtype} images of shape {data.x_train.shape[1:]} and a label each."
+            f"{data.x_train.dtype} images of shape {data.x_train.shape[1:]} and one label for each."
         )
-    places: dict[bytes, list[int]] = {}
-    for i, (image, label) in enumerate(zip(data.x_train, data.y_train, strict=True)):
-        places.setdefault(_content(image, label), []).append(i)
+    places: dict[tuple[bytes, int], list[int]] = {}
+    for i, content in enumerate(_contents(data.x_train, data.y_train)):
+        places.setdefault(content, []).append(i)
     found = []
-    for j, (image, label) in enumerate(zip(images, labels, strict=True)):
-        there = places.get(_content(image, label), [])
-        if not there:
+    for j, content in enumerate(_contents(images, labels)):
+        if content not in places:
             raise ForgetSetError(
                 f"Point {j} of the request was never in the training set, so there is nothing to unlearn; ask for "
                 "points as they were contributed."
             )
-        index = next((i for i in there if i not in found), None)
-        if index is None:
+        if not places[content]:
             raise ForgetSetError(f"Point {j} of the request is named more often than it is held; name it once.")
-        found.append(index)
-    return check_owner(np.array(found, np.int64), own)
-
-
-def check_owner(forget: np.ndarray, own: np.ndarray | None) -> np.ndarray:
-    """`forget` if all of it is the requester's.
-
-    Raises:
-        ForgetSetError: if a point is someone else's.
-    """
-    if own is not None:
-        others = np.setdiff1d(forget, own)
-        if len(others):
-            raise ForgetSetError(
-                f"Point {others[0]} is not the requester's, nor are {len(others) - 1} others; ask for your own points."
-            )
-    return forget
+        found.append(places[content].pop(0))
+    if own is not None and len(others := np.setdiff1d(found, own)):
+        raise ForgetSetError(
+            f"Point {others[0]} is not the requester's, nor are {len(others) - 1} others; ask for your own points."
+        )
+    return np.array(found, np.int64)
 
 
 @dataclass(frozen=True)
@@ -97,14 +81,14 @@ class Monitor:
         datamodel: of the training set, in the margin gauge.
         labels: of all points.
         gram: T_ij r_i r_j (n_train, n_train), the energy of displacements that deletions add up to.
-        rng_seed: of the random requests that scores are relative to.
-        n_random: of them a size.
+        seed: of the random requests that scores are relative to.
+        n_random: how many of them there are for each size.
     """
 
     datamodel: Datamodel
     labels: np.ndarray
     gram: np.ndarray
-    rng_seed: int = 0
+    seed: int = 0
     n_random: int = 100
 
     def components(self, requests: Sequence[np.ndarray]) -> np.ndarray:
@@ -122,28 +106,24 @@ class Monitor:
         Raises:
             ForgetSetError: for indices that are no proper part of the training set.
         """
-        found = self.components(requests)
-        z = np.empty((len(requests), len(COMPONENTS) + 1))
+        z = self.components(requests)
         sizes = np.array([len(r) for r in requests])
         for size in np.unique(sizes):
-            rng = np.random.default_rng([self.rng_seed, int(size)])
+            rng = np.random.default_rng([self.seed, int(size)])
             random = [rng.choice(len(self.gram), size, replace=False) for _ in range(self.n_random)]
             usual = self.components(random)
-            here = sizes == size
-            z[here, :-1] = (found[here] - usual.mean(0)) / np.maximum(usual.std(0, ddof=1), 1e-12)
-        z[:, -1] = z[:, :-1].mean(1)
-        return z
+            z[sizes == size] -= usual.mean(0)
+            z[sizes == size] /= np.maximum(usual.std(0, ddof=1), 1e-12)
+        return np.column_stack([z, z.mean(1)])
 
 
-def roc(honest: np.ndarray, malicious: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """False alarms and detections (both (n_thresholds,)) as the threshold falls."""
-    thresholds = np.concatenate([[np.inf], np.sort(np.concatenate([honest, malicious]))[::-1]])
-    return (honest >= thresholds[:, None]).mean(1), (malicious >= thresholds[:, None]).mean(1)
+Statistic = Callable[[np.ndarray, np.ndarray], float]
+"""Of the scores of honest and of malicious requests."""
 
 
 def area(honest: np.ndarray, malicious: np.ndarray) -> float:
     """Area under the ROC: how often an attack's score is above an honest request's, ties counting half."""
-    return float((malicious[:, None] > honest).mean() + 0.5 * (malicious[:, None] == honest).mean())
+    return float(np.heaviside(malicious[:, None] - honest, 0.5).mean())
 
 
 def detected(honest: np.ndarray, malicious: np.ndarray, alarms: float = 0.05) -> float:
@@ -151,17 +131,8 @@ def detected(honest: np.ndarray, malicious: np.ndarray, alarms: float = 0.05) ->
     return float((malicious > np.sort(honest)[::-1][int(alarms * len(honest))]).mean())
 
 
-def resampled(
-    statistic: Callable[[np.ndarray, np.ndarray], float],
-    honest: np.ndarray,
-    malicious: np.ndarray,
-    n_bootstrap: int = 500,
-    seed: int = 0,
-) -> Estimate:
-    """A statistic of scores with a 95 % interval: honest and malicious requests are both resampled."""
+def resampled(statistic: Statistic, honest: np.ndarray, malicious: np.ndarray, n: int = 500, seed: int = 0) -> Estimate:
+    """A statistic of scores with a 95 % interval from n resamples of both honest and malicious requests."""
     rng = np.random.default_rng(seed)
-    draws = [
-        statistic(rng.choice(honest, len(honest)), rng.choice(malicious, len(malicious))) for _ in range(n_bootstrap)
-    ]
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return Estimate(statistic(honest, malicious), float(low), float(high))
+    draws = [statistic(rng.choice(honest, len(honest)), rng.choice(malicious, len(malicious))) for _ in range(n)]
+    return Estimate(statistic(honest, malicious), *np.percentile(draws, [2.5, 97.5]).tolist())

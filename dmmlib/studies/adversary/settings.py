@@ -1,86 +1,88 @@
-"""Sizes of the study of malicious deletion requests; cheap to import, so that a preset can embed them."""
+"""The settings of the study of malicious deletion requests (notebook 08)."""
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Annotated, TypeVar
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
 from dmmlib.presets import Section, study
+
+V = TypeVar("V")
+Some = Annotated[tuple[V, ...], Field(min_length=1)]
+Share = Annotated[float, Field(gt=0, le=0.5)]
+Bound = Annotated[int, Field(ge=0, le=255)]
+Several = Annotated[int, Field(ge=2)]  # as many as an interval takes
 
 
 @study("adversary")
 class AdversarySettings(Section):
-    """Every number of notebook 08.
+    """Every number of notebook 08."""
 
-    Attributes:
-        n: training points of a service, the attacker's among them; the rest of the preset's are the attacker's pool.
-        share: of the training points, the attacker's.
-        hidden, epochs, batch, lr: of the service's models.
-        n_targets, n_tuning: targets that results are reported on, and others that settings are chosen on.
-        n_models: originals, and retrained models a request of the main table; one is retrained a request elsewhere.
-        n_known: K, models that gradients are matched at.
-        n_candidates: candidate targets that span the subspace.
-        k: its dimension.
-        damping: lambda of the metric, relative to the mean squared length of gradients, where it is not chosen.
-        dampings, angles: of DDPA's metric and crafting; chosen on the tuning targets.
-        epsilon: bound on the change of a pixel, of 255.
-        craft_steps: of signed descent on pixels.
-        radii, tolerance, n_polyhedra: of the stable region; radii are in multiples of the attack's reach.
-        volume_ks, volume_samples: dimensions at which the simplex's share of the ball is sampled, and points.
-        shares, epsilons, ks, sizes: swept beside the values above, one at a time; sizes are points deleted, fewer than
-            half of the attacker's.
-        n_subsets, fraction: subset models behind the service's datamodel, and the share of S that each is trained on.
-        camouflage_subsets: subset models behind the gradient kernel of each camouflaged training set.
-        n_klom: originals, retrained models, and others for the floor, where KLoM is measured.
-        n_requests: of each attack there, each retrained for twice `n_klom` times; and honest ones on which the settings
-            of methods are chosen.
-        sequence: targets asked for one after another from the same poison.
-        n_honest: honest requests of each kind that the defence is compared with.
-        convex_side, convex_steps, convex_batch, convex_lr, convex_noise, convex_radius: of the noisy SGD that is
-            unlearned exactly.
-        convex_n_klom: `n_klom` there, where a chain costs little.
-        positive: classes labelled +1 there.
-        convex_k: dimension of its subspace.
-        seed: of everything random.
-    """
+    # the service
+    n: PositiveInt = 1000  # training points, the attacker's among them; all others of the preset are the attacker's
+    hidden: PositiveInt = 32  # units of the service's models
+    epochs: PositiveInt = 10
+    batch: PositiveInt = 50
+    lr: PositiveFloat = 0.2
+    n_models: Several = 5  # originals, and models retrained for each request of the main table
+    n_subsets: Annotated[int, Field(ge=3)] = 100  # subset models behind the service's datamodel
+    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.75  # of the training points, in each subset
+    camouflage_subsets: Several = 10  # subset models behind the gradient kernel of each camouflaged training set
+    n_honest: Several = 100  # honest requests of each kind that the defence compares attacks with
+    # the attacker
+    share: Share = 0.05  # of the training points
+    n_known: PositiveInt = 4  # models at which the attacker takes gradients
+    n_candidates: PositiveInt = 300  # candidate targets that span the subspace
+    k: PositiveInt = 9  # dimension of the subspace
+    damping: PositiveFloat = 0.3  # of the metric, relative to the mean squared gradient, where it is not chosen
+    dampings: Some[PositiveFloat] = (0.3, 30.0)  # to choose from on the tuning targets
+    angles: Some[NonNegativeFloat] = (0.0, 3.0)  # exponents of `crafting`, chosen likewise
+    epsilon: Bound = 32  # largest change of a pixel, of 255
+    craft_steps: PositiveInt = 10  # steps of signed ascent on pixels
+    n_targets: Several = 50  # targets that results are reported on
+    n_tuning: PositiveInt = 40  # other targets, on which the attacker's settings are chosen
+    sequence: PositiveInt = 3  # targets asked for one after another from the same poison
+    # the stable region and the simplex
+    radii: Some[PositiveFloat] = (1.0, 64.0, 4096.0, 262144.0)  # in multiples of the attack's reach, increasing
+    tolerance: PositiveFloat = 0.05  # of convexity
+    n_polyhedra: PositiveInt = 40  # drawn at each radius
+    volume_ks: Some[PositiveInt] = (1, 2, 3, 4, 5, 6, 8)  # dimensions at which the simplex's volume is sampled
+    volume_samples: PositiveInt = 200_000
+    # what the attack depends on: values tried in place of those above, one at a time
+    shares: tuple[Share, ...] = (0.02, 0.2)
+    epsilons: tuple[Bound, ...] = (0, 96)
+    ks: tuple[PositiveInt, ...] = (3, 18)
+    sizes: Some[PositiveInt] = (6, 12)  # points deleted, fewer than half of the attacker's
+    # KLoM
+    n_klom: PositiveInt = 20  # originals, retrained models, and others for the floor
+    n_requests: Several = 5  # requests of each attack there, and honest ones on which methods' settings are chosen
+    # the noisy SGD that is unlearned exactly
+    positive: Some[NonNegativeInt] = (0, 1, 2, 3, 4)  # classes labelled +1
+    convex_side: PositiveInt = 5  # pixels a side
+    convex_steps: PositiveInt = 100
+    convex_batch: PositiveInt = 100
+    convex_lr: PositiveFloat = 2.0
+    convex_noise: PositiveFloat = 0.05
+    convex_radius: PositiveFloat = 10.0
+    convex_k: PositiveInt = 9  # dimension of the subspace
+    convex_n_klom: PositiveInt = 100  # as `n_klom`: a chain costs little
+    seed: NonNegativeInt = 0
 
-    n: int = 1000
-    share: float = 0.05
-    hidden: int = 32
-    epochs: int = 10
-    batch: int = 50
-    lr: float = 0.2
-    n_targets: int = 50
-    n_tuning: int = 40
-    n_models: int = 5
-    n_known: int = 4
-    n_candidates: int = 300
-    k: int = 9
-    damping: float = 0.3
-    dampings: tuple[float, ...] = (0.3, 30.0)
-    epsilon: int = 32
-    angles: tuple[float, ...] = (0.0, 3.0)
-    craft_steps: int = 10
-    radii: tuple[float, ...] = (1.0, 64.0, 4096.0, 262144.0)
-    tolerance: float = 0.05
-    n_polyhedra: int = 40
-    volume_ks: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8)
-    volume_samples: int = 200_000
-    shares: tuple[float, ...] = (0.02, 0.2)
-    epsilons: tuple[int, ...] = (0, 96)
-    ks: tuple[int, ...] = (3, 18)
-    sizes: tuple[int, ...] = (6, 12)
-    n_subsets: int = 100
-    fraction: float = 0.75
-    camouflage_subsets: int = 10
-    n_klom: int = 20
-    n_requests: int = 5
-    sequence: int = 3
-    n_honest: int = 100
-    convex_side: int = 5
-    convex_steps: int = 100
-    convex_batch: int = 100
-    convex_lr: float = 2.0
-    convex_noise: float = 0.05
-    convex_radius: float = 10.0
-    convex_n_klom: int = 100
-    positive: tuple[int, ...] = (0, 1, 2, 3, 4)
-    convex_k: int = 9
-    seed: int = 0
+    @property
+    def half(self) -> int:
+        """Points in a request: half of the attacker's, as many as one of two groups that cancel."""
+        return max(1, round(self.share * self.n) // 2)
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> AdversarySettings:
+        if any(a >= b for a, b in pairwise(self.radii)):
+            raise ValueError(f"radii are {self.radii}; give increasing numbers")
+        if max(self.sizes) >= self.half:
+            raise ValueError(f"sizes go up to {max(self.sizes)}, but the attacker's half is {self.half}; use fewer")
+        if max(self.k, self.convex_k, *self.ks) > self.n_candidates:
+            raise ValueError(f"n_candidates={self.n_candidates} span fewer directions than k asks for; use more")
+        if max(self.sequence, self.n_requests) > self.n_targets:
+            raise ValueError(f"n_targets={self.n_targets} is below sequence or n_requests; use at least as many")
+        return self

@@ -23,9 +23,13 @@ def regular(k: int, radius: float = 1.0) -> np.ndarray:
     if k < 1 or not radius > 0:
         raise OptionError(f"A simplex of k={k} and radius {radius} was asked for; use k >= 1 and a positive radius.")
     centred = np.eye(k + 1) - 1 / (k + 1)  # a regular simplex in the k-dimensional plane of vectors that sum to 0
-    basis = np.linalg.svd(centred)[2][:k]
-    vertices = centred @ basis.T
-    return radius * vertices / np.linalg.norm(vertices, axis=1, keepdims=True)
+    vertices = centred @ np.linalg.svd(centred)[2][:k].T
+    return radius * unit(vertices)
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Vectors (..., k) at length 1."""
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
 def volume_share(k: int) -> float:
@@ -48,12 +52,12 @@ def in_ball(n: int, k: int, radius: float, rng: np.random.Generator) -> np.ndarr
 def sampled_share(vertices: np.ndarray, n: int, rng: np.random.Generator) -> tuple[float, float]:
     """Share of n uniform points of the circumscribed ball that the simplex covers, and its standard error."""
     points = in_ball(n, vertices.shape[1], float(np.linalg.norm(vertices[0])), rng)
-    share = float((coordinates(vertices, points) >= 0).all(1).mean())
+    share = float((_coordinates(vertices, points) >= 0).all(1).mean())
     return share, float(np.sqrt(share * (1 - share) / n))
 
 
-def coordinates(vertices: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Coordinates lambda (..., k + 1) of points (..., k): they sum to 1, sum_i lambda_i v_i is the point."""
+def _coordinates(vertices: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Coordinates lambda (..., k + 1) of points (..., k): they sum to 1, and sum_i lambda_i v_i is the point."""
     system = np.vstack([vertices.T, np.ones(len(vertices))])
     right = np.concatenate([points, np.ones((*points.shape[:-1], 1))], -1)
     return right @ np.linalg.inv(system).T
@@ -68,7 +72,7 @@ def farthest(vertices: np.ndarray, direction: np.ndarray) -> np.ndarray:
     length = np.linalg.norm(direction)
     if not length > 0:
         raise OptionError("The wanted displacement is 0 in the subspace; give a target whose gradient it holds.")
-    slope = coordinates(vertices, direction / length) - coordinates(vertices, np.zeros_like(direction))
+    slope = _coordinates(vertices, direction / length) - _coordinates(vertices, np.zeros_like(direction))
     weights = 1 / len(vertices) - slope / (len(vertices) * slope.min())  # the smallest reaches 0
     return np.clip(weights, 0, 1)
 

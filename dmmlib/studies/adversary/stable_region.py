@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dmmlib.errors import OptionError
-from dmmlib.studies.adversary.simplex import in_ball
+from dmmlib.studies.adversary.simplex import in_ball, unit
 
 Function = Callable[[np.ndarray], np.ndarray]
 """Values (n,) at points (n, k)."""
@@ -39,41 +39,35 @@ class Region:
     tolerance: float
 
 
-def polyhedra(n: int, k: int, radius: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """n polyhedra (n, k + 1, k) inside the ball around 0, from points to the whole ball, and weights (n, k + 1).
+def jensen_gap(f: Function, k: int, radius: float, n: int, rng: np.random.Generator) -> float:
+    """The largest gap over n polyhedra in the ball of that radius, relative to the mean rise of f to its sphere.
 
-    Weights are from all on one vertex or an edge to even ones: in many dimensions even ones only meet the middle.
+    Polyhedra are of all sizes, from a point to the whole ball, and weights from all on one vertex to even ones: in many
+    dimensions even ones only meet the middle.
     """
     size = radius * rng.random((n, 1, 1))
-    directions = rng.standard_normal((n, k + 1, k))
-    directions /= np.linalg.norm(directions, axis=2, keepdims=True)
-    centre = in_ball(n, k, 1.0, rng)[:, None] * (radius - size)
+    directions = unit(rng.standard_normal((n, k + 1, k)))
+    points = in_ball(n, k, 1.0, rng)[:, None] * (radius - size) + size * directions
     weights = rng.gamma(10.0 ** rng.uniform(-1, 0, (n, 1)), size=(n, k + 1)) + 1e-12
-    return centre + size * directions, weights / weights.sum(1, keepdims=True)
-
-
-def jensen_gap(f: Function, k: int, radius: float, n: int, rng: np.random.Generator) -> float:
-    """The largest gap over n polyhedra in the ball of that radius, relative to the mean rise of f to its sphere."""
-    points, weights = polyhedra(n, k, radius, rng)
+    weights /= weights.sum(1, keepdims=True)
     inside = f((weights[:, :, None] * points).sum(1))
     outside = f(points.reshape(-1, k)).reshape(n, k + 1)
-    sphere = in_ball(n, k, 1.0, rng)
-    sphere *= radius / np.linalg.norm(sphere, axis=1, keepdims=True)
+    sphere = radius * unit(in_ball(n, k, 1.0, rng))
     rise = np.abs(f(sphere) - f(np.zeros((1, k)))).mean()
     return float((inside - (weights * outside).sum(1)).max() / max(rise, 1e-300))
 
 
 def stable_region(
-    f: Function, k: int, radii: Sequence[float], tolerance: float, n_polyhedra: int, rng: np.random.Generator
+    f: Function, k: int, radii: Sequence[float] | np.ndarray, tolerance: float, n: int, rng: np.random.Generator
 ) -> Region:
     """The radius around 0 within which f is convex to a tolerance.
 
     Args:
-        f: the function, of points (n, k).
+        f: the function, of points (m, k).
         k: dimension.
         radii: to try, increasing.
         tolerance: of the gap, relative to the mean rise of f; above 0, since curvature is never exactly measured.
-        n_polyhedra: sampled a radius.
+        n: polyhedra drawn at each radius.
 
     Raises:
         OptionError: for radii that do not increase, or a tolerance that is not positive.
@@ -83,7 +77,7 @@ def stable_region(
         raise OptionError(f"Radii {list(radii)} were given; give increasing positive numbers.")
     if not tolerance > 0:
         raise OptionError(f"The tolerance {tolerance} was given; use a positive number, such as 0.01.")
-    gaps = np.array([jensen_gap(f, k, r, n_polyhedra, rng) for r in tried])
+    gaps = np.array([jensen_gap(f, k, r, n, rng) for r in tried])
     bad = np.flatnonzero(gaps > tolerance)
     last = len(tried) if len(bad) == 0 else bad[0]
     return Region(tried, gaps, float(tried[last - 1]) if last else 0.0, tolerance)

@@ -2,10 +2,10 @@
 
 To first order and with curvature, training on one more point whose loss has the gradient g moves a model's parameters
 by -A^-1 g, with A = sum of phi phi^T over the training points + mu I, phi the gradients of their margins: the
-Gauss-Newton step that gradient kernels rest on (`attribution.kernel`). Lengths of displacements are measured by A.
+Gauss-Newton step that gradient kernels rest on (`attributors.kernel`). Lengths of displacements are measured by A.
 
-The parameters of K models are one stacked vector, inner products the mean over models, A one block a model. Let G be
-the m x m matrix of phi_c . A^-1 phi_c' over m candidate points, with eigenvectors V and eigenvalues s. Then
+The parameters of K models are one stacked vector, inner products the mean over models, A one block for each model. Let
+G be the m x m matrix of phi_c . A^-1 phi_c' over m candidate points, with eigenvectors V and eigenvalues s. Then
 
     w_j = sum_c V_cj s_j^(-1/2) A^-1 phi_c,    j = 1 .. k,
 
@@ -17,13 +17,14 @@ training points themselves as candidates they are the directions of highest curv
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad, jvp, vmap
+from torch.nn.functional import cross_entropy, one_hot
 
 from dmmlib.attribution.gradients import margin
 from dmmlib.ensemble import Ensemble
@@ -33,12 +34,11 @@ from dmmlib.optim import Tensors
 
 def gradients(models: Ensemble, i: int, x: Tensor, y: Tensor) -> Tensor:
     """Gradients (n, n_weights) of the margins of points (n, ...) with labels (n,), in the weights of model i."""
-    models.module.eval()
-    params = {name: p[i] for name, p in models.params.items()}
-    buffers = {name: b[i] for name, b in models.buffers.items()}
+    module = models.module.eval()
+    params, buffers = models.state_of(i)
 
     def one(params: Tensors, point: Tensor, label: Tensor) -> Tensor:
-        return margin(functional_call(models.module, (params, buffers), (point[None],)), label[None])[0]
+        return margin(functional_call(module, (params, buffers), (point[None],)), label[None])[0]
 
     found = vmap(grad(one), in_dims=(None, 0, 0))(params, x, y)
     return torch.cat([found[name].flatten(1) for name in params], 1)
@@ -74,7 +74,7 @@ class Metric:
 
     @classmethod
     def at(cls, models: Ensemble, x: Tensor, y: Tensor, lam: float) -> Metric:
-        """With mu = lam times the mean squared length of the gradients.
+        """The metric with mu = lam times the mean squared length of the gradients.
 
         Raises:
             OptionError: for a lam that is not positive.
@@ -84,7 +84,8 @@ class Metric:
 
     def damped(self, lam: float) -> Metric:
         """The same with another damping."""
-        return Metric(self.models, self.x, self.y, self.phi, *_factors(self.phi, lam))
+        factors, mu = _factors(self.phi, lam)
+        return replace(self, factors=factors, mu=mu)
 
     def solve(self, i: int, g: Tensor) -> Tensor:
         """A^-1 g of model i for each row of g (m, n_weights)."""
@@ -92,16 +93,25 @@ class Metric:
         inner = torch.cholesky_solve(phi @ g.T, self.factors[i])
         return (g - inner.T @ phi) / self.mu[i]
 
+    def solved(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each model the gradients g of the margins of points (m, ...), and A^-1 g, both (m, n_weights)."""
+        for i in range(self.models.n_models):
+            g = gradients(self.models, i, x, y)
+            yield g, self.solve(i, g)
+
+    def energy(self, x: Tensor, y: Tensor) -> np.ndarray:
+        """Squared lengths (m,) of the gradients of the points' margins, phi . A^-1 phi, mean over models."""
+        return torch.stack([(g * step).sum(1) for g, step in self.solved(x, y)]).mean(0).cpu().numpy()
+
     def influence(self, x: Tensor, y: Tensor) -> np.ndarray:
         """Change of the margins of points (m, ...) when each training point is deleted: (m, n), mean over models.
 
         phi . A^-1 g with g = -(1 - p) phi_i the gradient of the training point's loss, p its probability.
         """
         total = torch.zeros(len(x), len(self.x), device=x.device)
-        for i in range(self.models.n_models):
+        for i, (_, steps) in enumerate(self.solved(x, y)):
             logits = self.models[i : i + 1].forward(self.x[None])[0]
-            residual = torch.sigmoid(-margin(logits, self.y))
-            total -= self.solve(i, gradients(self.models, i, x, y)) @ self.phi[i].T * residual
+            total -= steps @ self.phi[i].T * torch.sigmoid(-margin(logits, self.y))
         return (total / self.models.n_models).cpu().numpy()
 
 
@@ -112,12 +122,10 @@ class Subspace:
     Attributes:
         models: K models.
         directions: name -> (k, K, ...), the parts w_j of the parameters of that name.
-        spectrum: s, largest first (m,); what is beyond k is lost.
     """
 
     models: Ensemble
     directions: Tensors
-    spectrum: np.ndarray
 
     @classmethod
     def of(cls, metric: Metric, x: Tensor, y: Tensor, k: int) -> Subspace:
@@ -129,24 +137,22 @@ class Subspace:
         if not 1 <= k <= len(x):
             raise OptionError(f"k={k} directions of {len(x)} candidate gradients were asked for; use 1 to {len(x)}.")
         models = metric.models
-        solved, gram = [], torch.zeros(len(x), len(x), device=x.device)
-        for i in range(models.n_models):
-            g = gradients(models, i, x, y)
-            solved.append(metric.solve(i, g))
-            gram += g @ solved[-1].T / models.n_models
+        steps, gram = [], torch.zeros(len(x), len(x), device=x.device)
+        for g, step in metric.solved(x, y):
+            steps.append(step)
+            gram += g @ step.T / models.n_models
         s, v = torch.linalg.eigh((gram + gram.T).double() / 2)
         s, v = s.flip(0), v.flip(1)
         rank = int((s > 1e-6 * s[0]).sum())
         if k > rank:
             raise OptionError(f"k={k} directions were asked for, but the candidates span {rank}; use 1 to {rank}.")
         weights = (v[:, :k] / s[:k].sqrt()).T.float()
-        flat = torch.stack([weights @ part for part in solved], 1)  # (k, K, n_weights)
-        directions, first = {}, 0
-        for name, p in models.params.items():
-            size = p[0].numel()
-            directions[name] = flat[:, :, first : first + size].reshape(k, *p.shape)
-            first += size
-        return cls(models, directions, s.clamp(min=0).cpu().numpy())
+        flat = torch.stack([weights @ step for step in steps], 1)  # (k, K, n_weights)
+        parts = flat.split([p[0].numel() for p in models.params.values()], 2)
+        directions = {
+            name: part.reshape(k, *p.shape) for (name, p), part in zip(models.params.items(), parts, strict=True)
+        }
+        return cls(models, directions)
 
     @property
     def k(self) -> int:
@@ -160,10 +166,8 @@ class Subspace:
             logits, along = jvp(lambda p: functional_call(module, (p, buffers), (x,)), (params,), (direction,))[:2]
             return logits, along
 
-        every_model = vmap(one, in_dims=(0, 0, 0))
-        logits, along = vmap(every_model, in_dims=(None, None, 0))(
-            self.models.params, self.models.buffers, self.directions
-        )
+        every_direction = vmap(vmap(one), in_dims=(None, None, 0))
+        logits, along = every_direction(self.models.params, self.models.buffers, self.directions)
         return logits[0], along
 
     def of_losses(self, x: Tensor) -> Tensor:
@@ -175,19 +179,19 @@ class Subspace:
     def of_margins(self, x: Tensor, y: Tensor) -> np.ndarray:
         """Coordinates (n, k) of the gradients of the points' margins."""
         logits, along = self.responses(x)
-        right = torch.nn.functional.one_hot(y, logits.shape[-1]).to(logits)
-        others = logits.masked_fill(right.bool(), -torch.inf).softmax(-1)
-        return ((right - others) * along).sum(-1).mean(1).T.cpu().numpy()
+        label = one_hot(y, logits.shape[-1]).to(logits)
+        others = logits.masked_fill(label.bool(), -torch.inf).softmax(-1)
+        return ((label - others) * along).sum(-1).mean(1).T.cpu().numpy()
 
     def displaced(self, z: np.ndarray, model: int) -> Ensemble:
         """Model number `model`, displaced by each row of z (n, k): n models."""
         moves = torch.from_numpy(np.asarray(z, np.float32)).to(self.models.device)
-        params = {
-            name: self.models.params[name][model] + torch.tensordot(moves, w[:, model], dims=1)
-            for name, w in self.directions.items()
-        }
-        buffers = {name: b[model].expand(len(z), *b.shape[1:]) for name, b in self.models.buffers.items()}
-        return Ensemble(self.models.module, params, buffers)
+        params, buffers = self.models.state_of(model)
+        return Ensemble(
+            self.models.module,
+            {name: params[name] + torch.tensordot(moves, w[:, model], dims=1) for name, w in self.directions.items()},
+            {name: b.expand(len(z), *b.shape) for name, b in buffers.items()},
+        )
 
     def loss(self, x: Tensor, y: Tensor, model: int, block: int = 100) -> Callable[[np.ndarray], np.ndarray]:
         """Mean cross-entropy on points (n, ...) of the model displaced by z, as a function of z (m, k)."""
@@ -196,9 +200,7 @@ class Subspace:
             losses = []
             for first in range(0, len(z), block):
                 logits = self.displaced(z[first : first + block], model).logits(x)
-                flat = torch.nn.functional.cross_entropy(
-                    logits.flatten(0, 1), y.cpu().repeat(len(logits)), reduction="none"
-                )
+                flat = cross_entropy(logits.flatten(0, 1), y.cpu().repeat(len(logits)), reduction="none")
                 losses.append(flat.view(len(logits), -1).double().mean(1).numpy())
             return np.concatenate(losses)
 

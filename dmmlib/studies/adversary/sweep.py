@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
-from dmmlib.studies.adversary import attacks
+from dmmlib.studies.adversary.attacks import delete_groups, most_harmful, wanted
 from dmmlib.studies.adversary.crafting import Poison
-from dmmlib.studies.adversary.experiments import Prepared, ddpa, energies
-from dmmlib.studies.adversary.simplex import regular
+from dmmlib.studies.adversary.experiments import Prepared, ddpa
 from dmmlib.studies.adversary.subspace import Metric, Subspace
 from dmmlib.studies.adversary.world import Site, World, retrain, together
 
@@ -33,41 +31,41 @@ class Case:
     attack: str
     varies: str
     value: float
-    poisons: Sequence[Poison]
-    requests: Sequence[Sequence[np.ndarray]]
-    targets: Sequence[np.ndarray]
+    poisons: list[Poison]
+    requests: list[list[np.ndarray]]
+    targets: list[np.ndarray]
     sites: Sequence[Site] = ()
-
-    @property
-    def pairs(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Images and labels of each training set's poison."""
-        return [site.poison for site in self.sites] or [(p.images, p.labels) for p in self.poisons]
 
 
 def outcomes(world: World, cases: Sequence[Case]) -> list[pd.DataFrame]:
-    """A table a case: a row a target, with one retrained model; originals are trained where there are none.
+    """For each case what one retrained model answers at each target; originals are trained where there are none.
 
     All cases' models are trained together, which is what makes a step of many small models cheap.
     """
     tables: dict[int, pd.DataFrame] = {}
     for n_models in (0, world.s.n_models):
-        part = [case for case in cases if bool(case.sites) == (n_models == 0)]
-        pairs = [pair for case in part for pair in case.pairs]
-        done = iter(together(world, pairs, n_models, [r for case in part for r in case.requests], 1, seed=50_000))
-        for case in part:
-            trained = [next(done) for _ in case.pairs]
-            made = case.sites or [site for site, _ in trained]
-            found = [s.outcomes(t, z) for s, t, (_, z) in zip(made, case.targets, trained, strict=True)]
-            names: dict[str, Any] = {"attack": case.attack, "varies": case.varies, "value": case.value}
-            names |= {"size": len(case.requests[0][0])}
-            names |= {"balance": float(np.mean([p.balance for p in case.poisons])) if case.poisons else 0.0}
-            right = [site.logits[:, world.s.n :].argmax(2) == world.data.y_val for site in made]
-            tables[id(case)] = pd.concat(found).assign(**names | {"accuracy before": float(np.mean(right))})
-    return [tables[id(case)] for case in cases]
+        part = {i: case for i, case in enumerate(cases) if bool(case.sites) == (n_models == 0)}
+        pairs = [z for c in part.values() for z in [s.poison for s in c.sites] or [p.points for p in c.poisons]]
+        done = iter(together(world, pairs, n_models, [r for c in part.values() for r in c.requests], 1, seed=50_000))
+        for i, case in part.items():
+            made, retrained = zip(*(next(done) for _ in case.targets), strict=True)
+            tables[i] = _outcomes(case.sites or made, case.targets, retrained).assign(
+                attack=case.attack,
+                varies=case.varies,
+                value=case.value,
+                size=len(case.requests[0][0]),
+                balance=np.mean([p.balance for p in case.poisons]) if case.poisons else 0.0,
+            )
+    return [tables[i] for i in range(len(cases))]
+
+
+def _outcomes(sites: Sequence[Site], targets: Iterable[np.ndarray], retrained: Iterable[np.ndarray]) -> pd.DataFrame:
+    tables = [site.outcomes(t, z) for site, t, z in zip(sites, targets, retrained, strict=True)]
+    return pd.concat(tables).assign(**{"accuracy before": np.mean([site.accuracy for site in sites])})
 
 
 def sweep(world: World, prepared: Prepared) -> pd.DataFrame:
-    """Outcomes of retraining after requests while one thing varies: a row an attack, quantity, value, target and model.
+    """Outcomes of retraining after requests while one thing varies, for each attack, quantity, value and target.
 
     - "share", "bound", "k": DDPA with other poison;
     - "points deleted": fewer of them, also of the attacks that need no flexibility;
@@ -77,26 +75,22 @@ def sweep(world: World, prepared: Prepared) -> pd.DataFrame:
     s = world.s
     cases = [case for name in ("ddpa_clean", "ddpa_dirty") for case in _of_ddpa(world, prepared, name)]
     parts = outcomes(world, [*cases, *_of_fixed_targets(world, prepared)])
-    usual = {"share": s.share, "bound": float(s.epsilon), "k": float(s.k), "points deleted": float(world.half)}
+    usual = {"share": s.share, "bound": float(s.epsilon), "k": float(s.k), "points deleted": float(s.half)}
     for name in ("ddpa_clean", "ddpa_dirty", "camouflage", "honest_gradient"):
         asked = prepared.asked[name]
-        every = enumerate(world.targets)
-        found = pd.concat([asked.site(t).outcomes(world.targets[[t]], asked.retrained[t][None]) for t, _ in every])
-        right = [site.logits[:, s.n :].argmax(2) == world.data.y_val for site in asked.sites]
-        found = found.assign(**{"accuracy before": float(np.mean(right))})
+        found = _outcomes(asked.sites, *(np.split(z, len(asked.sites)) for z in (world.targets, asked.retrained)))
         for varies, value in usual.items():
             if name.startswith("ddpa") or varies == "points deleted":
-                parts.append(found.assign(attack=name, varies=varies, value=value, size=world.half))
+                parts.append(found.assign(attack=name, varies=varies, value=value, size=s.half))
     return pd.concat(parts, ignore_index=True).sort_values(["attack", "varies", "value"], kind="stable")
 
 
 def _of_ddpa(world: World, prepared: Prepared, name: str) -> list[Case]:
-    s, targets, crafted = world.s, world.targets, prepared.crafted[name]
-    site = prepared.places[name]
+    s, targets, crafted, site = world.s, world.targets, prepared.crafted[name], prepared.places[name]
     cases: list[Case] = []
 
-    def craft(varies: str, value: float, space: Subspace, **changes: float) -> None:
-        poison = world.craft(space, dirty=crafted.dirty, angle=crafted.angle, **changes)
+    def craft(varies: str, value: float, space: Subspace, **changes: Any) -> None:
+        poison = world.craft(space, crafted.dirty, crafted.angle, **changes)
         cases.append(Case(name, varies, value, [poison], [ddpa(world, poison, space, targets)], [targets]))
 
     def ask(varies: str, value: float, requests: list[np.ndarray]) -> None:
@@ -111,52 +105,49 @@ def _of_ddpa(world: World, prepared: Prepared, name: str) -> list[Case]:
         craft("k", k, world.subspace(k, crafted.damping))
     for size in s.sizes:
         ask("points deleted", size, ddpa(world, crafted.poison, crafted.subspace, targets, size))
-    metric = Metric.at(site.originals, site.x[: s.n], site.y[: s.n], s.damping)
-    influence = metric.influence(*world.of_targets(targets))
-    ask("plan", 1, [attacks.most_harmful(row, world.half, site.own) for row in influence])
+    influence = Metric.at(site.originals, site.x[: s.n], site.y[: s.n], s.damping).influence(*world.of_targets(targets))
+    ask("plan", 1, [most_harmful(row, s.half, site.own) for row in influence])
     return [*cases, _class_known(world, name, crafted.dirty)]
 
 
 def _class_known(world: World, name: str, dirty: bool) -> Case:
-    x, y = world.pool_x[: world.s.n_candidates], world.pool_y[: world.s.n_candidates]
-    poisons, requests, targets = [], [], []
-    for label in np.unique(world.data.y_val[world.targets]):
-        its, known = world.targets[world.data.y_val[world.targets] == label], y == label
-        if not known.any():
-            continue
-        line = Subspace.of(world.known, world.victim.points(x[known]), torch.from_numpy(y[known]), 1)
-        poison = world.craft(line, dirty=dirty, angle=0.0)
-        poisons.append(poison)
-        requests.append(ddpa(world, poison, line, its))
-        targets.append(its)
-    return Case(name, "class known", 1, poisons, requests, targets)
+    x, y = world.candidates()
+    case = Case(name, "class known", 1, [], [], [])
+    labels = world.data.y_val[world.targets]
+    for label in np.intersect1d(labels, y):
+        targets, known = world.targets[labels == label], y == label
+        line = Subspace.of(world.known, x[known], y[known], 1)
+        case.poisons.append(world.craft(line, dirty, 0.0))
+        case.requests.append(ddpa(world, case.poisons[-1], line, targets))
+        case.targets.append(targets)
+    return case
 
 
 def _of_fixed_targets(world: World, prepared: Prepared) -> list[Case]:
     """Camouflage and honest points chosen by gradients, with fewer points deleted: those that count most."""
-    targets, camouflage = world.targets, prepared.asked["camouflage"]
-    honest, each = prepared.places["honest"], [targets[[t]] for t in range(len(targets))]
+    targets, camouflage, name = world.targets, prepared.asked["camouflage"], "points deleted"
     influence = world.known.influence(*world.of_targets(targets))
     cases = []
     for size in world.s.sizes:
         fewer = []
         for poison, forget in zip(prepared.hidden, camouflage.requests, strict=True):
-            pull = np.abs(poison.coordinates[forget - world.s.n + len(poison), 0])
-            fewer.append([np.sort(forget[np.argsort(-pull, kind="stable")[:size]])])
-        cases.append(Case("camouflage", "points deleted", size, prepared.hidden, fewer, each, camouflage.sites))
-        chosen = [attacks.most_harmful(row, size, np.arange(world.s.n)) for row in influence]
-        cases.append(Case("honest_gradient", "points deleted", size, [], [chosen], [targets], [honest]))
+            pull = np.zeros(world.s.n)
+            pull[-len(poison) :] = np.abs(poison.coordinates[:, 0])
+            fewer.append([most_harmful(-pull, size, forget)])
+        each = [np.array([t]) for t in targets]
+        cases.append(Case("camouflage", name, size, prepared.hidden, fewer, each, camouflage.sites))
+        chosen = [most_harmful(row, size, np.arange(world.s.n)) for row in influence]
+        cases.append(Case("honest_gradient", name, size, [], [chosen], [targets], [prepared.places["honest"]]))
     return cases
 
 
 def sequence(world: World, prepared: Prepared) -> pd.DataFrame:
-    """Several targets one after another from the same dirty-label poison: a row a place in the sequence and target.
+    """Several targets one after another from the same dirty-label poison, for each place in the sequence and target.
 
     Each asks for an equal part of the poison, from what earlier ones left. After each request a retrained model is
     looked at, at the target asked for "last" and at the "first" one.
     """
-    s = world.s
-    crafted, site = prepared.crafted["ddpa_dirty"], prepared.places["ddpa_dirty"]
+    s, crafted, site = world.s, prepared.crafted["ddpa_dirty"], prepared.places["ddpa_dirty"]
     poison = crafted.poison
     coordinates = crafted.subspace.of_margins(*world.of_targets(world.targets))
     groups = np.arange(len(world.targets) // s.sequence * s.sequence).reshape(-1, s.sequence)
@@ -165,12 +156,11 @@ def sequence(world: World, prepared: Prepared) -> pd.DataFrame:
     for group in groups:
         left = np.ones(len(poison), bool)
         for t in group:
-            left[attacks.delete_groups(poison, coordinates[t], size, left)] = False
+            left[delete_groups(poison, coordinates[t], size, left)] = False
             requests.append(site.own[~left])
     after = retrain(world, site, requests, 1, seed=60_000)
     looked = {"last": groups.ravel(), "first": np.repeat(groups[:, 0], s.sequence)}
-    place = np.tile(np.arange(s.sequence) + 1, len(groups))
-    deleted = [len(r) for r in requests]
+    place, deleted = np.tile(np.arange(s.sequence) + 1, len(groups)), [len(r) for r in requests]
     parts = [
         site.outcomes(world.targets[at], after).assign(**{"looked at": name}, place=place, deleted=deleted)
         for name, at in looked.items()
@@ -180,7 +170,7 @@ def sequence(world: World, prepared: Prepared) -> pd.DataFrame:
 
 
 def limits(world: World, prepared: Prepared, measured: pd.Series) -> pd.DataFrame:
-    """What is left of a request's pull along its target, factor by factor, relative to camouflage: a row an attack.
+    """What is left of a request's pull along its target, factor by factor, relative to camouflage, for each attack.
 
     "pulls along the target": length, in pulls of one perfect point, of what a request of the convex combination leaves,
     sum over deleted points of -v_i . d; with the target known it is the number of points. Times the alignment of the
@@ -192,50 +182,51 @@ def limits(world: World, prepared: Prepared, measured: pd.Series) -> pd.DataFram
         measured: change of margin by retraining, indexed by attack.
     """
     x, y = world.of_targets(world.targets)
-    rows = []
-    for name in ("camouflage", "ddpa_clean", "ddpa_dirty"):
-        if name == "camouflage":
-            poisons, held = prepared.hidden, 1.0
-            pulls = float(world.half)
-        else:
-            crafted = prepared.crafted[name]
-            poisons, k = [crafted.poison], crafted.subspace.k
-            coordinates = crafted.subspace.of_margins(x, y)
-            held = float(((coordinates**2).sum(1) / energies(world, crafted.damping, x, y)).mean())
-            first, unit = world.s.n - len(crafted.poison), regular(k)
-            gone = [unit[crafted.poison.group[r - first]].sum(0) for r in prepared.asked[name].requests]
-            wanted = [attacks.wanted(c) for c in coordinates]
-            pulls = float(np.mean([-(g @ d) for g, d in zip(gone, wanted, strict=True)]))
-        alignment = float(np.mean([p.alignment for p in poisons]))
-        row = {"attack": name, "pulls along the target": pulls, "alignment": alignment, "gradient held": held}
-        row |= {"balance": float(np.mean([p.balance for p in poisons])), "product": pulls * alignment * held**0.5}
-        rows.append(row | {"measured": float(measured[name])})
-    table = pd.DataFrame(rows)
-    return table.assign(expected=table["product"] / table["product"].iloc[0] * table["measured"].iloc[0])
+    factors = {"camouflage": (prepared.hidden, float(world.s.half), 1.0)}
+    for name in ("ddpa_clean", "ddpa_dirty"):
+        crafted, site = prepared.crafted[name], prepared.places[name]
+        poison, coordinates = crafted.poison, crafted.subspace.of_margins(x, y)
+        vertices = poison.vertices[poison.group]
+        pulls = [
+            -vertices[forget - site.own[0]].sum(0) @ wanted(target)
+            for forget, target in zip(prepared.asked[name].requests, coordinates, strict=True)
+        ]
+        held = (coordinates**2).sum(1) / world.known.damped(crafted.damping).energy(x, y)
+        factors[name] = [poison], float(np.mean(pulls)), float(held.mean())
+    table = pd.DataFrame(
+        {
+            "attack": name,
+            "pulls along the target": pulls,
+            "alignment": np.mean([p.alignment for p in poisons]),
+            "gradient held": held,
+            "balance": np.mean([p.balance for p in poisons]),
+        }
+        for name, (poisons, pulls, held) in factors.items()
+    )
+    product = table["pulls along the target"] * table["alignment"] * table["gradient held"] ** 0.5
+    table = table.assign(product=product, measured=measured[table["attack"]].to_numpy(float))
+    return table.assign(expected=product / product[0] * table["measured"][0])
 
 
 def costs(world: World) -> pd.DataFrame:
-    """What an attack takes, in sample gradients relative to training one model, once and a target.
+    """What an attack takes, in sample gradients relative to training one model, once and for each target.
 
-    Knowing: K models trained, and their gradients. Crafting: a step takes a forward-mode pass and its reverse a point,
-    model and direction. Asking: a gradient at the target, or, where the target has to be known, crafting anew.
+    Knowing: K models trained, and their gradients. Crafting: a step takes a forward-mode pass and its reverse for each
+    point, model and direction. Asking: a gradient at the target, or, where the target has to be known, crafting anew.
     """
     s = world.s
     one = s.n * s.epochs
-    p = max(s.k + 1, round(s.share * s.n))
-    knowing = s.n_known * (one + s.n) / one
+    knowing, gradient = s.n_known * (one + s.n) / one, s.n_known / one
 
     def crafting(k: int) -> float:
-        labels = len(world.pool_x) * s.n_known * k
-        return (s.n_known * s.n_candidates + labels + s.craft_steps * p * s.n_known * (k + 1)) / one
+        labels, points = len(world.pool[0]) * k, max(s.k + 1, round(s.share * s.n))
+        return s.n_known * (s.n_candidates + labels + s.craft_steps * points * (k + 1)) / one
 
-    gradient = s.n_known / one
-    return pd.DataFrame(
-        [
-            {"attack": "DDPA, white box or surrogate", "once": knowing + crafting(s.k), "a target": gradient},
-            {"attack": "camouflage", "once": knowing, "a target": crafting(1) + gradient},
-            {"attack": "honest points, gradients", "once": knowing, "a target": gradient + s.n_known * s.n / one},
-            {"attack": "honest points, datamodel", "once": s.n_subsets * s.fraction, "a target": 0.0},
-            {"attack": "random", "once": 0.0, "a target": 0.0},
-        ]
-    )
+    rows = [
+        ("DDPA, white box or surrogate", knowing + crafting(s.k), gradient),
+        ("camouflage", knowing, crafting(1) + gradient),
+        ("honest points, gradients", knowing, gradient + s.n_known * s.n / one),
+        ("honest points, datamodel", s.n_subsets * s.fraction, 0.0),
+        ("random", 0.0, 0.0),
+    ]
+    return pd.DataFrame(rows, columns=["attack", "once", "a target"])

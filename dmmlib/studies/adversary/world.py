@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,21 +14,14 @@ from torch.nn.functional import avg_pool2d
 
 from dmmlib import ensemble, metrics, models
 from dmmlib.data import Dataset, from_arrays
-from dmmlib.errors import DataError, OptionError
+from dmmlib.errors import DataError
 from dmmlib.execution import Execution
-from dmmlib.studies.adversary import simplex
 from dmmlib.studies.adversary.crafting import Poison, Prepare, craft
 from dmmlib.studies.adversary.settings import AdversarySettings
 from dmmlib.studies.adversary.subspace import Metric, Subspace
 
-Logits = Sequence[np.ndarray] | np.ndarray
-"""Logits (n_models, n_points, n_classes) for each of several requests."""
-
-
-def check_share(share: float) -> None:
-    """Raise OptionError unless the attacker's share of the training set is above 0 and at most a half."""
-    if not 0 < share <= 0.5:
-        raise OptionError(f"The attacker's share {share} was given; use a number above 0 and at most 0.5.")
+Points = tuple[np.ndarray, np.ndarray]
+"""Images, uint8 (k, height, width, channels), and their labels (k,)."""
 
 
 @dataclass(frozen=True)
@@ -48,47 +40,42 @@ class Victim:
     training: ensemble.Training
     execution: Execution
 
+    @classmethod
+    def of(
+        cls,
+        data: Dataset,
+        features: Prepare,
+        module: Callable[[int], nn.Module],
+        training: ensemble.Training,
+        execution: Execution | None,
+    ) -> Victim:
+        """A victim that sees `features` (n, d) of normalised images, and the module for that d."""
+
+        def prepare(images: Tensor) -> Tensor:
+            channels_first = images.permute(0, 3, 1, 2).contiguous()  # as `models.normalise`, to be differentiated
+            mean, std = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in (data.mean, data.std))
+            return features((channels_first - mean) / std)
+
+        d = prepare(torch.zeros(1, *data.x_train.shape[1:])).shape[1]
+        return cls(prepare, lambda: module(d), training, execution or Execution(512, torch.get_num_threads()))
+
     def points(self, images: np.ndarray) -> Tensor:
         """uint8 images (n, height, width, channels) as points."""
         return self.prepare(torch.from_numpy(images).float() / 255)
 
     def train(self, x: Tensor, y: np.ndarray, masks: np.ndarray, seeds: Sequence[int]) -> ensemble.Ensemble:
-        """One model a mask; see `ensemble.train`."""
+        """One model for each mask; see `ensemble.train`."""
         return ensemble.train(self.factory, x, torch.from_numpy(y), masks, seeds, self.training, self.execution)
 
 
-def standardise(data: Dataset, images: Tensor) -> Tensor:
-    """`models.normalise` of pixels in [0, 1] (n, height, width, channels), to be differentiated in them.
-
-    It is not there, since stored models are named by the source of `models`.
-    """
-    mean, std = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in (data.mean, data.std))
-    return (images.permute(0, 3, 1, 2).contiguous() - mean) / std
-
-
-def pool(images: Tensor) -> Tensor:
-    """What `models.pooled` does after normalising, to be differentiated: (n, features)."""
-    return (avg_pool2d(images, 2) if images.shape[-1] >= 20 else images).flatten(1)
-
-
-def cores() -> Execution:
-    """Many small models a step on each core; nothing is compiled, as nothing here trains for long."""
-    return Execution(512, torch.get_num_threads())
-
-
 def mlp(data: Dataset, s: AdversarySettings, execution: Execution | None = None) -> Victim:
-    """One hidden layer on pooled pixels."""
+    """One hidden layer on pooled pixels, as `models.pooled` makes them."""
 
-    def prepare(images: Tensor) -> Tensor:
-        return pool(standardise(data, images))
+    def features(images: Tensor) -> Tensor:
+        return (avg_pool2d(images, 2) if images.shape[-1] >= 20 else images).flatten(1)
 
-    width = prepare(torch.zeros(1, *data.x_train.shape[1:])).shape[1]
-    return Victim(
-        prepare,
-        lambda: models.mlp((width,), data.n_classes, s.hidden),
-        ensemble.Training(s.epochs, s.batch, s.lr),
-        execution or cores(),
-    )
+    training = ensemble.Training(s.epochs, s.batch, s.lr)
+    return Victim.of(data, features, lambda d: models.mlp((d,), data.n_classes, s.hidden), training, execution)
 
 
 @dataclass(frozen=True)
@@ -98,7 +85,7 @@ class World:
     Attributes:
         s: sizes.
         data: the service's training points (n, honest) and V; where there is poison it takes the last places of S.
-        pool_x, pool_y: the attacker's own images and their labels.
+        pool: the attacker's own images and labels.
         victim: what is trained.
         known: white box: models of the service's seeds on `data`, without the attacker.
         surrogate: models of other seeds on the attacker's own points.
@@ -107,28 +94,20 @@ class World:
 
     s: AdversarySettings
     data: Dataset
-    pool_x: np.ndarray
-    pool_y: np.ndarray
+    pool: Points
     victim: Victim
     known: Metric
     surrogate: Metric
     targets: np.ndarray
     tuning: np.ndarray
 
-    @property
-    def half(self) -> int:
-        """Points a request: half of the attacker's, as many as one of two groups that cancel."""
-        return max(1, round(self.s.share * self.s.n) // 2)
-
     @classmethod
     def of(cls, data: Dataset, s: AdversarySettings, victim: Victim) -> World:
-        """Split the data, train what the attacker knows, draw targets that all of it answers rightly.
+        """Split the data, train what the attacker knows, draw targets that all of it answers correctly.
 
         Raises:
-            OptionError: for a share that is no share.
-            DataError: for too few points or targets.
+            DataError: for too few points or targets, or images that are not uint8.
         """
-        check_share(s.share)
         if data.n_train < s.n + s.n_candidates:
             raise DataError(
                 f"The data have {data.n_train} training points; give {s.n} for the service and at least "
@@ -140,67 +119,71 @@ class World:
             data.x_train[: s.n], data.y_train[: s.n], data.x_val, data.y_val,
             name=data.name, class_names=data.class_names, mean=data.mean, std=data.std,
         )  # fmt: skip
-        pool_x, pool_y = data.x_train[s.n :], data.y_train[s.n :]
-        own = min(len(pool_x), s.n)
-        x, x_own, x_val = (victim.points(v) for v in (service.x_train, pool_x[:own], data.x_val))
-        seeds = list(range(s.n_known))
-        known = victim.train(x, service.y_train, np.ones((s.n_known, s.n), bool), seeds)
-        other = victim.train(x_own, pool_y[:own], np.ones((s.n_known, own), bool), [10_000 + i for i in seeds])
-        right = np.concatenate([metrics.correct(m.logits(x_val).numpy(), data.y_val) for m in (known, other)]).all(0)
-        candidates = np.random.default_rng([s.seed, 1]).permutation(np.flatnonzero(right))
+        pool = data.x_train[s.n :], data.y_train[s.n :]
+        known, surrogate = (
+            _metric(victim, s, images[: s.n], labels[: s.n], seed)
+            for (images, labels), seed in (((service.x_train, service.y_train), 0), (pool, 10_000))
+        )
+        answers = [m.models.logits(victim.points(data.x_val)).numpy() for m in (known, surrogate)]
+        able = np.flatnonzero(metrics.correct(np.concatenate(answers), data.y_val).all(0))
+        candidates = np.random.default_rng([s.seed, 1]).permutation(able)
         if len(candidates) < s.n_targets + s.n_tuning:
             raise DataError(
-                f"Models answer {len(candidates)} validation points rightly, but {s.n_targets} + {s.n_tuning} targets "
-                "were asked for; lower adversary.n_targets or n_tuning."
+                f"Models answer {len(candidates)} validation points correctly, but {s.n_targets} + {s.n_tuning} "
+                "targets were asked for; lower adversary.n_targets or n_tuning."
             )
-        return cls(
-            s,
-            service,
-            pool_x,
-            pool_y,
-            victim,
-            Metric.at(known, x, torch.from_numpy(service.y_train), s.damping),
-            Metric.at(other, x_own, torch.from_numpy(pool_y[:own]), s.damping),
-            candidates[: s.n_targets],
-            candidates[s.n_targets : s.n_targets + s.n_tuning],
-        )
+        targets, tuning = np.split(candidates[: s.n_targets + s.n_tuning], [s.n_targets])
+        return cls(s, service, pool, victim, known, surrogate, targets, tuning)
+
+    @property
+    def nobody(self) -> Points:
+        """No poison at all."""
+        return self.data.x_train[:0], self.data.y_train[:0]
 
     def of_targets(self, targets: np.ndarray) -> tuple[Tensor, Tensor]:
         """Points and labels of targets, positions in V."""
         return self.victim.points(self.data.x_val[targets]), torch.from_numpy(self.data.y_val[targets])
 
-    def subspace(self, k: int, damping: float | None = None, white: bool = True) -> Subspace:
-        """The k principal directions of the gradients of candidate targets, points of the attacker's own."""
-        x, y = self.pool_x[: self.s.n_candidates], self.pool_y[: self.s.n_candidates]
-        metric = self.known if white else self.surrogate
-        if damping is not None:
-            metric = metric.damped(damping)
-        return Subspace.of(metric, self.victim.points(x), torch.from_numpy(y), k)
+    def candidates(self) -> tuple[Tensor, Tensor]:
+        """Candidate targets that span subspaces, the first of the attacker's own: points and labels."""
+        x, y = (part[: self.s.n_candidates] for part in self.pool)
+        return self.victim.points(x), torch.from_numpy(y)
 
-    def album(self, size: int, honest: int, rng: np.random.Generator) -> np.ndarray:
-        """An honest user's images: a random one of the first `honest` points, and the nearest of its class."""
+    def subspace(self, k: int, damping: float | None = None, white: bool = True) -> Subspace:
+        """The k principal directions of the candidate targets' gradients."""
+        metric = self.known if white else self.surrogate
+        return Subspace.of(metric if damping is None else metric.damped(damping), *self.candidates(), k)
+
+    def album(self, honest: int, rng: np.random.Generator) -> np.ndarray:
+        """An honest user's request: a random one of the first `honest` points, and the nearest of its class."""
         x, y = self.known.x[:honest].flatten(1).cpu().numpy(), self.data.y_train[:honest]
         first = int(rng.integers(honest))
         same = np.flatnonzero(y == y[first])
         order = np.argsort(((x[same] - x[first]) ** 2).sum(1), kind="stable")
-        return np.sort(same[order[:size]])
+        return np.sort(same[order[: self.s.half]])
 
-    def craft(self, subspace: Subspace, *, dirty: bool, angle: float, **changes: float) -> Poison:
-        """Poison for a subspace, at the settings' share and bound unless `changes` says otherwise."""
-        share, epsilon = changes.get("share", self.s.share), changes.get("epsilon", self.s.epsilon)
-        check_share(share)
+    def craft(
+        self, subspace: Subspace, dirty: bool, angle: float, share: float | None = None, epsilon: int | None = None
+    ) -> Poison:
+        """Poison for a subspace, at the settings' share and bound unless others are given."""
+        s = self.s
         return craft(
             subspace,
-            simplex.regular(subspace.k),
-            self.pool_x,
-            self.pool_y,
+            *self.pool,
             self.victim.prepare,
-            max(subspace.k + 1, round(share * self.s.n)),
-            epsilon=int(epsilon),
+            max(subspace.k + 1, round((s.share if share is None else share) * s.n)),
+            epsilon=s.epsilon if epsilon is None else epsilon,
             dirty=dirty,
             angle=angle,
-            steps=self.s.craft_steps,
+            steps=s.craft_steps,
         )
+
+
+def _metric(victim: Victim, s: AdversarySettings, images: np.ndarray, labels: np.ndarray, seed: int) -> Metric:
+    """The metric at models of those points, of the seeds from `seed` on."""
+    x = victim.points(images)
+    trained = victim.train(x, labels, np.ones((s.n_known, len(x)), bool), range(seed, seed + s.n_known))
+    return Metric.at(trained, x, torch.from_numpy(labels), s.damping)
 
 
 @dataclass(frozen=True)
@@ -225,48 +208,45 @@ class Site:
         return torch.from_numpy(self.data.y)
 
     @property
-    def poison(self) -> tuple[np.ndarray, np.ndarray]:
+    def poison(self) -> Points:
         """The attacker's images and labels."""
         return self.data.x_train[self.own], self.data.y_train[self.own]
 
-    def outcomes(self, targets: np.ndarray, retrained: Logits) -> pd.DataFrame:
-        """Target, model, error and margin, a row a target and retrained model; "before": the originals' means.
+    @property
+    def accuracy(self) -> float:
+        """Of the originals on V."""
+        n = self.data.n_train
+        return float(metrics.correct(self.logits[:, n:], self.data.y_val).mean())
+
+    def outcomes(self, targets: np.ndarray, retrained: np.ndarray) -> pd.DataFrame:
+        """Error and margin of each retrained model at each target; "before": the originals' means.
 
         Args:
             targets: positions in V (T,).
-            retrained: logits (n_models, n_points, n_classes) for each of them.
+            retrained: logits (T, n_models, n_points, n_classes).
         """
-        parts = []
+        tables = []
         for target, logits in zip(targets, retrained, strict=True):
             at = [self.data.n_train + target]
-            columns: dict[str, Any] = {"target": target, "model": np.arange(len(logits))}
+            columns = {"target": target, "model": np.arange(len(logits))}
             for when, z in (("", logits), (" before", self.logits)):
-                right, margin = metrics.correct(z[:, at], self.data.y[at]), metrics.margins(z[:, at], self.data.y[at])
-                columns |= {f"error{when}": ~right[:, 0], f"margin{when}": margin[:, 0]}
+                columns[f"error{when}"] = ~metrics.correct(z[:, at], self.data.y[at])[:, 0]
+                columns[f"margin{when}"] = metrics.margins(z[:, at], self.data.y[at])[:, 0]
             before = {name: columns[name].mean() for name in ("error before", "margin before")}
-            parts.append(pd.DataFrame(columns | before))
-        return pd.concat(parts, ignore_index=True)
+            tables.append(pd.DataFrame(columns | before))
+        return pd.concat(tables, ignore_index=True)
 
 
 def with_poison(data: Dataset, images: np.ndarray, labels: np.ndarray) -> tuple[Dataset, np.ndarray]:
     """The data with their last training points replaced by the attacker's, and the indices of those."""
     honest = data.n_train - len(images)
-    poisoned = replace(
-        data,
-        x_train=np.concatenate([data.x_train[:honest], images]),
-        y_train=np.concatenate([data.y_train[:honest], labels]),
-    )
-    return poisoned, np.arange(honest, data.n_train)
-
-
-def sites(world: World, poisons: Sequence[tuple[np.ndarray, np.ndarray]], n_models: int) -> list[Site]:
-    """Train N models with each of several poisons (images, labels), all of them together."""
-    return [site for site, _ in together(world, poisons, n_models, [[] for _ in poisons], 0)]
+    x, y = np.concatenate([data.x_train[:honest], images]), np.concatenate([data.y_train[:honest], labels])
+    return replace(data, x_train=x, y_train=y), np.arange(honest, data.n_train)
 
 
 def together(
     world: World,
-    poisons: Sequence[tuple[np.ndarray, np.ndarray]],
+    poisons: Sequence[Points],
     n_models: int,
     requests: Sequence[Sequence[np.ndarray]],
     n_retrained: int,
@@ -278,50 +258,40 @@ def together(
     different training sets share every step. Without originals (n_models 0) a site holds none. Originals have the seeds
     0, 1, ..., and every request its own, from `seed` on.
     """
-    data, victim, n = world.data, world.victim, world.s.n
+    data, n = world.data, world.s.n
     made = [with_poison(data, *poison) for poison in poisons]
-    starts = n + np.concatenate([[0], np.cumsum([len(own) for _, own in made])])
-    x = victim.points(np.concatenate([data.x_train, *(p[0] for p in poisons)]))
-    y = np.concatenate([data.y_train, *(p[1] for p in poisons)])
-    masks, seeds, fresh = [], [], itertools.count(seed, 1000)
+    x = world.victim.points(np.concatenate([data.x_train, *(images for images, _ in poisons)]))
+    y = np.concatenate([data.y_train, *(labels for _, labels in poisons)])
+    starts = n + np.cumsum([0, *(len(own) for _, own in made)])
+    masks, seeds, fresh = list[np.ndarray](), list[int](), itertools.count(seed, 1000)
     for (_, own), start, asked in zip(made, starts, requests, strict=False):
         place = np.concatenate([np.arange(n - len(own)), start + np.arange(len(own))])
-        for forget in [None, *asked]:
-            mask = np.zeros(len(x), bool)
-            mask[place if forget is None else np.delete(place, forget)] = True
-            count = n_models if forget is None else n_retrained
-            masks += [mask] * count
-            first = 0 if forget is None else next(fresh)
-            seeds += [first + i for i in range(count)]
-    trained = victim.train(x, y, np.stack(masks), seeds)
+        mask = np.zeros(len(x), bool)
+        mask[place] = True
+        masks += [mask] * n_models
+        seeds += range(n_models)
+        for forget, first in zip(asked, fresh, strict=False):
+            kept = mask.copy()
+            kept[place[forget]] = False
+            masks += [kept] * n_retrained
+            seeds += range(first, first + n_retrained)
+    trained = world.victim.train(x, y, np.stack(masks), seeds)
     done, first = [], 0
     for (poisoned, own), asked in zip(made, requests, strict=True):
-        points = victim.points(poisoned.x)
-        last = first + n_models + len(asked) * n_retrained
-        logits = trained[first:last].logits(points).numpy()
-        originals = trained[first : first + n_models]
+        points = world.victim.points(poisoned.x)
+        its = trained[first : first + n_models + len(asked) * n_retrained]
+        logits = its.logits(points).numpy()
         retrained = logits[n_models:].reshape(len(asked), n_retrained, *logits.shape[1:])
-        done.append((Site(poisoned, own, points, originals, logits[:n_models]), retrained))
-        first = last
+        done.append((Site(poisoned, own, points, its[:n_models], logits[:n_models]), retrained))
+        first += its.n_models
     return done
+
+
+def sites(world: World, poisons: Sequence[Points], n_models: int) -> list[Site]:
+    """Train N models with each of several poisons (images, labels), all of them together."""
+    return [site for site, _ in together(world, poisons, n_models, [[] for _ in poisons], 0)]
 
 
 def retrain(world: World, site: Site, requests: Sequence[np.ndarray], n: int, seed: int = 20_000) -> np.ndarray:
     """Logits (n_requests, n, n_points, n_classes) of models trained on a site's points without each request's."""
-    masks = np.ones((len(requests), n, site.data.n_train), bool)
-    for mask, forget in zip(masks, requests, strict=True):
-        mask[:, forget] = False
-    seeds = [seed + 1000 * r + i for r in range(len(requests)) for i in range(n)]
-    trained = world.victim.train(
-        site.x[: site.data.n_train], site.data.y_train, masks.reshape(-1, site.data.n_train), seeds
-    )
-    return trained.logits(site.x).numpy().reshape(len(requests), n, len(site.x), -1)
-
-
-def check_targets(logits: np.ndarray, labels: np.ndarray, targets: np.ndarray, n_train: int) -> None:
-    """Raise DataError if most originals err on a target already: there is nothing to attack."""
-    wrong = (~metrics.correct(logits[:, n_train + targets], labels[n_train + targets])).mean(0) > 0.5
-    if wrong.any():
-        raise DataError(
-            f"Target {targets[wrong][0]} is misclassified by most originals already; choose one that they get right."
-        )
+    return together(world, [site.poison], 0, [requests], n, seed)[0][1]
