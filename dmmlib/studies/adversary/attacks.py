@@ -40,11 +40,9 @@ def delete_groups(
     Args:
         poison: the attacker's points.
         target: coordinates (k,) of the target's margin.
-        size: points to delete; by default as many as the convex combination says.
+        size: points to delete, by default as many as the convex combination says; raises OptionError where the attacker
+            has fewer.
         left: which points are still there, bool (p,); all by default.
-
-    Raises:
-        OptionError: for more points than the attacker has left.
     """
     there = np.ones(len(poison), bool) if left is None else left
     if size is not None and not 1 <= size <= there.sum():
@@ -59,24 +57,11 @@ def delete_groups(
 
 
 def most_harmful(influence: np.ndarray, size: int, allowed: np.ndarray) -> np.ndarray:
-    """The `size` allowed training points whose deletion lowers the target's margin most.
-
-    Args:
-        influence: change of the margin on deletion of each training point (n_train,).
-        size: how many.
-        allowed: indices to choose from.
-    """
+    """The `size` allowed points that lower a target's margin most when deleted, by the influence (n_train,) of each."""
     return np.sort(allowed[np.argsort(influence[allowed], kind="stable")[:size]])
 
 
 def datamodel_influence(model: Datamodel, labels: np.ndarray, n_train: int, points: np.ndarray) -> np.ndarray:
-    """Change of the margins of some points (t,) on deletion of each training point (t, n_train), by a datamodel.
-
-    Args:
-        model: in the margin gauge.
-        labels: of all points.
-        n_train: training points.
-        points: positions among all.
-    """
+    """Change of the margins of some points (t,) on deletion of each training point (t, n_train), by a datamodel."""
     without = np.array_split(~np.eye(n_train, dtype=bool), -(-n_train // 100))
     return np.concatenate([right_logits(model.change(masks), labels)[:, points] for masks in without]).T

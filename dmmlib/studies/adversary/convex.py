@@ -43,20 +43,13 @@ def binary(data: Dataset, positive: tuple[int, ...]) -> Dataset:
 
 @dataclass(frozen=True)
 class Attack:
-    """An attack's requests to one training set.
+    """An attack's requests to one training set."""
 
-    Attributes:
-        name: in `experiments.ATTACKS`.
-        train, val: points.
-        targets: validation points, counted from 0.
-        requests: training points to delete, for each target.
-    """
-
-    name: str
-    train: Problem
-    val: Problem
-    targets: np.ndarray
-    requests: list[np.ndarray]
+    name: str  # in `experiments.ATTACKS`
+    train: Problem  # the training points
+    val: Problem  # the validation points
+    targets: np.ndarray  # validation points, counted from 0
+    requests: list[np.ndarray]  # training points to delete, for each target
 
 
 def prepare(data: Dataset, s: AdversarySettings, execution: Execution | None = None) -> list[Attack]:

@@ -29,21 +29,13 @@ Prepare = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Poison:
-    """What the attacker contributes, and what it expects of it.
+    """What the attacker contributes, and what it expects of it."""
 
-    Attributes:
-        images: uint8 (p, height, width, channels).
-        labels: (p,).
-        bases: the images before their pixels were changed.
-        group: vertex that each point pulls towards (p,).
-        coordinates: of the gradients of their losses (p, k): deleting a point adds them to z.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-    bases: np.ndarray
-    group: np.ndarray
-    coordinates: np.ndarray
+    images: np.ndarray  # uint8 (p, height, width, channels)
+    labels: np.ndarray  # (p,)
+    bases: np.ndarray  # the images before their pixels were changed
+    group: np.ndarray  # vertex that each point pulls towards (p,)
+    coordinates: np.ndarray  # of the gradients of their losses (p, k): deleting a point adds them to z
 
     def __len__(self) -> int:
         return len(self.images)
@@ -93,44 +85,38 @@ def craft(
     labels: np.ndarray,
     prepare: Prepare,
     size: int,
-    *,
     epsilon: int,
     dirty: bool,
     angle: float,
     steps: int,
 ) -> Poison:
-    """Craft `size` points in groups as equal as can be, one group for each vertex.
+    """Craft `size` points in k + 1 groups as equal as can be, by signed gradient ascent on pixels.
 
     Args:
         subspace: where, and at which models, gradients are matched.
         images, labels: the attacker's pool, uint8 (m, height, width, channels) and (m,); each is used once at most.
         prepare: from images to what the models take.
-        size: points, at least k + 1.
+        size: points, from k + 1 to m; raises OptionError for others.
         epsilon: bound on the change of a pixel, of 255; 0 leaves the images as they are.
         dirty: whether labels may be any class.
         angle: exponent of the module's formula, 0 or more.
-        steps: of signed gradient ascent on the pixels.
-
-    Raises:
-        OptionError: for a size, bound or pool that cannot be used.
+        steps: of ascent.
     """
-    groups = subspace.k + 1
-    if not groups <= size <= len(images):
+    vertices = regular(subspace.k)
+    if not len(vertices) <= size <= len(images):
         raise OptionError(
-            f"{size} poisoned points were asked for; use {groups}, one for each group, to {len(images)}, the images."
+            f"{size} poisoned points were asked for; use {len(vertices)}, the groups, to {len(images)}, the images."
         )
-    if not 0 <= epsilon <= 255 or epsilon != int(epsilon):
-        raise OptionError(f"The bound epsilon={epsilon} was given; use a whole number of 255ths, 0 to 255.")
     device = subspace.models.device
-    towards = torch.from_numpy(regular(subspace.k)).float().to(device)
+    towards = torch.from_numpy(vertices).float().to(device)
     base = torch.from_numpy(images).to(device).float() / 255
     with torch.no_grad():
         c = subspace.of_losses(prepare(base))  # (m, n_classes, k)
-    scores = torch.stack([-_pull(c, u, angle) for u in towards]).cpu().numpy()  # (groups, m, n_classes)
+    scores = torch.stack([-_pull(c, u, angle) for u in towards]).cpu().numpy()  # (k + 1, m, n_classes)
     if not dirty:
         scores[:, np.arange(scores.shape[2]) != labels[:, None]] = np.inf
     chosen, given = _choose(scores, -c.cpu().numpy(), size)
-    group = np.arange(size) % groups
+    group = np.arange(size) % len(vertices)
     points, classes = torch.arange(size, device=device), torch.from_numpy(given).to(device)
 
     def coordinates(x: Tensor) -> Tensor:
@@ -152,13 +138,9 @@ def craft(
 def _choose(scores: np.ndarray, pulls: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels (size,) for groups in turn, each time the best of those left that do not add to the imbalance.
 
-    Groups are to cancel, so a point's pull must not point along the sum of all that were chosen before it; the best
-    image is taken regardless where every one does.
-
-    Args:
-        scores: (groups, m, n_classes), low is good.
-        pulls: (m, n_classes, k).
-        size: points.
+    Groups are to cancel, so a point's pull, of pulls (m, n_classes, k), must not point along the sum of all that were
+    chosen before it; where every one does, the best image is taken regardless. Low scores (k + 1, m, n_classes) are
+    good.
     """
     best, label = scores.min(2), scores.argmin(2)  # (groups, m)
     order = np.argsort(best, 1, kind="stable")

@@ -37,9 +37,6 @@ ATTACKS = {
 }
 
 
-# --- geometry ------------------------------------------------------------------------------------------
-
-
 def regions(world: World, subspace: Subspace, reach: float) -> dict[str, Region]:
     """Stable regions of the first two models' training loss along the subspace, and along as many of highest curvature.
 
@@ -59,32 +56,21 @@ def regions(world: World, subspace: Subspace, reach: float) -> dict[str, Region]
 def covered(s: AdversarySettings) -> pd.DataFrame:
     """Volume of the regular simplex over its ball's for each dimension: in closed form, and by sampling."""
     rng = np.random.default_rng([s.seed, 3])
-    sampled = [simplex.sampled_share(simplex.regular(k), s.volume_samples, rng) for k in s.volume_ks]
+    sampled = [simplex.sampled_share(k, s.volume_samples, rng) for k in s.volume_ks]
     table = pd.DataFrame(sampled, columns=["sampled", "error"])
     return table.assign(k=s.volume_ks, theory=[simplex.volume_share(k) for k in s.volume_ks], error=1.96 * table.error)
 
 
-# --- crafting ------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Crafted:
-    """One kind of DDPA.
+    """One kind of DDPA."""
 
-    Attributes:
-        dirty: its labels.
-        damping, angle: as chosen on the tuning targets.
-        subspace: at the models that the attacker knows, or at its own.
-        poison: for it.
-        tried: for each setting the change of the tuning targets' margins after retraining, and how the pulls cancel.
-    """
-
-    dirty: bool
-    damping: float
-    angle: float
-    subspace: Subspace
-    poison: Poison
-    tried: pd.DataFrame
+    dirty: bool  # its labels
+    damping: float  # as chosen on the tuning targets
+    angle: float  # chosen likewise
+    subspace: Subspace  # at the models that the attacker knows, or at its own
+    poison: Poison  # for it
+    tried: pd.DataFrame  # each setting's change of the tuning targets' margins, and how its pulls cancel
 
 
 def ddpa(
@@ -122,26 +108,15 @@ def by_surrogate(world: World, crafted: Crafted) -> Crafted:
     return replace(crafted, subspace=space, poison=world.craft(space, crafted.dirty, crafted.angle))
 
 
-# --- requests ------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Asked:
-    """Requests of one attack, one for each target.
+    """Requests of one attack, one for each target."""
 
-    Attributes:
-        attack: its name in `ATTACKS`.
-        sites: what was trained, one for all targets or one for each.
-        requests: training points to delete for each target.
-        retrained: logits (T, n_models, n_points, n_classes) of models without them.
-        attributors: of the sites, for the methods that go by a datamodel.
-    """
-
-    attack: str
-    sites: list[Site]
-    requests: list[np.ndarray]
-    retrained: np.ndarray
-    attributors: Sequence[Attributor]
+    attack: str  # its name in `ATTACKS`
+    sites: list[Site]  # what was trained, one for all targets or one for each
+    requests: list[np.ndarray]  # training points to delete for each target
+    retrained: np.ndarray  # logits (T, n_models, n_points, n_classes) of models without them
+    attributors: Sequence[Attributor]  # of the sites, for the methods that go by a datamodel
 
     def site(self, t: int) -> Site:
         return self.sites[t % len(self.sites)]
@@ -159,23 +134,14 @@ class Predicted:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that is served.
+    """Everything that is served."""
 
-    Attributes:
-        crafted: attack -> how DDPA was crafted, by white box and by surrogate.
-        asked: attack -> its requests.
-        places: the training sets "honest" and those of `crafted`.
-        monitors: the service's datamodel of each of them.
-        hidden: camouflaged poison for each target.
-        watched: scores of camouflage's requests, and of honest ones for the same training sets; see `watch`.
-    """
-
-    crafted: dict[str, Crafted]
-    asked: dict[str, Asked]
-    places: dict[str, Site]
-    monitors: dict[str, Monitor]
-    hidden: list[Poison]
-    watched: pd.DataFrame
+    crafted: dict[str, Crafted]  # attack -> how DDPA was crafted, by white box and by surrogate
+    asked: dict[str, Asked]  # attack -> its requests
+    places: dict[str, Site]  # the training sets "honest" and those of `crafted`
+    monitors: dict[str, Monitor]  # the service's datamodel of each of them
+    hidden: list[Poison]  # camouflaged poison for each target
+    watched: pd.DataFrame  # scores of camouflage's requests, and of honest ones for the same training sets; see `watch`
 
 
 def prepare(world: World) -> Prepared:
@@ -306,9 +272,6 @@ def never_trained(world: World, honest: Site, camouflaged: Asked, n_models: int)
 def threads(world: World) -> Execution:
     """One job in each thread; not for forward-mode derivatives, of which torch keeps one level for all threads."""
     return Execution(chunk=1, workers=world.victim.execution.workers)
-
-
-# --- the service's view --------------------------------------------------------------------------------
 
 
 def watch(

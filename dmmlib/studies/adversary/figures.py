@@ -157,13 +157,7 @@ def klom(table: pd.DataFrame, title: str, caption: str) -> Figure:
 
 
 def exact(results: pd.DataFrame, table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Served exactly, retrained and not served: change of each attack's targets' margins, and KLoM's p95 by split.
-
-    Args:
-        results: `serving.summary` of `convex.study`.
-        table: `convex.klom`.
-        title, caption: of the figure.
-    """
+    """Served exactly, retrained, not served: change of targets' margins (summary of `convex.study`), and KLoM."""
     table = table.rename(columns={"value": "KLoM", "low": "KLoM low", "high": "KLoM high"})
     panels = [("change of the target's margin", results[results["method"] != "do_nothing"], "change")]
     panels += [(f"KLoM, p95: {name}", table[table["split"] == split], "KLoM") for split, name in SPLITS.items()]
@@ -209,13 +203,7 @@ def sweep(table: pd.DataFrame, title: str, caption: str) -> Figure:
 
 
 def roc(scores: pd.DataFrame, found: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Detections against false alarms of the score, with one panel for each kind of honest request.
-
-    Args:
-        scores: of every request (`defence.scores`).
-        found: areas (`defence.detection`).
-        title, caption: of the figure.
-    """
+    """Detections against false alarms of `defence.scores`, and `defence.detection`, for each kind of honest request."""
     kinds, malicious = found["against"].unique(), scores[scores["malicious"]].drop_duplicates("request")
     attacks = dict(zip(malicious["request"], malicious["site"], strict=True))
     figure, (axes,) = _panels(1, len(kinds), 6.2 * len(kinds), 5.0, sharey=True)

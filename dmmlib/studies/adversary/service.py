@@ -40,12 +40,10 @@ def resolve(
 
     Args:
         data: what was trained on.
-        images, labels: of the request, uint8 (k, height, width, channels) and (k,).
+        images, labels: of the request, uint8 (k, height, width, channels) and (k,); raises DataError for others.
         own: indices of the requester's points; everybody's if None.
 
-    Raises:
-        DataError: for images of another shape or type.
-        ForgetSetError: for a point that was never trained on, that is named twice, or that is not the requester's.
+    Raises ForgetSetError for a point that was never trained on, is named twice, or is not the requester's.
     """
     images, labels = np.asarray(images), np.asarray(labels)
     if images.dtype != data.x_train.dtype or images.shape[1:] != data.x_train.shape[1:] or len(images) != len(labels):
@@ -75,21 +73,13 @@ def resolve(
 
 @dataclass(frozen=True)
 class Monitor:
-    """Scores requests before they are served.
+    """Scores requests before they are served."""
 
-    Attributes:
-        datamodel: of the training set, in the margin gauge.
-        labels: of all points.
-        gram: T_ij r_i r_j (n_train, n_train), the energy of displacements that deletions add up to.
-        seed: of the random requests that scores are relative to.
-        n_random: how many of them there are for each size.
-    """
-
-    datamodel: Datamodel
-    labels: np.ndarray
-    gram: np.ndarray
-    seed: int = 0
-    n_random: int = 100
+    datamodel: Datamodel  # of the training set, in the margin gauge
+    labels: np.ndarray  # of all points
+    gram: np.ndarray  # T_ij r_i r_j (n_train, n_train), the energy of displacements that deletions add up to
+    seed: int = 0  # of the random requests that scores are relative to
+    n_random: int = 100  # how many of them there are for each size
 
     def components(self, requests: Sequence[np.ndarray]) -> np.ndarray:
         """The three numbers (k, 3) of each request, in margins and in lengths."""
@@ -103,8 +93,7 @@ class Monitor:
     def scores(self, requests: Sequence[np.ndarray]) -> np.ndarray:
         """Standard deviations above random requests of the same size: (k, 4), the last the mean of the three.
 
-        Raises:
-            ForgetSetError: for indices that are no proper part of the training set.
+        Raises ForgetSetError for indices that are no proper part of the training set.
         """
         z = self.components(requests)
         sizes = np.array([len(r) for r in requests])
@@ -117,13 +106,9 @@ class Monitor:
         return np.column_stack([z, z.mean(1)])
 
 
-Statistic = Callable[[np.ndarray, np.ndarray], float]
-"""Of the scores of honest and of malicious requests."""
-
-
 def area(honest: np.ndarray, malicious: np.ndarray) -> float:
     """Area under the ROC: how often an attack's score is above an honest request's, ties counting half."""
-    return float(np.heaviside(malicious[:, None] - honest, 0.5).mean())
+    return float((malicious[:, None] > honest).mean() + 0.5 * (malicious[:, None] == honest).mean())
 
 
 def detected(honest: np.ndarray, malicious: np.ndarray, alarms: float = 0.05) -> float:
@@ -131,8 +116,10 @@ def detected(honest: np.ndarray, malicious: np.ndarray, alarms: float = 0.05) ->
     return float((malicious > np.sort(honest)[::-1][int(alarms * len(honest))]).mean())
 
 
-def resampled(statistic: Statistic, honest: np.ndarray, malicious: np.ndarray, n: int = 500, seed: int = 0) -> Estimate:
-    """A statistic of scores with a 95 % interval from n resamples of both honest and malicious requests."""
-    rng = np.random.default_rng(seed)
-    draws = [statistic(rng.choice(honest, len(honest)), rng.choice(malicious, len(malicious))) for _ in range(n)]
+def resampled(
+    statistic: Callable[[np.ndarray, np.ndarray], float], honest: np.ndarray, malicious: np.ndarray
+) -> Estimate:
+    """A statistic of scores with a 95 % interval: honest and malicious requests are both resampled."""
+    rng = np.random.default_rng(0)
+    draws = [statistic(rng.choice(honest, len(honest)), rng.choice(malicious, len(malicious))) for _ in range(500)]
     return Estimate(statistic(honest, malicious), *np.percentile(draws, [2.5, 97.5]).tolist())

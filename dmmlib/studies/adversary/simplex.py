@@ -14,17 +14,12 @@ from scipy.special import gammaln
 from dmmlib.errors import OptionError
 
 
-def regular(k: int, radius: float = 1.0) -> np.ndarray:
-    """Vertices (k + 1, k) of the regular simplex inscribed in the ball of that radius around 0; they sum to 0.
-
-    Raises:
-        OptionError: for k below 1 or a radius that is not positive.
-    """
-    if k < 1 or not radius > 0:
-        raise OptionError(f"A simplex of k={k} and radius {radius} was asked for; use k >= 1 and a positive radius.")
+def regular(k: int) -> np.ndarray:
+    """Vertices (k + 1, k) of the regular simplex in the unit ball, which sum to 0; raises OptionError for k below 1."""
+    if k < 1:
+        raise OptionError(f"A simplex of k={k} dimensions was asked for; use at least 1.")
     centred = np.eye(k + 1) - 1 / (k + 1)  # a regular simplex in the k-dimensional plane of vectors that sum to 0
-    vertices = centred @ np.linalg.svd(centred)[2][:k].T
-    return radius * unit(vertices)
+    return unit(centred @ np.linalg.svd(centred)[2][:k].T)
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -42,17 +37,14 @@ def volume_share(k: int) -> float:
     return float(np.exp(simplex - ball))
 
 
-def in_ball(n: int, k: int, radius: float, rng: np.random.Generator) -> np.ndarray:
-    """Points (n, k), uniform in the ball of that radius around 0."""
-    directions = rng.standard_normal((n, k))
-    lengths = radius * rng.random((n, 1)) ** (1 / k)
-    return lengths * directions / np.linalg.norm(directions, axis=1, keepdims=True)
+def in_ball(n: int, k: int, rng: np.random.Generator) -> np.ndarray:
+    """Points (n, k), uniform in the unit ball."""
+    return unit(rng.standard_normal((n, k))) * rng.random((n, 1)) ** (1 / k)
 
 
-def sampled_share(vertices: np.ndarray, n: int, rng: np.random.Generator) -> tuple[float, float]:
-    """Share of n uniform points of the circumscribed ball that the simplex covers, and its standard error."""
-    points = in_ball(n, vertices.shape[1], float(np.linalg.norm(vertices[0])), rng)
-    share = float((_coordinates(vertices, points) >= 0).all(1).mean())
+def sampled_share(k: int, n: int, rng: np.random.Generator) -> tuple[float, float]:
+    """Share of n uniform points of the ball that the regular simplex covers, and its standard error."""
+    share = float((_coordinates(regular(k), in_ball(n, k, rng)) >= 0).all(1).mean())
     return share, float(np.sqrt(share * (1 - share) / n))
 
 
@@ -66,8 +58,7 @@ def _coordinates(vertices: np.ndarray, points: np.ndarray) -> np.ndarray:
 def farthest(vertices: np.ndarray, direction: np.ndarray) -> np.ndarray:
     """Coordinates (k + 1,) of the point where the ray from 0 along `direction` (k,) leaves the simplex.
 
-    Raises:
-        OptionError: for the direction 0.
+    Raises OptionError for the direction 0.
     """
     length = np.linalg.norm(direction)
     if not length > 0:

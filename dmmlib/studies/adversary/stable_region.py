@@ -23,20 +23,12 @@ Function = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Region:
-    """Gaps against radii.
+    """Gaps against radii."""
 
-    Attributes:
-        radii: that were tried, increasing (n_radii,).
-        gaps: largest Jensen gap in the ball of each radius, relative to the mean rise of f from the centre to the
-            sphere's points (n_radii,); <= 0 where no violation was met.
-        radius: the largest of them up to which no gap exceeds the tolerance; 0 if the first one does already.
-        tolerance: of the gap.
-    """
-
-    radii: np.ndarray
-    gaps: np.ndarray
-    radius: float
-    tolerance: float
+    radii: np.ndarray  # that were tried, increasing (n_radii,)
+    gaps: np.ndarray  # `jensen_gap` in the ball of each radius (n_radii,); <= 0 where no violation was met
+    radius: float  # the largest of them up to which no gap exceeds the tolerance; 0 if the first one does already
+    tolerance: float  # of the gap
 
 
 def jensen_gap(f: Function, k: int, radius: float, n: int, rng: np.random.Generator) -> float:
@@ -47,12 +39,12 @@ def jensen_gap(f: Function, k: int, radius: float, n: int, rng: np.random.Genera
     """
     size = radius * rng.random((n, 1, 1))
     directions = unit(rng.standard_normal((n, k + 1, k)))
-    points = in_ball(n, k, 1.0, rng)[:, None] * (radius - size) + size * directions
+    points = in_ball(n, k, rng)[:, None] * (radius - size) + size * directions
     weights = rng.gamma(10.0 ** rng.uniform(-1, 0, (n, 1)), size=(n, k + 1)) + 1e-12
     weights /= weights.sum(1, keepdims=True)
     inside = f((weights[:, :, None] * points).sum(1))
     outside = f(points.reshape(-1, k)).reshape(n, k + 1)
-    sphere = radius * unit(in_ball(n, k, 1.0, rng))
+    sphere = radius * unit(in_ball(n, k, rng))
     rise = np.abs(f(sphere) - f(np.zeros((1, k)))).mean()
     return float((inside - (weights * outside).sum(1)).max() / max(rise, 1e-300))
 
@@ -60,17 +52,10 @@ def jensen_gap(f: Function, k: int, radius: float, n: int, rng: np.random.Genera
 def stable_region(
     f: Function, k: int, radii: Sequence[float] | np.ndarray, tolerance: float, n: int, rng: np.random.Generator
 ) -> Region:
-    """The radius around 0 within which f is convex to a tolerance.
+    """The radius around 0 within which a function of k variables is convex to a tolerance, by n polyhedra at each.
 
-    Args:
-        f: the function, of points (m, k).
-        k: dimension.
-        radii: to try, increasing.
-        tolerance: of the gap, relative to the mean rise of f; above 0, since curvature is never exactly measured.
-        n: polyhedra drawn at each radius.
-
-    Raises:
-        OptionError: for radii that do not increase, or a tolerance that is not positive.
+    Raises OptionError for radii that do not increase, or a tolerance that is not positive: curvature is never exactly
+    measured.
     """
     tried = np.asarray(radii, float)
     if len(tried) == 0 or not (np.diff(tried, prepend=0.0) > 0).all():

@@ -55,30 +55,18 @@ def _factors(phi: Tensor, lam: float) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Metric:
-    """A of the module's formula at each model, through the training points' gradients.
+    """A of the module's formula at each model, through the training points' gradients."""
 
-    Attributes:
-        models: K models.
-        x, y: the points that they were trained on.
-        phi: gradients of those points' margins (K, n, n_weights).
-        factors: Cholesky factors of phi phi^T + mu I (K, n, n).
-        mu: what was added (K,).
-    """
-
-    models: Ensemble
-    x: Tensor
-    y: Tensor
-    phi: Tensor
-    factors: Tensor
-    mu: Tensor
+    models: Ensemble  # K models
+    x: Tensor  # the points that they were trained on
+    y: Tensor  # and their labels
+    phi: Tensor  # gradients of those points' margins (K, n, n_weights)
+    factors: Tensor  # Cholesky factors of phi phi^T + mu I (K, n, n)
+    mu: Tensor  # what was added (K,)
 
     @classmethod
     def at(cls, models: Ensemble, x: Tensor, y: Tensor, lam: float) -> Metric:
-        """The metric with mu = lam times the mean squared length of the gradients.
-
-        Raises:
-            OptionError: for a lam that is not positive.
-        """
+        """The metric with mu = lam times the mean squared length of gradients; raises OptionError for lam <= 0."""
         phi = torch.stack([gradients(models, i, x, y) for i in range(models.n_models)])
         return cls(models, x, y, phi, *_factors(phi, lam))
 
@@ -117,22 +105,16 @@ class Metric:
 
 @dataclass(frozen=True)
 class Subspace:
-    """k directions at K models; see the module.
+    """k directions at K models; see the module."""
 
-    Attributes:
-        models: K models.
-        directions: name -> (k, K, ...), the parts w_j of the parameters of that name.
-    """
-
-    models: Ensemble
-    directions: Tensors
+    models: Ensemble  # K models
+    directions: Tensors  # name -> (k, K, ...), the parts w_j of the parameters of that name
 
     @classmethod
     def of(cls, metric: Metric, x: Tensor, y: Tensor, k: int) -> Subspace:
         """The k principal directions of the candidate points (m, ...) with labels (m,).
 
-        Raises:
-            OptionError: for a k below 1 or above what the candidates span.
+        Raises OptionError for a k below 1 or above what the candidates span.
         """
         if not 1 <= k <= len(x):
             raise OptionError(f"k={k} directions of {len(x)} candidate gradients were asked for; use 1 to {len(x)}.")

@@ -18,23 +18,15 @@ from dmmlib.studies.adversary.world import Site, World, retrain, together
 
 @dataclass(frozen=True)
 class Case:
-    """One way of attacking: a value of what varies, the training sets, and a request for each target of each of them.
+    """One way of attacking: a value of what varies, training sets, and a request for each target of each of them."""
 
-    Attributes:
-        attack, varies, value: its names in the table.
-        poisons: of each training set.
-        requests: of each training set.
-        targets: positions in V that they are for.
-        sites: the training sets, where there are models of them already.
-    """
-
-    attack: str
+    attack: str  # these three are its names in the table
     varies: str
     value: float
-    poisons: list[Poison]
-    requests: list[list[np.ndarray]]
-    targets: list[np.ndarray]
-    sites: Sequence[Site] = ()
+    poisons: list[Poison]  # of each training set
+    requests: list[list[np.ndarray]]  # of each training set
+    targets: list[np.ndarray]  # positions in V that they are for
+    sites: Sequence[Site] = ()  # the training sets, where there are models of them already
 
 
 def outcomes(world: World, cases: Sequence[Case]) -> list[pd.DataFrame]:
@@ -177,9 +169,7 @@ def limits(world: World, prepared: Prepared, measured: pd.Series) -> pd.DataFram
     real points, times the root of the share of a target's squared gradient that the subspace holds: `expected` is what
     camouflage's change of margin would be worth at that.
 
-    Args:
-        world, prepared: the study's.
-        measured: change of margin by retraining, indexed by attack.
+    `measured` is the change of margin by retraining, indexed by attack.
     """
     x, y = world.of_targets(world.targets)
     factors = {"camouflage": (prepared.hidden, float(world.s.half), 1.0)}

@@ -26,19 +26,12 @@ Points = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Victim:
-    """What the service trains.
+    """What the service trains."""
 
-    Attributes:
-        prepare: from images in [0, 1] to points, differentiable.
-        factory: makes the module.
-        training: the recipe.
-        execution: how it is carried out.
-    """
-
-    prepare: Prepare
-    factory: Callable[[], nn.Module]
-    training: ensemble.Training
-    execution: Execution
+    prepare: Prepare  # from images in [0, 1] to points, differentiable
+    factory: Callable[[], nn.Module]  # makes the module
+    training: ensemble.Training  # the recipe
+    execution: Execution  # how it is carried out
 
     @classmethod
     def of(
@@ -80,33 +73,22 @@ def mlp(data: Dataset, s: AdversarySettings, execution: Execution | None = None)
 
 @dataclass(frozen=True)
 class World:
-    """Who holds what.
+    """Who holds what."""
 
-    Attributes:
-        s: sizes.
-        data: the service's training points (n, honest) and V; where there is poison it takes the last places of S.
-        pool: the attacker's own images and labels.
-        victim: what is trained.
-        known: white box: models of the service's seeds on `data`, without the attacker.
-        surrogate: models of other seeds on the attacker's own points.
-        targets, tuning: positions in V of targets that results are reported on, and of others to choose settings on.
-    """
-
-    s: AdversarySettings
-    data: Dataset
-    pool: Points
-    victim: Victim
-    known: Metric
-    surrogate: Metric
-    targets: np.ndarray
-    tuning: np.ndarray
+    s: AdversarySettings  # sizes
+    data: Dataset  # the service's: n honest training points, of which poison takes the last places, and V
+    pool: Points  # the attacker's own images and labels
+    victim: Victim  # what is trained
+    known: Metric  # white box: models of the service's seeds on `data`, without the attacker
+    surrogate: Metric  # models of other seeds on the attacker's own points
+    targets: np.ndarray  # positions in V of those that results are reported on
+    tuning: np.ndarray  # and of others, on which settings are chosen
 
     @classmethod
     def of(cls, data: Dataset, s: AdversarySettings, victim: Victim) -> World:
         """Split the data, train what the attacker knows, draw targets that all of it answers correctly.
 
-        Raises:
-            DataError: for too few points or targets, or images that are not uint8.
+        Raises DataError for too few points or targets, or images that are not uint8.
         """
         if data.n_train < s.n + s.n_candidates:
             raise DataError(
@@ -166,17 +148,9 @@ class World:
         self, subspace: Subspace, dirty: bool, angle: float, share: float | None = None, epsilon: int | None = None
     ) -> Poison:
         """Poison for a subspace, at the settings' share and bound unless others are given."""
-        s = self.s
-        return craft(
-            subspace,
-            *self.pool,
-            self.victim.prepare,
-            max(subspace.k + 1, round((s.share if share is None else share) * s.n)),
-            epsilon=s.epsilon if epsilon is None else epsilon,
-            dirty=dirty,
-            angle=angle,
-            steps=s.craft_steps,
-        )
+        size = max(subspace.k + 1, round((self.s.share if share is None else share) * self.s.n))
+        epsilon = self.s.epsilon if epsilon is None else epsilon
+        return craft(subspace, *self.pool, self.victim.prepare, size, epsilon, dirty, angle, self.s.craft_steps)
 
 
 def _metric(victim: Victim, s: AdversarySettings, images: np.ndarray, labels: np.ndarray, seed: int) -> Metric:
@@ -188,20 +162,13 @@ def _metric(victim: Victim, s: AdversarySettings, images: np.ndarray, labels: np
 
 @dataclass(frozen=True)
 class Site:
-    """A training set with the attacker's points in it, and the models that were trained on it.
+    """A training set with the attacker's points in it, and the models that were trained on it."""
 
-    Attributes:
-        data: honest points, then the attacker's.
-        own: indices of the attacker's points.
-        x: prepared points, training first.
-        originals, logits: N models of all of S, and their logits (N, n_points, n_classes).
-    """
-
-    data: Dataset
-    own: np.ndarray
-    x: Tensor
-    originals: ensemble.Ensemble
-    logits: np.ndarray
+    data: Dataset  # honest points, then the attacker's
+    own: np.ndarray  # indices of the attacker's points
+    x: Tensor  # prepared points, training first
+    originals: ensemble.Ensemble  # N models of all of S
+    logits: np.ndarray  # theirs (N, n_points, n_classes)
 
     @property
     def y(self) -> Tensor:
@@ -221,9 +188,7 @@ class Site:
     def outcomes(self, targets: np.ndarray, retrained: np.ndarray) -> pd.DataFrame:
         """Error and margin of each retrained model at each target; "before": the originals' means.
 
-        Args:
-            targets: positions in V (T,).
-            retrained: logits (T, n_models, n_points, n_classes).
+        Takes positions in V (T,), and logits (T, n_models, n_points, n_classes).
         """
         tables = []
         for target, logits in zip(targets, retrained, strict=True):
