@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from dmmlib import data, metrics, models, presets
 from dmmlib.errors import DataError, ForgetSetError, OptionError, PresetError
 from dmmlib.execution import Execution
-from dmmlib.studies.adversary import attacks, convex, crafting, defence, experiments, service, serving, simplex, sweep
+from dmmlib.studies.adversary import convex, crafting, defence, experiments, geometry, service, serving, sweep
+from dmmlib.studies.adversary.geometry import jensen_gap, stable_region
 from dmmlib.studies.adversary.settings import AdversarySettings
-from dmmlib.studies.adversary.stable_region import jensen_gap, stable_region
 from dmmlib.studies.adversary.subspace import Metric, Subspace, gradients
 from dmmlib.studies.adversary.world import World, mlp, retrain, sites
 from dmmlib.studies.exact.chains import delete
@@ -93,7 +93,7 @@ def test_stable_region_refuses_bad_input(radii: list[float], tolerance: float) -
 
 @pytest.mark.parametrize("k", [1, 2, 3, 8, 30])
 def test_the_simplex_is_regular_inscribed_and_cancels(k: int) -> None:
-    v = simplex.regular(k)
+    v = geometry.regular(k)
     assert v.shape == (k + 1, k)
     np.testing.assert_allclose(np.linalg.norm(v, axis=1), 1)
     np.testing.assert_allclose(v.sum(0), 0, atol=1e-9)
@@ -102,23 +102,23 @@ def test_the_simplex_is_regular_inscribed_and_cancels(k: int) -> None:
 
 
 def test_volume_share_is_known_in_low_dimensions() -> None:
-    assert simplex.volume_share(1) == pytest.approx(1)
-    assert simplex.volume_share(2) == pytest.approx(3 * np.sqrt(3) / (4 * np.pi))
-    assert simplex.volume_share(3) == pytest.approx(8 / (9 * np.sqrt(3)) / (4 * np.pi / 3))
+    assert geometry.volume_share(1) == pytest.approx(1)
+    assert geometry.volume_share(2) == pytest.approx(3 * np.sqrt(3) / (4 * np.pi))
+    assert geometry.volume_share(3) == pytest.approx(8 / (9 * np.sqrt(3)) / (4 * np.pi / 3))
 
 
 @pytest.mark.parametrize("k", [2, 3, 5])
 def test_sampled_share_agrees_with_the_closed_form(k: int) -> None:
-    share, error = simplex.sampled_share(k, 40_000, np.random.default_rng(k))
-    assert abs(share - simplex.volume_share(k)) < 4 * error
+    share, error = geometry.sampled_share(k, 40_000, np.random.default_rng(k))
+    assert abs(share - geometry.volume_share(k)) < 4 * error
 
 
 @given(st.integers(1, 12), st.integers(0, 2**31))
 @settings(max_examples=30, deadline=None)
 def test_farthest_is_on_the_boundary_along_the_direction(k: int, seed: int) -> None:
-    v = simplex.regular(k)
+    v = geometry.regular(k)
     direction = np.random.default_rng(seed).standard_normal(k)
-    weights = simplex.farthest(v, direction)
+    weights = geometry.farthest(v, direction)
     assert weights.min() == pytest.approx(0, abs=1e-9)
     assert weights.sum() == pytest.approx(1)
     point = weights @ v
@@ -130,22 +130,22 @@ def test_farthest_is_on_the_boundary_along_the_direction(k: int, seed: int) -> N
 @settings(max_examples=60, deadline=None)
 def test_apportion_takes_what_there_is(available: list[int], total: int, seed: int) -> None:
     shares = np.random.default_rng(seed).random(len(available)) + 0.01
-    counts = simplex.apportion(shares, total, np.array(available))
+    counts = geometry.apportion(shares, total, np.array(available))
     assert (counts <= available).all()
     assert (counts >= 0).all()
     assert counts.sum() == min(total, sum(available))
 
 
 def test_apportion_asks_nothing_of_groups_without_a_share() -> None:
-    counts = simplex.apportion(np.array([0.0, 0.5, 0.5]), 10, np.array([5, 4, 4]))
+    counts = geometry.apportion(np.array([0.0, 0.5, 0.5]), 10, np.array([5, 4, 4]))
     np.testing.assert_array_equal(counts, [0, 4, 4])
 
 
 def test_simplex_refuses_bad_input() -> None:
     with pytest.raises(OptionError, match="k=0"):
-        simplex.regular(0)
+        geometry.regular(0)
     with pytest.raises(OptionError, match="displacement is 0"):
-        simplex.farthest(simplex.regular(2), np.zeros(2))
+        geometry.farthest(geometry.regular(2), np.zeros(2))
 
 
 # --- subspace ------------------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def ideal(k: int, size: int) -> crafting.Poison:
     """Poison whose points pull exactly along their vertices."""
     group = np.arange(size) % (k + 1)
     images = np.zeros((size, 2, 2, 1), np.uint8)
-    return crafting.Poison(images, np.zeros(size, int), images, group, -simplex.regular(k)[group])
+    return crafting.Poison(images, np.zeros(size, int), images, group, -geometry.regular(k)[group])
 
 
 @given(st.integers(1, 6), st.integers(0, 2**31))
@@ -288,7 +288,7 @@ def test_deleting_moves_against_the_target(k: int, seed: int) -> None:
     made, target = ideal(k, 20 * (k + 1)), np.random.default_rng(seed).standard_normal(k)
     assert made.balance == pytest.approx(0, abs=1e-9)
     assert made.alignment == pytest.approx(1)
-    moved = made.coordinates[attacks.delete_groups(made, target)].sum(0)
+    moved = made.coordinates[crafting.delete_groups(made, target)].sum(0)
     cosine = moved @ target / np.linalg.norm(moved) / np.linalg.norm(target)
     assert cosine < -0.97, "up to rounding, against the gradient of the margin"
 
@@ -296,7 +296,7 @@ def test_deleting_moves_against_the_target(k: int, seed: int) -> None:
 def test_a_fixed_target_deletes_one_whole_group() -> None:
     made = ideal(1, 10)
     for target in (1.0, -1.0):
-        deleted = attacks.delete_groups(made, np.array([target]))
+        deleted = crafting.delete_groups(made, np.array([target]))
         assert len(deleted) == 5
         assert len(np.unique(made.group[deleted])) == 1
         assert (made.coordinates[deleted] * target < 0).all()
@@ -304,19 +304,19 @@ def test_a_fixed_target_deletes_one_whole_group() -> None:
 
 def test_a_second_request_leaves_the_first_ones_points() -> None:
     made, left = ideal(2, 30), np.ones(30, bool)
-    first = attacks.delete_groups(made, np.array([1.0, 0.0]), 6, left)
+    first = crafting.delete_groups(made, np.array([1.0, 0.0]), 6, left)
     left[first] = False
-    second = attacks.delete_groups(made, np.array([0.0, 1.0]), 6, left)
+    second = crafting.delete_groups(made, np.array([0.0, 1.0]), 6, left)
     assert len(first) == len(second) == 6
     assert len(np.intersect1d(first, second)) == 0
     with pytest.raises(OptionError, match="19 points"):
-        attacks.delete_groups(made, np.array([1.0, 0.0]), 19, left & (np.arange(30) > 11))
+        crafting.delete_groups(made, np.array([1.0, 0.0]), 19, left & (np.arange(30) > 11))
 
 
 def test_most_harmful_deletes_what_holds_the_target_up() -> None:
     influence = np.array([0.5, -2.0, -1.0, 3.0, -4.0])
-    np.testing.assert_array_equal(attacks.most_harmful(influence, 2, np.arange(5)), [1, 4])
-    np.testing.assert_array_equal(attacks.most_harmful(influence, 2, np.arange(4)), [1, 2])
+    np.testing.assert_array_equal(crafting.most_harmful(influence, 2, np.arange(5)), [1, 4])
+    np.testing.assert_array_equal(crafting.most_harmful(influence, 2, np.arange(4)), [1, 2])
 
 
 def test_influence_of_gradients_agrees_with_retraining(world: World) -> None:
@@ -324,7 +324,7 @@ def test_influence_of_gradients_agrees_with_retraining(world: World) -> None:
     influence = world.known.influence(*world.of_targets(world.targets))
     rng = np.random.default_rng(0)
     (site,) = sites(world, [world.nobody], 4)
-    chosen = [attacks.most_harmful(row, 15, np.arange(SMALL.n)) for row in influence]
+    chosen = [crafting.most_harmful(row, 15, np.arange(SMALL.n)) for row in influence]
     random = [rng.choice(SMALL.n, 15, replace=False) for _ in chosen]
     after = []
     for requests in (chosen, random):

@@ -1,9 +1,9 @@
 """Malicious deletion requests: the DDPA attack and others, every unlearning method under them, and a defence.
 
-The geometry is in `stable_region` and `simplex`, the directions that an attack moves models along in `subspace`, the
-poison in `crafting`, the requests in `attacks`, and what a service checks and scores in `service`. `world` says who
-holds what. For notebook 08 `experiments` prepares the attacks, `serving` runs every method under them, `sweep` asks
-what they depend on, `defence` what the service sees of them, `convex` repeats them on a model whose deletions are
+The simplex and the region where a loss is convex are in `geometry`, the directions that an attack moves models along
+in `subspace`, the poison and what is asked of it in `crafting`, what a service checks and scores in `service`. `world`
+says who holds what. For notebook 08 `experiments` prepares the attacks, `serving` runs every method under them, `sweep`
+asks what they depend on, `defence` what the service sees of them, `convex` repeats them on a model whose deletions are
 exact, and `figures` draws.
 
 Written from the published idea ("Flexible, Efficient, and Stable Adversarial Attacks on Machine Unlearning", ICML

@@ -8,6 +8,11 @@ changed by at most epsilon, to raise
 gradient matching in the subspace (`subspace`). With angle 0 only the length of the pull towards the vertex counts; the
 higher it is, the more a pull aside counts against it. The base images are the attacker's own, chosen so that the pulls
 of all groups cancel (`_choose`). *Clean* labels leave the base image its true label; *dirty* ones give it any.
+
+A request asks to delete some of it, so that a target chosen after training is answered wrongly. To move the parameters
+along d, the direction in which the target's margin falls fastest in the subspace, it takes the convex coordinates
+lambda of the point where d leaves the simplex, keeps of group i the share lambda_i / max lambda and deletes the rest:
+what is kept pulls to sum_i lambda_i v_i / max lambda, a multiple of d, as the whole simplex pulled nowhere.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ import torch
 from torch import Tensor
 
 from dmmlib.errors import OptionError
-from dmmlib.studies.adversary.simplex import regular
+from dmmlib.studies.adversary.geometry import apportion, farthest, regular
 from dmmlib.studies.adversary.subspace import Subspace
 
 Prepare = Callable[[Tensor], Tensor]
@@ -154,3 +159,37 @@ def _choose(scores: np.ndarray, pulls: np.ndarray, size: int) -> tuple[np.ndarra
         free[chosen[j]] = False
         total += pulls[chosen[j], label[i, chosen[j]]]
     return chosen, label[np.arange(size) % len(order), chosen].astype(np.int64)
+
+
+def wanted(target: np.ndarray) -> np.ndarray:
+    """d (k,), of length 1, for the coordinates (k,) of the target's margin."""
+    return -target / max(float(np.linalg.norm(target)), 1e-12)
+
+
+def delete_groups(
+    poison: Poison, target: np.ndarray, size: int | None = None, left: np.ndarray | None = None
+) -> np.ndarray:
+    """Positions in the poison that DDPA asks to delete for a target.
+
+    Args:
+        poison: the attacker's points.
+        target: coordinates (k,) of the target's margin.
+        size: points to delete, by default as many as the convex combination says; raises OptionError where the attacker
+            has fewer.
+        left: which points are still there, bool (p,); all by default.
+    """
+    there = np.ones(len(poison), bool) if left is None else left
+    if size is not None and not 1 <= size <= there.sum():
+        raise OptionError(f"{size} points to delete were asked for, but the attacker has {there.sum()}; ask for fewer.")
+    shares = farthest(poison.vertices, wanted(target))
+    members = [np.flatnonzero(there & (poison.group == i)) for i in range(len(shares))]
+    available = np.array([len(m) for m in members])
+    exact = (1 - shares / shares.max()) * available
+    counts = apportion(exact, round(exact.sum()) if size is None else size, available)
+    serves = poison.coordinates @ target  # by how much the margin rises if the point is deleted
+    return np.sort(np.concatenate([most_harmful(serves, *its) for its in zip(counts, members, strict=True)]))
+
+
+def most_harmful(influence: np.ndarray, size: int, allowed: np.ndarray) -> np.ndarray:
+    """The `size` allowed points that lower a target's margin most when deleted, by the influence (n_train,) of each."""
+    return np.sort(allowed[np.argsort(influence[allowed], kind="stable")[:size]])

@@ -15,12 +15,10 @@ from dmmlib.attribution.base import calibrated
 from dmmlib.attributors.kernel import gradient_kernel, kernel_response
 from dmmlib.datamodels import Attributor
 from dmmlib.execution import Execution
-from dmmlib.studies.adversary import simplex
-from dmmlib.studies.adversary.attacks import Datamodel, datamodel_influence, delete_groups, most_harmful
-from dmmlib.studies.adversary.crafting import Poison
-from dmmlib.studies.adversary.service import COMPONENTS, Monitor
+from dmmlib.studies.adversary.crafting import Poison, delete_groups, most_harmful
+from dmmlib.studies.adversary.geometry import Region, sampled_share, stable_region, volume_share
+from dmmlib.studies.adversary.service import COMPONENTS, Datamodel, Monitor
 from dmmlib.studies.adversary.settings import AdversarySettings
-from dmmlib.studies.adversary.stable_region import Region, stable_region
 from dmmlib.studies.adversary.subspace import Subspace
 from dmmlib.studies.adversary.world import Site, World, retrain, sites, together
 
@@ -56,9 +54,9 @@ def regions(world: World, subspace: Subspace, reach: float) -> dict[str, Region]
 def covered(s: AdversarySettings) -> pd.DataFrame:
     """Volume of the regular simplex over its ball's for each dimension: in closed form, and by sampling."""
     rng = np.random.default_rng([s.seed, 3])
-    sampled = [simplex.sampled_share(k, s.volume_samples, rng) for k in s.volume_ks]
+    sampled = [sampled_share(k, s.volume_samples, rng) for k in s.volume_ks]
     table = pd.DataFrame(sampled, columns=["sampled", "error"])
-    return table.assign(k=s.volume_ks, theory=[simplex.volume_share(k) for k in s.volume_ks], error=1.96 * table.error)
+    return table.assign(k=s.volume_ks, theory=[volume_share(k) for k in s.volume_ks], error=1.96 * table.error)
 
 
 @dataclass(frozen=True)
@@ -177,7 +175,7 @@ def of_honest_points(world: World, monitor: Monitor) -> dict[str, list[np.ndarra
     """For each target the honest points that a datamodel of the service, and gradients, name as most harmful."""
     n, targets = world.s.n, world.targets
     influences = {
-        "honest_datamodel": datamodel_influence(monitor.datamodel, monitor.labels, n, n + targets),
+        "honest_datamodel": monitor.influence(n + targets),
         "honest_gradient": world.known.influence(*world.of_targets(targets)),
     }
     return {name: [most_harmful(row, world.s.half, np.arange(n)) for row in z] for name, z in influences.items()}

@@ -17,7 +17,7 @@ from dmmlib.analysis.plots import label, titled
 from dmmlib.metrics import FLOOR
 from dmmlib.studies.adversary.crafting import Poison
 from dmmlib.studies.adversary.experiments import ATTACKS
-from dmmlib.studies.adversary.stable_region import Region
+from dmmlib.studies.adversary.geometry import Region
 
 _PALETTE = sns.color_palette("colorblind", 10)
 LOOKS = dict(

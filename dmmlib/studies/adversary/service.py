@@ -17,14 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from dmmlib.attribution.base import indicator
 from dmmlib.data import Dataset
+from dmmlib.datamodels import Attributor
 from dmmlib.errors import DataError, ForgetSetError
 from dmmlib.metrics import Estimate, right_logits
-from dmmlib.studies.adversary.attacks import Datamodel
 
 COMPONENTS = ("validation", "retain", "leverage")
 
@@ -71,6 +72,14 @@ def resolve(
     return np.array(found, np.int64)
 
 
+class Datamodel(Attributor, Protocol):
+    """An attributor that answers any number of requests at a time."""
+
+    def change(self, masks: np.ndarray) -> np.ndarray:
+        """Change of logits, in the margin gauge, (k, n_points, n_classes) of models trained on each of some masks."""
+        ...
+
+
 @dataclass(frozen=True)
 class Monitor:
     """Scores requests before they are served."""
@@ -81,11 +90,21 @@ class Monitor:
     seed: int = 0  # of the random requests that scores are relative to
     n_random: int = 100  # how many of them there are for each size
 
+    def change(self, masks: np.ndarray) -> np.ndarray:
+        """Predicted change of margins (k, n_points) of models trained on each of some masks (k, n_train)."""
+        return right_logits(self.datamodel.change(masks), self.labels)
+
+    def influence(self, points: np.ndarray) -> np.ndarray:
+        """Predicted change of the margins of some points (t,) on deletion of each training point (t, n_train)."""
+        n = len(self.gram)
+        without = np.array_split(~np.eye(n, dtype=bool), -(-n // 100))
+        return np.concatenate([self.change(masks)[:, points] for masks in without]).T
+
     def components(self, requests: Sequence[np.ndarray]) -> np.ndarray:
         """The three numbers (k, 3) of each request, in margins and in lengths."""
         n = len(self.gram)
         gone = np.stack([indicator(forget, n) for forget in requests])
-        square = right_logits(self.datamodel.change(gone == 0), self.labels) ** 2
+        square = self.change(gone == 0) ** 2
         retain = (square[:, :n] * (1 - gone)).sum(1) / (1 - gone).sum(1)
         energy = np.maximum(((gone @ self.gram) * gone).sum(1), 0)
         return np.sqrt(np.stack([square[:, n:].mean(1), retain, energy], 1))

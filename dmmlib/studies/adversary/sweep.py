@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dmmlib.studies.adversary.attacks import delete_groups, most_harmful, wanted
-from dmmlib.studies.adversary.crafting import Poison
+from dmmlib.studies.adversary.crafting import Poison, delete_groups, most_harmful, wanted
 from dmmlib.studies.adversary.experiments import Prepared, ddpa
 from dmmlib.studies.adversary.subspace import Metric, Subspace
 from dmmlib.studies.adversary.world import Site, World, retrain, together
