@@ -61,7 +61,7 @@ def prepare(data: Dataset, s: AdversarySettings, execution: Execution | None = N
     world = World.of(two, s, victim(two, s, execution))
 
     def attack(name: str, points: Points, targets: np.ndarray, requests: list[np.ndarray]) -> Attack:
-        trained = with_poison(world.data, *points)[0]
+        trained = with_poison(world.data, *points)
         return Attack(name, *from_images(trained, s.convex_side, positive=[1]), targets, requests)
 
     attacks = []

@@ -8,16 +8,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 from scipy.special import expit
+from torch import Tensor
 
 from dmmlib import attribution, metrics
-from dmmlib.attribution import bayesian
-from dmmlib.attribution.base import calibrated
+from dmmlib.attribution.base import MarginDatamodel, calibrated
+from dmmlib.attribution.bayesian import BayesianDatamodel, fit
 from dmmlib.attributors.kernel import gradient_kernel, kernel_response
 from dmmlib.datamodels import Attributor
 from dmmlib.execution import Execution
 from dmmlib.studies.adversary.crafting import Poison, delete_groups, most_harmful
 from dmmlib.studies.adversary.geometry import Region, sampled_share, stable_region, volume_share
-from dmmlib.studies.adversary.service import COMPONENTS, Datamodel, Monitor
+from dmmlib.studies.adversary.service import COMPONENTS, Monitor
 from dmmlib.studies.adversary.settings import AdversarySettings
 from dmmlib.studies.adversary.subspace import Subspace
 from dmmlib.studies.adversary.world import Site, World, retrain, sites, together
@@ -191,10 +192,10 @@ def fit_datamodel(world: World, site: Site) -> Monitor:
     context = attribution.Context(site.x, site.y, masks, outputs, models=models)
     t = gradient_kernel(site.originals[:4], site.x[:n], site.y[:n], n, s.damping).transfer
     response = kernel_response(context, 0.1, "measured", "subsets", 20)  # predicts hundreds of requests in a moment
-    return _monitor(bayesian.fit(context, response, 0.2), context, t)
+    return _monitor(fit(context, response, 0.2), context, t)
 
 
-def _monitor(datamodel: Datamodel, context: attribution.Context, t: np.ndarray) -> Monitor:
+def _monitor(datamodel: MarginDatamodel | BayesianDatamodel, context: attribution.Context, t: np.ndarray) -> Monitor:
     """A monitor with residuals 1 - p of the context's subset models, and the kernel T (n_train, n_points)."""
     n = context.n_train
     residual = expit(-context.margins[:, :n]).mean(0)
@@ -236,12 +237,15 @@ def camouflage(world: World) -> tuple[Asked, list[Poison], pd.DataFrame]:
 
 def hidden(world: World) -> tuple[list[Poison], list[np.ndarray]]:
     """Camouflaged poison for each target, and the request that uncovers it."""
-    poisons, requests = [], []
-    for t in world.targets:
-        line = Subspace.of(world.known, *world.of_targets(np.array([t])), 1)
-        poisons.append(world.craft(line, dirty=False, angle=0.0))
-        requests += ddpa(world, poisons[-1], line, np.array([t]))
-    return poisons, requests
+    found = [on_a_line(world, *world.of_targets(t), False, t) for t in world.targets[:, None]]
+    return [poison for poison, _ in found], [forget for _, requests in found for forget in requests]
+
+
+def on_a_line(world: World, x: Tensor, y: Tensor, dirty: bool, targets: np.ndarray) -> tuple[Poison, list[np.ndarray]]:
+    """Poison along the one direction in which the gradients of some points agree most, and requests for targets."""
+    line = Subspace.of(world.known, x, y, 1)
+    poison = world.craft(line, dirty, angle=0.0)
+    return poison, ddpa(world, poison, line, targets)
 
 
 def never_trained(world: World, honest: Site, camouflaged: Asked, n_models: int) -> Asked:

@@ -48,12 +48,10 @@ def _bars(table: pd.DataFrame, name: str) -> list[pd.Series]:
     return [table[name] - table[f"{name} low"], table[f"{name} high"] - table[name]]
 
 
-def regions(
-    known: Region, radius: float, found: Mapping[str, Region], reach: float, title: str, caption: str
-) -> Figure:
-    """Left: gap against radius of a function whose convex radius is known; right: of trained models' loss."""
+def regions(known: Region, found: Mapping[str, Region], reach: float, title: str, caption: str) -> Figure:
+    """Left: gap against radius of a function that is convex up to radius 1; right: of trained models' loss."""
     figure, ((left, right),) = _panels(1, 2, 10.5, 3.6)
-    left.plot(known.radii / radius, known.gaps, color=_PALETTE[0], marker="o", label="largest gap found")
+    left.plot(known.radii, known.gaps, color=_PALETTE[0], marker="o", label="largest gap found")
     left.axvline(1, color="black", lw=1, ls=":", label="convex up to here")
     left.set(xlabel="radius / the known convex radius", ylabel="Jensen gap / rise of the function")
     left.set_title("1 − exp(−‖z‖²/2)", fontsize=10)

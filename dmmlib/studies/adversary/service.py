@@ -17,13 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
-from dmmlib.attribution.base import indicator
+from dmmlib.attribution.base import MarginDatamodel, indicator
+from dmmlib.attribution.bayesian import BayesianDatamodel
 from dmmlib.data import Dataset
-from dmmlib.datamodels import Attributor
 from dmmlib.errors import DataError, ForgetSetError
 from dmmlib.metrics import Estimate, right_logits
 
@@ -72,19 +71,11 @@ def resolve(
     return np.array(found, np.int64)
 
 
-class Datamodel(Attributor, Protocol):
-    """An attributor that answers any number of requests at a time."""
-
-    def change(self, masks: np.ndarray) -> np.ndarray:
-        """Change of logits, in the margin gauge, (k, n_points, n_classes) of models trained on each of some masks."""
-        ...
-
-
 @dataclass(frozen=True)
 class Monitor:
     """Scores requests before they are served."""
 
-    datamodel: Datamodel  # of the training set, in the margin gauge
+    datamodel: MarginDatamodel | BayesianDatamodel  # of the training set
     labels: np.ndarray  # of all points
     gram: np.ndarray  # T_ij r_i r_j (n_train, n_train), the energy of displacements that deletions add up to
     seed: int = 0  # of the random requests that scores are relative to

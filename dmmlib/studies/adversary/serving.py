@@ -32,10 +32,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
 }
 """Settings tried of each method, on honest requests of the attack's size."""
 
-Case = tuple[int, str, dict[str, Any]]
-"""Number of a target, method, setting."""
-Answers = tuple[np.ndarray, np.ndarray]
-"""Margins, and whether answers are correct, both (n_models, n_points)."""
+Case = tuple[int, str, dict[str, Any]]  # number of a target, method, setting
+Answers = tuple[np.ndarray, np.ndarray]  # margins, and whether answers are correct, both (n_models, n_points)
 
 
 def solve(world: World, asked: Asked, cases: Sequence[Case]) -> list[unlearn.Unlearned]:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from dmmlib.studies.adversary.crafting import Poison, delete_groups, most_harmful, wanted
-from dmmlib.studies.adversary.experiments import Prepared, ddpa
+from dmmlib.studies.adversary.experiments import Prepared, ddpa, on_a_line
 from dmmlib.studies.adversary.subspace import Metric, Subspace
 from dmmlib.studies.adversary.world import Site, World, retrain, together
 
@@ -107,9 +107,9 @@ def _class_known(world: World, name: str, dirty: bool) -> Case:
     labels = world.data.y_val[world.targets]
     for label in np.intersect1d(labels, y):
         targets, known = world.targets[labels == label], y == label
-        line = Subspace.of(world.known, x[known], y[known], 1)
-        case.poisons.append(world.craft(line, dirty, 0.0))
-        case.requests.append(ddpa(world, case.poisons[-1], line, targets))
+        poison, requests = on_a_line(world, x[known], y[known], dirty, targets)
+        case.poisons.append(poison)
+        case.requests.append(requests)
         case.targets.append(targets)
     return case
 

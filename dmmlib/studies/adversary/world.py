@@ -186,27 +186,24 @@ class Site:
         return float(metrics.correct(self.logits[:, n:], self.data.y_val).mean())
 
     def outcomes(self, targets: np.ndarray, retrained: np.ndarray) -> pd.DataFrame:
-        """Error and margin of each retrained model at each target; "before": the originals' means.
+        """Error and margin of retrained models at their targets; "before": the originals' means.
 
         Takes positions in V (T,), and logits (T, n_models, n_points, n_classes).
         """
-        tables = []
-        for target, logits in zip(targets, retrained, strict=True):
-            at = [self.data.n_train + target]
-            columns = {"target": target, "model": np.arange(len(logits))}
-            for when, z in (("", logits), (" before", self.logits)):
-                columns[f"error{when}"] = ~metrics.correct(z[:, at], self.data.y[at])[:, 0]
-                columns[f"margin{when}"] = metrics.margins(z[:, at], self.data.y[at])[:, 0]
-            before = {name: columns[name].mean() for name in ("error before", "margin before")}
-            tables.append(pd.DataFrame(columns | before))
-        return pd.concat(tables, ignore_index=True)
+        at, n_models = self.data.n_train + targets, retrained.shape[1]
+        after, before = retrained[np.arange(len(at)), :, at].swapaxes(0, 1), self.logits[:, at]
+        columns = {"target": np.repeat(targets, n_models), "model": np.tile(np.arange(n_models), len(at))}
+        for name, of in (("error", lambda z, y: ~metrics.correct(z, y)), ("margin", metrics.margins)):
+            columns[name] = of(after, self.data.y[at]).T.ravel()
+            columns[f"{name} before"] = np.repeat(of(before, self.data.y[at]).mean(0), n_models)
+        return pd.DataFrame(columns)
 
 
-def with_poison(data: Dataset, images: np.ndarray, labels: np.ndarray) -> tuple[Dataset, np.ndarray]:
-    """The data with their last training points replaced by the attacker's, and the indices of those."""
+def with_poison(data: Dataset, images: np.ndarray, labels: np.ndarray) -> Dataset:
+    """The data with their last training points replaced by the attacker's."""
     honest = data.n_train - len(images)
     x, y = np.concatenate([data.x_train[:honest], images]), np.concatenate([data.y_train[:honest], labels])
-    return replace(data, x_train=x, y_train=y), np.arange(honest, data.n_train)
+    return replace(data, x_train=x, y_train=y)
 
 
 def together(
@@ -224,26 +221,22 @@ def together(
     0, 1, ..., and every request its own, from `seed` on.
     """
     data, n = world.data, world.s.n
-    made = [with_poison(data, *poison) for poison in poisons]
-    x = world.victim.points(np.concatenate([data.x_train, *(images for images, _ in poisons)]))
+    x = np.concatenate([data.x_train, *(images for images, _ in poisons)])
     y = np.concatenate([data.y_train, *(labels for _, labels in poisons)])
-    starts = n + np.cumsum([0, *(len(own) for _, own in made)])
-    masks, seeds, fresh = list[np.ndarray](), list[int](), itertools.count(seed, 1000)
-    for (_, own), start, asked in zip(made, starts, requests, strict=False):
-        place = np.concatenate([np.arange(n - len(own)), start + np.arange(len(own))])
-        mask = np.zeros(len(x), bool)
-        mask[place] = True
-        masks += [mask] * n_models
+    masks, seeds, fresh, start = list[np.ndarray](), list[int](), itertools.count(seed, 1000), n
+    for (images, _), asked in zip(poisons, requests, strict=True):
+        places = np.r_[: n - len(images), start : start + len(images)]
+        start += len(images)
+        masks += [np.isin(np.arange(len(x)), places)] * n_models
         seeds += range(n_models)
         for forget, first in zip(asked, fresh, strict=False):
-            kept = mask.copy()
-            kept[place[forget]] = False
-            masks += [kept] * n_retrained
+            masks += [np.isin(np.arange(len(x)), np.delete(places, forget))] * n_retrained
             seeds += range(first, first + n_retrained)
-    trained = world.victim.train(x, y, np.stack(masks), seeds)
-    done, first = [], 0
-    for (poisoned, own), asked in zip(made, requests, strict=True):
-        points = world.victim.points(poisoned.x)
+    trained, first = world.victim.train(world.victim.points(x), y, np.stack(masks), seeds), 0
+    done = []
+    for poison, asked in zip(poisons, requests, strict=True):
+        poisoned = with_poison(data, *poison)
+        points, own = world.victim.points(poisoned.x), np.arange(n - len(poison[0]), n)
         its = trained[first : first + n_models + len(asked) * n_retrained]
         logits = its.logits(points).numpy()
         retrained = logits[n_models:].reshape(len(asked), n_retrained, *logits.shape[1:])
