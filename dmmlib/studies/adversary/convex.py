@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -93,15 +92,9 @@ def study(attacks: list[Attack], s: AdversarySettings) -> pd.DataFrame:
         for t, forget in zip(attack.targets, attack.requests, strict=True):
             for method, (w, cost) in _serve(attack, originals, forget, rng).items():
                 margins = attack.val.margins(w)
-                names: dict[str, Any] = {
-                    "attack": attack.name,
-                    "method": method,
-                    "target": int(t),
-                    "size": len(forget),
-                    "cost": cost,
-                }
+                names = {"attack": attack.name, "method": method, "target": int(t), "size": len(forget), "cost": cost}
                 told = columns((margins, margins > 0), (before, before > 0), t, others)
-                tables.append(pd.DataFrame({"model": np.arange(s.n_models)} | told).assign(**names))
+                tables.append(pd.DataFrame(names | {"model": np.arange(s.n_models)} | told))
     return pd.concat(tables, ignore_index=True)
 
 

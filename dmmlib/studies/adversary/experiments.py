@@ -15,7 +15,6 @@ from dmmlib.attribution.base import MarginDatamodel, calibrated
 from dmmlib.attribution.bayesian import BayesianDatamodel, fit
 from dmmlib.attributors.kernel import gradient_kernel, kernel_response
 from dmmlib.datamodels import Attributor
-from dmmlib.execution import Execution
 from dmmlib.studies.adversary.crafting import Poison, delete_groups, most_harmful
 from dmmlib.studies.adversary.geometry import Region, sampled_share, stable_region, volume_share
 from dmmlib.studies.adversary.service import COMPONENTS, Monitor
@@ -230,7 +229,7 @@ def camouflage(world: World) -> tuple[Asked, list[Poison], pd.DataFrame]:
         watched = watch(world, its, site, "camouflage", {"camouflage": [requests[t]]}, n_honest, t)
         return Predicted(datamodel.effect(requests[t])), watched
 
-    predicted, watched = zip(*threads(world).run(judge, range(len(pairs))), strict=True)
+    predicted, watched = zip(*world.victim.one_by_one.run(judge, range(len(pairs))), strict=True)
     asked = Asked("camouflage", [site for site, _ in done], requests, np.concatenate([z for _, z in done]), predicted)
     return asked, poisons, pd.concat(watched, ignore_index=True)
 
@@ -269,11 +268,6 @@ def never_trained(world: World, honest: Site, camouflaged: Asked, n_models: int)
         retrained.append(again.logits(x).numpy())
     none = [Predicted(np.zeros(site.logits.shape[1:], np.float32)) for site in made]  # no subset held them: no effect
     return Asked("never_trained", made, requests, np.stack(retrained), none)
-
-
-def threads(world: World) -> Execution:
-    """One job in each thread; not for forward-mode derivatives, of which torch keeps one level for all threads."""
-    return Execution(chunk=1, workers=world.victim.execution.workers)
 
 
 def watch(

@@ -12,7 +12,7 @@ from scipy.stats import t as student
 
 from dmmlib import metrics, unlearn
 from dmmlib.forget_sets import ForgetSet
-from dmmlib.studies.adversary.experiments import Asked, Prepared, never_trained, threads
+from dmmlib.studies.adversary.experiments import Asked, Prepared, never_trained
 from dmmlib.studies.adversary.world import World, retrain, together
 
 MATCHING = [{"cost": 0.1, "batch_size": 10, "lr": lr} for lr in (1e-3, 3e-3, 1e-2, 3e-2)]
@@ -56,7 +56,7 @@ def solve(world: World, asked: Asked, cases: Sequence[Case]) -> list[unlearn.Unl
         )
         return unlearn.get(method)(problem, **setting)
 
-    return list(threads(world).run(one, cases))
+    return list(world.victim.one_by_one.run(one, cases))
 
 
 def choose_options(world: World, prepared: Prepared) -> tuple[dict[str, dict[str, Any]], pd.DataFrame]:
@@ -157,8 +157,7 @@ def klom(world: World, prepared: Prepared, options: Mapping[str, dict[str, Any]]
     matching aims at, and the floor. The 95 % interval is Student's t over requests, whose spread holds the models'.
     "album" is the honest request for images alike.
     """
-    rows = []
-    n = world.s.n_klom
+    rows, n = list[dict[str, Any]](), world.s.n_klom
     for asked in _with_many_models(world, prepared):
         served = replace(asked, retrained=asked.retrained[:, :n])
         cases = [(t, method, setting) for method, setting in options.items() for t in range(len(asked.requests))]

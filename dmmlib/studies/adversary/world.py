@@ -52,6 +52,11 @@ class Victim:
         d = prepare(torch.zeros(1, *data.x_train.shape[1:])).shape[1]
         return cls(prepare, lambda: module(d), training, execution or Execution(512, torch.get_num_threads()))
 
+    @property
+    def one_by_one(self) -> Execution:
+        """One job in each thread; not for forward-mode derivatives, of which torch keeps one level for all threads."""
+        return Execution(chunk=1, workers=self.execution.workers)
+
     def points(self, images: np.ndarray) -> Tensor:
         """uint8 images (n, height, width, channels) as points."""
         return self.prepare(torch.from_numpy(images).float() / 255)
@@ -182,8 +187,7 @@ class Site:
     @property
     def accuracy(self) -> float:
         """Of the originals on V."""
-        n = self.data.n_train
-        return float(metrics.correct(self.logits[:, n:], self.data.y_val).mean())
+        return float(metrics.correct(self.logits[:, self.data.n_train :], self.data.y_val).mean())
 
     def outcomes(self, targets: np.ndarray, retrained: np.ndarray) -> pd.DataFrame:
         """Error and margin of retrained models at their targets; "before": the originals' means.
