@@ -69,7 +69,7 @@ def test_status_shows_what_notebook_07_trains(tmp_path, quick):
     chunk.write_bytes(chunk.read_bytes()[:50])
     after = plan.status(study).set_index("models")
     assert after.loc["stage 07: more of attribution", "damaged"] == 20
-    assert after.loc["attribution", "done"] == 20
+    assert after.loc["attribution models", "done"] == 20
     changed = presets.load(study.preset.model_dump(), {"attribution.fraction": 0.6})
     there = plan.plan(changed, tmp_path).models.set_index("models")["done"]
     assert there["attribution models"] == there["stage 07: more of attribution"] == 0, "other masks, other models"
@@ -102,7 +102,8 @@ def test_every_preset_can_be_planned(name, tmp_path, quick, monkeypatch):
         assert found.n_parameters == 2_274_880
         assert found.models["planned"].sum() == 200 + 20_200 + 100 + 10 * 400 + 2 * (200 + 50) + 900 + 5 * 3 * 100
         assert "random images stand in" in text
-        assert found.memory["subset outputs"] == pytest.approx(3.5 * 4 * 20_200 * 60_000 * 10)
+        block, factor = 1000 * 60_000 * 10 * 4, 4 * (50_000 * 20_000 + 2 * 20_000**2)
+        assert found.memory["ridge"] == pytest.approx(1.2 * block + factor), "one block of outputs and the factor"
     if name == "living17":
         assert (found.data.n_train, found.data.n_classes) == (88_400, 17)
 

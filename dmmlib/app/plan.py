@@ -132,8 +132,7 @@ def plan(preset: Preset, runs: Path | None = None) -> Plan:
         memory={  # weights, gradients and momentum; activations come on top
             "training": points + 3 * weights * n_together + outputs * preset.ensembles.shard,
             "unlearning": points + (3 * weights + outputs) * n,
-            "ridge": 1.2 * outputs * min(BLOCK, n_subsets)
-            + 4.0 * data.n_train * (n_subsets + 2 * min(n_subsets, data.n_train)),
+            "ridge": 1.2 * outputs * min(BLOCK, n_subsets) + 4.0 * factor,
         },
         rate=measure(module, shape, data.n_classes, preset, device),
     )

@@ -14,7 +14,7 @@ from dmmlib import attribution, metrics
 from dmmlib.attribution.base import MarginDatamodel, calibrated
 from dmmlib.attribution.bayesian import BayesianDatamodel, fit
 from dmmlib.attributors.kernel import gradient_kernel, kernel_response
-from dmmlib.datamodels import Attributor
+from dmmlib.datamodels import Attributor, Indices
 from dmmlib.studies.adversary.crafting import Poison, delete_groups, most_harmful
 from dmmlib.studies.adversary.geometry import Region, sampled_share, stable_region, volume_share
 from dmmlib.studies.adversary.service import COMPONENTS, Monitor
@@ -121,13 +121,16 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Predicted:
+class Predicted(Attributor):
     """An attributor that was asked already: `change` (n_points, n_classes) is its answer for the one request."""
 
     change: np.ndarray
 
-    def effect(self, forget: Sequence[int] | np.ndarray) -> np.ndarray:
-        return self.change
+    def effects(self, forget_sets: Sequence[Indices]) -> np.ndarray:
+        return np.stack([self.change] * len(forget_sets))
+
+    def predict(self, masks: np.ndarray) -> np.ndarray:
+        raise NotImplementedError("it was asked for one forget set only")
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,7 @@ def fit_datamodel(world: World, site: Site) -> Monitor:
     outputs = metrics.margin_gauge(models.logits(site.x).numpy(), site.data.y)
     context = attribution.Context(site.x, site.y, masks, outputs, models=models)
     t = gradient_kernel(site.originals[:4], site.x[:n], site.y[:n], n, s.damping).transfer
-    response = kernel_response(context, 0.1, "measured", "subsets", 20)  # predicts hundreds of requests in a moment
+    response = kernel_response(context, n_models=20)  # predicts hundreds of requests in a moment
     return _monitor(fit(context, response, 0.2), context, t)
 
 

@@ -73,7 +73,9 @@ def mlp(data: Dataset, s: AdversarySettings, execution: Execution | None = None)
         return (avg_pool2d(images, 2) if images.shape[-1] >= 20 else images).flatten(1)
 
     training = ensemble.Training(s.epochs, s.batch, s.lr)
-    return Victim.of(data, features, lambda d: models.mlp((d,), data.n_classes, s.hidden), training, execution)
+    return Victim.of(
+        data, features, lambda d: models.build("mlp", (d,), data.n_classes, hidden=s.hidden), training, execution
+    )
 
 
 @dataclass(frozen=True)
