@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
-.PHONY: setup study test lab lint publish replicate clean
+.PHONY: setup study test lab docs lint publish replicate clean
 
 setup: $(READY)
 
@@ -24,6 +24,9 @@ test: $(READY)  ## the whole test suite, notebooks included
 
 lab: $(READY)  ## explore in JupyterLab
 	$(BIN)/jupyter lab notebooks
+
+docs: $(READY)  ## the API pages, from docstrings, into docs/api
+	$(BIN)/python scripts/api.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

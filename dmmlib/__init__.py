@@ -34,7 +34,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"dmmlib has no {name!r}; its public names are {', '.join(__all__)}.")
     module, _, found = _HOMES[name].partition(":")
-    return getattr(importlib.import_module(f"dmmlib.{module}"), found)
+    globals()[name] = getattr(importlib.import_module(f"dmmlib.{module}"), found)
+    return globals()[name]
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""Train many independent models at once.
+"""Train many independent models at once: the recipe, its learning rate, batches and the training step.
 
 The parameters of `n_models` copies of one `nn.Module` are stacked along a first axis, the forward pass is
 mapped over it with `torch.func.vmap`, and an elementwise optimizer over the stacked tensors is then exactly

@@ -1,4 +1,4 @@
-"""How training is carried out on a machine: models a step, threads or processes, compiled or not.
+"""How training is carried out on a machine: models per step, threads or processes, compiled or not.
 
 On CPU cores one process a core steps its own few models through one compiled function: products stay in a
 core's cache, the elementwise work between them is fused, and no interpreter lock is shared. Processes and

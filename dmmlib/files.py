@@ -1,4 +1,4 @@
-"""Files that come with the library, files that it writes whole or not at all, and hashes by which they are found."""
+"""Folders that come with the library, files that are written whole or not at all, and hashes."""
 
 from __future__ import annotations
 

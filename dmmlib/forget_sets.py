@@ -1,4 +1,4 @@
-"""Forget sets: which training points are to be unlearned, how they were chosen, and for which data."""
+"""Forget sets: which training points are to be unlearned, how they are chosen, and for which data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far unlearned models are from retrained ones: margins, KLoM, U-LiRA, accuracy gaps.
+"""How far unlearned models are from retrained ones: margins, KLoM and its bins, U-LiRA, accuracy gaps.
 
 KLoM (KL divergence of margins): Georgiev et al., "Attribute-to-Delete", ICLR 2025, section 3. Everywhere,
 models come first: margins are (n_models, n_points).

@@ -1,4 +1,4 @@
-"""What presets call by name (data sets, models, methods, attributors, studies), and the versions of all that computes.
+"""What presets call by name, and the versions of all that computes.
 
 A store's key holds names, settings and versions, never source: whoever changes a component so that its numbers
 change raises its version, and what was computed before is then computed anew. `tests/golden.csv` says when.

@@ -1,4 +1,4 @@
-"""Outputs of trained models on disk: zarr arrays, a chunk a shard of models, resumable and checked.
+"""Outputs of trained models on disk: zarr arrays, one chunk per shard of models, resumable and checked.
 
 A store belongs to one configuration, whose hash it carries, and lies in a directory or at any fsspec address
 (s3://..., gs://..., memory://...). A shard counts as done when its flag is set, which happens after all its

@@ -1,4 +1,4 @@
-"""A run of the study: what a preset asks for, computed once, kept on disk, and handed to the notebooks.
+"""A run of the study: what a preset asks for, computed once, kept on disk under its key, for the notebooks.
 
 Properties only read; what may train, fit or write is a method. Everything resumes: trained models lie in stores
 (`trainer`), unlearned results and searches beside them, each under the hash of exactly what it depends on.

@@ -1,4 +1,4 @@
-"""Train the models that a preset asks for, and keep their outputs: all that a process needs that trains for a study.
+"""Train the models that a preset asks for, and keep their outputs: all that a worker needs.
 
 Outputs of trained models lie in zarr stores under `runs/store/`, under the hash of exactly what they depend on, so
 training resumes where it was, a changed number trains only what it touches, and runs share what they have in common.

@@ -1,4 +1,4 @@
-"""Search a method's hyperparameters on tuning sets: forget sets that share no point with the reported ones."""
+"""Search hyperparameters on tuning sets; `score` is what a search minimises."""
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@
 import ast
 import doctest
 import graphlib
+import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -67,7 +69,7 @@ ALL = ("core", *ROOMS)
 
 
 def figure():
-    """The rooms, which rooms each stands on, and how many lines each has."""
+    """The rooms, how many lines each has and which rooms each stands on; then what each file of the core is for."""
     below = {name: set() for name in ALL}
     for module, others in ARROWS.items():
         below[room(module)] |= {room(other) for other in others}
@@ -75,7 +77,12 @@ def figure():
         (name, f"{lines(name):,} lines", ", ".join(o for o in ALL if o in below[name] - {name})) for name in ALL[::-1]
     ]
     width, second = (max(len(row[i]) for row in rows) for i in (0, 1))
-    return "\n".join(f"{name:{width}}  {n:>{second}}  " + (f"stands on {o}" if o else "") for name, n, o in rows)
+    rooms = [f"{name:{width}}  {n:>{second}}  " + (f"stands on {o}" if o else "knows nobody") for name, n, o in rows]
+    core = {str(p.relative_to(LIBRARY)): FILES[p] for p in FILES if room(module_of(p)) == "core"}
+    width = max(map(len, core))
+    purposes = {name: ast.get_docstring(tree).splitlines()[0] for name, tree in core.items()}
+    files = [f"{name:{width}}  {said}" for name, said in purposes.items() if not name.endswith("__init__.py")]
+    return "\n".join([*rooms, "", *files])
 
 
 def test_the_core_imports_no_room():
@@ -141,6 +148,27 @@ def test_each_public_name_has_an_example_that_runs(name):
     told = []
     doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example, out=told.append)
     assert not told, "".join(told)
+
+
+def test_api_pages_are_made_of_the_public_names(tmp_path):
+    script = runpy.run_path(str(ROOT / "scripts" / "api.py"))
+    script["main"](tmp_path)
+    page = (tmp_path / "dmmlib.html").read_text(encoding="utf-8")
+    assert all(f'id="{name}"' in page for name in dmmlib.__all__)
+
+
+def test_the_changelog_is_read_at_a_glance():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert max(map(len, text.splitlines())) <= 120
+    headings = [line for line in text.splitlines() if line.startswith("### ")]
+    assert headings == ["### Added", "### Changed", "### Removed", "### Fixed"]
+
+
+def test_every_notebook_links_the_glossary():
+    for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"):
+        assert "../docs/glossary.md" in "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"]), (
+            path
+        )
 
 
 def test_public_names_are_few_and_others_are_refused():

@@ -1,7 +1,6 @@
 """What the README shows is true: its table is the run's, its example runs, its files exist."""
 
 import re
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -9,6 +8,7 @@ import pytest
 
 from dmmlib import unlearn
 from dmmlib.analysis import tables
+from dmmlib.registry import REGISTRIES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -29,13 +29,13 @@ def test_links_lead_somewhere():
 
 
 @pytest.fixture
-def registries(monkeypatch):
+def registries():
     """What a test registers is forgotten after it."""
-    for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] == "dmmlib":
-            for attribute, value in list(vars(module).items()):
-                if re.fullmatch("_[A-Z]+", attribute) and isinstance(value, dict):
-                    monkeypatch.setattr(module, attribute, dict(value))
+    before = {kind: set(registry) for kind, registry in REGISTRIES.items()}
+    yield
+    for kind, registry in REGISTRIES.items():
+        for name in set(registry) - before[kind]:
+            registry.remove(name)
 
 
 @pytest.mark.slow

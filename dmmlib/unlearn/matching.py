@@ -1,4 +1,4 @@
-"""Matching methods: fine-tune the original to the answers of a model that never saw F.
+"""DMM and oracle matching: their grids, and fine-tuning to the answers of a model that never saw F.
 
 Georgiev et al., "Attribute-to-Delete: Machine Unlearning via Datamodel Matching", ICLR 2025. Oracle matching
 (OM) takes true oracles' logits as targets and is a bound; datamodel matching (DMM) takes predicted ones.
