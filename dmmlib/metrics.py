@@ -1,12 +1,11 @@
 """How far unlearned models are from retrained ones: margins, KLoM and its bins, U-LiRA, accuracy gaps.
 
 KLoM (KL divergence of margins): Georgiev et al., "Attribute-to-Delete", ICLR 2025, section 3. Everywhere,
-models come first: margins are (n_models, n_points).
+models come first: logits are (n_models, n_points, n_classes), labels (n_points,), margins (n_models, n_points).
 """
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from dmmlib.errors import DataError
@@ -28,17 +26,10 @@ Convention = Literal["closed", "easydub"]
 
 
 def margins(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Margin of the right class: m = z_y - logsumexp over c != y of z_c.
+    """Margin of the correct class, its log odds: m = z_y - logsumexp over c != y of z_c, float32; NaN where z is.
 
     >>> margins(np.array([[[2.0, 0.0], [0.0, 1.0]]]), np.array([0, 0]))
     array([[ 2., -1.]], dtype=float32)
-
-    Args:
-        logits: (n_models, n_points, n_classes).
-        labels: (n_points,).
-
-    Returns:
-        (n_models, n_points), the log odds of the right class.
 
     Raises:
         DataError: for shapes that differ, fewer than two classes, or labels outside the classes.
@@ -54,28 +45,20 @@ def margins(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
             f"Labels go from {labels.min()} to {labels.max()}; logits have {logits.shape[2]} classes, "
             f"so use labels 0 to {logits.shape[2] - 1}."
         )
-    right = np.take_along_axis(logits, labels[None, :, None], 2)
-    others = logits.copy()
-    np.put_along_axis(others, np.broadcast_to(labels[None, :, None], right.shape), -np.inf, 2)
-    return (right[..., 0] - torch.from_numpy(others).logsumexp(2).numpy()).astype(np.float32)  # scipy's: 4 times slower
+    others = logits.astype(logits.dtype if np.issubdtype(logits.dtype, np.floating) else np.float32)
+    np.put_along_axis(others, np.broadcast_to(labels[:, None], (*logits.shape[:2], 1)), -np.inf, 2)
+    wrong = torch.from_numpy(others).logsumexp(2).numpy()  # scipy's takes four times as long
+    return (right_logits(logits, labels) - wrong).astype(np.float32)
 
 
 def margin_gauge(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Logits shifted, point by point, so that logsumexp over the wrong classes is 0.
+    """Logits, float32, shifted at each point so that logsumexp over the wrong classes is 0.
 
     A shift of all classes changes no probability. In this gauge the label's logit *is* the margin, and the others
     are log-probabilities given that the label is wrong. So what is linear in a training set is predicted of the
     margin itself, and not of raw logits whose logsumexp is then taken, which bends the prediction.
-
-    Args:
-        logits: (n_models, n_points, n_classes).
-        labels: (n_points,).
-
-    Returns:
-        The same shape, float32.
     """
-    right = right_logits(logits, labels)
-    return np.asarray(logits, np.float32) - (right - margins(logits, labels))[..., None]
+    return np.asarray(logits, np.float32) - (right_logits(logits, labels) - margins(logits, labels))[..., None]
 
 
 def right_logits(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -85,92 +68,73 @@ def right_logits(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def correct(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Whether the largest logit is the label's: bool (n_models, n_points)."""
-    return np.asarray(logits).argmax(2) == np.asarray(labels)
+    """Whether the largest logit is the label's: bool (n_models, n_points), False where logits are NaN."""
+    logits = np.asarray(logits)
+    return (logits.argmax(2) == np.asarray(labels)) & ~np.isnan(right_logits(logits, labels))
 
 
 # --- KLoM ----------------------------------------------------------------------------------------------
 
 
-def _check_shapes(unlearned: np.ndarray, oracle: np.ndarray) -> None:
+def _checked(unlearned: np.ndarray, oracle: np.ndarray, least: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Both as arrays, if they are finite margins of at least that many models at the same points."""
+    unlearned, oracle = np.asarray(unlearned), np.asarray(oracle)
     for name, m in (("unlearned", unlearned), ("oracle", oracle)):
-        if m.ndim != 2 or m.shape[0] == 0:
-            raise DataError(f"The {name} margins have shape {m.shape}; give (n_models, n_points), at least one model.")
+        if m.ndim != 2 or len(m) < least:
+            raise DataError(f"The {name} margins have shape {m.shape}; give (n_models >= {least}, n_points).")
+        if bad := m.size - np.count_nonzero(np.isfinite(m)):
+            raise DataError(
+                f"The {name} margins hold {bad} NaN or infinite values; a model diverged: lower its learning rate "
+                "or drop it."
+            )
     if unlearned.shape[1] != oracle.shape[1]:
         raise DataError(
             f"Unlearned margins have {unlearned.shape[1]} points and oracle margins {oracle.shape[1]}; "
             "give both for the same points."
         )
+    return unlearned, oracle
 
 
-def _check_margins(unlearned: np.ndarray, oracle: np.ndarray) -> None:
-    _check_shapes(unlearned, oracle)
-    for name, m in (("unlearned", unlearned), ("oracle", oracle)):
-        if not np.isfinite(m).all():
-            raise DataError(
-                f"The {name} margins hold {int((~np.isfinite(m)).sum())} NaN or infinite values; a model "
-                "diverged: lower its learning rate or drop it."
-            )
+def _ranges(unlearned: np.ndarray, oracle: np.ndarray) -> Sequence[np.ndarray]:
+    """Both clipped, and per point the greatest value and the range of the bins, low to high, in double precision.
+
+    numpy.histogram widens a range of one value by a half on either side.
+    """
+    kind = np.result_type(unlearned, oracle, np.float32)
+    u, o = (m.astype(kind, copy=False).clip(-CLIP, CLIP) for m in (unlearned, oracle))
+    low = np.minimum(u.min(0), o.min(0)).astype(np.float64)
+    top = np.maximum(u.max(0), o.max(0)).astype(np.float64)
+    half = 0.5 * (low == top)
+    return u, o, top, low - half, top + half
 
 
-def _bins(
-    margins: np.ndarray, low: np.ndarray, high: np.ndarray, n_bins: int, room: Sequence[np.ndarray] | None = None
-) -> np.ndarray:
+def _bins(margins: np.ndarray, low: np.ndarray, high: np.ndarray, n_bins: int) -> np.ndarray:
     """Bin numbers (n_models, n_points) by numpy.histogram's rule: half-open, the last one closed.
 
     Values are scaled to a point's range, a trifle too low, and cut off. Where a trifle more would lift one over an
     edge, or the range is too narrow for it, the point's values are compared with the edges, as numpy does with all.
-    `room`, of `_room`, is written over if given: memory that is new each time costs more than the arithmetic.
     """
-    kind = margins.dtype.type
-    place, numbers, others, unlike = room or _room(margins.shape, kind, n_bins)
+    kind, number = margins.dtype.type, np.min_scalar_type(n_bins)
     narrow = np.maximum(1e-30, 1e-6 * np.maximum(-low, high))  # there the edges themselves are rounded
     width = np.maximum(high - low, narrow)
     trifle = max(4 * np.finfo(kind).eps, n_bins * 1e-9)
-    np.subtract(margins, low.astype(kind), out=place)
+    place = margins - low.astype(kind)
     place *= ((1 - trifle) * n_bins / width).astype(kind)
-    np.copyto(numbers, place, casting="unsafe")
+    numbers = place.astype(number)
     place += kind(2 * trifle * n_bins)
-    np.copyto(others, place, casting="unsafe")
-    others -= np.equal(others, n_bins, out=unlike)  # the greatest value
-    unsure = np.not_equal(numbers, others, out=unlike).any(0)
-    unsure |= (low != low.astype(kind)) | (width == narrow)
+    others = place.astype(number)
+    others -= others == n_bins  # the greatest value
+    unsure = (numbers != others).any(0) | (low != low.astype(kind)) | (width == narrow)
     if len(at := np.flatnonzero(unsure)):
         edges = np.linspace(low[at], high[at], n_bins + 1)[1:-1]
-        numbers[:, at] = (margins[:, at] >= edges[:, None]).sum(0, dtype=numbers.dtype)
+        numbers[:, at] = (margins[:, at] >= edges[:, None]).sum(0, dtype=number)
     return numbers
-
-
-def _room(shape: tuple[int, ...], kind: npt.DTypeLike, n_bins: int) -> list[np.ndarray]:
-    """What `_bins` writes to: scaled margins, bin numbers twice, and whether these differ."""
-    number = np.min_scalar_type(n_bins)
-    return [np.empty(shape, dtype) for dtype in (kind, number, number, bool)]
-
-
-def _joint(
-    unlearned: np.ndarray, oracle: np.ndarray, check: Callable[[], None] = lambda: None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Clipped margins, and the least, greatest and widened greatest of each point's range, in double precision.
-
-    numpy.histogram widens a range of one value by a half on either side; the first returned bound is widened too.
-    `check` is called where a range is not finite.
-    """
-    kind = np.result_type(unlearned, oracle, np.float32)
-    low = np.minimum(unlearned.min(0), oracle.min(0)).astype(np.float64)
-    high = np.maximum(unlearned.max(0), oracle.max(0)).astype(np.float64)
-    if not np.isfinite(high - low).all():
-        check()
-    u, o = (m.astype(kind, copy=False) for m in (unlearned, oracle))
-    if max(-low.min(initial=0), high.max(initial=0)) > CLIP:
-        u, o, low, high = (m.clip(-CLIP, CLIP) for m in (u, o, low, high))
-    half = 0.5 * (low == high)
-    return u, o, low - half, high, high + half
 
 
 def klom(
     unlearned: np.ndarray, oracle: np.ndarray, convention: Convention = "closed", n_bins: int = N_BINS
 ) -> np.ndarray:
-    """KLoM of each point: KL(unlearned || oracle) of histograms of margins.
+    """KLoM of each point: KL(unlearned || oracle) of histograms of margins, in nats, from 0 to log(1e5) = 11.5.
 
     >>> oracle = np.arange(10.0)[:, None]
     >>> klom(oracle, oracle), klom(oracle + 50, oracle).round(1)
@@ -181,14 +145,9 @@ def klom(
     KLoM = sum over bins with p > 0 of p log(p / q).
 
     Args:
-        unlearned: margins (n_unlearned, n_points).
-        oracle: margins (n_oracles, n_points).
         convention: "closed" keeps values on the upper edge (the definition); "easydub" drops them and
             renormalises, as the public EasyDUB code does, to compare with numbers published with it.
         n_bins: into how many bins the range is cut; the definition has 20.
-
-    Returns:
-        (n_points,), in nats, from 0 to log(1e5) = 11.5.
 
     Raises:
         DataError: for shapes that differ, NaN or infinite margins, or fewer than two bins.
@@ -197,50 +156,24 @@ def klom(
         raise DataError(f"KLoM was asked for with n_bins={n_bins}; use at least 2 (the definition has {N_BINS}).")
     if convention not in ("closed", "easydub"):
         raise DataError(f"Unknown KLoM convention {convention!r}; use 'closed' or 'easydub'.")
-    unlearned, oracle = np.asarray(unlearned), np.asarray(oracle)
-    _check_shapes(unlearned, oracle)
-    check = functools.partial(_check_margins, unlearned, oracle)
-    starts = range(0, max(1, unlearned.shape[1]), BLOCK)
+    unlearned, oracle = _checked(unlearned, oracle)
 
-    workers = min(len(starts), os.cpu_count() or 1)
+    def of_block(first: int) -> np.ndarray:
+        """Of few points, whose bin numbers, a byte each, stay in a core's cache while each bin is counted."""
+        u, o, top, low, high = _ranges(unlearned[:, first : first + BLOCK], oracle[:, first : first + BLOCK])
+        shares = []
+        for m in (u, o):
+            numbers = _bins(m, low, high, n_bins)
+            if convention == "easydub":
+                numbers[m >= top] = n_bins  # which is no bin
+            counts = np.empty((n_bins, len(top)), np.min_scalar_type(len(m)))
+            for k, count in enumerate(counts):
+                np.add.reduce((numbers == k).view(np.uint8), 0, count.dtype, count)
+            shares.append(counts / (np.maximum(counts.sum(0), FLOOR) if convention == "easydub" else len(m)))
+        return _divergence(*shares).sum(0)
 
-    def blocks(worker: int) -> list[np.ndarray]:
-        shape = max(len(unlearned), len(oracle)), min(BLOCK, unlearned.shape[1])
-        room = _room(shape, np.result_type(unlearned, oracle, np.float32), n_bins)
-        parts = []
-        for first in starts[worker::workers]:
-            u, o = unlearned[:, first : first + BLOCK], oracle[:, first : first + BLOCK]
-            parts.append(_klom_by_counting(u, o, convention, n_bins, check, room))
-        return parts
-
-    with ThreadPoolExecutor(workers) as pool:  # numpy works outside the lock
-        found = list(pool.map(blocks, range(workers)))
-    return np.concatenate([found[i % workers][i // workers] for i in range(len(starts))])
-
-
-def _klom_by_counting(
-    unlearned: np.ndarray,
-    oracle: np.ndarray,
-    convention: Convention,
-    n_bins: int,
-    check: Callable[[], None],
-    room: Sequence[np.ndarray],
-) -> np.ndarray:
-    """KLoM (n_points,) of a block of points whose bin numbers, a byte each, stay in a core's cache."""
-    u, o, low, top, high = _joint(unlearned, oracle, check)
-    shares = []
-    for m in (u, o):
-        its = [array[: len(m), : len(low)] for array in room]
-        numbers, hot = _bins(m, low, high, n_bins, its), its[-1]
-        if convention == "easydub":
-            numbers[m >= top] = n_bins  # which is no bin
-        counts = np.empty((n_bins, len(low)), np.min_scalar_type(len(m)))
-        for k in range(n_bins):
-            np.equal(numbers, k, out=hot)
-            np.add.reduce(hot.view(np.uint8), 0, counts.dtype, counts[k])
-        whole = np.maximum(counts.sum(0), FLOOR) if convention == "easydub" else len(m)
-        shares.append(counts / whole)
-    return _divergence(*shares).sum(0)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy works outside the lock
+        return np.concatenate(list(pool.map(of_block, range(0, max(1, unlearned.shape[1]), BLOCK))))
 
 
 def _divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
@@ -282,22 +215,19 @@ def klom_draws(
     biased upwards: its spread is a standard error, its level is no estimate. Draws with the same numbers of models
     and the same seed resample alike, so that differences of two methods can be taken draw by draw.
     """
-    unlearned, oracle = np.asarray(unlearned), np.asarray(oracle)
-    _check_margins(unlearned, oracle)
-    u, o, low, _, high = _joint(unlearned, oracle)
-    hot = [(_bins(z, low, high, N_BINS)[..., None] == np.arange(N_BINS)).astype(np.float32) for z in (u, o)]
+    u, o, _, low, high = _ranges(*_checked(unlearned, oracle))
+    numbers = [_bins(m, low, high, N_BINS) for m in (u, o)]
+    hot = [(of[..., None] == np.arange(N_BINS)).astype(np.float32).reshape(len(of), -1) for of in numbers]
     rng = np.random.default_rng(seed)
-    counts = [[rng.multinomial(len(z), np.full(len(z), 1 / len(z))) for z in (u, o)] for _ in range(n_bootstrap)]
-
-    def shares(i: int, weights: np.ndarray) -> np.ndarray:
-        return (weights @ hot[i].reshape(len(hot[i]), -1)).reshape(*weights.shape[:-1], -1, N_BINS)
+    counts = [[rng.multinomial(len(m), np.full(len(m), 1 / len(m))) for m in (u, o)] for _ in range(n_bootstrap)]
 
     def values(weights: Sequence[np.ndarray]) -> np.ndarray:
-        return _divergence(shares(0, weights[0]), shares(1, weights[1])).sum(-1)
+        shares = [(w @ h).reshape(*w.shape[:-1], -1, N_BINS) for w, h in zip(weights, hot, strict=True)]
+        return _divergence(*shares).sum(-1)
 
-    weights = [np.stack([draw[i] for draw in counts]).astype(np.float32) / len(z) for i, z in enumerate((u, o))]
+    weights = [np.stack(drawn).astype(np.float32) / len(drawn[0]) for drawn in zip(*counts, strict=True)]
     parts = [values([w[first : first + 10] for w in weights]) for first in range(0, n_bootstrap, 10)]  # bounds memory
-    return values([np.full(len(z), 1 / len(z)) for z in (u, o)]), np.concatenate(parts)
+    return values([np.full(len(m), 1 / len(m)) for m in (u, o)]), np.concatenate(parts)
 
 
 def klom_summary(
@@ -307,49 +237,40 @@ def klom_summary(
     n_bootstrap: int = 50,
     seed: int = 0,
 ) -> dict[str, dict[str, Estimate]]:
-    """Mean and 95th percentile of KLoM over each split's points, with bootstrap intervals over models.
+    """Mean and 95th percentile of KLoM over each split's points: split -> {"mean", "p95"} -> Estimate.
 
     The interval is the estimate +- 1.96 standard errors of `klom_draws`, whose percentiles would be biased. Points
-    are not resampled: they are the population that is asked about.
-
-    Args:
-        unlearned, oracle: margins (n_models, n_points).
-        splits: name -> indices of points, e.g. forget, retain, validation.
-
-    Returns:
-        split -> {"mean", "p95"} -> Estimate.
+    are not resampled: they are the population that is asked about. Splits are indices of points.
     """
-    point, resampled = klom_draws(np.asarray(unlearned), np.asarray(oracle), n_bootstrap, seed)
-    summary: dict[str, dict[str, Estimate]] = {}
-    for split, indices in splits.items():
-        summary[split] = {}
-        for name, statistic in STATISTICS.items():
-            value = statistic(point[indices])
-            error = 1.96 * float(np.std([statistic(row[indices]) for row in resampled], ddof=1))
-            summary[split][name] = Estimate(value, max(0.0, value - error), value + error)
-    return summary
+    point, resampled = klom_draws(unlearned, oracle, n_bootstrap, seed)
+
+    def estimate(statistic: Callable[[np.ndarray], float], indices: np.ndarray) -> Estimate:
+        value = statistic(point[indices])
+        error = 1.96 * float(np.std([statistic(row[indices]) for row in resampled], ddof=1))
+        return Estimate(value, max(0.0, value - error), value + error)
+
+    return {
+        split: {name: estimate(statistic, indices) for name, statistic in STATISTICS.items()}
+        for split, indices in splits.items()
+    }
 
 
 # --- other measures ------------------------------------------------------------------------------------
 
 
 def u_lira(unlearned: np.ndarray, oracle: np.ndarray) -> np.ndarray:
-    """U-LiRA: accuracy, point by point, of a likelihood-ratio attacker (Hayes et al., 2024).
+    """U-LiRA: balanced accuracy (n_points,) of a likelihood-ratio attacker at each point (Hayes et al., 2024).
 
     The attacker fits a Gaussian to the margins of half of the unlearned models and one to half of the
     oracles, and says of each model of the other halves which of the two it comes from; then the halves
     change roles. 0.5 means that it cannot tell.
 
-    Returns:
-        (n_points,), balanced accuracy in [0, 1].
-
     Raises:
         DataError: for fewer than four models on either side, or margins that cannot be compared.
     """
-    unlearned, oracle = np.asarray(unlearned, np.float64), np.asarray(oracle, np.float64)
-    _check_margins(unlearned, oracle)
-    if min(len(unlearned), len(oracle)) < 4:
-        raise DataError(f"U-LiRA got {len(unlearned)} unlearned models and {len(oracle)} oracles; give at least 4.")
+    unlearned, oracle = (m.astype(np.float64) for m in _checked(unlearned, oracle, least=4))
+    huge = np.maximum(1, np.maximum(np.abs(unlearned).max(0), np.abs(oracle).max(0)) / 1e100)  # squares would overflow
+    unlearned, oracle = unlearned / huge, oracle / huge
 
     def log_density(m: np.ndarray, fitted: np.ndarray) -> np.ndarray:
         scale = fitted.std(0, ddof=1) + 1e-6
@@ -365,9 +286,8 @@ def u_lira(unlearned: np.ndarray, oracle: np.ndarray) -> np.ndarray:
 
 
 def ks(unlearned: np.ndarray, oracle: np.ndarray) -> np.ndarray:
-    """Two-sample Kolmogorov-Smirnov statistic of the margins, point by point: (n_points,) in [0, 1]."""
-    unlearned, oracle = np.asarray(unlearned), np.asarray(oracle)
-    _check_margins(unlearned, oracle)
+    """Two-sample Kolmogorov-Smirnov statistic of the margins at each point: (n_points,) in [0, 1]."""
+    unlearned, oracle = _checked(unlearned, oracle)
     both = np.concatenate([unlearned, oracle])  # scipy's ks_2samp gives the same in thirty times the time
     order = np.argsort(both, 0, kind="stable")
     gap = np.cumsum(np.where(order < len(unlearned), 1 / len(unlearned), -1 / len(oracle)), 0)
@@ -379,7 +299,7 @@ def ks(unlearned: np.ndarray, oracle: np.ndarray) -> np.ndarray:
 def accuracy_gap(
     correct_unlearned: np.ndarray, correct_oracle: np.ndarray, splits: Mapping[str, np.ndarray]
 ) -> dict[str, Estimate]:
-    """Mean accuracy of unlearned models minus that of oracles, a split, with a 95 % interval over models."""
+    """Mean accuracy of unlearned models minus that of oracles on each split, with a 95 % interval over models."""
     gaps = {}
     for split, indices in splits.items():
         u, o = (np.asarray(c)[:, indices].mean(1) for c in (correct_unlearned, correct_oracle))

@@ -89,7 +89,7 @@ def test_klom_refuses_margins_that_are_not_finite(value):
 def test_klom_refuses_other_points_and_other_conventions():
     with pytest.raises(DataError, match="3 points and oracle margins 4"):
         metrics.klom(np.zeros((2, 3)), np.zeros((2, 4)))
-    with pytest.raises(DataError, match="at least one model"):
+    with pytest.raises(DataError, match="n_models >= 1"):
         metrics.klom(np.zeros((0, 3)), np.zeros((2, 3)))
     with pytest.raises(DataError, match="'closed' or 'easydub'"):
         metrics.klom(np.zeros((2, 3)), np.zeros((2, 3)), "open")
@@ -102,6 +102,21 @@ def test_margins_are_log_odds():
     right = np.take_along_axis(p, y[None, :, None], 2)[..., 0]
     np.testing.assert_allclose(metrics.margins(z, y), np.log(right / (1 - right)), rtol=1e-5)
     np.testing.assert_allclose(metrics.margins(z + 7, y), metrics.margins(z, y), atol=1e-5)
+
+
+def test_margins_take_integers_and_let_nan_through():
+    logits, labels = np.array([[[2, 0, 1], [0, 1, 5]]]), np.array([0, 1])
+    np.testing.assert_array_equal(metrics.margins(logits, labels), metrics.margins(logits.astype(np.float32), labels))
+    diverged = np.array([[[np.nan, 0.0], [0.0, 1.0]]])
+    np.testing.assert_array_equal(metrics.margins(diverged, np.array([0, 1])), np.float32([[np.nan, 1]]))
+
+
+def test_a_diverged_model_is_never_correct():
+    logits = np.full((2, 3, 3), np.nan)
+    logits[0] = np.eye(3)
+    logits[1, 1] = [0, 1, np.nan]
+    assert metrics.correct(logits, np.arange(3)).tolist() == [[True] * 3, [False] * 3]
+    assert metrics.correct(logits, np.zeros(3, int)).tolist() == [[True, False, False], [False] * 3]
 
 
 def test_margins_refuse_labels_outside_the_classes():
@@ -135,6 +150,22 @@ def test_u_lira_is_at_chance_on_equals_and_sure_of_opposites():
     a, b = rng.normal(size=(2, 200, 100))
     assert metrics.u_lira(a, b).mean() == pytest.approx(0.5, abs=0.02)
     assert metrics.u_lira(a + 10, b).mean() > 0.99
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1, 1e200])
+def test_u_lira_of_identical_and_of_disjoint_samples(scale):
+    sample = np.random.default_rng(5).normal(1, 0.1, size=(8, 3)) * scale
+    np.testing.assert_allclose(metrics.u_lira(sample, sample), 0.5)
+    np.testing.assert_allclose(metrics.u_lira(sample, -sample), 1)
+    np.testing.assert_allclose(metrics.u_lira(sample, 9 * sample), 1)
+    constant = np.full((4, 3), scale)
+    np.testing.assert_allclose(metrics.u_lira(constant, constant), 0.5)
+    np.testing.assert_allclose(metrics.u_lira(constant, 2 * constant), 1)
+
+
+def test_u_lira_needs_models_for_both_halves():
+    with pytest.raises(DataError, match="n_models >= 4"):
+        metrics.u_lira(np.zeros((3, 2)), np.zeros((4, 2)))
 
 
 def test_ks_is_scipys():
