@@ -89,18 +89,10 @@ class Attributor(ABC):
 
 
 def retrained(logits: np.ndarray, effect: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Predicted logits of models retrained without F: each model's own, moved by a predicted change.
+    """Predict the logits of models retrained without F from theirs: (n_models, n_points, n_classes), float32.
 
-    The change is added in the margin gauge, so that the margin moves by just the change of the label's logit;
-    each model keeps the common mode of its logits, which no probability depends on.
-
-    Args:
-        logits: of models trained on S (n_models, n_points, n_classes).
-        effect: predicted change in the margin gauge (n_points, n_classes), as of `Attributor.effect`.
-        labels: (n_points,).
-
-    Returns:
-        (n_models, n_points, n_classes), float32.
+    The change, of `Attributor.effect`, is added in the margin gauge, so that the margin moves by just the change of
+    the label's logit; each model keeps the common mode of its logits, which no probability depends on.
     """
     right = np.arange(logits.shape[-1]) == np.asarray(labels)[:, None]
     before = margin_gauge(logits, labels)
@@ -122,8 +114,6 @@ class RidgeDatamodel(Attributor):
         outputs: Y, the logits (M, n_points, n_classes) of the subset models: anything that slices to arrays
             along its first axis, in memory or on disk; `BLOCK` models are read at a time.
         mean_mask: share of subsets that hold each training point (n_train,).
-        lam: ridge penalty on A^T A / M.
-        own_share: s, the share of it on a training point's weight for itself.
     """
 
     outputs: Any
@@ -136,18 +126,13 @@ class RidgeDatamodel(Attributor):
 
     @classmethod
     def fit(
-        cls,
-        masks: np.ndarray,
-        outputs: Any,
-        lam: float,
-        device: torch.device | str = "cpu",
-        own_share: float = 1.0,
+        cls, masks: np.ndarray, outputs: Any, lam: float, device: torch.device | str = "cpu", own_share: float = 1.0
     ) -> RidgeDatamodel:
         """Factorise once: O(min(M, n_train)^3); after that an effect costs one solve and one pass over Y.
 
         Args:
             masks: training sets of the subset models, bool (M, n_train).
-            outputs: their logits (M, n_points, n_classes).
+            outputs: their logits (M, n_points, n_classes); see the class.
             lam: ridge penalty on A^T A / M, positive.
             own_share: s in [0, 1]; below 1 the first n_train points of the outputs must be the training
                 points, and fitting takes O(M n_train^2) more.
@@ -184,31 +169,28 @@ class RidgeDatamodel(Attributor):
     def _columns(self, rows: np.ndarray) -> Tensor:
         return torch.from_numpy(np.asarray(rows, np.float32)).to(self._masks.device).T
 
-    def weights(self, directions: np.ndarray) -> np.ndarray:
-        """Solve for v of the module's formula, with each direction d of (k, n_train) in place of 1_F.
+    def _solve(self, columns: Tensor) -> Tensor:
+        return torch.cholesky_solve(columns, self._factor)
 
-        Returns:
-            (M, k), such that W^T d = Y^T v.
-        """
-        d, m = self._columns(directions), len(self._masks)
-        if m < self.n_train:
-            return (torch.cholesky_solve(self._masks @ d, self._factor) / m).cpu().numpy()
-        return (self._masks @ torch.cholesky_solve(d, self._factor) / m).cpu().numpy()
+    @property
+    def _few(self) -> bool:
+        """Whether the factor is of A A^T / M + lambda I: there are fewer subset models than training points."""
+        return len(self._masks) < self.n_train
+
+    def weights(self, directions: np.ndarray) -> np.ndarray:
+        """Solve for v (M, k) with W^T d = Y^T v: the module's formula, with each row d of (k, n_train) as 1_F."""
+        a, d = self._masks, self._columns(directions)
+        return ((self._solve(a @ d) if self._few else a @ self._solve(d)) / len(a)).cpu().numpy()
 
     def adjoint(self, u: np.ndarray) -> np.ndarray:
         """Apply the transpose of `weights`: (k, n_train) for u (k, M)."""
-        v, m = self._columns(u), len(self._masks)
-        if m < self.n_train:
-            return (self._masks.T @ torch.cholesky_solve(v, self._factor) / m).T.cpu().numpy()
-        return (torch.cholesky_solve(self._masks.T @ v, self._factor) / m).T.cpu().numpy()
+        a, v = self._masks, self._columns(u)
+        return ((a.T @ self._solve(v) if self._few else self._solve(a.T @ v)) / len(a)).T.cpu().numpy()
 
     def _inverse(self, directions: np.ndarray) -> np.ndarray:
         """(A^T A / M + lambda I)^-1 d for each row d of (k, n_train)."""
-        d, m = self._columns(directions), len(self._masks)
-        if m < self.n_train:
-            solved = (d - self._masks.T @ torch.cholesky_solve(self._masks @ d, self._factor) / m) / self.lam
-        else:
-            solved = torch.cholesky_solve(d, self._factor)
+        a, d = self._masks, self._columns(directions)
+        solved = (d - a.T @ self._solve(a @ d) / len(a)) / self.lam if self._few else self._solve(d)
         return solved.T.cpu().numpy()
 
     def _blocks(self, size: int = BLOCK) -> Iterator[slice]:
@@ -241,15 +223,10 @@ class Gauged(Attributor):
     Its change of logits is added to each model's own, as the paper does. So the margin of each bends as it does where a
     class overtakes another, which the margin's own linear datamodel cannot see; but noise of every logit enters it.
     In the margin gauge, which is the same for all models, it predicts the mean change over some originals.
-
-    Attributes:
-        model: of raw logits.
-        logits: of some originals (n_models, n_points, n_classes).
-        labels: (n_points,).
     """
 
     model: RidgeDatamodel
-    logits: np.ndarray
+    logits: np.ndarray  # of some originals (n_models, n_points, n_classes)
     labels: np.ndarray
 
     def effects(self, forget_sets: Sequence[Indices]) -> np.ndarray:
@@ -276,29 +253,29 @@ def check_varying(masks: np.ndarray) -> None:
 
 
 def lds(predicted: np.ndarray, actual: np.ndarray) -> np.ndarray:
-    """Linear datamodelling score of each point (Park et al., "TRAK", ICML 2023).
+    """Linear datamodelling score of each point (Park et al., "TRAK", ICML 2023), in [-1, 1].
 
     >>> actual = np.array([[1.0, 5.0], [2.0, 4.0], [4.0, 1.0]])
     >>> lds(actual**3, actual), lds(-actual, actual)
     (array([1., 1.]), array([-1., -1.]))
 
-    Args:
-        predicted, actual: margins (n_subsets, n_points) of held-out subset models.
+    It is the Spearman rank correlation of margins (n_subsets, n_points) of held-out subset models over subsets; 0
+    where either is constant.
 
-    Returns:
-        Spearman rank correlation over subsets (n_points,), in [-1, 1]; 0 where either is constant.
+    Raises:
+        DataError: for shapes that differ, fewer than 3 subsets, or a model whose margins are not finite.
     """
+    if predicted.shape != actual.shape or len(predicted) < 3:
+        raise DataError(
+            f"Predicted margins have shape {predicted.shape} and actual ones {actual.shape}; give the same "
+            "shape, with at least 3 subsets."
+        )
     for name, m in (("Predicted", predicted), ("Actual", actual)):
         bad = np.flatnonzero(~np.isfinite(m).reshape(len(m), -1).all(1))
         if len(bad):
             raise DataError(
                 f"{name} margins of model {bad[0]} are NaN or infinite ({len(bad)} such models); drop them."
             )
-    if predicted.shape != actual.shape or len(predicted) < 3:
-        raise DataError(
-            f"Predicted margins have shape {predicted.shape} and actual ones {actual.shape}; give the same "
-            "shape, with at least 3 subsets."
-        )
     return _correlation(*(rankdata(m, axis=0) for m in (predicted, actual)))
 
 
@@ -331,11 +308,7 @@ def choose_lambda(
     candidates: Sequence[float],
     device: torch.device | str = "cpu",
 ) -> tuple[float, dict[float, float]]:
-    """The ridge penalty with the best mean LDS on held-out subsets; outputs and logits in the margin gauge.
-
-    Returns:
-        The best candidate, and the mean LDS of each.
-    """
+    """Choose the ridge penalty of best mean LDS on held-out subsets, in the margin gauge; also the LDS of each."""
     actual, scores = right_logits(held_out_logits, labels), {}
     for lam in candidates:
         predicted = RidgeDatamodel.fit(masks, outputs, lam, device).predict(held_out_masks)
@@ -344,26 +317,19 @@ def choose_lambda(
 
 
 def principal_loadings(model: RidgeDatamodel, train_margins: np.ndarray, n_components: int) -> np.ndarray:
-    """Loadings of the training points on the principal components of the train x train datamodel matrix.
+    """Loadings (n_train, n_components) of training points on principal components of the train x train datamodel.
 
     Row j of that matrix is how every training point acts on the margin of point j, so a component is a
     direction over training points *as influences*: points with large loadings act together. The matrix is
-    used through its products only and never built.
+    used through its products only and never built. Components have length 1; the sign, which PCA leaves open, is
+    such that the largest loading in absolute value is positive.
 
     Args:
         model: fitted on the subset models that `train_margins` comes from.
         train_margins: margins (M, n_train) of the subset models on the training points.
         n_components: how many, below n_train.
-
-    Returns:
-        (n_train, n_components), component 1 first, each of length 1. The sign, which PCA leaves open, is
-        such that the largest loading in absolute value is positive.
     """
-    n, y, mean = (
-        model.n_train,
-        train_margins,
-        train_margins.mean(1),
-    )  # centres the rows
+    n, y, mean = model.n_train, train_margins, train_margins.mean(1)  # the mean centres the matrix's rows
 
     def rows(d: np.ndarray) -> np.ndarray:
         v = model.weights(d.reshape(1, -1))[:, 0]
