@@ -29,8 +29,7 @@ class Dataset:
         x_train: images, uint8 (n_train, height, width, channels), or float32 features (n_train, ...).
         y_train: integer labels (n_train,).
         x_val, y_val: the same for the validation set.
-        class_names: one name a class.
-        mean, std: constants a channel, on a scale where 255 is 1, by which `models` normalises images.
+        mean, std: constants of each channel, on a scale where 255 is 1, by which `models` normalises images.
             They are fixed for a data set and never computed from S, so that they know nothing of F.
     """
 
@@ -75,6 +74,28 @@ class Dataset:
         return digest.hexdigest()
 
 
+def _checked(part: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Points and labels as a `Dataset` holds them; arrays on disk stay there."""
+    x, y = np.asarray(x), np.asarray(y)
+    if y.ndim != 1 or len(y) == 0 or y.shape != x.shape[:1]:
+        raise DataError(
+            f"x_{part} has shape {x.shape} and y_{part} has shape {y.shape}; "
+            "give as many labels as points, at least one, in one dimension."
+        )
+    if x.dtype == np.uint8:
+        if x.ndim != 4:
+            raise DataError(f"x_{part} has shape {x.shape}; give images as (n, height, width, channels).")
+    elif not np.issubdtype(x.dtype, np.floating):
+        raise DataError(f"x_{part} is {x.dtype}; give uint8 images or floating-point features.")
+    elif bad := x.size - np.count_nonzero(np.isfinite(x)):
+        raise DataError(f"x_{part} holds {bad} NaN or infinite values; remove or replace them.")
+    else:
+        x = x.astype(np.float32)
+    if not np.issubdtype(y.dtype, np.integer):
+        raise DataError(f"y_{part} is {y.dtype}; give integer class labels.")
+    return np.ascontiguousarray(x), y.astype(np.int64)
+
+
 def from_arrays(
     x_train: np.ndarray,
     y_train: np.ndarray,
@@ -86,49 +107,26 @@ def from_arrays(
     mean: tuple[float, ...] = (0.5,),
     std: tuple[float, ...] = (0.25,),
 ) -> Dataset:
-    """A `Dataset` of a user's own arrays, checked.
+    """Make a `Dataset` of a user's own arrays.
 
     Raises:
         DataError: for shapes that differ, NaN or infinite values, or labels outside the classes.
     """
-    labels = []
-    for part, x, y in (("train", x_train, y_train), ("val", x_val, y_val)):
-        x, y = np.asarray(x), np.asarray(y)
-        if len(x) == 0 or len(x) != len(y) or y.ndim != 1:
-            raise DataError(
-                f"x_{part} has {len(x)} points and y_{part} has shape {y.shape}; "
-                "give as many labels as points, at least one, in one dimension."
-            )
-        if x.dtype != np.uint8:
-            if not np.issubdtype(x.dtype, np.floating):
-                raise DataError(f"x_{part} is {x.dtype}; give uint8 images or floating-point features.")
-            bad = int((~np.isfinite(x)).sum())
-            if bad:
-                raise DataError(f"x_{part} holds {bad} NaN or infinite values; remove or replace them.")
-        elif x.ndim != 4:
-            raise DataError(f"x_{part} has shape {x.shape}; give images as (n, height, width, channels).")
-        if not np.issubdtype(y.dtype, np.integer):
-            raise DataError(f"y_{part} is {y.dtype}; give integer class labels.")
-        labels.append(y.astype(np.int64))
-    if np.asarray(x_train).shape[1:] != np.asarray(x_val).shape[1:]:
+    x_train, y_train = _checked("train", x_train, y_train)
+    x_val, y_val = _checked("val", x_val, y_val)
+    if x_train.shape[1:] != x_val.shape[1:]:
         raise DataError(
-            f"x_train holds points of shape {np.asarray(x_train).shape[1:]} and x_val of "
-            f"{np.asarray(x_val).shape[1:]}; give both the same shape."
+            f"x_train holds points of shape {x_train.shape[1:]} and x_val of {x_val.shape[1:]}; give both the same "
+            "shape."
         )
-    n_classes = len(class_names) if class_names else int(labels[0].max()) + 1
-    names = tuple(class_names or (str(c) for c in range(n_classes)))
-    for part, y in zip(("train", "val"), labels, strict=True):
-        if y.min() < 0 or y.max() >= n_classes:
+    names = tuple(class_names or map(str, range(int(y_train.max()) + 1)))
+    for part, y in (("train", y_train), ("val", y_val)):
+        if y.min() < 0 or y.max() >= len(names):
             raise DataError(
-                f"y_{part} holds labels from {y.min()} to {y.max()}, but there are {n_classes} classes; "
-                f"use labels 0 to {n_classes - 1}."
+                f"y_{part} holds labels from {y.min()} to {y.max()}, but there are {len(names)} classes; "
+                f"use labels 0 to {len(names) - 1}."
             )
-
-    def stored(x: np.ndarray) -> np.ndarray:
-        x = np.asarray(x)
-        return np.ascontiguousarray(x if x.dtype == np.uint8 else x.astype(np.float32))
-
-    return Dataset(name, stored(x_train), labels[0], stored(x_val), labels[1], names, tuple(mean), tuple(std))
+    return Dataset(name, x_train, y_train, x_val, y_val, names, tuple(mean), tuple(std))
 
 
 # --- loaders -------------------------------------------------------------------------------------------
@@ -139,17 +137,7 @@ DATASETS: Registry[Loader] = Registry("data set", "dmmlib.zoo.datasets", "dmmlib
 
 def register(name: str, version: int = 1) -> Callable[[Loader], Loader]:
     """Make `load(name, ...)` and presets find a loader: a function of keyword options to a `Dataset`."""
-
-    def add(loader: Loader) -> Loader:
-        DATASETS.add(name, loader, version)
-        return loader
-
-    return add
-
-
-def names() -> tuple[str, ...]:
-    """The registered data sets."""
-    return tuple(DATASETS)
+    return DATASETS.register(name, version)
 
 
 def load(name: str, n_train: int | None = None, n_val: int | None = None, seed: int = 0, **options: Any) -> Dataset:
@@ -159,10 +147,9 @@ def load(name: str, n_train: int | None = None, n_val: int | None = None, seed: 
     (100, 8, 8, 1)
 
     Args:
-        name: a registered name (`names()`), or the path of an .npz file that holds x_train, y_train and
-            x_val, y_val (or x_test, y_test).
+        name: a registered name, or the path of an .npz file that holds x_train, y_train and x_val, y_val (or
+            x_test, y_test).
         n_train, n_val: how many points to draw without replacement; all if None.
-        seed: of the draw.
         options: passed to the loader, e.g. `path=` for cifar10.
 
     Raises:
@@ -173,18 +160,13 @@ def load(name: str, n_train: int | None = None, n_val: int | None = None, seed: 
     own = name.endswith(".npz")
     full = from_npz(Path(name), name=Path(name).stem) if own else DATASETS[name](**options)
     rng = np.random.default_rng(seed)
-    parts = []
-    for part, x, y, n in (
-        ("train", full.x_train, full.y_train, n_train),
-        ("val", full.x_val, full.y_val, n_val),
-    ):
+    arrays = []
+    for part, x, y, n in (("train", full.x_train, full.y_train, n_train), ("val", full.x_val, full.y_val, n_val)):
         if n is not None and not 0 < n <= len(x):
             raise DataError(f"n_{part}={n} was asked of {name!r}, which has {len(x)}; ask for 1 to {len(x)}.")
-        keep = np.sort(rng.permutation(len(x))[: len(x) if n is None else n])
-        parts += [x, y] if len(keep) == len(x) else [x[keep], y[keep]]  # arrays on disk stay there
-    return from_arrays(
-        *parts, name=full.name, class_names=full.class_names, mean=full.mean, std=full.std
-    )  # fmt: skip
+        keep = np.sort(rng.permutation(len(x))[:n])
+        arrays += [x, y] if len(keep) == len(x) else [x[keep], y[keep]]  # arrays on disk stay there
+    return from_arrays(*arrays, name=full.name, class_names=full.class_names, mean=full.mean, std=full.std)
 
 
 def from_npz(path: Path, **options: Any) -> Dataset:
@@ -198,8 +180,7 @@ def from_npz(path: Path, **options: Any) -> Dataset:
         raise DataError(f"{path} cannot be read as an .npz file ({error}); fetch or build it again.") from error
     val = "val" if "x_val" in arrays else "test"
     keys = ("x_train", "y_train", f"x_{val}", f"y_{val}")
-    missing = [key for key in keys if key not in arrays]
-    if missing:
+    if missing := [key for key in keys if key not in arrays]:
         raise DataError(
             f"{path} lacks {', '.join(missing)}; an .npz data set holds x_train, y_train and x_val, y_val "
             "(or x_test, y_test)."

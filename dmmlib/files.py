@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -41,6 +42,15 @@ def resource(name: str) -> Path:
 def place(name: str) -> Path:
     """Where everything computed goes, "runs" or "figures": $DMM_RUNS or $DMM_FIGURES, or a folder of `home()`."""
     return Path(os.environ.get(f"DMM_{name.upper()}") or home() / name)
+
+
+def check_name(name: object, error: type[Exception]) -> str:
+    """A name that can be a file's: letters, digits, spaces and _ + - . but not only dots; raises `error` for others."""
+    if not isinstance(name, str) or not re.fullmatch(r"[\w+. -]+", name) or not name.strip(". "):
+        raise error(
+            f"{name!r} is no name for a file; use letters, digits, spaces and _ + - . only, and more than dots."
+        )
+    return name
 
 
 def short(content: bytes) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,18 @@ import numpy as np
 
 from dmmlib.data import Dataset
 from dmmlib.errors import ForgetSetError
-from dmmlib.files import read_json, write_json
+from dmmlib.files import check_name, read_json, write_json
 
 
 def check_forget_indices(forget: Sequence[int] | np.ndarray, n_train: int) -> np.ndarray:
-    """Forget indices as int64, checked.
-
-    Raises:
-        ForgetSetError: if they are not integers, empty, duplicate, out of range, or the whole training set.
-    """
-    indices = np.asarray(forget)
-    if indices.ndim != 1 or len(indices) == 0:
+    """Forget indices as int64; raises ForgetSetError unless they are some but not all points, each given once."""
+    try:
+        indices = np.asarray(forget)
+    except ValueError as error:  # lists of different lengths
+        raise ForgetSetError("Forget indices are lists of different lengths; give one list of integers.") from error
+    if indices.ndim != 1:
+        raise ForgetSetError(f"Forget indices have shape {indices.shape}; give one list of integers.")
+    if len(indices) == 0:
         raise ForgetSetError("The forget set is empty; give at least one index of a training point.")
     if not np.issubdtype(indices.dtype, np.integer):
         raise ForgetSetError(f"Forget indices are {indices.dtype}; give integers from 0 to {n_train - 1}.")
@@ -54,54 +55,34 @@ class ForgetSet:
     >>> forget = ForgetSet("two", np.array([1, 3]))
     >>> forget.splits(n_train=5, n_val=2)["retain"]
     array([0, 2, 4])
-
-    Attributes:
-        name: unique within a study; also a file name.
-        indices: the training points to forget, int64, sorted.
-        made_by: how it was chosen, JSON-serialisable.
-        data_sha256: the data set that the indices refer to.
     """
 
-    name: str
-    indices: np.ndarray
-    made_by: dict[str, Any] = field(default_factory=dict)
-    data_sha256: str = ""
+    name: str  # unique within a study; also a file's
+    indices: np.ndarray  # the training points to forget, int64, sorted
+    made_by: dict[str, Any] = field(default_factory=dict)  # how it was chosen, JSON-serialisable
+    data_sha256: str = ""  # the data set that the indices refer to
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def splits(self, n_train: int, n_val: int) -> dict[str, np.ndarray]:
         """Positions of the forget, retain and validation points among all points (training first)."""
-        retain = np.setdiff1d(np.arange(n_train), self.indices)
+        retain = np.flatnonzero(self.mask(n_train))
         return {"forget": self.indices, "retain": retain, "validation": np.arange(n_train, n_train + n_val)}
 
     def mask(self, n_train: int) -> np.ndarray:
         """True for the retained points: bool (n_train,)."""
-        keep = np.ones(n_train, bool)
-        keep[self.indices] = False
-        return keep
+        return ~np.isin(np.arange(n_train), self.indices)
 
     def save(self, path: Path) -> None:
         """Write as JSON, atomically."""
-        write_json(
-            path,
-            {
-                "name": self.name,
-                "made_by": self.made_by,
-                "data_sha256": self.data_sha256,
-                "indices": self.indices.tolist(),
-            },
-        )
+        write_json(path, {**vars(self), "indices": self.indices.tolist()})
 
 
 def make(name: str, indices: Sequence[int] | np.ndarray, data: Dataset, **made_by: Any) -> ForgetSet:
-    """A checked forget set of any indices.
-
-    Raises:
-        ForgetSetError: for indices that are no proper part of the training set.
-    """
-    checked = np.sort(check_forget_indices(indices, data.n_train))
-    return ForgetSet(name, checked, made_by or {"kind": "indices"}, data.sha256)
+    """A forget set of any indices; raises ForgetSetError for indices, or a name as a file, that cannot be used."""
+    indices = np.sort(check_forget_indices(indices, data.n_train))
+    return ForgetSet(check_name(name, ForgetSetError), indices, made_by or {"kind": "indices"}, data.sha256)
 
 
 def load(path: Path, data: Dataset) -> ForgetSet:
@@ -109,50 +90,46 @@ def load(path: Path, data: Dataset) -> ForgetSet:
 
     Raises:
         StoreError: if the file is missing or no JSON.
-        ForgetSetError: if it was made for other data, or its indices cannot be used.
+        ForgetSetError: if it was made for other data, or something in it cannot be used.
     """
     return parse(read_json(path), data, str(path))
 
 
 def parse(content: Any, data: Dataset, path: str) -> ForgetSet:
-    """What `ForgetSet.save` wrote, for this data set; `path` is named where it cannot be used.
-
-    Raises:
-        ForgetSetError: as for `load`.
-    """
+    """What `ForgetSet.save` wrote, checked as by `load`; `path` is named where it cannot be used."""
     missing = {"name", "indices", "data_sha256"} - set(content if isinstance(content, dict) else {})
     if missing:
         raise ForgetSetError(f"{path} lacks {', '.join(sorted(missing))}; save forget sets with ForgetSet.save.")
     if content["data_sha256"] != data.sha256:
         raise ForgetSetError(
-            f"{path} was made for data {content['data_sha256'][:12]}, but this is {data.name} {data.sha256[:12]}; "
+            f"{path} was made for data {content['data_sha256']!s:.12}, but this is {data.name} {data.sha256:.12}; "
             "load the data set it was made for, or make it again."
         )
-    return make(content["name"], content["indices"], data, **content.get("made_by", {}))
+    made, made_by = make(content["name"], content["indices"], data), content.get("made_by") or {"kind": "indices"}
+    if not isinstance(made_by, dict):
+        raise ForgetSetError(f"{path} has made_by {made_by!r}; give a mapping, such as {made.made_by}.")
+    return replace(made, made_by=made_by)
 
 
 # --- ways to choose ------------------------------------------------------------------------------------
 
 
-def _check_size(size: int, available: int, what: str) -> None:
-    if not 0 < size <= available:
-        raise ForgetSetError(f"{size} points were asked for, but {what} has {available}; ask for 1 to {available}.")
+def _pool(points: np.ndarray, size: int, exclude: np.ndarray | None, what: str = "the pool") -> np.ndarray:
+    """The points, in their order, that are not in `exclude`; raises ForgetSetError if they are fewer than `size`."""
+    left = points if exclude is None else points[~np.isin(points, exclude)]
+    if not 0 < size <= len(left):
+        raise ForgetSetError(f"{size} points were asked for, but {what} has {len(left)}; ask for 1 to {len(left)}.")
+    return left
 
 
 def random(data: Dataset, size: int, rng: np.random.Generator, exclude: np.ndarray | None = None) -> np.ndarray:
     """`size` training points drawn at random, none of them in `exclude`."""
-    pool = np.setdiff1d(np.arange(data.n_train), exclude if exclude is not None else [])
-    _check_size(size, len(pool), "the pool")
-    return rng.choice(pool, size, replace=False)
+    return rng.choice(_pool(np.arange(data.n_train), size, exclude), size, replace=False)
 
 
 def highest(scores: np.ndarray, size: int, exclude: np.ndarray | None = None) -> np.ndarray:
     """The `size` points of highest score, none of them in `exclude`."""
-    order = np.argsort(-scores, kind="stable")
-    if exclude is not None:
-        order = order[~np.isin(order, exclude)]
-    _check_size(size, len(order), "the pool")
-    return order[:size]
+    return _pool(np.argsort(-scores, kind="stable"), size, exclude)[:size]
 
 
 def both_ends(scores: np.ndarray, size: int, exclude: np.ndarray | None = None) -> np.ndarray:
@@ -180,6 +157,6 @@ def class_share(
     if not 0 < share <= 1:
         raise ForgetSetError(f"The share {share} of a class was asked for; use a number above 0 and at most 1.")
     members = np.flatnonzero(data.y_train == label)
-    pool, size = np.setdiff1d(members, exclude if exclude is not None else []), max(1, round(share * len(members)))
-    _check_size(size, len(pool), f"class {label}, without points that other sets hold,")
+    size = max(1, round(share * len(members)))
+    pool = _pool(members, size, exclude, f"class {label}, without points that other sets hold,")
     return rng.choice(pool, size, replace=False)

@@ -231,11 +231,7 @@ def klom_draws(
 
 
 def klom_summary(
-    unlearned: np.ndarray,
-    oracle: np.ndarray,
-    splits: Mapping[str, np.ndarray],
-    n_bootstrap: int = 50,
-    seed: int = 0,
+    unlearned: np.ndarray, oracle: np.ndarray, splits: Mapping[str, np.ndarray], n_bootstrap: int = 50, seed: int = 0
 ) -> dict[str, dict[str, Estimate]]:
     """Mean and 95th percentile of KLoM over each split's points: split -> {"mean", "p95"} -> Estimate.
 

@@ -21,10 +21,7 @@ from dmmlib.registry import Registry
 
 
 def normalise(data: Dataset, x: np.ndarray) -> Tensor:
-    """Images (n, height, width, channels) as normalised float32 (n, channels, height, width).
-
-    Floating-point features pass unchanged.
-    """
+    """Images (n, height, width, channels) as normalised float32 (n, channels, height, width); features unchanged."""
     if x.dtype != np.uint8:
         return torch.from_numpy(x)
     images = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous().float() / 255
@@ -57,9 +54,9 @@ class ModelSpec:
     """How to build a model and how to feed it.
 
     Attributes:
-        factory: (input shape of one prepared point, number of classes, **options) -> nn.Module whose
-            forward takes (n, *input shape) and returns logits (n, n_classes). Weights are drawn from
-            torch's global generator, which `ensemble` seeds a model.
+        factory: (input shape of one prepared point, number of classes, **options) -> nn.Module whose forward takes
+            (n, *input shape) and returns logits (n, n_classes). Weights are drawn from torch's global generator,
+            which `ensemble` seeds for each model.
         prepare: the fixed, parameter-free part of the model, applied once to all points.
     """
 

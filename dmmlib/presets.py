@@ -8,23 +8,32 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from dmmlib.errors import MethodError, PresetError
-from dmmlib.files import resource
+from dmmlib.files import check_name, resource
 from dmmlib.registry import Registry
 
 if TYPE_CHECKING:
     from dmmlib.ensemble import Training
 
 PRESETS_DIR = resource("presets")
-
+METHODS = ("do_nothing", "retrain", "gd", "ga", "ga_gd", "scrub", "oracle_matching", "dm_direct", "dmm")
 
 S = TypeVar("S", bound="Section")
+T = TypeVar("T")
+
+FileName = Annotated[str, AfterValidator(partial(check_name, error=PresetError))]
+Some = Annotated[tuple[T, ...], Field(min_length=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -37,7 +46,7 @@ class DataSection(Section):
     name: str = "fashion-mnist"
     n_train: PositiveInt | None = 2000
     n_val: PositiveInt | None = 500
-    seed: int = 0
+    seed: NonNegativeInt = 0
     path: str | None = None
     options: dict[str, Any] = {}  # of the loader
 
@@ -51,9 +60,9 @@ class TrainingSection(Section):
     epochs: PositiveInt = 20
     batch_size: PositiveInt = 50
     lr: PositiveFloat = 0.2
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    weight_decay: float = Field(default=5e-4, ge=0)
-    warmup: float = Field(default=0.2, ge=0, lt=1)
+    momentum: BelowOne = 0.9
+    weight_decay: NonNegativeFloat = 5e-4
+    warmup: BelowOne = 0.2
     precision: Literal["float32", "bfloat16"] = "float32"
 
     def training(self) -> Training:
@@ -63,7 +72,7 @@ class TrainingSection(Section):
 
 
 class EnsemblesSection(Section):
-    n_models: int = Field(default=100, ge=4)  # N: originals, oracles, and floor oracles a forget set
+    n_models: int = Field(default=100, ge=4)  # N: originals; oracles and floor oracles of each forget set
     chunk: PositiveInt | Literal["auto"] = "auto"  # models that share a training step; auto measures
     compile: bool | Literal["auto"] = "auto"  # run steps through torch.compile; auto measures where it can pay
     shard: PositiveInt = 100  # models committed to disk together
@@ -71,11 +80,11 @@ class EnsemblesSection(Section):
 
 class DatamodelsSection(Section):
     n_subsets: int = Field(default=4000, ge=10)  # M
-    fraction: float = Field(default=0.5, gt=0, lt=1)
+    fraction: Fraction = 0.5
     n_held_out: int = Field(default=200, ge=8)  # half to choose lambda, half to report the LDS
-    lambdas: tuple[PositiveFloat, ...] = (0.02, 0.05, 0.1, 0.2, 0.5)
-    own_shares: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (1.0, 0.3, 0.1)
-    sizes: tuple[PositiveInt, ...] = (250, 500, 1000, 2000, 4000)  # of M, for the LDS curve
+    lambdas: Some[PositiveFloat] = (0.02, 0.05, 0.1, 0.2, 0.5)
+    own_shares: Some[Share] = (1.0, 0.3, 0.1)
+    sizes: Some[PositiveInt] = (250, 500, 1000, 2000, 4000)  # of M, for the LDS curve
 
     @property
     def grid(self) -> list[dict[str, float]]:
@@ -88,12 +97,12 @@ class AttributionSection(Section):
 
     name: str = "bayesian"  # any that is registered; ridge takes the models of `datamodels` instead
     n_subsets: int = Field(default=100, ge=10)
-    fraction: float = Field(default=0.75, gt=0, lt=1)  # of S in a subset: nearer to S than a half, as R is
+    fraction: Fraction = 0.75  # of S in a subset: nearer to S than a half, as R is
     options: dict[str, Any] = {}
 
 
 class ForgetSetSection(Section):
-    name: str
+    name: FileName
     kind: Literal["random", "pc", "pc_both", "nearest", "class"]
     size: PositiveInt | None = None
     component: PositiveInt = 1
@@ -111,31 +120,21 @@ class ClusterSection(Section):
 
 
 class TuningSection(Section):
-    forget_sets: tuple[ForgetSetSection, ...]
+    forget_sets: Some[ForgetSetSection]
     n_models: int = Field(default=50, ge=4)
-    budget: PositiveInt = 8  # settings tried a method
+    budget: PositiveInt = 8  # settings tried of each method
 
 
 class UnlearningSection(Section):
-    methods: tuple[str, ...] = (
-        "do_nothing",
-        "retrain",
-        "gd",
-        "ga",
-        "ga_gd",
-        "scrub",
-        "oracle_matching",
-        "dm_direct",
-        "dmm",
-    )
+    methods: Some[str] = METHODS
     checkpoints: NonNegativeInt = 8
 
 
 class Preset(Section):
     """A validated preset; see presets/laptop.yaml for what each number means."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_+.-]+$")
-    seed: int = 0
+    name: FileName = Field(pattern=r"^[A-Za-z0-9_+.-]+$")
+    seed: NonNegativeInt = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: PositiveInt | None = None
     scheduler: str = "local"  # local, local-cluster, cluster, or a Dask scheduler's address
@@ -147,7 +146,7 @@ class Preset(Section):
     ensembles: EnsemblesSection = EnsemblesSection()
     datamodels: DatamodelsSection = DatamodelsSection()
     attribution: AttributionSection = AttributionSection()
-    forget_sets: tuple[ForgetSetSection, ...]
+    forget_sets: Some[ForgetSetSection]
     tuning: TuningSection
     unlearning: UnlearningSection = UnlearningSection()
     studies: dict[str, Any] = {}  # name -> the settings of that study; `load` fills in those that are not given
@@ -156,14 +155,9 @@ class Preset(Section):
 STUDIES: Registry[type[Section]] = Registry("study", "dmmlib.studies")
 
 
-def study(name: str) -> Callable[[type[S]], type[S]]:
+def study(name: str) -> Callable[[type[Section]], type[Section]]:
     """Register the settings of a study; a preset has them under `studies.<name>`."""
-
-    def add(settings: type[S]) -> type[S]:
-        STUDIES.add(name, settings)
-        return settings
-
-    return add
+    return STUDIES.register(name)
 
 
 PLACES = ("device", "threads", "scheduler", "cluster", "store")  # where things run and lie, not what is computed
@@ -188,23 +182,20 @@ def load(preset: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | 
     content = dict(preset) if isinstance(preset, Mapping) else _read(str(preset))
     for key, value in (overrides or {}).items():
         _set(content, key, value)
-    named = {k: v for k, v in (overrides or {}).items() if k.split(".")[0] not in PLACES}
-    if named:  # where it runs is not what it computes
-        settings = ",".join(f"{k.split('.')[-1]}={v}" for k, v in sorted(named.items()))
-        suffix = "".join(c if c.isalnum() or c in "=.-," else "_" for c in settings).replace(",", "+")
+    computed = {k: v for k, v in (overrides or {}).items() if k.split(".")[0] not in PLACES}
+    if computed:
+        values = ",".join(f"{k.split('.')[-1]}={v}" for k, v in sorted(computed.items()))
+        suffix = "".join(c if c.isalnum() or c in "=.-," else "_" for c in values).replace(",", "+")
         content["name"] = f"{content.get('name', 'preset')}+{suffix.replace('=', '-')}"[:80]
-    given = content.get("studies") or {}
+    name, given = content.get("name"), content.get("studies") or {}
+    if not isinstance(given, Mapping):
+        raise PresetError(f"Preset {name!r}, key 'studies': it is {given!r}; give each study's settings by its name.")
     try:
-        sections = {part: _settings(part, given.get(part, {}), content) for part in {**dict.fromkeys(STUDIES), **given}}
-    except (MethodError, AttributeError, TypeError) as error:
-        raise PresetError(f"Preset {content.get('name')!r}, key 'studies': {error}") from error
-    return _validated(Preset, {**content, "studies": sections}, content.get("name"))
-
-
-def _settings(name: str, given: Any, content: Mapping[str, Any]) -> Section:
-    if isinstance(given, Section):
-        return given
-    return _validated(STUDIES[name], given, content.get("name"), "studies", name)
+        settings = {part: STUDIES[part] for part in dict.fromkeys([*STUDIES, *given])}
+    except (MethodError, TypeError) as error:
+        raise PresetError(f"Preset {name!r}, key 'studies': {error}") from error
+    parts = {part: _validated(of, given.get(part, {}), name, "studies", part) for part, of in settings.items()}
+    return _validated(Preset, {**content, "studies": parts}, name)
 
 
 def _validated(model: type[S], content: Any, name: Any, *where: str) -> S:
@@ -221,8 +212,8 @@ def _read(preset: str) -> dict[str, Any]:
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise PresetError(f"Unknown preset {preset!r}; use one of {', '.join(names())}, or a .yaml file.{hint}")
     try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise PresetError(f"{path} cannot be read as YAML ({' '.join(str(error).split())}); correct it.") from error
     if not isinstance(content, dict) or not isinstance(content.get("preset"), dict):
         raise PresetError(f"{path} lacks the top-level key 'preset'; see presets/laptop.yaml.")
@@ -251,4 +242,5 @@ def _explain(model: Any, error: Any, name: Any, before: tuple[str, ...]) -> str:
         expected = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known) or 'see the docs'}"
         return f"Preset {name!r} has the unknown key {where!r} ({expected})"
     given = "" if error["type"] == "missing" else f", given {error['input']!r}"
-    return f"Preset {name!r}, key {where!r}: {error['msg'][0].lower()}{error['msg'][1:]}{given}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"Preset {name!r}, key {where!r}: {message[0].lower()}{message[1:]}{given}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 from dmmlib.errors import MethodError
@@ -45,12 +45,10 @@ REGISTRIES: dict[str, Registry] = {}
 
 
 class Registry(Generic[T]):
-    """What is registered of one kind, each under a name and with a version.
+    """What is registered of one kind, e.g. "method", each entry under a name and with a version.
 
-    Args:
-        kind: what an entry is, as errors say it, e.g. "method".
-        modules: those that register the built-in entries; imported when an entry is first looked for, so that the
-            core can be imported without the rooms that stand on it.
+    The modules that register the built-in entries are imported when an entry is first looked for, so that the core
+    can be imported without the rooms that stand on it.
     """
 
     def __init__(self, kind: str, *modules: str) -> None:
@@ -62,8 +60,16 @@ class Registry(Generic[T]):
         """Register an entry; one of the same name is replaced."""
         self._entries[name] = entry, version
 
+    def register(self, name: str, version: int = 1) -> Callable[[T], T]:
+        """Register what is decorated."""
+
+        def add(entry: T) -> T:
+            self.add(name, entry, version)
+            return entry
+
+        return add
+
     def remove(self, name: str) -> None:
-        """Forget an entry."""
         del self._entries[name]
 
     def __getitem__(self, name: str) -> T:
@@ -92,11 +98,7 @@ class Registry(Generic[T]):
 
 
 def versions(*components: str) -> dict[str, int]:
-    """Components with their versions, as keys of stores hold them.
-
-    Args:
-        components: names in `VERSIONS`, or a kind and a registered name, e.g. "model mlp".
-    """
+    """Versions, as keys of stores hold them, of names in `VERSIONS` and of registered ones, e.g. "model mlp"."""
     found = {}
     for component in components:
         kind, _, name = component.rpartition(" ")

@@ -142,3 +142,7 @@ def test_bad_input():
         model.effect([12])
     with pytest.raises(DataError, match="give the same shape"):
         datamodels.lds(np.zeros((4, 2)), np.zeros((4, 3)))
+    diverged = np.zeros((4, 2))
+    diverged[2, 1] = np.nan
+    with pytest.raises(DataError, match="Actual margins of model 2 are NaN"):
+        datamodels.lds(np.zeros((4, 2)), diverged)

@@ -23,7 +23,11 @@ def digits():
         ([100], "index 100 is outside"),
         ([0.5], "float64; give integers"),
         (list(range(100)), "is all 100 training points"),
-        ([[1, 2]], "is empty"),
+        ([[1, 2]], r"shape \(1, 2\); give one list"),
+        ([[1, 2], [3]], "different lengths"),
+        ("abc", r"shape \(\)"),
+        ([None], "object; give integers"),
+        ([True], "bool; give integers"),
     ],
 )
 def test_indices_that_cannot_be_forgotten(digits, indices, message):
@@ -86,3 +90,45 @@ def test_nearest_and_class_share(digits):
         forget_sets.class_share(digits, 1, 0, np.random.default_rng(0))
     with pytest.raises(ForgetSetError, match="Point 100 is outside"):
         forget_sets.nearest(features, 100, 5)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "a\\b", "a\n", "a:b", " ", 5, None])
+def test_names_that_cannot_be_files(digits, name):
+    with pytest.raises(ForgetSetError, match=r"is no name for a file; use letters") as error:
+        forget_sets.make(name, [1], digits)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a", "pc1_top-5", "5 of v1.0+more", "ä"])
+def test_names_that_can(digits, name, tmp_path):
+    forget_sets.make(name, [1], digits).save(tmp_path / f"{name}.json")
+    assert forget_sets.load(tmp_path / f"{name}.json", digits).name == name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"made_by": [1]}, r"has made_by \[1\]; give a mapping"),
+        ({"made_by": "me"}, "has made_by 'me'; give a mapping"),
+        ({"indices": [[1], [2, 3]]}, "different lengths"),
+        ({"indices": [[1, 2]]}, "one list"),
+        ({"indices": [1.0, 2.0]}, "float64; give integers"),
+        ({"indices": None}, "one list"),
+        ({"indices": {"1": 2}}, "one list"),
+        ({"name": "../mine"}, "no name for a file"),
+        ({"data_sha256": None}, "was made for data None"),
+    ],
+)
+def test_a_file_of_ones_own_that_cannot_be_used(digits, tmp_path, changes, message):
+    path, good = tmp_path / "f.json", {"name": "mine", "indices": [1, 2], "data_sha256": digits.sha256}
+    path.write_text(json.dumps(good | changes))
+    with pytest.raises(ForgetSetError, match=message) as error:
+        forget_sets.load(path, digits)
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_file_says_of_its_making_is_kept(digits, tmp_path):
+    how = {"name": "N", "indices": "by hand", "data": 3}
+    content = {"name": "mine", "indices": [1, 2], "data_sha256": digits.sha256, "made_by": how}
+    (tmp_path / "f.json").write_text(json.dumps(content))
+    assert forget_sets.load(tmp_path / "f.json", digits).made_by == how

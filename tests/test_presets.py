@@ -40,6 +40,21 @@ def test_cifar10_is_the_papers_setting():
         ({"ensembles.n_models": 1}, "greater than or equal to 4, given 1"),
         ({"training.momentum": 1.5}, "less than 1, given 1.5"),
         ({"device": "tpu"}, "'auto', 'cpu' or 'cuda', given 'tpu'"),
+        ({"seed": -1}, "greater than or equal to 0, given -1"),
+        ({"data.seed": -1}, "key 'data.seed'"),
+        ({"training.lr": float("nan")}, "finite number"),
+        ({"training.weight_decay": float("inf")}, "finite number"),
+        ({"training.weight_decay": -1}, "greater than or equal to 0"),
+        ({"datamodels.lambdas": []}, "at least 1 item"),
+        ({"datamodels.sizes": [0]}, "key 'datamodels.sizes.0'"),
+        ({"unlearning.methods": []}, "at least 1 item"),
+        ({"forget_sets": []}, "at least 1 item"),
+        (
+            {"forget_sets": [{"name": "../up", "kind": "random", "size": 2}]},
+            "key 'forget_sets.0.name': '../up' is no name",
+        ),
+        ({"studies": [1]}, "key 'studies'"),
+        ({"studies": {"nothing": {}}}, "key 'studies'.*nothing"),
         ({"nothing.here": 1}, "unknown key 'nothing'"),
         ({"name.first": 1}, "'name' holds no keys"),
     ],
@@ -75,3 +90,10 @@ def test_a_users_own_file_and_mapping(tmp_path):
     assert presets.load(str(tmp_path / "mine.yaml")) == presets.load(content["preset"])
     dumped = presets.load("smoke").model_dump(mode="json")
     assert presets.load(dumped) == presets.load("smoke"), "what the command line hands to papermill is the same preset"
+
+
+@pytest.mark.parametrize("name", [".", "..", "...", "a/b", "a b", ""])
+def test_a_presets_name_is_a_folders(name):
+    content = presets.load("smoke").model_dump(mode="json") | {"name": name}
+    with pytest.raises(PresetError, match="key 'name'"):
+        presets.load(content)

@@ -342,9 +342,7 @@ class Chooser(w.VBox):
     def _actual(self) -> dict[str, previews.Outcome] | None:
         """What retraining really gives, if the choice is a set whose oracles are there."""
         for name in [*self.study.forget_sets(), self.name.value]:
-            known = self.study.forget_sets().get(name) or forget_sets.make(
-                name, self.selection.indices, self.study.data
-            )
+            known = self.study.forget_sets().get(name) or ForgetSet(name, self.selection.indices)
             if not np.array_equal(known.indices, self.selection.indices):
                 continue
             key = (name, known.indices.tobytes())
