@@ -25,17 +25,13 @@ class Dataset:
     >>> data.n_train, data.n_val, data.n_classes
     (4, 2, 2)
 
-    Attributes:
-        x_train: images, uint8 (n_train, height, width, channels), or float32 features (n_train, ...).
-        y_train: integer labels (n_train,).
-        x_val, y_val: the same for the validation set.
-        mean, std: constants of each channel, on a scale where 255 is 1, by which `models` normalises images.
-            They are fixed for a data set and never computed from S, so that they know nothing of F.
+    Mean and std, of each channel on a scale where 255 is 1, are what `models` normalises images by. They are fixed
+    for a data set and never computed from S, so that they know nothing of F.
     """
 
     name: str
-    x_train: np.ndarray
-    y_train: np.ndarray
+    x_train: np.ndarray  # images, uint8 (n_train, height, width, channels), or float32 features (n_train, ...)
+    y_train: np.ndarray  # integer labels (n_train,)
     x_val: np.ndarray
     y_val: np.ndarray
     class_names: tuple[str, ...]
@@ -107,18 +103,12 @@ def from_arrays(
     mean: tuple[float, ...] = (0.5,),
     std: tuple[float, ...] = (0.25,),
 ) -> Dataset:
-    """Make a `Dataset` of a user's own arrays.
-
-    Raises:
-        DataError: for shapes that differ, NaN or infinite values, or labels outside the classes.
-    """
+    """Make a `Dataset` of a user's own arrays; DataError for shapes, values or labels that cannot be used."""
     x_train, y_train = _checked("train", x_train, y_train)
     x_val, y_val = _checked("val", x_val, y_val)
     if x_train.shape[1:] != x_val.shape[1:]:
-        raise DataError(
-            f"x_train holds points of shape {x_train.shape[1:]} and x_val of {x_val.shape[1:]}; give both the same "
-            "shape."
-        )
+        shapes = f"x_train holds points of shape {x_train.shape[1:]} and x_val of {x_val.shape[1:]}"
+        raise DataError(f"{shapes}; give both the same shape.")
     names = tuple(class_names or map(str, range(int(y_train.max()) + 1)))
     for part, y in (("train", y_train), ("val", y_val)):
         if y.min() < 0 or y.max() >= len(names):

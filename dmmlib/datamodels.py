@@ -109,15 +109,10 @@ class RidgeDatamodel(Attributor):
     >>> model = RidgeDatamodel.fit(masks, masks[:, :, None] * np.ones(2), lam=1e-4)  # point i answers 1 if it was seen
     >>> model.effect([3])[:, 0].round(2) + 0.0
     array([ 0.,  0.,  0., -1.], dtype=float32)
-
-    Attributes:
-        outputs: Y, the logits (M, n_points, n_classes) of the subset models: anything that slices to arrays
-            along its first axis, in memory or on disk; `BLOCK` models are read at a time.
-        mean_mask: share of subsets that hold each training point (n_train,).
     """
 
-    outputs: Any
-    mean_mask: Tensor
+    outputs: Any  # Y (M, n_points, n_classes), in memory or on disk: `BLOCK` models are sliced from it at a time
+    mean_mask: Tensor  # share of subsets that hold each training point (n_train,)
     lam: float
     _masks: Tensor  # centred (M, n_train)
     _factor: Tensor  # Cholesky factor of A^T A / M + lam I, or of A A^T / M + lam I where M < n_train
@@ -132,7 +127,7 @@ class RidgeDatamodel(Attributor):
 
         Args:
             masks: training sets of the subset models, bool (M, n_train).
-            outputs: their logits (M, n_points, n_classes); see the class.
+            outputs: their logits (M, n_points, n_classes): anything that slices to arrays along its first axis.
             lam: ridge penalty on A^T A / M, positive.
             own_share: s in [0, 1]; below 1 the first n_train points of the outputs must be the training
                 points, and fitting takes O(M n_train^2) more.
@@ -173,8 +168,7 @@ class RidgeDatamodel(Attributor):
         return torch.cholesky_solve(columns, self._factor)
 
     @property
-    def _few(self) -> bool:
-        """Whether the factor is of A A^T / M + lambda I: there are fewer subset models than training points."""
+    def _few(self) -> bool:  # the factor is then of A A^T / M + lambda I
         return len(self._masks) < self.n_train
 
     def weights(self, directions: np.ndarray) -> np.ndarray:
@@ -247,8 +241,7 @@ def check_varying(masks: np.ndarray) -> None:
     """Raise DataError if all masks are alike: nothing can be learnt of a point that all models saw, or none."""
     if len(masks) > 1 and (np.asarray(masks) == masks[0]).all():
         raise DataError(
-            f"All {len(masks)} masks are alike, so outputs tell nothing of what a training point does; give random "
-            "subsets."
+            f"All {len(masks)} masks are alike, so nothing tells what a training point does; give random subsets."
         )
 
 
@@ -273,9 +266,8 @@ def lds(predicted: np.ndarray, actual: np.ndarray) -> np.ndarray:
     for name, m in (("Predicted", predicted), ("Actual", actual)):
         bad = np.flatnonzero(~np.isfinite(m).reshape(len(m), -1).all(1))
         if len(bad):
-            raise DataError(
-                f"{name} margins of model {bad[0]} are NaN or infinite ({len(bad)} such models); drop them."
-            )
+            where = f"{name} margins of model {bad[0]} are NaN or infinite"
+            raise DataError(f"{where} ({len(bad)} such models); drop them.")
     return _correlation(*(rankdata(m, axis=0) for m in (predicted, actual)))
 
 
@@ -322,12 +314,8 @@ def principal_loadings(model: RidgeDatamodel, train_margins: np.ndarray, n_compo
     Row j of that matrix is how every training point acts on the margin of point j, so a component is a
     direction over training points *as influences*: points with large loadings act together. The matrix is
     used through its products only and never built. Components have length 1; the sign, which PCA leaves open, is
-    such that the largest loading in absolute value is positive.
-
-    Args:
-        model: fitted on the subset models that `train_margins` comes from.
-        train_margins: margins (M, n_train) of the subset models on the training points.
-        n_components: how many, below n_train.
+    such that the largest loading in absolute value is positive. `train_margins` are the margins (M, n_train) of the
+    subset models on the training points.
     """
     n, y, mean = model.n_train, train_margins, train_margins.mean(1)  # the mean centres the matrix's rows
 

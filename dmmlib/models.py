@@ -77,22 +77,13 @@ def register(name: str, prepare: Prepare = normalise, version: int = 1) -> Calla
     return add
 
 
-def names() -> tuple[str, ...]:
-    """The registered models."""
-    return tuple(MODELS)
-
-
 def get(name: str) -> ModelSpec:
     """The registered model of that name; raises MethodError if there is none."""
     return MODELS[name]
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` takes CUDA where there is one.
-
-    Raises:
-        DeviceError: if CUDA is asked for and absent, or the name is none.
-    """
+    """The device of that name; `auto` takes CUDA where there is one. Raises DeviceError for what is not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cpu", "cuda"):

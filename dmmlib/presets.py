@@ -6,7 +6,6 @@ A preset file has one top-level key, `preset`, so that papermill can pass it to 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, Posi
 
 from dmmlib.errors import MethodError, PresetError
 from dmmlib.files import check_name, resource
-from dmmlib.registry import Registry
+from dmmlib.registry import Registry, did_you_mean
 
 if TYPE_CHECKING:
     from dmmlib.ensemble import Training
@@ -208,9 +207,8 @@ def _validated(model: type[S], content: Any, name: Any, *where: str) -> S:
 def _read(preset: str) -> dict[str, Any]:
     path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS_DIR / f"{preset}.yaml"
     if not path.is_file():
-        close = difflib.get_close_matches(preset, names(), n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise PresetError(f"Unknown preset {preset!r}; use one of {', '.join(names())}, or a .yaml file.{hint}")
+        known, hint = ", ".join(names()), did_you_mean(preset, names())
+        raise PresetError(f"Unknown preset {preset!r}; use one of {known}, or a .yaml file.{hint}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -238,9 +236,8 @@ def _explain(model: Any, error: Any, name: Any, before: tuple[str, ...]) -> str:
             field = getattr(model, "model_fields", {}).get(part)
             model = field.annotation if field is not None else None
         known = list(getattr(model, "model_fields", {}))
-        close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-        expected = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known) or 'see the docs'}"
-        return f"Preset {name!r} has the unknown key {where!r} ({expected})"
+        hint = did_you_mean(str(error["loc"][-1]), known).strip() or f"Known keys: {', '.join(known) or 'see the docs'}"
+        return f"Preset {name!r} has the unknown key {where!r} ({hint[0].lower()}{hint[1:]})"
     given = "" if error["type"] == "missing" else f", given {error['input']!r}"
     message = error["msg"].removeprefix("Value error, ")
     return f"Preset {name!r}, key {where!r}: {message[0].lower()}{message[1:]}{given}"

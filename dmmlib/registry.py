@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 from dmmlib.errors import MethodError
@@ -42,6 +42,12 @@ VERSIONS = {
 """Of the components that are not registered by name: raise one when the numbers of that component change."""
 
 REGISTRIES: dict[str, Registry] = {}
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question that ends an error about an unknown name, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 class Registry(Generic[T]):
@@ -89,18 +95,18 @@ class Registry(Generic[T]):
 
     def _find(self, name: str) -> tuple[T, int]:
         if name not in self._entries and name not in tuple(self):
-            close = difflib.get_close_matches(name, self._entries, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
             raise MethodError(
-                f"Unknown {self._kind} {name!r}; use one of {', '.join(self)}, or register your own.{hint}"
+                f"Unknown {self._kind} {name!r}; use one of {', '.join(self)}, or register your own."
+                f"{did_you_mean(name, self._entries)}"
             )
         return self._entries[name]
 
 
 def versions(*components: str) -> dict[str, int]:
     """Versions, as keys of stores hold them, of names in `VERSIONS` and of registered ones, e.g. "model mlp"."""
-    found = {}
-    for component in components:
+
+    def version(component: str) -> int:
         kind, _, name = component.rpartition(" ")
-        found[component] = VERSIONS[component] if component in VERSIONS else REGISTRIES[kind].version(name)
-    return found
+        return VERSIONS[component] if component in VERSIONS else REGISTRIES[kind].version(name)
+
+    return {component: version(component) for component in components}

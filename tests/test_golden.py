@@ -60,7 +60,7 @@ def test_the_table_holds(today):
 
 def test_every_registered_part_has_its_rows():
     ours = [
-        *(f"model {name}" for name in models.names() if models.get(name).factory.__module__.startswith("dmmlib")),
+        *(f"model {name}" for name in models.MODELS if models.get(name).factory.__module__.startswith("dmmlib")),
         *(f"method {name}" for name in unlearn.names() if unlearn.get(name).__module__.startswith("dmmlib")),
         *(
             f"attributor {name}"

@@ -233,7 +233,7 @@ def test_progress_file(tmp_path, monkeypatch):
 
 
 def test_names_are_listed():
-    assert set(models.names()) >= {"linear", "mlp", "convnet", "resnet9"}
+    assert set(models.MODELS) >= {"linear", "mlp", "convnet", "resnet9"}
     assert set(presets.names()) >= {"smoke", "laptop", "cifar10"}
 
 
