@@ -143,9 +143,7 @@ def load(name: str, n_train: int | None = None, n_val: int | None = None, seed: 
         options: passed to the loader, e.g. `path=` for cifar10.
 
     Raises:
-        MethodError: for an unknown name.
-        DataError: for arrays that cannot be used, or more points asked for than there are.
-        ChecksumError: for a file whose content is not the expected one.
+        MethodError, DataError, ChecksumError: for an unknown name, unusable arrays or sizes, an altered file.
     """
     own = name.endswith(".npz")
     full = from_npz(Path(name), name=Path(name).stem) if own else DATASETS[name](**options)

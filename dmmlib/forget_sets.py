@@ -26,16 +26,13 @@ def check_forget_indices(forget: Sequence[int] | np.ndarray, n_train: int) -> np
         raise ForgetSetError("The forget set is empty; give at least one index of a training point.")
     if not np.issubdtype(indices.dtype, np.integer):
         raise ForgetSetError(f"Forget indices are {indices.dtype}; give integers from 0 to {n_train - 1}.")
-    outside = indices[(indices < 0) | (indices >= n_train)]
-    if len(outside):
+    if len(outside := indices[(indices < 0) | (indices >= n_train)]):
         raise ForgetSetError(
             f"Forget index {outside[0]} is outside the training set of {n_train} points; use 0 to {n_train - 1}."
         )
     values, counts = np.unique(indices, return_counts=True)
-    if (counts > 1).any():
-        raise ForgetSetError(
-            f"Forget index {values[counts > 1][0]} is given {counts.max()} times; give each point once."
-        )
+    if len(twice := values[counts > 1]):
+        raise ForgetSetError(f"Forget index {twice[0]} is given {counts.max()} times; give each point once.")
     if len(indices) == n_train:
         raise ForgetSetError(f"The forget set is all {n_train} training points; leave some to retain.")
     return indices.astype(np.int64)
@@ -86,19 +83,13 @@ def make(name: str, indices: Sequence[int] | np.ndarray, data: Dataset, **made_b
 
 
 def load(path: Path, data: Dataset) -> ForgetSet:
-    """Read a forget set for this data set.
-
-    Raises:
-        StoreError: if the file is missing or no JSON.
-        ForgetSetError: if it was made for other data, or something in it cannot be used.
-    """
+    """Read a forget set; StoreError if there is no JSON, ForgetSetError if it is of other data or cannot be used."""
     return parse(read_json(path), data, str(path))
 
 
 def parse(content: Any, data: Dataset, path: str) -> ForgetSet:
     """What `ForgetSet.save` wrote, checked as by `load`; `path` is named where it cannot be used."""
-    missing = {"name", "indices", "data_sha256"} - set(content if isinstance(content, dict) else {})
-    if missing:
+    if missing := {"name", "indices", "data_sha256"} - set(content if isinstance(content, dict) else {}):
         raise ForgetSetError(f"{path} lacks {', '.join(sorted(missing))}; save forget sets with ForgetSet.save.")
     if content["data_sha256"] != data.sha256:
         raise ForgetSetError(

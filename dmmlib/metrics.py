@@ -30,9 +30,6 @@ def margins(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
     >>> margins(np.array([[[2.0, 0.0], [0.0, 1.0]]]), np.array([0, 0]))
     array([[ 2., -1.]], dtype=float32)
-
-    Raises:
-        DataError: for shapes that differ, fewer than two classes, or labels outside the classes.
     """
     logits, labels = np.asarray(logits), np.asarray(labels)
     if logits.ndim != 3 or logits.shape[1] != len(labels) or logits.shape[2] < 2:
@@ -259,10 +256,7 @@ def u_lira(unlearned: np.ndarray, oracle: np.ndarray) -> np.ndarray:
 
     The attacker fits a Gaussian to the margins of half of the unlearned models and one to half of the
     oracles, and says of each model of the other halves which of the two it comes from; then the halves
-    change roles. 0.5 means that it cannot tell.
-
-    Raises:
-        DataError: for fewer than four models on either side, or margins that cannot be compared.
+    change roles, so at least four models are needed on either side. 0.5 means that it cannot tell.
     """
     unlearned, oracle = (m.astype(np.float64) for m in _checked(unlearned, oracle, least=4))
     huge = np.maximum(1, np.maximum(np.abs(unlearned).max(0), np.abs(oracle).max(0)) / 1e100)  # squares would overflow
