@@ -98,9 +98,11 @@ def _ranges(unlearned: np.ndarray, oracle: np.ndarray) -> Sequence[np.ndarray]:
     numpy.histogram widens a range of one value by a half on either side.
     """
     kind = np.result_type(unlearned, oracle, np.float32)
-    u, o = (m.astype(kind, copy=False).clip(-CLIP, CLIP) for m in (unlearned, oracle))
+    u, o = (m.astype(kind, copy=False) for m in (unlearned, oracle))
     low = np.minimum(u.min(0), o.min(0)).astype(np.float64)
     top = np.maximum(u.max(0), o.max(0)).astype(np.float64)
+    if max(-low.min(initial=0), top.max(initial=0)) > CLIP:
+        u, o, low, top = (m.clip(-CLIP, CLIP) for m in (u, o, low, top))
     half = 0.5 * (low == top)
     return u, o, top, low - half, top + half
 
