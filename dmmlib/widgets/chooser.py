@@ -47,7 +47,7 @@ class Chooser(w.VBox):
         self.study, data = study, study.data
         margins = metrics.margins(study.original_logits(), data.y)
         masks, logits = study.subsets()
-        right = metrics.correct(logits[:, : data.n_train], data.y_train)
+        right = metrics.correct(np.asarray(logits)[:, : data.n_train], data.y_train)
         self.known = measures(margins)
         self.known["memorisation"] = np.concatenate([memorisation(masks, right), np.full(data.n_val, np.nan)])
         self.known |= {f"PC {k + 1}": column for k, column in enumerate(study.loadings().T)}
