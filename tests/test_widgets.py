@@ -1,45 +1,72 @@
 """The widget without a browser: what is chosen, what is predicted, what is saved, and what is said of mistakes."""
 
+import dataclasses
 import datetime
 import json
 import os
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from IPython.core.formatters import MimeBundleFormatter
 
-from dmmlib import forget_sets, metrics
+from dmmlib import forget_sets, metrics, presets
+from dmmlib.analysis import plots
 from dmmlib.attribution.base import MarginDatamodel
 from dmmlib.attributors.kernel import KernelResponse, gradient_kernel
-from dmmlib.errors import ForgetSetError
+from dmmlib.datamodels import Attributor
+from dmmlib.errors import DmmError, ForgetSetError
+from dmmlib.files import write_json
 from dmmlib.progress import silent
 from dmmlib.studies.adversary.subspace import gradients
 from dmmlib.study import Study
-from dmmlib.widgets import Chooser, Filters, Measured, Previewer, Results, Selection
+from dmmlib.widgets import Chooser, Results
 from dmmlib.widgets import preview as previews
-from dmmlib.widgets.jobs import Job
-from dmmlib.widgets.selection import measures, memorisation, read_indices, shown
+from dmmlib.widgets.batch import Trial
+from dmmlib.widgets.controls import Message
+from dmmlib.widgets.preview import Previewer
+from dmmlib.widgets.selection import Selection, measures, memorisation, read_indices, shown
+from dmmlib.widgets.views import Scatter
 from tests.conftest import TINY
 
 PATIENCE = 300  # seconds that a process may take on a busy machine
+EVIL = "<img src=x onerror=alert(1)>"
 
 
-def fresh(study, tmp_path, **kwargs):
-    """A chooser whose sets are saved in a directory of its own, on everything that is trained already."""
-    runs = tmp_path / "runs"
-    runs.mkdir(exist_ok=True)
-    if not (runs / "store").exists():
-        (study.runs / "store").mkdir(parents=True, exist_ok=True)
-        (runs / "store").symlink_to(study.runs / "store")
-    own = Study(TINY, runs=runs, figures=tmp_path / "figures", progress=silent)
-    return Chooser(own, **{"trust": False, **kwargs})
+def own(study, folder):
+    """A study that saves its sets in a directory of its own, on everything that is trained already."""
+    runs = folder / "runs"
+    runs.mkdir()
+    (study.runs / "store").mkdir(parents=True, exist_ok=True)
+    (runs / "store").symlink_to(study.runs / "store")
+    return Study(TINY, runs=runs, figures=folder / "figures", progress=silent)
+
+
+@pytest.fixture(scope="module")
+def shared(tiny, tmp_path_factory):
+    study = own(tiny, tmp_path_factory.mktemp("widgets"))
+    study.forget_sets()
+    return study
 
 
 @pytest.fixture
-def chooser(tiny, tmp_path):
-    return fresh(tiny, tmp_path)
+def chooser(shared):
+    """A chooser on what is fitted already; what a test saves goes with it."""
+    folder = shared.directory / "forget_sets"
+    kept = set(folder.iterdir())
+    yield Chooser(shared, trust=False)
+    for path in set(folder.iterdir()) - kept:
+        path.unlink()
+
+
+def html_of(widget):
+    """All the markup that a widget shows."""
+    children = getattr(widget, "children", ())
+    value = getattr(widget, "value", "")
+    return "".join([value if type(widget).__name__ in ("HTML", "Message") else "", *map(html_of, children)])
 
 
 # --- selection -------------------------------------------------------------------------------------------
@@ -79,7 +106,6 @@ def test_a_selection_tells_of_changes_and_only_of_them():
     selection.undo()
     selection.undo()
     assert heard == [2, 0]
-    assert selection.counts(np.array([0, 1] * 5), 3).tolist() == [0, 0, 0]
 
 
 def test_filters_show_what_passes_in_the_order_asked_for():
@@ -88,7 +114,7 @@ def test_filters_show_what_passes_in_the_order_asked_for():
     known = {"margin": np.array([0.3, 0.1, 0.9, 0.5, 0.2, 0.8]), "memorisation": np.array([1, 0, 0, 1, np.nan, np.nan])}
 
     def order(*args, **kwargs):
-        return shown(Filters(*args, **kwargs), known, labels, chosen).tolist()
+        return shown(known, labels, chosen, *args, **kwargs).tolist()
 
     assert order() == [0, 1, 2, 3]
     assert order("chosen") == [0, 3]
@@ -108,10 +134,12 @@ def test_measures_follow_from_margins():
     np.testing.assert_allclose(known["loss"], -np.log(right).mean(0), rtol=1e-4)
 
 
-def test_memorisation_is_what_seeing_a_point_adds():
+def test_memorisation_is_what_seeing_a_point_adds(monkeypatch):
     masks = np.array([[1, 1, 0, 1], [1, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]], bool)
-    correct = np.array([[1, 1, 1, 1], [1, 1, 1, 0], [0, 1, 1, 0], [0, 1, 1, 0]], bool)
-    assert memorisation(masks, correct).tolist() == [1.0, 0.0, 0.0, 0.5]
+    correct = np.array([[1, 1, 1, 1], [1, 1, 1, 0], [0, 1, 1, 0], [0, 1, 1, 0]])
+    outputs = np.stack([1 - correct, correct], 2)[:, [0, 1, 2, 3, 3]]  # and one validation point
+    monkeypatch.setattr("dmmlib.widgets.selection.BLOCK", 3)
+    assert memorisation(masks, outputs, np.ones(4, int)).tolist() == [1.0, 0.0, 0.0, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -128,10 +156,17 @@ def test_indices_are_read_in_any_separators(tiny, text, expected):
         ("3, four", "'four'; give indices"),
         ("3.5", "'3.5'"),
         ("  ", "is empty"),
-        ("5, 120", "120 is no training image.*use 0 to 119"),
+        ("5, 120", "120 is no training image"),
         ("-1", "-1 is no training image"),
         ("{bad", "no JSON"),
         ('{"name": "x"}', "lacks data_sha256, indices"),
+        ('{"indices": [[1, 2], [3]]}', r"\[1, 2\] among its indices; .* flat list"),
+        ('{"indices": [1, 2.5]}', "2.5 among its indices; give whole numbers"),
+        ('{"indices": [true]}', "True among its indices"),
+        ('{"indices": 3}', "indices = 3; give a list"),
+        ('{"indices": [3], "made_by": "me"}', "made_by = 'me'; give a mapping"),
+        ('{"indices": [3], "data_sha256": 5}', "data_sha256 = 5; give text"),
+        ('{"indices": [3], "data_sha256": "beef", "name": "x"}', "made for data beef"),
     ],
 )
 def test_what_cannot_be_read_as_indices_is_said(tiny, text, message):
@@ -139,17 +174,30 @@ def test_what_cannot_be_read_as_indices_is_said(tiny, text, message):
         read_indices(text, tiny.data)
 
 
+def test_a_selection_refuses_what_is_no_whole_number():
+    with pytest.raises(ForgetSetError, match="float64; give whole numbers"):
+        Selection(10).add([1.5])
+
+
+def test_how_a_saved_set_was_made_does_not_get_in_the_way(tiny):
+    content = {"name": "x", "indices": [2, 1], "data_sha256": tiny.data.sha256, "made_by": {"name": "y", "data": 1}}
+    assert read_indices(json.dumps(content), tiny.data).tolist() == [1, 2]
+
+
 # --- preview ---------------------------------------------------------------------------------------------
 
 
-class Known:
+class Known(Attributor):
     """An attributor that is told what happens."""
 
     def __init__(self, effect):
         self.change = effect
 
-    def effect(self, forget):
-        return self.change
+    def effects(self, forget_sets):
+        return np.stack([self.change] * len(forget_sets))
+
+    def predict(self, masks):
+        raise NotImplementedError
 
 
 def test_a_preview_compares_the_originals_with_what_the_attributor_expects():
@@ -161,19 +209,19 @@ def test_a_preview_compares_the_originals_with_what_the_attributor_expects():
     seen = Previewer(Known(change), logits, labels, n_train=6).preview([2])
     before, after = metrics.margins(logits, labels), metrics.margins(logits + change, labels)
     assert seen.size == 1
-    assert seen.before["forget"].margin == pytest.approx(before[:, 2].mean(), abs=1e-5)
-    assert seen.after["forget"].margin == pytest.approx(after[:, 2].mean(), abs=1e-4)
-    assert seen.after["forget"].accuracy == 0
-    assert seen.after["retain"] == seen.before["retain"]
-    assert seen.after["validation"].accuracy == pytest.approx((logits[:, 6:].argmax(2) == labels[6:]).mean())
-    top = seen.changes.top(3)
-    assert top[0].point == 2
-    assert top[0].new != labels[2]
-    assert top[1].distance < 1e-6
-    assert all(c.point != 2 for c in seen.changes.top(3, np.array([0, 1, 7])))
+    assert seen.before.margin["forget"] == pytest.approx(before[:, 2].mean(), abs=1e-5)
+    assert seen.after.margin["forget"] == pytest.approx(after[:, 2].mean(), abs=1e-4)
+    assert seen.after.accuracy["forget"] == 0
+    pd.testing.assert_series_equal(seen.after.loc["retain"], seen.before.loc["retain"])
+    assert seen.after.accuracy["validation"] == pytest.approx((logits[:, 6:].argmax(2) == labels[6:]).mean())
+    first, second, _ = seen.most_changed(3, np.arange(9))
+    assert first == 2
+    assert seen.new[2] != labels[2]
+    assert seen.distance[second] < 1e-6
+    assert 2 not in seen.most_changed(3, np.array([0, 1, 7]))
 
 
-class Alike:
+class Alike(Attributor):
     """An attributor in which every point raises all logits of one class a little; points 0 to 4 act together."""
 
     def effects(self, forget_sets):
@@ -182,21 +230,21 @@ class Alike:
             row[:, 0] = sum(1.0 if i < 5 else 0.02 * (-1) ** i for i in np.asarray(forget).tolist())
         return effects
 
-    def effect(self, forget):
-        return self.effects([forget])[0]
+    def predict(self, masks):
+        raise NotImplementedError
 
 
 def test_a_request_that_acts_together_stands_out_against_random_ones():
     rng = np.random.default_rng(0)
     previewer = Previewer(Alike(), rng.normal(size=(4, 60, 3)).astype(np.float32), rng.integers(0, 3, 60), n_train=50)
     usual = previewer.usual(shares=(0.04, 0.1, 0.2), n_sets=12)
-    assert [u.size for u in usual] == [2, 5, 10]
-    assert usual[0].mean["validation"] < usual[-1].mean["validation"]
+    assert usual.index.tolist() == [2, 5, 10]
+    assert usual["validation", "mean"].is_monotonic_increasing
     together, ordinary = previewer.preview(range(5)), previewer.preview(range(20, 25))
     assert "it stands out" in previews.beyond_usual(usual, together)
     assert "does not stand out" in previews.beyond_usual(usual, ordinary)
     assert f"{together.reach['validation']:.1%} of validation answers" in previews.beyond_usual(usual, together)
-    assert previews.beyond_usual([], together) == "", "nothing measured, nothing claimed"
+    assert previews.beyond_usual(None, together) == "", "nothing measured, nothing claimed"
     assert "leverage" not in together.reach
     assert "knows no gradients, so leverage does not count" in previews.beyond_usual(usual, together)
 
@@ -222,8 +270,8 @@ def test_leverage_is_the_length_of_the_displacement_in_the_models_own_metric(tin
 def test_the_studys_attributor_gives_a_preview_all_three_parts_of_the_score(tiny):
     previewer = Previewer(tiny.attributor(), tiny.original_logits(), tiny.data.y, tiny.data.n_train)
     usual = previewer.usual(shares=(0.05, 0.2), n_sets=8)
-    assert all(set(u.spread) == {"retain", "validation", "leverage"} for u in usual)
-    assert min(u.spread["leverage"] for u in usual) > 0
+    assert set(usual.columns.get_level_values(0)) == {"retain", "validation", "leverage"}
+    assert (usual["leverage", "std"] > 0).all()
     rng = np.random.default_rng(1)
     random = previewer.preview(rng.choice(120, 6, replace=False))
 
@@ -261,32 +309,27 @@ def test_no_preview_of_what_is_no_forget_set(forget):
 
 
 def test_trust_ends_where_predictions_were_measured_to_fail():
-    def at(size, relative):
-        return Measured(f"random {size}", size, {"forget": relative}, {"forget": 1.0})
-
-    measured = [at(10, 0.2), at(100, 0.4), at(100, 0.6), at(1000, 0.9)]
-    assert previews.warning(measured, 10) == ""
-    assert previews.relative_error(measured, 100) == pytest.approx(0.5)
+    measured = pd.DataFrame({"|F|": [10, 100, 100, 1000], "ratio": [0.2, 0.4, 0.6, 0.9]})
+    assert previews.warning(measured, 10) == previews.warning(measured, 100) == ""
     assert "off by 70%" in previews.warning(measured, 316)
     assert "more than in any set" in previews.warning(measured, 1001)
-    assert previews.warning([], 5000) == "", "nothing measured, nothing claimed"
+    assert previews.warning(None, 5000) == "", "nothing measured, nothing claimed"
 
 
 def test_the_error_is_measured_against_retrained_models(tiny):
     measured = previews.measure(tiny, shares=(0.05, 0.5), n_oracles=8)
-    sizes = [m.size for m in measured]
-    assert sizes == sorted(sizes)
-    assert {"random 6", "random 60", "tune"} <= {m.name for m in measured}
-    half = next(m for m in measured if m.name == "random 60")
-    assert half.change["forget"] > 0.5, "half of the data gone is felt"
-    assert 0 < half.relative < 1.5
+    assert measured["|F|"].is_monotonic_increasing
+    assert {"random 6", "random 60", "tune"} <= set(measured["set"])
+    half = measured.set_index("set").loc["random 60"]
+    assert half["true change"] > 0.5, "half of the data gone is felt"
+    assert 0 < half["ratio"] < 1.5
 
 
 # --- chooser ---------------------------------------------------------------------------------------------
 
 
 def say(chooser, **message):
-    chooser.gallery._receive(None, message, [])
+    chooser.look.gallery.receive(None, message, [])
 
 
 def test_clicks_lasso_and_undo_of_the_browser(chooser):
@@ -298,18 +341,18 @@ def test_clicks_lasso_and_undo_of_the_browser(chooser):
     assert chooser.preview is None, "predicted when the user pauses, not at every click"
     say(chooser, kind="settled")
     assert chooser.preview.size == 3
-    assert "<table>" in chooser.outcome.value
+    assert "<table" in chooser.consequences.outcome.value
     say(chooser, kind="undo")
     assert chooser.selection.indices.tolist() == [5, 7, 8, 9]
-    chooser.lasso.value = "exclude"
+    chooser.look.lasso.value = "lasso −"
     say(chooser, kind="lasso", indices=[7, 8], remove=False)
     assert chooser.selection.indices.tolist() == [5, 9]
-    assert np.frombuffer(chooser.gallery.chosen, np.uint8).nonzero()[0].tolist() == [5, 9]
+    assert np.frombuffer(chooser.look.gallery.chosen, np.uint8).nonzero()[0].tolist() == [5, 9]
 
 
 def test_consequences_of_an_earlier_choice_are_marked_until_they_are_predicted(chooser):
     told = []
-    chooser.gallery.observe(lambda change: told.append(change["new"]), "outdated")
+    chooser.look.gallery.observe(lambda change: told.append(change["new"]), "outdated")
     chooser.status.observe(lambda _: told.append("count"), "value")
     say(chooser, kind="toggle", index=5)
     assert told == [True, "count"], "marked before the count can be seen"
@@ -319,23 +362,25 @@ def test_consequences_of_an_earlier_choice_are_marked_until_they_are_predicted(c
     assert chooser.picture()
     assert chooser.preview.size == 2, "a still is of what is chosen"
     chooser.selection.clear()
-    assert "Choose images" in chooser.outcome.value, "nothing to predict is said at once"
-    assert not chooser.gallery.outdated
+    assert "Choose images" in chooser.consequences.outcome.value, "nothing to predict is said at once"
+    assert not chooser.look.gallery.outdated
 
 
 def test_a_set_too_large_to_be_trusted_is_warned_about(chooser):
-    chooser.measured = [Measured("random 12", 12, {"forget": 0.3}, {"forget": 1.0})]
+    chooser.consequences.measured = pd.DataFrame({"|F|": [12], "ratio": [0.3]})
     chooser.selection.add(range(12))
     chooser.refresh()
-    assert 'role="note"' not in chooser.outcome.value
+    assert 'role="note"' not in chooser.consequences.outcome.value
     chooser.selection.add([12])
     chooser.refresh()
-    assert 'role="note">13 images are more than in any set' in chooser.outcome.value
+    assert 'role="note">13 images are more than in any set' in chooser.consequences.outcome.value
 
 
 def test_only_thumbnails_that_are_asked_for_are_sent(chooser, monkeypatch):
     sent = []
-    monkeypatch.setattr(type(chooser.gallery), "send", lambda self, content, buffers: sent.append((content, buffers)))
+    monkeypatch.setattr(
+        type(chooser.look.gallery), "send", lambda self, content, buffers: sent.append((content, buffers))
+    )
     say(chooser, kind="thumbnails", indices=[4, 130])
     content, buffers = sent[0]
     data = chooser.study.data
@@ -343,28 +388,29 @@ def test_only_thumbnails_that_are_asked_for_are_sent(chooser, monkeypatch):
     assert content["titles"] == [data.class_names[data.y[i]] for i in (4, 130)]
     assert "#130" in content["details"][1]
     assert buffers[0] == data.x[[4, 130]].tobytes()
-    assert sum(len(v) for v in chooser.gallery.get_state().values() if isinstance(v, bytes)) < 8 * len(data.x)
+    assert sum(len(v) for v in chooser.look.gallery.get_state().values() if isinstance(v, bytes)) < 8 * len(data.x)
 
 
 def test_filters_reach_gallery_and_scatter(chooser):
-    chooser.label.value = 3
-    order = np.frombuffer(chooser.gallery.order, np.int32)
+    chooser.look.label.value = 3
+    order = np.frombuffer(chooser.look.gallery.order, np.int32)
     data = chooser.study.data
     assert (data.y[order] == 3).all()
     known = chooser.known["memorisation"][order]
     assert (np.diff(known) <= 0).all(), "most memorised first"
-    assert np.frombuffer(chooser.scatter.shown, np.uint8).sum() == len(order)
-    chooser.take_shown.click()
+    assert np.frombuffer(chooser.look.scatter.shown, np.uint8).sum() == len(order)
+    chooser.look.take_shown.click()
     assert chooser.selection.indices.tolist() == sorted(order.tolist())
 
 
 def test_images_that_hold_the_current_image_up(chooser):
-    chooser.picks[0].click()
+    picks = chooser.look.picks
+    picks["most helpful"].click()
     assert "No image is current" in chooser.message.value
-    chooser.gallery.focus = 3
-    assert chooser.scatter.focus == 3
-    chooser.k.value = 4
-    chooser.picks[0].click()
+    chooser.look.gallery.focus = 3
+    assert chooser.look.scatter.focus == 3
+    chooser.look.k.value = 4
+    picks["most helpful"].click()
     scores = chooser.study.influences(3)
     helpful = set(chooser.selection.indices.tolist())
     assert len(helpful) == 4
@@ -372,12 +418,12 @@ def test_images_that_hold_the_current_image_up(chooser):
     rest = np.setdiff1d(np.arange(120), [*helpful, 3])
     assert scores[list(helpful)].min() >= scores[rest].max()
     chooser.selection.clear()
-    chooser.picks[1].click()
+    picks["most harmful"].click()
     assert scores[chooser.selection.indices].max() < 0
     chooser.selection.clear()
-    chooser.picks[2].click()
+    picks["nearest"].click()
     assert 3 in chooser.selection.indices
-    chooser.picks[3].click()
+    picks["random"].click()
     assert len(chooser.selection) == 8
 
 
@@ -385,51 +431,56 @@ def test_influences_are_the_datamodels_weights(tiny):
     """The row of the datamodel matrix is the effect of each single point on a linear function of the outputs."""
     logits = tiny.subsets()[1]
     margins = metrics.margins(logits[:, [3]], tiny.data.y[[3]])
-    model = tiny._plain_datamodel
+    model = tiny.plain_datamodel()
     expected = (margins.T @ model.weights(np.eye(120, dtype=np.float32)))[0]
     np.testing.assert_allclose(tiny.influences(3), expected, atol=1e-4)
 
 
 def test_paste_and_upload(chooser):
-    chooser.paste.value = "3, 14, 15"
-    chooser.paste_button.click()
+    chooser.look.paste.value = "3, 14, 15"
+    chooser.look.include.click()
     assert chooser.selection.indices.tolist() == [3, 14, 15]
     saved = json.dumps({"name": "x", "indices": [1, 2], "data_sha256": chooser.study.data.sha256})
     now = datetime.datetime.now(tz=datetime.UTC)
     content = memoryview(saved.encode())
-    chooser.upload.value = [{"name": "x.json", "content": content, "type": "", "size": 1, "last_modified": now}]
+    chooser.look.upload.value = [{"name": "x.json", "content": content, "type": "", "size": 1, "last_modified": now}]
     assert chooser.selection.indices.tolist() == [1, 2, 3, 14, 15]
 
 
 def test_saved_sets_are_those_of_code(chooser):
     chooser.selection.replace([3, 14, 15])
-    chooser.name.value = "by_eye"
-    assert chooser.save()
-    loaded = forget_sets.load(chooser.saved, chooser.study.data)
+    chooser.saving.name.value = "by_eye"
+    assert chooser.saving.save()
+    loaded = forget_sets.load(chooser.saving.saved, chooser.study.data)
     assert loaded.indices.tolist() == [3, 14, 15]
     assert loaded.made_by == {"kind": "chosen", "preset": "tiny"}
-    assert "--stage 04 --forget-set" in chooser.command.value
-    assert chooser.load.value == "by_eye"
-    own = Study(chooser.study.directory / "preset.yaml", forget_set=chooser.saved, runs=chooser.study.runs)
-    assert list(own.forget_sets()) == ["by_eye"], "the command's preset is the study's"
-    assert own.preset == chooser.study.preset
+    assert "--stage 04 --forget-set" in chooser.saving.command.value
+    assert chooser.saving.load.value == "by_eye"
+    again = Study(chooser.study.directory / "preset.yaml", forget_set=chooser.saving.saved, runs=chooser.study.runs)
+    assert list(again.forget_sets()) == ["by_eye"], "the command's preset is the study's"
+    assert again.preset == chooser.study.preset
+
+
+def saved(chooser):
+    return forget_sets.load(chooser.saving.saved, chooser.study.data).indices.tolist()
 
 
 def test_another_set_is_overwritten_only_when_told_to(chooser):
     chooser.selection.replace([1, 2])
-    chooser.name.value = "mine"
-    assert chooser.save()
-    assert chooser.save(), "the same set again is no question"
+    chooser.saving.name.value = "mine"
+    assert chooser.saving.save() == chooser.saving.save(), "the same set again is no question"
     chooser.selection.replace([5])
-    assert not chooser.save()
-    assert "another forget set 'mine' already; overwrite it?".replace("'", "&#x27;") in chooser.message.value
-    assert chooser.confirm.layout.display == ""
-    chooser.keep.click()
-    assert forget_sets.load(chooser.saved, chooser.study.data).indices.tolist() == [1, 2]
-    chooser.save()
-    chooser.overwrite.click()
-    assert forget_sets.load(chooser.saved, chooser.study.data).indices.tolist() == [5]
-    assert chooser.confirm.layout.display == "none"
+    chooser.saving.button.click()
+    assert "another forget set &#x27;mine&#x27; already; overwrite it?" in chooser.message.value
+    assert chooser.saving.confirm.layout.display == ""
+    chooser.saving.keep.click()
+    assert chooser.message.value == ""
+    assert saved(chooser) == [1, 2]
+    with pytest.raises(ForgetSetError, match="overwrite it"):
+        chooser.saving.save()
+    chooser.saving.overwrite.click()
+    assert saved(chooser) == [5]
+    assert chooser.saving.confirm.layout.display == "none"
 
 
 @pytest.mark.parametrize(
@@ -439,86 +490,126 @@ def test_another_set_is_overwritten_only_when_told_to(chooser):
         ("mine", range(120), "all 120 training points"),
         ("random_6", [1], "a forget set of the preset itself"),
         ("tune", [1], "a forget set of the preset itself"),
-        ("../mine", [1], "is no name for a forget set"),
-        ("", [1], "is no name for a forget set"),
+        *(
+            (name, [1], "is no name for a forget set")
+            for name in ("../../evil", "..", "", "a/b", "a\\b", "x" * 51, EVIL)
+        ),
     ],
 )
 def test_what_cannot_be_saved_is_said_and_stays_chosen(chooser, name, indices, message):
     chooser.selection.replace(list(indices))
-    chooser.name.value = name
-    assert not chooser.save()
+    chooser.saving.name.value = name
+    chooser.saving.button.click()
     assert message in chooser.message.value
-    assert chooser.saved is None
+    assert chooser.saving.saved is None
     assert len(chooser.selection) == len(indices)
 
 
-def test_bad_indices_and_foreign_sets_are_said_in_the_widget(chooser):
+def test_bad_indices_and_foreign_sets_are_said_in_the_widget(shared, chooser):
+    path = shared.directory / "forget_sets" / "foreign.json"
+    forget_sets.ForgetSet("foreign", np.array([1]), {}, "0" * 64).save(path)
+    chooser = Chooser(shared, trust=False)
     chooser.selection.replace([1])
-    chooser.paste.value = "5, 4000"
-    chooser.paste_button.click()
+    chooser.look.paste.value = "5, 4000"
+    chooser.look.include.click()
     assert "4000 is no training image" in chooser.message.value
     say(chooser, kind="toggle", index=130)
     assert "130 is no training image" in chooser.message.value
-    foreign = forget_sets.ForgetSet("foreign", np.array([1]), {}, "0" * 64)
-    foreign.save(chooser._path("foreign"))
-    chooser._list_sets()
-    chooser.load.value = "foreign"
-    chooser.load_button.click()
+    chooser.saving.load.value = "foreign"
+    chooser.saving.load_button.click()
     assert "was made for data 000000000000" in chooser.message.value
+    write_json(path, {"name": "foreign", "indices": [[1], [2, 3]], "data_sha256": shared.data.sha256})
+    chooser.saving.load_button.click()
+    assert "[1] among its indices" in chooser.message.value
     assert chooser.selection.indices.tolist() == [1]
-    chooser.name.value = "foreign"
-    assert not chooser.save(), "and it is not overwritten without asking"
+    chooser.saving.name.value = "foreign"
+    with pytest.raises(ForgetSetError, match="overwrite it"):
+        chooser.saving.save()
 
 
-def test_two_widgets_at_once_do_not_mix(tiny, tmp_path):
-    one, two = fresh(tiny, tmp_path), fresh(tiny, tmp_path)
-    say(one, kind="toggle", index=1)
-    say(two, kind="toggle", index=2)
-    assert one.selection.indices.tolist() == [1]
-    assert two.selection.indices.tolist() == [2]
-    assert one.save()
-    assert not two.save(), "what the other has saved meanwhile is another's"
-    assert forget_sets.load(one.saved, tiny.data).indices.tolist() == [1]
+def test_two_widgets_at_once_do_not_mix(chooser):
+    other = Chooser(chooser.study, trust=False)
+    say(chooser, kind="toggle", index=1)
+    say(other, kind="toggle", index=2)
+    assert chooser.selection.indices.tolist() == [1]
+    assert other.selection.indices.tolist() == [2]
+    assert chooser.saving.save()
+    with pytest.raises(ForgetSetError, match="another forget set"):  # what the other has saved meanwhile
+        other.saving.save()
+    assert saved(chooser) == [1]
 
 
-def test_a_directory_that_cannot_be_written_is_said(tiny, tmp_path, monkeypatch):
-    chooser = fresh(tiny, tmp_path)
+def test_a_directory_that_cannot_be_written_is_said(chooser, monkeypatch):
     chooser.selection.replace([1, 2])
-    assert chooser.save()
-    kept = chooser.saved.read_bytes()
+    kept = chooser.saving.save().read_bytes()
 
     def read_only(*args, **kwargs):  # as root, who may write anywhere, no mode would do
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "replace", read_only)
     chooser.selection.replace([3])
-    chooser.save()
-    chooser.overwrite.click()
+    chooser.saving.button.click()
+    chooser.saving.overwrite.click()
     assert "cannot be written (Permission denied)" in chooser.message.value
-    assert chooser.saved.read_bytes() == kept
+    assert chooser.saving.saved.read_bytes() == kept
     assert chooser.selection.indices.tolist() == [3]
 
 
-def test_predicted_and_actual_stand_side_by_side(tiny, tmp_path):
+# --- what comes from data --------------------------------------------------------------------------------
+
+
+def test_no_text_from_data_becomes_markup(tiny, shared, monkeypatch):
+    for study in (tiny, shared):
+        data = dataclasses.replace(study.data, class_names=(EVIL, *study.data.class_names[1:]))
+        monkeypatch.setattr(study, "data", data)
+    of_class = int(np.flatnonzero(data.y_train == 0)[0])
+    chooser = Chooser(shared, forget_sets.make("start", [of_class], data), trust=False)
+    chooser.look.gallery.focus = of_class
+    shown = [html_of(chooser)]
+    chooser.look.paste.value = EVIL
+    chooser.look.include.click()
+    shown.append(html_of(chooser))
+    chooser.saving.name.value = EVIL
+    chooser.saving.button.click()
+    shown.append(html_of(chooser))
+    monkeypatch.setitem(plots.LABELS, "dmm", EVIL)
+    shown.append(html_of(Results(tiny, tiny.forget_sets()["random_6"])))
+    for markup in shown:
+        assert "&lt;img src=x onerror=alert(1)&gt;" in markup
+        assert EVIL not in markup
+
+
+def test_every_class_of_three_hundred_has_a_colour_of_its_own(tiny):
+    names = tuple(f"class {c}" for c in range(300))
+    labels = np.arange(600) % 300
+    data = dataclasses.replace(tiny.data, x_train=np.zeros((600, 8, 8, 1), np.uint8), y_train=labels, class_names=names)
+    scatter = Scatter(data, lambda point: ("", ""))
+    assert np.frombuffer(scatter.groups, np.int32).tolist() == labels.tolist()
+    assert len(scatter.names) == len(set(scatter.colours)) == 300
+    assert 'typed(model.get("groups"), Int32Array)' in str(Scatter._esm), "and the browser reads them as they are sent"
+
+
+def test_predicted_and_actual_stand_side_by_side(tiny, chooser):
     f = tiny.forget_sets()["random_6"]
     oracles, right = tiny.reference(f)
-    chooser = fresh(tiny, tmp_path, start=f)
-    assert "retrained" in chooser.outcome.value
-    actual = chooser._actual()["forget"]
-    assert actual.margin == pytest.approx(oracles[:, f.indices].mean(), abs=1e-5)
-    assert actual.accuracy == pytest.approx(right[:, f.indices].mean())
+    chooser.selection.replace(f.indices)
+    chooser.refresh()
+    shown = chooser.consequences.outcome.value
+    assert "retrained" in shown
+    assert f"<td>{right[:, f.indices].mean():.1%}</td>" in shown
+    assert f"<td>{oracles[:, f.indices].mean():.2f}</td>" in shown
     chooser.selection.toggle(int(f.indices[0]))
     chooser.refresh()
-    assert "retrained" not in chooser.outcome.value
+    assert "retrained" not in chooser.consequences.outcome.value
 
 
 def test_a_still_picture_stands_in_for_the_widget(chooser):
     chooser.selection.replace([1, 2, 3])
-    chooser.refresh()
-    bundle = chooser._repr_mimebundle_()
+    bundle, _ = MimeBundleFormatter()(chooser)
     assert "application/vnd.jupyter.widget-view+json" in bundle
     assert bundle["image/png"].startswith("iVBOR")
     assert len(bundle["image/png"]) > 20_000
+    assert chooser.preview.size == 3, "of what is chosen now"
 
 
 def test_results_lead_from_a_number_to_its_image(tiny):
@@ -538,25 +629,23 @@ def test_results_lead_from_a_number_to_its_image(tiny):
 # --- from eye to batch -----------------------------------------------------------------------------------
 
 
-def test_a_users_own_set_gets_its_oracles_once_alone_and_beside(tiny, tmp_path, monkeypatch):
-    chooser = fresh(tiny, tmp_path)
+def test_a_users_own_set_gets_its_oracles_once_alone_and_beside(chooser, monkeypatch):
     chooser.selection.replace([2, 7, 11, 13])
-    chooser.name.value = "mine"
-    assert chooser.save()
-    places = {"runs": chooser.study.runs, "figures": tmp_path / "figures", "progress": silent}
-    alone = Study(TINY, forget_set=chooser.saved, **places)
+    chooser.saving.name.value = "mine"
+    places = {"forget_set": chooser.saving.save(), "runs": chooser.study.runs, "progress": silent}
+    alone = Study(TINY, **places)
     first = alone.reference(alone.forget_sets()["mine"])[0]
 
     def never(*args, **kwargs):
         raise AssertionError("trained again")
 
     monkeypatch.setattr("dmmlib.ensemble.train_and", never)
-    beside = Study(TINY, forget_set=chooser.saved, beside=True, **places)
+    beside = Study(TINY, beside=True, **places)
     assert list(beside.forget_sets()) == ["random_6", "pc1", "mine"]
     np.testing.assert_array_equal(beside.reference(beside.forget_sets()["mine"])[0], first)
     assert alone.output != beside.output != beside.directory, "neither writes over the preset's own tables"
     chooser.refresh()
-    assert "retrained" in chooser.outcome.value, "and the widget shows them"
+    assert "retrained" in chooser.consequences.outcome.value, "and the widget shows them"
 
 
 def test_beside_needs_a_name_of_its_own(tiny, tmp_path):
@@ -566,34 +655,60 @@ def test_beside_needs_a_name_of_its_own(tiny, tmp_path):
         Study(TINY, forget_set=path, beside=True, runs=tmp_path / "runs")
 
 
-def test_a_job_reports_progress_and_its_end():
-    heard, ended = [], []
-    job = Job(["list"], {}, lambda *told: heard.append(told), lambda *end: ended.append(end))
-    job.wait(PATIENCE)
-    assert ended[0][0] == 0
-    assert "presets: " in ended[0][1]
-    failed = []
-    Job(["run", "labtop"], {}, lambda *told: None, lambda *end: failed.append(end)).wait(PATIENCE)
-    assert failed[0][0] == 2
-    assert "Unknown preset 'labtop'" in failed[0][1]
+def ended(message):
+    raise AssertionError("this run must not end well")
+
+
+def test_a_run_that_fails_says_why(tiny, tmp_path):
+    message = Message()
+    trial = Trial(own(tiny, tmp_path), message, lambda: tmp_path / "missing.json", ended)
+    trial.run()
+    trial.wait(PATIENCE)
+    assert not trial.running
+    assert "The run failed: " in message.value
+    assert "missing.json" in message.value
+    assert not trial.button.disabled
 
 
 @pytest.mark.slow
 def test_a_run_on_the_smoke_preset_can_be_cancelled(tiny, tmp_path):
-    chooser = fresh(tiny, tmp_path)
+    chooser = Chooser(own(tiny, tmp_path), trust=False)
+    trial = chooser.trial
     chooser.selection.replace([1, 2, 3])
-    chooser.run()
-    assert chooser.job.running
-    assert chooser.progress.layout.display == ""
+    trial.run()
+    assert trial.running
+    assert trial.progress.layout.display == ""
     deadline = time.monotonic() + PATIENCE
-    while ": " not in chooser.line.value and time.monotonic() < deadline and chooser.job.running:
+    while ": " not in trial.line.value and time.monotonic() < deadline and trial.running:
         time.sleep(0.1)
-    assert ": " in chooser.line.value, f"progress is shown: {chooser.message.value}"
-    chooser.run()
-    assert "A run is under way" in chooser.message.value
-    chooser.cancel.click()
-    chooser.job.wait(PATIENCE)
-    assert not chooser.job.running
-    assert "Cancelled" in chooser.command.value
-    assert chooser.progress.layout.display == "none"
-    assert chooser.saved.exists()
+    assert ": " in trial.line.value, f"progress is shown: {chooser.message.value}"
+    trial.button.click()
+    with pytest.raises(DmmError, match="run is under way"):
+        trial.run()
+    trial.cancel.click()
+    trial.wait(PATIENCE)
+    assert not trial.running
+    assert "Cancelled" in trial.outcome.value
+    assert trial.progress.layout.display == "none"
+    assert chooser.saving.saved.exists()
+
+
+def test_a_run_that_ends_well_shows_every_method(tiny, tmp_path, monkeypatch):
+    study = own(tiny, tmp_path)
+    command = tmp_path / "python"  # in place of the one that would train
+    command.write_text("#!/bin/sh\nexit 0\n")
+    command.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(command))
+    name = presets.load("smoke", {f"data.{key}": value for key, value in TINY["data"].items()}).name
+    path = study.runs / name / "forget_set-mine" / "results.csv"
+    path.parent.mkdir(parents=True)
+    tiny.results().query("forget_set == 'random_6'").to_csv(path, index=False)
+    heard, message = [], Message()
+    trial = Trial(study, message, lambda: tmp_path / "mine.json", lambda: heard.append("ended"))
+    trial.run()
+    trial.wait(PATIENCE)
+    assert message.value == ""
+    assert heard == ["ended"]
+    assert "N = 8 small models" in trial.outcome.value
+    for method in study.preset.unlearning.methods:
+        assert f"<th>{plots.label(method)}</th>" in trial.outcome.value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 from typing import Any
 
 import ipywidgets as w
@@ -12,11 +13,14 @@ from dmmlib import metrics
 from dmmlib.analysis import plots
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.study import Study
+from dmmlib.widgets.controls import labelled, row
 from dmmlib.widgets.views import Gallery
 
 
 class Results(w.VBox):
     """A gallery of a forget set's points, worst KLoM first, and the current point's margins over models.
+
+    `kloms` has the KLoM (n_points,) of each method.
 
     Args:
         study: with the set's results; what is not there yet is computed.
@@ -31,18 +35,13 @@ class Results(w.VBox):
         self.kloms = {m: metrics.klom(margins, self._oracles) for m, margins in self._margins.items()}
         self._splits = forget_set.splits(study.data.n_train, study.data.n_val)
 
-        options: dict[str, Any] = {"style": {"description_width": "initial"}}
-        first = "dmm" if "dmm" in methods else methods[0]
-        self.method = w.Dropdown(
-            options=[(plots.label(m), m) for m in methods], value=first, description="KLoM of", **options
-        )
-        self.split = w.Dropdown(options=plots.SPLITS, description="Points", **options)
-        self.order = w.Dropdown(options=[("worst first", True), ("best first", False)], description="Sort", **options)
+        names, first = [(plots.label(m), m) for m in methods], "dmm" if "dmm" in methods else methods[0]
+        self.method = labelled(w.Dropdown, "KLoM of", options=names, value=first)
+        self.split = labelled(w.Dropdown, "Points", options=plots.SPLITS)
+        self.order = labelled(w.Dropdown, "Sort", options=[("worst first", True), ("best first", False)])
         self.gallery = Gallery(study.data.x, self._caption, rows=2, selectable=False)
         self.histogram = w.HTML()
-        controls = w.Box([self.method, self.split, self.order])
-        controls.add_class("dmm-row")
-        super().__init__([controls, self.gallery, self.histogram])
+        super().__init__([row(self.method, self.split, self.order), self.gallery, self.histogram])
         self.add_class("dmm-widget")
         for control in (self.method, self.split, self.order):
             control.observe(self._sort, names="value")
@@ -54,46 +53,41 @@ class Results(w.VBox):
         return data.class_names[data.y[point]], f"#{point} · {self.kloms[self.method.value][point]:.1f}"
 
     def ranked(self) -> np.ndarray:
-        """Positions of the points of the split, by KLoM of the method."""
+        """Return the positions of the points of the split, by KLoM of the method."""
         points = self._splits[self.split.value]
         values = self.kloms[self.method.value][points]
         return points[np.argsort(-values if self.order.value else values, kind="stable")]
 
     def _sort(self, _: object = None) -> None:
-        points = self.ranked()
+        points, method = self.ranked(), plots.label(self.method.value)
+        way = "worst" if self.order.value else "best"
         self.gallery.recaption(self._caption)
         self.gallery.set_order(points)
-        self.gallery.label = (
-            f"{len(points)} {self.split.value} images by KLoM of {plots.label(self.method.value)}, "
-            f"{'worst' if self.order.value else 'best'} first"
-        )
+        self.gallery.label = f"{len(points)} {self.split.value} images by KLoM of {method}, {way} first"
         self.gallery.focus = int(points[0])
         self._draw()
 
     def _draw(self, _: object = None) -> None:
-        point = self.gallery.focus
-        image = base64.b64encode(self.picture(point)).decode()
-        text = ", ".join(f"{plots.label(m)} {k[point]:.1f}" for m, k in self.kloms.items())
-        self.histogram.value = f'<img class="dmm-figure" src="data:image/png;base64,{image}" alt="KLoM: {text}">'
+        image = base64.b64encode(self.picture()).decode()
+        kloms = ", ".join(f"{plots.label(m)} {values[self.gallery.focus]:.1f}" for m, values in self.kloms.items())
+        source, alt = f"data:image/png;base64,{image}", html.escape(f"KLoM: {kloms}")
+        self.histogram.value = f'<img class="dmm-figure" src="{source}" alt="{alt}">'
 
-    def picture(self, point: int) -> bytes:
-        """A PNG of the histograms of one point's margins: oracles, originals and a method a panel."""
-        data = self.study.data
-        panels = []
-        for m in sorted(self.kloms, key=lambda m: (m != "do_nothing", self.kloms[m][point])):  # then the best first
-            values = self._margins[m]
-            title = f"{plots.label(m)}: KLoM {self.kloms[m][point]:.1f}"
-            groups = {"retrain": self._oracles, "do_nothing": self._margins["do_nothing"], m: values}
-            panels.append((title, {name: margins[:, point] for name, margins in groups.items()}))
-        best = min(self.kloms, key=lambda m: self.kloms[m][point])
-        figure = plots.margin_histograms(
-            panels,
-            f"#{point} {data.class_names[data.y[point]]}: {plots.label(best)} comes nearest to retraining",
-            f"{self.forget_set.name}; margins over N = {len(self._oracles)} models of each kind; filled: oracles, grey "
-            "line: originals.",
-        )
-        return plots.png(figure, dpi=80)
+    def picture(self) -> bytes:
+        """Draw the current point's margins over oracles, originals and, in a panel each, methods: a PNG."""
+        data, point, n = self.study.data, self.gallery.focus, len(self._oracles)
+        here = {m: margins[:, point] for m, margins in self._margins.items()}
+        ranked = sorted(here, key=lambda m: self.kloms[m][point])
+        panels = [
+            (
+                f"{plots.label(m)}: KLoM {self.kloms[m][point]:.1f}",
+                {"retrain": self._oracles[:, point], "do_nothing": here["do_nothing"], m: here[m]},
+            )
+            for m in ("do_nothing", *(m for m in ranked if m != "do_nothing"))
+        ]
+        title = f"#{point} {data.class_names[data.y[point]]}: {plots.label(ranked[0])} comes nearest to retraining"
+        about = f"margins over N = {n} models of each kind; filled: oracles, grey line: originals."
+        return plots.png(plots.margin_histograms(panels, title, f"{self.forget_set.name}; {about}"), dpi=80)
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
-        image = base64.b64encode(self.picture(self.gallery.focus)).decode()
-        return {**super()._repr_mimebundle_(**options), "image/png": image}
+        return {**super()._repr_mimebundle_(**options), "image/png": base64.b64encode(self.picture()).decode()}

@@ -1,25 +1,23 @@
-"""What is chosen and what is shown, without any widget: the state that `dmmlib.widgets` puts on the screen."""
+"""What is chosen, what is known of each point, and which points are shown: no widget is needed for any of it."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import numpy as np
 from scipy.special import expit
 
-from dmmlib import forget_sets
+from dmmlib import forget_sets, metrics
 from dmmlib.data import Dataset
+from dmmlib.datamodels import BLOCK, Indices
 from dmmlib.errors import ForgetSetError
-
-Indices = Sequence[int] | np.ndarray
 
 
 class Selection:
-    """Training points chosen to be forgotten. Every change can be undone; `on_change` hears of each.
+    """Training points chosen to be forgotten. Every change can be undone and is told to the functions in `on_change`.
 
     Args:
         n_train: size of S.
@@ -28,7 +26,7 @@ class Selection:
 
     def __init__(self, n_train: int, indices: Indices = ()) -> None:
         self._chosen = np.zeros(n_train, bool)
-        self._chosen[self._checked(indices)] = True
+        self._chosen[in_range(indices, n_train)] = True
         self._past: list[np.ndarray] = []
         self.on_change: list[Callable[[], None]] = []
 
@@ -45,26 +43,20 @@ class Selection:
         """The chosen points, int64, sorted."""
         return np.flatnonzero(self._chosen)
 
-    def counts(self, labels: np.ndarray, n_classes: int) -> np.ndarray:
-        """How many points of each class are chosen: (n_classes,)."""
-        return np.bincount(labels[self._chosen], minlength=n_classes)
-
     def add(self, indices: Indices) -> None:
-        self._set(indices, True)
+        self._change(self.mask, indices, True)
 
     def remove(self, indices: Indices) -> None:
-        self._set(indices, False)
+        self._change(self.mask, indices, False)
 
     def toggle(self, index: int) -> None:
-        self._set([index], not self._chosen[self._checked([index])[0]])
+        self._change(self.mask, [index], index not in self.indices)
 
     def replace(self, indices: Indices) -> None:
-        chosen = np.zeros_like(self._chosen)
-        chosen[self._checked(indices)] = True
-        self._change(chosen)
+        self._change(np.zeros_like(self._chosen), indices, True)
 
     def clear(self) -> None:
-        self._change(np.zeros_like(self._chosen))
+        self.replace(())
 
     def undo(self) -> None:
         """Take the last change back; nothing happens if there is none."""
@@ -76,12 +68,8 @@ class Selection:
     def can_undo(self) -> bool:
         return bool(self._past)
 
-    def _set(self, indices: Indices, value: bool) -> None:
-        chosen = self._chosen.copy()
-        chosen[self._checked(indices)] = value
-        self._change(chosen)
-
-    def _change(self, chosen: np.ndarray) -> None:
+    def _change(self, chosen: np.ndarray, indices: Indices, value: bool) -> None:
+        chosen[in_range(indices, len(chosen))] = value
         if not np.array_equal(chosen, self._chosen):
             self._past.append(self._chosen)
             self._chosen = chosen
@@ -91,26 +79,26 @@ class Selection:
         for listener in self.on_change:
             listener()
 
-    def _checked(self, indices: Indices) -> np.ndarray:
-        return in_range(np.asarray(indices, np.int64).reshape(-1), len(self._chosen))
 
-
-def in_range(indices: np.ndarray, n_train: int) -> np.ndarray:
-    """The indices, if all are of training points.
+def in_range(indices: Indices, n_train: int) -> np.ndarray:
+    """Return the indices as int64 if all are of training points.
 
     Raises:
-        ForgetSetError: naming the first that is not.
+        ForgetSetError: for numbers that are not whole, or naming the first that is out of range.
     """
-    outside = indices[(indices < 0) | (indices >= n_train)]
+    given = np.asarray(indices).reshape(-1)
+    if len(given) and not np.issubdtype(given.dtype, np.integer):
+        raise ForgetSetError(f"Indices were given as {given.dtype}; give whole numbers from 0 to {n_train - 1}.")
+    outside = given[(given < 0) | (given >= n_train)]
     if len(outside):
         raise ForgetSetError(
             f"{outside[0]} is no training image; only training images can be forgotten: use 0 to {n_train - 1}."
         )
-    return indices
+    return given.astype(np.int64)
 
 
 def read_indices(text: str, data: Dataset, source: str = "The text") -> np.ndarray:
-    """Indices out of what a user pastes or uploads: numbers in any separators, or a saved forget set's JSON.
+    """Read indices that a user pastes or uploads: numbers in any separators, or a saved forget set's JSON.
 
     Raises:
         ForgetSetError: for anything but whole numbers, an index out of range, or a set made for other data.
@@ -120,7 +108,7 @@ def read_indices(text: str, data: Dataset, source: str = "The text") -> np.ndarr
             content = json.loads(text)
         except ValueError as error:
             raise ForgetSetError(f"{source} is no JSON ({error}); give a saved forget set or numbers.") from error
-        return forget_sets.parse(content, data, source).indices
+        return saved_indices(content, data, source)
     words = [word for word in re.split(r"[\s,;\[\]()]+", text) if word]
     wrong = [word for word in words if not re.fullmatch(r"-?\d{1,18}", word)]
     if wrong or not words:
@@ -129,82 +117,83 @@ def read_indices(text: str, data: Dataset, source: str = "The text") -> np.ndarr
     return in_range(np.array(words, np.int64), data.n_train)
 
 
+def saved_indices(content: Any, data: Dataset, source: str) -> np.ndarray:
+    """Return the indices in the JSON of a saved forget set.
+
+    Raises:
+        ForgetSetError: for content of another form, or what `forget_sets.parse` refuses.
+    """
+    found = content if isinstance(content, dict) else {}
+    forms = {"indices": (list, "a list of whole numbers"), "data_sha256": (str, "text"), "made_by": (dict, "a mapping")}
+    for key, (kind, expected) in forms.items():
+        if not isinstance(found.get(key, kind()), kind):
+            raise ForgetSetError(f"{source} has {key} = {found[key]!r:.80}; give {expected}, as ForgetSet.save does.")
+    for index in found.get("indices", ()):
+        if type(index) is not int:
+            raise ForgetSetError(f"{source} has {index!r:.80} among its indices; give whole numbers in one flat list.")
+    return forget_sets.parse(found | {"made_by": {}}, data, source).indices
+
+
 # --- what is known of each point, and which points are shown ---------------------------------------------
 
 
-def memorisation(masks: np.ndarray, correct: np.ndarray) -> np.ndarray:
-    """How much more often a training point is answered rightly by models that saw it (Feldman, STOC 2020).
+def memorisation(masks: np.ndarray, outputs: Any, labels: np.ndarray) -> np.ndarray:
+    """How much more often models that saw a training point answer it correctly (Feldman, STOC 2020).
 
     Args:
         masks: training sets of models of random subsets, bool (n_models, n_train).
-        correct: whether they answer rightly on the training points, bool (n_models, n_train).
+        outputs: their logits (n_models, n_points, n_classes), training points first; read some models at a time.
+        labels: of the training points (n_train,).
 
     Returns:
-        (n_train,), share of right answers of models trained with the point minus that of those without; 0 where
+        (n_train,), share of correct answers of models trained with the point minus that of those without; 0 where
         every model or none saw it.
     """
-    seen = masks.sum(0)
-    with_it = (masks & correct).sum(0) / np.maximum(seen, 1)
-    without = (~masks & correct).sum(0) / np.maximum(len(masks) - seen, 1)
-    return np.where((seen > 0) & (seen < len(masks)), with_it - without, 0.0)
+    n_models, n_train = masks.shape
+    seen, hits = masks.sum(0), np.zeros((2, n_train), int)  # with the point, and without
+    for first in range(0, n_models, BLOCK):
+        rows = slice(first, first + BLOCK)
+        correct = metrics.correct(outputs[rows, :n_train], labels)
+        hits += [(correct & masks[rows]).sum(0), (correct & ~masks[rows]).sum(0)]
+    shares = hits / np.maximum([seen, n_models - seen], 1)
+    return np.where((seen > 0) & (seen < n_models), shares[0] - shares[1], 0.0)
 
 
 def measures(margins: np.ndarray) -> dict[str, np.ndarray]:
-    """Means over the originals, point by point, of what their margins say.
+    """Average each point's margin, probability of the correct class and loss in nats: margins (n_models, n_points)."""
+    values = {"margin": margins, "confidence": expit(margins), "loss": np.logaddexp(0, -margins)}
+    return {name: value.mean(0) for name, value in values.items()}
+
+
+def shown(
+    known: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    chosen: np.ndarray,
+    part: Literal["training", "chosen", "validation"] = "training",
+    label: int | None = None,
+    ranges: Mapping[str, tuple[float, float]] | None = None,
+    sort: str = "index",
+    descending: bool = False,
+) -> np.ndarray:
+    """Return the positions of the points that pass the filters, in order.
 
     Args:
-        margins: (n_models, n_points), log odds of the right class.
-
-    Returns:
-        margin; confidence, the probability given to the right class; loss, its cross-entropy in nats: (n_points,).
-    """
-    return {
-        "margin": margins.mean(0),
-        "confidence": expit(margins).mean(0),
-        "loss": np.logaddexp(0, -margins).mean(0),
-    }
-
-
-@dataclass(frozen=True)
-class Filters:
-    """Which points are shown, and in which order.
-
-    Attributes:
+        known: measure -> values (n_points,), training points first; NaN where it has none.
+        labels: (n_points,).
+        chosen: bool (n_train,).
         part: of which points.
         label: only this class; all if None.
         ranges: measure -> (lowest, highest) shown; a measure without a value at a point does not filter it.
         sort: the measure that orders the points, or "index".
         descending: from high to low.
     """
-
-    part: Literal["training", "chosen", "validation"] = "training"
-    label: int | None = None
-    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    sort: str = "index"
-    descending: bool = False
-
-
-def shown(filters: Filters, known: Mapping[str, np.ndarray], labels: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Positions, in order, of the points that pass.
-
-    Args:
-        filters: what passes.
-        known: measure -> values (n_points,), training points first; NaN where it has none.
-        labels: (n_points,).
-        chosen: bool (n_train,).
-    """
     n_train = len(chosen)
-    keep = np.zeros(len(labels), bool)
-    if filters.part == "validation":
-        keep[n_train:] = True
-    else:
-        keep[:n_train] = chosen if filters.part == "chosen" else True
-    if filters.label is not None:
-        keep &= labels == filters.label
-    for name, (low, high) in filters.ranges.items():
-        keep &= ~((known[name] < low) | (known[name] > high))
-    positions = np.flatnonzero(keep)
-    if filters.sort == "index":
-        return positions[::-1] if filters.descending else positions
-    values = known[filters.sort][positions]
-    return positions[np.argsort(-values if filters.descending else values, kind="stable")]
+    parts = {"training": np.arange(n_train), "chosen": np.flatnonzero(chosen)}
+    positions = parts.get(part, np.arange(n_train, len(labels)))
+    if label is not None:
+        positions = positions[labels[positions] == label]
+    for name, (low, high) in (ranges or {}).items():
+        values = known[name][positions]
+        positions = positions[~((values < low) | (values > high))]
+    values = positions if sort == "index" else known[sort][positions]
+    return positions[np.argsort(-values if descending else values, kind="stable")]

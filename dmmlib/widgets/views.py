@@ -1,8 +1,8 @@
-"""The two views drawn in the browser by widgets.js: a gallery of thumbnails and a scatter with a lasso."""
+"""The two views that widgets.js draws in the browser: a gallery of thumbnails and a scatter with a lasso."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ class View(anywidget.AnyWidget):
     """Sends the thumbnails that are asked for, with their captions, and passes on what else the browser says.
 
     Messages are {"kind": "toggle", "index"}, {"kind": "lasso", "indices", "remove"}, {"kind": "undo"} and
-    {"kind": "settled"}, when the user pauses after a change.
+    {"kind": "settled"}, when the user pauses after a change. Captions are drawn as text, never as markup.
 
     Args:
         images: uint8 (n_points, height, width, channels); of anything else no pictures are shown.
@@ -30,9 +30,7 @@ class View(anywidget.AnyWidget):
         listener: told of the messages.
     """
 
-    _esm = HERE / "widgets.js"
-    _css = HERE / "widgets.css"
-    kind = t.Unicode().tag(sync=True)
+    _esm, _css = HERE / "widgets.js", HERE / "widgets.css"
     label = t.Unicode().tag(sync=True)  # for screen readers
     shape = t.List(t.Int()).tag(sync=True)  # height, width, channels of an image
     chosen = t.Bytes().tag(sync=True)  # uint8 (n,)
@@ -44,16 +42,16 @@ class View(anywidget.AnyWidget):
         self._images = images if pictures else np.zeros((len(images), 0, 0, 1), np.uint8)
         self._caption, self._listener = caption, listener
         super().__init__(shape=list(self._images.shape[1:]), **traits)
-        self.on_msg(self._receive)
+        self.on_msg(self.receive)
 
-    def _receive(self, _: Any, message: dict[str, Any], buffers: Sequence[memoryview]) -> None:
+    def receive(self, _: Any, message: dict[str, Any], buffers: Any) -> None:
+        """Answer a message of the browser."""
         if message.get("kind") == "thumbnails":
             indices = [i for i in message["indices"] if 0 <= i < len(self._images)]
-            titles, details = zip(*map(self._caption, indices), strict=True) if indices else ((), ())
-            self.send(
-                {"kind": "thumbnails", "indices": indices, "titles": list(titles), "details": list(details)},
-                buffers=[self._images[indices].tobytes()],
-            )
+            captions = [self._caption(i) for i in indices]
+            titles, details = ([caption[k] for caption in captions] for k in (0, 1))
+            answer = {"kind": "thumbnails", "indices": indices, "titles": titles, "details": details}
+            self.send(answer, buffers=[self._images[indices].tobytes()])
         elif self._listener:
             self._listener(message)
 
@@ -62,32 +60,23 @@ class View(anywidget.AnyWidget):
         self.chosen = mask.astype(np.uint8).tobytes()
 
     def recaption(self, caption: Caption) -> None:
-        """Other captions: thumbnails are asked for anew."""
+        """Take other captions: thumbnails are asked for anew."""
         self._caption = caption
         self.version += 1
 
 
 class Gallery(View):
-    """Thumbnails of the points in `order`, of which only those in sight are sent.
+    """Thumbnails of the points in `order`, of which only those in sight are sent."""
 
-    Args:
-        rows: that fit without scrolling.
-        width: of a tile at least, in pixels.
-        selectable: a click and the space bar include and exclude.
-        outdated: what is shown of the choice's consequences is of an earlier choice. The browser says so from the
-            first click on, while this process may still be busy, until it hears False.
-        empty: shown where there is no point to show.
-    """
-
+    kind = t.Unicode("gallery").tag(sync=True)
     order = t.Bytes().tag(sync=True)  # int32 (n_shown,)
-    rows = t.Int(4).tag(sync=True)
-    width = t.Int(76).tag(sync=True)
-    selectable = t.Bool(True).tag(sync=True)
+    rows = t.Int(4).tag(sync=True)  # that fit without scrolling
+    width = t.Int(76).tag(sync=True)  # of a tile at least, in pixels
+    selectable = t.Bool(True).tag(sync=True)  # a click and the space bar include and exclude
+    # What is shown of the choice's consequences is of an earlier choice. The browser says so from the first click on,
+    # while this process may still be busy, until it hears False.
     outdated = t.Bool(False).tag(sync=True)
-    empty = t.Unicode("No image passes these filters.").tag(sync=True)
-
-    def __init__(self, images: np.ndarray, caption: Caption, listener: Listener | None = None, **traits: Any) -> None:
-        super().__init__(images, caption, listener, kind="gallery", **traits)
+    empty = t.Unicode("No image passes these filters.").tag(sync=True)  # shown where there is no point to show
 
     def set_order(self, positions: np.ndarray) -> None:
         """Show these points (n_shown,), in this order."""
@@ -97,35 +86,29 @@ class Gallery(View):
 class Scatter(View):
     """Training points in a plane; a click toggles one, a lasso takes many (with Alt: leaves them out)."""
 
+    kind = t.Unicode("scatter").tag(sync=True)
     xy = t.Bytes().tag(sync=True)  # float32 (n_train, 2), in [0, 1]
-    groups = t.Bytes().tag(sync=True)  # uint8 (n_train,): class of each
+    groups = t.Bytes().tag(sync=True)  # int32 (n_train,): class of each
     shown = t.Bytes().tag(sync=True)  # uint8 (n_train,): passes the filters
-    names = t.List(t.Unicode()).tag(sync=True)
-    colours = t.List(t.Unicode()).tag(sync=True)
+    names = t.List(t.Unicode()).tag(sync=True)  # of the classes
+    colours = t.List(t.Unicode()).tag(sync=True)  # of the classes
     axes = t.List(t.Unicode()).tag(sync=True)
 
     def __init__(self, data: Dataset, caption: Caption, listener: Listener | None = None) -> None:
+        palette = "colorblind" if data.n_classes <= 10 else "husl"  # which has no end
         super().__init__(
-            data.x_train,
-            caption,
-            listener,
-            kind="scatter",
-            groups=data.y_train.astype(np.uint8).tobytes(),
-            names=list(data.class_names),
-            colours=sns.color_palette("colorblind", data.n_classes).as_hex(),
-            shown=np.ones(data.n_train, np.uint8).tobytes(),
-        )
+            data.x_train, caption, listener, names=list(data.class_names), shown=bytes([1]) * data.n_train,
+            groups=data.y_train.astype(np.int32).tobytes(),
+            colours=sns.color_palette(palette, data.n_classes).as_hex(),
+        )  # fmt: skip
 
     def set_columns(self, x: np.ndarray, y: np.ndarray, names: tuple[str, str]) -> None:
         """Place the points by two columns (n_train,); long tails are drawn in, so that the middle is seen."""
-        columns = [_spread(c) for c in (x, y)]
+        keyboard = "Draw a lasso with the mouse; with the keyboard, use the filters and the gallery."
         with self.hold_sync():
-            self.xy = np.stack(columns, 1).astype(np.float32).tobytes()
+            self.xy = np.stack([_spread(x), _spread(y)], 1).astype(np.float32).tobytes()
             self.axes = list(names)
-            self.label = (
-                f"Scatter of {len(x)} training images by {names[0]} and {names[1]}. Draw a lasso with the mouse; with "
-                "the keyboard, use the filters and the gallery."
-            )
+            self.label = f"Scatter of {len(x)} training images by {names[0]} and {names[1]}. {keyboard}"
 
 
 def _spread(values: np.ndarray) -> np.ndarray:

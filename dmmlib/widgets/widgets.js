@@ -351,7 +351,7 @@ function scatter({ model, el }) {
 
   function read() {
     xy = typed(model.get("xy"), Float32Array);
-    groups = typed(model.get("groups"), Uint8Array);
+    groups = typed(model.get("groups"), Int32Array);
     shown = typed(model.get("shown"), Uint8Array);
     chosen = typed(model.get("chosen"), Uint8Array);
     const counts = new Array(model.get("names").length).fill(0);
