@@ -22,8 +22,7 @@ import numpy as np
 from dmmlib import metrics
 from dmmlib.datamodels import BLOCK, RidgeDatamodel, principal_loadings
 from dmmlib.store import Outputs, Store
-from dmmlib.widgets import Previewer
-from dmmlib.widgets.preview import N_ORIGINALS
+from dmmlib.widgets.preview import N_ORIGINALS, Previewer
 
 
 def peak_mb() -> float:

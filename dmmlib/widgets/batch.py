@@ -28,91 +28,62 @@ from dmmlib.files import home, read_json, replacing
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.progress import PROGRESS_FILE
 from dmmlib.study import Study
-from dmmlib.widgets.controls import Message, labelled, row, show, text
-from dmmlib.widgets.selection import Selection, saved_indices
+from dmmlib.widgets.selection import Selection, read_indices
+from dmmlib.widgets.views import Message, labelled, row, text
 
 EVERY = 0.3  # seconds between looks at a run's progress
 PATIENCE = 5.0  # seconds that a cancelled run is given to end by itself
 
 
 class Saving(w.VBox):
-    """Saves the selection in the run's `forget_sets` directory, and loads it from there; `saved` is the last file."""
+    """Saves the selection in the run's `forget_sets` directory; `saved` is the last file."""
 
     def __init__(
         self, study: Study, selection: Selection, message: Message, name: str, on_save: Callable[[], None]
     ) -> None:
         self._study, self._selection, self._on_save = study, selection, on_save
         self.saved: Path | None = None
-        self._waiting: ForgetSet | None = None
         self.name = labelled(w.Text, "Name", value=name)
-        tip = "Write this set to the run's forget_sets directory"
-        self.button = message.button("Save", self.save, tip, icon="save", button_style="primary")
-        tip = "Put this set in the other's place"
-        self.overwrite = message.button("Overwrite", self._overwrite, tip, button_style="danger")
+        self.button = message.button("Save", self.save, "Write this set to disk", icon="save", button_style="primary")
+        self.overwrite = message.button("Overwrite", self._overwrite, "Replace the other set", button_style="danger")
         self.keep = message.button("Keep the other", self.ask_nothing, "Save nothing")
-        self.confirm = row(self.overwrite, self.keep)
-        self.load = labelled(w.Dropdown, "Start from")
-        self.load_button = message.button("Load", self._load, "Put this set in the place of what is chosen")
-        self.command = w.HTML()
-        controls = row(self.name, self.button, self.confirm, self.load, self.load_button, kind="footer")
-        super().__init__([controls, self.command])
+        self.confirm, self.command = row(self.overwrite, self.keep), w.HTML()
+        super().__init__([row(self.name, self.button, self.confirm, kind="footer"), self.command])
         self.ask_nothing()
-        self.list_sets()
 
     def ask_nothing(self) -> None:
         """Take back the question whether to overwrite."""
-        show(self.confirm, False)
-
-    def list_sets(self) -> None:
-        """Offer the sets that are saved now."""
-        names = sorted(path.stem for path in self._path("").parent.glob("*.json"))
-        self.load.options = [(name, name) for name in names] or [("nothing saved yet", "")]
-        self.load.index = 0  # a dropdown that was empty would choose none
+        self.confirm.layout.display = "none"
 
     def save(self) -> Path:
-        """Write the choice under its name; whether to overwrite another set of that name is asked first.
-
-        Raises:
-            ForgetSetError: for a name or a choice that cannot be saved, or another set of that name.
-            StoreError: if the file cannot be written.
-        """
+        """Write the choice under its name and return the file; raises ForgetSetError where that cannot be."""
         self.ask_nothing()
         name, preset = self.name.value.strip(), self._study.preset
         if not re.fullmatch(r"[\w+-][\w+.-]{0,49}", name):  # it becomes a path
-            rule = "up to 50 letters, digits and _ + . -, with no . in front"
-            raise ForgetSetError(f"{name!r:.70} is no name for a forget set; use {rule}.")
+            raise ForgetSetError(f"{name!r:.60} is no name for a forget set; give up to 50 letters, digits, _ or -.")
         chosen = forget_sets.make(name, self._selection.indices, self._study.data, kind="chosen", preset=preset.name)
         if name in (part.name for part in (*preset.forget_sets, *preset.tuning.forget_sets)):
             raise ForgetSetError(f"{name!r} is a forget set of the preset itself; save yours under another name.")
-        if self._path(name).exists() and not self._holds(chosen):
-            self._waiting = chosen
-            show(self.confirm)
+        path = self._study.directory / "forget_sets" / f"{name}.json"
+        if self._is_another(path, chosen):
+            self._waiting = (chosen, path)
+            self.confirm.layout.display = ""
             raise ForgetSetError(f"There is another forget set {name!r} already; overwrite it?")
-        return self._write(chosen)
+        return self._write(chosen, path)
 
-    def _path(self, name: str) -> Path:
-        return self._study.directory / "forget_sets" / f"{name}.json"
-
-    def _read(self, name: str) -> np.ndarray:
-        return saved_indices(read_json(self._path(name)), self._study.data, str(self._path(name)))
-
-    def _holds(self, chosen: ForgetSet) -> bool:
+    def _is_another(self, path: Path, chosen: ForgetSet) -> bool:
         try:
-            return np.array_equal(self._read(chosen.name), chosen.indices)
-        except DmmError:  # damaged, or of other data: another set all the same
-            return False
+            return not np.array_equal(read_indices(path.read_text(), self._study.data), chosen.indices)
+        except (OSError, ValueError):  # damaged, or of other data: another set all the same
+            return path.exists()
 
     def _overwrite(self) -> None:
         self.ask_nothing()
-        if self._waiting is not None:
-            self._write(self._waiting)
+        self._write(*self._waiting)
 
-    def _write(self, chosen: ForgetSet) -> Path:
-        path = self._path(chosen.name)
+    def _write(self, chosen: ForgetSet, path: Path) -> Path:
         chosen.save(path)
         self.saved = path
-        self.list_sets()
-        self.load.value = chosen.name
         command = html.escape(f"dmm run {self._preset()} --stage 04 --forget-set {_typed(path)}")
         notebook = html.escape(f"forget_set = {str(_typed(path, of='notebooks'))!r}")
         self.command.value = (
@@ -134,12 +105,6 @@ class Saving(w.VBox):
             temporary.write_text(yaml.safe_dump({"preset": ours.model_dump(mode="json")}))
         return str(_typed(path))
 
-    def _load(self) -> None:
-        if not self.load.value:
-            raise ForgetSetError("No forget set is saved yet; save one first.")
-        self._selection.replace(self._read(self.load.value))
-        self.name.value = self.load.value
-
 
 def _typed(path: Path, of: str = ".") -> Path:
     """A path as it is typed at home or in a folder of it; absolute where it is elsewhere."""
@@ -148,33 +113,21 @@ def _typed(path: Path, of: str = ".") -> Path:
 
 
 class Trial(w.VBox):
-    """Unlearns a saved choice with the smoke preset on this study's data, in a process of its own.
-
-    The process belongs to this one's group, so that it ends with the kernel.
-    """
+    """Unlearns a saved choice with the smoke preset on this study's data, in a process that ends with the kernel."""
 
     def __init__(self, study: Study, message: Message, save: Callable[[], Path], on_end: Callable[[], None]) -> None:
         self._study, self._save, self._on_end = study, save, on_end
-        self._watch, self._thread = message.guarded(self._follow), threading.Thread()
-        tip = "Save, then unlearn it with few, small models"
-        self.button = message.button("Try on smoke preset", self.run, tip, icon="play")
+        self._watch = message.guarded(self._follow)
+        self.button = message.button("Try on smoke preset", self.run, "Save; unlearn with small models", icon="play")
         self.cancel = message.button("Cancel", self.end, "End the run; what is trained is kept", icon="stop")
         self.bar, self.line, self.outcome = w.FloatProgress(max=1), w.HTML(), w.HTML()
         self.progress = row(self.bar, self.line, self.cancel)
         super().__init__([row(self.button, self.progress), self.outcome])
-        show(self.progress, False)
-
-    @property
-    def running(self) -> bool:
-        return self._thread.is_alive()
+        self.progress.layout.display = "none"
 
     def run(self) -> None:
-        """Save, then unlearn the choice in the background.
-
-        Raises:
-            DmmError: if a run is under way, or what saving raises.
-        """
-        if self.running:
+        """Save, then unlearn the choice in the background; raises DmmError if a run is under way."""
+        if self.button.disabled:
             raise DmmError("A run is under way; cancel it first.")
         path, study = self._save(), self._study
         ours, smoke = (preset.data.model_dump(mode="json") for preset in (study.preset, presets.load("smoke")))
@@ -191,9 +144,8 @@ class Trial(w.VBox):
                 stderr=subprocess.STDOUT, env=os.environ | {name: str(place) for name, place in places.items()},
             )  # fmt: skip
         self.button.disabled, self.cancel.disabled, self.bar.value, self.line.value = True, False, 0, "starting"
-        show(self.progress)
-        self._thread = threading.Thread(target=self._watch, args=(log, table), daemon=True)
-        self._thread.start()
+        self.progress.layout.display = ""
+        threading.Thread(target=self._watch, args=(log, table), daemon=True).start()
 
     def end(self) -> None:
         """Cancel the run; what it has trained so far is kept."""
@@ -202,10 +154,6 @@ class Trial(w.VBox):
         last_resort = threading.Timer(PATIENCE, self._process.kill)
         last_resort.daemon = True
         last_resort.start()
-
-    def wait(self, timeout: float | None = None) -> None:
-        """Wait until the run has ended and its outcome is shown."""
-        self._thread.join(timeout)
 
     def _follow(self, log: Path, table: Path) -> None:
         while self._process.poll() is None:
@@ -216,8 +164,7 @@ class Trial(w.VBox):
                 self.line.value = "cancelling" if self.cancel.disabled else html.escape(told["line"])
         said = log.read_text(errors="replace").strip()
         self._folder.cleanup()
-        show(self.progress, False)
-        self.button.disabled = False
+        self.progress.layout.display, self.button.disabled = "none", False
         if self.cancel.disabled:
             self.outcome.value = text("saved", "Cancelled; what was trained is kept.")
         elif self._process.returncode:
@@ -229,10 +176,7 @@ class Trial(w.VBox):
 
 def _results(path: Path) -> str:
     """KLoM and cost of each method, from a finished run's table, in HTML."""
-    try:
-        results = pd.read_csv(path)
-    except OSError as error:
-        raise StoreError(f"{path} cannot be read ({error}); run again.") from error
+    results = pd.read_csv(path)
     table = tables.main_table(results).droplevel("forget set").to_html(border=0, index_names=False)
     first_look = f"N = {results['n_models'].max():.0f} small models of each kind: a first look, not a result."
     return (

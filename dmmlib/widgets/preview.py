@@ -34,9 +34,8 @@ class Preview:
         before, after: `outcomes` of the originals, and those predicted for oracles.
         old, new: class that each point's mean probability favours before and after (n_points,).
         distance: total variation between each point's mean probabilities before and after, in [0, 1] (n_points,).
-        reach: how far it reaches beyond the set: "retain" and "validation" -> mean distance on images that stay and on
-            validation images; "leverage" -> length of the predicted displacement of the parameters, absent where the
-            attributor does not know it.
+        reach: "retain" and "validation" -> mean distance on images that stay and on validation images; "leverage" ->
+            length of the predicted displacement of the parameters, absent where the attributor does not know it.
         told: split -> share of its points whose predicted change of margin is more than twice its uncertainty; empty
             where the attributor knows none.
     """
@@ -62,13 +61,10 @@ def outcomes(margins: np.ndarray, correct: np.ndarray, splits: Mapping[str, np.n
 
 
 class Previewer:
-    """Previews forget sets of one study.
+    """Previews forget sets with an attributor, from the logits of some originals.
 
     Args:
-        attributor: predicts the change of logits.
-        logits: of some originals (n_models, n_points, n_classes), training points first.
-        labels: (n_points,).
-        n_train: size of S.
+        logits: (n_models, n_points, n_classes), training points first; of points with the labels (n_points,).
     """
 
     def __init__(self, attributor: Attributor, logits: np.ndarray, labels: np.ndarray, n_train: int) -> None:
@@ -80,40 +76,31 @@ class Previewer:
         margins, correct = metrics.margins(logits, self._labels), metrics.correct(logits, self._labels)
         return margins.mean(0), correct.mean(0), softmax(logits, axis=2).mean(0)
 
-    def preview(self, forget: Indices) -> Preview:
-        """Predict what retraining without `forget` would do.
-
-        Raises:
-            ForgetSetError: for indices that are no proper part of the training set.
-        """
-        indices = check_forget_indices(forget, self._n_train)
-        return self._preview(indices, self._attributor.effect(indices))
-
     def usual(self, shares: Sequence[float] = SHARES, n_sets: int = 8, seed: int = 0) -> pd.DataFrame:
-        """Preview random sets of some shares of S.
-
-        Returns:
-            A row per size, columns (part of `Preview.reach`, "mean" or "std" over the sets of that size).
-        """
+        """Summarise `Preview.reach` of random sets: a row per size, columns (part, "mean" or "std" over the sets)."""
         rng = np.random.default_rng(seed)
         sizes = np.repeat(sorted({max(1, round(share * self._n_train)) for share in shares}), n_sets)
         sets = [np.sort(rng.choice(self._n_train, size, replace=False)) for size in sizes]
-        found = [self._preview(*pair).reach for pair in zip(sets, self._attributor.effects(sets), strict=True)]
+        found = [self.preview(*pair).reach for pair in zip(sets, self._attributor.effects(sets), strict=True)]
         return pd.DataFrame(found).groupby(sizes).agg(["mean", "std"])
 
-    def _preview(self, indices: np.ndarray, effect: np.ndarray) -> Preview:
-        (*before, old), (*after, new) = self._before, self._read(retrained(self._logits, effect, self._labels))
+    def preview(self, forget: Indices, effect: np.ndarray | None = None) -> Preview:
+        """Predict what retraining without `forget` would do, whose effect may be known; raises ForgetSetError."""
+        indices = check_forget_indices(forget, self._n_train)
+        effect = self._attributor.effect(indices) if effect is None else effect
         splits = ForgetSet("", indices).splits(self._n_train, len(self._labels) - self._n_train)
-        distance = 0.5 * np.abs(new - old).sum(1)
+        margins, correct, probability = self._read(retrained(self._logits, effect, self._labels))
+        margins_before, correct_before, probability_before = self._before
+        distance = 0.5 * np.abs(probability - probability_before).sum(1)
         reach = {split: float(distance[splits[split]].mean()) for split in ("retain", "validation")}
         length, sd = leverage(self._attributor, indices), self._attributor.sd(indices)
         clear = None if sd is None else np.abs(metrics.right_logits(effect, self._labels)) > 2 * sd
         return Preview(
             len(indices),
-            outcomes(*before, splits),
-            outcomes(*after, splits),
-            old.argmax(1),
-            new.argmax(1),
+            outcomes(margins_before, correct_before, splits),
+            outcomes(margins, correct, splits),
+            probability_before.argmax(1),
+            probability.argmax(1),
             distance,
             reach if length is None else reach | {"leverage": length},
             {} if clear is None else {split: float(clear[i].mean()) for split, i in splits.items()},
@@ -122,23 +109,21 @@ class Previewer:
 
 def leverage(attributor: Attributor, forget: np.ndarray) -> float | None:
     """Ask an attributor, or else the response of margins that it is built on, for its leverage."""
-    response = getattr(getattr(attributor, "prior", attributor), "response", None)
-    if (length := attributor.leverage(forget)) is None and hasattr(response, "leverage"):
-        length = response.leverage(forget)
-    return length
+    response = getattr(getattr(attributor, "prior", attributor), "response", attributor)
+    known = attributor.leverage(forget)
+    return getattr(response, "leverage", attributor.leverage)(forget) if known is None else known
 
 
 def beyond_usual(usual: pd.DataFrame | None, preview: Preview) -> str:
     """Say what a request would do beyond what random requests of its size do; nothing where `usual` is not known.
 
-    The score is that of `adversary.service`: the mean over the parts of `Preview.reach`, each in standard deviations.
-    Means and spreads are interpolated between the measured sizes, all in logarithms. An attack by deletion has to act
-    together, and so stands out; so do honest requests for images alike (notebook 08).
+    The score (notebook 08) is the mean over the parts of `Preview.reach`, each in standard deviations; these and the
+    means are interpolated between the measured sizes, all in logarithms. Requests that act together stand out.
     """
     if usual is None:
         return ""
-    known = np.log(np.maximum(usual, 1e-9))
-    at = known.apply(lambda values: float(np.exp(np.interp(np.log(preview.size), np.log(known.index), values))))
+    size, sizes = np.log(preview.size), np.log(usual.index)
+    at = {key: np.exp(np.interp(size, sizes, np.log(column.clip(lower=1e-9)))) for key, column in usual.items()}
     scores = {part: (value - at[part, "mean"]) / at[part, "std"] for part, value in preview.reach.items()}
     score = float(np.mean(list(scores.values())))
     verdict = "it stands out: look who asks" if score > 3 else "it does not stand out"
@@ -152,10 +137,9 @@ def beyond_usual(usual: pd.DataFrame | None, preview: Preview) -> str:
 
 def uncertainty(preview: Preview) -> str:
     """Say where the prediction tells something, and where it can't; nothing where no uncertainty is known."""
-    if not preview.told:
-        return ""
     said = ", ".join(f"{share:.0%} of {split}" for split, share in preview.told.items())
-    return f"Change of margin larger than twice its predicted uncertainty: {said} images; for the others it can't tell."
+    told = f"Change of margin larger than twice its predicted uncertainty: {said} images; for the others it can't tell."
+    return told if said else ""
 
 
 # --- how far to trust it --------------------------------------------------------------------------------
@@ -168,26 +152,25 @@ def measure(study: Study, shares: Sequence[float] = SHARES, n_oracles: int = N_O
     A random set is the easy case, since effects partly cancel; the tuning sets hold points that act together.
 
     Returns:
-        A row per set, by size: "set", its name; "|F|", its size; "true change" and "error" (predicted minus true), root
-        mean squares over F of the change of mean margin, without the sampling variance of oracles and originals;
-        "ratio" of the two, where 1 is no better than predicting no change.
+        A row per set, by size: its name and size; "true change" and "error" (predicted minus true), root mean squares
+        over F of the change of mean margin, without the sampling variance of oracles and originals; "ratio" of the two,
+        where 1 is no better than predicting no change.
     """
-    data, sets = study.data, dict(study.tuning_sets())
-    few = {}
+    data, few = study.data, {}
     for size in (max(1, round(share * data.n_train)) for share in shares):
         rng = np.random.default_rng(study.seeds(f"trust:{size}", 1)[0])
         few[f"random {size:,}"] = forget_sets.make(f"trust_{size}", forget_sets.random(data, size, rng), data)
-    sets |= few | {name: f for name, f in study.forget_sets().items() if study.has_oracles(f)}
+    reported = {name: f for name, f in study.forget_sets().items() if study.has_oracles(f)}
     originals, rows = metrics.margins(study.original_logits(), data.y), []
-    for name, f in sets.items():
+    for name, f in (study.tuning_sets() | few | reported).items():
         oracles = metrics.margins(study.oracles(f, n=n_oracles if name in few else None), data.y)
         true = (oracles.mean(0) - originals.mean(0))[f.indices]
-        variance = sum(m.var(0, ddof=1) / len(m) for m in (oracles, originals))[f.indices]
+        noise = sum(m.var(0, ddof=1) / len(m) for m in (oracles, originals))[f.indices]
         error = metrics.right_logits(study.attributor().effect(f.indices), data.y)[f.indices] - true
-        change, wrong = (float(np.sqrt(max(0.0, (v**2 - variance).mean()))) for v in (true, error))
-        rows.append({"set": name, "|F|": len(f), "true change": change, "error": wrong})
-    table = pd.DataFrame(rows).assign(ratio=lambda t: t["error"] / t["true change"].clip(lower=1e-9))
-    return table.sort_values("|F|", kind="stable", ignore_index=True)
+        change, wrong = (float(np.sqrt(max(0.0, (v**2 - noise).mean()))) for v in (true, error))
+        ratio = wrong / max(change, 1e-9)
+        rows.append({"set": name, "|F|": len(f), "true change": change, "error": wrong, "ratio": ratio})
+    return pd.DataFrame(rows).sort_values("|F|", kind="stable", ignore_index=True)
 
 
 def warning(measured: pd.DataFrame | None, size: int) -> str:
@@ -198,12 +181,10 @@ def warning(measured: pd.DataFrame | None, size: int) -> str:
     if measured is None:
         return ""
     ratios = measured.groupby("|F|")["ratio"].mean()
-    if size > ratios.index.max():
-        return (
-            f"{size:,} images are more than in any set on which predictions were measured ({ratios.index.max():,}); "
-            "read these as a guess."
-        )
-    expected = np.interp(np.log(size), np.log(ratios.index), ratios)
+    expected, largest = np.interp(np.log(size), np.log(ratios.index), ratios), measured["|F|"].max()
+    if size > largest:
+        measured_on = f"more than in any set on which predictions were measured ({largest:,})"
+        return f"{size:,} images are {measured_on}; read these as a guess."
     if expected <= TRUSTED:
         return ""
     return (
@@ -214,8 +195,10 @@ def warning(measured: pd.DataFrame | None, size: int) -> str:
 
 def cost(study: Study, size: int) -> str:
     """Say what unlearning a set of `size` with DMM would take, and what checking it would."""
-    retraining = study.preset.training.epochs * (study.data.n_train - size)
-    shares = unlearn.registered("dmm").space["cost"]
+    retraining, shares = (
+        study.preset.training.epochs * (study.data.n_train - size),
+        unlearn.registered("dmm").space["cost"],
+    )
     low, high = (f"{share * retraining:,.0f}" for share in (min(shares), max(shares)))
     return (
         f"Unlearning with DMM: {low} to {high} sample gradients per model, {min(shares):.0%} to {max(shares):.0%} of "

@@ -13,18 +13,15 @@ from dmmlib import metrics
 from dmmlib.analysis import plots
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.study import Study
-from dmmlib.widgets.controls import labelled, row
-from dmmlib.widgets.views import Gallery
+from dmmlib.widgets.views import Gallery, labelled, row
 
 
 class Results(w.VBox):
     """A gallery of a forget set's points, worst KLoM first, and the current point's margins over models.
 
-    `kloms` has the KLoM (n_points,) of each method.
-
     Args:
         study: with the set's results; what is not there yet is computed.
-        forget_set: whose results.
+        forget_set: whose results; `kloms` has the KLoM (n_points,) of each method.
     """
 
     def __init__(self, study: Study, forget_set: ForgetSet) -> None:
@@ -61,7 +58,7 @@ class Results(w.VBox):
     def _sort(self, _: object = None) -> None:
         points, method = self.ranked(), plots.label(self.method.value)
         way = "worst" if self.order.value else "best"
-        self.gallery.recaption(self._caption)
+        self.gallery.recaption()
         self.gallery.set_order(points)
         self.gallery.label = f"{len(points)} {self.split.value} images by KLoM of {method}, {way} first"
         self.gallery.focus = int(points[0])
@@ -78,13 +75,10 @@ class Results(w.VBox):
         data, point, n = self.study.data, self.gallery.focus, len(self._oracles)
         here = {m: margins[:, point] for m, margins in self._margins.items()}
         ranked = sorted(here, key=lambda m: self.kloms[m][point])
-        panels = [
-            (
-                f"{plots.label(m)}: KLoM {self.kloms[m][point]:.1f}",
-                {"retrain": self._oracles[:, point], "do_nothing": here["do_nothing"], m: here[m]},
-            )
-            for m in ("do_nothing", *(m for m in ranked if m != "do_nothing"))
-        ]
+        panels = []
+        for m in ("do_nothing", *(m for m in ranked if m != "do_nothing")):
+            groups = {"retrain": self._oracles[:, point], "do_nothing": here["do_nothing"], m: here[m]}
+            panels.append((f"{plots.label(m)}: KLoM {self.kloms[m][point]:.1f}", groups))
         title = f"#{point} {data.class_names[data.y[point]]}: {plots.label(ranked[0])} comes nearest to retraining"
         about = f"margins over N = {n} models of each kind; filled: oracles, grey line: originals."
         return plots.png(plots.margin_histograms(panels, title, f"{self.forget_set.name}; {about}"), dpi=80)

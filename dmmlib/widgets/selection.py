@@ -8,40 +8,34 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
-from scipy.special import expit
 
 from dmmlib import forget_sets, metrics
 from dmmlib.data import Dataset
 from dmmlib.datamodels import BLOCK, Indices
 from dmmlib.errors import ForgetSetError
 
+Known = Mapping[str, np.ndarray]  # measure -> values (n_points,), training points first; NaN where it has none
+
 
 class Selection:
     """Training points chosen to be forgotten. Every change can be undone and is told to the functions in `on_change`.
 
-    Args:
-        n_train: size of S.
-        indices: chosen to begin with.
+    `mask` says which points are chosen, bool (n_train,); a change puts another in its place, and the old one on `past`.
     """
 
     def __init__(self, n_train: int, indices: Indices = ()) -> None:
-        self._chosen = np.zeros(n_train, bool)
-        self._chosen[in_range(indices, n_train)] = True
-        self._past: list[np.ndarray] = []
+        self.mask = np.zeros(n_train, bool)
+        self.mask[in_range(indices, n_train)] = True
+        self.past: list[np.ndarray] = []
         self.on_change: list[Callable[[], None]] = []
 
     def __len__(self) -> int:
-        return int(self._chosen.sum())
-
-    @property
-    def mask(self) -> np.ndarray:
-        """Which points are chosen: a copy, bool (n_train,)."""
-        return self._chosen.copy()
+        return int(self.mask.sum())
 
     @property
     def indices(self) -> np.ndarray:
         """The chosen points, int64, sorted."""
-        return np.flatnonzero(self._chosen)
+        return np.flatnonzero(self.mask)
 
     def add(self, indices: Indices) -> None:
         self._change(self.mask, indices, True)
@@ -53,62 +47,52 @@ class Selection:
         self._change(self.mask, [index], index not in self.indices)
 
     def replace(self, indices: Indices) -> None:
-        self._change(np.zeros_like(self._chosen), indices, True)
+        self._change(np.zeros_like(self.mask), indices, True)
 
     def clear(self) -> None:
         self.replace(())
 
     def undo(self) -> None:
         """Take the last change back; nothing happens if there is none."""
-        if self._past:
-            self._chosen = self._past.pop()
-            self._tell()
+        if self.past:
+            self._put(self.past.pop())
 
-    @property
-    def can_undo(self) -> bool:
-        return bool(self._past)
-
-    def _change(self, chosen: np.ndarray, indices: Indices, value: bool) -> None:
+    def _change(self, start: np.ndarray, indices: Indices, value: bool) -> None:
+        chosen = start.copy()
         chosen[in_range(indices, len(chosen))] = value
-        if not np.array_equal(chosen, self._chosen):
-            self._past.append(self._chosen)
-            self._chosen = chosen
-            self._tell()
+        if not np.array_equal(chosen, self.mask):
+            self.past.append(self.mask)
+            self._put(chosen)
 
-    def _tell(self) -> None:
+    def _put(self, mask: np.ndarray) -> None:
+        self.mask = mask
         for listener in self.on_change:
             listener()
 
 
 def in_range(indices: Indices, n_train: int) -> np.ndarray:
-    """Return the indices as int64 if all are of training points.
-
-    Raises:
-        ForgetSetError: for numbers that are not whole, or naming the first that is out of range.
-    """
+    """Return the indices as int64; raises ForgetSetError for the first that is no training point's."""
     given = np.asarray(indices).reshape(-1)
     if len(given) and not np.issubdtype(given.dtype, np.integer):
         raise ForgetSetError(f"Indices were given as {given.dtype}; give whole numbers from 0 to {n_train - 1}.")
     outside = given[(given < 0) | (given >= n_train)]
     if len(outside):
-        raise ForgetSetError(
-            f"{outside[0]} is no training image; only training images can be forgotten: use 0 to {n_train - 1}."
-        )
+        raise ForgetSetError(f"{outside[0]} is no training image; only those can be forgotten: use 0 to {n_train - 1}.")
     return given.astype(np.int64)
 
 
 def read_indices(text: str, data: Dataset, source: str = "The text") -> np.ndarray:
     """Read indices that a user pastes or uploads: numbers in any separators, or a saved forget set's JSON.
 
-    Raises:
-        ForgetSetError: for anything but whole numbers, an index out of range, or a set made for other data.
+    Raises ForgetSetError for anything but whole numbers, an index out of range, or a set made for other data.
     """
     if text.lstrip().startswith("{"):
         try:
             content = json.loads(text)
         except ValueError as error:
             raise ForgetSetError(f"{source} is no JSON ({error}); give a saved forget set or numbers.") from error
-        return saved_indices(content, data, source)
+        _check_form(content, source)
+        return forget_sets.parse(content | {"made_by": {}}, data, source).indices
     words = [word for word in re.split(r"[\s,;\[\]()]+", text) if word]
     wrong = [word for word in words if not re.fullmatch(r"-?\d{1,18}", word)]
     if wrong or not words:
@@ -117,37 +101,23 @@ def read_indices(text: str, data: Dataset, source: str = "The text") -> np.ndarr
     return in_range(np.array(words, np.int64), data.n_train)
 
 
-def saved_indices(content: Any, data: Dataset, source: str) -> np.ndarray:
-    """Return the indices in the JSON of a saved forget set.
-
-    Raises:
-        ForgetSetError: for content of another form, or what `forget_sets.parse` refuses.
-    """
-    found = content if isinstance(content, dict) else {}
+def _check_form(saved: dict[str, Any], source: str) -> None:
     forms = {"indices": (list, "a list of whole numbers"), "data_sha256": (str, "text"), "made_by": (dict, "a mapping")}
     for key, (kind, expected) in forms.items():
-        if not isinstance(found.get(key, kind()), kind):
-            raise ForgetSetError(f"{source} has {key} = {found[key]!r:.80}; give {expected}, as ForgetSet.save does.")
-    for index in found.get("indices", ()):
+        if not isinstance(saved.get(key, kind()), kind):
+            raise ForgetSetError(f"{source} has {key} = {saved[key]!r:.80}; give {expected}, as ForgetSet.save does.")
+    for index in saved.get("indices", ()):
         if type(index) is not int:
             raise ForgetSetError(f"{source} has {index!r:.80} among its indices; give whole numbers in one flat list.")
-    return forget_sets.parse(found | {"made_by": {}}, data, source).indices
-
-
-# --- what is known of each point, and which points are shown ---------------------------------------------
 
 
 def memorisation(masks: np.ndarray, outputs: Any, labels: np.ndarray) -> np.ndarray:
-    """How much more often models that saw a training point answer it correctly (Feldman, STOC 2020).
+    """Return by how much more often each point is answered correctly if it was trained on (Feldman, STOC 2020).
 
     Args:
         masks: training sets of models of random subsets, bool (n_models, n_train).
         outputs: their logits (n_models, n_points, n_classes), training points first; read some models at a time.
-        labels: of the training points (n_train,).
-
-    Returns:
-        (n_train,), share of correct answers of models trained with the point minus that of those without; 0 where
-        every model or none saw it.
+        labels: of the training points (n_train,), as is the answer; it is 0 where all models saw the point, or none.
     """
     n_models, n_train = masks.shape
     seen, hits = masks.sum(0), np.zeros((2, n_train), int)  # with the point, and without
@@ -159,18 +129,12 @@ def memorisation(masks: np.ndarray, outputs: Any, labels: np.ndarray) -> np.ndar
     return np.where((seen > 0) & (seen < n_models), shares[0] - shares[1], 0.0)
 
 
-def measures(margins: np.ndarray) -> dict[str, np.ndarray]:
-    """Average each point's margin, probability of the correct class and loss in nats: margins (n_models, n_points)."""
-    values = {"margin": margins, "confidence": expit(margins), "loss": np.logaddexp(0, -margins)}
-    return {name: value.mean(0) for name, value in values.items()}
-
-
 def shown(
-    known: Mapping[str, np.ndarray],
+    known: Known,
     labels: np.ndarray,
     chosen: np.ndarray,
     part: Literal["training", "chosen", "validation"] = "training",
-    label: int | None = None,
+    label: int = -1,
     ranges: Mapping[str, tuple[float, float]] | None = None,
     sort: str = "index",
     descending: bool = False,
@@ -178,19 +142,14 @@ def shown(
     """Return the positions of the points that pass the filters, in order.
 
     Args:
-        known: measure -> values (n_points,), training points first; NaN where it has none.
-        labels: (n_points,).
-        chosen: bool (n_train,).
-        part: of which points.
-        label: only this class; all if None.
-        ranges: measure -> (lowest, highest) shown; a measure without a value at a point does not filter it.
+        labels, chosen: (n_points,), of which only `label` passes, unless it is negative; bool (n_train,).
+        ranges: measure -> (lowest, highest) shown; a point of which it is not known passes.
         sort: the measure that orders the points, or "index".
-        descending: from high to low.
     """
     n_train = len(chosen)
     parts = {"training": np.arange(n_train), "chosen": np.flatnonzero(chosen)}
     positions = parts.get(part, np.arange(n_train, len(labels)))
-    if label is not None:
+    if label >= 0:
         positions = positions[labels[positions] == label]
     for name, (low, high) in (ranges or {}).items():
         values = known[name][positions]

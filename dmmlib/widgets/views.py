@@ -1,67 +1,106 @@
-"""The two views that widgets.js draws in the browser: a gallery of thumbnails and a scatter with a lasso."""
+"""What the widgets are made of: plain controls, and the gallery and scatter that widgets.js draws in the browser."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import html
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import anywidget
+import ipywidgets as w
 import numpy as np
 import seaborn as sns
 import traitlets as t
 
 from dmmlib.data import Dataset
+from dmmlib.errors import DmmError
 
-HERE = Path(__file__).parent
 Caption = Callable[[int], tuple[str, str]]
-Listener = Callable[[dict[str, Any]], None]
+Hear = Mapping[str, Callable[..., None]]
+
+
+class Message(w.HTML):
+    """A line that says what went wrong on purpose; nothing is lost by it."""
+
+    def guarded(self, do: Callable[..., Any]) -> Callable[..., None]:
+        """Return `do` with its errors said here instead of raised."""
+
+        def guarded(*arguments: Any, **named: Any) -> None:
+            try:
+                self.value = ""
+                do(*arguments, **named)
+            except (DmmError, OSError) as error:
+                self.value = text("notice", str(error), role="alert")
+
+        return guarded
+
+    def button(self, name: str, do: Callable[[], Any], tip: str, **options: Any) -> w.Button:
+        """Make a button whose errors are said here."""
+        made = w.Button(description=name, tooltip=tip, **options)
+        made.on_click(self.guarded(lambda _: do()))
+        return made
+
+
+def text(kind: str, words: str, tag: str = "div", **attributes: str) -> str:
+    """Turn words into HTML, so that nothing in them counts as markup; `kind` is a class of widgets.css."""
+    named = "".join(f' {name}="{value}"' for name, value in attributes.items())
+    return f'<{tag} class="dmm-{kind}"{named}>{html.escape(words)}</{tag}>'
+
+
+def labelled(kind: Callable[..., Any], name: str, **options: Any) -> Any:
+    """Make a control with its name in front, as wide as the words."""
+    return kind(description=name, style={"description_width": "initial"}, **options)
+
+
+def row(*children: w.Widget, kind: str = "row") -> w.Box:
+    """Put controls side by side; `kind` is a class of widgets.css."""
+    box = w.Box(children)
+    box.add_class(f"dmm-{kind}")
+    return box
 
 
 class View(anywidget.AnyWidget):
     """Sends the thumbnails that are asked for, with their captions, and passes on what else the browser says.
 
-    Messages are {"kind": "toggle", "index"}, {"kind": "lasso", "indices", "remove"}, {"kind": "undo"} and
-    {"kind": "settled"}, when the user pauses after a change. Captions are drawn as text, never as markup.
-
     Args:
         images: uint8 (n_points, height, width, channels); of anything else no pictures are shown.
-        caption: title and detail of a point.
-        listener: told of the messages.
+        caption: title and detail of a point; drawn as text, never as markup.
+        hear: what is called with the browser's messages: toggle(index), lasso(indices, remove), undo(), and settled()
+            when the user pauses after a change.
     """
 
-    _esm, _css = HERE / "widgets.js", HERE / "widgets.css"
+    _esm, _css = (Path(__file__).with_name(name) for name in ("widgets.js", "widgets.css"))
     label = t.Unicode().tag(sync=True)  # for screen readers
     shape = t.List(t.Int()).tag(sync=True)  # height, width, channels of an image
     chosen = t.Bytes().tag(sync=True)  # uint8 (n,)
     focus = t.Int(-1).tag(sync=True)  # the current point
     version = t.Int().tag(sync=True)  # of the captions
 
-    def __init__(self, images: np.ndarray, caption: Caption, listener: Listener | None = None, **traits: Any) -> None:
+    def __init__(self, images: np.ndarray, caption: Caption, hear: Hear | None = None, **traits: Any) -> None:
         pictures = images.ndim == 4 and images.dtype == np.uint8
         self._images = images if pictures else np.zeros((len(images), 0, 0, 1), np.uint8)
-        self._caption, self._listener = caption, listener
+        self._caption, self._hear = caption, hear or {}
         super().__init__(shape=list(self._images.shape[1:]), **traits)
         self.on_msg(self.receive)
 
     def receive(self, _: Any, message: dict[str, Any], buffers: Any) -> None:
         """Answer a message of the browser."""
-        if message.get("kind") == "thumbnails":
+        if message["kind"] == "thumbnails":
             indices = [i for i in message["indices"] if 0 <= i < len(self._images)]
             captions = [self._caption(i) for i in indices]
             titles, details = ([caption[k] for caption in captions] for k in (0, 1))
             answer = {"kind": "thumbnails", "indices": indices, "titles": titles, "details": details}
             self.send(answer, buffers=[self._images[indices].tobytes()])
-        elif self._listener:
-            self._listener(message)
+        elif message["kind"] in self._hear:
+            self._hear[message["kind"]](**{name: value for name, value in message.items() if name != "kind"})
 
     def set_chosen(self, mask: np.ndarray) -> None:
         """Mark points: bool (n,)."""
         self.chosen = mask.astype(np.uint8).tobytes()
 
-    def recaption(self, caption: Caption) -> None:
-        """Take other captions: thumbnails are asked for anew."""
-        self._caption = caption
+    def recaption(self) -> None:
+        """Ask the browser to take captions anew, since they say something else now."""
         self.version += 1
 
 
@@ -94,10 +133,10 @@ class Scatter(View):
     colours = t.List(t.Unicode()).tag(sync=True)  # of the classes
     axes = t.List(t.Unicode()).tag(sync=True)
 
-    def __init__(self, data: Dataset, caption: Caption, listener: Listener | None = None) -> None:
+    def __init__(self, data: Dataset, caption: Caption, hear: Hear | None = None) -> None:
         palette = "colorblind" if data.n_classes <= 10 else "husl"  # which has no end
         super().__init__(
-            data.x_train, caption, listener, names=list(data.class_names), shown=bytes([1]) * data.n_train,
+            data.x_train, caption, hear, names=list(data.class_names), shown=bytes([1]) * data.n_train,
             groups=data.y_train.astype(np.int32).tobytes(),
             colours=sns.color_palette(palette, data.n_classes).as_hex(),
         )  # fmt: skip
