@@ -94,7 +94,7 @@ def test_undo_takes_back_every_change_one_by_one(steps):
     for expected in reversed(seen):
         assert set(selection.indices.tolist()) == expected
         selection.undo()
-    assert not selection.can_undo
+    assert not selection.past
 
 
 def test_a_selection_tells_of_changes_and_only_of_them():

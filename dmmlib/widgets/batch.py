@@ -31,7 +31,6 @@ from dmmlib.study import Study
 from dmmlib.widgets.selection import Selection, read_indices
 from dmmlib.widgets.views import Message, labelled, row, text
 
-EVERY = 0.3  # seconds between looks at a run's progress
 PATIENCE = 5.0  # seconds that a cancelled run is given to end by itself
 
 
@@ -145,7 +144,12 @@ class Trial(w.VBox):
             )  # fmt: skip
         self.button.disabled, self.cancel.disabled, self.bar.value, self.line.value = True, False, 0, "starting"
         self.progress.layout.display = ""
-        threading.Thread(target=self._watch, args=(log, table), daemon=True).start()
+
+        def watch() -> None:
+            self._watch(log, table)
+            self.button.disabled = False
+
+        threading.Thread(target=watch, daemon=True).start()
 
     def end(self) -> None:
         """Cancel the run; what it has trained so far is kept."""
@@ -157,14 +161,14 @@ class Trial(w.VBox):
 
     def _follow(self, log: Path, table: Path) -> None:
         while self._process.poll() is None:
-            time.sleep(EVERY)
+            time.sleep(0.3)
             with suppress(StoreError):  # nothing said yet, or caught half-written
                 told = read_json(self._progress)
                 self.bar.value = told["done"] / max(told["total"], 1)
                 self.line.value = "cancelling" if self.cancel.disabled else html.escape(told["line"])
         said = log.read_text(errors="replace").strip()
         self._folder.cleanup()
-        self.progress.layout.display, self.button.disabled = "none", False
+        self.progress.layout.display = "none"
         if self.cancel.disabled:
             self.outcome.value = text("saved", "Cancelled; what was trained is kept.")
         elif self._process.returncode:

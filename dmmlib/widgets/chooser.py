@@ -107,8 +107,7 @@ class Chooser(w.VBox):
             accuracy = f"{old.accuracy['forget']:.0%} to {new.accuracy['forget']:.0%}"
             title = f"{title}: accuracy on them is predicted to go from {accuracy}"
             caption = f"Predicted mean margins: {', '.join(moves)}"
-        caption += ". A still of the widget, which needs a running kernel."
-        return plots.png(plots.thumbnails(data, rows, title, caption))
+        return plots.png(plots.thumbnails(data, rows, title, f"{caption}. A still: the widget needs a running kernel."))
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
         return {**super()._repr_mimebundle_(**options), "image/png": base64.b64encode(self.picture()).decode()}

@@ -66,8 +66,7 @@ class View(anywidget.AnyWidget):
     Args:
         images: uint8 (n_points, height, width, channels); of anything else no pictures are shown.
         caption: title and detail of a point; drawn as text, never as markup.
-        hear: what is called with the browser's messages: toggle(index), lasso(indices, remove), undo(), and settled()
-            when the user pauses after a change.
+        hear: answers to the browser's toggle(index), lasso(indices, remove), undo() and, after a pause, settled().
     """
 
     _esm, _css = (Path(__file__).with_name(name) for name in ("widgets.js", "widgets.css"))
