@@ -345,6 +345,35 @@ def test_notebook_05_leads_to_the_image_behind_a_number(page, url):
     shut_down(page)
 
 
+DRAW = """async ([source, state]) => {
+    const script = URL.createObjectURL(new Blob([source], {type: 'text/javascript'}));
+    const {default: widget} = await import(script);
+    const view = (array) => new DataView(array.buffer);
+    const values = {...state, xy: view(new Float32Array([0.5, 0.5])), groups: view(new Int32Array([state.label])),
+                    shown: view(new Uint8Array([1])), chosen: view(new Uint8Array([0]))};
+    const model = {get: (name) => values[name], on() {}, off() {}, send() {}};
+    widget.render({model, el: document.body.appendChild(document.createElement('div'))});
+    await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
+    const canvas = document.querySelector('.dmm-plane');
+    const data = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+    const pixels = [...Array(data.length / 4).keys()].map((k) => [...data.slice(4 * k, 4 * k + 4)]);
+    return pixels.filter(([red, green, blue, alpha]) => alpha > 150 && new Set([red, green, blue]).size > 1);
+}"""
+
+
+def test_a_class_beyond_256_has_its_colour_and_a_name_stays_text(page):
+    colours = ["#000000"] * 257 + ["#dc143c"] + ["#000000"] * 42
+    names = ["<img src=x onerror='document.title = 1'>"] * 300
+    state = {"kind": "scatter", "label": 257, "colours": colours, "names": names, "axes": ["a", "b"], "focus": -1}
+    source = (ROOT / "dmmlib" / "widgets" / "widgets.js").read_text()
+    coloured = np.array(page.evaluate(DRAW, [source, state]))
+    assert len(coloured) > 5, "a dot, where all other classes are black"
+    np.testing.assert_allclose(np.median(coloured[:, :3], 0), [0xDC, 0x14, 0x3C], atol=3)
+    expect(page.locator(".dmm-legend > span")).to_have_count(300)
+    assert page.locator("img").count() == 0
+    assert names[0] in page.locator(".dmm-legend").inner_text()
+
+
 TEN_THOUSAND = """
 import numpy as np
 from dmmlib import data
