@@ -123,7 +123,7 @@ def memorisation(masks: np.ndarray, outputs: Any, labels: np.ndarray) -> np.ndar
     seen, hits = masks.sum(0), np.zeros((2, n_train), int)  # with the point, and without
     for first in range(0, n_models, BLOCK):
         rows = slice(first, first + BLOCK)
-        correct = metrics.correct(outputs[rows, :n_train], labels)
+        correct = metrics.correct(outputs[rows][:, :n_train], labels)
         hits += [(correct & masks[rows]).sum(0), (correct & ~masks[rows]).sum(0)]
     shares = hits / np.maximum([seen, n_models - seen], 1)
     return np.where((seen > 0) & (seen < n_models), shares[0] - shares[1], 0.0)
