@@ -664,12 +664,26 @@ def wait(trial, until=lambda: False):
         time.sleep(0.05)
 
 
-def test_a_run_that_fails_says_why(shared, tmp_path):
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Put a shell script in the place of the command, which would train."""
+
+    def replace(script):
+        path = tmp_path / "python"
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        monkeypatch.setattr("sys.executable", str(path))
+
+    return replace
+
+
+def test_a_run_that_fails_says_why(shared, tmp_path, command):
+    command('echo reading; echo "<b> cannot be read: $8"; exit 2')
     message, ended = Message(), []
     trial = Trial(shared, message, lambda: tmp_path / "missing.json", lambda: ended.append(True))
     trial.run()
     wait(trial)
-    assert re.match(r".*The run failed: .*missing\.json", message.value)
+    assert re.search(r"The run failed: &lt;b&gt; cannot be read: .*missing\.json", message.value)
     assert not ended
     assert not trial.button.disabled
 
@@ -692,12 +706,9 @@ def test_a_run_on_the_smoke_preset_can_be_cancelled(chooser):
     assert chooser.saving.saved.exists()
 
 
-def test_a_run_that_ends_well_shows_every_method(tiny, tmp_path, monkeypatch):
+def test_a_run_that_ends_well_shows_every_method(tiny, tmp_path, command):
     study = own(tiny, tmp_path)
-    command = tmp_path / "python"  # in place of the one that would train
-    command.write_text("#!/bin/sh\nexit 0\n")
-    command.chmod(0o755)
-    monkeypatch.setattr("sys.executable", str(command))
+    command("exit 0")
     name = presets.load("smoke", {f"data.{key}": value for key, value in TINY["data"].items()}).name
     path = study.runs / name / "forget_set-mine" / "results.csv"
     path.parent.mkdir(parents=True)
