@@ -268,10 +268,10 @@ def test_status_counts_what_is_trained_and_what_is_damaged(tmp_path):
     f = one.forget_sets()["random_6"]
     one.oracles(f)
     table = one.status().set_index("models")
-    assert table.loc["oracles, random_6", ["planned", "done"]].tolist() == [8, 8]
+    assert table.loc["oracles and floor, random_6", ["planned", "done"]].tolist() == [16, 8]
     assert table.loc["subset models", "done"] == 120, "pc1 was chosen by them"
     assert table.loc["originals", "done"] == 0
     chunk = next(path for path in (tmp_path / "runs" / "store").glob("oracles-*/logits/c/**/*") if path.is_file())
     chunk.write_bytes(chunk.read_bytes()[:-9])
     table = study(tmp_path).status().set_index("models")
-    assert table.loc["oracles, random_6", ["done", "missing", "damaged"]].tolist() == [0, 0, 8]
+    assert table.loc["oracles and floor, random_6", ["done", "missing", "damaged"]].tolist() == [0, 8, 8]
