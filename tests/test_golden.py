@@ -198,9 +198,10 @@ def under_another_name(function):
 
 HARMLESS = {
     "private functions under other names": [
-        put(ensemble, "_forward", under_another_name(ensemble._forward)),
-        put(metrics, "_joint", under_another_name(metrics._joint)),
-        put(bayesian, "_evidence", under_another_name(bayesian._evidence)),
+        put(module, name, under_another_name(function))
+        for module in (ensemble, metrics, bayesian, datamodels)
+        for name, function in vars(module).items()
+        if name.startswith("_") and inspect.isfunction(function) and function.__module__ == module.__name__
     ],
     "other words for the same": [
         edit(metrics.u_lira, "log_density", "log_likelihood"),
