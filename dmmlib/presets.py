@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from dmmlib.errors import MethodError, PresetError
-from dmmlib.files import check_name, resource
+from dmmlib.files import check_name, resource, short
 from dmmlib.registry import Registry, did_you_mean
 
 if TYPE_CHECKING:
@@ -41,12 +41,17 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def _absolute(path: str) -> str:
+    """The same file for whoever reads the preset from another folder."""
+    return str(Path(path).expanduser().resolve())
+
+
 class DataSection(Section):
-    name: str = "fashion-mnist"
+    name: Annotated[str, AfterValidator(lambda n: _absolute(n) if n.endswith(".npz") else n)] = "fashion-mnist"
     n_train: PositiveInt | None = 2000
     n_val: PositiveInt | None = 500
     seed: NonNegativeInt = 0
-    path: str | None = None
+    path: Annotated[str, AfterValidator(_absolute)] | None = None
     options: dict[str, Any] = {}  # of the loader
 
 
@@ -181,11 +186,11 @@ def load(preset: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | 
     content = dict(preset) if isinstance(preset, Mapping) else _read(str(preset))
     for key, value in (overrides or {}).items():
         _set(content, key, value)
-    computed = {k: v for k, v in (overrides or {}).items() if k.split(".")[0] not in PLACES}
-    if computed:
-        values = ",".join(f"{k.split('.')[-1]}={v}" for k, v in sorted(computed.items()))
-        suffix = "".join(c if c.isalnum() or c in "=.-," else "_" for c in values).replace(",", "+")
-        content["name"] = f"{content.get('name', 'preset')}+{suffix.replace('=', '-')}"[:80]
+    computed = [f"{k}-{v}" for k, v in sorted((overrides or {}).items()) if k.split(".")[0] not in PLACES]
+    if computed:  # where it runs is not what it computes
+        whole = "+".join([str(content.get("name", "preset")), *computed])
+        kept = "".join(c if c.isalnum() or c in "_+.-" else "_" for c in whole)[:80]
+        content["name"] = kept if kept == whole else f"{kept[:71]}-{short(whole.encode())[:8]}"  # never another's name
     name, given = content.get("name"), content.get("studies") or {}
     if not isinstance(given, Mapping):
         raise PresetError(f"Preset {name!r}, key 'studies': it is {given!r}; give each study's settings by its name.")

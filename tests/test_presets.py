@@ -66,7 +66,17 @@ def test_mistakes_are_named(overrides, message):
 
 
 def test_overrides_are_part_of_the_name_but_the_device_is_not():
-    assert presets.load("smoke", {"datamodels.n_subsets": 300}).name == "smoke+n_subsets-300"
+    assert presets.load("smoke", {"datamodels.n_subsets": 300}).name == "smoke+datamodels.n_subsets-300"
+    names = [
+        presets.load("smoke", changed).name
+        for changed in (
+            {"seed": 1}, {"data.seed": 1}, {"model.options": {"hidden": 8}}, {"model.options": {"hidden": 9}},
+            {"training.lr": 0.1, "training.momentum": 0.5, "training.warmup": 0.1, "training.weight_decay": 0.1},
+            {"training.lr": 0.1, "training.momentum": 0.5, "training.warmup": 0.1, "training.weight_decay": 0.2},
+        )
+    ]  # fmt: skip
+    assert len(set(names)) == len(names), "no run takes another's place"
+    assert max(map(len, names)) <= 80
     assert presets.load("smoke", {"device": "cpu"}).name == "smoke"
 
 
@@ -97,3 +107,12 @@ def test_a_presets_name_is_a_folders(name):
     content = presets.load("smoke").model_dump(mode="json") | {"name": name}
     with pytest.raises(PresetError, match="key 'name'"):
         presets.load(content)
+
+
+def test_files_are_the_same_from_another_folder(tmp_path, monkeypatch):
+    """A notebook's kernel works in another folder than the command."""
+    monkeypatch.chdir(tmp_path)
+    data = presets.load("smoke", {"data.name": "own.npz", "data.path": "images"}).data
+    assert data.name == str(tmp_path / "own.npz")
+    assert data.path == str(tmp_path / "images")
+    assert presets.load("smoke").data.name == "fashion-mnist"

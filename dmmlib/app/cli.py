@@ -124,8 +124,6 @@ def run(
         own = str(forget_set.resolve()) if forget_set else None
         study = Study(preset, overrides, forget_set=own, beside=beside, runs=runs)  # says what can be wrong
         content = study.preset.model_dump(mode="json")
-        if content["data"]["path"]:  # kernels work in another folder
-            content["data"]["path"] = str(Path(content["data"]["path"]).expanduser().resolve())
         record(study, study.output)
         notebooks, figures = study.output / "notebooks", study.figures / study.output.relative_to(study.runs)
         batch.run(
