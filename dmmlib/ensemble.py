@@ -1,10 +1,10 @@
 """Train many independent models at once: the recipe, its learning rate, batches and the training step.
 
-The parameters of `n_models` copies of one `nn.Module` are stacked along a first axis, the forward pass is
-mapped over it with `torch.func.vmap`, and an elementwise optimizer over the stacked tensors is then exactly
-one optimizer a model. Models whose training sets have the same size share every step; nothing that one model
-computes enters another's, so a model is determined by its seed and its training indices. How many share a
-step, on how many cores, compiled or not, is an `Execution`: it changes speed and memory, not the models.
+The parameters of `n_models` copies of one `nn.Module` are stacked along a first axis, the forward pass is mapped over it
+with `torch.func.vmap`, and an elementwise optimizer over the stacked tensors is exactly one optimizer for each model.
+Models whose training sets have the same size share every step; nothing that one model computes enters another's, so a
+model is determined by its seed and its training indices. How many share a step, on how many cores, compiled or not, is
+an `Execution`: it changes speed and memory, not the models.
 """
 
 from __future__ import annotations
@@ -25,14 +25,13 @@ from torch.nn import functional as F
 from dmmlib.errors import DataError
 from dmmlib.execution import Execution, compiled, vary_in_size
 from dmmlib.optim import SGD, Optimizer, Tensors
-from dmmlib.progress import Progress, silent
 
 
 @dataclass(frozen=True)
 class Training:
     """How a model is trained: SGD with Nesterov momentum and a triangular learning rate.
 
-    The rate rises linearly from 0 to `lr` over the share `warmup` of all steps and falls linearly to 0.
+    The rate rises linearly from 0 to `lr` over the share `warmup` of all steps, then falls linearly to 0.
 
     >>> Training(epochs=10, lr=0.1, warmup=0.25).rate(0.25)
     0.1
@@ -47,12 +46,12 @@ class Training:
     precision: str = "float32"
 
     def rate(self, progress: float) -> float:
-        """Learning rate after the share `progress` of all steps, in [0, 1]."""
+        """Return the learning rate after the share `progress`, in [0, 1], of all steps."""
         rising = progress / self.warmup if self.warmup > 0 else 1.0
         return self.lr * min(rising, (1.0 - progress) / (1.0 - self.warmup))
 
     def steps(self, size: int) -> int:
-        """Optimizer steps of a training on `size` examples."""
+        """Count the optimizer steps of a training on `size` examples."""
         return self.epochs * math.ceil(size / self.batch_size)
 
     @property
@@ -86,33 +85,27 @@ class Ensemble:
     def device(self) -> torch.device:
         return next(iter(self.params.values())).device
 
+    def _each(self, change: Callable[[Tensor], Tensor]) -> tuple[Tensors, Tensors]:
+        """Change every tensor: parameters and buffers."""
+        return {k: change(v) for k, v in self.params.items()}, {k: change(v) for k, v in self.buffers.items()}
+
     def __getitem__(self, models: slice | Sequence[int]) -> Ensemble:
         """Some of the models, sharing memory where `models` is a slice."""
-        return Ensemble(
-            self.module,
-            {k: v[models] for k, v in self.params.items()},
-            {k: v[models] for k, v in self.buffers.items()},
-        )
+        return Ensemble(self.module, *self._each(lambda v: v[models]))
 
     def clone(self) -> Ensemble:
         """An independent copy."""
-        return Ensemble(
-            copy.deepcopy(self.module),
-            {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in self.params.items()},
-            {k: v.clone() for k, v in self.buffers.items()},
-        )
+        copies = self._each(lambda v: v.detach().clone(memory_format=torch.contiguous_format))
+        return Ensemble(copy.deepcopy(self.module), *copies)
 
-    def forward(self, x: Tensor, *, training: bool = False) -> Tensor:
-        """Logits (n_models, n_points, n_classes) for a batch a model: x is (n_models, n_points, ...).
-
-        With `training`, batch norm uses the batch and updates `buffers` in place.
-        """
-        self.module.train(training)
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (n_models, n_points, n_classes), each model on its own points: x is (n_models, n_points, ...)."""
+        self.module.eval()
         return _forward(self.module, self.params, self.buffers, x)
 
     def state_of(self, i: int) -> tuple[Tensors, Tensors]:
         """Parameters and buffers of one model, as `functional_call` takes them."""
-        return {k: v[i] for k, v in self.params.items()}, {k: v[i] for k, v in self.buffers.items()}
+        return self._each(lambda v: v[i])
 
     @torch.no_grad()
     def logits(self, x: Tensor, batch_size: int = 500) -> Tensor:
@@ -175,27 +168,22 @@ _DRAWING = threading.Lock()  # modules draw from torch's global generator, and c
 
 
 def initialise(factory: Callable[[], nn.Module], seeds: Sequence[int], device: torch.device | str = "cpu") -> Ensemble:
-    """Fresh models, one a seed; drawn on the CPU, so that a seed means the same weights on any device."""
+    """Make a fresh model for each seed, drawn on the CPU, so that a seed means the same weights on any device."""
     modules = []
     with _DRAWING, torch.random.fork_rng(devices=[]):
         for seed in seeds:
             torch.manual_seed(seed)
             modules.append(factory())
-    params, buffers = stack_module_state(modules)
-    return Ensemble(
-        _template(modules[0]),
-        {k: v.detach().to(device) for k, v in params.items()},
-        {k: v.to(device) for k, v in buffers.items()},
-    )
+    stacked = Ensemble(_template(modules[0]), *stack_module_state(modules))
+    return Ensemble(stacked.module, *stacked._each(lambda v: v.detach().to(device)))
 
 
 def epoch_batches(
     pools: Sequence[np.ndarray], batch_size: int, epochs: int, rngs: Sequence[np.random.Generator]
 ) -> Iterator[np.ndarray]:
-    """Batches of indices (n_models, batch) that go through each model's pool once an epoch.
+    """Yield batches of indices (n_models, batch) that go through each model's pool once per epoch.
 
-    All pools have one size; an epoch is cut into equal parts (sizes differ by at most one), so that no
-    example is dropped and no batch is a small remainder.
+    All pools have one size. An epoch is cut into parts whose sizes differ by at most one: no example is dropped.
     """
     n_batches = max(1, math.ceil(len(pools[0]) / batch_size))
     for _ in range(epochs):
@@ -209,13 +197,13 @@ the points they answer, and the numbers (n_models,) of the models in the ensembl
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of each model (n_models,), for labels (n_models, batch)."""
+    """Average the cross-entropy of each model, (n_models,), over labels (n_models, batch)."""
     losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
     return losses.view(labels.shape).mean(1)
 
 
 def classification(y: Tensor, sign: float = 1.0) -> Loss:
-    """Cross-entropy against the labels y (n_points,), to be raised instead of lowered with sign -1."""
+    """Make the loss of cross-entropy against labels y (n_points,); with sign -1 it is raised instead of lowered."""
     return lambda logits, indices, models: sign * cross_entropy(logits, y[indices])
 
 
@@ -238,22 +226,20 @@ def descend(
     compile: bool = False,
     after: Callable[[int], None] | None = None,
 ) -> None:
-    """Take one optimizer step of every model a batch, in place.
+    """Take one optimizer step of every model for each batch, in place.
 
     Args:
-        ensemble: models to be trained.
         x: points (n_points, ...) that the indices in `batches` refer to, on the ensemble's device.
         batches: index arrays (n_models, batch).
         loss: of each model; the models' losses are summed, which keeps their gradients apart.
-        optimizer: moves the parameters.
-        state: its memory, from `optimizer.start`; moves on as well.
+        state: the optimizer's memory, from `optimizer.start`; moves on as well.
         only: names of the parameters that the state is of and that move; all if None.
         masks: name -> (n_models, ...), what gradients are multiplied with, if given.
         models: the models' numbers, as the loss is told them; 0, 1, ... if None.
         rate: learning rate of step t = 0, 1, ...; the optimizer's own if None.
         precision: "float32", or "bfloat16" for matrix products under autocast.
         compile: run the step through torch.compile.
-        after: called with the number of steps taken so far after each step.
+        after: called after each step with the number of steps taken.
     """
     step = compiled(_step) if compile else _step
     numbers = torch.as_tensor(np.arange(ensemble.n_models) if models is None else np.asarray(models), device=x.device)
@@ -265,7 +251,10 @@ def descend(
         vary_in_size([*ensemble.params.values(), *ensemble.buffers.values(), x, numbers], 0)
         vary_in_size([t for memory in (*state.values(), masks or {}) for t in memory.values()], 0)
     for t, batch in enumerate(batches):
-        indices = _to(torch.from_numpy(batch), x.device)
+        indices = torch.from_numpy(batch)
+        if x.device.type == "cuda":  # without waiting for what the device is doing
+            indices = indices.pin_memory()
+        indices = indices.to(x.device, non_blocking=True)
         if compile:
             vary_in_size([indices], 0, 1)
         lr = torch.tensor(optimizer.lr if rate is None else rate(t))
@@ -274,13 +263,6 @@ def descend(
         if after is not None:
             after(t + 1)
             ensemble.module.train()
-
-
-def _to(indices: Tensor, device: torch.device) -> Tensor:
-    """Indices on the device, without waiting for what it is doing."""
-    if device.type == "cuda":
-        return indices.pin_memory().to(device, non_blocking=True)
-    return indices.to(device)
 
 
 def _step(
@@ -331,33 +313,26 @@ def train(
     seeds: Sequence[int],
     training: Training,
     execution: Execution | None = None,
-    progress: Progress = silent,
 ) -> Ensemble:
-    """Train one model per mask, from scratch.
+    """Train one model for each mask, from scratch, and return the models in the order of the masks.
 
     >>> x, y, masks = torch.randn(20, 4), torch.arange(20) % 2, np.ones((3, 20), bool)
     >>> train(lambda: nn.Linear(4, 2), x, y, masks, seeds=[0, 1, 2], training=Training(epochs=1)).n_models
     3
 
     Args:
-        factory: makes the `nn.Module`.
+        factory: makes a fresh model.
         x: prepared points (n_train, ...), on the device to train on.
         y: labels (n_train,).
         masks: which points each model is trained on, bool (n_models, n_train).
-        seeds: one a model, for its initial weights and the order of its batches.
-        training: the recipe.
-        execution: how many models share a step, and how it is carried out; changes speed and memory, not
-            the result.
-        progress: called with the models done so far.
-
-    Returns:
-        The trained models, in the order of the masks.
+        seeds: one for each model, for its initial weights and the order of its batches.
+        execution: how many models share a step, and how it is carried out; changes speed and memory, not the result.
 
     Raises:
-        DataError: for masks that do not fit x, or as many seeds as there are not masks.
+        DataError: for masks that do not fit x, or seeds that do not fit the masks.
         SchedulerError: if a process that trains is killed.
     """
-    state = train_and(Ensemble.state, factory, x, y, masks, seeds, training, execution, progress)
+    state = train_and(Ensemble.state, factory, x, y, masks, seeds, training, execution)
     return Ensemble.from_state(initialise(factory, [seeds[0]]).module, state, x.device)
 
 
@@ -370,50 +345,32 @@ def train_and(
     seeds: Sequence[int],
     training: Training,
     execution: Execution | None = None,
-    progress: Progress = silent,
 ) -> dict[str, np.ndarray]:
-    """Train as `train` does and keep, instead of the models, some arrays (n_models, ...) that are made of each chunk.
+    """Train as `train` does, and keep of each chunk of models only some arrays (n_models, ...).
 
-    Whoever trains a chunk also makes them, so that little has to be sent where that is another process.
+    They are made where a chunk is trained, so that little has to be sent where that is another process.
     """
     check_masks(masks, len(x))
     if len(seeds) != len(masks):
-        raise DataError(f"{len(masks)} masks but {len(seeds)} seeds; give one seed a model.")
+        raise DataError(f"{len(masks)} masks but {len(seeds)} seeds; give one seed for each model.")
     if len(masks) == 0:
         raise DataError("No masks were given; ask for at least one model.")
     execution = execution or Execution()
     compile = execution.compile
 
     def train_chunk(chunk: tuple[np.ndarray, list[int]]) -> dict[str, np.ndarray]:
-        chosen, its_seeds = chunk
-        pools = [np.flatnonzero(mask) for mask in chosen]
-        rngs = [np.random.default_rng(seed) for seed in its_seeds]
+        pools, rngs = [np.flatnonzero(mask) for mask in chunk[0]], [np.random.default_rng(seed) for seed in chunk[1]]
+        batches = epoch_batches(pools, training.batch_size, training.epochs, rngs)
         n_steps = training.steps(len(pools[0]))
-        models = initialise(factory, its_seeds, x.device)
-        descend(
-            models,
-            x,
-            epoch_batches(pools, training.batch_size, training.epochs, rngs),
-            classification(y),
-            training.optimizer,
-            training.optimizer.start(models.params),
-            rate=lambda step: training.rate((step + 0.5) / n_steps),
-            precision=training.precision,
-            compile=compile,
-        )
+        models = initialise(factory, chunk[1], x.device)
+        _train(models, x, y, batches, training, compile, lambda step: training.rate((step + 0.5) / n_steps))
         return keep(models)
 
     sizes = masks.sum(1)
     order = np.argsort(sizes, kind="stable")  # models of one size train together
     same = np.split(order, np.flatnonzero(np.diff(sizes[order])) + 1)
     members = [part for group in same for part in execution.split(group)]
-    parts: list[dict[str, np.ndarray]] = []
-    done = 0
-    progress("train", 0, len(masks))
-    for kept in execution.run(train_chunk, [(masks[part], [seeds[i] for i in part]) for part in members]):
-        done += len(members[len(parts)])
-        parts.append(kept)
-        progress("train", done, len(masks))
+    parts = list(execution.run(train_chunk, [(masks[part], [seeds[i] for i in part]) for part in members]))
     back = np.argsort(np.concatenate(members), kind="stable")
     return {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
 
@@ -422,15 +379,28 @@ def timed_steps(
     factory: Callable[[], nn.Module], x: Tensor, y: Tensor, training: Training, execution: Execution, n: int
 ) -> None:
     """Take n training steps of `execution.chunk` models in each of its workers; see `execution.measure`."""
-    loss = classification(y)
+    chunk, compile = execution.chunk, execution.compile
 
     def take(worker: int) -> None:
         rng = np.random.default_rng(worker)
-        models = initialise(factory, range(execution.chunk), x.device)
-        batches = (rng.integers(0, len(x), (execution.chunk, training.batch_size)) for _ in range(n))
-        start, precision, compile = training.optimizer.start(models.params), training.precision, execution.compile
-        descend(models, x, batches, loss, training.optimizer, start, precision=precision, compile=compile)
+        batches = (rng.integers(0, len(x), (chunk, training.batch_size)) for _ in range(n))
+        _train(initialise(factory, range(chunk), x.device), x, y, batches, training, compile)
 
     list(execution.run(take, range(execution.workers)))
     if x.device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def _train(
+    models: Ensemble,
+    x: Tensor,
+    y: Tensor,
+    batches: Iterable[np.ndarray],
+    training: Training,
+    compile: bool,
+    rate: Callable[[int], float] | None = None,
+) -> None:
+    """Train models on batches of x and y, in place."""
+    loss, optimizer, precision = classification(y), training.optimizer, training.precision
+    state = optimizer.start(models.params)
+    descend(models, x, batches, loss, optimizer, state, rate=rate, precision=precision, compile=compile)

@@ -1,8 +1,8 @@
 """How training is carried out on a machine: models per step, threads or processes, compiled or not.
 
-On CPU cores one process a core steps its own few models through one compiled function: products stay in a
-core's cache, the elementwise work between them is fused, and no interpreter lock is shared. Processes and
-compiling cost seconds, so small jobs do without; which is faster for a job is measured.
+On a CPU, one process per core steps its own few models through one compiled function: products stay in the core's cache,
+the elementwise work between them is fused, and no interpreter lock is shared. Processes and compiling cost seconds, so
+small jobs do without; which is faster for a job is measured.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ import os
 import pickle
 import platform
 import signal
+import statistics
 import tempfile
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import cloudpickle
 import joblib
@@ -39,6 +40,8 @@ from dmmlib.progress import Progress
 
 C = TypeVar("C")
 R = TypeVar("R")
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
+IDLE = 600  # seconds after which idle worker processes end
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,8 @@ class Execution:
     Attributes:
         chunk: models that share a step.
         workers: chunks in progress at a time, each with its share of torch's CPU threads.
-        compile: run steps through torch.compile (needs a C++ compiler on CPU).
-        processes: workers are processes, which are started once and kept, not threads.
+        compile: run steps through torch.compile (on a CPU, it needs a C++ compiler).
+        processes: workers are processes, which are started once and kept, instead of threads.
     """
 
     chunk: int = 32
@@ -58,37 +61,31 @@ class Execution:
     processes: bool = False
 
     def split(self, members: np.ndarray) -> list[np.ndarray]:
-        """Members in chunks of equal size, up to one, that keep every worker busy to the end."""
+        """Split members into chunks whose sizes differ by at most one and that keep every worker busy to the end."""
         n_chunks = self.workers * -(-len(members) // (self.workers * self.chunk))
         return np.array_split(members, min(n_chunks, len(members)))
 
     def run(self, work: Callable[[C], R], chunks: Sequence[C]) -> Iterator[R]:
-        """The results of `work` on every chunk, in their order, as they are done.
-
-        Raises:
-            SchedulerError: if a worker process is killed.
-        """
-        threads = torch.get_num_threads()
-        packed = _pack(work) if self.processes and self.workers > 1 else None
-        if packed is not None:
+        """Yield the results of `work` on every chunk, in their order; raises SchedulerError if a process is killed."""
+        threads, workers = torch.get_num_threads(), min(self.workers, len(chunks))
+        if self.processes and self.workers > 1 and (packed := _pack(work)) is not None:
             yield from _in_processes(self.workers, max(1, threads // self.workers), packed, chunks)
-            return
-        workers = min(self.workers, len(chunks))
-        if workers <= 1:
+        elif workers <= 1:
             yield from map(work, chunks)
-            return
-        share = max(1, threads // workers)
-        pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,))
-        try:
-            yield from pool.map(work, chunks)
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads)
+        else:
+            pool = ThreadPoolExecutor(
+                workers, initializer=torch.set_num_threads, initargs=(max(1, threads // workers),)
+            )
+            try:
+                yield from pool.map(work, chunks)
+            finally:
+                pool.shutdown(cancel_futures=True)
+                torch.set_num_threads(threads)
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """torch with one thread, as a worker has it, and with as many as before afterwards."""
+    """Give torch one thread, as a worker has it, and afterwards as many as before."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -97,12 +94,8 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-CACHE = "TORCHINDUCTOR_CACHE_DIR"
-IDLE = 600  # seconds after which idle worker processes end
-
-
 def _pack(work: Callable[..., Any]) -> np.ndarray | None:
-    """`work` and all that it refers to as bytes, or None where processes cannot serve it."""
+    """Pickle `work` and all that it refers to; None where processes cannot serve it."""
     if multiprocessing.current_process().daemon:  # e.g. a Dask worker: it may not have children
         return None
     try:
@@ -129,6 +122,7 @@ def _in_processes(workers: int, threads: int, packed: np.ndarray, chunks: Sequen
 
 
 def _end_workers() -> None:
+    """End worker processes, those included that have only just started."""
     for child in multiprocessing.active_children():
         if isinstance(child, LokyProcess):
             child.terminate()
@@ -136,10 +130,7 @@ def _end_workers() -> None:
 
 @contextmanager
 def _ctrl_c_ends_workers() -> Iterator[threading.Event]:
-    """Ctrl-C ends worker processes before it is raised, and sets the event.
-
-    Where it is raised in a callback that swallows exceptions, workers that are gone still end the wait.
-    """
+    """Let Ctrl-C end workers and set the event before it is raised, as a callback may swallow what is raised."""
     interrupted, before = threading.Event(), signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield interrupted
@@ -159,17 +150,14 @@ def _ctrl_c_ends_workers() -> Iterator[threading.Event]:
 
 
 def _apply(packed: np.ndarray, parent: int, threads: int, chunk: C) -> Any:
-    """In a worker process: `work` on a chunk."""
+    """Do the packed work on a chunk, in a worker process."""
     _settle(parent, threads)
     return _unpack(packed.tobytes())(chunk)
 
 
 @functools.cache
 def _settle(parent: int, threads: int) -> None:
-    """Once a worker process: it takes its share of threads, and ends with its parent, which alone hears Ctrl-C.
-
-    One that heard it itself would die, or go on with the next chunk, just while its parent ends it.
-    """
+    """Make a worker process take its share of threads, leave Ctrl-C to its parent, and end when its parent has."""
     from joblib.externals.loky import process_executor
 
     process_executor._USE_PSUTIL = False  # or it takes compiled code for a leak, and ends the process
@@ -181,7 +169,7 @@ def _settle(parent: int, threads: int) -> None:
         os._exit(1)
 
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # or it dies, or starts the next chunk, while its parent ends it
     if os.name == "posix":
         threading.Thread(target=watch, daemon=True).start()
 
@@ -192,28 +180,23 @@ def _unpack(packed: bytes) -> Callable[..., Any]:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Gives functions that are equal, but come in different pickles, one code: torch compiles each code anew."""
+    """Unpickles equal functions from different pickles with one code object: torch compiles each of those anew."""
+
+    codes: ClassVar[dict[types.CodeType, types.CodeType]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         found = super().find_class(module, name)
         if name != "_make_function":
             return found
-        return lambda code, *rest: found(_CODES.setdefault(code, code), *rest)
-
-
-_CODES: dict[types.CodeType, types.CodeType] = {}
+        return lambda code, *rest: found(self.codes.setdefault(code, code), *rest)
 
 
 def candidates(
     device: torch.device, chunk: int | None = None, compile: bool | None = None, many: bool = False
 ) -> tuple[Execution, ...]:
-    """What is worth trying on a device, small chunks first, given what is settled already.
+    """List what is worth trying on a device, small chunks first.
 
-    Args:
-        device: where to train.
-        chunk: models a step, if that is settled.
-        compile: whether to compile, if that is settled.
-        many: so much is to be trained that starting processes pays.
+    A chunk or `compile` that is not None is settled already; with `many`, starting processes can pay.
     """
     cuda = device.type == "cuda"
     workers = 1 if cuda else torch.get_num_threads()
@@ -227,7 +210,7 @@ def candidates(
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a measured rate holds for."""
+    """Describe what a measured rate holds for."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {os.cpu_count()}"
     return {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
 
@@ -240,15 +223,9 @@ def fastest(
     folder: Path,
     progress: Progress,
 ) -> Execution:
-    """The fastest of some executions on this machine: measured once, and kept in a folder.
+    """Find the fastest of some executions (small chunks first) on this machine: `measure` it once, keep it in a folder.
 
-    Args:
-        options: what to compare, small chunks first.
-        device: to train on.
-        steps: see `measure`.
-        config: what rates depend on besides the machine.
-        folder: where rates are kept.
-        progress: told of the measurement.
+    The rates kept are those of one `config`, which names what they depend on besides the machine.
 
     Raises:
         DeviceError: if all options are compiled, and compiling does not work here.
@@ -260,9 +237,8 @@ def fastest(
         )
     if len(options) == 1:
         return options[0]
-    path = (
-        folder / f"execution-{config_hash(config | machine(device) | {'options': [asdict(o) for o in options]})}.json"
-    )
+    key = config | machine(device) | {"options": [asdict(option) for option in options]}
+    path = folder / f"execution-{config_hash(key)}.json"
     if not path.exists():
         progress("measure how to train fastest", 0, 1)
         rates = measure([o for o in options if not o.compile or can_compile(device)], steps)
@@ -272,15 +248,11 @@ def fastest(
 
 
 def measure(tried: Sequence[Execution], steps: Callable[[Execution, int], None]) -> dict[Execution, float]:
-    """Model-steps a second under each execution, all its workers together.
+    """Measure the model-steps per second of each execution (small chunks first), all its workers together.
 
-    What would take over two seconds a step, going by a smaller chunk, is not tried: nothing is gained by
-    sharing steps as long as that; nor are processes, which take time to start and compile, where threads doing the same
-    are less than half as fast as other threads. What a GPU's memory does not hold is left out.
-
-    Args:
-        tried: what to compare, small chunks first.
-        steps: (execution, n) -> None takes n steps of `execution.chunk` models in each of its workers.
+    Left out is what would take over two seconds per step, going by a smaller chunk; processes, which take time to start
+    and compile, where the same in threads is less than half as fast as other threads; and what a GPU's memory does not
+    hold. `steps(execution, n)` takes n steps of `execution.chunk` models in each worker.
 
     Raises:
         DeviceError: if not even the first, smallest chunk fits into the GPU's memory.
@@ -309,21 +281,21 @@ def measure(tried: Sequence[Execution], steps: Callable[[Execution, int], None])
 
 
 def _seconds(steps: Callable[[Execution, int], None], execution: Execution, n: int) -> float:
-    """Median of three: the first may find a process that is still compiling."""
+    """Take the median of three: the first may find a process that is still compiling."""
     taken = []
     for _ in range(3):
         start = time.perf_counter()
         steps(execution, n)
         taken.append(time.perf_counter() - start)
-    return sorted(taken)[1]
+    return statistics.median(taken)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` through torch.compile; see `vary_in_size`.
+    """Compile a function with torch, once per process; see `vary_in_size`.
 
-    To be asked for in the thread that calls it: one step serves every model and loss, which is more kinds than
-    torch allows unless told, and torch keeps these settings for each thread. Left to itself, it would also take what
-    differs between one architecture and the next for sizes that vary, and make slower code for the second.
+    To be called in the thread that calls the function, as torch keeps these settings per thread. One step serves every
+    model and loss, more kinds than torch allows by default; and by default torch would take what differs between two
+    architectures for sizes that vary, and make slower code for the second.
     """
     import torch._dynamo
 
@@ -341,15 +313,17 @@ _compile = functools.cache(torch.compile)
 def _own_cache() -> None:
     """Give torch a folder for what it compiles that lasts as long as this process, and serves its children.
 
-    In the folder that it shares by default, a process that is killed can leave half a library, and loading that kills.
+    In the default folder, which all share, a process that is killed can leave half a library, and loading that kills.
     """
-    if CACHE not in os.environ:
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    if os.environ.get(CACHE, default_cache_dir()) == default_cache_dir():  # torch sets it when it is imported
         folder = tempfile.TemporaryDirectory(prefix="dmm-compiled-", ignore_cleanup_errors=True)
         os.environ[CACHE] = folder.name
         atexit.register(folder.cleanup)
 
 
-def vary_in_size(tensors: Sequence[torch.Tensor], *dims: int) -> None:
+def vary_in_size(tensors: Iterable[torch.Tensor], *dims: int) -> None:
     """Let one compiled function serve any size of these dimensions: models, points, batches.
 
     The other sizes are the architecture's, and as constants make faster code than torch.compile(dynamic=True).
@@ -363,14 +337,10 @@ def vary_in_size(tensors: Sequence[torch.Tensor], *dims: int) -> None:
 
 @functools.cache
 def can_compile(device: torch.device | str = "cpu") -> bool:
-    """Whether torch.compile works on a device: it needs a C++ compiler on CPU, Triton on CUDA."""
+    """Whether torch.compile works on a device: it needs a C++ compiler on a CPU, Triton on a GPU."""
     _own_cache()
     try:
-        torch.compile(_double)(torch.ones(2, device=device))
+        torch.compile(lambda x: 2 * x)(torch.ones(2, device=device))
     except Exception:  # whatever the reason, the answer is no
         return False
     return True
-
-
-def _double(x: torch.Tensor) -> torch.Tensor:
-    return 2 * x

@@ -54,21 +54,20 @@ def check_name(name: object, error: type[Exception]) -> str:
 
 
 def short(content: bytes) -> str:
-    """16 hexadecimal digits of SHA-256."""
+    """Return 16 hexadecimal digits of SHA-256."""
     return hashlib.sha256(content).hexdigest()[:16]
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """Hash of a JSON-serialisable configuration."""
+    """Hash a JSON-serialisable configuration."""
     return short(json.dumps(config, sort_keys=True, separators=(",", ":")).encode())
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well.
+    """Give a temporary path beside `path` that takes its place when the block ends well.
 
-    Raises:
-        StoreError: if it cannot be written (disk full, read-only); `path` is then what it was.
+    Raises StoreError if it cannot be written (disk full, read-only); `path` is then what it was.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -78,9 +77,9 @@ def replacing(path: Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except StoreError:
+        raise
     except OSError as error:
-        if isinstance(error, StoreError):
-            raise
         raise StoreError(
             f"{path} cannot be written ({error.strerror or error}); free space or choose another place. "
             "What was there before is unchanged."
@@ -97,11 +96,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON.
-
-    Raises:
-        StoreError: if the file is missing or no JSON.
-    """
+    """Read JSON; raises StoreError if the file is missing or no JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

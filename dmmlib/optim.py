@@ -1,14 +1,15 @@
 """Optimizers as pure arithmetic on stacked parameters, so that a whole training step is one function.
 
-The rules are `torch.optim`'s (tests hold them equal to it). They act element by element, hence one call is
-exactly one optimizer a model. Each is there twice: as arithmetic, which torch.compile fuses with the rest of the step
-(and, the learning rate being a tensor, one compiled step serves every rate), and as torch's own fused kernel, one pass
-over memory instead of ten, for steps that are not compiled.
+The rules are `torch.optim`'s (tests hold them equal to it). They act element by element, so one call takes one step of
+every model's own optimizer. Each is there twice: as arithmetic, which torch.compile fuses with the rest of the step
+(the learning rate is a tensor, so one compiled step serves every rate), and as torch's own fused kernel, which passes
+over memory once instead of ten times, for steps that are not compiled.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 from torch.optim import adam, sgd
 
 Tensors = dict[str, Tensor]
+
+_fused_sgd = partial(sgd.sgd, fused=True, dampening=0.0, maximize=False)
+_fused_adam = partial(adam.adam, fused=True, weight_decay=0.0, amsgrad=False, maximize=False)
 
 
 class Optimizer(Protocol):
@@ -40,6 +44,11 @@ def _fusible(params: Tensors) -> bool:
     return not torch.compiler.is_compiling() and all(p.is_contiguous() for p in params.values())
 
 
+def _lists(params: Tensors, *others: Tensors) -> list[list[Tensor]]:
+    """Parameters, and what belongs to them, as the lists that torch's kernels take."""
+    return [[tensors[name].contiguous() for name in params] for tensors in (params, *others)]
+
+
 @dataclass(frozen=True)
 class SGD:
     """Stochastic gradient descent with (Nesterov) momentum and L2 weight decay."""
@@ -54,18 +63,9 @@ class SGD:
 
     def update(self, params: Tensors, gradients: Tensors, state: dict[str, Tensors], rate: Tensor) -> None:
         if _fusible(params):
-            sgd.sgd(
-                list(params.values()),
-                [gradients[name].contiguous() for name in params],
-                [state["velocity"][name] for name in params],
-                fused=True,
-                lr=float(rate),
-                momentum=self.momentum,
-                weight_decay=self.weight_decay,
-                nesterov=self.nesterov,
-                dampening=0.0,
-                maximize=False,
-            )
+            options = {"momentum": self.momentum, "weight_decay": self.weight_decay}
+            lists = _lists(params, gradients, state["velocity"])
+            _fused_sgd(*lists, lr=float(rate), nesterov=self.nesterov, **options)
             return
         for name, parameter in params.items():
             gradient = gradients[name] + self.weight_decay * parameter
@@ -89,22 +89,9 @@ class Adam:
     def update(self, params: Tensors, gradients: Tensors, state: dict[str, Tensors], rate: Tensor) -> None:
         mean, square, steps = state["mean"], state["square"], state["steps"]
         if _fusible(params):
-            adam.adam(
-                list(params.values()),
-                [gradients[name].contiguous() for name in params],
-                [mean[name] for name in params],
-                [square[name] for name in params],
-                [],
-                [steps[name] for name in params],
-                fused=True,
-                lr=float(rate),
-                beta1=self.beta1,
-                beta2=self.beta2,
-                eps=self.epsilon,
-                weight_decay=0.0,
-                amsgrad=False,
-                maximize=False,
-            )
+            values, slopes, means, squares, counts = _lists(params, gradients, mean, square, steps)
+            options = {"lr": float(rate), "beta1": self.beta1, "beta2": self.beta2, "eps": self.epsilon}
+            _fused_adam(values, slopes, means, squares, [], counts, **options)
             return
         for name, parameter in params.items():
             gradient, t = gradients[name], steps[name].add_(1).double()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,17 +23,12 @@ def silent(task: str, done: int, total: int) -> None:
 
 
 def describe(task: str, done: int, total: int, seconds: float, since: int = 0) -> str:
-    """One line: what, how far, how fast, how long still; or how long it took.
-
-    Args:
-        seconds: time that the units `since` to `done` took.
-    """
-    made = done - since
+    """Say in one line what is done, how far, how fast, and how long still; the units since `since` took `seconds`."""
     if done >= total:
         return f"{task}: {total:,} in {_duration(seconds)}"
-    if made <= 0 or seconds <= 0:
+    if done <= since or seconds <= 0:
         return f"{task}: {done:,} / {total:,}"
-    rate = made / seconds
+    rate = (done - since) / seconds
     return f"{task}: {done:,} / {total:,} · {rate:.3g}/s · {_duration((total - done) / rate)} left"
 
 
@@ -51,9 +47,7 @@ class Reporter:
 
     def __init__(self, every: float = 0.5) -> None:
         self._every = every
-        self._task = ""
-        self._start = (0.0, 0)
-        self._shown = 0.0
+        self._task, self._start, self._shown = "", (0.0, 0), 0.0
         self._handle: Any = None
 
     def __call__(self, task: str, done: int, total: int) -> None:
@@ -75,10 +69,6 @@ class Reporter:
         except ImportError:
             return
         shell = get_ipython()
-        if shell is None or "IPKernelApp" not in shell.config:
-            return
-        content = {"text/plain": line}
-        if self._handle is None:
-            self._handle = display(content, raw=True, display_id=True)
-        else:
-            self._handle.update(content, raw=True)
+        if shell is not None and "IPKernelApp" in shell.config:
+            show = partial(display, display_id=True) if self._handle is None else self._handle.update
+            self._handle = show({"text/plain": line}, raw=True) or self._handle

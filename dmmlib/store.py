@@ -1,10 +1,10 @@
 """Outputs of trained models on disk: zarr arrays, one chunk per shard of models, resumable and checked.
 
 A store belongs to one configuration, whose hash it carries, and lies in a directory or at any fsspec address
-(s3://..., gs://..., memory://...). A shard counts as done when its flag is set, which happens after all its
-chunks are in place and have been read back; chunks and flags appear under their names only when complete,
-and every chunk carries a CRC32C. A run that dies at any moment therefore loses at most the shards in flight,
-and damage is found when it is read. Runs at the same time write the same content, so they do no harm.
+(s3://..., gs://..., memory://...). A shard counts as done when its flag is set, which happens after all its chunks are in
+place and have been read back; chunks and flags appear under their names only when complete, and every chunk carries a
+CRC32C. So a run that dies at any moment loses at most the shards in flight, and damage is found when it is read. Runs at
+the same time write the same content, so they do no harm.
 """
 
 from __future__ import annotations
@@ -26,23 +26,12 @@ from dmmlib.errors import DamageError, StoreError
 from dmmlib.files import config_hash
 
 FORMAT = 1
-
-
-def _opened(files: LocalStore | FsspecStore, attributes: dict[str, Any]) -> zarr.Group:
-    """The group, made where there is nothing; another run may be making it at this moment."""
-    for seconds in (0.0, 0.1, 0.3, 1.0):
-        time.sleep(seconds)
-        try:
-            return zarr.open_group(files, mode="r+")
-        except GroupNotFoundError:
-            if sync(files.is_empty("")):
-                with suppress(ContainsGroupError):
-                    return zarr.create_group(files, attributes=attributes)
-    return zarr.open_group(files, mode="r+")
+FOREIGN = (KeyError, ValueError, TypeError, GroupNotFoundError)  # what reading something that is no store raises
+DAMAGED = (ValueError, OSError, RuntimeError)  # what reading a damaged chunk raises
 
 
 class Store:
-    """Arrays with one row a model, written a shard of models at a time.
+    """Arrays with one row per model, written one shard of models at a time.
 
     Open or create one with `Store.open`; then `missing()`, `write(shard, arrays)` and `read(name)`.
     """
@@ -50,9 +39,9 @@ class Store:
     def __init__(self, address: str, group: zarr.Group) -> None:
         self.address = address
         self._group = group
-        attributes: Any = group.attrs
-        self.n_models = int(attributes["n_models"])
-        self.shard_size = int(attributes["shard_size"])
+        self._attributes: dict[str, Any] = dict(group.attrs)
+        self.n_models = int(self._attributes["n_models"])
+        self.shard_size = int(self._attributes["shard_size"])
 
     @classmethod
     def open(
@@ -70,43 +59,36 @@ class Store:
             config: everything that the content depends on, JSON-serialisable.
             n_models: rows of every array.
             arrays: name -> (shape of a row, dtype).
-            shard_size: models a shard; only used on creation.
+            shard_size: models per shard; only used on creation.
 
         Raises:
             StoreError: if the store is of another configuration (both hashes are named), is no store, or
                 cannot be reached or written.
         """
         address, wanted = str(place), config_hash(config)
+        attributes = {"format": FORMAT, "config_hash": wanted, "config": dict(config)}
+        files = _files(address)
         try:
-            files = _files(address)
-        except (ImportError, ValueError, OSError) as error:
-            raise StoreError(f"The store {address} cannot be reached ({error}); give another place.") from error
-        unreadable: tuple[type[Exception], ...] = (KeyError, ValueError, TypeError, GroupNotFoundError)
-        if isinstance(files, LocalStore):
-            unreadable += (OSError,)
-        try:
-            group = cls._describe(files, config, n_models, arrays, shard_size)
-            store = cls(address, group)
+            store = cls(address, _opened(files, attributes | {"n_models": n_models, "shard_size": shard_size}))
+            if store._attributes.get("config_hash") == wanted:
+                store._complete(arrays)
         except PermissionError as error:
             raise StoreError(f"The store {address} cannot be created ({error}); choose another place.") from error
-        except unreadable as error:
+        except (*FOREIGN, *_failures(files)) as error:
+            if isinstance(files, FsspecStore) and not isinstance(error, FOREIGN):
+                raise _unreachable(address, error) from error
             raise StoreError(
                 f"{address} is no store of this library, or its description is damaged ({error}); choose another "
                 "directory, or delete it to train again."
             ) from error
-        except _failures(files) as error:
+        found = store._attributes.get("format"), store._attributes.get("config_hash")
+        if found[0] != FORMAT:
             raise StoreError(
-                f"The store {address} cannot be reached ({error}); try again, or give another place."
-            ) from error
-        if group.attrs.get("format") != FORMAT:
-            raise StoreError(
-                f"The store {address} has format {group.attrs.get('format')}, this version reads {FORMAT}; "
-                "delete it to train again."
+                f"The store {address} has format {found[0]}, this version reads {FORMAT}; delete it to train again."
             )
-        found = group.attrs.get("config_hash")
-        if found != wanted:
+        if found[1] != wanted:
             raise StoreError(
-                f"The store {address} was made with configuration {found}, but this run has {wanted}; choose "
+                f"The store {address} was made with configuration {found[1]}, but this run has {wanted}; choose "
                 "another directory, or delete the store to train again."
             )
         return store
@@ -116,55 +98,37 @@ class Store:
         """The store at `place`, of whatever configuration, to be looked at; None if there is none that can be read."""
         try:
             return cls(str(place), zarr.open_group(_files(str(place)), mode="r"))
-        except (ImportError, KeyError, ValueError, TypeError, GroupNotFoundError, OSError):
+        except (*FOREIGN, OSError):
             return None
 
     @property
     def config(self) -> dict[str, Any]:
         """What the content depends on."""
-        attributes: Any = self._group.attrs
-        return dict(attributes["config"])
+        return dict(self._attributes["config"])
 
-    @staticmethod
-    def _describe(
-        files: LocalStore | FsspecStore,
-        config: Mapping[str, Any],
-        n_models: int,
-        arrays: Mapping[str, tuple[Sequence[int], str]],
-        shard_size: int,
-    ) -> zarr.Group:
-        """The group with all its arrays; what an interrupted creation left out is added."""
-        attributes = {
-            "format": FORMAT,
-            "config_hash": config_hash(config),
-            "config": dict(config),
-            "n_models": n_models,
-            "shard_size": shard_size,
-        }
-        group = _opened(files, attributes)
-        if group.attrs.get("config_hash") != attributes["config_hash"] or "done" in group:
-            return group
+    def _complete(self, arrays: Mapping[str, tuple[Sequence[int], str]]) -> None:
+        """Add the arrays that a new store, or one whose creation was interrupted, lacks; the flags come last."""
+        if "done" in self._group:
+            return
         for name, (row, dtype) in arrays.items():
             with suppress(ContainsArrayError):
-                group.create_array(
+                self._group.create_array(
                     name,
-                    shape=(n_models, *row),
-                    chunks=(min(shard_size, n_models), *row),
+                    shape=(self.n_models, *row),
+                    chunks=(min(self.shard_size, self.n_models), *row),
                     dtype=dtype,
                     compressors=[Crc32cCodec()],  # logits are noise to a compressor; damage must not pass
                     fill_value=0,
                 )
         with suppress(ContainsArrayError):
-            n_shards = -(-n_models // shard_size)
-            group.create_array("done", shape=(n_shards,), chunks=(1,), dtype="uint8", fill_value=0)
-        return group
+            self._group.create_array("done", shape=(self.n_shards,), chunks=(1,), dtype="uint8", fill_value=0)
 
     @property
     def n_shards(self) -> int:
         return -(-self.n_models // self.shard_size)
 
     def models(self, shard: int) -> range:
-        """The models of a shard."""
+        """Number the models of a shard."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.n_models))
 
     def count(self, shards: Sequence[int]) -> int:
@@ -172,7 +136,7 @@ class Store:
         return sum(len(self.models(shard)) for shard in shards)
 
     def missing(self) -> list[int]:
-        """Shards that are not done."""
+        """List the shards that are not done."""
         return np.flatnonzero(self._array("done")[:] == 0).tolist()
 
     def write(self, shard: int, arrays: Mapping[str, np.ndarray]) -> None:
@@ -188,12 +152,10 @@ class Store:
                 for name, values in arrays.items():
                     self._array(name)[rows.start : rows.stop] = values
             for name, values in arrays.items():
-                try:
-                    same = np.array_equal(self._array(name)[rows.start : rows.stop], values, equal_nan=True)
-                except (ValueError, RuntimeError):
-                    same = False
-                if not same:
-                    raise OSError(f"{name} does not read back as it was written")
+                with suppress(ValueError, RuntimeError):
+                    if np.array_equal(self._array(name)[rows.start : rows.stop], values, equal_nan=True):
+                        continue
+                raise OSError(f"{name} does not read back as it was written")
             self._array("done")[shard] = 1
         except _failures(self._group.store) as error:
             raise StoreError(
@@ -202,26 +164,24 @@ class Store:
             ) from error
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows `start` to `stop` of an array: (models, ...).
+        """Read rows `start` to `stop` of an array: (models, ...).
 
         Raises:
             StoreError: if the array is unknown, or a shard of these rows is not done.
             DamageError: if a shard is damaged; it holds the numbers of all that are.
         """
         stop = self.n_models if stop is None else stop
-        undone = [s for s in self.missing() if self.models(s).start < stop and self.models(s).stop > start]
+        shards, array = range(start // self.shard_size, -(-stop // self.shard_size)), self._array(name)
+        undone = [shard for shard in self.missing() if shard in shards]
         if undone:
             raise StoreError(
                 f"{self.address} lacks {len(undone)} of {self.n_shards} shards (first: {undone[0]}); train again "
                 "to complete it."
             )
-        array = self._array(name)
-        try:
+        with suppress(*DAMAGED):  # what is wrong is said below
             values = array[start:stop]
-            if not any(self.models(s).start < stop and self.models(s).stop > start for s in self._absent(name)):
+            if all(self._exists(name, shard) for shard in shards):
                 return values
-        except (ValueError, OSError, RuntimeError):
-            pass  # what is wrong is said below
         damaged = self.damaged()
         raise DamageError(
             f"{self.address} is damaged in shards {damaged}; train again to replace just these, after "
@@ -230,21 +190,10 @@ class Store:
         )
 
     def damaged(self) -> list[int]:
-        """Shards that are marked done but cannot be read back whole."""
+        """List the shards that are marked done but cannot be read back whole."""
         names = [name for name in self._group.array_keys() if name != "done"]
-        absent = {shard for name in names for shard in self._absent(name)}
-        bad = []
-        for shard in sorted(set(range(self.n_shards)) - set(self.missing())):
-            rows = self.models(shard)
-            try:
-                for name in names:
-                    self._array(name)[rows.start : rows.stop]
-                readable = shard not in absent
-            except (ValueError, OSError, RuntimeError):
-                readable = False
-            if not readable:
-                bad.append(shard)
-        return bad
+        done = np.flatnonzero(self._array("done")[:]).tolist()
+        return [shard for shard in done if not all(self._is_whole(name, shard) for name in names)]
 
     def drop(self, shard: int) -> None:
         """Mark a shard as not done, so that the next run trains it again."""
@@ -255,12 +204,18 @@ class Store:
             raise StoreError(f"{self.address} holds no array {name!r}; it has {sorted(self._group.array_keys())}.")
         return self._group[name]
 
-    def _absent(self, name: str) -> list[int]:
-        """Done shards whose chunk file is gone: zarr would read them as zeros."""
+    def _is_whole(self, name: str, shard: int) -> bool:
+        """Whether an array's chunk is there and can be read."""
+        rows = self.models(shard)
+        with suppress(*DAMAGED):
+            self._array(name)[rows.start : rows.stop]
+            return self._exists(name, shard)
+        return False
+
+    def _exists(self, name: str, shard: int) -> bool:
+        """Whether an array's chunk is there: zarr would read one that is not as zeros."""
         row_chunks = "/0" * (self._array(name).ndim - 1)
-        done = set(range(self.n_shards)) - set(self.missing())
-        files = self._group.store
-        return [s for s in sorted(done) if not sync(files.exists(f"{name}/c/{s}{row_chunks}"))]
+        return sync(self._group.store.exists(f"{name}/c/{shard}{row_chunks}"))
 
 
 class Outputs:
@@ -278,7 +233,7 @@ class Outputs:
         return self.shape[0]
 
     def first(self, n: int) -> Outputs:
-        """The outputs of the first n models, unread."""
+        """Take the outputs of the first n models, unread."""
         return Outputs(self._read, (min(n, len(self)), *self.shape[1:]), self.step)
 
     def __getitem__(self, rows: slice) -> np.ndarray:
@@ -294,8 +249,29 @@ class Outputs:
 
 
 def _files(address: str) -> LocalStore | FsspecStore:
+    """The place where a store's files are."""
     remote = "://" in address and not address.startswith("file://")
-    return FsspecStore.from_url(address) if remote else LocalStore(address.removeprefix("file://"))
+    try:
+        return FsspecStore.from_url(address) if remote else LocalStore(address.removeprefix("file://"))
+    except (ImportError, ValueError, OSError) as error:
+        raise _unreachable(address, error) from error
+
+
+def _unreachable(address: str, error: Exception) -> StoreError:
+    return StoreError(f"The store {address} cannot be reached ({error}); try again, or give another place.")
+
+
+def _opened(files: LocalStore | FsspecStore, attributes: dict[str, Any]) -> zarr.Group:
+    """The group, made where there is nothing; another run may be making it at this moment."""
+    for seconds in (0.0, 0.1, 0.3, 1.0):
+        time.sleep(seconds)
+        try:
+            return zarr.open_group(files, mode="r+")
+        except GroupNotFoundError:
+            if sync(files.is_empty("")):
+                with suppress(ContainsGroupError):
+                    return zarr.create_group(files, attributes=attributes)
+    return zarr.open_group(files, mode="r+")
 
 
 def _failures(files: Any) -> tuple[type[Exception], ...]:
