@@ -1,7 +1,7 @@
 """Train many independent models at once: the recipe, its learning rate, batches and the training step.
 
-The parameters of `n_models` copies of one `nn.Module` are stacked along a first axis, the forward pass is mapped over it
-with `torch.func.vmap`, and an elementwise optimizer over the stacked tensors is exactly one optimizer for each model.
+The parameters of `n_models` copies of one `nn.Module` are stacked along a first axis, the forward pass is mapped over
+it with `torch.func.vmap`, and an elementwise optimizer over the stacked tensors is one optimizer for each model.
 Models whose training sets have the same size share every step; nothing that one model computes enters another's, so a
 model is determined by its seed and its training indices. How many share a step, on how many cores, compiled or not, is
 an `Execution`: it changes speed and memory, not the models.
@@ -14,7 +14,7 @@ import math
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -66,16 +66,11 @@ class Ensemble:
     >>> models = initialise(lambda: nn.Linear(4, 3), seeds=[0, 1, 2])
     >>> models.logits(torch.zeros(5, 4)).shape
     torch.Size([3, 5, 3])
-
-    Attributes:
-        module: the architecture; its own weights are not used.
-        params: name -> tensor (n_models, ...).
-        buffers: name -> tensor (n_models, ...), e.g. batch-norm statistics.
     """
 
-    module: nn.Module
-    params: Tensors
-    buffers: Tensors
+    module: nn.Module  # the architecture; its own weights are not used
+    params: Tensors  # name -> tensor (n_models, ...)
+    buffers: Tensors  # name -> tensor (n_models, ...), e.g. batch-norm statistics
 
     @property
     def n_models(self) -> int:
@@ -151,17 +146,15 @@ def _forward(module: nn.Module, params: Tensors, buffers: Tensors, x: Tensor) ->
 
 
 def _template(module: nn.Module) -> nn.Module:
+    """The architecture without weights."""
     return copy.deepcopy(module).to("meta")
 
 
 def concatenate(parts: Sequence[Ensemble]) -> Ensemble:
-    """One ensemble of all models, in order."""
-    first = parts[0]
-    return Ensemble(
-        first.module,
-        {k: torch.cat([p.params[k] for p in parts]) for k in first.params},
-        {k: torch.cat([p.buffers[k] for p in parts]) for k in first.buffers},
-    )
+    """Make one ensemble of all models, in order."""
+    params = {k: torch.cat([part.params[k] for part in parts]) for k in parts[0].params}
+    buffers = {k: torch.cat([part.buffers[k] for part in parts]) for k in parts[0].buffers}
+    return Ensemble(parts[0].module, params, buffers)
 
 
 _DRAWING = threading.Lock()  # modules draw from torch's global generator, and chunks train in threads
@@ -363,7 +356,17 @@ def train_and(
         batches = epoch_batches(pools, training.batch_size, training.epochs, rngs)
         n_steps = training.steps(len(pools[0]))
         models = initialise(factory, chunk[1], x.device)
-        _train(models, x, y, batches, training, compile, lambda step: training.rate((step + 0.5) / n_steps))
+        descend(
+            models,
+            x,
+            batches,
+            classification(y),
+            training.optimizer,
+            training.optimizer.start(models.params),
+            rate=lambda step: training.rate((step + 0.5) / n_steps),
+            precision=training.precision,
+            compile=compile,
+        )
         return keep(models)
 
     sizes = masks.sum(1)
@@ -379,28 +382,8 @@ def timed_steps(
     factory: Callable[[], nn.Module], x: Tensor, y: Tensor, training: Training, execution: Execution, n: int
 ) -> None:
     """Take n training steps of `execution.chunk` models in each of its workers; see `execution.measure`."""
-    chunk, compile = execution.chunk, execution.compile
-
-    def take(worker: int) -> None:
-        rng = np.random.default_rng(worker)
-        batches = (rng.integers(0, len(x), (chunk, training.batch_size)) for _ in range(n))
-        _train(initialise(factory, range(chunk), x.device), x, y, batches, training, compile)
-
-    list(execution.run(take, range(execution.workers)))
+    masks = np.zeros((execution.chunk * execution.workers, len(x)), bool)
+    masks[:, : training.batch_size] = True  # one batch per epoch
+    train_and(lambda models: {}, factory, x, y, masks, range(len(masks)), replace(training, epochs=n), execution)
     if x.device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def _train(
-    models: Ensemble,
-    x: Tensor,
-    y: Tensor,
-    batches: Iterable[np.ndarray],
-    training: Training,
-    compile: bool,
-    rate: Callable[[int], float] | None = None,
-) -> None:
-    """Train models on batches of x and y, in place."""
-    loss, optimizer, precision = classification(y), training.optimizer, training.precision
-    state = optimizer.start(models.params)
-    descend(models, x, batches, loss, optimizer, state, rate=rate, precision=precision, compile=compile)

@@ -1,6 +1,6 @@
 """How training is carried out on a machine: models per step, threads or processes, compiled or not.
 
-On a CPU, one process per core steps its own few models through one compiled function: products stay in the core's cache,
+On a CPU, one process per core steps its own few models through one compiled function: products stay in a core's cache,
 the elementwise work between them is fused, and no interpreter lock is shared. Processes and compiling cost seconds, so
 small jobs do without; which is faster for a job is measured.
 """
@@ -15,7 +15,6 @@ import os
 import pickle
 import platform
 import signal
-import statistics
 import tempfile
 import threading
 import time
@@ -46,19 +45,12 @@ IDLE = 600  # seconds after which idle worker processes end
 
 @dataclass(frozen=True)
 class Execution:
-    """A way to carry training out.
+    """A way to carry training out."""
 
-    Attributes:
-        chunk: models that share a step.
-        workers: chunks in progress at a time, each with its share of torch's CPU threads.
-        compile: run steps through torch.compile (on a CPU, it needs a C++ compiler).
-        processes: workers are processes, which are started once and kept, instead of threads.
-    """
-
-    chunk: int = 32
-    workers: int = 1
-    compile: bool = False
-    processes: bool = False
+    chunk: int = 32  # models that share a step
+    workers: int = 1  # chunks in progress at a time, each with its share of torch's CPU threads
+    compile: bool = False  # run steps through torch.compile
+    processes: bool = False  # workers are processes, which are started once and kept, instead of threads
 
     def split(self, members: np.ndarray) -> list[np.ndarray]:
         """Split members into chunks whose sizes differ by at most one and that keep every worker busy to the end."""
@@ -287,7 +279,7 @@ def _seconds(steps: Callable[[Execution, int], None], execution: Execution, n: i
         start = time.perf_counter()
         steps(execution, n)
         taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+    return sorted(taken)[1]
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

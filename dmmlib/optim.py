@@ -8,6 +8,7 @@ over memory once instead of ten times, for steps that are not compiled.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -18,25 +19,19 @@ from torch.optim import adam, sgd
 
 Tensors = dict[str, Tensor]
 
-_fused_sgd = partial(sgd.sgd, fused=True, dampening=0.0, maximize=False)
-_fused_adam = partial(adam.adam, fused=True, weight_decay=0.0, amsgrad=False, maximize=False)
+_fused_sgd: Callable[..., None] = partial(sgd.sgd, fused=True, dampening=0.0, maximize=False)
+_fused_adam: Callable[..., None] = partial(adam.adam, fused=True, weight_decay=0.0, amsgrad=False, maximize=False)
 
 
 class Optimizer(Protocol):
-    """What `ensemble.descend` needs of an optimizer."""
+    """What `ensemble.descend` needs: a default rate, a memory to start with, and a step that moves all in place."""
 
     @property
-    def lr(self) -> float:
-        """Learning rate where no schedule says otherwise."""
-        ...
+    def lr(self) -> float: ...
 
-    def start(self, params: Tensors) -> dict[str, Tensors]:
-        """Its memory before the first step."""
-        ...
+    def start(self, params: Tensors) -> dict[str, Tensors]: ...
 
-    def update(self, params: Tensors, gradients: Tensors, state: dict[str, Tensors], rate: Tensor) -> None:
-        """Move parameters and memory by one step, in place."""
-        ...
+    def update(self, params: Tensors, gradients: Tensors, state: dict[str, Tensors], rate: Tensor) -> None: ...
 
 
 def _fusible(params: Tensors) -> bool:

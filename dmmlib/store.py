@@ -1,10 +1,10 @@
 """Outputs of trained models on disk: zarr arrays, one chunk per shard of models, resumable and checked.
 
 A store belongs to one configuration, whose hash it carries, and lies in a directory or at any fsspec address
-(s3://..., gs://..., memory://...). A shard counts as done when its flag is set, which happens after all its chunks are in
-place and have been read back; chunks and flags appear under their names only when complete, and every chunk carries a
-CRC32C. So a run that dies at any moment loses at most the shards in flight, and damage is found when it is read. Runs at
-the same time write the same content, so they do no harm.
+(s3://..., gs://..., memory://...). A shard counts as done when its flag is set, which happens after all its chunks are
+in place and have been read back; chunks and flags appear under their names only when complete, and every chunk carries
+a CRC32C. So a run that dies at any moment loses at most the shards in flight, and damage is found when it is read. Runs
+at the same time write the same content, so they do no harm.
 """
 
 from __future__ import annotations
@@ -26,7 +26,12 @@ from dmmlib.errors import DamageError, StoreError
 from dmmlib.files import config_hash
 
 FORMAT = 1
-FOREIGN = (KeyError, ValueError, TypeError, GroupNotFoundError)  # what reading something that is no store raises
+FOREIGN: tuple[type[Exception], ...] = (
+    KeyError,
+    ValueError,
+    TypeError,
+    GroupNotFoundError,
+)  # what reading something that is no store raises
 DAMAGED = (ValueError, OSError, RuntimeError)  # what reading a damaged chunk raises
 
 
@@ -52,12 +57,10 @@ class Store:
         arrays: Mapping[str, tuple[Sequence[int], str]],
         shard_size: int = 100,
     ) -> Store:
-        """Open the store at `place`, or create it there.
+        """Open the store at `place`, a directory or an fsspec address, or create it there.
 
         Args:
-            place: a directory, or an fsspec address.
             config: everything that the content depends on, JSON-serialisable.
-            n_models: rows of every array.
             arrays: name -> (shape of a row, dtype).
             shard_size: models per shard; only used on creation.
 
@@ -66,8 +69,8 @@ class Store:
                 cannot be reached or written.
         """
         address, wanted = str(place), config_hash(config)
-        attributes = {"format": FORMAT, "config_hash": wanted, "config": dict(config)}
         files = _files(address)
+        attributes = {"format": FORMAT, "config_hash": wanted, "config": dict(config)}
         try:
             store = cls(address, _opened(files, attributes | {"n_models": n_models, "shard_size": shard_size}))
             if store._attributes.get("config_hash") == wanted:
@@ -81,14 +84,14 @@ class Store:
                 f"{address} is no store of this library, or its description is damaged ({error}); choose another "
                 "directory, or delete it to train again."
             ) from error
-        found = store._attributes.get("format"), store._attributes.get("config_hash")
-        if found[0] != FORMAT:
+        version, found = (store._attributes.get(key) for key in ("format", "config_hash"))
+        if version != FORMAT:
             raise StoreError(
-                f"The store {address} has format {found[0]}, this version reads {FORMAT}; delete it to train again."
+                f"The store {address} has format {version}, this version reads {FORMAT}; delete it to train again."
             )
-        if found[1] != wanted:
+        if found != wanted:
             raise StoreError(
-                f"The store {address} was made with configuration {found[1]}, but this run has {wanted}; choose "
+                f"The store {address} was made with configuration {found}, but this run has {wanted}; choose "
                 "another directory, or delete the store to train again."
             )
         return store

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -115,13 +116,14 @@ def test_result_depends_on_seed_and_mask_not_on_neighbours(points):
         Execution(2, 2),
         Execution(2, 2, compile=True),
         Execution(1, 1, compile=True),
-        Execution(2, 2, processes=True),
         Execution(2, 2, compile=True, processes=True),
     ],
 )
 def test_how_it_is_carried_out_changes_no_model(points, way):
     if way.compile and not can_compile():
-        pytest.skip("no C++ compiler on this machine")
+        if not way.processes:
+            pytest.skip("no C++ compiler on this machine")
+        way = replace(way, compile=False)
     d, _, y = points
     x = models.pooled(d, d.x).double()
 
@@ -177,7 +179,7 @@ def test_a_failure_in_a_process_is_raised_as_it_is():
     def fails(chunk):
         raise DataError(f"chunk {chunk}")
 
-    with pytest.raises(DataError, match="chunk 0"):
+    with pytest.raises(DataError, match=r"chunk \d"):  # whichever fails first
         list(Execution(1, 2, processes=True).run(fails, range(3)))
 
 
@@ -262,24 +264,22 @@ def test_an_interrupt_that_is_swallowed_still_ends_the_wait(tmp_path):
 
 
 COMPILES = """
-import os, torch
+import torch._dynamo  # sets the folder that torch's processes share by default
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 from dmmlib.execution import compiled
-assert compiled(lambda x: (x.sin() + 1).sum())(torch.zeros(64)).item() == 64
-print(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+compiled(lambda x: x + 1)
+print(cache_dir())
 """
 
 
 def test_what_a_killed_compilation_leaves_meets_no_later_run():
     """Half a library in a folder that processes share would stop every later run; so each has one of its own."""
-    if not can_compile():
-        pytest.skip("no C++ compiler on this machine")
     environment = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"}
-    runs = [
-        subprocess.run([sys.executable, "-c", COMPILES], env=environment, capture_output=True, text=True, check=True)
-        for _ in range(2)
-    ]
-    folders = {run.stdout.strip() for run in runs}
+    command = [sys.executable, "-c", COMPILES]
+    runs = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    folders = {run.communicate()[0].strip() for run in runs} - {""}
     assert len(folders) == 2
+    assert all("dmm-compiled-" in folder for folder in folders), "none is the one that all share"
     assert not any(Path(folder).exists() for folder in folders), "it lasts as long as the process"
 
 

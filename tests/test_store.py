@@ -15,8 +15,6 @@ from dmmlib.errors import StoreError
 from dmmlib.files import config_hash
 from dmmlib.progress import silent
 from dmmlib.store import Store
-from dmmlib.study import Study
-from tests.conftest import TINY
 
 ARRAYS = {"logits": ((5, 2), "float32"), "masks": ((7,), "bool")}
 
@@ -242,6 +240,9 @@ print(kills, finished, shards(f"{sys.argv[1]}/{finished}"))
 
 @pytest.mark.slow
 def test_training_killed_fifty_times_ends_as_if_undisturbed(tmp_path, tiny):
+    from dmmlib.study import Study  # here, or processes that only write would import torch
+    from tests.conftest import TINY
+
     command = [sys.executable, "-c", KILLER, str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     output = subprocess.run(command, capture_output=True, text=True, cwd=os.getcwd(), env=environment, check=True)
