@@ -99,10 +99,9 @@ class Store:
     @classmethod
     def existing(cls, place: str | Path) -> Store | None:
         """The store at `place`, of whatever configuration, to be looked at; None if there is none that can be read."""
-        try:
+        with suppress(*FOREIGN, OSError):
             return cls(str(place), zarr.open_group(_files(str(place)), mode="r"))
-        except (*FOREIGN, OSError):
-            return None
+        return None
 
     @property
     def config(self) -> dict[str, Any]:
