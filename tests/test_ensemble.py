@@ -430,6 +430,25 @@ def test_whitened_models_answer_as_before_and_take_white_inputs(name):
     assert all(torch.equal(before[k], v) for k, v in (models.params | models.buffers).items())
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_whitening_takes_moments_whose_rank_is_deficient(seed):
+    """Inputs as of a layer whose units are mostly dead, the others alike and of many sizes; all are dead on ten points."""
+    g, d = torch.Generator().manual_seed(seed), 256
+    x = (torch.randn(300, 20, generator=g) @ torch.randn(20, d, generator=g)).relu()
+    x *= 10 ** (-6 * torch.rand(d, generator=g)) * (torch.rand(d, generator=g) < 0.2)
+    x[:10] = 0
+    models = ensemble.initialise(lambda: nn.Linear(d, 3), [1, 2])
+    white = whitening.whitened(models, x, np.stack([np.arange(300), np.arange(300) % 10]), 0.01)
+    torch.testing.assert_close(white.logits(x), models.logits(x), rtol=1e-3, atol=1e-4)
+    moment = (x.T @ x / len(x)).double()
+    maps = white.params["whitener"].double()
+    damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(d)
+    torch.testing.assert_close(maps[0] @ damped @ maps[0], torch.eye(d).double(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(maps[1], torch.eye(d).double())
+    back = whitening.unwhitened(white, models.module)
+    torch.testing.assert_close(back.params["weight"], models.params["weight"], rtol=1e-3, atol=1e-4)
+
+
 def test_descent_on_whitened_models_is_preconditioned_descent(points):
     """A step of gradient descent on V is W - rate * gradient * A^(-1), and whiteners do not move."""
     d, _, y = points

@@ -1,4 +1,10 @@
-"""Models in coordinates in which what enters a layer is white; matching takes its steps there."""
+"""Coordinates in which the inputs of each layer are white; matching takes its steps there.
+
+A layer W h becomes V (A^(-1/2) h) with V = W A^(1/2) and A = E[h h^T] + damping E[|h|^2] / d I, the second moment of
+its d inputs, or input channels, over points (and places). Gradient descent on V is descent on W preconditioned by
+A^(-1): the input's side of K-FAC (Martens and Grosse, ICML 2015), which does most of what K-FAC does (Benzing,
+"Gradient descent on neurons", ICML 2022).
+"""
 
 from __future__ import annotations
 
@@ -18,39 +24,36 @@ WHITENER = "whitener"
 
 @torch.no_grad()
 def whitened(models: Ensemble, x: Tensor, points: np.ndarray, damping: float) -> Ensemble:
-    """The same functions in other coordinates: what enters a linear or convolutional layer is made white first.
-
-    A layer W h becomes V (A^(-1/2) h) with V = W A^(1/2) and A = E[h h^T] + damping E[|h|^2] / d I, the second moment
-    of its d inputs, or input channels, over points (and places). Gradient descent on V is descent on W
-    preconditioned by A^(-1): the input's side of K-FAC (Martens and Grosse, ICML 2015), which does most of what K-FAC
-    does (Benzing, "Gradient descent on neurons", ICML 2022).
+    """Put the models into coordinates in which the inputs of linear and convolutional layers are white.
 
     Args:
-        models: whose layers; they are left as they are.
+        models: left as they are.
         x: points (n_points, ...).
-        points: which of them each model's layers are measured on (n_models, n).
-        damping: relative to the mean eigenvalue.
+        points: indices (n_models, n) of those on which the inputs of each model are measured.
+        damping: relative to the mean eigenvalue of E[h h^T].
 
     Returns:
-        Models with the same names of parameters, and beside a layer's weight its frozen `whitener`, A^(-1/2)
-        (n_models, d, d), which must not move.
+        Models that compute the same, with the same names of parameters; beside the weight of each layer stands its
+        frozen `whitener`, A^(-1/2) (n_models, d, d), which must not move.
     """
     module, params = copy.deepcopy(models.module), {k: v.clone() for k, v in models.params.items()}
     for name, moments in _input_moments(models, x, points).items():
-        values, vectors = torch.linalg.eigh(moments)
-        values = values.clamp_min(0) + damping * values.mean(1, keepdim=True)
-        weight = f"{name}.weight" if name else "weight"
-        root = (vectors * values.sqrt()[:, None]) @ vectors.mT
+        decomposed = torch.linalg.eigh(moments.double())  # in float32 it can fail where the rank is deficient
+        values, vectors = (z.to(moments) for z in decomposed)
+        mean = values.mean(1, keepdim=True)
+        values = values.clamp_min(0) + torch.where(mean > 0, damping * mean, 1)  # all inputs 0: leave them
+        root, inverse = ((vectors * z[:, None]) @ vectors.mT for z in (values.sqrt(), values.rsqrt()))
+        weight = f"{name}weight"
         params[weight] = torch.einsum("moi...,mij->moj...", params[weight], root).contiguous()
-        params[f"{name}.{WHITENER}" if name else WHITENER] = (vectors * values.rsqrt()[:, None]) @ vectors.mT
-    for _, layer in _taking_inputs(module):
+        params[f"{name}{WHITENER}"] = inverse
+    for layer in _taking_inputs(module).values():
         layer.register_parameter(WHITENER, nn.Parameter(torch.empty(0, device="meta"), requires_grad=False))
         layer.register_forward_pre_hook(_whiten)
     return Ensemble(module, params, models.buffers)
 
 
 def unwhitened(models: Ensemble, module: nn.Module) -> Ensemble:
-    """Models of the architecture that `whitened` was given, W = V A^(-1/2): the same functions, faster to evaluate."""
+    """Return to the architecture that `whitened` was given, W = V A^(-1/2): the same functions, faster to evaluate."""
     params = dict(models.params)
     for name in [name for name in params if name.rpartition(".")[2] == WHITENER]:
         weight = name.removesuffix(WHITENER) + "weight"
@@ -58,12 +61,13 @@ def unwhitened(models: Ensemble, module: nn.Module) -> Ensemble:
     return Ensemble(copy.deepcopy(module), params, models.buffers)  # a module serves one thread at a time
 
 
-def _taking_inputs(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Names and layers that multiply what enters them with a weight (n_out, n_in, ...)."""
-    kinds = (nn.Linear, nn.Conv2d)
-    return [
-        (k, part) for k, part in module.named_modules() if isinstance(part, kinds) and getattr(part, "groups", 1) == 1
-    ]
+def _taking_inputs(module: nn.Module) -> dict[str, nn.Module]:
+    """Layers that multiply their inputs with a weight (n_out, n_in, ...), by the prefix of their parameters."""
+    return {
+        f"{name}." if name else "": layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and getattr(layer, "groups", 1) == 1
+    }
 
 
 def _whiten(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
@@ -74,33 +78,26 @@ def _whiten(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
 
 
 def _input_moments(models: Ensemble, x: Tensor, points: np.ndarray) -> Tensors:
-    """E[h h^T] of what enters each linear and convolutional layer: its name -> (n_models, d, d)."""
+    """E[h h^T] (n_models, d, d) of the inputs of each layer, by the prefix of its parameters."""
     module, found = copy.deepcopy(models.module).eval(), list[Tensors]()
+    prefixes = {layer: prefix for prefix, layer in _taking_inputs(module).items()}
 
     def see(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        rows, name = inputs[0].float(), names[layer]
+        rows, prefix = inputs[0].float(), prefixes[layer]
         rows = (rows.movedim(1, -1) if isinstance(layer, nn.Conv2d) else rows).flatten(0, -2)
-        found[-1][name] = rows.T @ rows / len(rows) + found[-1].get(name, 0.0)
+        found[-1][prefix] = rows.T @ rows / len(rows) + found[-1].get(prefix, 0.0)
 
-    names = {layer: name for name, layer in _taking_inputs(module)}
-    for layer in names:
+    for layer in prefixes:
         layer.register_forward_pre_hook(see)
     for i in range(models.n_models):
         found.append({})
         functional_call(module, models.state_of(i), (x[torch.from_numpy(points[i]).to(x.device)],))
-    return {name: torch.stack([moments[name] for moments in found]) for name in found[0]}
+    return {prefix: torch.stack([moments[prefix] for moments in found]) for prefix in found[0]}
 
 
 @dataclass(frozen=True)
 class Whitening:
-    """Whitened coordinates to fine-tune in; see `unlearn.finetune`.
-
-    Attributes:
-        x: points (n_points, ...).
-        points: which of them each model's layers are measured on (n_models, n).
-        damping: of `whitened`.
-        module: the models' architecture.
-    """
+    """Whitened coordinates for `finetune`: what `whitened` takes, and the architecture of the models."""
 
     x: Tensor
     points: np.ndarray
@@ -108,7 +105,7 @@ class Whitening:
     module: nn.Module
 
     def enter(self, models: Ensemble, members: np.ndarray) -> Ensemble:
-        """The models in these coordinates; `members` are their numbers."""
+        """The models in these coordinates; `members` are their numbers among the originals."""
         return whitened(models, self.x, self.points[members], self.damping)
 
     def leave(self, models: Ensemble) -> Ensemble:
