@@ -223,7 +223,7 @@ def test_mean_gradient_is_autograd_of_one_model(problem):
 
 
 def test_wrong_labels_are_wrong_on_f_only(problem):
-    rngs = problem.rngs(stream=1)
+    rngs = problem.rngs(use=1)
     labels = np.stack([relabel.wrong_labels(problem, rngs).numpy() for _ in range(200)])
     right = problem.labels[:N_TRAIN]
     assert (labels[:, :, FORGET] != right[FORGET]).all()
@@ -271,7 +271,7 @@ def test_salun_leaves_masked_weights_untouched(problem, end):
 
 def test_fresh_models_are_drawn_as_models_are(problem):
     drawn = fresh.fresh(problem)
-    seeds = [int(rng.integers(2**32)) for rng in problem.rngs(stream=1)]
+    seeds = [int(rng.integers(2**32)) for rng in problem.rngs(use=1)]
     expected = ensemble.initialise(lambda: models.build("mlp", (64,), 10, hidden=24), seeds)
     for name, p in expected.params.items():
         assert torch.equal(drawn.params[name], p)

@@ -135,7 +135,7 @@ def _retained(problem: Problem, targets: np.ndarray, n_steps: int, size: int, in
     if by_influence:
         far = ((targets - problem.original_logits[:, : problem.n_train]) ** 2).mean((0, 2))[problem.retain] ** 0.5
         shares = (far + 1e-12) / (far + 1e-12).sum()
-        drawn = [rng.choice(problem.retain, (n_steps, by_influence), p=shares) for rng in problem.rngs(stream=3)]
+        drawn = [rng.choice(problem.retain, (n_steps, by_influence), p=shares) for rng in problem.rngs(use=3)]
         parts.append(np.stack(drawn, axis=1))
     return np.concatenate(parts, axis=2)
 

@@ -40,7 +40,7 @@ def bad_teacher(
     check_options(lr=lr, temperature=temperature)
     check_options(retain_share=retain_share, high=1.0)
     size = max(1, round(retain_share * len(problem.retain)))
-    sample = np.stack([rng.choice(problem.retain, size, replace=False) for rng in problem.rngs(stream=2)])
+    sample = np.stack([rng.choice(problem.retain, size, replace=False) for rng in problem.rngs(use=2)])
     pools = np.concatenate([np.tile(problem.forget, (problem.n_models, 1)), sample], axis=1)
     teacher = torch.from_numpy(problem.original_logits[:, : problem.n_train].copy())
     teacher[:, problem.forget] = fresh(problem).logits(problem.x[problem.forget])

@@ -32,5 +32,5 @@ def fresh(problem: Problem) -> Ensemble:
                 )
         return module
 
-    seeds = [int(rng.integers(2**32)) for rng in problem.rngs(stream=1)]
+    seeds = [int(rng.integers(2**32)) for rng in problem.rngs(use=1)]
     return initialise(draw, seeds, problem.originals.device)

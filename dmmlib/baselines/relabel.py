@@ -29,7 +29,7 @@ def wrong_labels(problem: Problem, rngs: Sequence[np.random.Generator]) -> Tenso
 def relabelling(problem: Problem, epochs: int, batch_size: int) -> list[Phase]:
     """`epochs` passes over S, shuffled, with wrong labels on F that are drawn anew for every pass."""
     check_options(epochs=epochs, whole=True)
-    rngs = problem.rngs(stream=1)
+    rngs = problem.rngs(use=1)
 
     def towards(labels: Tensor) -> Loss:
         return lambda logits, indices, models: cross_entropy(logits, labels[models[:, None], indices])

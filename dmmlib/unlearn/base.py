@@ -1,4 +1,4 @@
-"""What every method gets and returns, the registry, and the fine-tuning loop that they share."""
+"""What every method gets and returns, the registry of methods, and the fine-tuning loop that they share."""
 
 from __future__ import annotations
 
@@ -35,35 +35,20 @@ class Problem:
     >>> problem = Problem(originals, originals.logits(x).numpy(), x, y, 10, np.array([1, 6]), recipe)
     >>> get("gd")(problem, epochs=1.0).margins.shape
     (3, 12)
-
-    Attributes:
-        originals: N models trained on S.
-        original_logits: their logits (N, n_points, n_classes), float32, training points first.
-        x: prepared points (n_points, ...), training points first, on the originals' device.
-        y: labels (n_points,), on the same device.
-        n_train: size of S.
-        forget: indices of F in S.
-        training: how the originals were trained; costs are relative to retraining with it.
-        attributor: predicts the effect of leaving F out (for methods registered as `attributed`).
-        oracle_logits: logits (n_oracles, n_points, n_classes) of retrained models (for oracle methods and
-            the floor); independent of the oracles that a result is measured against.
-        checkpoints: at how many moments to record the trajectory.
-        seed: of batches and samples.
-        execution: how fine-tuning is carried out; changes speed and memory only.
     """
 
-    originals: Ensemble
-    original_logits: np.ndarray
-    x: Tensor
-    y: Tensor
-    n_train: int
-    forget: np.ndarray
-    training: Training
-    attributor: Attributor | None = None
-    oracle_logits: np.ndarray | None = None
-    checkpoints: int = 0
-    seed: int = 0
-    execution: Execution = field(default_factory=Execution)
+    originals: Ensemble  # N models trained on S
+    original_logits: np.ndarray  # theirs (N, n_points, n_classes), float32, training points first
+    x: Tensor  # prepared points (n_points, ...), training points first, on the originals' device
+    y: Tensor  # labels (n_points,), on the same device
+    n_train: int  # size of S
+    forget: np.ndarray  # indices of F in S
+    training: Training  # how the originals were trained; costs are relative to retraining with it
+    attributor: Attributor | None = None  # predicts retraining without F, for methods registered as `attributed`
+    oracle_logits: np.ndarray | None = None  # of models retrained without F that no result is measured against
+    checkpoints: int = 0  # at how many moments to record the trajectory
+    seed: int = 0  # of batches and samples
+    execution: Execution = field(default_factory=Execution)  # changes speed and memory only
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "forget", check_forget_indices(self.forget, self.n_train))
@@ -92,37 +77,25 @@ class Problem:
     def labels(self) -> np.ndarray:
         return self.y.cpu().numpy()
 
-    def rngs(self, stream: int | None = None) -> list[np.random.Generator]:
-        """One generator a model, so that each original meets its own batches.
-
-        Args:
-            stream: 1, 2, ... for a further use of chance, independent of the batches' and of other streams.
-        """
-        key = [] if stream is None else [stream]
+    def rngs(self, use: int | None = None) -> list[np.random.Generator]:
+        """One generator per model: for batches, or for a further use of chance (1, 2, ...) that is independent."""
+        key = [] if use is None else [use]
         return [np.random.default_rng([self.seed, i, *key]) for i in range(self.n_models)]
 
 
 @dataclass(frozen=True)
 class Unlearned:
-    """What a method's models answer.
+    """What the models of a method answer."""
 
-    Attributes:
-        margins: (N, n_points), float32.
-        correct: whether each answer is right, bool (N, n_points).
-        cost: sample gradients a model, relative to one retraining.
-        costs: the same at each checkpoint of the trajectory (n_checkpoints,), increasing.
-        trajectory: margins at each checkpoint (n_checkpoints, N, n_points).
-    """
-
-    margins: np.ndarray
-    correct: np.ndarray
-    cost: float
-    costs: np.ndarray
-    trajectory: np.ndarray
+    margins: np.ndarray  # (N, n_points), float32
+    correct: np.ndarray  # whether each answer is correct, bool (N, n_points)
+    cost: float  # sample gradients per model, relative to one retraining
+    costs: np.ndarray  # the same at each checkpoint of the trajectory (n_checkpoints,), increasing
+    trajectory: np.ndarray  # margins at each checkpoint (n_checkpoints, N, n_points)
 
     @classmethod
     def from_logits(cls, logits: np.ndarray, labels: np.ndarray, cost: float, one_step: bool = False) -> Unlearned:
-        """A result of logits (N, n_points, n_classes), without a trajectory, or with one of a single step."""
+        """Make a result of logits (N, n_points, n_classes), with a trajectory of no step or of one."""
         m = margins(logits, labels)
         return cls(m, correct(logits, labels), cost, np.full(int(one_step), cost), m[None][: int(one_step)])
 
@@ -147,23 +120,14 @@ Method = Callable[..., Unlearned]
 
 @dataclass(frozen=True)
 class Registered:
-    """A method, and what is to be known of it.
-
-    Attributes:
-        run: the method.
-        space: the grid that its hyperparameters are searched on.
-        paper: who proposed it.
-        cost: sample gradients per model, as a formula of options and of the sizes n_S, n_F, n_R.
-        elsewhere: public code that implements it.
-        attributed: whether it asks for the problem's attributor; presets then also know `name@attributor`.
-    """
+    """A method, and what is to be known of it."""
 
     run: Method
-    space: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    paper: str = ""
-    cost: str = ""
-    elsewhere: str = ""
-    attributed: bool = False
+    space: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # grid on which hyperparameters are searched
+    paper: str = ""  # who proposed it
+    cost: str = ""  # sample gradients per model, as a formula of options and of the sizes n_S, n_F, n_R
+    elsewhere: str = ""  # public code that implements it
+    attributed: bool = False  # whether it needs the problem's attributor; presets then also know `name@attributor`
 
 
 METHODS: Registry[Registered] = Registry(
@@ -174,7 +138,7 @@ METHODS: Registry[Registered] = Registry(
 def register(
     name: str, space: Mapping[str, Sequence[Any]] | None = None, *, version: int = 1, **known: Any
 ) -> Callable[[Method], Method]:
-    """Register a method by name.
+    """Register a method by name, with fields of `Registered`; raise `version` when its numbers change.
 
     >>> from dmmlib.optim import SGD
     >>> @register("halfway", space={"epochs": [0.5, 1.0]}, paper="an example", cost="epochs n_R")
@@ -183,12 +147,6 @@ def register(
     >>> len(configurations("halfway", budget=8))
     2
     >>> METHODS.remove("halfway")
-
-    Args:
-        name: what presets call it.
-        space: the grid on which its hyperparameters are searched; none if None.
-        version: to be raised when its numbers change, so that results are made anew.
-        known: further fields of `Registered`.
     """
 
     def add(method: Method) -> Method:
@@ -209,11 +167,7 @@ def get(name: str) -> Method:
 
 
 def registered(name: str) -> Registered:
-    """A method with its grid and what is to be known of it.
-
-    Raises:
-        MethodError: if there is none, or it is named with an attributor (`dmm@ridge`) and takes none.
-    """
+    """The entry of a method; raises MethodError for an unknown one, or an attributor (`gd@ridge`) that it ignores."""
     base, _, attributor = name.partition("@")
     found = METHODS[base]
     if attributor and not found.attributed:
@@ -225,10 +179,7 @@ def registered(name: str) -> Registered:
 
 
 def configurations(name: str, budget: int, seed: int = 0) -> list[dict[str, Any]]:
-    """`budget` settings drawn without replacement from a method's grid (all of them if it has fewer).
-
-    A method without a grid has the one empty setting.
-    """
+    """Draw `budget` settings without replacement from a method's grid, at most all; without a grid, one empty one."""
     space = registered(name).space
     grid = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
     keep = np.random.default_rng(seed).permutation(len(grid))[:budget]
@@ -245,10 +196,10 @@ def check_options(low: float = 0.0, high: float = math.inf, *, whole: bool = Fal
 
 
 def passes(problem: Problem, pool: np.ndarray, epochs: float, batch_size: int) -> list[np.ndarray]:
-    """Batches (n_models, batch) of so many passes over a pool, in an order of each model's own.
+    """Batches (n_models, batch) of so many passes over a pool, shuffled for each model.
 
-    The pool is one for all models (size,), or one a model (n_models, size). Half a pass is the first half of
-    a pass's batches.
+    The pool is one for all models (size,), or one for each (n_models, size). Half a pass is the first half of the
+    batches of one.
     """
     check_options(epochs=epochs)
     check_options(batch_size=batch_size, whole=True)
@@ -264,25 +215,17 @@ def descent(problem: Problem, sign: float = 1.0) -> Loss:
 
 
 def draw_batches(problem: Problem, pool: np.ndarray, n_steps: int, size: int) -> np.ndarray:
-    """`size` points of a pool a step, pass after pass without replacement: (n_steps, n_models, size)."""
+    """Draw `size` points of a pool per step, pass after pass without replacement: (n_steps, n_models, size)."""
     n_passes = -(-n_steps * size // len(pool))
-    orders = []
-    for rng in problem.rngs():
-        order = np.concatenate([rng.permutation(pool) for _ in range(n_passes)])
-        orders.append(order[: n_steps * size].reshape(n_steps, size))
-    return np.stack(orders, axis=1)
+    orders = [np.concatenate([rng.permutation(pool) for _ in range(n_passes)]) for rng in problem.rngs()]
+    return np.stack([order[: n_steps * size].reshape(n_steps, size) for order in orders], axis=1)
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of fine-tuning: which batches, which loss.
+    """A stretch of fine-tuning."""
 
-    Attributes:
-        batches: index arrays (n_models, batch) into the problem's points, one a step.
-        loss: of each model.
-    """
-
-    batches: Sequence[np.ndarray]
+    batches: Sequence[np.ndarray]  # indices (n_models, batch) into the problem's points, for each step
     loss: Loss
 
 
@@ -290,7 +233,7 @@ class Coordinates(Protocol):
     """Other coordinates of the same models, in which steps are taken."""
 
     def enter(self, models: Ensemble, members: np.ndarray) -> Ensemble:
-        """Stacked models in these coordinates; `members` are their numbers among the originals."""
+        """Models in these coordinates; `members` are their numbers among the originals."""
         ...
 
     def leave(self, models: Ensemble) -> Ensemble:
@@ -308,17 +251,14 @@ def finetune(
     spent: int = 0,
     coordinates: Coordinates | None = None,
 ) -> Unlearned:
-    """Fine-tune all originals through the phases and record their margins on the way.
+    """Fine-tune all originals through the phases, in order and with one optimizer; record their margins on the way.
 
     Args:
-        problem: what to unlearn, from which models.
-        phases: gone through in order, with one optimizer.
-        optimizer: moves the stacked parameters; it keeps its memory from phase to phase.
         rate: learning rate after a share, in [0, 1), of all steps; the optimizer's own if None.
         only: names of the parameters to move, the others being frozen; all if None.
         masks: name -> (N, ...), what gradients are multiplied with, if given.
-        spent: sample gradients a model that were spent before, to be counted in the cost.
-        coordinates: those that steps are taken in, the models' own if None; parameters that they add are frozen.
+        spent: sample gradients per model that were spent before, to be counted in the cost.
+        coordinates: in which steps are taken, the models' own if None; parameters that they add are frozen.
     """
     gradients = spent + np.cumsum([batch.shape[1] for phase in phases for batch in phase.batches])
     n_steps = len(gradients)

@@ -1,8 +1,8 @@
 """DMM and oracle matching: their grids, and fine-tuning to the answers of a model that never saw F.
 
-Georgiev et al., "Attribute-to-Delete: Machine Unlearning via Datamodel Matching", ICLR 2025. Oracle matching
-(OM) takes true oracles' logits as targets and is a bound; datamodel matching (DMM) takes predicted ones.
-Each original keeps its own randomness: its target is its own answer plus the predicted change.
+Georgiev et al., "Attribute-to-Delete: Machine Unlearning via Datamodel Matching", ICLR 2025. Oracle matching (OM)
+takes the logits of true oracles as targets and is a bound; datamodel matching (DMM) takes predicted ones. Each original
+keeps its own randomness: its target is its own answer plus the predicted change.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SPACE: dict[str, list[Any]] = {
 
 
 def predicted_oracle(problem: Problem) -> np.ndarray:
-    """Predicted oracle logits (N, n_points, n_classes): each original's own, moved by what the attributor predicts."""
+    """Predict oracle logits (N, n_points, n_classes): each original's own, moved by what the attributor predicts."""
     if problem.attributor is None:
         raise DataError("Datamodel methods need an attributor; give Problem(attributor=...).")
     return problem.attributor.retrained(problem.original_logits, problem.forget, problem.labels)
@@ -42,7 +42,7 @@ def predicted_oracle(problem: Problem) -> np.ndarray:
     attributed=True,
 )
 def dm_direct(problem: Problem) -> Unlearned:
-    """Answer with the predicted logits: what matching could reach; not a model, so of no cost in gradients."""
+    """Answer with the predicted logits: what matching could reach. This is no model, so it costs no gradients."""
     return Unlearned.from_logits(predicted_oracle(problem), problem.labels, cost=0.0)
 
 
@@ -75,11 +75,9 @@ def oracle_matching(
 ) -> Unlearned:
     """Oracle matching: `match` with targets made of the mean logits of `n_oracles` true oracles.
 
-    Original i takes oracles i, i + 1, ... With targets "oracle" that mean is the target: one oracle each
-    gives targets that are distributed as oracles are, a mean of several is less spread than they are. With
-    "shifted" the target is z_original + mean oracle - mean original, the mean original over all N: what DMM
-    approaches as its datamodel gets better. Each original then keeps its own randomness, and it is few
-    oracles that spread the targets more than oracles are.
+    Original i takes oracles i, i + 1, ... With targets "oracle" their mean is the target: of one oracle it is spread as
+    oracles are, of several it is spread less. With "shifted" the target is z_original + mean oracle - mean original
+    (over all N), which DMM approaches as its datamodel gets better; there, too few oracles spread it more.
 
     Raises:
         DataError: without oracles, or for more of them than there are.
@@ -92,15 +90,15 @@ def oracle_matching(
     oracles = problem.oracle_logits[:, : problem.n_train]
     if not 1 <= n_oracles <= len(oracles):
         raise DataError(f"n_oracles={n_oracles}, but there are {len(oracles)} oracles; use 1 to {len(oracles)}.")
-    chosen = (np.arange(problem.n_models)[:, None] + np.arange(n_oracles)) % len(oracles)
-    goal = np.asarray(sum(oracles[chosen[:, j]] for j in range(n_oracles)) / n_oracles, np.float32)
+    first = np.arange(problem.n_models)
+    goal = np.asarray(sum(oracles[(first + j) % len(oracles)] for j in range(n_oracles)) / n_oracles, np.float32)
     if targets == "shifted":
         originals = problem.original_logits[:, : problem.n_train]
         goal = goal + originals - originals.mean(0)
     return match(problem, goal, **hyperparameters)  # type: ignore[arg-type]
 
 
-N_WHITEN, DAMPING = 500, 0.03  # retained points that layers' inputs are measured on, at most; see `whitening.whitened`
+N_WHITEN, DAMPING = 500, 0.03  # retained points on which inputs of layers are measured, at most; see `whitened`
 
 
 def match(
@@ -113,23 +111,18 @@ def match(
     forget_share: float = 0.4,
     optimizer: str = "whitened",
 ) -> Unlearned:
-    """Fine-tune every original to target logits on F and a random sample of R.
+    """Fine-tune every original to target logits (N, n_train, n_classes) on F and a random sample of R.
 
-    The loss is the mean squared error on logits; by default Adam steps in whitened coordinates (`whitening.whitened`),
-    at a rate that falls linearly to zero: targets move the answers of F far and those of R hardly, so a step for the
-    one must leave the other alone, and inputs of layers that are all positive and alike tie them together. A batch
-    holds a fixed share of F; the rest is drawn from R. The published setting (F repeated 5 times with 20 |F| of R an
-    epoch) is `forget_share` 0.2; here the *cost* is fixed instead of the number of epochs, so that small and large
-    forget sets are given the same work, and small batches have been the better use of it.
+    The loss is the mean squared error on logits; Adam steps at a rate that falls linearly to zero. Targets move the
+    answers of F far and those of R hardly, so a step for the one must leave the other alone; inputs of layers that are
+    all positive and alike tie them together, hence the whitened coordinates (`whitening.whitened`). The published
+    setting (F repeated 5 times with 20 |F| of R per epoch) is `forget_share` 0.2; here the *cost* is fixed instead of
+    the number of epochs, so that small and large forget sets get the same work, and small batches use it better.
 
     Args:
-        problem: what to unlearn, from which models.
-        targets: logits (N, n_train, n_classes) to match.
-        cost: sample gradients to spend, relative to one retraining. Up to an eighth of it goes to retained points that
-            are seen once, to whiten.
+        cost: sample gradients to spend, relative to one retraining; up to an eighth of it goes into whitening.
         lr: Adam's rate at the start.
-        batch_size: examples per step.
-        forget_share: share of a batch that comes from F.
+        forget_share: share of a batch that comes from F; the rest is drawn from R.
         optimizer: "whitened", or "adam" in the models' own coordinates.
 
     Raises:
@@ -152,12 +145,7 @@ def match(
         coordinates = Whitening(problem.x, points, DAMPING, problem.originals.module)
     n_steps = max(1, round((budget - seen) / batch_size))
     from_forget = min(max(1, round(forget_share * batch_size)), batch_size - 1)
-    batches = np.concatenate(
-        [
-            draw_batches(problem, problem.forget, n_steps, from_forget),
-            draw_batches(problem, problem.retain, n_steps, batch_size - from_forget),
-        ],
-        axis=2,
-    )
-    phase = Phase(list(batches), to_targets)
+    forgotten = draw_batches(problem, problem.forget, n_steps, from_forget)
+    retained = draw_batches(problem, problem.retain, n_steps, batch_size - from_forget)
+    phase = Phase(list(np.concatenate([forgotten, retained], axis=2)), to_targets)
     return finetune(problem, [phase], Adam(lr), rate=lambda t: lr * (1 - t), spent=seen, coordinates=coordinates)

@@ -14,7 +14,7 @@ def do_nothing(problem: Problem) -> Unlearned:
 
 @register("retrain", paper="retraining on R: what unlearning is to equal", cost="training epochs n_R")
 def retrain(problem: Problem) -> Unlearned:
-    """Fresh oracles, independent of those measured against: the floor of KLoM, at the cost of 1."""
+    """Fresh oracles, independent of those that results are measured against: the floor of KLoM, at the cost of 1."""
     if problem.oracle_logits is None:
         raise DataError("retrain needs the logits of retrained models; give Problem(oracle_logits=...).")
     return Unlearned.from_logits(problem.oracle_logits, problem.labels, cost=1.0)
