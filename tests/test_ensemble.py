@@ -432,7 +432,7 @@ def test_whitened_models_answer_as_before_and_take_white_inputs(name):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_whitening_takes_moments_whose_rank_is_deficient(seed):
-    """Inputs as of a layer whose units are mostly dead, the others alike and of many sizes; all are dead on ten points."""
+    """Inputs as of a layer whose units are mostly dead, the others alike and of many sizes; all dead on ten points."""
     g, d = torch.Generator().manual_seed(seed), 256
     x = (torch.randn(300, 20, generator=g) @ torch.randn(20, d, generator=g)).relu()
     x *= 10 ** (-6 * torch.rand(d, generator=g)) * (torch.rand(d, generator=g) < 0.2)
