@@ -655,7 +655,7 @@ def _(inputs: Inputs) -> Values:
     yield "scale", fitted.scale
     yield "root mean square of what is answered with all points", rms(fitted.offset)
     yield "root mean square effect of single points, unscaled", rms(fitted.response.weights)
-    yield "leverage of F", fitted.response.leverage(FORGET)
+    yield "leverage of F", fitted.leverage(FORGET)
     yield from _attributor(inputs, attribution.fit("linearised", inputs.context, n_models=3, rank=30), "rank 30")
 
 
@@ -680,7 +680,7 @@ def _(inputs: Inputs) -> Values:
     fitted = attribution.fit("kernel", inputs.context)
     yield from _attributor(inputs, fitted)
     yield "scale", fitted.scale
-    yield "leverage of F", fitted.response.leverage(FORGET)
+    yield "leverage of F", fitted.leverage(FORGET)
 
 
 @component("attributor lasso")

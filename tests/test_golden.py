@@ -144,7 +144,7 @@ CHANGES = {
     "less caution with noisy slopes": ("calibration", edit(base.slope, "ff / 2", "ff / 4")),
     "linearised: another penalty": (
         "attributor linearised",
-        default("lam", 0.01, linearised.linearise, linearised.linearised_response, linearised.linearised),
+        default("lam", 0.01, linearised.linearised_response, linearised.linearised),
     ),
     "Bayesian: a scale that noise shrinks": (
         "attributor bayesian",

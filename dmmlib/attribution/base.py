@@ -1,10 +1,10 @@
-"""What every attribution method gets, and the registry."""
+"""What every attribution method gets, the registry, and datamodels of margins alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,35 +13,23 @@ from torch import Tensor
 from dmmlib.datamodels import Attributor, Indices, check_varying
 from dmmlib.ensemble import Ensemble, check_masks
 from dmmlib.errors import DataError
-from dmmlib.forget_sets import indicator
+from dmmlib.forget_sets import check_forget_indices, indicator
 from dmmlib.metrics import right_logits
 from dmmlib.registry import Registry
 
 
 @dataclass(frozen=True)
 class Context:
-    """What there is to attribute from.
+    """What there is to attribute from."""
 
-    Attributes:
-        x: prepared points (n_points, ...), training points first, on the models' device.
-        y: labels (n_points,), on the same device.
-        masks: training sets of the subset models, bool (M, n_train).
-        outputs: their logits in the margin gauge (M, n_points, n_classes): an array, or what slices to arrays on its
-            first axis.
-        models: weights of the first K subset models, K <= M, for methods that take gradients.
-        originals: the models trained on all points, and
-        original_logits: their logits (N, n_points, n_classes).
-        seed: of whatever a method draws.
-    """
-
-    x: Tensor
-    y: Tensor
-    masks: np.ndarray
-    outputs: Any
-    models: Ensemble | None = None
-    originals: Ensemble | None = None
-    original_logits: np.ndarray | None = None
-    seed: int = 0
+    x: Tensor  # prepared points (n_points, ...), training points first, on the models' device
+    y: Tensor  # labels (n_points,), on the same device
+    masks: np.ndarray  # training sets of the subset models, bool (M, n_train)
+    outputs: Any  # their logits in the margin gauge (M, n_points, n_classes); slices to arrays along its first axis
+    models: Ensemble | None = None  # the first K <= M subset models, for methods that take gradients
+    originals: Ensemble | None = None  # models trained on all points
+    original_logits: np.ndarray | None = None  # theirs (N, n_points, n_classes)
+    seed: int = 0  # of whatever a method draws
 
     def __post_init__(self) -> None:
         check_masks(self.masks, self.masks.shape[-1])
@@ -54,7 +42,7 @@ class Context:
         if len(self.x) != len(self.y) or len(self.x) < self.n_train:
             raise DataError(
                 f"There are {len(self.x)} points, {len(self.y)} labels and masks of {self.n_train} training points; "
-                "give one label a point, training points first."
+                "give one label for each point, training points first."
             )
         if self.models is not None and self.models.n_models > len(self.masks):
             raise DataError(
@@ -91,7 +79,7 @@ class Context:
 
 
 class Response(Protocol):
-    """How margins respond to which points a model is trained on."""
+    """How margins depend on which points a model is trained on, up to a scale."""
 
     @property
     def n_train(self) -> int: ...
@@ -101,106 +89,94 @@ class Response(Protocol):
         """By how much one more training point raises each margin (n_train, n_points)."""
         ...
 
-    def change(self, masks: np.ndarray) -> np.ndarray:
-        """Change of margins (k, n_points) of models trained on each mask (k, n_train), against one trained on all."""
+    def change(self, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Predict how margins change when models are trained on masks (k, n_train) instead of all points.
+
+        Returns:
+            The change (k, n_points), and its noise (n_points,): the variance of each margin's change that is due to
+            which models the response averages over; 0 where that is not known.
+        """
         ...
 
-
-@runtime_checkable
-class Averaged(Response, Protocol):
-    """A response that is a mean over models, and knows how noisy it is."""
-
-    def foresee(self, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`change`, and the variance of each margin's (n_points,) over masks that is due to which models they are."""
+    def leverage(self, forget: np.ndarray) -> float | None:
+        """`Attributor.leverage` of the points `forget`."""
         ...
-
-
-def foresee(response: Response, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The change and its noise, 0 where the response does not know."""
-    if isinstance(response, Averaged):
-        return response.foresee(masks)
-    change = response.change(masks)
-    return change, np.zeros(change.shape[1])
 
 
 def slope(yf: float, ff: float, noise: float) -> float:
-    """Of least squares of y on f, from their products, without the noise in f that shrinks it.
+    """Slope of y on f by least squares, from their products, corrected for the noise in f, which would shrink it.
 
-    Spearman, "The proof and measurement of association between two things", 1904. Where that leaves less than half of
-    f's variance, which a few models or masks cannot tell from chance, it is half.
+    Spearman, "The proof and measurement of association between two things", 1904. At most half of f's variance is taken
+    for noise: a few models or masks cannot tell more from chance.
     """
     return yf / max(ff - noise, ff / 2, 1e-12)
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A response that is the sum of single points'.
+    """A response that adds up over points: W^T (mask - 1)."""
 
-    Attributes:
-        weights: W (n_train, n_points).
-    """
-
-    weights: np.ndarray
+    weights: np.ndarray  # W (n_train, n_points)
 
     @property
     def n_train(self) -> int:
         return len(self.weights)
 
-    def change(self, masks: np.ndarray) -> np.ndarray:
-        """W^T (mask - 1), (k, n_points)."""
-        return (np.asarray(masks, np.float32) - 1) @ self.weights
+    def change(self, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Predict as `Response.change`, of unknown noise."""
+        return (np.asarray(masks, np.float32) - 1) @ self.weights, np.zeros(self.weights.shape[1])
+
+    def leverage(self, forget: np.ndarray) -> None:
+        """Weights do not say it."""
+
+
+def of_label(change: np.ndarray, scale: float, labels: np.ndarray, n_classes: int) -> np.ndarray:
+    """Scale a change of margins (k, n_points) into one of logits in the margin gauge (k, n_points, n_classes).
+
+    Only the label's logit changes: given that a model is wrong, what it answers is taken to stay.
+    """
+    correct = np.arange(n_classes) == labels[:, None]
+    return np.where(correct, np.float32(scale) * change[..., None], np.float32(0))
 
 
 @dataclass(frozen=True)
 class MarginDatamodel(Attributor):
-    """A response of margins, scaled; given that a model is wrong, what it answers is taken to stay.
-
-    Attributes:
-        response: of margins.
-        scale: of it.
-        labels: (n_points,).
-        offset: (n_points, n_classes), in the margin gauge: what a model trained on all points answers.
-    """
+    """A response of margins, scaled."""
 
     response: Response
     scale: float
-    labels: np.ndarray
-    offset: np.ndarray
+    labels: np.ndarray  # (n_points,)
+    offset: np.ndarray  # logits of a model trained on all points (n_points, n_classes), in the margin gauge
 
     @property
     def weights(self) -> np.ndarray:
         """By how much one more training point raises each margin (n_train, n_points)."""
         return np.float32(self.scale) * self.response.weights
 
-    def change(self, masks: np.ndarray) -> np.ndarray:
-        """Change of the label's logit (k, n_points, n_classes) of models trained on each mask, against on all."""
-        return self.scaled(self.response.change(masks))
-
-    def scaled(self, change: np.ndarray) -> np.ndarray:
-        """A change that the response foresees (k, n_points), scaled, as one of the label's logit."""
-        right = np.arange(self.offset.shape[1]) == self.labels[:, None]
-        return np.where(right, np.float32(self.scale) * change[..., None], np.float32(0))
-
     def effects(self, forget_sets: Sequence[Indices]) -> np.ndarray:
-        """Predict the change of logits (k, n_points, n_classes) on retraining without each forget set."""
-        return self.change(np.stack([indicator(forget, self.response.n_train) for forget in forget_sets]) == 0)
+        return self._change(np.stack([indicator(forget, self.response.n_train) for forget in forget_sets]) == 0)
 
     def predict(self, masks: np.ndarray) -> np.ndarray:
-        """Predicted logits (k, n_points, n_classes) of models trained on the given masks (k, n_train)."""
-        return self.offset + self.change(masks)
+        return self.offset + self._change(masks)
+
+    def leverage(self, forget: Indices) -> float | None:
+        return self.response.leverage(check_forget_indices(forget, self.response.n_train))
+
+    def _change(self, masks: np.ndarray) -> np.ndarray:
+        return of_label(self.response.change(masks)[0], self.scale, self.labels, self.offset.shape[1])
 
 
 def calibrated(context: Context, response: Response | np.ndarray) -> MarginDatamodel:
-    """A response up to its scale, or weights (n_train, n_points) of one; scaled to fit the subset models' margins."""
+    """Scale a response, or linear weights (n_train, n_points), to fit the margins of the context's subset models."""
     if isinstance(response, np.ndarray):
         response = Linear(response)
-    (change, noise), actual = foresee(response, context.masks), context.margins
+    (change, noise), actual = response.change(context.masks), context.margins
     predicted, actual = change - change.mean(0), actual - actual.mean(0)
     squares = float((predicted**2).sum()), float(noise.sum()) * (len(change) - 1)
     scale = slope(float((predicted * actual).sum()), *squares)
-    unshifted = MarginDatamodel(response, scale, context.labels, np.zeros(context.outputs.shape[1:], np.float32))
-    offset = np.asarray(context.outputs[: len(context.masks)]).mean(0) - unshifted.scaled(change).mean(0)
-    return replace(unshifted, offset=offset)
+    moved = of_label(change, scale, context.labels, context.n_classes)
+    offset = np.asarray(context.outputs[: len(context.masks)]).mean(0) - moved.mean(0)
+    return MarginDatamodel(response, scale, context.labels, offset)
 
 
 Fit = Callable[..., Attributor]
@@ -212,11 +188,9 @@ ATTRIBUTORS: Registry[Fit] = Registry(
 
 
 def register(name: str, version: int = 1) -> Callable[[Fit], Fit]:
-    """Register a method by name: a function of a `Context` (and options) that returns an `Attributor`.
+    """Register a function of a `Context` and options that returns an `Attributor`.
 
-    Args:
-        name: what presets and `method@name` call it by.
-        version: to be raised when its predictions change, so that results are made anew.
+    Raise `version` when its predictions change, so that results are made anew.
     """
 
     def add(method: Fit) -> Fit:

@@ -1,29 +1,25 @@
 """Bayesian datamodels: what linearised retraining expects, corrected by what a hundred subset models show.
 
-For every output y (a margin, or another logit in the margin gauge) of a model trained on a subset, with centred mask a,
+Each output y (a margin, or another logit in the margin gauge) of a model trained on a subset of centred mask a is
 
-    y = mean + s (f - mean f) + a.w + noise,    w ~ N(0, rho sigma^2 C) + own,    noise ~ N(0, sigma^2),
+    y = mean + s (f - mean f) + a.w + noise,    w ~ N(0, rho sigma^2 C) + own,    noise ~ N(0, sigma^2):
 
-- f is the change of the margin that `attribution.linearised` expects of that subset; 0 for other logits; s is a scale;
-- w is what is wrong with it, linear in the mask. C, the same for all outputs, says how much of it is to be expected of
-  a training point: with W0 (n_train, n_points) the response's effects of single points, C = (1 - delta) W0 W0^T /
-  n_points + delta times its diagonal, scaled to mean diagonal 1. By default delta = 1: points err independently, each
-  in proportion to its effects;
-- own: what a training point does to *itself* is far more than C allows for and is seen well, since a share of the
-  models has it and a share has not: the weight b_j a_j of training point j on its own outputs is free;
-- noise: seed, batches, and what is not linear. rho maximises the evidence of all margins, s, sigma^2 and b_j being
-  profiled out. No forget set and no oracle is needed for any of it.
-
-f is the mean over a few linearised models, and so is noisy itself. The noise hardly matters for a group, whose points
-act together, but where a quarter of S is left out at random it is a good part of f, and shrinks any fitted s. So s is
-that of generalised least squares without the noise in f (`attribution.base.slope`).
+- f is the change of the margin that `attribution.linearised` expects of that subset (0 for other logits), s its scale.
+  As a mean over a few models f is noisy, which would shrink s where a random quarter of S is left out; so s is that of
+  generalised least squares corrected for the noise (`attribution.base.slope`);
+- w corrects it, linearly in the mask. With W0 (n_train, n_points) the response's effects of single points, C = (1 -
+  delta) W0 W0^T / n_points + delta times its diagonal, scaled to mean diagonal 1. By default delta = 1: points err
+  independently, each in proportion to its effects;
+- own: what a training point does to *itself* is far more than C allows for, and well seen, as some models have it and
+  some have not; so the weight b_j a_j of training point j on its own outputs is free;
+- rho maximises the evidence of all margins, with s, sigma^2 and b_j profiled out.
 
 With R = rho A C A^T + I and F left out, the posterior mean of the change is
 
     s f(S without F) - rho (A C 1_F)^T R^-1 e - b_j [j in F],    e = Y - s f - b_j a_j  (centred),
 
-one product a forget set, and its variance is that of universal kriging (Rasmussen and Williams, "Gaussian Processes for
-Machine Learning", 2006, sections 2.5 and 2.7): with q = A C 1_F and a = a_j,
+and its variance is that of universal kriging (Rasmussen and Williams, "Gaussian Processes for Machine Learning", 2006,
+sections 2.5 and 2.7): with q = A C 1_F and a = a_j,
 
     sigma^2 ( rho 1_F.C 1_F - rho^2 q^T R^-1 q + ([j in F] - rho a^T R^-1 q)^2 / a^T R^-1 a ).
 """
@@ -31,11 +27,11 @@ Machine Learning", 2006, sections 2.5 and 2.7): with q = A C 1_F and a = a_j,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from dmmlib.attribution.base import Context, Linear, MarginDatamodel, Response, foresee, register, slope
+from dmmlib.attribution.base import Context, Linear, MarginDatamodel, Response, of_label, register, slope
 from dmmlib.attribution.linearised import LAM, RANK, linearised_response
 from dmmlib.datamodels import Attributor, Indices
 from dmmlib.errors import DataError
@@ -46,7 +42,7 @@ RHOS = np.geomspace(1e-4, 1e3, 29)
 
 @dataclass(frozen=True)
 class BayesianDatamodel(Attributor):
-    """The fitted posterior; see the module. `fit` makes it around any response.
+    """The posterior that `fit` finds, in the notation of the module.
 
     >>> from dmmlib.attribution import Context
     >>> masks = np.random.default_rng(0).random((40, 6)) < 0.75
@@ -54,30 +50,18 @@ class BayesianDatamodel(Attributor):
     >>> context = Context(torch.zeros(6, 1), torch.zeros(6, dtype=torch.long), masks, outputs)
     >>> fit(context, np.eye(6, dtype=np.float32)).effect([2])[:, 0].round(2) + 0.0
     array([ 0.,  0., -1.,  0.,  0.,  0.], dtype=float32)
-
-    Attributes:
-        prior: s f, and what is answered on average.
-        cross: A C (M, n_train).
-        coefficients: rho R^-1 e (M, n_points, n_classes).
-        own: b (n_train, n_classes).
-        covariance: C (n_train, n_train).
-        precision: R^-1 on centred vectors (M, M).
-        masks: A (M, n_train), centred.
-        mean_mask: (n_train,), what they were centred by.
-        rho: of the module.
-        sigma: of the noise of each margin (n_points,).
     """
 
-    prior: MarginDatamodel
-    cross: np.ndarray
-    coefficients: np.ndarray
-    own: np.ndarray
-    covariance: np.ndarray
-    precision: np.ndarray
-    masks: np.ndarray
-    mean_mask: np.ndarray
+    prior: MarginDatamodel  # s f, and the outputs of a model trained on all points
+    cross: np.ndarray  # A C (M, n_train)
+    coefficients: np.ndarray  # rho R^-1 e (M, n_points, n_classes)
+    own: np.ndarray  # b (n_train, n_classes)
+    covariance: np.ndarray  # C (n_train, n_train)
+    precision: np.ndarray  # R^-1 on centred vectors (M, M)
+    masks: np.ndarray  # A (M, n_train)
+    mean_mask: np.ndarray  # by which masks are centred (n_train,)
     rho: float
-    sigma: np.ndarray
+    sigma: np.ndarray  # (n_points,) for each margin
 
     @property
     def n_train(self) -> int:
@@ -88,30 +72,18 @@ class BayesianDatamodel(Attributor):
         """s."""
         return self.prior.scale
 
-    def correction(self, directions: np.ndarray) -> np.ndarray:
-        """w.d, the own weights included (k, n_points, n_classes), for each row d of (k, n_train)."""
-        d = np.asarray(directions, np.float32)
-        total = np.tensordot(d @ self.cross.T, self.coefficients, 1)
-        total[:, : self.n_train] += d[:, :, None] * self.own
-        return total
-
-    def change(self, masks: np.ndarray) -> np.ndarray:
-        """Predicted change of logits (k, n_points, n_classes) of models trained on each mask, against one on all."""
-        return self.prior.change(masks) + self.correction(np.asarray(masks, np.float32) - 1)
-
     def effects(self, forget_sets: Sequence[Indices]) -> np.ndarray:
-        """Predict the change of logits (k, n_points, n_classes) on retraining without each forget set."""
-        return self.change(np.stack([indicator(forget, self.n_train) for forget in forget_sets]) == 0)
+        left_out = np.stack([indicator(forget, self.n_train) for forget in forget_sets])
+        return self.prior.effects(forget_sets) - self._correction(left_out)
 
     def predict(self, masks: np.ndarray) -> np.ndarray:
-        """Predicted logits (k, n_points, n_classes) of models trained on the given masks (k, n_train)."""
-        return self.prior.predict(masks) + self.correction(masks - self.mean_mask)
+        return self.prior.predict(masks) + self._correction(masks - self.mean_mask)
+
+    def leverage(self, forget: Indices) -> float | None:
+        return self.prior.leverage(forget)
 
     def sd(self, forget: Indices) -> np.ndarray:
-        """Posterior standard deviation (n_points,) of the predicted change of each margin.
-
-        It is that of the linear model at the subsets' size: what groups do beyond the sum of their points is not in it.
-        """
+        """Posterior standard deviation (n_points,), without what groups do beyond the sum of their points."""
         u = indicator(forget, self.n_train).astype(np.float64)
         q = self.masks @ (self.covariance @ u)
         pq = self.precision @ q
@@ -122,20 +94,21 @@ class BayesianDatamodel(Attributor):
         variance[: self.n_train] += missing**2 / np.maximum(information, 1e-9)
         return self.sigma * np.sqrt(variance)
 
+    def _correction(self, directions: np.ndarray) -> np.ndarray:
+        """w.d (k, n_points, n_classes), with own weights, for each direction d of (k, n_train)."""
+        d = np.asarray(directions, np.float32)
+        total = np.tensordot(d @ self.cross.T, self.coefficients, 1)
+        total[:, : self.n_train] += d[:, :, None] * self.own
+        return total
+
 
 @register("bayesian")
 def bayesian(
     context: Context, lam: float = LAM, delta: float = 1.0, n_models: int | None = 20, rank: int = RANK
 ) -> BayesianDatamodel:
-    """Fit the posterior to all subset models of the context.
+    """Fit the posterior to all subset models of the context, around `linearised_response`.
 
-    Takes what `linearised_response` does, its prediction of every subset, M^3 for the evidence, and 4 M n_points
-    n_classes bytes.
-
-    Args:
-        context: with the weights of subset models.
-        lam, n_models, rank: of the linearised models; see `linearised`.
-        delta: share of C that is each point's own, in (0, 1].
+    Takes what that does, its prediction of every subset, O(M^3) for the evidence, and 4 M n_points n_classes bytes.
 
     Raises:
         DataError: for a delta outside (0, 1], fewer than three subset models, or as `linearised_response`.
@@ -148,7 +121,7 @@ def bayesian(
 
 
 def fit(context: Context, response: Response | np.ndarray, delta: float = 1.0) -> BayesianDatamodel:
-    """The posterior around any response of margins, or weights (n_train, n_points) of a linear one, up to a scale."""
+    """Fit the posterior around any response of margins, or linear weights (n_train, n_points), up to a scale."""
     if isinstance(response, np.ndarray):
         response = Linear(response)
     n, m = context.n_train, len(context.masks)
@@ -159,13 +132,12 @@ def fit(context: Context, response: Response | np.ndarray, delta: float = 1.0) -
     gram = a @ c @ a.T
     values, vectors = np.linalg.eigh(gram + (1 + np.trace(gram)) / m)  # the constant, which the mean takes, comes last
     values, vectors = np.maximum(values[:-1], 0), vectors[:, :-1]
-    change, noise = foresee(response, context.masks)
+    change, noise = response.change(context.masks)
     y, f, own = (vectors.T @ z for z in (context.margins, change, a))  # constants are gone
-    scale, rho, sigma = _evidence(values, y, f, own, noise)
+    scale, rho, sigma = evidence(values, y, f, own, noise)
     precision = (vectors / (1 + rho * values)) @ vectors.T
-    unshifted = MarginDatamodel(response, scale, context.labels, np.zeros(outputs.shape[1:], np.float32))
-    left = outputs - unshifted.scaled(change)
-    prior = replace(unshifted, offset=left.mean(0))
+    left = outputs - of_label(change, scale, context.labels, context.n_classes)
+    prior = MarginDatamodel(response, scale, context.labels, left.mean(0))
     left -= prior.offset
     weighted = precision @ a  # R^-1 a_j
     b = np.einsum("mj,mjc->jc", weighted, left[:, :n]) / np.maximum((a * weighted).sum(0), 1e-9)[:, None]
@@ -178,7 +150,7 @@ def fit(context: Context, response: Response | np.ndarray, delta: float = 1.0) -
 
 
 def covariance(w0: np.ndarray, delta: float) -> np.ndarray:
-    """C (n_train, n_train) of mean diagonal 1, from prior weights (n_train, n_points)."""
+    """C (n_train, n_train) of mean diagonal 1, from effects W0 (n_train, n_points)."""
     c = (w0 @ w0.T).astype(np.float64)
     diagonal = np.diagonal(c).copy()
     c *= 1 - delta
@@ -186,18 +158,22 @@ def covariance(w0: np.ndarray, delta: float) -> np.ndarray:
     return c / max(float(diagonal.mean()), 1e-12)
 
 
-def _evidence(
+def evidence(
     values: np.ndarray, y: np.ndarray, f: np.ndarray, own: np.ndarray, noise: np.ndarray
 ) -> tuple[float, float, np.ndarray]:
-    """The scale of least squares, the rho that maximises the evidence of all margins, and each margin's sigma there.
+    """Find the scale s, the rho that maximises the evidence of all margins, and sigma (n_points,) there.
 
-    Everything is in the eigenbasis of A C A^T, whose eigenvalues are `values` (k,): margins y (k, n_points), the
-    prior's predictions f of them, with white noise of variance `noise` (n_points,), and the masks of single points own
-    (k, n_train). In that basis, with R = 1 + rho values, the log evidence of a margin is - k / 2 log (e^T R^-1 e / k)
-    - 1 / 2 log det R up to a constant, with e what is left.
+    In the eigenbasis of A C A^T, with residuals e, the log evidence of a margin is, up to a constant,
+    - k / 2 log (e^T R^-1 e / k) - 1 / 2 log det R.
+
+    Args:
+        values: eigenvalues of A C A^T (k,); what follows is in its eigenbasis.
+        y: margins (k, n_points).
+        f: the response's predictions of them, with white noise of variance `noise` (n_points,).
+        own: masks of single points (k, n_train).
     """
     k, n = own.shape
-    best, found = -np.inf, (0.0, 0.0, np.zeros(y.shape[1]))
+    most, found = -np.inf, (0.0, 0.0, np.zeros(y.shape[1]))
     for rho in RHOS:
         w = 1 / (1 + rho * values)[:, None]
         yy, yf, ff = ((w * p * q).sum(0) for p, q in ((y, y), (y, f), (f, f)))
@@ -210,7 +186,7 @@ def _evidence(
         white[:n] -= noise[:n] * a2 / aa
         scale = slope(float(yf.sum()), float(ff.sum()), float(white.sum()))
         square = np.maximum(yy - 2 * scale * yf + scale**2 * ff, 1e-12)
-        evidence = -0.5 * k * np.log(square).sum() - 0.5 * y.shape[1] * np.log1p(rho * values).sum()
-        if evidence > best:
-            best, found = evidence, (scale, float(rho), np.sqrt(square / k))
+        total = -0.5 * k * np.log(square).sum() - 0.5 * y.shape[1] * np.log1p(rho * values).sum()
+        if total > most:
+            most, found = total, (scale, float(rho), np.sqrt(square / k))
     return found

@@ -1,9 +1,8 @@
 """Gradients of margins with respect to weights, and their inner products.
 
-The kernel K = Phi Phi^T, with phi_i the gradient of the margin of point i, is exact wherever a layer is linear on
-vectors: the gradient of one is an outer product of its input a and the gradient d at its output, so it adds
-(a_i.a_j + 1)(d_i.d_j), without the random projection of TRAK (Park et al., ICML 2023). All other weights take explicit
-gradients.
+The kernel K = Phi Phi^T, with phi_i the gradient of the margin of point i, takes no random projection (as in TRAK, Park
+et al., ICML 2023) wherever a layer is linear on vectors: the gradient of one is an outer product of its input a and the
+gradient d at its output, so it adds (a_i.a_j + 1)(d_i.d_j). All other weights take explicit gradients.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from dmmlib.ensemble import Ensemble
+from dmmlib.optim import Tensors
 
 POINTS = 100  # explicit gradients at a time
 FEATURES = 20_000  # weights with explicit gradients, beyond which these are projected
@@ -23,31 +23,24 @@ FEATURES = 20_000  # weights with explicit gradients, beyond which these are pro
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
     """Margins (n_points,) of logits (n_points, n_classes): z_y - logsumexp over c != y of z_c."""
-    right = y[..., None] == torch.arange(logits.shape[-1], device=y.device)
-    return logits.gather(-1, y[..., None])[..., 0] - logits.masked_fill(right, -torch.inf).logsumexp(-1)
+    label = y[..., None] == torch.arange(logits.shape[-1], device=y.device)
+    return logits.gather(-1, y[..., None])[..., 0] - logits.masked_fill(label, -torch.inf).logsumexp(-1)
 
 
 @dataclass(frozen=True)
 class _Model:
-    """One model of an ensemble, as functions of its weights."""
+    """One model of an ensemble."""
 
     module: nn.Module
-    params: dict[str, Tensor]
-    buffers: dict[str, Tensor]
+    params: Tensors
+    buffers: Tensors
 
-    @classmethod
-    def of(cls, models: Ensemble, i: int) -> _Model:
-        models.module.eval()
-        return cls(
-            models.module, {k: v[i] for k, v in models.params.items()}, {k: v[i] for k, v in models.buffers.items()}
-        )
-
-    def logits(self, params: dict[str, Tensor], x: Tensor) -> Tensor:
-        return functional_call(self.module, (params, self.buffers), (x,))
+    def margins(self, params: Tensors, x: Tensor, y: Tensor) -> Tensor:
+        return margin(functional_call(self.module, (params, self.buffers), (x,)), y)
 
 
 def _layers(model: _Model, x: Tensor, y: Tensor) -> list[tuple[str, Tensor, Tensor]]:
-    """Name, inputs a (n, n_in) and gradients d (n, n_out) of the margins at the outputs, of each linear layer.
+    """Name, inputs a (n, n_in) and gradients d (n, n_out) at the outputs, of each linear layer.
 
     Only of layers that a forward pass meets once, on vectors, and whose weights no other part shares.
     """
@@ -61,9 +54,9 @@ def _layers(model: _Model, x: Tensor, y: Tensor) -> list[tuple[str, Tensor, Tens
     try:
         with torch.enable_grad():
             params = {k: v.detach().requires_grad_() for k, v in model.params.items()}
-            m = margin(model.logits(params, x), y)
+            total = model.margins(params, x, y).sum()
             once = {k: c[0] for k, c in calls.items() if len(c) == 1 and c[0][0].ndim == 2}
-            gradients = torch.autograd.grad(m.sum(), [out for _, out in once.values()]) if once else ()
+            gradients = torch.autograd.grad(total, [out for _, out in once.values()]) if once else ()
     finally:
         for hook in hooks:
             hook.remove()
@@ -71,12 +64,12 @@ def _layers(model: _Model, x: Tensor, y: Tensor) -> list[tuple[str, Tensor, Tens
 
 
 def _explicit(model: _Model, x: Tensor, y: Tensor, names: Sequence[str], seed: int) -> Tensor:
-    """Gradients (n, n_features) of each point's margin in the weights `names`, randomly projected if very many."""
+    """Gradients (n, n_features) of each point's margin in the weights `names`, projected if they are very many."""
     rest = {k: v for k, v in model.params.items() if k not in names}
     chosen = {k: model.params[k] for k in names}
 
-    def one(chosen: dict[str, Tensor], point: Tensor, label: Tensor) -> Tensor:
-        return margin(model.logits(chosen | rest, point[None]), label[None])[0]
+    def one(chosen: Tensors, point: Tensor, label: Tensor) -> Tensor:
+        return model.margins(chosen | rest, point[None], label[None])[0]
 
     per_point = vmap(grad(one), in_dims=(None, 0, 0))
     n_weights = sum(v.numel() for v in chosen.values())
@@ -89,7 +82,7 @@ def _explicit(model: _Model, x: Tensor, y: Tensor, names: Sequence[str], seed: i
 
 
 def _project(gradients: Tensor, seed: int, n_features: int = 4096, block: int = 10_000) -> Tensor:
-    """Inner products are kept in expectation: (n, n_features) by a fixed matrix of random signs, never built whole."""
+    """Project on random signs (n, n_features), drawn a block at a time; inner products are kept in expectation."""
     generator = torch.Generator(gradients.device).manual_seed(seed)
     total = gradients.new_zeros(len(gradients), n_features)
     for part in gradients.split(block, 1):
@@ -100,20 +93,18 @@ def _project(gradients: Tensor, seed: int, n_features: int = 4096, block: int = 
 
 @torch.no_grad()
 def gram(models: Ensemble, i: int, x: Tensor, y: Tensor, seed: int = 0) -> Tensor:
-    """K (n, n): inner products of the gradients of the points' margins in the weights of model i.
+    """K (n, n): inner products of gradients of the margins of points (n, ...) in the weights of model i.
 
     Args:
         models: an ensemble; evaluated as at test time (batch norm with its running statistics).
         i: which of its models.
-        x: points (n, ...).
-        y: their labels (n,).
+        x, y: points and their labels (n,).
         seed: of the random projection of gradients that are not outer products, where they are more than 20,000.
     """
-    model = _Model.of(models, i)
-    layers = _layers(model, x, y)
-    k = x.new_zeros(len(x), len(x))
-    covered: set[str] = set()
-    for name, a, d in layers:
+    models.module.eval()
+    model = _Model(models.module, *({k: v[i] for k, v in part.items()} for part in (models.params, models.buffers)))
+    k, covered = x.new_zeros(len(x), len(x)), set[str]()
+    for name, a, d in _layers(model, x, y):
         prefix = f"{name}." if name else ""
         covered |= {f"{prefix}weight", f"{prefix}bias"} & set(model.params)
         k += (a @ a.T + float(f"{prefix}bias" in model.params)) * (d @ d.T)

@@ -139,9 +139,10 @@ class KernelResponse:
         """r_i T_it (n_train, n_points): what one point does where all others are present."""
         return np.asarray(self.residuals[:, None] * self.kernel.transfer, np.float32)
 
-    def change(self, masks: np.ndarray) -> np.ndarray:
-        """`Kernel.change` (k, n_points)."""
-        return self.kernel.change(self.residuals, masks)
+    def change(self, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`Kernel.change` (k, n_points), of unknown noise."""
+        change = self.kernel.change(self.residuals, masks)
+        return change, np.zeros(change.shape[1])
 
     def leverage(self, forget: np.ndarray) -> float:
         """Length, in the models' own metric, of the displacement without the points `forget`, up to a constant.

@@ -11,8 +11,8 @@ from scipy.special import expit
 from torch import Tensor
 
 from dmmlib import attribution, metrics
-from dmmlib.attribution.base import MarginDatamodel, calibrated
-from dmmlib.attribution.bayesian import BayesianDatamodel, fit
+from dmmlib.attribution.base import calibrated
+from dmmlib.attribution.bayesian import fit
 from dmmlib.attributors.kernel import gradient_kernel, kernel_response
 from dmmlib.datamodels import Attributor, Indices
 from dmmlib.studies.adversary.crafting import Poison, delete_groups, most_harmful
@@ -197,7 +197,7 @@ def fit_datamodel(world: World, site: Site) -> Monitor:
     return _monitor(fit(context, response, 0.2), context, t)
 
 
-def _monitor(datamodel: MarginDatamodel | BayesianDatamodel, context: attribution.Context, t: np.ndarray) -> Monitor:
+def _monitor(datamodel: Attributor, context: attribution.Context, t: np.ndarray) -> Monitor:
     """A monitor with residuals 1 - p of the context's subset models, and the kernel T (n_train, n_points)."""
     n = context.n_train
     residual = expit(-context.margins[:, :n]).mean(0)

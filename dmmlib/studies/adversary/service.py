@@ -20,10 +20,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dmmlib.attribution.base import MarginDatamodel, indicator
-from dmmlib.attribution.bayesian import BayesianDatamodel
 from dmmlib.data import Dataset
+from dmmlib.datamodels import Attributor
 from dmmlib.errors import DataError, ForgetSetError
+from dmmlib.forget_sets import indicator
 from dmmlib.metrics import Estimate, right_logits
 
 COMPONENTS = ("validation", "retain", "leverage")
@@ -75,27 +75,27 @@ def resolve(
 class Monitor:
     """Scores requests before they are served."""
 
-    datamodel: MarginDatamodel | BayesianDatamodel  # of the training set
+    datamodel: Attributor  # of the training set
     labels: np.ndarray  # of all points
     gram: np.ndarray  # T_ij r_i r_j (n_train, n_train), the energy of displacements that deletions add up to
     seed: int = 0  # of the random requests that scores are relative to
     n_random: int = 100  # how many of them there are for each size
 
-    def change(self, masks: np.ndarray) -> np.ndarray:
-        """Predicted change of margins (k, n_points) of models trained on each of some masks (k, n_train)."""
-        return right_logits(self.datamodel.change(masks), self.labels)
+    def change(self, requests: Sequence[np.ndarray]) -> np.ndarray:
+        """Predicted change of margins (k, n_points) on deletion of each of some requests."""
+        return right_logits(self.datamodel.effects(requests), self.labels)
 
     def influence(self, points: np.ndarray) -> np.ndarray:
         """Predicted change of the margins of some points (t,) on deletion of each training point (t, n_train)."""
         n = len(self.gram)
-        without = np.array_split(~np.eye(n, dtype=bool), -(-n // 100))
-        return np.concatenate([self.change(masks)[:, points] for masks in without]).T
+        alone = np.array_split(np.arange(n)[:, None], -(-n // 100))
+        return np.concatenate([self.change(list(block))[:, points] for block in alone]).T
 
     def components(self, requests: Sequence[np.ndarray]) -> np.ndarray:
         """The three numbers (k, 3) of each request, in margins and in lengths."""
         n = len(self.gram)
         gone = np.stack([indicator(forget, n) for forget in requests])
-        square = self.change(gone == 0) ** 2
+        square = self.change(requests) ** 2
         retain = (square[:, :n] * (1 - gone)).sum(1) / (1 - gone).sum(1)
         energy = np.maximum(((gone @ self.gram) * gone).sum(1), 0)
         return np.sqrt(np.stack([square[:, n:].mean(1), retain, energy], 1))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -12,8 +11,9 @@ import pandas as pd
 from sklearn.cluster import KMeans
 
 from dmmlib import ensemble
-from dmmlib.attribution.base import Context, Linear, Response, calibrated, foresee
-from dmmlib.attribution.bayesian import RHOS, _evidence, covariance
+from dmmlib.attribution.base import Context, Linear, Response, calibrated
+from dmmlib.attribution.bayesian import RHOS, covariance
+from dmmlib.attribution.bayesian import evidence as evidence_of_all
 from dmmlib.attributors.kernel import kernel_response
 from dmmlib.datamodels import RidgeDatamodel, lds
 from dmmlib.errors import DataError
@@ -22,13 +22,13 @@ from dmmlib.studies.cheap.experiments import Cache, draws, pool
 from dmmlib.study import Study
 from dmmlib.trainer import ModelSet
 
-Foresee = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
-"""From masks (k, n_train) to a change of margins (k, n_points), and the variance of the noise in it (n_points,)."""
+Change = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""As `Response.change`: from masks to a change of margins and its noise."""
 
 
 def posterior(
     context: Context,
-    f: Foresee,
+    f: Change,
     c: np.ndarray,
     *,
     mean: bool = True,
@@ -52,7 +52,7 @@ def posterior(
     values, vectors = np.maximum(values[:-1], 0), vectors[:, :-1]
     change, noise = f(masks) if mean else (np.zeros_like(margins), np.zeros(margins.shape[1]))
     y, prior, points = (vectors.T @ z for z in (margins, change, a if own else np.zeros_like(a)))
-    scale, common, _ = _evidence(values, y, prior, points, 0 * noise if noisy else noise)
+    scale, common, _ = evidence_of_all(values, y, prior, points, 0 * noise if noisy else noise)
     e = y - scale * prior
 
     def left(rho: float) -> tuple[np.ndarray, np.ndarray]:
@@ -222,18 +222,18 @@ def _response(study: Study, cache: Cache, v: Variant, context: Context, draw: in
 def _predicting(v: Variant, context: Context, response: Response) -> Predict:
     if v.prior_only:
         scale = calibrated(context, response).scale
-        return lambda masks: scale * response.change(masks)
-    f: Foresee = partial(foresee, response)
+        return lambda masks: scale * response.change(masks)[0]
+    f: Change = response.change
     weights = response.weights
     if v.by_class:
         s = _class_scales(context, response)
-        f, weights = (lambda masks: (s * response.change(masks), np.zeros(len(s)))), s * weights
+        f, weights = (lambda masks: (s * response.change(masks)[0], np.zeros(len(s)))), s * weights
     return posterior(context, f, covariance(weights, v.delta), **v.parts)
 
 
 def _class_scales(context: Context, response: Response) -> np.ndarray:
     """The least-squares scale of a response on the margins of each target's class (n_points,)."""
-    f, y = (z - z.mean(0) for z in (response.change(context.masks), context.margins))
+    f, y = (z - z.mean(0) for z in (response.change(context.masks)[0], context.margins))
     of_class = context.labels == np.arange(context.n_classes)[:, None]
     fy, ff = (of_class @ (f * z).sum(0) for z in (y, f))
     return (fy / np.maximum(ff, 1e-12)).astype(np.float32)[context.labels]

@@ -79,10 +79,10 @@ class Remembered(LinearisedResponse):
     def _known(self) -> dict[bytes, tuple[np.ndarray, np.ndarray]]:
         return {}
 
-    def foresee(self, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def change(self, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         key = np.packbits(np.asarray(masks, bool)).tobytes()
         if key not in self._known:
-            self._known[key] = super().foresee(masks)
+            self._known[key] = super().change(masks)
         return self._known[key]
 
 
