@@ -597,12 +597,13 @@ def _(inputs: Inputs) -> Values:
     points = np.stack([rng.permutation(N)[:30] for _ in range(2)])
     convolutions = fresh(architecture("convnet", inputs.images.shape[1:], width=4), 2)
     for words, models_, x in (("mlp", inputs.originals[:2], inputs.x), ("convnet", convolutions, inputs.images)):
-        white = whitening.whitened(models_, x, points, 0.05)
+        coordinates = whitening.Whitening(x, points, 0.05, models_.module)
+        white = coordinates.enter(models_, np.arange(2))
         whiteners = {k: v for k, v in white.params.items() if k.endswith(whitening.WHITENER)}
         yield f"{words}: norm of the whiteners", norm(whiteners)
         yield f"{words}: norm of the weights", norm({k: v for k, v in white.params.items() if k not in whiteners})
         yield f"{words}: root mean square of logits", rms(white.logits(x))
-        back = whitening.unwhitened(white, models_.module)
+        back = coordinates.leave(white)
         yield f"{words}: norm of the weights turned back", norm(back.params)
 
 

@@ -25,7 +25,7 @@ from dmmlib.ensemble import Ensemble, Training
 from dmmlib.errors import DataError, DeviceError, MethodError, SchedulerError
 from dmmlib.execution import Execution, can_compile, candidates, compiled, measure
 from dmmlib.optim import SGD, Adam
-from dmmlib.unlearn import whitening
+from dmmlib.unlearn.whitening import Whitening
 from tests.conftest import SHARED, alive, needs_cuda
 
 TRAINING = Training(epochs=3, batch_size=16, lr=0.05)
@@ -410,10 +410,11 @@ def test_whitened_models_answer_as_before_and_take_white_inputs(name):
     models = ensemble.initialise(factory_for(name, x), [1, 2])
     before = {k: v.clone() for k, v in (models.params | models.buffers).items()}
     points = np.stack([np.arange(100), np.arange(100)[::-1].copy() % 90])
-    white = whitening.whitened(models, x, points, 0.01)
+    coordinates = Whitening(x, points, 0.01, models.module)
+    white = coordinates.enter(models, np.arange(2))
     torch.testing.assert_close(white.logits(x), models.logits(x), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(white[1:].logits(x), models[1:].logits(x), rtol=1e-3, atol=1e-4)
-    back = whitening.unwhitened(white, models.module)
+    back = coordinates.leave(white)
     assert back.params.keys() == models.params.keys()
     for name, value in back.params.items():
         torch.testing.assert_close(value, models.params[name], rtol=1e-3, atol=1e-4)
@@ -438,14 +439,15 @@ def test_whitening_takes_moments_whose_rank_is_deficient(seed):
     x *= 10 ** (-6 * torch.rand(d, generator=g)) * (torch.rand(d, generator=g) < 0.2)
     x[:10] = 0
     models = ensemble.initialise(lambda: nn.Linear(d, 3), [1, 2])
-    white = whitening.whitened(models, x, np.stack([np.arange(300), np.arange(300) % 10]), 0.01)
+    coordinates = Whitening(x, np.stack([np.arange(300), np.arange(300) % 10]), 0.01, models.module)
+    white = coordinates.enter(models, np.arange(2))
     torch.testing.assert_close(white.logits(x), models.logits(x), rtol=1e-3, atol=1e-4)
     moment = (x.T @ x / len(x)).double()
     maps = white.params["whitener"].double()
     damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(d)
     torch.testing.assert_close(maps[0] @ damped @ maps[0], torch.eye(d).double(), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(maps[1], torch.eye(d).double())
-    back = whitening.unwhitened(white, models.module)
+    back = coordinates.leave(white)
     torch.testing.assert_close(back.params["weight"], models.params["weight"], rtol=1e-3, atol=1e-4)
 
 
@@ -454,7 +456,7 @@ def test_descent_on_whitened_models_is_preconditioned_descent(points):
     d, _, y = points
     x = models.get("mlp").prepare(d, d.x)
     stacked = ensemble.initialise(factory_for("mlp", x), [3, 4])
-    white = whitening.whitened(stacked, x, np.tile(np.arange(90), (2, 1)), 0.1)
+    white = Whitening(x, np.tile(np.arange(90), (2, 1)), 0.1, stacked.module).enter(stacked, np.arange(2))
     maps = {k.replace("whitener", "weight"): v.clone() for k, v in white.params.items() if k.endswith("whitener")}
     batch, loss, plain = np.tile(np.arange(20), (2, 1)), ensemble.classification(y), SGD(0.05, 0.0)
     slopes = torch.func.grad(

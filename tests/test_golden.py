@@ -136,7 +136,10 @@ CHANGES = {
     "lowest instead of highest": ("forget sets", edit(forget_sets.highest, "argsort(-scores", "argsort(scores")),
     "fine-tuning that does not descend": ("finetune", put(unlearning, "descend", lambda *args, **more: None)),
     "costs without what was spent": ("finetune", edit(unlearn.finetune, "spent + np.cumsum", "np.cumsum")),
-    "whitening: twice the damping": ("whitening", edit(whitening.whitened, "damping * mean", "2 * damping * mean")),
+    "whitening: twice the damping": (
+        "whitening",
+        edit(whitening.Whitening.enter, "self.damping * mean", "2 * self.damping * mean"),
+    ),
     "gradients without biases": (
         "attribution gradients",
         edit(gradients.gram, "a @ a.T + float(", "a @ a.T + 0 * float("),

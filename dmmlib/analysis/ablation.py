@@ -104,18 +104,18 @@ def variant(
     def to_targets(logits: Tensor, indices: Tensor, models: Tensor) -> Tensor:
         return (counts[indices] * LOSSES[loss](logits, goal[models[:, None], indices], y[indices])).mean(1)
 
-    budget, seen, coordinates = cost * problem.retraining, 0, None
+    budget, seen, whitening = cost * problem.retraining, 0, None
     if optimizer == "whitened":
         seen = max(1, min(N_WHITEN, len(problem.retain), round(budget / 8)))
         points = np.stack([rng.permutation(problem.retain)[:seen] for rng in problem.rngs(2)])
-        coordinates = Whitening(x, points, DAMPING, problem.originals.module)
+        whitening = Whitening(x, points, DAMPING, problem.originals.module)
     n_steps = max(1, round((budget - seen) / batch_size))
     from_forget = min(max(1, round(forget_share * batch_size)), batch_size - 1)
     forget = draw_batches(problem, problem.forget, n_steps, from_forget)
     retain = _retained(problem, targets, n_steps, batch_size - from_forget, influence)
     phases = [Phase(list(np.concatenate([forget, retain], axis=2)), to_targets)]
     steps = SGD(lr) if optimizer == "sgd" else Adam(lr)
-    return finetune(problem, phases, steps, rate=lambda t: lr * (1 - t), spent=seen, coordinates=coordinates)
+    return finetune(problem, phases, steps, rate=lambda t: lr * (1 - t), spent=seen, whitening=whitening)
 
 
 def _confidence(problem: Problem) -> np.ndarray:

@@ -109,9 +109,7 @@ def bayesian(
     """Fit the posterior to all subset models of the context, around `linearised_response`.
 
     Takes what that does, its prediction of every subset, O(M^3) for the evidence, and 4 M n_points n_classes bytes.
-
-    Raises:
-        DataError: for a delta outside (0, 1], fewer than three subset models, or as `linearised_response`.
+    Raises DataError for a delta outside (0, 1], fewer than three subset models, or as `linearised_response`.
     """
     if not 0 < delta <= 1:
         raise DataError(f"delta={delta} was given; use a share above 0 and at most 1, such as 1.")

@@ -7,7 +7,7 @@ gradient d at its output, so it adds (a_i.a_j + 1)(d_i.d_j). All other weights t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,13 +44,13 @@ def _layers(model: _Model, x: Tensor, y: Tensor) -> list[tuple[str, Tensor, Tens
 
     Only of layers that a forward pass meets once, on vectors, and whose weights no other part shares.
     """
+    names: dict[nn.Module, str] = {m: name for name, m in model.module.named_modules() if type(m) is nn.Linear}
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    linear = {name: part for name, part in model.module.named_modules() if type(part) is nn.Linear}
 
-    def keep(name: str) -> Callable[..., None]:
-        return lambda part, inputs, output: calls.setdefault(name, []).append((inputs[0], output))
+    def keep(part: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        calls.setdefault(names[part], []).append((inputs[0], output))
 
-    hooks = [part.register_forward_hook(keep(name)) for name, part in linear.items()]
+    hooks = [part.register_forward_hook(keep) for part in names]
     try:
         with torch.enable_grad():
             params = {k: v.detach().requires_grad_() for k, v in model.params.items()}

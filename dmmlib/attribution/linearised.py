@@ -1,22 +1,20 @@
 """Linearised retraining: networks replaced by their gradients, and trained again without the forget set.
 
-Around weights theta_0 the margins of a network are linear, m_t = phi_t.theta, with phi_t the gradient of the margin of
-point t at theta_0 (Jacot et al., "Neural tangent kernel", NeurIPS 2018; at *trained* weights this fits a network well:
-Fort et al., "Deep learning versus kernel learning", NeurIPS 2020). So retraining on S is a logistic regression:
+Around trained weights a network is nearly linear in its weights (Jacot et al., "Neural tangent kernel", NeurIPS 2018;
+Fort et al., "Deep learning versus kernel learning", NeurIPS 2020). With phi_t the gradient of the margin of point t
+there, retraining on S is a logistic regression:
 
-    theta(S) = argmin  sum over i in S of log(1 + exp(-m_i)) + lam mean(diag K) / 2 |theta|^2,
-    m_t = m_0 + phi_t.theta,
+    theta(S) = argmin  sum over i in S of log(1 + exp(-m_i)) + lam mean(diag K) / 2 |theta|^2,  m_t = m_0 + phi_t.theta,
 
-with K the kernel of training points and m_0 = -log(C - 1), the margin where all C classes are equally likely: with
-margin m, log(1 + exp(-m)) is just the cross-entropy. The effect of F is m(S without F) - m(S), averaged over the
-features of some subset models. One Newton step of this is TRAK (Park et al., ICML 2023), with exact deletions
-`attributors.kernel`. But deletions that matter are no small steps: the pull of a point that is answered well vanishes
-exponentially, so where the hardest examples of a class leave, the others resist only once margins have moved far.
+with K the kernel of training points and m_0 = -log(C - 1) the margin of C equally likely classes; at margin m the
+cross-entropy is just log(1 + exp(-m)). The effect of F is m(S without F) - m(S), averaged over some subset models.
+A single Newton step gives TRAK (Park et al., ICML 2023) or, with exact deletions, `attributors.kernel`. But the pull of
+a point that is answered well vanishes exponentially: where the hardest examples of a class leave, the others resist
+only once margins have moved far, which no single step sees.
 
-Features are compressed to the leading `RANK` directions of the kernel by a randomised Nystroem approximation (Halko,
-Martinsson and Tropp, SIAM Review 2011; Gittens and Mahoney, JMLR 2016): a matrix (n_points, rank) for a model of any
-size. All masks are solved for at once by L-BFGS (Nocedal, Math. of Computation 1980), from the solution on all points
-and with the inverse of its Hessian as first guess, in about twenty steps.
+Features are compressed to the leading directions of the kernel by a randomised Nystroem approximation (Halko et al.,
+SIAM Review 2011; Gittens and Mahoney, JMLR 2016). All masks are solved for at once by L-BFGS (Nocedal, Math. of
+Computation 1980), from the solution on all points and the inverse of its Hessian, in about twenty steps.
 """
 
 from __future__ import annotations
@@ -201,14 +199,13 @@ def linearised_response(
         lam: penalty on the linearised weights, relative to the kernel's mean diagonal.
         rank: directions that features are compressed to.
 
-    Raises:
-        DataError: for a penalty, rank or number of models that is not positive, or a context without weights.
+    Raises DataError for a penalty, rank or number of models that is not positive, or a context without weights.
     """
     if not lam > 0:
         raise DataError(f"The penalty is lam={lam}; give a positive number, such as {LAM}.")
     if rank < 1 or (n_models is not None and n_models < 1):
         raise DataError(f"rank={rank} and n_models={n_models} were given; give at least 1 of each.")
-    models, n, found = context.subset_models()[:n_models], context.n_train, []
+    models, n, found = context.subset_models()[:n_models], context.n_train, list[Linearised]()
     for i in range(models.n_models):
         kernel = gram(models, i, context.x, context.y, context.seed)[:n]
         features, penalty = compressed(kernel, n, rank, context.seed), lam * float(kernel.diagonal().mean()) / n

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -23,6 +23,7 @@ from dmmlib.forget_sets import check_forget_indices
 from dmmlib.metrics import correct, margins
 from dmmlib.optim import Optimizer, Tensors
 from dmmlib.registry import Registry
+from dmmlib.unlearn.whitening import Whitening
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,7 @@ class Problem:
         expected = (self.originals.n_models, len(self.x))
         if self.original_logits.shape[:2] != expected:
             raise DataError(
-                f"original_logits have shape {self.original_logits.shape}; give (n_models, n_points) = "
-                f"{expected} first."
+                f"original_logits have shape {self.original_logits.shape}; give {expected} (models, points) first."
             )
 
     @property
@@ -196,10 +196,9 @@ def check_options(low: float = 0.0, high: float = math.inf, *, whole: bool = Fal
 
 
 def passes(problem: Problem, pool: np.ndarray, epochs: float, batch_size: int) -> list[np.ndarray]:
-    """Batches (n_models, batch) of so many passes over a pool, shuffled for each model.
+    """Batches (n_models, batch) of so many passes over a pool (size,) or (n_models, size), shuffled for each model.
 
-    The pool is one for all models (size,), or one for each (n_models, size). Half a pass is the first half of the
-    batches of one.
+    Half a pass is the first half of the batches of a pass.
     """
     check_options(epochs=epochs)
     check_options(batch_size=batch_size, whole=True)
@@ -229,18 +228,6 @@ class Phase:
     loss: Loss
 
 
-class Coordinates(Protocol):
-    """Other coordinates of the same models, in which steps are taken."""
-
-    def enter(self, models: Ensemble, members: np.ndarray) -> Ensemble:
-        """Models in these coordinates; `members` are their numbers among the originals."""
-        ...
-
-    def leave(self, models: Ensemble) -> Ensemble:
-        """The same models in coordinates of their own again."""
-        ...
-
-
 def finetune(
     problem: Problem,
     phases: Sequence[Phase],
@@ -249,7 +236,7 @@ def finetune(
     only: Collection[str] | None = None,
     masks: Tensors | None = None,
     spent: int = 0,
-    coordinates: Coordinates | None = None,
+    whitening: Whitening | None = None,
 ) -> Unlearned:
     """Fine-tune all originals through the phases, in order and with one optimizer; record their margins on the way.
 
@@ -258,7 +245,7 @@ def finetune(
         only: names of the parameters to move, the others being frozen; all if None.
         masks: name -> (N, ...), what gradients are multiplied with, if given.
         spent: sample gradients per model that were spent before, to be counted in the cost.
-        coordinates: in which steps are taken, the models' own if None; parameters that they add are frozen.
+        whitening: coordinates in which steps are taken; the models' own if None.
     """
     gradients = spent + np.cumsum([batch.shape[1] for phase in phases for batch in phase.batches])
     n_steps = len(gradients)
@@ -270,12 +257,12 @@ def finetune(
 
     def tune_chunk(members: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         models = originals[members.tolist()].clone()
-        models = models if coordinates is None else coordinates.enter(models, members)
+        models = models if whitening is None else whitening.enter(models, members)
         state = optimizer.start({k: v for k, v in models.params.items() if k in moving})
         trajectory: list[np.ndarray] = []
 
         def answers() -> np.ndarray:
-            return (models if coordinates is None else coordinates.leave(models)).logits(x).numpy()
+            return (models if whitening is None else whitening.leave(models)).logits(x).numpy()
 
         def run(phase: Phase, before: int) -> None:
             def record(taken: int) -> None:

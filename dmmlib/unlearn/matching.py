@@ -79,9 +79,7 @@ def oracle_matching(
     oracles are, of several it is spread less. With "shifted" the target is z_original + mean oracle - mean original
     (over all N), which DMM approaches as its datamodel gets better; there, too few oracles spread it more.
 
-    Raises:
-        DataError: without oracles, or for more of them than there are.
-        OptionError: for unknown targets.
+    Raises DataError without oracles or for more than there are, OptionError for unknown targets.
     """
     if targets not in ("oracle", "shifted"):
         raise OptionError(f"Option targets={targets!r} was given; use 'oracle' or 'shifted'.")
@@ -98,7 +96,7 @@ def oracle_matching(
     return match(problem, goal, **hyperparameters)  # type: ignore[arg-type]
 
 
-N_WHITEN, DAMPING = 500, 0.03  # retained points on which inputs of layers are measured, at most; see `whitened`
+N_WHITEN, DAMPING = 500, 0.03  # retained points on which inputs of layers are measured, at most; see `Whitening`
 
 
 def match(
@@ -115,7 +113,7 @@ def match(
 
     The loss is the mean squared error on logits; Adam steps at a rate that falls linearly to zero. Targets move the
     answers of F far and those of R hardly, so a step for the one must leave the other alone; inputs of layers that are
-    all positive and alike tie them together, hence the whitened coordinates (`whitening.whitened`). The published
+    all positive and alike tie them together, hence the coordinates (`Whitening`). The published
     setting (F repeated 5 times with 20 |F| of R per epoch) is `forget_share` 0.2; here the *cost* is fixed instead of
     the number of epochs, so that small and large forget sets get the same work, and small batches use it better.
 
@@ -125,8 +123,7 @@ def match(
         forget_share: share of a batch that comes from F; the rest is drawn from R.
         optimizer: "whitened", or "adam" in the models' own coordinates.
 
-    Raises:
-        OptionError: for an unknown optimizer, or a cost, rate, size or share out of range.
+    Raises OptionError for an unknown optimizer, or a cost, rate, size or share out of range.
     """
     if optimizer not in ("whitened", "adam"):
         raise OptionError(f"Option optimizer={optimizer!r} was given; use 'whitened' or 'adam'.")
@@ -138,14 +135,14 @@ def match(
     def to_targets(logits: Tensor, indices: Tensor, models: Tensor) -> Tensor:
         return ((logits - goal[models[:, None], indices]) ** 2).mean((1, 2))
 
-    budget, seen, coordinates = cost * problem.retraining, 0, None
+    budget, seen, whitening = cost * problem.retraining, 0, None
     if optimizer == "whitened":
         seen = max(1, min(N_WHITEN, len(problem.retain), round(budget / 8)))
         points = np.stack([rng.permutation(problem.retain)[:seen] for rng in problem.rngs(2)])
-        coordinates = Whitening(problem.x, points, DAMPING, problem.originals.module)
+        whitening = Whitening(problem.x, points, DAMPING, problem.originals.module)
     n_steps = max(1, round((budget - seen) / batch_size))
     from_forget = min(max(1, round(forget_share * batch_size)), batch_size - 1)
     forgotten = draw_batches(problem, problem.forget, n_steps, from_forget)
     retained = draw_batches(problem, problem.retain, n_steps, batch_size - from_forget)
     phase = Phase(list(np.concatenate([forgotten, retained], axis=2)), to_targets)
-    return finetune(problem, [phase], Adam(lr), rate=lambda t: lr * (1 - t), spent=seen, coordinates=coordinates)
+    return finetune(problem, [phase], Adam(lr), rate=lambda t: lr * (1 - t), spent=seen, whitening=whitening)

@@ -22,43 +22,48 @@ from dmmlib.optim import Tensors
 WHITENER = "whitener"
 
 
-@torch.no_grad()
-def whitened(models: Ensemble, x: Tensor, points: np.ndarray, damping: float) -> Ensemble:
-    """Put the models into coordinates in which the inputs of linear and convolutional layers are white.
+@dataclass(frozen=True)
+class Whitening:
+    """Whitened coordinates of models of one architecture, for `finetune` to take steps in."""
 
-    Args:
-        models: left as they are.
-        x: points (n_points, ...).
-        points: indices (n_models, n) of those on which the inputs of each model are measured.
-        damping: relative to the mean eigenvalue of E[h h^T].
+    x: Tensor  # points (n_points, ...)
+    points: np.ndarray  # indices (N, n) of those on which the inputs of each of N models are measured
+    damping: float  # relative to the mean eigenvalue of E[h h^T]
+    module: nn.Module
 
-    Returns:
-        Models that compute the same, with the same names of parameters; beside the weight of each layer stands its
-        frozen `whitener`, A^(-1/2) (n_models, d, d), which must not move.
-    """
-    module, params = copy.deepcopy(models.module), {k: v.clone() for k, v in models.params.items()}
-    for name, moments in _input_moments(models, x, points).items():
-        decomposed = torch.linalg.eigh(moments.double())  # in float32 it can fail where the rank is deficient
-        values, vectors = (z.to(moments) for z in decomposed)
-        mean = values.mean(1, keepdim=True)
-        values = values.clamp_min(0) + torch.where(mean > 0, damping * mean, 1)  # all inputs 0: leave them
-        root, inverse = ((vectors * z[:, None]) @ vectors.mT for z in (values.sqrt(), values.rsqrt()))
-        weight = f"{name}weight"
-        params[weight] = torch.einsum("moi...,mij->moj...", params[weight], root).contiguous()
-        params[f"{name}{WHITENER}"] = inverse
-    for layer in _taking_inputs(module).values():
-        layer.register_parameter(WHITENER, nn.Parameter(torch.empty(0, device="meta"), requires_grad=False))
-        layer.register_forward_pre_hook(_whiten)
-    return Ensemble(module, params, models.buffers)
+    @torch.no_grad()
+    def enter(self, models: Ensemble, members: np.ndarray) -> Ensemble:
+        """Models that compute the same in these coordinates; `members` are their numbers among the N.
+
+        Parameters keep their names; beside the weight of each linear or convolutional layer stands its `whitener`,
+        A^(-1/2) (n_models, d, d), which must not move.
+        """
+        module, params = copy.deepcopy(models.module), {k: v.clone() for k, v in models.params.items()}
+        for name, moments in _input_moments(models, self.x, self.points[members]).items():
+            decomposed = torch.linalg.eigh(moments.double())  # in float32 it can fail where the rank is deficient
+            values, vectors = (z.to(moments) for z in decomposed)
+            mean = values.mean(1, keepdim=True)
+            values = values.clamp_min(0) + torch.where(mean > 0, self.damping * mean, 1)  # all inputs 0: leave them
+            root, inverse = ((vectors * z[:, None]) @ vectors.mT for z in (values.sqrt(), values.rsqrt()))
+            params[f"{name}weight"] = _times(params[f"{name}weight"], root)
+            params[f"{name}{WHITENER}"] = inverse
+        for layer in _taking_inputs(module).values():
+            layer.register_parameter(WHITENER, nn.Parameter(torch.empty(0, device="meta"), requires_grad=False))
+            layer.register_forward_pre_hook(_whiten)
+        return Ensemble(module, params, models.buffers)
+
+    def leave(self, models: Ensemble) -> Ensemble:
+        """The same models in coordinates of their own again, W = V A^(-1/2), in which they are faster to evaluate."""
+        params = dict(models.params)
+        for name in [name for name in params if name.rpartition(".")[2] == WHITENER]:
+            weight = name.removesuffix(WHITENER) + "weight"
+            params[weight] = _times(params[weight], params.pop(name))
+        return Ensemble(copy.deepcopy(self.module), params, models.buffers)  # a module serves one thread at a time
 
 
-def unwhitened(models: Ensemble, module: nn.Module) -> Ensemble:
-    """Return to the architecture that `whitened` was given, W = V A^(-1/2): the same functions, faster to evaluate."""
-    params = dict(models.params)
-    for name in [name for name in params if name.rpartition(".")[2] == WHITENER]:
-        weight = name.removesuffix(WHITENER) + "weight"
-        params[weight] = torch.einsum("moi...,mij->moj...", params[weight], params.pop(name)).contiguous()
-    return Ensemble(copy.deepcopy(module), params, models.buffers)  # a module serves one thread at a time
+def _times(weight: Tensor, matrix: Tensor) -> Tensor:
+    """Multiply weights (n_models, n_out, d, ...) with matrices (n_models, d, d)."""
+    return torch.einsum("moi...,mij->moj...", weight, matrix).contiguous()
 
 
 def _taking_inputs(module: nn.Module) -> dict[str, nn.Module]:
@@ -93,21 +98,3 @@ def _input_moments(models: Ensemble, x: Tensor, points: np.ndarray) -> Tensors:
         found.append({})
         functional_call(module, models.state_of(i), (x[torch.from_numpy(points[i]).to(x.device)],))
     return {prefix: torch.stack([moments[prefix] for moments in found]) for prefix in found[0]}
-
-
-@dataclass(frozen=True)
-class Whitening:
-    """Whitened coordinates for `finetune`: what `whitened` takes, and the architecture of the models."""
-
-    x: Tensor
-    points: np.ndarray
-    damping: float
-    module: nn.Module
-
-    def enter(self, models: Ensemble, members: np.ndarray) -> Ensemble:
-        """The models in these coordinates; `members` are their numbers among the originals."""
-        return whitened(models, self.x, self.points[members], self.damping)
-
-    def leave(self, models: Ensemble) -> Ensemble:
-        """The models in coordinates of their own again."""
-        return unwhitened(models, self.module)
