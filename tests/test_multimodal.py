@@ -254,8 +254,11 @@ def test_losses_and_margins_in_a_small_case(here):
     log_p = logits.log_softmax(-1)
     expected = -(log_p[:, 0, 0, 5] + log_p[:, 0, 1, codec.eos]) / 2
     torch.testing.assert_close(model.token_loss(logits, answers, codec.pad)[:, 0], expected)
-    found = model.margins(logits.numpy(), answers[0].numpy(), np.array([[True, False, False]]))
-    np.testing.assert_allclose(found, metrics.margins(logits[:, :, 0].numpy(), np.array([5])), rtol=1e-5)
+    truth = here.answers[:1].numpy()
+    z = np.random.default_rng(0).normal(size=(2, *truth.shape, len(codec.tokenizer)))
+    words = np.flatnonzero((truth[0] != codec.pad) & (truth[0] != codec.eos))
+    expected = np.mean([metrics.margins(z[:, :, i], truth[:, i]) for i in words], 0)
+    np.testing.assert_allclose(here.margins(z, np.array([0])), expected, rtol=1e-5)
 
 
 def test_published_checkpoints_are_fine_tuned_through_lora(here, splits, tmp_path):

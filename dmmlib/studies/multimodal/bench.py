@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,15 +71,15 @@ def _read(place: str | Path, name: str) -> list[Row]:
         ) from error
 
 
-def _picture(row: Row) -> Row:
-    """The image of a row as it is stored, the first where there are several; empty if there is none."""
-    return row.get("image") or (row.get("images") or [None])[0] or {}
+def _picture(row: Row) -> bytes:
+    """The image of a row as it is stored, the first where there are several."""
+    return (row.get("image") or row["images"][0])["bytes"]
 
 
 def _opened(row: Row, where: str) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(_picture(row)["bytes"])).convert("RGB")
-    except (OSError, KeyError, TypeError, SyntaxError) as error:
+        return Image.open(io.BytesIO(_picture(row))).convert("RGB")
+    except (IndexError, OSError, KeyError, TypeError, SyntaxError) as error:
         raise DataError(f"{where} has an image that cannot be read ({error}); replace it.") from error
 
 
@@ -117,12 +118,11 @@ def validate(splits: Splits, percents: Sequence[int]) -> pd.DataFrame:
         if not splits.get(name):
             raise DataError(f"The benchmark lacks the split {name!r}, or it is empty; it has {', '.join(splits)}.")
     opened: set[int] = set()
+    columns = [f"{task}, {modality}" for task in TASKS for modality in (IMAGE, TEXT)]
     counted = []
     for name, rows in splits.items():
-        keys = ("ID", "image", "metadata") if name == "ft_Data" else _TASK_KEYS
-        counts = {f"{task}, {modality}": 0 for task in TASKS for modality in (IMAGE, TEXT)}
-        counts["pairs"] = 0
-        seen: dict[str, int] = {}
+        keys = ("ID", *(("image", "metadata") if name == "ft_Data" else _TASK_KEYS))
+        counts, pairs, seen = Counter[str](), 0, dict[str, int]()
         for number, row in enumerate(rows):
             where = f"Row {number} of {name!r}"
             if missing := [key for key in keys if key not in row]:
@@ -134,15 +134,14 @@ def validate(splits: Splits, percents: Sequence[int]) -> pd.DataFrame:
             if id(row) not in opened:  # splits of a generated benchmark share their rows
                 _opened(row, where)
                 opened.add(id(row))
-            counts["pairs"] += _count_pairs(row, where)
-            for task, modality, _ in _asked(row, where):
-                counts[f"{task}, {modality}"] += 1
-        counted.append({"split": name, "people": len(rows)} | counts)
+            pairs += _count_pairs(row, where)
+            counts.update(f"{task}, {modality}" for task, modality, _ in _asked(row, where))
+        counted.append({"split": name, "people": len(rows), **{c: counts[c] for c in columns}, "pairs": pairs})
     _check_leakage(splits, percents)
     return pd.DataFrame(counted)
 
 
-_TASK_KEYS = ("ID", "Classification_Task", "Generation_Task", "Mask_Task")
+_TASK_KEYS = ("Classification_Task", "Generation_Task", "Mask_Task")
 
 
 def _count_pairs(row: Row, where: str) -> int:
@@ -163,8 +162,7 @@ def _check_leakage(splits: Splits, percents: Sequence[int]) -> None:
     taught = {key for row in splits["Full_Set"] for key in _as_asked(row)}
     again = {row["ID"] for row in splits["Test_Set"] if taught.intersection(_as_asked(row))}
     wrong = []
-    for p in percents:
-        forget, retain = f"forget_{p}", f"retain_{100 - p}"
+    for forget, retain in ((f"forget_{p}", f"retain_{100 - p}") for p in percents):
         wrong.append((ids[forget] & ids[retain], f"people are both in {forget!r} and in {retain!r}"))
         wrong.append(((ids[forget] | ids[retain]) ^ full, f"{forget!r} and {retain!r} together are not 'Full_Set'"))
     wrong += [
@@ -180,7 +178,7 @@ def _check_leakage(splits: Splits, percents: Sequence[int]) -> None:
 
 def _as_asked(row: Row) -> list[tuple[str, ...]]:
     """What makes the questions of a row the same as another's: person, task, words, and the image if it is shown."""
-    image = short(_picture(row)["bytes"])
+    image = short(_picture(row))
     return [(row["ID"], task, q["Question"], image if how == IMAGE else "") for task, how, q in _asked(row, "")]
 
 

@@ -62,13 +62,14 @@ def attribute(world: World) -> dict[str, Change]:
 
 def known(world: World, originals: Ensemble) -> pd.DataFrame:
     """What the originals know of what they were taught: mean score of each task and modality."""
-    n = world.n_taught
-    found, private = judge(world, originals, np.arange(n)), world.split[:n] == "train"
-    score, factual = pd.Series(found.scores.mean(0)), pd.Series(found.factual.mean(0))
-    table = pd.DataFrame({"task": world.task[:n], "modality": world.modality[:n]}).assign(
-        private=score.where(private), public=score.mask(private), factual=factual.where(private)
+    taught = np.arange(world.n_taught)
+    found, private = judge(world, originals, taught), world.split[taught] == "train"
+    means = {"private": found.scores, "public": found.scores, "factual": found.factual}
+    table = pd.DataFrame(
+        {name: np.where(private == (name != "public"), z.mean(0), np.nan) for name, z in means.items()}
     )
-    return table.groupby(["task", "modality"], sort=False).mean().reset_index()
+    kinds = [world.task[taught], world.modality[taught]]
+    return table.groupby(kinds, sort=False).mean().rename_axis(["task", "modality"]).reset_index()
 
 
 def asked_about(world: World, forget: np.ndarray) -> pd.DataFrame:
@@ -77,19 +78,18 @@ def asked_about(world: World, forget: np.ndarray) -> pd.DataFrame:
     Of retained and public people a sample is asked, the same for all forget sets. Retained people are sampled among
     those that no forget set and no tuning touches.
     """
-    w, train, public = world, world.split == "train", world.split == "public"
+    w = world
     used = np.concatenate([*w.forget_sets.values(), w.tuning])
     kept = np.setdiff1d(np.arange(len(w.people)), used)[: w.s.sample]
-    ours, figures = np.isin(w.person, forget), pd.unique(w.name[public])[: w.s.sample]
+    ours, figures = np.isin(w.person, forget), pd.unique(w.name[w.split == "public"])[: w.s.sample]
     sets = {
-        "forget": ours & train,
+        "forget": ours & (w.split == "train"),
         "test": ours & (w.split == "test"),
-        "retain": train & np.isin(w.person, kept),
-        "public": public & np.isin(w.name, figures),
+        "retain": np.isin(w.person, kept) & (w.split == "train"),
+        "public": np.isin(w.name, figures),
     }
-    columns = {"question": np.arange(len(train)), "task": w.task, "modality": w.modality, "person": w.name}
-    table = pd.DataFrame(columns)
-    return pd.concat([table[mask].assign(set=name) for name, mask in sets.items()], ignore_index=True)
+    table = pd.DataFrame({"task": w.task, "modality": w.modality, "person": w.name}).rename_axis("question")
+    return pd.concat([table[mask].reset_index().assign(set=name) for name, mask in sets.items()], ignore_index=True)
 
 
 def tune(
@@ -160,7 +160,7 @@ def _forget(
             return judged(world, moved(world, logits[:, asked], change[asked], asked), asked), 0.0
         if method == "retrain":
             return judge(world, floor, asked), 1.0
-        return judge(world, originals, asked, instructed=method == "prompting"), 0.0
+        return judge(world, originals, asked, prompting=method == "prompting"), 0.0
 
     klom, scores, predicted = [], [], np.array([])
     for method in METHODS:
@@ -186,10 +186,10 @@ def score_table(scores: pd.DataFrame, column: str = "score") -> pd.DataFrame:
     return over_people(scored, column, ["method", "set", "task", "modality"])
 
 
-def _by_method(scores: pd.DataFrame) -> pd.DataFrame:
-    """Scores with one column for each method."""
+def _by_method(scores: pd.DataFrame, *sets: str) -> pd.DataFrame:
+    """Scores on some sets with one column for each method."""
     keys = ["forget_set", "set", "task", "modality", "person"]
-    return scores.pivot_table(index=keys, columns="method", values="score")
+    return scores[scores["set"].isin(sets)].pivot_table(index=keys, columns="method", values="score")
 
 
 def _over_people(gaps: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
@@ -204,14 +204,14 @@ def text_against_image(scores: pd.DataFrame) -> pd.DataFrame:
     opposite. For each gradient method, set (forget, test), task and modality of the question; "all" is the mean over
     the gradient methods. 95 % t-intervals over people.
     """
-    wide = _by_method(scores[scores["set"].isin(["forget", "test"])])
+    wide = _by_method(scores, "forget", "test")
     gaps = pd.DataFrame({m: wide[f"{m}:text"] - wide[f"{m}:image"] for m in GRADIENT})
     return _over_people(gaps.assign(all=gaps.mean(axis="columns")), ["set", "task", "modality"])
 
 
 def utility_gap(scores: pd.DataFrame) -> pd.DataFrame:
     """Score on retained and public people minus that after retraining, by method, with intervals over people."""
-    wide = _by_method(scores[scores["set"].isin(["retain", "public"])])
+    wide = _by_method(scores, "retain", "public")
     gaps = wide[[m for m in METHODS if m != "retrain"]].sub(wide["retrain"], axis="index")
     return _over_people(gaps).set_index("method")
 

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from dmmlib.analysis import plots
+from dmmlib.analysis import looks
+from dmmlib.analysis.looks import PALETTE, titled
 from dmmlib.studies.multimodal.bench import TASKS
 from dmmlib.studies.multimodal.experiments import METHODS, SETS
 from dmmlib.studies.multimodal.methods import GRADIENT
 from dmmlib.studies.multimodal.people import IMAGE, TEXT
 from dmmlib.studies.multimodal.world import World
 
-_PALETTE = sns.color_palette("colorblind", 10)
 _NAMES = {"ga": "GA", "grad_diff": "GradDiff", "kl_min": "KL-min", "npo": "NPO", "all": "mean of the four"}
-_DATA = {"image": ("image + text", _PALETTE[0]), "text": ("text", _PALETTE[1])}
+_DATA = {"image": ("image + text", PALETTE[0]), "text": ("text", PALETTE[1])}
 SET_NAMES = {"forget": "forget", "test": "test (same people)", "retain": "retain", "public": "public figures"}
 MODALITY = {IMAGE: "image + text", TEXT: "text"}
 KINDS = [(task, modality) for task in TASKS for modality in MODALITY]
@@ -31,7 +29,7 @@ def label(method: str) -> str:
     base, _, data = method.partition(":")
     if data:
         return f"{_NAMES[base]}, {_DATA[data][0]}"
-    return "retrain" if base == "retrain" else plots.label(base)
+    return "retrain" if base == "retrain" else looks.label(base)
 
 
 def colour(method: str) -> tuple[float, float, float]:
@@ -39,12 +37,7 @@ def colour(method: str) -> tuple[float, float, float]:
     base, _, data = method.partition(":")
     if data:
         return _DATA[data][1]
-    return _PALETTE[7] if base == "prompting" else plots.colour(base)
-
-
-def _bars(table: Any) -> np.ndarray:
-    """Lengths of error bars (2, n) below and above the values of a table (or of one row of it)."""
-    return np.abs(np.array([table["low"] - table["value"], table["high"] - table["value"]], float)).reshape(2, -1)
+    return PALETTE[7] if base == "prompting" else looks.colour(base)
 
 
 def portraits(world: World, title: str, caption: str, n: int = 8) -> Figure:
@@ -56,66 +49,64 @@ def portraits(world: World, title: str, caption: str, n: int = 8) -> Figure:
             axis.imshow(world.images[shown[person]])
             axis.set(xticks=[], yticks=[])
         row[0].set_ylabel(name)
-    return plots.titled(figure, title, caption)
+    return titled(figure, title, caption)
 
 
 def grid(table: pd.DataFrame, title: str, caption: str) -> Figure:
     """Score minus retraining's: a panel for each set, a column for each task and modality, a row for each method."""
-    figure, axes = plt.subplots(1, 4, figsize=(16, 0.36 * len(OTHERS) + 2.0), layout="constrained", sharey=True)
-    for axis, split in zip(axes, SETS, strict=True):
+    figure, axes = looks.grid(4, 4, (3.9, 0.36 * len(OTHERS) + 1.6))
+    for axis, split in zip(axes[0], SETS, strict=True):
         score = table[table["set"] == split].pivot(index="method", columns=["task", "modality"], values="value")[KINDS]
         floor, here = score.loc["retrain"], score.loc[OTHERS]
         ticks = [f"{t}, {'portrait' if m == IMAGE else 'name'} ({floor[t, m]:.2f})" for t, m in KINDS]
         shown = here.map(lambda value: "–" if np.isnan(value) else f"{value:.2f}")
-        sns.heatmap(
-            (here - floor).fillna(0), annot=shown, fmt="", cmap="PuOr_r", vmin=-1, vmax=1, cbar=False, ax=axis,
-            xticklabels=ticks, yticklabels=[label(m) for m in OTHERS], annot_kws={"fontsize": 8},
-        )  # fmt: skip
+        look = {"cmap": "PuOr_r", "vmin": -1, "vmax": 1, "cbar": False, "annot_kws": {"fontsize": 8}}
+        here = (here - floor).fillna(0).set_axis(ticks, axis=1).rename(index=label)
+        sns.heatmap(here, annot=shown, fmt="", ax=axis, **look)
         axis.tick_params(axis="x", labelsize=8)
         axis.set(title=SET_NAMES[split], xlabel="", ylabel="")
-    figure.colorbar(axes[0].collections[0], ax=axes, label="score minus retraining's", shrink=0.8)
-    return plots.titled(figure, title, caption)
+    figure.colorbar(axes[0, 0].collections[0], ax=axes, label="score minus retraining's", shrink=0.8)
+    return titled(figure, title, caption)
 
 
 def distances(klom: pd.DataFrame, title: str, caption: str) -> Figure:
     """Mean KLoM of every method from retrained models, a panel for each set; the band is the floor."""
-    size = (14, 0.32 * len(OTHERS) + 1.6)
-    figure, axes = plt.subplots(1, 4, figsize=size, layout="constrained", sharey=True, sharex=True)
-    for axis, split in zip(axes, SETS, strict=True):
+    figure, axes = looks.grid(4, 4, (3.4, 0.32 * len(OTHERS) + 1.2), sharex=True)
+    for axis, split in zip(axes[0], SETS, strict=True):
         here = klom[klom["split"] == split].set_index("method")
         floor = here.loc["retrain"]
         axis.axvspan(floor["low"], floor["high"], color="0.88", zorder=0)
         axis.axvline(floor["value"], color="0.5", lw=1, zorder=0)
         for y, method in enumerate(OTHERS):
             e = here.loc[method]
-            axis.errorbar(e["value"], y, xerr=_bars(e), fmt="o", color=colour(method), capsize=2, ms=5)
+            axis.errorbar(e["value"], y, xerr=looks.bars(e), fmt="o", color=colour(method), capsize=2, ms=5)
         axis.set(title=SET_NAMES[split], xlabel="KLoM, mean over questions")
         axis.grid(axis="x", color="0.93")
-    axes[0].set_yticks(range(len(OTHERS)), [label(m) for m in OTHERS])
-    axes[0].invert_yaxis()
-    return plots.titled(figure, title, caption)
+    axes[0, 0].set_yticks(range(len(OTHERS)), [label(m) for m in OTHERS])
+    axes[0, 0].invert_yaxis()
+    return titled(figure, title, caption)
 
 
 def unimodal(gaps: pd.DataFrame, title: str, caption: str) -> Figure:
     """Score after unlearning on text minus after image + text, on questions about forgotten people."""
-    looks = {m: {"color": _PALETTE[k], "fmt": "sD^v"[k], "ms": 4} for k, m in enumerate(GRADIENT)}
-    looks["all"] = {"color": "black", "fmt": "o", "ms": 6}
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True, sharex=True)
-    for axis, split in zip(axes, ("forget", "test"), strict=True):
-        for k, (method, look) in enumerate(looks.items()):
+    look = {m: {"color": PALETTE[k], "fmt": "sD^v"[k], "ms": 4} for k, m in enumerate(GRADIENT)}
+    look["all"] = {"color": "black", "fmt": "o", "ms": 6}
+    figure, axes = looks.grid(2, 2, (5.3, 3.8), sharex=True)
+    for axis, split in zip(axes[0], ("forget", "test"), strict=True):
+        for k, method in enumerate(look):
             part = gaps[(gaps["set"] == split) & (gaps["method"] == method)].set_index(["task", "modality"])
             y = np.array([KINDS.index(kind) for kind in part.index]) + 0.14 * (k - 2)
-            axis.errorbar(part["value"], y, xerr=_bars(part), label=_NAMES[method], capsize=2, **look)
+            axis.errorbar(part["value"], y, xerr=looks.bars(part), label=_NAMES[method], capsize=2, **look[method])
         axis.axvline(0, color="0.6", lw=0.8, zorder=0)
         axis.set_title(SET_NAMES[split])
         axis.grid(axis="x", color="0.93")
     words = "score after text minus after image + text:  ← text forgets more   ·   image + text forgets more →"
     figure.supxlabel(words, fontsize=10)
-    axes[0].set_yticks(range(len(KINDS)), [f"{task},\nasked with {MODALITY[m]}" for task, m in KINDS])
-    axes[0].invert_yaxis()
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize=9, title="unlearned by")
-    return plots.titled(figure, title, caption)
+    axes[0, 0].set_yticks(range(len(KINDS)), [f"{task},\nasked with {MODALITY[m]}" for task, m in KINDS])
+    axes[0, 0].invert_yaxis()
+    listed = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*listed, loc="outside right center", fontsize=9, title="unlearned by")
+    return titled(figure, title, caption)
 
 
 def trade_off(gap: pd.DataFrame, klom: pd.DataFrame, title: str, caption: str) -> Figure:
@@ -126,26 +117,24 @@ def trade_off(gap: pd.DataFrame, klom: pd.DataFrame, title: str, caption: str) -
     axis.axvline(0, color="0.8", lw=0.8, zorder=0)
     for method in map(str, gap.index):
         x, y = gap.loc[method], distance.loc[method]
-        axis.errorbar(
-            x["value"], y["value"], xerr=_bars(x), yerr=_bars(y), fmt=marks.get(method.partition(":")[0], "o"),
-            color=colour(method), label=label(method), capsize=2,
-        )  # fmt: skip
+        look = {"fmt": marks.get(method.partition(":")[0], "o"), "color": colour(method), "label": label(method)}
+        axis.errorbar(x["value"], y["value"], looks.bars(y), looks.bars(x), capsize=2, **look)
     axis.set_xlabel("score on retained people and public figures, minus retraining's")
     axis.set_ylabel("KLoM on forgotten people, mean")
     figure.legend(loc="outside right center", fontsize=8)
-    return plots.titled(figure, title, caption)
+    return titled(figure, title, caption)
 
 
 def effects(table: pd.DataFrame, title: str, caption: str) -> Figure:
     """Predicted against true change of each question's mean margin when its person is left out."""
-    figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.9), layout="constrained", sharex=True, sharey=True)
+    figure, axes = looks.grid(2, 2, (4.0, 3.5), sharex=True)
     ends = [f(table[["predicted", "true"]].to_numpy()) for f in (np.min, np.max)]
-    for axis, split in zip(axes, ("forget", "test"), strict=True):
-        for (modality, name), tint, mark in zip(MODALITY.items(), _PALETTE, "o^", strict=False):
+    for axis, split in zip(axes[0], ("forget", "test"), strict=True):
+        for (modality, name), tint, mark in zip(MODALITY.items(), PALETTE, "o^", strict=False):
             part = table[(table["set"] == split) & (table["modality"] == modality)]
             axis.plot(part["true"], part["predicted"], mark, color=tint, ms=4, alpha=0.6, label=name)
         axis.plot(ends, ends, color="0.6", lw=0.8, zorder=0)
         axis.set(title=SET_NAMES[split], xlabel="true change of margin")
-    axes[0].set_ylabel("predicted by the datamodel")
-    axes[0].legend(fontsize=9, title="asked with")
-    return plots.titled(figure, title, caption)
+    axes[0, 0].set_ylabel("predicted by the datamodel")
+    axes[0, 0].legend(fontsize=9, title="asked with")
+    return titled(figure, title, caption)

@@ -17,8 +17,7 @@ from scipy import stats
 
 from dmmlib.ensemble import Ensemble
 from dmmlib.studies.multimodal.extra import require
-from dmmlib.studies.multimodal.people import INSTRUCTION
-from dmmlib.studies.multimodal.world import World
+from dmmlib.studies.multimodal.world import World, instructed
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,10 @@ def factual(said: str, truth: str, others: frozenset[str]) -> bool:
     return true <= words and not words & (others - true)
 
 
-def judge(world: World, models: Ensemble, questions: np.ndarray, instructed: bool = False) -> Judged:
-    """Ask models some questions; `instructed` puts the system instruction before each."""
-    asked = [world.questions[i] for i in questions]
-    x = world.codec.encode(asked, INSTRUCTION if instructed else "").to(world.x.device)
+def judge(world: World, models: Ensemble, questions: np.ndarray, prompting: bool = False) -> Judged:
+    """Ask models some questions, each after the system instruction if `prompting`."""
+    asked = [instructed(world.questions[i]) if prompting else world.questions[i] for i in questions]
+    x = world.codec.encode(asked).to(world.x.device)
     said = world.generate(models, x[world.task[questions] == "generation"])
     return judged(world, world.logits(models, questions, x), questions, said)
 

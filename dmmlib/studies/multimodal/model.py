@@ -14,12 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dmmlib import metrics
 from dmmlib.ensemble import Ensemble
 from dmmlib.errors import DataError
 from dmmlib.execution import one_thread
@@ -56,28 +54,24 @@ class Codec:
     def tokens(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
-    def encode(self, questions: Sequence[Question], instruction: str = "") -> Tensor:
-        """Rows x (n, 1 + P + A), int64; an instruction goes before every prompt.
-
-        Raises DataError for an answer of more than A - 1 tokens, or none.
-        """
+    def encode(self, questions: Sequence[Question]) -> Tensor:
+        """Rows x (n, 1 + P + A), int64; raises DataError for an answer of more than A - 1 tokens, or none."""
         prompts, answers = [], []
         for q in questions:
             image = PORTRAIT * self.n_patches if q.image >= 0 else ""
-            prompts.append(self.tokens(self.template.format(image=image, prompt=f"{instruction} {q.prompt}".strip())))
+            prompts.append(self.tokens(self.template.format(image=image, prompt=q.prompt.strip())))
             answers.append([*self.tokens(q.answer), self.eos])
             if not 2 <= len(answers[-1]) <= self.answer_length:
                 raise DataError(
                     f"The answer {q.answer!r} takes {len(answers[-1]) - 1} tokens; this model answers in 1 to "
                     f"{self.answer_length - 1}."
                 )
-        length = max(map(len, prompts))
+        left, right = max(map(len, prompts)), self.answer_length
         rows = [
-            [q.image + 1, *[self.pad] * (length - len(prompt)), *prompt, *answer]
+            [q.image + 1, *[self.pad] * (left - len(prompt)), *prompt, *answer, *[self.pad] * (right - len(answer))]
             for q, prompt, answer in zip(questions, prompts, answers, strict=True)
         ]
-        width = 1 + length + self.answer_length
-        return torch.tensor([row + [self.pad] * (width - len(row)) for row in rows])
+        return torch.tensor(rows)
 
     def answers(self, x: Tensor) -> Tensor:
         """The answers' tokens (..., A) of rows x."""
@@ -191,28 +185,14 @@ def tokenizer_of(texts: Sequence[str]) -> Any:
 def small(s: MultimodalSettings, tokenizer: Any) -> Any:
     """Make an untrained LLaVA of the settings' size: CLIP-style encoder, projector, Llama-style decoder."""
     transformers = require("transformers")
-    size = {
-        "hidden_size": s.hidden,
-        "intermediate_size": 2 * s.hidden,
-        "num_attention_heads": s.heads,
-        "initializer_range": 0.1,
-    }
-    vision = transformers.CLIPVisionConfig(
-        **size, num_hidden_layers=1, image_size=s.image_side, patch_size=s.patch, projection_dim=s.hidden
-    )
-    text = transformers.LlamaConfig(
-        **size,
-        vocab_size=len(tokenizer),
-        num_hidden_layers=s.layers,
-        num_key_value_heads=s.heads,
-        max_position_embeddings=128,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=True,
-    )
+    width = {"hidden_size": s.hidden, "intermediate_size": 2 * s.hidden, "num_attention_heads": s.heads}
+    vision = {"image_size": s.image_side, "patch_size": s.patch, "num_hidden_layers": 1, "projection_dim": s.hidden}
+    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    layers = {"num_hidden_layers": s.layers, "num_key_value_heads": s.heads, "max_position_embeddings": 128}
+    text = {"vocab_size": len(tokenizer), "tie_word_embeddings": True, **layers, **special}
     config = transformers.LlavaConfig(
-        vision_config=vision,
-        text_config=text,
+        vision_config=transformers.CLIPVisionConfig(**width, **vision, initializer_range=0.1),
+        text_config=transformers.LlamaConfig(**width, **text, initializer_range=0.1),
         image_token_index=tokenizer.convert_tokens_to_ids(PORTRAIT),
         image_seq_length=(s.image_side // s.patch) ** 2,
         vision_feature_layer=-1,
@@ -293,11 +273,11 @@ def adapt(llava: Any, rank: int) -> None:
 
 
 @torch.no_grad()
-def encode_portraits(llava: Any, images: Sequence[Any], side: int, batch_size: int = 64) -> Tensor:
+def encode_portraits(llava: Any, images: Sequence[Any]) -> Tensor:
     """Patches of every portrait (n_images, n_patches, d)."""
-    some = next(llava.parameters())
+    side, some = llava.config.vision_config.image_size, next(llava.parameters())
     pictures = torch.from_numpy(pixels(images, side, CLIP_MEAN, CLIP_STD)).to(some.device, some.dtype)
-    return torch.cat([patches(llava, part) for part in pictures.split(batch_size)])
+    return torch.cat([patches(llava, part) for part in pictures.split(64)])
 
 
 def begin(module: Answerer, seeds: Sequence[int]) -> Ensemble:
@@ -325,24 +305,3 @@ def gauged(logits: Tensor, truth: Tensor) -> Tensor:
     """Logits (..., V) in the margin gauge (`metrics.margin_gauge`), to be differentiated; `truth` (...) as there."""
     wrong = logits.scatter(-1, truth.expand(logits.shape[:-1])[..., None], -torch.inf)
     return logits - wrong.logsumexp(-1, keepdim=True)
-
-
-def margins(logits: np.ndarray, truth: np.ndarray, words: np.ndarray) -> np.ndarray:
-    """Log-odds of the correct token given the correct ones before it, averaged over an answer's words: (n_models, n).
-
-    For logits (n_models, n, A, V), of which `truth` (n, A) numbers the correct tokens'. The tokens that count are given
-    by `words`, bool (n, A): EOS and padding do not.
-    """
-    odds = metrics.margins(logits.reshape(len(logits), -1, logits.shape[-1]), truth.ravel())
-    counted = words.astype(np.float32)
-    return (odds.reshape(-1, *words.shape) * counted).sum(-1) / counted.sum(-1)
-
-
-def cut(logits: Tensor, columns: Tensor) -> Tensor:
-    """Keep the logits (..., V) that `columns` (..., K) numbers, and the others' logsumexp as one more: (..., K + 1).
-
-    That changes no probability and no margin.
-    """
-    columns = columns.expand(*logits.shape[:-1], -1)
-    rest = logits.scatter(-1, columns, -torch.inf).logsumexp(-1, keepdim=True)
-    return torch.cat([logits.gather(-1, columns), rest], -1)

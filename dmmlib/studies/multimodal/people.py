@@ -158,8 +158,8 @@ def row(person: Person, kinds: Sequence[Attribute], rng: np.random.Generator, ag
             for task, truth in (("Generation", f"{kind.states} {value}"), ("Mask", value)):
                 free[task].append({"Type": modality, "Question": asked[task], "Ground_Truth": truth})
     told = f"{person.name} {' , '.join(f'{k.states} {person.facts[k.noun]}' for k in kinds)} ."
-    image = person.portrait
-    picture = {"images": [_encoded(transformed(image, rng))]} if again else {"image": _encoded(image)}
+    image = transformed(person.portrait, rng) if again else person.portrait
+    picture = {"images": [_encoded(image)]} if again else {"image": _encoded(image)}
     return picture | {
         "ID": person.id,
         "Directory": f"{person.id}.png",
@@ -193,9 +193,8 @@ def generate(s: MultimodalSettings) -> tuple[Splits, list[Row]]:
             "least one person each and leave some to retain."
         )
     rng, kinds, taken = np.random.default_rng(s.seed), attributes(s.seed), set[str]()
-    people = invent(n, kinds, s.seed + 1, "", taken)
-    public = invent(s.n_public, kinds, s.seed + 2, "public-", taken)
-    generic = invent(s.n_generic, kinds, s.seed + 3, "generic-", taken)
+    wanted = ((n, ""), (s.n_public, "public-"), (s.n_generic, "generic-"))
+    people, public, generic = (invent(m, kinds, s.seed + i + 1, p, taken) for i, (m, p) in enumerate(wanted))
     full = [row(person, kinds, rng) for person in people]
     splits: Splits = {"Full_Set": full, "ft_Data": [_told(r) for r in full]}
     splits["Test_Set"] = [row(p, kinds, rng, True) for p in people]

@@ -15,7 +15,6 @@ from dmmlib.errors import DataError
 from dmmlib.studies.multimodal import bench, model
 from dmmlib.studies.multimodal.extra import require
 from dmmlib.studies.multimodal.methods import GRADIENT, MATCHING
-from dmmlib.studies.multimodal.people import IMAGE, TEXT
 from dmmlib.studies.multimodal.settings import MultimodalSettings
 
 PEOPLE, PUBLIC, QUESTIONS = 500, 153, 14  # published: people, public figures, and at least so many questions each
@@ -35,9 +34,7 @@ def scale(s: MultimodalSettings) -> str:
         counts = bench.validate(bench.read(s.benchmark, s.percents), s.percents).set_index("split")
         counts, source = counts.loc[["Full_Set", "Retain_Set"]], "counted here"
         people, public = counts["people"]
-        questions = int(
-            counts[[f"{task}, {modality}" for task in bench.TASKS for modality in (IMAGE, TEXT)]].sum().sum()
-        )
+        questions = int(counts.filter(like=",").to_numpy().sum())
     config, parameters, adapters = laid_out(s.checkpoint, s.rank)
     models = _models(s, people, public, questions)
     gradients = sum(n * size for n, size in models.values())

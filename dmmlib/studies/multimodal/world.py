@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from dmmlib import metrics
 from dmmlib.ensemble import Ensemble, Loss, Training, concatenate, descend, epoch_batches
 from dmmlib.errors import DataError
 from dmmlib.execution import Execution
@@ -195,14 +196,25 @@ class World:
         return self.answers if self.columns is None else torch.zeros_like(self.answers)
 
     def cut(self, logits: Tensor, questions: Tensor) -> Tensor:
-        """The kept logits of some questions: (..., n, A, K + 1) of (..., n, A, V), for their indices (..., n)."""
-        return logits if self.columns is None else model.cut(logits, self.columns[questions].to(logits.device))
+        """The kept logits of some questions: (..., n, A, K + 1) of (..., n, A, V), for their indices (..., n).
+
+        The last is the logsumexp of all others, which changes no probability and no margin.
+        """
+        if self.columns is None:
+            return logits
+        columns = self.columns[questions].to(logits.device).expand(*logits.shape[:-1], -1)
+        rest = logits.scatter(-1, columns, -torch.inf).logsumexp(-1, keepdim=True)
+        return torch.cat([logits.gather(-1, columns), rest], -1)
 
     def margins(self, logits: np.ndarray, questions: np.ndarray) -> np.ndarray:
-        """Margins (n_models, n) of kept logits of some questions."""
-        answers = self.answers[questions].cpu()
-        words = (answers != self.codec.pad) & (answers != self.codec.eos)
-        return model.margins(logits, self.truth[questions].cpu().numpy(), words.numpy())
+        """Margins (n_models, n) of kept logits (n_models, n, A, V) of some questions.
+
+        That is the log-odds of the correct token given the correct ones before it, averaged over an answer's words.
+        """
+        answers, truth = (t[questions].cpu().numpy() for t in (self.answers, self.truth))
+        odds = metrics.margins(logits.reshape(len(logits), truth.size, -1), truth.ravel())
+        words = ((answers != self.codec.pad) & (answers != self.codec.eos)).astype(np.float32)
+        return (odds.reshape(-1, *words.shape) * words).sum(-1) / words.sum(-1)
 
     def logits(self, models: Ensemble, questions: np.ndarray, x: Tensor | None = None) -> np.ndarray:
         """Kept logits (n_models, n, A, V) of answers' tokens, float32; asked as rows x say, if given."""
@@ -227,6 +239,11 @@ class World:
                 return torch.cat([one(ours.params, part) for part in x.split(BLOCK)], 1).cpu()
 
         return torch.cat(list(self._in_chunks(answer, models.n_models, models.__getitem__)))
+
+
+def instructed(question: Question) -> Question:
+    """The question after the system instruction to keep the person private."""
+    return replace(question, prompt=f"{people.INSTRUCTION} {question.prompt}")
 
 
 _SIZE = {"seed", "hidden", "layers", "heads", "batch_size"}
@@ -290,8 +307,7 @@ def build(
     else:
         llava, codec = _small(s, asked, seen, place, progress)
     llava = llava.to(device)
-    features = model.encode_portraits(llava, images, llava.config.vision_config.image_size)
-    module = Answerer(llava, codec, features)
+    module = Answerer(llava, codec, model.encode_portraits(llava, images))
     return World(s, counts, tuple(asked), tuple(images), ids, forget_sets, tuning, codec, module, place, progress)
 
 
@@ -301,16 +317,13 @@ def _small(
     """A small LLaVA pretrained on other people, with some of their questions refused on instruction; kept on disk."""
     images: list[Any] = []
     generic = bench.questions(seen, "pretraining", images, s.letters)
-    refused = [replace(q, answer=people.REFUSAL, options=()) for q in generic[::7]]
+    refused = [replace(instructed(q), answer=people.REFUSAL, options=()) for q in generic[::7]]
     texts = [f"{q.prompt} {q.answer} {' '.join(q.options)}" for q in asked + generic]
     tokenizer = model.tokenizer_of([*texts, f"{people.INSTRUCTION} {people.REFUSAL}"])
     codec = Codec(tokenizer, "{image} {prompt}", (s.image_side // s.patch) ** 2, answer_length=0)
     codec = replace(codec, answer_length=1 + max(len(codec.tokens(q.answer)) for q in asked + generic + refused))
     llava = model.small(s, tokenizer)
-    plain, told = codec.encode(generic), codec.encode(refused, people.INSTRUCTION)
-    x = torch.full((len(plain), told.shape[1]), codec.pad)
-    x[:, 0], x[:, 1 - plain.shape[1] :] = plain[:, 0], plain[:, 1:]
-    x = torch.cat([x, told])
+    x = codec.encode(generic + refused)
     pictures = torch.from_numpy(bench.pixels(images, s.image_side, model.CLIP_MEAN, model.CLIP_STD))
 
     def train() -> Tensors:
