@@ -8,10 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy.stats import multivariate_normal, t
+from scipy.stats import multivariate_normal
 
 from dmmlib import metrics, presets
 from dmmlib.analysis import tables
+from dmmlib.analysis.intervals import mean_over
+from dmmlib.analysis.looks import SPLITS
 from dmmlib.analysis.side_by_side import FLOOR, best, over_sets, side_by_side, tuned_ridge, wide
 from dmmlib.attribution import bayesian
 from dmmlib.attribution.base import Context, Linear
@@ -25,7 +27,7 @@ from dmmlib.metrics import Estimate
 from dmmlib.progress import silent
 from dmmlib.studies.cheap import ablation, experiments
 from dmmlib.studies.cheap.ablation import antithetic_masks, clustered_masks, posterior
-from dmmlib.studies.cheap.evaluator import SPLITS, Evaluator, leaving_out, mean_over, median_over
+from dmmlib.studies.cheap.evaluator import Evaluator, leaving_out
 from dmmlib.studies.cheap.settings import CheapSettings
 from dmmlib.study import Study
 from dmmlib.trainer import ModelSet
@@ -139,19 +141,6 @@ def test_clustered_masks_hold_what_is_alike_together_and_are_of_exact_size():
     assert np.nanmean(r[same]) > np.nanmean(r[~same]) + 0.2
     with pytest.raises(DataError, match=r"n_clusters=41 .* 40"):
         clustered_masks(alike, 3, 0.75, 41, 0)
-
-
-def test_intervals_are_students_and_the_bootstraps():
-    e = mean_over(np.array([1.0, 2.0, 3.0]))
-    assert e.value == 2
-    assert e.high - 2 == pytest.approx(t.ppf(0.975, 2) / np.sqrt(3))
-    logs = mean_over(np.array([0.5, 2.0]), log=True)
-    assert logs.value == pytest.approx(1)
-    assert logs.low * logs.high == pytest.approx(1)
-    with pytest.raises(DataError, match="1 value"):
-        mean_over(np.array([1.0]))
-    m = median_over(np.arange(11.0))
-    assert m.low < m.value == 5 < m.high
 
 
 def test_a_pool_goes_on_where_the_presets_models_end(study):

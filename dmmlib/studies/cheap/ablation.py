@@ -17,8 +17,8 @@ from dmmlib.attribution.bayesian import evidence as evidence_of_all
 from dmmlib.attributors.kernel import kernel_response
 from dmmlib.datamodels import RidgeDatamodel, lds
 from dmmlib.errors import DataError
-from dmmlib.studies.cheap.evaluator import Evaluator, Predict, held_out_margins, leaving_out, mean_over
-from dmmlib.studies.cheap.experiments import Cache, draws, pool
+from dmmlib.studies.cheap.evaluator import Evaluator, Predict, held_out_margins, leaving_out
+from dmmlib.studies.cheap.experiments import Cache, averaged, draws, pool
 from dmmlib.study import Study
 from dmmlib.trainer import ModelSet
 
@@ -240,19 +240,12 @@ def _class_scales(context: Context, response: Response) -> np.ndarray:
 
 
 def against_default(table: pd.DataFrame) -> pd.DataFrame:
-    """Each variant's value over the default's (LDS: minus), draw by draw: mean with a 95 % t-interval over draws.
-
-    Returns:
-        Columns group, name, split, value (mean over draws), ratio, low, high, n (draws).
-    """
+    """Each variant's value over the default's (LDS: minus), draw by draw: "ratio", `averaged` over draws."""
     default = table.loc[table["group"] == "default", ["draw", "split", "value"]]
     paired = table.merge(default, on=["draw", "split"], suffixes=("", "_of_default"))
-    keys, rows = ["group", "name", "split"], []
-    for key, part in paired.groupby(keys, sort=False):
-        value, of = part["value"].to_numpy(), part["value_of_default"].to_numpy()
-        e = mean_over(value - of) if key[2] == "lds" else mean_over(value / of, log=True)
-        rows.append((*key, value.mean(), e.value, e.low, e.high, len(part)))
-    return pd.DataFrame(rows, columns=[*keys, "value", "ratio", "low", "high", "n"])
+    value, of = paired["value"], paired["value_of_default"]
+    paired["ratio"] = (value / of).where(paired["split"] != "lds", value - of)
+    return averaged(paired, ["group", "name", "split"], "ratio")
 
 
 def gauges(study: Study) -> pd.DataFrame:

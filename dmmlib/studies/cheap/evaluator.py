@@ -1,26 +1,19 @@
-"""How good predicted changes of margins are: KLoM of DM-direct, which needs no fine-tuning, LDS, and 95 % intervals."""
+"""How good predicted changes of margins are: KLoM of DM-direct, which needs no fine-tuning, and LDS."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
-from scipy.stats import sem, t
 
 from dmmlib import metrics
 from dmmlib.attribution.bayesian import BayesianDatamodel
 from dmmlib.datamodels import RidgeDatamodel, lds_estimate
-from dmmlib.errors import DataError
-from dmmlib.forget_sets import indicator
-from dmmlib.metrics import Estimate
+from dmmlib.forget_sets import ForgetSet, indicator
+from dmmlib.study import Study
 
-if TYPE_CHECKING:
-    from dmmlib.forget_sets import ForgetSet
-    from dmmlib.study import Study
-
-SPLITS = ("forget", "retain", "validation")
 Rows = list[dict[str, Any]]
 Effects = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray] | np.ndarray]
 """From the indices of each forget set to the predicted change of margins (n_points,), or (n, n_points), for each."""
@@ -28,41 +21,14 @@ Predict = Callable[[np.ndarray], np.ndarray]
 """From masks (k, n_train) to the margins (k, n_points) of models trained on them, up to a constant."""
 
 
-def median_over(values: np.ndarray, n_bootstrap: int = 2000, seed: int = 0) -> Estimate:
-    """Median of one value for each forget set, with a 95 % bootstrap interval over the sets."""
-    values = np.asarray(values, float)
-    drawn = np.random.default_rng(seed).integers(0, len(values), (n_bootstrap, len(values)))
-    low, high = np.percentile(np.median(values[drawn], 1), [2.5, 97.5])
-    return Estimate(float(np.median(values)), float(low), float(high))
-
-
-def mean_over(values: np.ndarray, log: bool = False) -> Estimate:
-    """Mean (geometric, if `log`) of one value for each draw or seed, with a 95 % t-interval over them.
-
-    Raises:
-        DataError: for fewer than two values.
-    """
-    v = np.log(values) if log else np.asarray(values, float)
-    if len(v) < 2:
-        raise DataError(f"An interval was asked for over {len(v)} value; give at least 2 draws or seeds.")
-    ends = v.mean() + float(t.ppf(0.975, len(v) - 1) * sem(v)) * np.array([0, -1, 1])
-    return Estimate(*(np.exp(ends) if log else ends).tolist())
-
-
 @dataclass(frozen=True)
 class Evaluator:
-    """Compares answers to forget sets with oracles.
-
-    Attributes:
-        sets: name -> forget set.
-        before: margins of the originals (n, n_points).
-        oracles: name -> margins (n, n_points) of models retrained without that forget set.
-    """
+    """Compares answers to forget sets with oracles."""
 
     study: Study
-    sets: Mapping[str, ForgetSet]
-    before: np.ndarray
-    oracles: Mapping[str, np.ndarray]
+    sets: Mapping[str, ForgetSet]  # by name
+    before: np.ndarray  # margins of the originals (n, n_points)
+    oracles: Mapping[str, np.ndarray]  # name -> margins (n, n_points) of models retrained without that forget set
 
     @classmethod
     def of(cls, study: Study, sets: Mapping[str, ForgetSet], n: int) -> Evaluator:
@@ -104,8 +70,7 @@ class Evaluator:
         """LDS of predicted margins on the held-out subsets that chose nothing, as a row like those of KLoM."""
         masks, actual = held_out_margins(self.study)
         e = lds_estimate(label_logits(self.study, model.predict(masks)), actual)
-        numbers = {"value": e.value, "low": e.low, "high": e.high}
-        return {"forget_set": "every", "split": "all", "statistic": "lds"} | numbers
+        return {"forget_set": "every", "split": "all", "statistic": "lds"} | asdict(e)
 
     def gauged(self, model: RidgeDatamodel | BayesianDatamodel) -> Effects:
         """The changes that a datamodel of logits in the margin gauge predicts, or one of margins alone."""

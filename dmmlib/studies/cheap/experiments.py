@@ -6,7 +6,7 @@ Intervals are over forget sets, draws of subset models, or seeds, as each functi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -15,6 +15,7 @@ import pandas as pd
 from scipy.stats import norm
 
 from dmmlib import metrics
+from dmmlib.analysis.intervals import mean_over, median_over
 from dmmlib.attribution import bayesian
 from dmmlib.attribution.base import Context
 from dmmlib.attribution.bayesian import BayesianDatamodel
@@ -24,9 +25,11 @@ from dmmlib.forget_sets import ForgetSet
 from dmmlib.jobs import Job
 from dmmlib.metrics import Estimate
 from dmmlib.presets import Preset
-from dmmlib.studies.cheap.evaluator import Evaluator, Rows, held_out_margins, label_logits, mean_over, median_over
+from dmmlib.studies.cheap.evaluator import Evaluator, Rows, held_out_margins, label_logits
 from dmmlib.study import Study
 from dmmlib.trainer import ModelSet
+
+LDS = ("all", "lds")  # what stands for a split where a value is an LDS
 
 
 def sizes(preset: Preset) -> list[int]:
@@ -115,13 +118,12 @@ def ridge(study: Study, size: int, evaluator: Evaluator) -> Rows:
     margins, tuning = label_logits(study, outputs[:size])[:, :, None], Evaluator.tuning(study)
     fit: Callable[..., RidgeDatamodel] = partial(RidgeDatamodel.fit, masks[:size], margins, device=study.device)
     (held_out, actual), scores, ranks = held_out_margins(study, chosen=True), list[float](), list[float]()
-    for i, setting in enumerate(grid):
-        study.progress(f"ridge on {size} models", i, len(grid))
+    for i, setting in enumerate(grid, 1):
         model = fit(**setting)
         scores.append(tuning.score(tuning.gauged(model)))
         rank = lds(label_logits(study, model.predict(held_out)), actual).mean() if setting["own_share"] == 1 else -1
         ranks.append(float(rank))
-    study.progress(f"ridge on {size} models", len(grid), len(grid))
+        study.progress(f"ridge on {size} models", i, len(grid))
     model, ranker = fit(**grid[np.argmin(scores)]), fit(lam=grid[np.argmax(ranks)]["lam"])
     return evaluator.judged(model, ranker)
 
@@ -156,10 +158,9 @@ def curve(study: Study, cache: Cache) -> pd.DataFrame:
     def add(attributor: str, rows: Rows, n_models: int = 0, draw: int = 0) -> None:
         parts.append(pd.DataFrame(rows).assign(attributor=attributor, n_models=n_models, draw=draw))
 
-    add("do nothing", evaluator.rows(lambda _: evaluator.before))
+    add("do nothing", evaluator.rows(lambda _: before))
     add("floor", evaluator.rows(lambda name: metrics.margins(study.oracles(sets[name], floor=True, n=n), y)))
-    shifted = evaluator.rows(lambda name: before + evaluator.oracles[name].mean(0) - before.mean(0))
-    add("true mean shift", shifted)
+    add("true mean shift", evaluator.rows(lambda name: before + evaluator.oracles[name].mean(0) - before.mean(0)))
     for size in (size for size in study.preset.datamodels.sizes if size <= m):
         add("ridge", ridge(study, size, evaluator), size)
     logits, raw = study.original_logits()[:n], study.datamodel()
@@ -193,13 +194,13 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     """
     keys, rows = ["attributor", "n_models", "statistic", "split"], []
     for key, part in table.groupby(keys, sort=False):
-        if part["statistic"].iloc[0] == "klom_p95":
-            e = median_over(part.groupby("forget_set", sort=False)["value"].mean().to_numpy())
+        if key[2] == "klom_p95":
+            e = median_over(part.groupby("forget_set", sort=False)["value"].mean())
         elif len(part) > 1:
             e = mean_over(part["value"].to_numpy())
         else:
             e = Estimate(*part[["value", "low", "high"]].iloc[0])
-        rows.append((*key, e.value, e.low, e.high, part["draw"].nunique()))
+        rows.append((*key, *astuple(e), part["draw"].nunique()))
     return pd.DataFrame(rows, columns=[*keys, "value", "low", "high", "n_draws"])
 
 
@@ -209,7 +210,7 @@ def ratio_over_sets(
     """Median over forget sets of p95 KLoM of one (attributor, n_models) over another's, mean over draws first."""
     shown = table[(table["statistic"] == "klom_p95") & (table["split"] == split)]
     means = shown.groupby(["attributor", "n_models", "forget_set"])["value"].mean()
-    return median_over((means[one][list(sets)] / means[other][list(sets)]).to_numpy())
+    return median_over(means[one][list(sets)] / means[other][list(sets)])
 
 
 def kind_of(forget_set: ForgetSet) -> str:
@@ -226,9 +227,8 @@ def uncertainty(study: Study, model: BayesianDatamodel, level: float = 0.95) -> 
         of that level).
     """
     evaluator, parts = Evaluator.reported(study), []
-    before = evaluator.before
     for name, f in evaluator.sets.items():
-        oracle = evaluator.oracles[name]
+        before, oracle = evaluator.before, evaluator.oracles[name]
         se = np.sqrt(before.var(0, ddof=1) / len(before) + oracle.var(0, ddof=1) / len(oracle))
         predicted, sd = label_logits(study, model.effects([f.indices])[0]), model.sd(f.indices)
         true = oracle.mean(0) - before.mean(0)
@@ -269,10 +269,7 @@ def replicate(study: Study) -> pd.DataFrame:
     found = {
         ("do nothing", 0): evaluator.rows(lambda _: evaluator.before),
         ("ridge", many): ridge(study, many, evaluator),
-        ("bayesian", study.preset.attribution.n_subsets): [
-            *evaluator.klom(evaluator.gauged(model)),
-            evaluator.lds(model),
-        ],
+        ("bayesian", study.preset.attribution.n_subsets): evaluator.judged(model),
     }
     table = pd.concat([pd.DataFrame(rows).assign(attributor=name, n_models=n) for (name, n), rows in found.items()])
     table["kind"] = table["forget_set"].map({name: kind_of(f) for name, f in evaluator.sets.items()}).fillna("every")
@@ -289,19 +286,28 @@ def ratios(table: pd.DataFrame) -> pd.DataFrame:
     wide = table.pivot_table(index=[*keys, "forget_set"], columns="attributor", values="value", sort=False)
     is_lds = wide.index.get_level_values("split") == "all"
     logs = (wide["bayesian"] / wide["ridge"]).map(np.log).where(~is_lds, wide["bayesian"] - wide["ridge"])
-    mean = logs.groupby(keys, sort=False).mean()
-    ratio = mean.map(np.exp).where(mean.index.get_level_values("split") != "all", mean)
-    return ratio.rename("value").reset_index()
+    found = logs.groupby(keys, sort=False).mean().rename("value").reset_index()
+    return found.assign(value=found["value"].where(found["split"] == "all", np.exp(found["value"])))
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    """`ratios` over seeds: mean, 95 % t-interval (NaN of one seed), n: pair, kind, split, value, low, high, n."""
-    keys, rows = ["pair", "kind", "split"], []
+    """`ratios` over seeds, as `averaged` has them, for each pair, kind and split."""
+    return averaged(table, ["pair", "kind", "split"], "value")
+
+
+def averaged(table: pd.DataFrame, keys: list[str], column: str) -> pd.DataFrame:
+    """Mean of ratios, geometric, or of differences of LDS, over draws or seeds, for each combination of keys.
+
+    Returns:
+        Columns `keys`, of which the last is "split", `column`, low, high (95 % t-interval, NaN of one value), n.
+    """
+    rows = []
     for key, part in table.groupby(keys, sort=False):
-        values, one = part["value"].to_numpy(), Estimate(float(part["value"].iloc[0]), np.nan, np.nan)
-        e = mean_over(values, log=key[2] != "all") if len(values) > 1 else one
-        rows.append((*key, e.value, e.low, e.high, len(part)))
-    return pd.DataFrame(rows, columns=[*keys, "value", "low", "high", "n"])
+        e = Estimate(part[column].iloc[0], np.nan, np.nan)
+        if len(part) > 1:
+            e = mean_over(part[column].to_numpy(), log=key[-1] not in LDS)
+        rows.append((*key, *astuple(e), len(part)))
+    return pd.DataFrame(rows, columns=[*keys, column, "low", "high", "n"])
 
 
 def costs(study: Study, dmm_cost: float) -> pd.DataFrame:
@@ -311,10 +317,10 @@ def costs(study: Study, dmm_cost: float) -> pd.DataFrame:
         Columns way, models, once, request (for each), beats (the number of requests from which on the total is below
         that of retraining one model at each).
     """
-    rows: list[tuple[str, int, float, float, float]] = [("retrain", 0, 0.0, 1.0, np.inf)]
+    rows = [("retrain", 0, 0.0, 1.0)]
     for name, section in (("ridge", study.preset.datamodels), ("Bayesian", study.preset.attribution)):
-        once = section.n_subsets * section.fraction
         for way, request in (("DM-direct", 0.0), ("DMM", dmm_cost)):
-            beats = np.floor(once / (1 - request)) + 1 if request < 1 else np.inf
-            rows.append((f"{name}, {way}", section.n_subsets, once, request, float(beats)))
-    return pd.DataFrame(rows, columns=["way", "models", "once", "request", "beats"])
+            rows.append((f"{name}, {way}", section.n_subsets, section.n_subsets * section.fraction, request))
+    table = pd.DataFrame(rows, columns=["way", "models", "once", "request"])
+    beats = np.floor(table["once"] / (1 - table["request"])) + 1
+    return table.assign(beats=beats.where(table["request"] < 1, np.inf))

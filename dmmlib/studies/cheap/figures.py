@@ -8,35 +8,18 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
-from dmmlib.analysis.plots import label, titled
-from dmmlib.studies.cheap.evaluator import SPLITS
+from dmmlib.analysis.looks import PALETTE, SPLITS, bars, grid, label, log_axis, titled
 
-_PALETTE = sns.color_palette("colorblind", 10)
-LOOKS = {"bayesian": ("Bayesian", _PALETTE[3], "o"), "ridge": ("ridge, margin gauge", _PALETTE[0], "s"),
-         "ridge, raw logits": ("ridge, raw logits", _PALETTE[2], "D")}  # fmt: skip
+LOOKS = {"bayesian": ("Bayesian", PALETTE[3], "o"), "ridge": ("ridge, margin gauge", PALETTE[0], "s"),
+         "ridge, raw logits": ("ridge, raw logits", PALETTE[2], "D")}  # fmt: skip
 LINES = {"do nothing": ("do nothing", "0.35", ":"), "floor": ("retraining again (floor)", "black", "-"),
          "true mean shift": ("true mean shift", "0.55", "--")}  # fmt: skip
-TINTS = {"forget": _PALETTE[3], "retain": "0.6", "validation": _PALETTE[0]}
+TINTS = {"forget": PALETTE[3], "retain": "0.6", "validation": PALETTE[0]}
 KINDS = {"random": ("o", -0.15), "group": ("D", 0.15)}  # of forget sets: marker, and where it stands beside a split
-
-
-def _bars(part: pd.DataFrame, value: str = "value") -> np.ndarray:
-    return np.clip(np.stack([part[value] - part["low"], part["high"] - part[value]]), 0, None)
-
-
-def _log_axis(axis: Axes, which: str, ticks: Sequence[float], limits: tuple[float, float] | None = None) -> None:
-    """Make an axis ("x" or "y") logarithmic, with the ticks that lie within the limits and no others."""
-    low, high = limits or (0, np.inf)
-    shown = [tick for tick in ticks if low <= tick <= high]
-    axis.set(**{f"{which}scale": "log"})
-    axis.set(**{f"{which}ticks": shown, f"{which}ticklabels": [f"{tick:,g}" for tick in shown]})
-    axis.set(**({f"{which}lim": limits} if limits else {}))
-    axis.minorticks_off()
 
 
 def _places(axes: Sequence[Axes]) -> Iterator[tuple[float, str, str, str]]:
@@ -53,7 +36,7 @@ def _kinds_legend(axis: Axes, group: str, **options: Any) -> None:
 
 def curve(table: pd.DataFrame, title: str, caption: str) -> Figure:
     """p95 KLoM for each split, and LDS, against the number of subset models, from `experiments.summary`."""
-    figure, axes = plt.subplots(1, 4, figsize=(15.5, 3.6), layout="constrained")
+    figure, (axes,) = grid(4, 4, (3.8, 3.2), sharey=False)
     sizes = np.unique(table.loc[table["attributor"].isin(LOOKS), "n_models"])
     for axis, split in zip(axes, (*SPLITS, "all"), strict=True):
         here = table[(table["split"] == split) & (table["statistic"] == ("lds" if split == "all" else "klom_p95"))]
@@ -62,15 +45,15 @@ def curve(table: pd.DataFrame, title: str, caption: str) -> Figure:
                 axis.axhline(value, color=tint, ls=ls, lw=1.4, label=text)
         for name, (text, tint, mark) in LOOKS.items():
             part = here[here["attributor"] == name]
-            axis.errorbar(part["n_models"], part["value"], _bars(part), color=tint, marker=mark, capsize=3, label=text)
-        _log_axis(axis, "x", sizes.tolist(), (0.8 * sizes[0], 1.25 * sizes[-1]))
+            axis.errorbar(part["n_models"], part["value"], bars(part), color=tint, marker=mark, capsize=3, label=text)
+        log_axis(axis, "x", sizes.tolist(), (0.8 * sizes[0], 1.25 * sizes[-1]))
         axis.tick_params("x", rotation=60)
         axis.grid(axis="y", color="0.93")
         axis.set_xlabel("subset models, all counted")
         if split == "all":
             axis.set(title="rank of effects", ylabel="LDS, mean over points", ylim=(0, None))
         else:
-            _log_axis(axis, "y", (0.5, 1, 2, 5, 10), (0.4, max(2.0, 1.15 * here["value"].max())))
+            log_axis(axis, "y", (0.5, 1, 2, 5, 10), (0.4, max(2.0, 1.15 * here["value"].max())))
             axis.set(title=f"{split} points", ylabel="p95 KLoM of DM-direct")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=10)
     return titled(figure, title, caption)
@@ -80,14 +63,12 @@ def ablation(table: pd.DataFrame, title: str, caption: str) -> Figure:
     """Each change's p95 KLoM over the default's for each split, and LDS minus its, from `ablation.against_default`."""
     shown = table[table["group"] != "default"]
     names = list(dict.fromkeys(zip(shown["group"], shown["name"], strict=True)))
-    figure, (klom, rank) = plt.subplots(
-        1, 2, figsize=(12.5, 0.42 * len(names) + 1.6), sharey=True, layout="constrained", width_ratios=[2, 1]
-    )
+    figure, ((klom, rank),) = grid(2, 2, (6.0, 0.42 * len(names) + 1.2), width_ratios=[2, 1])
     for j, split in enumerate((*SPLITS, "lds")):
         part = shown[shown["split"] == split].set_index(["group", "name"]).loc[names]
         axis, offset, tint = (rank, 0.0, "black") if split == "lds" else (klom, 0.24 * (j - 1), TINTS[split])
         look = {"color": tint, "fmt": "os^o"[j], "ms": 4.5, "lw": 1.1, "label": split}
-        axis.errorbar(part["ratio"], np.arange(len(names)) + offset, xerr=_bars(part, "ratio"), **look)
+        axis.errorbar(part["ratio"], np.arange(len(names)) + offset, xerr=bars(part, "ratio"), **look)
     for axis, default in ((klom, 1), (rank, 0)):
         for i in range(1, len(names)):
             if names[i][0] != names[i - 1][0]:
@@ -96,7 +77,7 @@ def ablation(table: pd.DataFrame, title: str, caption: str) -> Figure:
         axis.axvline(default, color="black", lw=0.8)
     is_lds = shown["split"] == "lds"
     low, high = shown.loc[~is_lds, "ratio"].agg(["min", "max"])
-    _log_axis(klom, "x", (0.5, 0.7, 1, 1.5, 2, 3, 5, 8), (min(0.6, 0.8 * low), 1.4 * high))
+    log_axis(klom, "x", (0.5, 0.7, 1, 1.5, 2, 3, 5, 8), (min(0.6, 0.8 * low), 1.4 * high))
     low, high = shown.loc[is_lds, "ratio"].agg(["min", "max"])
     margin = 0.15 * max(0.02, high - low)
     rank.set(xlabel="LDS − the default's", xlim=(low - margin, max(0.0, high) + margin))
@@ -113,7 +94,7 @@ def uncertainty(points: pd.DataFrame, sets: pd.DataFrame, title: str, caption: s
     Args:
         points: `experiments.uncertainty`; sets: `experiments.calibration`.
     """
-    figure, (error, coverage, slope) = plt.subplots(1, 3, figsize=(13, 4.0), layout="constrained")
+    figure, ((error, coverage, slope),) = grid(3, 3, (4.2, 3.6), sharey=False)
     expected, square = np.hypot(points["sd"], points["se"]), (points["true"] - points["predicted"]) ** 2
     points = points.assign(expected=expected, square=square)
     for split in SPLITS:
@@ -145,22 +126,22 @@ def replication(table: pd.DataFrame, each: pd.DataFrame, title: str, caption: st
         table: `experiments.over_seeds`; each: `experiments.ratios`.
     """
     pairs = list(dict.fromkeys(table["pair"]))
-    n, size = len(pairs) + 1, (3.6 * (len(pairs) + 1), 3.8)
-    figure, axes = plt.subplots(1, n, figsize=size, layout="constrained", width_ratios=[*[1.0] * len(pairs), 0.6])
+    widths = [*[1.0] * len(pairs), 0.6]
+    figure, (axes,) = grid(len(widths), len(widths), (3.5, 3.4), sharey=False, width_ratios=widths)
     low, high = each.loc[each["split"] != "all", "value"].agg(["min", "max"])
     for axis, pair in zip(axes, pairs, strict=False):
         for place, split, kind, mark in _places([axis]):
             dots, part = (t[(t["pair"] == pair) & (t["split"] == split) & (t["kind"] == kind)] for t in (each, table))
             axis.plot(np.full(len(dots), place + 0.1), dots["value"], ".", color="0.55", ms=5)
             look = {"fmt": mark, "color": TINTS[split], "capsize": 3}
-            axis.errorbar(np.full(len(part), place), part["value"], _bars(part), **look)
+            axis.errorbar(np.full(len(part), place), part["value"], bars(part), **look)
         axis.axhline(1, color="black", lw=0.8)
         axis.axhline(1.25, color="black", lw=0.8, ls=":")
-        _log_axis(axis, "y", (0.25, 0.33, 0.5, 0.7, 1, 1.25, 2, 3), (min(0.5, 0.9 * low), max(1.5, 1.1 * high)))
+        log_axis(axis, "y", (0.25, 0.33, 0.5, 0.7, 1, 1.25, 2, 3), (min(0.5, 0.9 * low), max(1.5, 1.1 * high)))
         axis.set_title(pair)
     axes[0].set_ylabel("p95 KLoM, Bayesian / ridge")
     rank = table[table["split"] == "all"].set_index("pair").loc[pairs]
-    axes[-1].errorbar(range(len(pairs)), rank["value"], _bars(rank), fmt="o", color="black", capsize=3)
+    axes[-1].errorbar(range(len(pairs)), rank["value"], bars(rank), fmt="o", color="black", capsize=3)
     axes[-1].axhline(0, color="black", lw=0.8)
     axes[-1].set_xticks(range(len(pairs)), [p.replace(", ", ",\n") for p in pairs], fontsize=8)
     axes[-1].set(ylabel="LDS, Bayesian − ridge", title="rank of effects", xlim=(-0.5, len(pairs) - 0.5))
@@ -171,7 +152,7 @@ def replication(table: pd.DataFrame, each: pd.DataFrame, title: str, caption: st
 def totals(table: pd.DataFrame, requests: Sequence[int], title: str, caption: str) -> Figure:
     """Total cost against the number of requests, from `experiments.costs`."""
     figure, axis = plt.subplots(figsize=(6.8, 4.0), layout="constrained")
-    looks = {"retrain": "black", "ridge": _PALETTE[0], "Bayesian": _PALETTE[3]}
+    looks = {"retrain": "black", "ridge": PALETTE[0], "Bayesian": PALETTE[3]}
     k = np.asarray(requests, float)
     for way, once, request in table[["way", "once", "request"]].itertuples(index=False):
         look = {"color": looks[way.split(",")[0]], "ls": "--" if "DMM" in way else "-"}
@@ -192,21 +173,21 @@ def side_by_side(medians: pd.DataFrame, title: str, caption: str) -> Figure:
     """
     known = medians[medians["statistic"] == "lds"]
     names, rows = list(known["attributor"]), np.arange(len(known))
-    figure, axes = plt.subplots(1, 3, figsize=(11.5, 0.36 * len(names) + 1.4), sharey=True, layout="constrained")
-    axes[0].errorbar(known["value"], rows, xerr=_bars(known), fmt="o", color="black", capsize=2)
+    figure, (axes,) = grid(3, 3, (3.7, 0.36 * len(names) + 1.0))
+    axes[0].errorbar(known["value"], rows, xerr=bars(known), fmt="o", color="black", capsize=2)
     axes[0].axvline(0, color="0.6", lw=0.8)
     axes[0].set(xlabel="LDS, mean over points", title="rank of effects")
     klom = medians[medians["statistic"] == "klom_p95"]
     for axis, split in zip(axes[1:], ("forget", "retain"), strict=True):
         here = klom[klom["split"] == split].set_index("attributor")
-        for method, shift, tint, mark in (("dm_direct", -0.14, _PALETTE[2], "D"), ("dmm", 0.14, _PALETTE[3], "o")):
+        for method, shift, tint, mark in (("dm_direct", -0.14, PALETTE[2], "D"), ("dmm", 0.14, PALETTE[3], "o")):
             part = here[here["method"] == method].loc[names]
             look = {"fmt": mark, "color": tint, "ms": 5, "capsize": 2, "label": label(method)}
-            axis.errorbar(part["value"], rows + shift, xerr=_bars(part), **look)
+            axis.errorbar(part["value"], rows + shift, xerr=bars(part), **look)
         for name, ls in (("do nothing", ":"), ("retrain (floor)", "-")):
             axis.axvline(here.loc[name, "value"], color="0.35", ls=ls, lw=1.2, label=name)
         axis.set(xlabel="p95 KLoM", title=f"{split} points")
-        _log_axis(axis, "x", (0.5, 1, 2, 5, 10))
+        log_axis(axis, "x", (0.5, 1, 2, 5, 10))
     for axis in axes:
         axis.grid(axis="x", color="0.93")
     axes[0].set_yticks(rows, names)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -117,8 +119,9 @@ def trade_off(gap: pd.DataFrame, klom: pd.DataFrame, title: str, caption: str) -
     axis.axvline(0, color="0.8", lw=0.8, zorder=0)
     for method in map(str, gap.index):
         x, y = gap.loc[method], distance.loc[method]
-        look = {"fmt": marks.get(method.partition(":")[0], "o"), "color": colour(method), "label": label(method)}
-        axis.errorbar(x["value"], y["value"], looks.bars(y), looks.bars(x), capsize=2, **look)
+        look: dict[str, Any] = {"color": colour(method), "label": label(method), "capsize": 2}
+        mark = marks.get(method.partition(":")[0], "o")
+        axis.errorbar(x["value"], y["value"], looks.bars(y), looks.bars(x), mark, **look)
     axis.set_xlabel("score on retained people and public figures, minus retraining's")
     axis.set_ylabel("KLoM on forgotten people, mean")
     figure.legend(loc="outside right center", fontsize=8)
