@@ -11,6 +11,7 @@ from dmmlib.data import Dataset
 from dmmlib.errors import ForgetSetError
 from dmmlib.studies.adversary import service
 from dmmlib.studies.adversary.experiments import Prepared, watch
+from dmmlib.studies.adversary.serving import bounds
 from dmmlib.studies.adversary.world import World
 
 
@@ -39,8 +40,7 @@ def detection(scores: pd.DataFrame) -> pd.DataFrame:
             row: dict[str, Any] = {"attack": attack, "against": kind, "n": len(part), "n_honest": len(honest)}
             row |= {name: service.area(honest[name].to_numpy(), part[name].to_numpy()) for name in service.COMPONENTS}
             for name, statistic in (("score", service.area), ("detected at 5 %", service.detected)):
-                e = service.resampled(statistic, honest["score"].to_numpy(), part["score"].to_numpy())
-                row |= {name: e.value, f"{name} low": e.low, f"{name} high": e.high}
+                row |= bounds(name, service.resampled(statistic, honest["score"].to_numpy(), part["score"].to_numpy()))
             rows.append(row)
     return pd.DataFrame(rows)
 

@@ -20,7 +20,7 @@ from dmmlib.studies.adversary.geometry import Region, sampled_share, stable_regi
 from dmmlib.studies.adversary.service import COMPONENTS, Monitor
 from dmmlib.studies.adversary.settings import AdversarySettings
 from dmmlib.studies.adversary.subspace import Subspace
-from dmmlib.studies.adversary.world import Site, World, retrain, sites, together
+from dmmlib.studies.adversary.world import Site, World, retrain, sites, together, with_poison
 
 ATTACKS = {
     "ddpa_clean": "DDPA, clean labels",
@@ -89,7 +89,7 @@ def choose(world: World, dirty: bool) -> Crafted:
     asked = [ddpa(world, p, spaces[damping], world.tuning) for p, (damping, _) in zip(poisons, cases, strict=True)]
     done = together(world, [p.points for p in poisons], s.n_models, asked, 1)
     found = [site.outcomes(world.tuning, retrained) for site, retrained in done]
-    changes = [float((table["margin"] - table["margin before"]).mean()) for table in found]
+    changes = [float(table["change"].mean()) for table in found]
     tried = pd.DataFrame(cases, columns=["damping", "angle"]).assign(
         **{"labels": "dirty" if dirty else "clean", "change of margin": changes},
         balance=[p.balance for p in poisons],
@@ -240,7 +240,7 @@ def camouflage(world: World) -> tuple[Asked, list[Poison], pd.DataFrame]:
 def hidden(world: World) -> tuple[list[Poison], list[np.ndarray]]:
     """Camouflaged poison for each target, and the request that uncovers it."""
     found = [on_a_line(world, *world.of_targets(t), False, t) for t in world.targets[:, None]]
-    return [poison for poison, _ in found], [forget for _, requests in found for forget in requests]
+    return [poison for poison, _ in found], [forget for _, (forget,) in found]
 
 
 def on_a_line(world: World, x: Tensor, y: Tensor, dirty: bool, targets: np.ndarray) -> tuple[Poison, list[np.ndarray]]:
@@ -259,18 +259,16 @@ def never_trained(world: World, honest: Site, camouflaged: Asked, n_models: int)
     n, data = world.s.n, honest.data
     seeds = range(30_000, 30_000 + n_models)
     again = world.victim.train(honest.x[:n], data.y_train, np.ones((n_models, n), bool), seeds)
-    made, requests, retrained = [], [], []
+    made = []
     for t, forget in enumerate(camouflaged.requests):
         poisoned = camouflaged.site(t).data
-        images = np.concatenate([data.x_train, poisoned.x_train[forget]])
-        labels = np.concatenate([data.y_train, poisoned.y_train[forget]])
-        extended = replace(data, x_train=images, y_train=labels)
+        extended = with_poison(data, poisoned.x_train[forget], poisoned.y_train[forget], n)
         x = world.victim.points(extended.x)
         made.append(Site(extended, np.zeros(0, int), x, honest.originals, honest.originals.logits(x).numpy()))
-        requests.append(n + np.arange(len(forget)))
-        retrained.append(again.logits(x).numpy())
+    requests = [n + np.arange(len(forget)) for forget in camouflaged.requests]
+    retrained = np.stack([again.logits(site.x).numpy() for site in made])
     none = [Predicted(np.zeros(site.logits.shape[1:], np.float32)) for site in made]  # no subset held them: no effect
-    return Asked("never_trained", made, requests, np.stack(retrained), none)
+    return Asked("never_trained", made, requests, retrained, none)
 
 
 def watch(

@@ -13,19 +13,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
-from dmmlib.analysis.plots import label, titled
+from dmmlib.analysis import looks
+from dmmlib.analysis.looks import PALETTE, label, titled
 from dmmlib.metrics import FLOOR
 from dmmlib.studies.adversary.crafting import Poison
 from dmmlib.studies.adversary.experiments import ATTACKS
 from dmmlib.studies.adversary.geometry import Region
 
-_PALETTE = sns.color_palette("colorblind", 10)
-LOOKS = dict(
-    zip(ATTACKS, zip([_PALETTE[i] for i in (0, 3, 9, 6, 7, 1, 2, 4, 5)], "os<>vD^PX", strict=True), strict=True)
-)
+LOOKS = {a: (PALETTE[i], mark) for a, i, mark in zip(ATTACKS, (0, 3, 9, 6, 7, 1, 2, 4, 5), "os<>vD^PX", strict=True)}
 EXACT = {
-    "retrain": (_PALETTE[0], "o", "retrained"),
-    "tv_stable": (_PALETTE[1], "D", "TV-stable deletion"),
+    "retrain": (PALETTE[0], "o", "retrained"),
+    "tv_stable": (PALETTE[1], "D", "TV-stable deletion"),
     "do_nothing": ("0.45", "v", "nothing done"),
 }
 SPLITS = {"forget": "deleted points", "retain": "points that stay", "validation": "validation points"}
@@ -39,24 +37,22 @@ QUANTITIES = {
 
 def _panels(n_rows: int, n_columns: int, width: float, height: float, **options: Any) -> tuple[Figure, np.ndarray]:
     """Panels (n_rows, n_columns) on a figure of that size in inches."""
-    size = (width, height)
-    return plt.subplots(n_rows, n_columns, figsize=size, layout="constrained", squeeze=False, **options)
+    return plt.subplots(n_rows, n_columns, figsize=(width, height), layout="constrained", squeeze=False, **options)
 
 
-def _bars(table: pd.DataFrame, name: str) -> list[pd.Series]:
-    """How far a column's interval reaches down and up, as `errorbar` takes it."""
-    return [table[name] - table[f"{name} low"], table[f"{name} high"] - table[name]]
+def _bars(table: pd.DataFrame, name: str) -> np.ndarray:
+    return looks.bars(table, name, f"{name} low", f"{name} high")
 
 
 def regions(known: Region, found: Mapping[str, Region], reach: float, title: str, caption: str) -> Figure:
     """Left: gap against radius of a function that is convex up to radius 1; right: of trained models' loss."""
     figure, ((left, right),) = _panels(1, 2, 10.5, 3.6)
-    left.plot(known.radii, known.gaps, color=_PALETTE[0], marker="o", label="largest gap found")
+    left.plot(known.radii, known.gaps, color=PALETTE[0], marker="o", label="largest gap found")
     left.axvline(1, color="black", lw=1, ls=":", label="convex up to here")
     left.set(xlabel="radius / the known convex radius", ylabel="Jensen gap / rise of the function")
     left.set_title("1 − exp(−‖z‖²/2)", fontsize=10)
     for i, (name, region) in enumerate(found.items()):
-        right.plot(region.radii / reach, region.gaps, color=_PALETTE[i + 1], marker="so^D"[i % 4], label=name)
+        right.plot(region.radii / reach, region.gaps, color=PALETTE[i + 1], marker="so^D"[i % 4], label=name)
     first = next(iter(found.values()))
     right.axvline(1, color="black", lw=1, ls=":", label="reach of the poison")
     right.set(xlabel="radius / reach of the poison", ylabel="Jensen gap / rise of the loss", xscale="log")
@@ -75,7 +71,7 @@ def covered(table: pd.DataFrame, title: str, caption: str) -> Figure:
     figure, ((axis,),) = _panels(1, 1, 6.5, 3.6)
     axis.plot(table["k"], table["theory"], color="black", lw=1.2, label="closed form")
     k, sampled, error = table.loc[table["sampled"] > 0, ["k", "sampled", "error"]].to_numpy().T
-    axis.errorbar(k, sampled, error, color=_PALETTE[3], fmt="o", capsize=3, label="sampled, 95 % interval")
+    axis.errorbar(k, sampled, error, color=PALETTE[3], fmt="o", capsize=3, label="sampled, 95 % interval")
     axis.set(yscale="log", xlabel="dimension k of the subspace", ylabel="simplex / ball, volume", xticks=table["k"])
     axis.grid(color="0.93")
     axis.legend(fontsize=9)

@@ -26,6 +26,7 @@ from dmmlib.errors import DataError, ForgetSetError
 from dmmlib.forget_sets import indicator
 from dmmlib.metrics import Estimate, right_logits
 
+N_RANDOM = 100  # requests of random points, for each size, that scores are relative to
 COMPONENTS = ("validation", "retain", "leverage")
 
 
@@ -78,8 +79,6 @@ class Monitor:
     datamodel: Attributor  # of the training set
     labels: np.ndarray  # of all points
     gram: np.ndarray  # T_ij r_i r_j (n_train, n_train), the energy of displacements that deletions add up to
-    seed: int = 0  # of the random requests that scores are relative to
-    n_random: int = 100  # how many of them there are for each size
 
     def change(self, requests: Sequence[np.ndarray]) -> np.ndarray:
         """Predicted change of margins (k, n_points) on deletion of each of some requests."""
@@ -108,9 +107,8 @@ class Monitor:
         z = self.components(requests)
         sizes = np.array([len(r) for r in requests])
         for size in np.unique(sizes):
-            rng = np.random.default_rng([self.seed, int(size)])
-            random = [rng.choice(len(self.gram), size, replace=False) for _ in range(self.n_random)]
-            usual = self.components(random)
+            rng = np.random.default_rng([0, int(size)])
+            usual = self.components([rng.choice(len(self.gram), size, replace=False) for _ in range(N_RANDOM)])
             z[sizes == size] -= usual.mean(0)
             z[sizes == size] /= np.maximum(usual.std(0, ddof=1), 1e-12)
         return np.column_stack([z, z.mean(1)])

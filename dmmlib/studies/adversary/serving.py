@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,9 @@ from dmmlib.forget_sets import ForgetSet
 from dmmlib.studies.adversary.experiments import Asked, Prepared, never_trained
 from dmmlib.studies.adversary.world import World, retrain, together
 
+Setting = dict[str, Any]
 MATCHING = [{"cost": 0.1, "batch_size": 10, "lr": lr} for lr in (1e-3, 3e-3, 1e-2, 3e-2)]
-OPTIONS: dict[str, list[dict[str, Any]]] = {
+OPTIONS: dict[str, list[Setting]] = {
     "do_nothing": [{}],
     "retrain": [{}],
     "gd": [{"epochs": 1.0, "batch_size": 100, "lr": lr} for lr in (1e-2, 3e-2, 1e-1, 3e-1)],
@@ -32,14 +33,15 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
 }
 """Settings tried of each method, on honest requests of the attack's size."""
 
-Case = tuple[int, str, dict[str, Any]]  # number of a target, method, setting
 Answers = tuple[np.ndarray, np.ndarray]  # margins, and whether answers are correct, both (n_models, n_points)
 
 
-def solve(world: World, asked: Asked, cases: Sequence[Case]) -> list[unlearn.Unlearned]:
-    """The result of each case."""
+def solve(
+    world: World, asked: Asked, options: Iterable[tuple[str, Setting]]
+) -> Iterator[tuple[int, str, Setting, unlearn.Unlearned]]:
+    """The result of each method and setting for each request, after the request's number and these."""
 
-    def one(case: Case) -> unlearn.Unlearned:
+    def one(case: tuple[int, str, Setting]) -> tuple[int, str, Setting, unlearn.Unlearned]:
         t, method, setting = case
         site = asked.site(t)
         problem = unlearn.Problem(
@@ -54,12 +56,13 @@ def solve(world: World, asked: Asked, cases: Sequence[Case]) -> list[unlearn.Unl
             oracle_logits=asked.retrained[t],
             seed=world.s.seed,
         )
-        return unlearn.get(method)(problem, **setting)
+        return *case, unlearn.get(method)(problem, **setting)
 
-    return list(world.victim.one_by_one.run(one, cases))
+    cases = [(t, *option) for option in options for t in range(len(asked.requests))]
+    return world.victim.one_by_one.run(one, cases)
 
 
-def choose_options(world: World, prepared: Prepared) -> tuple[dict[str, dict[str, Any]], pd.DataFrame]:
+def choose_options(world: World, prepared: Prepared) -> tuple[dict[str, Setting], pd.DataFrame]:
     """Each method's setting: the one nearest to retraining on honest requests of the attack's size.
 
     They are class-pure sets of images alike, from the site without poison. Distance: mean over requests and over F, R
@@ -71,9 +74,8 @@ def choose_options(world: World, prepared: Prepared) -> tuple[dict[str, dict[str
     asked = Asked("search", [site], albums, retrained[:, : s.n_models], [prepared.monitors["honest"].datamodel])
     goals = [metrics.margins(z[s.n_models :], site.data.y).mean(0) for z in retrained]
     grid = [(method, setting) for method, settings in OPTIONS.items() for setting in settings if len(settings) > 1]
-    tried = [(t, *option) for option in grid for t in range(len(albums))]
     rows = []
-    for (t, method, setting), result in zip(tried, solve(world, asked, tried), strict=True):
+    for t, method, setting, result in solve(world, asked, grid):
         gap = np.nan_to_num(np.abs(result.margins.mean(0) - goals[t]), nan=1e3, posinf=1e3)
         parts = ForgetSet("", albums[t]).splits(s.n, site.data.n_val).values()
         rows.append((method, repr(setting), np.mean([gap[part].mean() for part in parts])))
@@ -101,17 +103,16 @@ def columns(after: Answers, before: Answers, target: int, others: np.ndarray) ->
     return found
 
 
-def serve(world: World, asked: Asked, options: Mapping[str, dict[str, Any]]) -> pd.DataFrame:
+def serve(world: World, asked: Asked, options: Mapping[str, Setting]) -> pd.DataFrame:
     """What each model answers after each method served each request.
 
     Columns: attack, method, target, model, size, error and margin at the target, accuracy on V without the targets, the
     same three before the request, and cost.
     """
     others = np.setdiff1d(np.arange(world.data.n_val), world.targets)
-    cases = [(t, method, setting) for method, setting in options.items() for t in range(len(asked.requests))]
     before = [(metrics.margins(s.logits, s.data.y), metrics.correct(s.logits, s.data.y)) for s in asked.sites]
     tables = []
-    for (t, method, _), result in zip(cases, solve(world, asked, cases), strict=True):
+    for t, method, _, result in solve(world, asked, options.items()):
         n, target = asked.site(t).data.n_train, int(world.targets[t])
         told = columns((result.margins, result.correct), before[t % len(before)], n + target, n + others)
         names = {"attack": asked.attack, "method": method, "target": target, "size": len(asked.requests[t])}
@@ -126,6 +127,11 @@ def interval(table: pd.DataFrame, column: str, n_bootstrap: int = 500, seed: int
     of_targets, of_models = (rng.multinomial(n, np.full(n, 1 / n), n_bootstrap) / n for n in values.shape)
     draws = ((of_targets @ values) * of_models).sum(1)
     return metrics.Estimate(float(values.mean()), *np.percentile(draws, [2.5, 97.5]).tolist())
+
+
+def bounds(name: str, e: metrics.Estimate) -> dict[str, float]:
+    """An estimate as columns: the name, and "low" and "high" after it."""
+    return {name: e.value, f"{name} low": e.low, f"{name} high": e.high}
 
 
 def summary(served: pd.DataFrame, by: Sequence[str] = ("attack", "method")) -> pd.DataFrame:
@@ -143,14 +149,13 @@ def summary(served: pd.DataFrame, by: Sequence[str] = ("attack", "method")) -> p
     for key, part in served.groupby(list(by), sort=False):
         row: dict[str, Any] = dict(zip(by, key, strict=True)) | {"n_targets": part["target"].nunique()}
         for name, column in estimated.items():
-            e = interval(part, column)
-            row |= {name: e.value, f"{name} low": e.low, f"{name} high": e.high}
+            row |= bounds(name, interval(part, column))
         row["spread"] = float(part.groupby("model")["error"].mean().std(ddof=1))
         rows.append(row | part[means].mean().to_dict())
     return pd.DataFrame(rows)
 
 
-def klom(world: World, prepared: Prepared, options: Mapping[str, dict[str, Any]]) -> pd.DataFrame:
+def klom(world: World, prepared: Prepared, options: Mapping[str, Setting]) -> pd.DataFrame:
     """KLoM's p95 of the served requests for each attack, method and split: the mean over several requests.
 
     Each is served from `n_klom` originals and compared with as many retrained models; as many others are what oracle
@@ -160,8 +165,7 @@ def klom(world: World, prepared: Prepared, options: Mapping[str, dict[str, Any]]
     rows, n = list[dict[str, Any]](), world.s.n_klom
     for asked in _with_many_models(world, prepared):
         served = replace(asked, retrained=asked.retrained[:, :n])
-        cases = [(t, method, setting) for method, setting in options.items() for t in range(len(asked.requests))]
-        for (t, method, _), result in zip(cases, solve(world, served, cases), strict=True):
+        for t, method, _, result in solve(world, served, options.items()):
             data = asked.site(t).data
             splits = ForgetSet("", asked.requests[t]).splits(data.n_train, data.n_val)
             aim = metrics.margins(asked.retrained[t][n:], data.y)

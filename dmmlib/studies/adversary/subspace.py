@@ -45,8 +45,6 @@ def gradients(models: Ensemble, i: int, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _factors(phi: Tensor, lam: float) -> tuple[Tensor, Tensor]:
-    if not lam > 0:
-        raise OptionError(f"The damping lam={lam} was given; use a positive number, such as 0.3.")
     kernels = phi @ phi.mT
     mu = lam * kernels.diagonal(dim1=1, dim2=2).mean(1)
     kernels.diagonal(dim1=1, dim2=2).add_(mu[:, None])
@@ -66,7 +64,7 @@ class Metric:
 
     @classmethod
     def at(cls, models: Ensemble, x: Tensor, y: Tensor, lam: float) -> Metric:
-        """The metric with mu = lam times the mean squared length of gradients; raises OptionError for lam <= 0."""
+        """The metric with mu = lam times the mean squared length of gradients, lam > 0."""
         phi = torch.stack([gradients(models, i, x, y) for i in range(models.n_models)])
         return cls(models, x, y, phi, *_factors(phi, lam))
 
@@ -116,8 +114,6 @@ class Subspace:
 
         Raises OptionError for a k below 1 or above what the candidates span.
         """
-        if not 1 <= k <= len(x):
-            raise OptionError(f"k={k} directions of {len(x)} candidate gradients were asked for; use 1 to {len(x)}.")
         models = metric.models
         steps, gram = [], torch.zeros(len(x), len(x), device=x.device)
         for g, step in metric.solved(x, y):
@@ -126,7 +122,7 @@ class Subspace:
         s, v = torch.linalg.eigh((gram + gram.T).double() / 2)
         s, v = s.flip(0), v.flip(1)
         rank = int((s > 1e-6 * s[0]).sum())
-        if k > rank:
+        if not 1 <= k <= rank:
             raise OptionError(f"k={k} directions were asked for, but the candidates span {rank}; use 1 to {rank}.")
         weights = (v[:, :k] / s[:k].sqrt()).T.float()
         flat = torch.stack([weights @ step for step in steps], 1)  # (k, K, n_weights)
@@ -145,8 +141,7 @@ class Subspace:
         module = self.models.module.eval()
 
         def one(params: Tensors, buffers: Tensors, direction: Tensors) -> tuple[Tensor, Tensor]:
-            logits, along = jvp(lambda p: functional_call(module, (p, buffers), (x,)), (params,), (direction,))[:2]
-            return logits, along
+            return jvp(lambda p: functional_call(module, (p, buffers), (x,)), (params,), (direction,))[:2]
 
         every_direction = vmap(vmap(one), in_dims=(None, None, 0))
         logits, along = every_direction(self.models.params, self.models.buffers, self.directions)
@@ -175,15 +170,12 @@ class Subspace:
             {name: b.expand(len(z), *b.shape) for name, b in buffers.items()},
         )
 
-    def loss(self, x: Tensor, y: Tensor, model: int, block: int = 100) -> Callable[[np.ndarray], np.ndarray]:
+    def loss(self, x: Tensor, y: Tensor, model: int) -> Callable[[np.ndarray], np.ndarray]:
         """Mean cross-entropy on points (n, ...) of the model displaced by z, as a function of z (m, k)."""
 
         def at(z: np.ndarray) -> np.ndarray:
-            losses = []
-            for first in range(0, len(z), block):
-                logits = self.displaced(z[first : first + block], model).logits(x)
-                flat = cross_entropy(logits.flatten(0, 1), y.cpu().repeat(len(logits)), reduction="none")
-                losses.append(flat.view(len(logits), -1).double().mean(1).numpy())
-            return np.concatenate(losses)
+            logits = self.displaced(z, model).logits(x)
+            losses = cross_entropy(logits.flatten(0, 1), y.cpu().repeat(len(logits)), reduction="none")
+            return losses.view(len(logits), -1).double().mean(1).numpy()
 
-        return at
+        return lambda z: np.concatenate([at(z[first : first + 100]) for first in range(0, len(z), 100)])

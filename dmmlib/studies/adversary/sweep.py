@@ -156,8 +156,7 @@ def sequence(world: World, prepared: Prepared) -> pd.DataFrame:
         site.outcomes(world.targets[at], after).assign(**{"looked at": name}, place=place, deleted=deleted)
         for name, at in looked.items()
     ]
-    table = pd.concat(parts, ignore_index=True)
-    return table.assign(change=table["margin"] - table["margin before"])
+    return pd.concat(parts, ignore_index=True)
 
 
 def limits(world: World, prepared: Prepared, measured: pd.Series) -> pd.DataFrame:

@@ -192,7 +192,7 @@ class Site:
         return float(metrics.correct(self.logits[:, self.data.n_train :], self.data.y_val).mean())
 
     def outcomes(self, targets: np.ndarray, retrained: np.ndarray) -> pd.DataFrame:
-        """Error and margin of retrained models at their targets; "before": the originals' means.
+        """Error, margin and its change of retrained models at their targets; "before": the originals' means.
 
         Takes positions in V (T,), and logits (T, n_models, n_points, n_classes).
         """
@@ -202,12 +202,12 @@ class Site:
         for name, of in (("error", lambda z, y: ~metrics.correct(z, y)), ("margin", metrics.margins)):
             columns[name] = of(after, self.data.y[at]).T.ravel()
             columns[f"{name} before"] = np.repeat(of(before, self.data.y[at]).mean(0), n_models)
-        return pd.DataFrame(columns)
+        return pd.DataFrame(columns).assign(change=columns["margin"] - columns["margin before"])
 
 
-def with_poison(data: Dataset, images: np.ndarray, labels: np.ndarray) -> Dataset:
-    """The data with their last training points replaced by the attacker's."""
-    honest = data.n_train - len(images)
+def with_poison(data: Dataset, images: np.ndarray, labels: np.ndarray, honest: int | None = None) -> Dataset:
+    """The first `honest` training points, then the attacker's; as many in all as there were if None."""
+    honest = data.n_train - len(images) if honest is None else honest
     x, y = np.concatenate([data.x_train[:honest], images]), np.concatenate([data.y_train[:honest], labels])
     return replace(data, x_train=x, y_train=y)
 

@@ -322,5 +322,5 @@ def costs(study: Study, dmm_cost: float) -> pd.DataFrame:
         for way, request in (("DM-direct", 0.0), ("DMM", dmm_cost)):
             rows.append((f"{name}, {way}", section.n_subsets, section.n_subsets * section.fraction, request))
     table = pd.DataFrame(rows, columns=["way", "models", "once", "request"])
-    beats = np.floor(table["once"] / (1 - table["request"])) + 1
+    beats = (table["once"] / (1 - table["request"])).floordiv(1) + 1
     return table.assign(beats=beats.where(table["request"] < 1, np.inf))
