@@ -283,7 +283,7 @@ def test_published_checkpoints_are_fine_tuned_through_lora(here, splits, tmp_pat
     assert "counted here" in scale.scale(settings)
     assert scale.laid_out(checkpoint, 2)[2] == sum(v[0].numel() for v in tuned.params.values())
     with pytest.raises(DataError, match="cannot be loaded as a LLaVA"):
-        model.published(given(checkpoint=str(tmp_path / "bench")))
+        model.published(given(checkpoint=str(tmp_path / "bench")), questions)
 
 
 def test_the_papers_size_is_planned():

@@ -102,16 +102,12 @@ def _of_ddpa(world: World, prepared: Prepared, name: str) -> list[Case]:
 
 
 def _class_known(world: World, name: str, dirty: bool) -> Case:
-    x, y = world.candidates()
-    case = Case(name, "class known", 1, [], [], [])
-    labels = world.data.y_val[world.targets]
-    for label in np.intersect1d(labels, y):
-        targets, known = world.targets[labels == label], y == label
-        poison, requests = on_a_line(world, x[known], y[known], dirty, targets)
-        case.poisons.append(poison)
-        case.requests.append(requests)
-        case.targets.append(targets)
-    return case
+    (x, y), labels = world.candidates(), world.data.y_val[world.targets]
+    classes = np.intersect1d(labels, y)
+    targets = [world.targets[labels == label] for label in classes]
+    made = [on_a_line(world, x[y == c], y[y == c], dirty, its) for c, its in zip(classes, targets, strict=True)]
+    poisons, requests = map(list, zip(*made, strict=True))
+    return Case(name, "class known", 1, poisons, requests, targets)
 
 
 def _of_fixed_targets(world: World, prepared: Prepared) -> list[Case]:

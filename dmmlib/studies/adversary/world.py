@@ -109,10 +109,8 @@ class World:
             name=data.name, class_names=data.class_names, mean=data.mean, std=data.std,
         )  # fmt: skip
         pool = data.x_train[s.n :], data.y_train[s.n :]
-        known, surrogate = (
-            _metric(victim, s, images[: s.n], labels[: s.n], seed)
-            for (images, labels), seed in (((service.x_train, service.y_train), 0), (pool, 10_000))
-        )
+        known = _metric(victim, s, service.x_train, service.y_train, 0)
+        surrogate = _metric(victim, s, pool[0][: s.n], pool[1][: s.n], 10_000)
         answers = [m.models.logits(victim.points(data.x_val)).numpy() for m in (known, surrogate)]
         able = np.flatnonzero(metrics.correct(np.concatenate(answers), data.y_val).all(0))
         candidates = np.random.default_rng([s.seed, 1]).permutation(able)

@@ -59,16 +59,13 @@ class Tokens:
 
 def moved(world: World, logits: np.ndarray, change: np.ndarray, questions: np.ndarray) -> np.ndarray:
     """Predicted logits (n_models, n, A, V) of some questions: each model's own, moved in the margin gauge."""
-    truth = world.truth[torch.from_numpy(questions)].cpu().numpy().ravel()
+    truth = world.truth[questions].cpu().numpy().ravel()
     flat = logits.reshape(len(logits), len(truth), -1)
     return datamodels.retrained(flat, change.reshape(flat.shape[1:]), truth).reshape(logits.shape)
 
 
 def mean_change(world: World, before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """The mean change (n, A, V), in the margin gauge, between two sets of logits (n_models, n, A, V).
-
-    They are of the first n questions.
-    """
+    """The mean change (n, A, V), in the margin gauge, of logits (n_models, n, A, V) of the first n questions."""
     truth = world.truth[: before.shape[1]].cpu().numpy().ravel()
     means = [metrics.margin_gauge(z.reshape(len(z), len(truth), -1), truth).mean(0) for z in (before, after)]
     return (means[1] - means[0]).reshape(before.shape[1:])
@@ -119,10 +116,7 @@ def fit(world: World, masks: np.ndarray, logits: np.ndarray, models: Ensemble) -
 
 
 def own_effect(masks: np.ndarray, outputs: np.ndarray, owner: np.ndarray) -> Change:
-    """What leaving people out changes of the outputs that are about them, and nothing else.
-
-    That is the mean output (M, n_tokens, V) of models without their owner (n_tokens,), minus that of the others.
-    """
+    """Mean outputs (M, n_tokens, V) of models not taught their owner (n_tokens,) minus the others', if left out."""
     taught = masks[:, owner][..., None]
     means = [(outputs * m).sum(0) / np.maximum(m.sum(0), 1) for m in (~taught, taught)]
     difference = np.asarray(means[0] - means[1], np.float32)

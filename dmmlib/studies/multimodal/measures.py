@@ -62,8 +62,8 @@ def judged(world: World, logits: np.ndarray, questions: np.ndarray, said: torch.
     facts = scores.copy()
     options, label = world.codec.options([asked[i] for i in choice]).numpy(), [asked[i].label for i in choice]
     if world.columns is not None:  # the options are kept first, the correct one before the others
-        options, label = np.broadcast_to(np.arange(options.shape[1]), options.shape), [0] * len(choice)
-    first = np.take_along_axis(logits[:, choice, 0], np.broadcast_to(options, (len(logits), *options.shape)), 2)
+        options, label = np.zeros_like(options) + np.arange(options.shape[1]), [0] * len(choice)
+    first = np.take_along_axis(logits[:, choice, 0], options[None], 2)
     scores[:, choice] = first.argmax(-1) == label
     truth, padding = (t[questions[cloze]].cpu().numpy() for t in (world.truth, world.answers == world.codec.pad))
     scores[:, cloze] = ((logits[:, cloze].argmax(-1) == truth) | padding).all(-1)

@@ -11,7 +11,7 @@ begin at one place:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,12 @@ class Codec:
     template: str  # a prompt, with {image} and {prompt} to be filled in
     n_patches: int  # tokens that a portrait takes
     answer_length: int  # A
+
+    @classmethod
+    def of(cls, tokenizer: Any, template: str, n_patches: int, questions: Sequence[Question]) -> Codec:
+        """A codec whose answers are as long as the longest of the questions' and EOS."""
+        codec = cls(tokenizer, template, n_patches, 0)
+        return replace(codec, answer_length=1 + max(len(codec.tokens(q.answer)) for q in questions))
 
     @property
     def pad(self) -> int:
@@ -238,8 +244,10 @@ def pretrain(
     llava.eval()
 
 
-def published(s: MultimodalSettings, device: torch.device | str = "cpu") -> tuple[Any, Codec]:
-    """Load a published LLaVA, frozen but for LoRA adapters in its decoder, and its codec for answers of length 0.
+def published(
+    s: MultimodalSettings, questions: Sequence[Question], device: torch.device | str = "cpu"
+) -> tuple[Any, Codec]:
+    """Load a published LLaVA, frozen but for LoRA adapters in its decoder, and its codec for some questions.
 
     Raises DataError if it cannot be loaded or is no LLaVA, and ExtraError without the extra's packages.
     """
@@ -260,7 +268,7 @@ def published(s: MultimodalSettings, device: torch.device | str = "cpu") -> tupl
     adapt(llava, s.rank)
     vision = llava.config.vision_config
     n_patches = (vision.image_size // vision.patch_size) ** 2
-    return llava.eval(), Codec(tokenizer, "USER: {image}\n{prompt} ASSISTANT:", n_patches, answer_length=0)
+    return llava.eval(), Codec.of(tokenizer, "USER: {image}\n{prompt} ASSISTANT:", n_patches, questions)
 
 
 def adapt(llava: Any, rank: int) -> None:

@@ -286,8 +286,7 @@ def build(
         splits, seen = people.generate(s)
     counts = bench.validate(splits, s.percents)
     ids = tuple(str(row["ID"]) for row in splits["Full_Set"])
-    number = {name: i for i, name in enumerate(ids)}
-    forget_sets = {f"{p} %": np.array([number[str(row["ID"])] for row in splits[f"forget_{p}"]]) for p in s.percents}
+    forget_sets = {f"{p} %": np.array([ids.index(str(r["ID"])) for r in splits[f"forget_{p}"]]) for p in s.percents}
     free = np.setdiff1d(np.arange(len(ids)), np.concatenate(list(forget_sets.values())))
     if s.n_tuning >= len(free):
         raise DataError(
@@ -296,16 +295,13 @@ def build(
         )
     tuning = np.sort(np.random.default_rng([s.seed, 1]).permutation(free)[: s.n_tuning])
     images: list[Any] = []
-    asked = [
-        question
-        for name, split in (("Full_Set", "train"), ("Retain_Set", "public"), ("Test_Set", "test"))
-        for question in bench.questions(splits[name], split, images, s.letters)
-    ]
-    if s.checkpoint is not None:
-        llava, codec = model.published(s, device)
-        codec = replace(codec, answer_length=1 + max(len(codec.tokens(q.answer)) for q in asked))
-    else:
+    asked = list[Question]()
+    for name, split in (("Full_Set", "train"), ("Retain_Set", "public"), ("Test_Set", "test")):
+        asked += bench.questions(splits[name], split, images, s.letters)
+    if s.checkpoint is None:
         llava, codec = _small(s, asked, seen, place, progress)
+    else:
+        llava, codec = model.published(s, asked, device)
     llava = llava.to(device)
     module = Answerer(llava, codec, model.encode_portraits(llava, images))
     return World(s, counts, tuple(asked), tuple(images), ids, forget_sets, tuning, codec, module, place, progress)
@@ -320,8 +316,7 @@ def _small(
     refused = [replace(instructed(q), answer=people.REFUSAL, options=()) for q in generic[::7]]
     texts = [f"{q.prompt} {q.answer} {' '.join(q.options)}" for q in asked + generic]
     tokenizer = model.tokenizer_of([*texts, f"{people.INSTRUCTION} {people.REFUSAL}"])
-    codec = Codec(tokenizer, "{image} {prompt}", (s.image_side // s.patch) ** 2, answer_length=0)
-    codec = replace(codec, answer_length=1 + max(len(codec.tokens(q.answer)) for q in asked + generic + refused))
+    codec = Codec.of(tokenizer, "{image} {prompt}", (s.image_side // s.patch) ** 2, asked + generic + refused)
     llava = model.small(s, tokenizer)
     x = codec.encode(generic + refused)
     pictures = torch.from_numpy(bench.pixels(images, s.image_side, model.CLIP_MEAN, model.CLIP_STD))
