@@ -135,7 +135,7 @@ def test_ablation_runs_on_tuning_sets_only_and_is_kept(tiny, monkeypatch):
 
 
 def test_the_default_is_dmm_itself_and_unknown_options_are_refused(tiny, problem):
-    default = ablation.default_setting()
+    default = ablation.DEFAULTS
     assert set(ablation.GRID) == set(default)
     np.testing.assert_array_equal(variant(problem, **default).margins, unlearn.get("dmm")(problem).margins)
     with pytest.raises(OptionError, match=r"'optimiser' was asked for.*options cost, lr"):
@@ -144,7 +144,7 @@ def test_the_default_is_dmm_itself_and_unknown_options_are_refused(tiny, problem
 
 def test_matching_compares_targets_at_one_setting(tiny, monkeypatch):
     monkeypatch.setattr(ablation, "N_ORACLES", (1, 5, 10))
-    table = ablation.matching(tiny)
+    table = ablation.matching(tiny, tiny.forget_sets().values())
     assert set(table["n_oracles"]) == {0, 1, 5}, "ten oracles are more than a tiny study has"
     floor = table[table["variant"] == "retrain"].set_index(["forget_set", "split"])["value"]
     results = tiny.results()
