@@ -135,7 +135,7 @@ def test_power_grows_with_models_and_with_the_distance():
     assert floor[50] < floor[5]
     assert evaluators.enough(powers)["far"] == 5
     assert evaluators.enough(powers)["slight"] == 50
-    assert len(plots.power(powers, "t", "c").axes) == 2
+    assert len(plots.power(powers, "t", "c", ["far"]).axes) == 2
 
 
 def test_more_bins_raise_the_floor():

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 SPLITS = ("forget", "retain", "validation")
+STOPS = {"end": "at its end", "common": "best common moment", "own": "each point's own moment"}
 PALETTE = sns.color_palette("colorblind", 10)
 METHODS: dict[str, tuple[str, tuple[float, float, float], str]] = {  # label, colour, marker
     "do_nothing": ("do nothing", (0.35, 0.35, 0.35), "o"),
@@ -64,11 +65,17 @@ def style() -> None:
     plt.rcParams["savefig.facecolor"] = "white"
 
 
-def grid(n: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, np.ndarray]:
-    """n panels of a size in inches, in rows of at most `columns`, with a common y axis: the figure and (rows, columns).
+def grid(
+    n: int, columns: int, size: tuple[float, float], x: str = "", y: str = "", **options: Any
+) -> tuple[Figure, np.ndarray]:
+    """Make n panels of a size in inches, in rows of at most `columns`, with a common y axis.
 
     Args:
+        x, y: written below the last panel of each column, and left of each row.
         options: of `plt.subplots`.
+
+    Returns:
+        The figure and its axes (rows, columns).
     """
     columns = min(columns, n)
     n_rows = -(-n // columns)
@@ -77,6 +84,10 @@ def grid(n: int, columns: int, size: tuple[float, float], **options: Any) -> tup
     figure, axes = plt.subplots(n_rows, columns, figsize=figsize, **options)
     for axis in axes.flat[n:]:
         axis.set_visible(False)
+    for axis in axes.flat[n - columns : n]:
+        axis.set_xlabel(x, fontsize=10)
+    for axis in axes[:, 0]:
+        axis.set_ylabel(y, fontsize=10)
     return figure, axes
 
 

@@ -12,7 +12,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from dmmlib.analysis import looks
-from dmmlib.analysis.looks import SPLITS, colour, label, png, style, titled
+from dmmlib.analysis.looks import SPLITS, STOPS, colour, label, png, style, titled
 from dmmlib.data import Dataset
 from dmmlib.metrics import Estimate
 
@@ -41,34 +41,27 @@ def lds_curve(sizes: Sequence[int], scores: Mapping[str, Sequence[Estimate]], ti
 def predicted_vs_true(
     panels: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]], title: str, caption: str
 ) -> Figure:
-    """Predicted against true change of margin, one panel for each forget set.
-
-    Args:
-        panels: forget set -> split -> (true, predicted) mean change of margin (n_points,).
-    """
-    figure, axes = looks.grid(len(panels), len(panels), (4.3, 4.0), sharey=False)
+    """Predicted against true mean change of margin, from forget set -> split -> (true, predicted), each (n_points,)."""
+    figure, axes = looks.grid(len(panels), len(panels), (4.3, 4.0), "true change of margin", "predicted", sharey=False)
     kinds = {"retain": ("0.75", 4), "validation": (looks.PALETTE[0], 9), "forget": (looks.PALETTE[3], 22)}
     for axis, (name, splits) in zip(axes[0], panels.items(), strict=True):
         for split, (tint, size) in kinds.items():
-            true, said = splits[split]
-            axis.scatter(true, said, size, tint, label=split, linewidths=0, alpha=0.8)
+            axis.scatter(*splits[split], size, tint, label=split, linewidths=0, alpha=0.8)
         every = np.concatenate([np.concatenate(pair) for pair in splits.values()])
         ends = [every.min(), max(0.0, every.max())]
         axis.plot(ends, ends, color="black", lw=0.8, ls="--", zorder=0)
         axis.set_title(f"{name}: correlation on F {np.corrcoef(*splits['forget'])[0, 1]:.2f}")
-        axis.set(xlabel="true change of margin", ylabel="predicted change")
     axes[0, 0].legend(markerscale=1.5)
     return titled(figure, title, caption)
 
 
-def thumbnails(data: Dataset, rows: Mapping[str, np.ndarray], title: str, caption: str, n: int = 14) -> Figure:
-    """The first n images of each forget set, one row for each set."""
-    size = (0.72 * n + 1.6, 0.78 * len(rows) + 0.2)
-    figure, axes = plt.subplots(len(rows), n, figsize=size, squeeze=False, layout="constrained")
+def thumbnails(data: Dataset, rows: Mapping[str, np.ndarray], title: str, caption: str) -> Figure:
+    """The first 14 images of each forget set, one row for each set."""
+    figure, axes = looks.grid(14 * len(rows), 14, (0.79, 0.75))
+    for axis in axes.flat:
+        axis.set_axis_off()
     for row, (name, indices) in zip(axes, rows.items(), strict=True):
-        for axis in row:
-            axis.set_axis_off()
-        for axis, image in zip(row, data.x_train[indices[:n]], strict=False):
+        for axis, image in zip(row, data.x_train[indices[:14]], strict=False):
             axis.imshow(image.squeeze(), cmap="gray_r" if image.shape[-1] == 1 else None)
         place = {"transform": row[0].transAxes, "ha": "right", "va": "center", "fontsize": 9}
         row[0].text(-0.25, 0.5, f"{name} ({len(indices)})", **place)
@@ -80,10 +73,11 @@ def components(
 ) -> Figure:
     """Loadings of training points on the first two principal components of the datamodel matrix, by class."""
     figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
-    marks = "osD^v<>PX*"
-    for c, (name, tint) in enumerate(zip(class_names, sns.color_palette("colorblind", len(class_names)), strict=True)):
-        look = {"color": tint, "marker": marks[c % len(marks)], "alpha": 0.75, "linewidths": 0}
-        axis.scatter(loadings[labels == c, 0], loadings[labels == c, 1], s=14, label=name, **look)
+    names = np.array(class_names)[labels]
+    order: dict[str, Any] = {"hue_order": class_names, "style_order": class_names, "palette": "colorblind"}
+    sns.scatterplot(
+        x=loadings[:, 0], y=loadings[:, 1], hue=names, style=names, **order, alpha=0.75, lw=0, s=18, ax=axis
+    )
     axis.set(xlabel="loading on PC 1", ylabel="loading on PC 2")
     axis.legend(**BESIDE)
     return titled(figure, title, caption)
@@ -101,21 +95,14 @@ def class_counts(counts: pd.DataFrame, title: str, caption: str) -> Figure:
 # --- methods ---------------------------------------------------------------------------------------------
 
 
-def klom_against_cost(
-    results: pd.DataFrame, trajectories: pd.DataFrame, title: str, caption: str, split: str = "forget"
-) -> Figure:
-    """The main result: KLoM's 95th percentile against cost, one panel for each forget set.
-
-    Args:
-        results: `Study.results`.
-        trajectories: `Study.trajectories`.
-    """
+def klom_against_cost(results: pd.DataFrame, trajectories: pd.DataFrame, title: str, caption: str) -> Figure:
+    """The main result: forget KLoM p95 against cost, one panel for each forget set; a line is a method's trajectory."""
     names = list(results["forget_set"].unique())
-    figure, axes = looks.grid(len(names), 5, (2.5, 2.6), sharex=True)
-    p95 = results[(results["statistic"] == "klom_p95") & (results["split"] == split)]
-    p95 = p95.set_index(["forget_set", "method"])
-    cost = results[results["statistic"] == "cost"].set_index(["forget_set", "method"])["value"]
-    tracks = trajectories[trajectories["split"] == split].groupby(["forget_set", "method"])
+    figure, axes = looks.grid(len(names), 5, (2.5, 2.6), "cost / retraining", "forget KLoM, p95", sharex=True)
+    keys = ["forget_set", "method"]
+    p95 = results[(results["statistic"] == "klom_p95") & (results["split"] == "forget")].set_index(keys)
+    cost = results[results["statistic"] == "cost"].set_index(keys)["value"]
+    tracks = trajectories[trajectories["split"] == "forget"].groupby(keys)
     methods = [m for m in results["method"].unique() if m in trajectories["method"].unique()]
     for axis, name in zip(axes.flat, names, strict=False):
         nothing = p95["value"].get((name, "do_nothing"))
@@ -129,10 +116,6 @@ def klom_against_cost(
             axis.errorbar(cost[(name, method)], end["value"], yerr=looks.bars(end), label=label(method), **look)
         axis.set_title(name)
         looks.log_axis(axis, "y", (0.5, 1, 2, 5, 10), (0.25, 14))  # an interval may reach down to 0
-    for axis in axes[:, 0]:
-        axis.set_ylabel(f"{split} KLoM, p95")
-    for axis in axes[-1]:
-        axis.set_xlabel("cost / retraining")
     looks.legend(figure, axes.flat[0])
     return titled(figure, title, caption)
 
@@ -141,7 +124,7 @@ def klom_by_method(results: pd.DataFrame, title: str, caption: str) -> Figure:
     """KLoM's 95th percentile of every method on every forget set, one panel for each split."""
     p95 = results[results["statistic"] == "klom_p95"]
     methods, n_sets = list(results["method"].unique()), results["forget_set"].nunique()
-    offsets = np.linspace(-0.28, 0.28, n_sets) if n_sets > 1 else np.zeros(1)
+    offsets = 0.28 * (np.arange(n_sets) - (n_sets - 1) / 2) / max(1, (n_sets - 1) / 2)
     figure, axes = plt.subplots(1, 3, figsize=(12.5, 0.42 * len(methods) + 1.6), sharey=True, layout="constrained")
     for axis, split in zip(axes, SPLITS, strict=True):
         for row, method in enumerate(methods):
@@ -158,12 +141,8 @@ def klom_by_method(results: pd.DataFrame, title: str, caption: str) -> Figure:
 
 
 def ablation(scores: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Score of every setting, one panel for each option; the default is filled.
-
-    Args:
-        scores: `dmmlib.analysis.ablation.scores`.
-    """
-    figure, axes = looks.grid(scores["option"].nunique(), 3, (3.4, 2.6))
+    """Every setting's score of `ablation.scores`, one panel for each option; the default is filled."""
+    figure, axes = looks.grid(scores["option"].nunique(), 3, (3.4, 2.6), y="score (mean KLoM p95)")
     for axis, (option, here) in zip(axes.flat, scores.groupby("option", sort=False), strict=False):
         numbers = pd.to_numeric(here["setting"], errors="coerce")
         if numbers.notna().all():
@@ -175,18 +154,12 @@ def ablation(scores: pd.DataFrame, title: str, caption: str) -> Figure:
         axis.set_xticks(x, here["setting"].str.replace(", ", "\n"), fontsize=9 if len(here) < 5 else 8)
         axis.set_title(option)
     axes[0, 0].set_ylim(bottom=0)  # all panels share it, so not before each has said what it needs
-    for axis in axes[:, 0]:
-        axis.set_ylabel("score (mean KLoM p95)")
     return titled(figure, title, caption)
 
 
 def matching(table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """KLoM p95 against the number of oracles matched, one panel for each split, beside DMM, DM-direct and retraining.
-
-    Args:
-        table: `dmmlib.analysis.ablation.matching`; medians over forget sets, bars the range of half of them.
-    """
-    figure, axes = looks.grid(len(SPLITS), 3, (3.6, 3.2))
+    """KLoM p95 of `ablation.matching` against the number of oracles: medians over forget sets, bars their quartiles."""
+    figure, axes = looks.grid(len(SPLITS), 3, (3.6, 3.2), "oracles matched", "KLoM, p95")
     lines = {"retrain": ("retrain", "-"), "DM-direct": ("dm_direct", "--"), "DMM": ("dmm", "-.")}
     kinds = {"oracle": ("mean of oracles", "oracle_matching", "o"), "shifted": ("shifted originals", "gd", "s")}
     shown = looks.quartiles(table, "variant", "split")[["low", "high"]].to_numpy().ravel()
@@ -199,10 +172,9 @@ def matching(table: pd.DataFrame, title: str, caption: str) -> Figure:
             rows = looks.quartiles(here[here["targets"] == targets], "n_oracles")
             look = {"color": colour(method), "marker": mark, "capsize": 3, "label": f"OM, {name}"}
             axis.errorbar(rows.index * (1.04 if targets == "shifted" else 1), rows["value"], looks.bars(rows), **look)
-        axis.set(title=split, xlabel="oracles matched")
+        axis.set_title(split)
         looks.log_axis(axis, "x", tuple(sorted(set(here["n_oracles"]) - {0})))
         looks.klom_axis(axis, "y", *shown)
-    axes[0, 0].set_ylabel("KLoM, p95")
     looks.legend(figure, axes[0, 0])
     return titled(figure, title, caption)
 
@@ -211,12 +183,8 @@ def matching(table: pd.DataFrame, title: str, caption: str) -> Figure:
 
 
 def margin_histograms(points: Sequence[tuple[str, Mapping[str, np.ndarray]]], title: str, caption: str) -> Figure:
-    """Histograms of single points' margins over models.
-
-    Args:
-        points: panel title, and method -> margins (n_models,), for each point.
-    """
-    figure, axes = looks.grid(len(points), 4, (3.1, 2.3), sharey=False)
+    """Histograms of single points' margins: for each, the panel's title and method -> margins (n_models,)."""
+    figure, axes = looks.grid(len(points), 4, (3.1, 2.3), "margin", sharey=False)
     for axis, (name, groups) in zip(axes.flat, points, strict=False):
         bins = np.histogram_bin_edges(np.concatenate(list(groups.values())), 24)
         for method, values in groups.items():
@@ -227,42 +195,34 @@ def margin_histograms(points: Sequence[tuple[str, Mapping[str, np.ndarray]]], ti
         axis.set_title(name, fontsize=9)
         axis.set_yticks([])
         axis.spines["left"].set_visible(False)
-    for axis in axes[-1]:
-        axis.set_xlabel("margin")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside right center")
     return titled(figure, title, caption)
 
 
-def point_trajectories(
-    panels: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str, caption: str, band: float = 1.0
-) -> Figure:
-    """How single forget points approach, reach and overshoot the oracles' margin.
+def point_trajectories(panels: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str, caption: str) -> Figure:
+    """How single forget points approach, reach and overshoot the oracles' margin; within ±1 sd they are unlearned.
 
     Args:
-        panels: method -> (costs (n_moments,), gaps (n_moments, n_forget)): see `stopping.gaps`.
-        band: within so many standard deviations a point counts as unlearned.
+        panels: method -> costs (n_moments,) and `stopping.gaps` (n_moments, n_forget).
     """
-    figure, axes = looks.grid(len(panels), 5, (3.0, 2.9))
+    words = "cost / retraining", "mean margin − oracles' (oracle sd)"
+    figure, axes = looks.grid(len(panels), 5, (3.0, 2.9), *words)
     for axis, (method, (costs, gaps)) in zip(axes.flat, panels.items(), strict=False):
-        axis.axhspan(-band, band, color="0.9", zorder=0)
+        axis.axhspan(-1, 1, color="0.9", zorder=0)
         axis.plot(costs, gaps, color=colour(method), lw=0.7, alpha=0.55)
         axis.axhline(0, color="black", lw=0.8)
-        inside = (np.abs(gaps[-1]) <= band).mean()
-        axis.set_title(f"{label(method)}: {inside:.0%} within ±{band:g} sd", fontsize=10)
-        axis.set_xlabel("cost / retraining", fontsize=10)
+        axis.set_title(f"{label(method)}: {(np.abs(gaps[-1]) <= 1).mean():.0%} within ±1 sd", fontsize=10)
         axis.set_yscale("symlog", linthresh=2)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("mean margin − oracles' (oracle sd)", fontsize=10)
     return titled(figure, title, caption)
 
 
 def under_and_over(shares: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Share of F under-unlearned (up) and over-unlearned (down) on a method's way, one panel for each method.
+    """Share of F under-unlearned (up) and over-unlearned (down) on each method's way, by `stopping.shares`.
 
-    Args:
-        shares: `stopping.shares`; a thin line for each forget set, areas are their mean.
+    A thin line is a forget set, areas are their mean.
     """
-    figure, axes = looks.grid(shares["method"].nunique(), 5, (2.7, 2.4))
+    words = "share of the method's run", "over ↓  share of F  ↑ under"
+    figure, axes = looks.grid(shares["method"].nunique(), 5, (2.7, 2.4), *words)
     for axis, (method, here) in zip(axes.flat, shares.groupby("method", sort=False), strict=False):
         mean = here.groupby("moment")[["under", "over"]].mean()
         for column, sign, tint in (("under", 1, looks.PALETTE[0]), ("over", -1, looks.PALETTE[3])):
@@ -272,29 +232,20 @@ def under_and_over(shares: pd.DataFrame, title: str, caption: str) -> Figure:
         axis.axhline(0, color="black", lw=0.8)
         cost = here.groupby("forget_set")["cost"].max().median()
         axis.set_title(f"{label(str(method))} (cost {cost:.2g})", fontsize=10)
-        axis.set_ylim(-1.05, 1.05)
+        axis.set(xticks=[0, 0.5, 1], ylim=(-1.05, 1.05))
         axis.set_yticks([-1, -0.5, 0, 0.5, 1], ["1", "0.5", "0", "0.5", "1"])
-        axis.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
-        axis.set_xlabel("share of the method's run", fontsize=10)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("over ↓  share of F  ↑ under", fontsize=10)
     return titled(figure, title, caption)
 
 
 def stopping_times(stops: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Forget KLoM p95 at a method's end, at its best common moment, and at points' own moments.
-
-    Args:
-        stops: `stopping.table`; a marker is the median over forget sets, its bar the range of half of them.
-    """
-    kinds = {"end": ("o", "0.45", "at its end"), "common": ("s", looks.PALETTE[0], "best common moment")}
-    kinds["own"] = ("D", looks.PALETTE[1], "each point's own moment")
+    """Forget KLoM p95 of `stopping.table` for each way to stop: medians over forget sets, bars their quartiles."""
+    kinds = dict(zip(STOPS, (("o", "0.45"), ("s", looks.PALETTE[0]), ("D", looks.PALETTE[1])), strict=True))
     found = looks.quartiles(stops[stops["stop"].isin(kinds)], "method", "stop")
     methods = [m for m in stops["method"].unique() if m != "retrain"]
     figure, axis = plt.subplots(figsize=(8, 0.42 * len(methods) + 1.4), layout="constrained")
-    for offset, (stop, (mark, tint, name)) in zip((-0.22, 0, 0.22), kinds.items(), strict=True):
+    for offset, (stop, (mark, tint)) in zip((-0.22, 0, 0.22), kinds.items(), strict=True):
         here, rows = found.xs(stop, level="stop").loc[methods], np.arange(len(methods)) + offset
-        axis.errorbar(here["value"], rows, xerr=looks.bars(here), color=tint, fmt=mark, ms=6, lw=1.5, label=name)
+        axis.errorbar(here["value"], rows, xerr=looks.bars(here), color=tint, fmt=mark, ms=6, lw=1.5, label=STOPS[stop])
     floor = found.loc[("retrain", "end"), :].astype(float).to_dict()
     axis.axvspan(floor["low"], floor["high"], color="0.85", zorder=0)
     axis.axvline(floor["value"], color="black", lw=1, label="retrain (floor)")
@@ -325,48 +276,41 @@ def klom_distribution(kloms: Mapping[str, np.ndarray], title: str, caption: str)
 
 def agreement(kloms: Mapping[str, np.ndarray], lira: Mapping[str, np.ndarray], title: str, caption: str) -> Figure:
     """U-LiRA's accuracy against KLoM, one dot for each forget point, one panel for each method."""
-    figure, axes = looks.grid(len(kloms), len(kloms), (2.6, 2.6), sharex=True)
+    figure, axes = looks.grid(len(kloms), len(kloms), (2.6, 2.6), "KLoM", "U-LiRA accuracy", sharex=True)
     for axis, method in zip(axes[0], kloms, strict=True):
         axis.scatter(kloms[method], lira[method], s=8, color=colour(method), alpha=0.6, linewidths=0)
         axis.axhline(0.5, color="black", lw=0.8, ls="--")
         axis.text(0.97, 0.05, f"mean {lira[method].mean():.2f}", transform=axis.transAxes, ha="right", fontsize=9)
-        axis.set(title=label(method), xlabel="KLoM")
-    axes[0, 0].set_ylabel("U-LiRA accuracy")
+        axis.set_title(label(method))
     return titled(figure, title, caption)
 
 
 def evaluators(measured: pd.DataFrame, names: Mapping[str, str], title: str, caption: str) -> Figure:
-    """Every other evaluator against KLoM p95, a marker for each method and forget set, a panel for each evaluator.
+    """Other evaluators of `evaluators.table` against KLoM p95, one marker for each method and forget set.
 
     Args:
-        measured: `dmmlib.analysis.evaluators.table`.
-        names: evaluator -> how it is written; the first is the x axis.
+        names: evaluator -> how it is written; the first is the x axis, each other one has a panel.
     """
-    (first, x_name), *others = names.items()
-    figure, axes = looks.grid(len(others), len(others), (2.6, 3.0), sharex=True, sharey=False)
+    (first, x), *others = names.items()
+    figure, axes = looks.grid(len(others), len(others), (2.6, 3.0), x, sharex=True, sharey=False)
     wide = measured.pivot_table(index=["method", "forget_set"], columns="evaluator", values="value", sort=False)
     for axis, (evaluator, name) in zip(axes[0], others, strict=True):
         for method in (m for m in measured["method"].unique() if m != "oracles"):
             look = {"color": colour(method), "ms": 5, "alpha": 0.85, "mew": 0, "label": label(method)}
             axis.plot(wide.loc[method, first], wide.loc[method, evaluator], looks.marker(method), **look)
         axis.set_title(name, fontsize=10)
-        axis.set_xlabel(x_name)
         looks.klom_axis(axis, "x", *wide[first].dropna())
     looks.legend(figure, axes[0, 0])
     return titled(figure, title, caption)
 
 
-def power(powers: pd.DataFrame, title: str, caption: str, shown: Sequence[str] | None = None) -> Figure:
-    """KLoM p95 with N models, and how often it tells a method from retraining.
-
-    Args:
-        powers: `dmmlib.analysis.evaluators.power`.
-        shown: which methods the left panel has; all if None.
-    """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+def power(powers: pd.DataFrame, title: str, caption: str, shown: Sequence[str]) -> Figure:
+    """KLoM p95 with N models of the `shown` methods, and the `evaluators.power` to tell each from retraining."""
+    figure, axes = looks.grid(2, 2, (4.3, 3.6), "models N", "forget KLoM, p95", sharey=False)
+    left, right = axes[0]
     for method, here in powers.groupby("method", sort=False):
         look = {"color": colour(str(method)), "marker": looks.marker(str(method))}
-        if shown is None or method in shown:
+        if method in shown:
             left.plot(here["n_models"], here["median"], **look)
             left.fill_between(here["n_models"], here["low"], here["high"], color=look["color"], alpha=0.15, lw=0)
         reach = looks.bars(here, "power", "power_low", "power_high")
@@ -374,11 +318,9 @@ def power(powers: pd.DataFrame, title: str, caption: str, shown: Sequence[str] |
     threshold = powers.groupby("n_models")["threshold"].first()
     left.plot(threshold.index, threshold, color="black", ls=":")
     looks.klom_axis(left, "y", *powers["low"], *powers["high"])
-    left.set_ylabel("forget KLoM, p95")
     right.set(ylabel="share of draws told from retraining", ylim=(-0.03, 1.05))
     right.axhline(0.05, color="0.6", lw=0.8)
     for axis in (left, right):
-        axis.set_xlabel("models N")
         looks.log_axis(axis, "x", tuple(threshold.index))
     looks.legend(figure, right)
     return titled(figure, title, caption)

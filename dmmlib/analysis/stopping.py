@@ -17,12 +17,11 @@ import pandas as pd
 from dmmlib import metrics
 from dmmlib.analysis.claims import is_baseline
 from dmmlib.analysis.intervals import median_over, normal
+from dmmlib.analysis.looks import STOPS
 from dmmlib.errors import DataError
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.metrics import Estimate
 from dmmlib.study import Study
-
-STOPS = {"end": "at its end", "common": "best common moment", "own": "each point's own moment"}
 
 
 def path(study: Study, method: str, forget_set: ForgetSet) -> tuple[np.ndarray, np.ndarray]:
