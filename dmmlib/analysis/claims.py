@@ -41,15 +41,16 @@ class Claim:
 
 
 Judgement = tuple[Verdict, str]
-_JUDGES: list[tuple[str, str, Callable[[Tables], Judgement]]] = []
+Judge = Callable[[Tables], Judgement]
+_JUDGES: list[tuple[str, str, Judge]] = []
 
 
 class _Absent(Exception):
     """The tables do not hold what a claim needs."""
 
 
-def _claim(text: str, rule: str) -> Callable[[Callable[[Tables], Judgement]], Callable[[Tables], Judgement]]:
-    def add(judge: Callable[[Tables], Judgement]) -> Callable[[Tables], Judgement]:
+def _claim(text: str, rule: str) -> Callable[[Judge], Judge]:
+    def add(judge: Judge) -> Judge:
         _JUDGES.append((text, rule, judge))
         return judge
 
@@ -90,10 +91,9 @@ def _statistic(tables: Tables, statistic: str, *methods: str, split: str = "forg
     here = results[(results["statistic"] == statistic) & (results["split"] == split)]
     if here.empty:
         raise _Absent(f"results.csv has no {statistic} on {split} points")
-    for method in methods:
-        if method not in set(here["method"]):
-            raise _Absent(f"the run has no {label(method)}")
     order = here["method"].unique()
+    if missing := [method for method in methods if method not in order]:
+        raise _Absent(f"the run has no {label(missing[0])}")
     return [here.pivot(index="forget_set", columns="method", values=v)[order] for v in ("value", "low", "high")]
 
 
@@ -141,16 +141,15 @@ def stopping_times(tables: Tables) -> Judgement:
         f"retraining at {median_over(value['retrain'])}"
     )
     if "trajectories" in tables:
-        path = _table(tables, "trajectories", "forget_set", "method", "split", "p95")
+        path = _table(tables, "trajectories", "forget_set", "method", "split", "p95", "under", "over")
         path = path[path["method"].isin(names) & (path["split"] == "forget")]
         moments = path.loc[path.groupby("forget_set")["p95"].idxmin()].set_index("forget_set")
         holds &= moments["p95"].reindex(holds.index).fillna(np.inf) > floor
-        finding += f"; at the best moment of the best baseline it is {median_over(moments['p95'])}"
-        if "under" in path:
-            finding += (
-                f", with {moments['under'].median():.0%} of F under- and {moments['over'].median():.0%} over-unlearned "
-                "by more than a standard deviation (medians)"
-            )
+        finding += (
+            f"; at the best moment of the best baseline it is {median_over(moments['p95'])}, with "
+            f"{moments['under'].median():.0%} of F under- and {moments['over'].median():.0%} over-unlearned by more "
+            "than a standard deviation (medians)"
+        )
     listed = "; ".join(map(label, names))
     return _verdict(holds), f"On {_of(holds)} every baseline ({listed}) stays above retraining: {finding}."
 
@@ -180,16 +179,12 @@ def oracle_matching(tables: Tables) -> Judgement:
 def prediction(tables: Tables) -> Judgement:
     rows, lds = _datamodels(tables, "correlation")
     slope, rows = _datamodels(tables, "slope")[0]["value"], rows.set_index("forget_set")
-    last = lds.sort_values("n_subsets").groupby("split").last()
-    parts = [
-        f"LDS on {split} points {Estimate(row['value'], row['low'], row['high'])}" for split, row in last.iterrows()
-    ]
+    last = lds.sort_values("n_subsets").groupby("split")[["value", "low", "high"]].last()
+    listed = "".join(f"; LDS on {split} points {Estimate(*ends)}" for split, *ends in last.itertuples())
     holds = rows["low"] > 0.5
     return _verdict(holds), (
         f"Above 0.5 on {_of(holds)}: median correlation {median_over(rows['value'])}, lowest {rows['value'].min():.2f} "
-        f"({rows['value'].idxmin()}), "
-        + "; ".join([f"median slope of predicted against true {median_over(slope)}", *parts])
-        + "."
+        f"({rows['value'].idxmin()}), median slope of predicted against true {median_over(slope)}{listed}."
     )
 
 
@@ -222,9 +217,8 @@ def matching(tables: Tables) -> Judgement:
     ahead = high["dmm"] < low[baselines].min(axis=1)
     near = low["dmm"] <= NEAR * value["oracle_matching"]
     cheap = cost.reindex(value.index) <= CHEAP
-    all_three = _verdict(ahead & near & cheap)
-    verdict: Verdict = "in part" if all_three == "refuted" and ahead.mean() >= 0.5 else all_three
-    return verdict, (
+    verdict = _verdict(ahead & near & cheap)
+    return "in part" if verdict == "refuted" and ahead.mean() >= 0.5 else verdict, (
         f"Ahead of every baseline on {_of(ahead)}, near oracle matching on {_of(near)}: median forget p95 "
         f"{median_over(value['dmm'])} against {median_over(value['oracle_matching'])}, and "
         f"{median_over(value[baselines].min(axis=1))} for the best baseline of a set. It costs a median "
@@ -266,18 +260,15 @@ def linear(tables: Tables) -> Judgement:
     cost = table.pivot_table(index=["method", "problem"], columns="condition", values="cost", sort=False)
     growth = (cost[high] / cost[low]).where(np.isfinite(cost[high]), np.inf).unstack("problem")
     growth = growth[table["problem"].unique()]
-    matchers = [m for m in growth.index if m in ("OM on F", "OM on S")]
-    if not matchers or "GD on R" not in growth.index:
+    found = growth[growth.index.isin(["OM on F", "OM on S"])].fillna(np.inf)
+    if found.empty or "GD on R" not in growth.index:
         raise _Absent("convex.csv has no matching, or no descent")
-    found = growth.loc[matchers].fillna(np.inf)
     parts = [
         f"{problem}: {best} x {found[problem][best]:,.3g}, GD on R x {growth[problem]['GD on R']:,.3g}"
         for problem, best in found.idxmin().items()
     ]
-    holds = found.min() <= 2
-    return _verdict(holds), (
-        f"Cost at condition number {high:,.0f} over cost at {low:,.0f}, exact: {'; '.join(parts)}."
-    )
+    finding = f"Cost at condition number {high:,.0f} over cost at {low:,.0f}, exact: {'; '.join(parts)}."
+    return _verdict(found.min() <= 2), finding
 
 
 @_claim(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from dmmlib.datamodels import Attributor, lds_estimate
 from dmmlib.errors import DataError
 from dmmlib.forget_sets import ForgetSet
 
+COLUMNS = ["attributor", "n_models", "method", "forget_set", "split", "statistic", "value", "low", "high"]
 Unlearn = Callable[[Attributor, ForgetSet], np.ndarray]
 """Margins (n_models, n_points) of models that forgot a set by what an attributor predicts."""
 
@@ -36,11 +39,10 @@ def compare(
         methods: of unlearning by an attributor, besides DM-direct, e.g. DMM.
 
     Returns:
-        Tidy: columns attributor, n_models (subset models spent), method, forget_set, split, statistic, value, low,
-        high. Statistics: "cost" of the subset models (retrainings) and "seconds" of the fit; "lds" on held-out subsets
-        (over all points), with a 95 % interval over subsets; for each method, forget set and split "klom_mean" and
-        "klom_p95"; and of DM-direct also "slope" of the true on the predicted change of mean margins, through the
-        origin (1 is calibrated; below 1 overstates).
+        Tidy, columns `COLUMNS`; n_models are the subset models spent. Statistics: "cost" of these (retrainings) and
+        "seconds" of the fit; "lds" on held-out subsets (over all points), with a 95 % interval over subsets; for each
+        method, forget set and split "klom_mean" and "klom_p95"; and of DM-direct also "slope" of the true on the
+        predicted change of mean margins, through the origin (1 is calibrated; below 1 overstates).
 
     Raises:
         MethodError: for a name that is not registered, before anything is fitted.
@@ -52,22 +54,17 @@ def compare(
         raise DataError("DM-direct starts from the originals; give the context `original_logits`.")
     before = metrics.margins(context.original_logits, context.labels)
     true = {name: metrics.margins(logits, context.labels) for name, (_, logits) in oracles.items()}
-    rows: list[dict[str, Any]] = []
+    rows: list[tuple[Any, ...]] = []
     for label, (name, options) in settings.items():
         start = time.perf_counter()
         attributor = fit(name, context, **options)
         seconds = time.perf_counter() - start
-
-        def add(method: str, forget: str, split: str, statistic: str, *ends: float, label: str = label) -> None:
-            values = dict(zip(("value", "low", "high"), (*ends, np.nan, np.nan), strict=False))
-            where = {"method": method, "forget_set": forget, "split": split, "statistic": statistic}
-            rows.append({"attributor": label, "n_models": len(context.masks), **where, **values})
-
         predicted = metrics.right_logits(attributor.predict(held_out[0]), context.labels)
         lds = lds_estimate(predicted, metrics.margins(held_out[1], context.labels))
-        add("", "", "all", "cost", float(context.masks.mean(1).sum()))
-        add("", "", "all", "seconds", seconds)
-        add("", "", "all", "lds", lds.value, lds.low, lds.high)
+        spent = label, len(context.masks)
+        rows.append((*spent, "", "", "all", "cost", float(context.masks.mean(1).sum())))
+        rows.append((*spent, "", "", "all", "seconds", seconds))
+        rows.append((*spent, "", "", "all", "lds", *astuple(lds)))
         for forget, (forget_set, _) in oracles.items():
             splits = forget_set.splits(context.n_train, len(context.x) - context.n_train)
             change = metrics.right_logits(attributor.effect(forget_set.indices), context.labels)
@@ -75,11 +72,10 @@ def compare(
             answers |= {method: unlearn(attributor, forget_set) for method, unlearn in (methods or {}).items()}
             for method, margins in answers.items():
                 klom = metrics.klom(margins, true[forget])
-                for split, at in splits.items():
-                    for statistic, measure in metrics.STATISTICS.items():
-                        add(method, forget, split, f"klom_{statistic}", measure(klom[at]))
+                for (split, at), (statistic, measure) in itertools.product(splits.items(), metrics.STATISTICS.items()):
+                    rows.append((*spent, method, forget, split, f"klom_{statistic}", measure(klom[at])))
             said, happened = (m.mean(0) - before.mean(0) for m in (answers["dm_direct"], true[forget]))
             for split, at in splits.items():
                 slope = float(said[at] @ happened[at]) / max(float(said[at] @ said[at]), 1e-12)
-                add("dm_direct", forget, split, "slope", slope)
-    return pd.DataFrame(rows)
+                rows.append((*spent, "dm_direct", forget, split, "slope", slope))
+    return pd.DataFrame(rows, columns=COLUMNS)

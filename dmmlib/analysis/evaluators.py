@@ -39,17 +39,14 @@ COLUMNS = ["forget_set", "method", "evaluator", "value", "low", "high", "n_model
 
 
 def membership_auc(members: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """AUC, for each model, of an attacker who takes points of low loss for members.
+    """AUC (n_models,) of an attacker who takes points of low loss for members; 0.5 tells nothing.
 
     The cross-entropy of a point is log(1 + exp(-margin)), so a threshold on one is a threshold on the other; the
-    attack is that of Yeom et al., CSF 2018, at every threshold.
+    attack is that of Yeom et al., CSF 2018, at every threshold. The AUC is the probability that a member has the larger
+    margin; ties count half.
 
     Args:
-        members: margins (n_models, n_members), e.g. on F.
-        others: margins (n_models, n_others), e.g. on validation points.
-
-    Returns:
-        (n_models,), the probability that a member has the larger margin; ties count half; 0.5 tells nothing.
+        members, others: margins (n_models, n_members), e.g. on F, and (n_models, n_others), e.g. on validation points.
 
     Raises:
         DataError: for numbers of models that differ, or no points.
@@ -64,9 +61,9 @@ def membership_auc(members: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def distances(
-    unlearned: Answers, oracle: Answers, forget: np.ndarray, n_train: int, n_bootstrap: int = 30, seed: int = 0
+    unlearned: Answers, oracle: Answers, forget: np.ndarray, n_train: int, n_bootstrap: int = 30
 ) -> dict[str, Estimate]:
-    """All of `EVALUATORS`, with 95 % intervals over models.
+    """All of `EVALUATORS`, and "auc", that of the membership attack itself, with 95 % intervals over models.
 
     U-LiRA's value is the larger of its mean accuracy on F and 0.5. The accuracy gap and the membership attack are
     absolute differences of unlearned models' and oracles' accuracies on F, and AUCs of F against validation points: the
@@ -80,7 +77,7 @@ def distances(
     u, o = (margins[:, forget] for margins, _ in (unlearned, oracle))
     summary = metrics.klom_summary(u, o, {"F": np.arange(len(forget))})["F"]
     found = {"klom_p95": summary["p95"], "klom_mean": summary["mean"]}
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     draws = [(_within_halves(len(u), rng), _within_halves(len(o), rng)) for _ in range(n_bootstrap)]
     for name, evaluator, least in (("u_lira", metrics.u_lira, 0.5), ("ks", metrics.ks, 0.0)):
         sampled = [max(least, evaluator(u[one], o[other]).mean()) for one, other in draws]
@@ -91,7 +88,11 @@ def distances(
     for name, (a, b) in (("accuracy_gap", accuracies), ("membership", attacks)):
         error = np.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
         found[name] = normal(abs(float(a.mean() - b.mean())), error, least=0)
-    return found
+    return found | {"auc": _mean(attacks[0])}
+
+
+def _mean(values: np.ndarray) -> Estimate:
+    return normal(float(values.mean()), values.std(ddof=1) / np.sqrt(len(values)))
 
 
 def _within_halves(n: int, rng: np.random.Generator) -> np.ndarray:
@@ -104,42 +105,29 @@ def _within_halves(n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def table(study: Study) -> pd.DataFrame:
-    """Every evaluator of every method on every forget set.
-
-    Returns:
-        Columns forget_set, method, evaluator, value, low, high, n_models. Beside `EVALUATORS`, the row "auc" is the
-        membership attack's AUC itself; the oracles' own is the one of method "oracles".
-    """
-    rows: list[tuple[str, str, str, Estimate]] = []
-    n_train = study.data.n_train
+    """`distances` of every method on every forget set, and the oracles' own "auc": columns `COLUMNS`."""
+    rows: list[list[Any]] = []
+    n_train, n_models = study.data.n_train, study.preset.ensembles.n_models
     for f in study.forget_sets().values():
         oracle = study.reference(f)
-        rows.append((f.name, "oracles", "auc", _mean_auc(oracle[0], f, n_train)))
+        found = {"oracles": {"auc": _mean(membership_auc(oracle[0][:, f.indices], oracle[0][:, n_train:]))}}
         for method in study.preset.unlearning.methods:
             u = study.unlearned(method, f)
-            found = distances((u.margins, u.correct), oracle, f.indices, n_train)
-            found["auc"] = _mean_auc(u.margins, f, n_train)
-            rows += [(f.name, method, evaluator, e) for evaluator, e in found.items()]
-    n_models = study.preset.ensembles.n_models
-    return pd.DataFrame([[*row, *astuple(e), n_models] for *row, e in rows], columns=COLUMNS)
-
-
-def _mean_auc(margins: np.ndarray, forget_set: ForgetSet, n_train: int) -> Estimate:
-    auc = membership_auc(margins[:, forget_set.indices], margins[:, n_train:])
-    return normal(float(auc.mean()), auc.std(ddof=1) / np.sqrt(len(auc)))
+            found[method] = distances((u.margins, u.correct), oracle, f.indices, n_train)
+        rows += [
+            [f.name, m, key, *astuple(e), n_models] for m, measured in found.items() for key, e in measured.items()
+        ]
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 # --- agreement and disagreement --------------------------------------------------------------------------
 
 
-def agreement(measured: pd.DataFrame, n_bootstrap: int = 500, seed: int = 0) -> pd.DataFrame:
-    """Rank agreement of KLoM p95 with every other evaluator over pairs of method and forget set.
+def agreement(measured: pd.DataFrame, n_bootstrap: int = 500) -> pd.DataFrame:
+    """Rank agreement of KLoM p95 with every other evaluator of `table`, over pairs of method and forget set.
 
     Intervals (95 %, percentiles) resample methods and forget sets, each with replacement: pairs that share either are
     not independent.
-
-    Args:
-        measured: `table`.
 
     Returns:
         Columns evaluator, statistic (kendall: tau-b, spearman), value, low, high, n_pairs.
@@ -155,7 +143,7 @@ def agreement(measured: pd.DataFrame, n_bootstrap: int = 500, seed: int = 0) -> 
     n_methods, n_sets = len(base), base.size // len(base)
     if n_methods < 2:
         raise DataError(f"Rank agreement got {n_methods} method; give at least two.")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     pairs = [(rng.integers(n_methods, size=n_methods), rng.integers(n_sets, size=n_sets)) for _ in range(n_bootstrap)]
     draws = [np.ix_(m, s) for m, s in pairs if len(np.unique(m)) > 2]  # of two methods a rank says nothing
     rows = []
@@ -171,12 +159,10 @@ def _correlation(correlate: Callable[..., Any], a: np.ndarray, b: np.ndarray) ->
     return float(correlate(a.ravel(), b.ravel()).statistic) if np.ptp(a) > 0 and np.ptp(b) > 0 else float("nan")
 
 
-def _by_evaluator(measured: pd.DataFrame) -> dict[str, dict[str, pd.DataFrame]]:
-    """forget set -> evaluator -> value, low and high of each method."""
-    return {
-        str(name): {str(y): part.set_index("method") for y, part in here.groupby("evaluator")}
-        for name, here in measured[measured["method"] != "oracles"].groupby("forget_set", sort=False)
-    }
+def _ends(measured: pd.DataFrame) -> pd.DataFrame:
+    """Rows (forget_set, method), columns (value, low or high; evaluator)."""
+    methods = measured[measured["method"] != "oracles"]
+    return methods.pivot_table(["value", "low", "high"], ["forget_set", "method"], "evaluator", sort=False)
 
 
 def disagreements(measured: pd.DataFrame) -> pd.DataFrame:
@@ -187,10 +173,11 @@ def disagreements(measured: pd.DataFrame) -> pd.DataFrame:
         (likewise); text.
     """
     rows = []
-    for forget_set, by in _by_evaluator(measured).items():
+    for forget_set, here in _ends(measured).groupby("forget_set", sort=False):
+        at = here.droplevel("forget_set").swaplevel(axis=1)
         for evaluator in (y for y in EVALUATORS if not y.startswith("klom")):
-            a, b = by["klom_p95"], by[evaluator]
-            for one, two in itertools.permutations(a.index, 2):
+            a, b = at["klom_p95"], at[evaluator]
+            for one, two in itertools.permutations(at.index, 2):
                 if a.loc[one, "high"] < a.loc[two, "low"] and b.loc[two, "high"] < b.loc[one, "low"]:
                     texts = [" / ".join(f"{t.loc[m, 'value']:.2f}" for m in (one, two)) for t in (a, b)]
                     rows.append([forget_set, evaluator, one, two, *texts])
@@ -200,9 +187,10 @@ def disagreements(measured: pd.DataFrame) -> pd.DataFrame:
 def named(pairs: pd.DataFrame) -> pd.DataFrame:
     """`disagreements` in fewer lines: whom each evaluator puts, against KLoM, nearer to retraining than a method."""
     keys = ["forget_set", "evaluator", "nearer_by_klom"]
-    grouped = pairs.assign(nearer_by_other=pairs["nearer_by_other"].map(label)).groupby(keys, sort=False)
-    table = grouped["nearer_by_other"].agg("; ".join).reset_index()
-    table["evaluator"], table["nearer_by_klom"] = table["evaluator"].map(EVALUATORS), table["nearer_by_klom"].map(label)
+    written = pairs.replace({"evaluator": EVALUATORS}).assign(
+        **{column: pairs[column].map(label) for column in ("nearer_by_klom", "nearer_by_other")}
+    )
+    table = written.groupby(keys, sort=False)["nearer_by_other"].agg("; ".join).reset_index()
     return table.rename(columns=lambda name: name.replace("_", " "))
 
 
@@ -212,12 +200,9 @@ def told_apart(measured: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Columns forget_set, method, then one bool for each evaluator; retraining itself is left out.
     """
-    rows = []
-    for forget_set, by in _by_evaluator(measured).items():
-        for method in by["klom_p95"].index.drop("retrain"):
-            told = [by[y].loc[method, "low"] > by[y].loc["retrain", "high"] for y in EVALUATORS]
-            rows.append([forget_set, method, *told])
-    return pd.DataFrame(rows, columns=["forget_set", "method", *EVALUATORS])
+    ends = _ends(measured)
+    floor = ends["high"].xs("retrain", level="method").reindex(ends.index, level="forget_set")
+    return (ends["low"] > floor)[list(EVALUATORS)].drop("retrain", level="method").reset_index()
 
 
 # --- power -----------------------------------------------------------------------------------------------
@@ -246,12 +231,11 @@ def power(
         methods: name -> margins (n_unlearned, n_points).
         retrained: margins (n_retrained, n_points) of every model trained on R, at least twice as many as a size.
         sizes: numbers of models N.
-        n_draws: how many draws of each kind.
 
     Returns:
-        One row for each method and size, and one of the floor (method "retrain"): columns method, n_models, n_bins,
-        convention, median, low, high (KLoM p95 over draws, central 95 % of them), threshold, power, power_low,
-        power_high. The floor's power is of fresh draws, and `level` up to chance.
+        One row for each method and size, and one of the floor (method "retrain"), whose power is `level` up to chance:
+        columns method, n_models, n_bins, convention, median, low, high (KLoM p95 over draws, central 95 % of them),
+        threshold, power, power_low, power_high.
 
     Raises:
         DataError: for sizes that the models at hand do not allow.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import astuple, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from dmmlib import metrics, unlearn
-from dmmlib.analysis.compare import Unlearn, compare
+from dmmlib.analysis.compare import COLUMNS, Unlearn, compare
 from dmmlib.analysis.intervals import median_over
 from dmmlib.analysis.looks import SPLITS
 from dmmlib.attribution.base import Context
@@ -19,6 +19,7 @@ from dmmlib.errors import DataError, MethodError
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.metrics import Estimate
 from dmmlib.study import Study
+from dmmlib.tuning import score
 
 FLOOR, NOTHING = "retrain (floor)", "do nothing"
 
@@ -30,16 +31,13 @@ def side_by_side(
     sizes: Iterable[int] = (),
     n_models: int = 16,
 ) -> tuple[pd.DataFrame, dict[str, str]]:
-    """`compare` of registered attributors on the study's own subset models, by DM-direct and DMM.
+    """`compare` registered attributors (name -> options) on the study's own subset models, by DM-direct and DMM.
 
     Ridge has the setting of `tuned_ridge`, DMM the one that was tuned with the study's own attributor. LDS is on the
-    held-out subsets that report.
+    held-out subsets that report. `n_models` originals are unlearned, and compared with all oracles.
 
     Args:
-        settings: registered name -> options.
-        forget_sets: those to unlearn.
         sizes: of the many subset models of halves, how many ridge is fitted to as well, for reference.
-        n_models: originals that are unlearned; they are compared with all oracles.
 
     Returns:
         The table of `compare`, with rows of doing nothing and of retraining again; and, of each attributor that cannot
@@ -77,15 +75,15 @@ def tuned_ridge(study: Study, context: Context) -> dict[str, float]:
     before = metrics.margins(study.original_logits()[:n], y)
     sets = [(f, metrics.margins(study.oracles(f)[:n], y)) for f in study.tuning_sets().values()]
 
-    def score(setting: dict[str, float]) -> float:
-        model, p95 = RidgeDatamodel.fit(context.masks, context.outputs, device=context.device, **setting), []
-        for f, oracle in sets:
-            klom = metrics.klom(before + metrics.right_logits(model.effect(f.indices), y), oracle)
-            splits = f.splits(study.data.n_train, study.data.n_val)
-            p95 += [np.percentile(klom[at], 95) for at in splits.values()]
-        return float(np.mean(p95))
+    def mean_score(setting: dict[str, float]) -> float:
+        model = RidgeDatamodel.fit(context.masks, context.outputs, device=context.device, **setting)
+        found = [
+            score(before + metrics.right_logits(model.effect(f.indices), y), oracle, _splits(study, f))
+            for f, oracle in sets
+        ]
+        return float(np.mean([scores["score"] for scores in found]))
 
-    return min(study.preset.datamodels.grid, key=score)
+    return min(study.preset.datamodels.grid, key=mean_score)
 
 
 def _dmm(study: Study, n_models: int) -> Unlearn:
@@ -102,27 +100,31 @@ def _dmm(study: Study, n_models: int) -> Unlearn:
     return run
 
 
+def _splits(study: Study, forget_set: ForgetSet) -> dict[str, np.ndarray]:
+    return forget_set.splits(study.data.n_train, study.data.n_val)
+
+
 def _ends(study: Study, oracles: Mapping[str, tuple[ForgetSet, np.ndarray]], n_models: int) -> pd.DataFrame:
     """p95 KLoM of doing nothing, and of as many models retrained once more."""
     rows = []
     for name, (f, logits) in oracles.items():
         ends = {NOTHING: study.original_logits()[:n_models], FLOOR: study.oracles(f, floor=True)[:n_models]}
+        reference = metrics.margins(logits, study.data.y)
         for attributor, answers in ends.items():
-            klom = metrics.klom(metrics.margins(answers, study.data.y), metrics.margins(logits, study.data.y))
-            for split, at in f.splits(study.data.n_train, study.data.n_val).items():
-                rows.append([attributor, 0, "", name, split, "klom_p95", float(np.percentile(klom[at], 95))])
-    columns = ["attributor", "n_models", "method", "forget_set", "split", "statistic", "value"]
-    return pd.DataFrame(rows, columns=columns)
+            found = score(metrics.margins(answers, study.data.y), reference, _splits(study, f))
+            rows += [(attributor, 0, "", name, split, "klom_p95", found[split]) for split in SPLITS]
+    return pd.DataFrame(rows, columns=COLUMNS[:-2])
 
 
 def over_sets(table: pd.DataFrame) -> pd.DataFrame:
     """Medians over forget sets with 95 % bootstrap intervals over them; what has no forget set stays as it is."""
     keys, ends = ["attributor", "n_models", "method", "split", "statistic"], ["value", "low", "high"]
-    rows = [
-        (*key, *(part[ends].iloc[0] if part["forget_set"].iloc[0] == "" else astuple(median_over(part["value"]))))
-        for key, part in table.groupby(keys, sort=False)
-    ]
-    return pd.DataFrame(rows, columns=[*keys, *ends])
+
+    def row(part: pd.DataFrame) -> pd.Series:
+        found = median_over(part["value"]) if part["forget_set"].iloc[0] else Estimate(*part[ends].iloc[0])
+        return pd.Series(asdict(found))
+
+    return table.groupby(keys, sort=False)[["forget_set", *ends]].apply(row).reset_index()
 
 
 def best(table: pd.DataFrame, n_models: int) -> tuple[list[str], list[str]]:

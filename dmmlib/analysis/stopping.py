@@ -39,19 +39,12 @@ def path(study: Study, method: str, forget_set: ForgetSet) -> tuple[np.ndarray, 
 def gaps(margins: np.ndarray, oracle: np.ndarray) -> np.ndarray:
     """Mean margin minus the oracles', in the oracles' standard deviations; above 0 is under-unlearned.
 
-    Args:
-        margins: (n_moments, n_models, n_points).
-        oracle: (n_oracles, n_points).
-
-    Returns:
-        (n_moments, n_points).
+    Takes margins (n_moments, n_models, n_points) and those of oracles (n_oracles, n_points): (n_moments, n_points).
     """
     return (margins.mean(1) - oracle.mean(0)) / np.maximum(oracle.std(0), 1e-6)
 
 
-def judge(
-    margins: np.ndarray, oracle: np.ndarray, n_bootstrap: int = 50, seed: int = 0
-) -> tuple[dict[str, Estimate], float]:
+def judge(margins: np.ndarray, oracle: np.ndarray, n_bootstrap: int = 50) -> tuple[dict[str, Estimate], float]:
     """KLoM's 95th percentile over points for each of `STOPS`, cross-fitted, and what own moments gain.
 
     Args:
@@ -73,7 +66,7 @@ def judge(
     for fold in (0, 1):
         choosing = np.stack([metrics.klom(at[fold::2], oracle[fold::2]) for at in margins])
         chosen.append(int(np.percentile(choosing, 95, axis=1).argmin()))
-        judged = [metrics.klom_draws(at[1 - fold :: 2], oracle[1 - fold :: 2], n_bootstrap, seed) for at in margins]
+        judged = [metrics.klom_draws(at[1 - fold :: 2], oracle[1 - fold :: 2], n_bootstrap) for at in margins]
         kloms = np.stack([np.concatenate([value[None], resampled]) for value, resampled in judged])
         moments = {"end": len(margins) - 1, "common": chosen[-1], "own": choosing.argmin(0)}
         for stop, at in moments.items():
@@ -142,30 +135,27 @@ def medians(stops: pd.DataFrame) -> pd.DataFrame:
 
 
 def verdict(stops: pd.DataFrame) -> str:
-    """What the numbers say of the claim that no stopping time suits all points, in sentences."""
-    at = {stop: rows.set_index(["method", "forget_set"]) for stop, rows in stops.groupby("stop")}
-    floor = at["end"].loc["retrain"]
+    """Say what the numbers make of the claim that no stopping time suits all points."""
+    ends = stops.pivot_table(["value", "low", "high"], ["method", "forget_set"], "stop", sort=False)
+    floor = ends.xs("retrain", level="method")
     every = [m for m in stops["method"].unique() if m not in ("do_nothing", "retrain", "dm_direct")]
     baselines = [m for m in every if is_baseline(m)]
+    matching = [m for m in every if m not in baselines]
     sentences = []
-    for name, methods in (
-        ("Gradient baselines", baselines),
-        ("Oracle matching and DMM", [m for m in every if m not in baselines]),
-    ):
+    for name, methods in {"Gradient baselines": baselines, "Oracle matching and DMM": matching}.items():
         if not methods:
             continue
-        here = {stop: rows.loc[methods] for stop, rows in at.items()}
-        n, gain = len(here["gain"]), int((here["gain"]["low"] > 0).sum())
-        above = {
-            stop: int((here[stop]["low"].unstack("method").gt(floor["high"], axis=0)).sum().sum())
-            for stop in ("common", "own")
-        }
-        median = {stop: median_over(here[stop]["value"].groupby("forget_set").min()) for stop in STOPS}
+        here = ends.loc[methods]
+        n, gain = len(here), (here["low", "gain"] > 0).sum()
+        high = floor["high", "end"].reindex(here.index, level="forget_set")
+        above = {stop: (here["low", stop] > high).sum() for stop in ("common", "own")}
+        lowest = here["value"].groupby("forget_set").min()
+        median = {stop: median_over(lowest[stop]) for stop in STOPS}
         sentences.append(
             f"**{name}** ({n} pairs of method and forget set): even at the best common moment {above['common']} stay "
             f"clearly above retraining; a moment of each point's own clearly lowers {gain} of the {n}, and still "
             f"leaves {above['own']} above. The best of them on a set has a median p95 of {median['end']} at its end, "
             f"{median['common']} at the best common moment and {median['own']} at own moments; retraining has "
-            f"{median_over(floor['value'])}."
+            f"{median_over(floor['value', 'end'])}."
         )
     return "\n\n".join(sentences) or "The run has neither a gradient baseline nor a matching method."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 import pandas as pd
@@ -25,13 +26,12 @@ def main_table(results: pd.DataFrame, statistic: str = "klom_p95") -> pd.DataFra
     keys = ["forget_set", "method"]
     here = results[results["statistic"] == statistic]
     digits = 3 if statistic == "accuracy_gap" else 2
-    ends = [here[end].map(f"{{:.{digits}f}}".format) for end in ("value", "low", "high")]
-    here = here.assign(text=ends[0] + " [" + ends[1] + ", " + ends[2] + "]")
+    ends = here[["value", "low", "high"]].map(f"{{:.{digits}f}}".format)
+    here = here.assign(text=ends["value"] + " [" + ends["low"] + ", " + ends["high"] + "]")
     table = here.pivot_table(index=keys, columns="split", values="text", aggfunc="first", sort=False)[list(SPLITS)]
     table["cost"] = results[results["statistic"] == "cost"].set_index(keys)["value"].map("{:.3f}".format)
-    rows = [(name, label(method)) for name, method in table.index]
-    table.index = pd.MultiIndex.from_tuples(rows, names=["forget set", "method"])
-    return table.rename_axis(columns=None)
+    table = table.rename(index=label, level="method").rename_axis(columns=None)
+    return table.rename_axis(index={"forget_set": "forget set"})
 
 
 def medians(results: pd.DataFrame) -> pd.DataFrame:
@@ -68,19 +68,19 @@ def replications(table: pd.DataFrame) -> pd.DataFrame:
     known = table[~baseline].merge(best, on=keys, how="left")
     every = pd.concat([known, best.rename(columns={"best": "value"}).assign(method="best baseline")])
     rows: dict[tuple[str, str], dict[str, str]] = {}
-    for pair, here in every.groupby("pair", sort=False):
-        for method in ("do_nothing", "best baseline", "oracle_matching", "dm_direct", "dmm", "retrain"):
-            part = here[here["method"] == method]
-            if part.empty:
-                continue
-            row = {}
-            for split in SPLITS:
-                medians = part[part["split"] == split].groupby("seed")["value"].median().to_numpy()
-                row[split] = str(mean_over(medians, log=True)) if len(medians) > 1 else f"{medians[0]:.2f}"
-            forget = part[(part["split"] == "forget") & part["best"].notna()]
-            row["ahead"] = f"{(forget['value'] < forget['best']).sum()} of {len(forget)}" if len(forget) else ""
-            rows[str(pair), label(method)] = row
-    return pd.DataFrame(rows).T
+    order = ("do_nothing", "best baseline", "oracle_matching", "dm_direct", "dmm", "retrain")
+    for pair, method in itertools.product(every["pair"].unique(), order):
+        part = every[(every["pair"] == pair) & (every["method"] == method)]
+        if part.empty:
+            continue
+        row = {}
+        for split, here in part.groupby("split"):
+            medians = here.groupby("seed")["value"].median().to_numpy()
+            row[str(split)] = str(mean_over(medians, log=True)) if len(medians) > 1 else f"{medians[0]:.2f}"
+        forget = part[(part["split"] == "forget") & part["best"].notna()]
+        row["ahead"] = f"{(forget['value'] < forget['best']).sum()} of {len(forget)}" if len(forget) else ""
+        rows[pair, label(method)] = row
+    return pd.DataFrame(rows).T[[*SPLITS, "ahead"]]
 
 
 def by_set(results: pd.DataFrame, statistic: str = "klom_p95", split: str = "forget") -> pd.DataFrame:
