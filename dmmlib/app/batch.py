@@ -38,6 +38,10 @@ NEEDS = {"03": ("02",), "04": ("02",), "05": ("04",), "07": ("04",)}
 ORDER = ("02", "04", "07", "09", "08", "05", "03", "10", "06", "01")
 """What is begun first where several stages could be: the main results, then what takes long."""
 GRACE = 10.0  # seconds that interrupted stages have to end their kernels
+KILLED = (
+    "A process that executes notebooks was killed, perhaps for want of memory; free some and run again. Everything "
+    "trained is kept."
+)
 
 Say = Callable[[str, bool], None]
 """Told a line about a stage, and whether something was done."""
@@ -49,12 +53,9 @@ def stages() -> dict[str, Path]:
 
 
 def key(notebook: Path, parameters: Mapping[str, Any]) -> str:
-    """Hash of all that an executed notebook depends on.
+    """Hash all that an executed notebook depends on: its source, without its name and outputs, and its parameters.
 
-    Args:
-        notebook: its path; its name and outputs do not count.
-        parameters: of the notebook. Where things run does not count (`presets.PLACES`), and the path of a file counts
-            by the file's content.
+    Where things run does not count (`presets.PLACES`), and the path of a file counts by the file's content.
     """
     import dmmlib.study  # noqa: F401 (imports whatever registers components)
 
@@ -85,10 +86,6 @@ class _Stage:
     notebook: Path
     out: Path
     key: str
-
-    @property
-    def number(self) -> str:
-        return self.notebook.name[:2]
 
     @property
     def part(self) -> Path:
@@ -134,12 +131,10 @@ def run(
     wide: Collection[str] = (),
     environment: Mapping[str, str] | None = None,
 ) -> None:
-    """Execute notebooks, each in a process of its own; two at a time where there are threads for two.
+    """Execute notebooks of stages, each in a process of its own; two at a time where there are threads for two.
 
     Args:
-        notebooks, parameters: the notebooks of stages, and the parameters of each.
         out: where executed ones go; their tables go to the folder that it is in.
-        say: is told what was done.
         force: execute also what is done.
         threads: to be shared by two; with 1, one notebook runs after the other, with all that torch takes.
         wide: numbers of the stages that keep every core busy by themselves, and run alone.
@@ -157,9 +152,9 @@ def run(
         if stage.done() and not force:
             say(f"{notebook.stem}: already done", False)
         else:
-            todo[stage.number] = stage
+            todo[notebook.name[:2]] = stage
     at_once = 2 if threads > 1 and len(todo) > 1 else 1
-    waiting = sorted(todo, key=lambda number: ORDER.index(number) if number in ORDER else len(ORDER))
+    waiting = sorted(todo, key=(*ORDER, *todo).index)
     running: dict[str, tuple[Future[str], float]] = {}
     failed: DmmError | None = None
     pool = ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
@@ -184,10 +179,7 @@ def run(
                     except DmmError as error:
                         failed = failed or error
                     except BrokenProcessPool:
-                        failed = failed or DmmError(
-                            "A process that executes notebooks was killed, perhaps for want of memory; free some and "
-                            "run again. Everything trained is kept."
-                        )
+                        failed = failed or DmmError(KILLED)
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in multiprocessing.active_children():
@@ -203,9 +195,8 @@ def run(
 
 def _next(waiting: Iterable[str], running: Iterable[str], wide: Collection[str]) -> str | None:
     """The stage that may start now beside those that run, if there is one."""
-    ready = [n for n in waiting if not {*waiting, *running}.intersection(NEEDS.get(n, ()))]
-    alone = running and {ready[0], *running}.intersection(wide) if ready else ()
-    return None if alone or not ready else ready[0]
+    first = next((n for n in waiting if not {*waiting, *running}.intersection(NEEDS.get(n, ()))), None)
+    return None if running and {first, *running}.intersection(wide) else first
 
 
 def _execute(stage: _Stage, parameters: Mapping[str, Any], environment: Mapping[str, str]) -> str:

@@ -90,11 +90,10 @@ class Plan:
 
 
 def plan(preset: Preset, runs: Path | None = None) -> Plan:
-    """Plan a run, given what is in the stores. Trains and writes nothing.
+    """Plan a run, given what is in the stores. Trains and writes nothing; raises what a run of the preset would.
 
     Raises:
-        DataError, MethodError, DeviceError: as a run of the preset would; DataError also where a data set is absent
-            whose size is not known.
+        DataError: also where a data set is absent whose size is not known.
     """
     for method in preset.unlearning.methods:
         unlearn.get(method)
@@ -189,9 +188,9 @@ def measure(
 ) -> Rate:
     """Time plain training steps on random points, of as many models and examples as fit the budget in seconds.
 
-    It starts with one model and few examples and grows towards the preset's batch and 32 models at a time; what would
-    take longer than the budget is not tried. So it errs on the slow side: larger steps, cores and compilation gain.
-    It takes one thread, as a worker does: of several that wait for one another the rate is what else the machine does.
+    It grows from one model and few examples towards the preset's batch and 32 models at a time; what would take longer
+    than the budget is not tried. So it errs on the slow side: larger steps, cores and compilation gain. It takes one
+    thread, as a worker does: of several that wait for one another the rate is what else the machine does.
     """
 
     def train(n_models: int, examples: int, epochs: int) -> float:
@@ -203,8 +202,8 @@ def measure(
         return time.perf_counter() - start
 
     batch, chunk = preset.training.batch_size, preset.ensembles.chunk
-    most = min(chunk, 32) if isinstance(chunk, int) else 32
-    sizes = [(1, min(batch, 8)), (1, batch), *((k, batch) for k in (4, 16, 32) if k < most), (most, batch)]
+    most = 32 if chunk == "auto" else min(chunk, 32)
+    sizes = [(1, min(batch, 8)), *((min(k, most), batch) for k in (1, 4, 16, 32))]
     best, start = Rate(0.0, 1, 1, device.type), time.perf_counter()
     with one_thread():
         for n_models, examples in dict.fromkeys(sizes):

@@ -77,8 +77,7 @@ def easydub(
         n_models: how many originals and as many oracles, those with the lowest ids.
 
     Raises:
-        DataError: for a directory of another layout, a missing or damaged file, or shapes that do not fit.
-        ForgetSetError: for indices that are no proper part of the training set.
+        DataError, ForgetSetError: for another layout, a missing or damaged file, or shapes or indices that do not fit.
     """
     root = Path(root).expanduser()
     margins = root / "margins" / data
@@ -96,13 +95,9 @@ def easydub(
         return np.stack(rows).astype(np.float32)
 
     known = _array(root / "forget_sets" / data / f"forget_set_{forget_set}.npy")
-    own, pairs = f"forget_{forget_set}", {}
-    for split, before, after in (
-        ("forget", own, "forget"),
-        ("retain", "retain", "retain"),
-        ("validation", "val", "val"),
-    ):
-        pairs[split] = read("pretrain", before), read("oracle", own, after)
+    own = f"forget_{forget_set}"
+    folders = {"forget": (own, "forget"), "retain": ("retain", "retain"), "validation": ("val", "val")}
+    pairs = {split: (read("pretrain", u), read("oracle", own, o)) for split, (u, o) in folders.items()}
     originals, oracles = pairs["retain"]
     forget = check_forget_indices(known.astype(np.int64), originals.shape[1])
     if oracles.shape == originals.shape:
@@ -110,10 +105,8 @@ def easydub(
     pairs["retain"] = np.delete(originals, forget, axis=1), oracles
     for split, (u, o) in pairs.items():
         if u.shape != o.shape:
-            raise DataError(
-                f"Forget set {forget_set}, {split}: originals have margins {u.shape} and oracles {o.shape}; both must "
-                "be for the same points."
-            )
+            both = f"originals have margins {u.shape} and oracles {o.shape}"
+            raise DataError(f"Forget set {forget_set}, {split}: {both}; both must be for the same points.")
     u, o = (np.concatenate(part, axis=1) for part in zip(*pairs.values(), strict=True))
     ends = np.cumsum([before.shape[1] for before, _ in pairs.values()])
     return UnlearningRecord(u, o, forget, dict(zip(pairs, np.split(np.arange(ends[-1]), ends[:-1]), strict=True)))
@@ -135,7 +128,6 @@ def datamodel_data(root: str | Path, split: str = "test", percent: int = 50, *, 
         model.effect(forget)  # (n_points, 1): predicted change of the margins without the forget set
 
     Args:
-        root: the directory of the .npy files.
         split: "train" or "test": whose outputs.
         percent: share of the training set in a subset: 10, 20, 50 or 75 are public.
         logits: all classes' logits in the place of margins.
@@ -177,8 +169,7 @@ class PublicDatamodels:
 def datamodel_weights(path: str | Path) -> PublicDatamodels:
     """Read MadryLab's fitted datamodels as tensors only, mapped from disk where torch can.
 
-    Raises:
-        DataError: for a missing file, one that is no such dictionary, or shapes that do not fit.
+    Raises DataError for a missing file, one that is no such dictionary, or shapes that do not fit.
     """
     path = Path(path).expanduser()
     if not path.is_file():

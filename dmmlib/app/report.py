@@ -11,10 +11,9 @@ import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import jinja2
 import numpy as np
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 RECORD = "run.json"
 PACKAGES = ("dmmlib", "torch", "numpy", "scipy", "scikit-learn", "pandas", "zarr")
 KEY = ["forget_set", "method", "split", "statistic"]
+SHOWN_OTHERWISE = ("results", "trajectories")
 TITLES = {"klom_p95": "KLoM p95", "klom_mean": "KLoM mean", "accuracy_gap": "Accuracy gap", "u_lira": "U-LiRA"}
 
 
@@ -64,18 +64,16 @@ class Run:
             raise PresetError(f"Run {self.name!r} has no results.csv in {self.directory}; `dmm run` it, stage 04.")
         return self.tables["results"]
 
-    @cached_property
+    @property
     def settings(self) -> dict[str, str]:
         """Dotted key -> value as text, of the preset as it was run, or {} if that was not recorded."""
-        return {key: _plain(value) for key, value in _flat(self.record.get("preset", {}))}
+        return dict(_flat(self.record.get("preset", {})))
 
 
 def open_run(name: str | Path, runs: Path | None = None) -> Run:
     """Open a run by the name of its directory under runs/, or by the path of a directory.
 
-    Raises:
-        PresetError: if there is no such run.
-        StoreError: if one of its files cannot be read.
+    Raises PresetError if there is no such run, StoreError if one of its files cannot be read.
     """
     root = runs or place("runs")
     directory = root / str(name) if (root / str(name)).is_dir() else Path(name).expanduser()
@@ -100,23 +98,19 @@ def _read_table(path: Path) -> pd.DataFrame:
         raise StoreError(f"{path} cannot be read as a table ({error}); run its stage again.") from error
 
 
-def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys of nested mappings; named parts of a list go by their names."""
+def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted keys of nested mappings, and values as text; named parts of a list go by their names."""
     for key, value in content.items():
         if isinstance(value, list) and value and all(isinstance(v, dict) and "name" in v for v in value):
             value = {v["name"]: {k: x for k, x in v.items() if k != "name"} for v in value}
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", value
-
-
-def _plain(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+            yield f"{prefix}{key}", ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def compare(a: Run, b: Run) -> pd.DataFrame:
-    """Set side by side what both runs measured: a row for each forget set, method, split and statistic.
+    """Set side by side what both runs measured; raises PresetError if they have no row in common.
 
     The interval of a difference takes the runs as independent: its half-width is the root of the sum of squares of
     theirs. Runs that share models (a setting changed that training does not depend on) differ by less than it says.
@@ -124,9 +118,6 @@ def compare(a: Run, b: Run) -> pd.DataFrame:
     Returns:
         Columns forget_set, method, split, statistic, a, b, difference (b - a), low, high, clear: whether the interval
         leaves out 0.
-
-    Raises:
-        PresetError: if they have no row in common.
     """
     both = a.results.merge(b.results, on=KEY, suffixes=("_a", "_b"))
     if both.empty:
@@ -177,8 +168,7 @@ def comparison_text(a: Run, b: Run, statistic: str = "klom_p95") -> str:
     return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """A table of a page; `open` shows it unfolded."""
 
     title: str
@@ -192,8 +182,8 @@ def html(run: Run) -> str:
     results, data, settings = run.tables.get("results"), run.record.get("data"), run.settings
     summary, shown, n_models = {}, list[Table](), 0
     if data:
-        sizes = f"{data['n_train']:,} training and {data['n_val']:,} validation points"
-        summary["data"] = f"{data['name']}, {sizes}"
+        points = f"{data['n_train']:,} training and {data['n_val']:,} validation points"
+        summary["data"] = f"{data['name']}, {points}"
     if settings:
         summary["model"] = f"{settings['model.name']}, {run.record['n_parameters']:,} parameters"
         summary["subset models M"] = f"{int(settings['datamodels.n_subsets']):,}"
@@ -208,7 +198,7 @@ def html(run: Run) -> str:
             if (results["statistic"] == statistic).any():
                 frame = tables.main_table(results, statistic).reset_index()
                 shown.append(Table(title, frame, f"{over}; 95 % intervals."))
-    others = {name: table for name, table in run.tables.items() if name not in ("results", "trajectories")}
+    shown += [Table(f"{name}.csv", table) for name, table in run.tables.items() if name not in SHOWN_OTHERWISE]
     judged = claims.judge(run.tables)
     return _page(
         "report.html",
@@ -217,7 +207,7 @@ def html(run: Run) -> str:
         claims=judged,
         counts=[(v, n) for v in get_args(claims.Verdict) if (n := sum(c.verdict == v for c in judged))],
         few=n_models if n_models < 50 else 0,
-        tables=[*shown, *(Table(f"{name}.csv", table) for name, table in others.items())],
+        tables=shown,
         figures=[_figure(path) for path in run.figures],
         settings=settings,
         record=run.record,
@@ -233,10 +223,14 @@ def comparison_html(a: Run, b: Run) -> str:
         Table(str(statistic), here.drop(columns="statistic"), caption, open=statistic == "klom_p95")
         for statistic, here in table.groupby("statistic", sort=False)
     ]
-    judged = list(zip(claims.judge(a.tables), claims.judge(b.tables), strict=True))
-    differences = Table("What differs", differing(a, b), open=True)
     return _page(
-        "compare.html", title=f"{a.name} and {b.name}", a=a, b=b, differences=differences, tables=shown, judged=judged
+        "compare.html",
+        title=f"{a.name} and {b.name}",
+        a=a,
+        b=b,
+        differences=Table("What differs", differing(a, b), open=True),
+        tables=shown,
+        judged=list(zip(claims.judge(a.tables), claims.judge(b.tables), strict=True)),
     )
 
 
@@ -264,9 +258,7 @@ def _cell(value: Any) -> str:
     if isinstance(value, (int, np.integer)):
         return f"{value:,}"
     if isinstance(value, (float, np.floating)):
-        number = float(value)
-        shown = f"{number:.2f}" if 0.1 <= abs(number) < 1000 else f"{number:.3g}"
-        return "" if np.isnan(number) else shown
+        return "" if np.isnan(value) else f"{value:.2f}" if 0.1 <= abs(value) < 1000 else f"{value:.3g}"
     return str(value)
 
 
