@@ -433,7 +433,7 @@ def test_ridge_beside_others_has_the_setting_that_is_best_on_the_tuning_sets(stu
         model = RidgeDatamodel.fit(context.masks, context.outputs, **setting)
         return tuning.score(lambda sets: metrics.right_logits(model.effects(sets), study.data.y))
 
-    scores = {tuple(setting.items()): score(setting) for setting in study.preset.datamodels.grid}
+    scores = {tuple(setting.values()): score(setting) for setting in study.preset.datamodels.grid}
     assert len(set(scores.values())) > 1
     tuned = tuned_ridge(study, context)
     assert scores[tuned["lam"], tuned["own_share"]] == pytest.approx(min(scores.values()))

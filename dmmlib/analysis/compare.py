@@ -55,6 +55,7 @@ def compare(
     before = metrics.margins(context.original_logits, context.labels)
     true = {name: metrics.margins(logits, context.labels) for name, (_, logits) in oracles.items()}
     rows: list[tuple[Any, ...]] = []
+    none = np.nan, np.nan  # no interval
     for label, (name, options) in settings.items():
         start = time.perf_counter()
         attributor = fit(name, context, **options)
@@ -62,8 +63,8 @@ def compare(
         predicted = metrics.right_logits(attributor.predict(held_out[0]), context.labels)
         lds = lds_estimate(predicted, metrics.margins(held_out[1], context.labels))
         spent = label, len(context.masks)
-        rows.append((*spent, "", "", "all", "cost", float(context.masks.mean(1).sum())))
-        rows.append((*spent, "", "", "all", "seconds", seconds))
+        rows.append((*spent, "", "", "all", "cost", float(context.masks.mean(1).sum()), *none))
+        rows.append((*spent, "", "", "all", "seconds", seconds, *none))
         rows.append((*spent, "", "", "all", "lds", *astuple(lds)))
         for forget, (forget_set, _) in oracles.items():
             splits = forget_set.splits(context.n_train, len(context.x) - context.n_train)
@@ -73,9 +74,9 @@ def compare(
             for method, margins in answers.items():
                 klom = metrics.klom(margins, true[forget])
                 for (split, at), (statistic, measure) in itertools.product(splits.items(), metrics.STATISTICS.items()):
-                    rows.append((*spent, method, forget, split, f"klom_{statistic}", measure(klom[at])))
+                    rows.append((*spent, method, forget, split, f"klom_{statistic}", measure(klom[at]), *none))
             said, happened = (m.mean(0) - before.mean(0) for m in (answers["dm_direct"], true[forget]))
             for split, at in splits.items():
                 slope = float(said[at] @ happened[at]) / max(float(said[at] @ said[at]), 1e-12)
-                rows.append((*spent, "dm_direct", forget, split, "slope", slope))
+                rows.append((*spent, "dm_direct", forget, split, "slope", slope, *none))
     return pd.DataFrame(rows, columns=COLUMNS)

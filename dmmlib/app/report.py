@@ -258,7 +258,8 @@ def _cell(value: Any) -> str:
     if isinstance(value, (int, np.integer)):
         return f"{value:,}"
     if isinstance(value, (float, np.floating)):
-        return "" if np.isnan(value) else f"{value:.2f}" if 0.1 <= abs(value) < 1000 else f"{value:.3g}"
+        shown = f"{value:.2f}" if 0.1 <= abs(float(value)) < 1000 else f"{value:.3g}"
+        return "" if np.isnan(value) else shown
     return str(value)
 
 

@@ -111,12 +111,10 @@ def trak(
     n_models: int | None = None,
     batch: int = 250,
 ) -> MarginDatamodel:
-    """TRAK with random projections, by dattri, at the context's subset models.
+    """TRAK with random projections to `n_features` (None: whole gradients), by dattri, at the context's subset models.
 
-    Args:
-        n_features: of the projection; None for whole gradients.
-        regularization: added to the diagonal of the features' Gram matrix, gradients being divided by the square
-            root of the number of weights.
+    The regularization is added to the diagonal of the features' Gram matrix, gradients being divided by the square
+    root of the number of weights.
     """
     algorithm, (module, weights) = _load().algorithm, _models(context, n_models)
     train, targets = _loaders(context, batch)
@@ -129,8 +127,7 @@ def trak(
     )
     with redirect_stderr(io.StringIO()):  # dattri's progress bars
         scores.cache(train)
-        found = scores.attribute(targets)
-    return calibrated(context, found.detach().cpu().numpy())
+        return calibrated(context, scores.attribute(targets).detach().cpu().numpy())
 
 
 @register("tracin")
@@ -145,8 +142,7 @@ def tracin(context: Context, n_models: int | None = None, batch: int = 250) -> M
         device=str(context.device),
     )
     with redirect_stderr(io.StringIO()):  # dattri's progress bars
-        found = scores.attribute(*_loaders(context, batch))
-    return calibrated(context, found.detach().cpu().numpy())
+        return calibrated(context, scores.attribute(*_loaders(context, batch)).detach().cpu().numpy())
 
 
 def _corrected(attributor: Any, module: nn.Module) -> Any:
@@ -180,9 +176,8 @@ def _corrected(attributor: Any, module: nn.Module) -> Any:
 def ekfac(context: Context, damping: float = 0.1, n_models: int | None = None, batch: int = 250) -> MarginDatamodel:
     """Influence functions with the EK-FAC curvature, by dattri (see `_corrected`), averaged over the subset models.
 
-    Args:
-        context: with models of linear layers only, each used once; else DataError. Takes 4 n_train bytes per weight.
-        damping: added to the curvature's eigenvalues, as a share of their mean.
+    Models must be of linear layers only, each used once; else DataError. It takes 4 n_train bytes per weight. The
+    damping is added to the curvature's eigenvalues, as a share of their mean.
     """
     algorithm, (module, weights) = _load().algorithm, _models(context, n_models)
     _check_linear(module, context.x, "EK-FAC")
@@ -217,12 +212,8 @@ def logra(
     curvature is the mean product of the projected gradients of training losses. dattri's takes one model, and the
     cross-entropy as its target whatever it is told, unless the model states a loss of its own, here the margin; it
     leaves a file in the working directory, here a temporary one; and it compiles its few products, which takes longer.
-
-    Args:
-        context: with models of linear layers only, each used once; else DataError. A layer takes 4 n_points rank^2
-            bytes of gradients, and 4 rank^4 of curvature.
-        rank: of both projections, so that a layer has rank^2 features; at least 1, else DataError.
-        damping: added to the curvature of each layer, as a share of its mean eigenvalue; above 0, else DataError.
+    Models must be as for `ekfac`. A layer takes 4 n_points rank^2 bytes of gradients, and 4 rank^4 of curvature, to
+    which the damping is added as a share of the mean eigenvalue.
     """
     if rank < 1 or damping <= 0:
         raise DataError(f"LoGra was given rank={rank} and damping={damping}; give at least 1, and a share above 0.")

@@ -71,19 +71,13 @@ class Kernel:
         return out
 
     def measured(self, margins: np.ndarray, masks: np.ndarray) -> np.ndarray:
-        """r (n_train,) from the rise of each training point's own margin, by means of the first `MASKS` subsets.
-
-        Args:
-            margins: of subset models on the training points (M, n_train).
-            masks: their training sets (M, n_train); points in all or none of them get 0.
-        """
+        """r (n_train,) from `measured_residuals`, by means of the first `MASKS` subsets."""
         rise = measured_residuals(margins, masks, np.diagonal(self.transfer))
         coupling = self.coupling
-        mean, left_out = np.zeros_like(coupling), np.zeros(len(coupling))
+        mean, left_out = np.zeros_like(coupling), (~masks[:MASKS]).sum(0)
         for mask in masks[:MASKS]:
-            b = np.flatnonzero(~mask)
-            mean[np.ix_(b, b)] += np.linalg.inv(coupling[np.ix_(b, b)])
-            left_out[b] += 1
+            b = np.ix_(~mask, ~mask)
+            mean[b] += np.linalg.inv(coupling[b])
         mean /= np.maximum(left_out, 1)[:, None]
         mean[left_out == 0, left_out == 0] = 1
         return np.linalg.solve(mean, rise.astype(np.float32))
@@ -104,7 +98,7 @@ def gradient_kernel(
 
     Args:
         models: where gradients are taken.
-        x, y: all points (n_points, ...), the n_train training points first, and their labels.
+        x, y: all points (n_points, ...), training points first, and their labels.
         lam: penalty, relative to the kernel's mean diagonal.
         hardness: h (n_train,), by which a point's penalty is divided; 1 by default, which is TRAK's.
         seed: see `gram`.
@@ -156,15 +150,10 @@ class KernelResponse:
 
 
 def kernel_response(context: Context, lam: float = 0.1, n_models: int | None = None) -> KernelResponse:
-    """Take the kernel at the weights of a context's subset models, and measure the residuals.
-
-    Args:
-        context: with the weights of subset models.
-        lam: penalty on the kernel, relative to its mean diagonal.
-        n_models: at how many models gradients are taken, the first so many; all by default.
+    """Take the kernel at the weights of a context's first `n_models` subset models, and measure the residuals.
 
     Raises:
-        DataError: for a penalty that is not positive, or a context without weights.
+        DataError: for a penalty (relative to the kernel's mean diagonal) that is not positive, or no weights.
     """
     if not lam > 0:
         raise DataError(f"The kernel's penalty is {lam}; give a positive number, such as 0.1.")
@@ -181,12 +170,9 @@ def kernel(context: Context, lam: float = 0.1, n_models: int | None = None) -> M
 
 
 def measured_residuals(margins: np.ndarray, masks: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """r (n_train,) such that T_ii r_i is how far training on point i raised its own margin.
+    """r (n_train,) such that T_ii r_i, T_ii being `own`, is how far training on point i raised its own margin.
 
-    Args:
-        margins: of subset models on the training points (M, n_train).
-        masks: their training sets (M, n_train); points in all or none of them get 0.
-        own: T_ii (n_train,).
+    From margins (M, n_train) of subset models and their masks (M, n_train); points in all or none of them get 0.
     """
     n_in, n_out = masks.sum(0), (~masks).sum(0)
     rise = (margins * masks).sum(0) / np.maximum(n_in, 1) - (margins * ~masks).sum(0) / np.maximum(n_out, 1)

@@ -41,16 +41,12 @@ class Solver:
         self.steepest = float(torch.linalg.matrix_norm(self.a, 2)) ** 2 / m  # curvature; 1 / this step never fails
 
     def solve(self, y: Tensor, shares: Tensor, start: Tensor, tol: float) -> Tensor:
-        """Find the weights (n_targets, n_train).
+        """Find the weights (n_targets, n_train) of outputs y (n_targets, M), from those of `start`.
 
         Args:
-            y: outputs (n_targets, M).
             shares: each target's lambda, as a share of the smallest that leaves no weight (n_targets,).
-            start: weights to start from (n_targets, n_train).
-            tol: a target is solved once its duality gap is at most this share of |y|^2 / 2M, the objective of w = 0.
-
-        Raises:
-            DataError: if a target has not converged after 5,000 steps.
+            tol: a target is solved once its duality gap is at most this share of |y|^2 / 2M, the objective of w = 0;
+                DataError if it has not come to that after 5,000 steps.
         """
         a, m = self.a, len(self.a)
         y = y - y.mean(1, keepdim=True)
@@ -92,17 +88,11 @@ class Solver:
 
 @dataclass(frozen=True)
 class LassoDatamodel(Attributor):
-    """Fitted LASSO datamodels.
+    """Fitted LASSO datamodels."""
 
-    Attributes:
-        weights: sparse (n_train, n_points * n_classes).
-        mean_mask: (n_train,).
-        mean_output: (n_points, n_classes).
-    """
-
-    weights: csr_array
-    mean_mask: np.ndarray
-    mean_output: np.ndarray
+    weights: csr_array  # (n_train, n_points * n_classes)
+    mean_mask: np.ndarray  # (n_train,)
+    mean_output: np.ndarray  # (n_points, n_classes)
 
     def _respond(self, directions: np.ndarray) -> np.ndarray:
         return (np.asarray(directions, np.float32) @ self.weights).reshape(-1, *self.mean_output.shape)
@@ -126,7 +116,6 @@ def lasso(
     or 2 n_train^2 where that is less, multiplications for each target, and a fit some tens of steps for each penalty.
 
     Args:
-        context: of masks and outputs; no weights are needed.
         shares: of the penalty that leaves no weight, in (0, 1), tried in this order.
         held_out: share of the subset models that chooses among several penalties, before a fit to all of them.
         tol: see `Solver.solve`.

@@ -36,10 +36,7 @@ def importance(problem: Problem, indices: np.ndarray) -> Tensors:
 
 
 def squared_gradients(models: Ensemble, x: Tensor, y: Tensor) -> Tensors:
-    """Sum over points of each model's squared gradients: name -> (n_models, ...), for any architecture.
-
-    Every point's gradient is written out, so this takes n_points times the memory of the models.
-    """
+    """Sum over points of each model's squared gradients: name -> (n_models, ...); writes out every point's gradient."""
     module = models.module.eval()
 
     def loss(params: Tensors, buffers: Tensors, point: Tensor, label: Tensor) -> Tensor:
@@ -80,12 +77,8 @@ def dense_squares(models: Ensemble, x: Tensor, y: Tensor) -> Tensors:
 def dampen(params: Tensors, forget: Tensors, everything: Tensors, alpha: float, strength: float) -> Tensors:
     """Weights with importance I_F > alpha I_S, multiplied by min(strength I_S / I_F, 1); the others as they are.
 
-    The paper's selection and dampening, where `strength` is called lambda.
-
-    Args:
-        params: name -> (n_models, ...).
-        forget: importance for F, of the same shapes.
-        everything: importance for S, of the same shapes.
+    The paper's selection and dampening, where `strength` is called lambda; I_F (`forget`) and I_S (`everything`) have
+    the shapes of the params, name -> (n_models, ...).
     """
     dampened = {}
     for name, p in params.items():
@@ -110,8 +103,7 @@ def ssd(problem: Problem, *, alpha: float = 10.0, strength: float = 1.0) -> Unle
     all forget sets; here its cost is counted every time.
     """
     check_options(alpha=alpha, strength=strength)
-    everything = importance(problem, np.arange(problem.n_train))
-    forget = importance(problem, problem.forget)
+    forget, everything = (importance(problem, at) for at in (problem.forget, np.arange(problem.n_train)))
     models = problem.originals
     dampened = Ensemble(models.module, dampen(models.params, forget, everything, alpha, strength), models.buffers)
     cost = (problem.n_train + len(problem.forget)) / problem.retraining

@@ -14,8 +14,7 @@ from dmmlib.unlearn.base import Problem
 def fresh(problem: Problem) -> Ensemble:
     """Draw as many untrained models as there are originals, each with a seed of its own.
 
-    Raises:
-        MethodError: if a part of the module has weights that it cannot draw anew (no `reset_parameters`).
+    Raises MethodError if a part of the module has weights that it cannot draw anew (no `reset_parameters`).
     """
     template = problem.originals.module
 

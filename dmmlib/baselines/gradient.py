@@ -56,6 +56,9 @@ def like(params: Tensors, rows: Tensor) -> Tensors:
     return {name: part.reshape(p.shape) for (name, p), part in zip(params.items(), parts, strict=True)}
 
 
+EPOCHS = {"ascent_epochs": [1.0, 3.0, 5.0], "descent_epochs": [1.0, 3.0, 5.0]}
+
+
 @register(
     "gd",
     space={"epochs": [1.0, 3.0, 6.0], "lr": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1], "batch_size": [64]},
@@ -84,12 +87,7 @@ def ga(problem: Problem, *, epochs: float = 5.0, lr: float = 1e-3, batch_size: i
 
 @register(
     "ga_gd",
-    space={
-        "ascent_epochs": [1.0, 3.0, 5.0],
-        "descent_epochs": [1.0, 3.0, 5.0],
-        "lr": [3e-4, 1e-3, 3e-3, 1e-2],
-        "batch_size": [64],
-    },
+    space=EPOCHS | {"lr": [3e-4, 1e-3, 3e-3, 1e-2], "batch_size": [64]},
     paper="GA then GD; baseline of Georgiev et al., ICLR 2025",
     cost="ascent_epochs n_F + descent_epochs n_R",
     elsewhere="easydub/EasyDUB-code",

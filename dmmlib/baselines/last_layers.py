@@ -21,10 +21,7 @@ def last_layers(models: Ensemble, k: int) -> set[str]:
     """Names of the parameters of the last k layers.
 
     A layer is a module with a weight matrix or kernel. Modules with vectors only (batch norm) do not count and go with
-    the layer that they follow, as in the authors' code.
-
-    Raises:
-        OptionError: unless k is from 1 to the number of layers.
+    the layer that they follow, as in the authors' code. Raises OptionError unless there are k.
     """
     owners = {name: name.rpartition(".")[0] for name in models.params}
     layers = list(dict.fromkeys(owner for name, owner in owners.items() if models.params[name].ndim > 2))

@@ -35,13 +35,9 @@ def conjugate_gradients(product: Product, b: Tensor, iterations: int) -> Tensor:
 def gauss_newton(models: Ensemble, x: Tensor, damping: float) -> Product:
     """Products with J^T (diag p - p p^T) J, averaged over points, plus damping.
 
-    It is the Hessian of the mean cross-entropy without the curvature of the logits, so positive semidefinite; for a
-    linear model it is the Hessian.
-
-    Args:
-        models: where to linearise; in evaluation mode.
-        x: points of each model (n_models, n_points, ...).
-        damping: added to the diagonal; the weight decay belongs in it.
+    It is the Hessian of the mean cross-entropy on points x (n_models, n_points, ...), in evaluation mode, without the
+    curvature of the logits, so positive semidefinite; for a linear model it is the Hessian. Weight decay belongs in
+    the damping.
     """
 
     def logits(params: Tensors) -> Tensor:
@@ -79,22 +75,17 @@ def newton(problem: Problem, *, damping: float = 1e-3, iterations: int = 10, cos
     check_options(iterations=iterations, whole=True)
     affordable = round((cost * problem.retraining - len(problem.forget)) / (2 * iterations))
     size = min(max(1, affordable), len(problem.retain))
-    sample = np.stack([rng.choice(problem.retain, size, replace=False) for rng in problem.rngs(use=1)])
-    starts = range(0, problem.n_models, 16)  # a few models at a time, to bound memory
-    steps = [_step(problem, first, sample[first : first + 16], damping, iterations) for first in starts]
-    models = problem.originals
+    sample = np.stack([rng.choice(problem.retain, size, replace=False) for rng in problem.rngs(stream=1)])
+    models, decay = problem.originals, problem.training.weight_decay
+    steps = []
+    for first in range(0, problem.n_models, 16):  # a few models at a time, to bound memory
+        few = models[first : first + 16]
+        force = flat(mean_gradient(problem, few, problem.forget)) + decay * flat(few.params)
+        indices = torch.from_numpy(sample[first : first + 16]).to(problem.x.device)
+        product = gauss_newton(few, problem.x[indices], decay + damping)
+        steps.append(conjugate_gradients(product, force * (len(problem.forget) / len(problem.retain)), iterations))
     step = like(models.params, torch.cat(steps))
     moved = {name: p + step[name] for name, p in models.params.items()}
     spent = (len(problem.forget) + 2 * iterations * size) / problem.retraining
     logits = Ensemble(models.module, moved, models.buffers).logits(problem.x)
     return Unlearned.from_logits(logits.numpy(), problem.labels, spent, one_step=True)
-
-
-def _step(problem: Problem, first: int, sample: np.ndarray, damping: float, iterations: int) -> Tensor:
-    """What to add to the weights of models first, first + 1, ...: (len(sample), n_weights)."""
-    few = problem.originals[first : first + len(sample)]
-    decay = problem.training.weight_decay
-    force = flat(mean_gradient(problem, few, problem.forget)) + decay * flat(few.params)
-    indices = torch.from_numpy(sample).to(problem.x.device)
-    product = gauss_newton(few, problem.x[indices], decay + damping)
-    return conjugate_gradients(product, force * (len(problem.forget) / len(problem.retain)), iterations)

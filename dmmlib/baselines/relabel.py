@@ -58,11 +58,7 @@ def random_labels(problem: Problem, *, epochs: int = 3, lr: float = 1e-2, batch_
 
 
 def saliency(problem: Problem, share: float) -> Tensors:
-    """SalUn's masks: 1 for the share of each model's weights with the largest |gradient of the loss on F|.
-
-    Returns:
-        name -> (n_models, ...), 1 or 0.
-    """
+    """SalUn's masks, name -> (n_models, ...): 1 for the share of weights with the largest |gradient of F's loss|."""
     check_options(share=share, high=1.0)
     sizes = flat(mean_gradient(problem, problem.originals, problem.forget)).abs()
     top = sizes.topk(max(1, round(share * sizes.shape[1])), dim=1).indices
@@ -86,6 +82,5 @@ def salun(
     gradients, in evaluation mode; here it is the gradient of the mean over F, the same where batches are of one size.
     """
     check_options(lr=lr)
-    masks = saliency(problem, share)
-    phases = relabelling(problem, epochs, batch_size)
+    phases, masks = relabelling(problem, epochs, batch_size), saliency(problem, share)
     return finetune(problem, phases, SGD(lr), masks=masks, spent=len(problem.forget))

@@ -13,11 +13,7 @@ from dmmlib.unlearn.base import Phase, Problem, Unlearned, finetune, passes, reg
 
 
 def distillation(teacher: Tensor, temperature: float) -> Loss:
-    """KL(teacher || student) of softened answers, averaged over each model's batch: (n_models,).
-
-    Args:
-        teacher: logits (n_models, n_points, n_classes).
-    """
+    """Mean KL of softened answers from a teacher's, by its logits (n_models, n_points, n_classes)."""
 
     def loss(logits: Tensor, indices: Tensor, models: Tensor) -> Tensor:
         student = F.log_softmax(logits / temperature, -1)
