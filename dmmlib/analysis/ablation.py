@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,8 +30,6 @@ from dmmlib.unlearn.base import Phase, Problem, Unlearned, draw_batches, finetun
 from dmmlib.unlearn.matching import DAMPING, N_WHITEN, dmm, match, predicted_oracle
 from dmmlib.unlearn.whitening import Whitening
 
-T = TypeVar("T")
-
 GRID: dict[str, tuple[Any, ...]] = {
     "forget_share": (0.2, 0.4, 0.6, 0.8),
     "loss": ("mse", "kl", "margin"),
@@ -45,7 +43,6 @@ GRID: dict[str, tuple[Any, ...]] = {
 """Values of DMM's options, tried one at a time around its defaults; a mapping changes what must change together."""
 
 N_ORACLES = (1, 2, 5, 10)
-KEYS = ["option", "setting", "default"]
 COLUMNS = ["forget_set", "split", "value", "low", "high", "cost", "n_models"]
 
 
@@ -139,14 +136,10 @@ DEFAULTS: dict[str, Any] = {**(match.__kwdefaults__ or {}), **(variant.__kwdefau
 def measure(
     study: Study, method: str, setting: Mapping[str, Any], forget_set: ForgetSet, run: unlearn.Method | None = None
 ) -> pd.DataFrame:
-    """Measure a method with a setting on a forget set by KLoM's 95th percentile, and keep it on disk.
+    """Measure a method with a setting on a forget set: KLoM p95 with its 95 % interval over models, kept on disk.
 
-    Args:
-        run: what to run on a tuning set, with tuning.n_models models, in place of the registered method.
-
-    Returns:
-        One row for each split, columns `COLUMNS`: value, low and high are KLoM with its 95 % interval over models, or
-        its maximum where models diverge.
+    It is KLoM's maximum where models diverge. `run` is what to run on a tuning set, with tuning.n_models models, in
+    place of the registered method. One row for each split, with `COLUMNS`.
     """
     n = (study.preset.tuning if run else study.preset.ensembles).n_models
     config = study.unlearning_identity(method, dict(setting), forget_set)
@@ -165,19 +158,18 @@ def measure(
     return pd.DataFrame(read_json(file), columns=COLUMNS)
 
 
-def _tracked(study: Study, what: str, items: Sequence[T]) -> Iterator[T]:
-    """The items, with progress said before each of them and at the end."""
-    for i, item in enumerate(items):
-        study.progress(what, i, len(items))
-        yield item
-    study.progress(what, len(items), len(items))
+def _measure_all(study: Study, what: str, trials: Sequence[tuple[dict[str, Any], tuple[Any, ...]]]) -> pd.DataFrame:
+    """The rows of all trials, (labels, arguments of `measure`), with their labels before; progress is said."""
+    parts = []
+    for i, (labels, arguments) in enumerate(trials):
+        study.progress(what, i, len(trials))
+        parts.append(measure(study, *arguments).assign(**labels))
+    study.progress(what, len(trials), len(trials))
+    return pd.concat(parts, ignore_index=True)[[*trials[0][0], *COLUMNS]]
 
 
 def run(study: Study, grid: Mapping[str, Sequence[Any]] = GRID) -> pd.DataFrame:
-    """Try DMM on the tuning sets with one option at a time changed from its default.
-
-    Args:
-        grid: as `GRID`; the default is tried with every option.
+    """Try DMM on the tuning sets with one option at a time changed from its default, which is tried with each, too.
 
     Returns:
         Columns option, setting (the value), default (whether it is), and those of `measure`.
@@ -187,17 +179,15 @@ def run(study: Study, grid: Mapping[str, Sequence[Any]] = GRID) -> pd.DataFrame:
     """
     if unknown := [option for option in grid if option not in DEFAULTS]:
         raise OptionError(f"Ablation of {unknown[0]!r} was asked for; DMM has the options {', '.join(DEFAULTS)}.")
-    tried = {
-        option: [*values, *[DEFAULTS[option]] * (DEFAULTS[option] not in values)] for option, values in grid.items()
-    }
-    trials = [(f, option, v) for f in study.tuning_sets().values() for option, values in tried.items() for v in values]
-    parts = []
-    for forget_set, option, value in _tracked(study, "ablation of DMM", trials):
-        changed = value if isinstance(value, dict) else {option: value}
-        rows = measure(study, "dmm", DEFAULTS | changed, forget_set, variant)
-        setting = ", ".join(str(v) if k == option else f"{k} {v}" for k, v in changed.items())
-        parts.append(rows.assign(option=option, setting=setting, default=value == DEFAULTS[option]))
-    return pd.concat(parts, ignore_index=True)[[*KEYS, *COLUMNS]]
+    trials = []
+    for forget_set, option in itertools.product(study.tuning_sets().values(), grid):
+        default = DEFAULTS[option]
+        for value in [*grid[option], *[default] * (default not in grid[option])]:
+            changed = value if isinstance(value, dict) else {option: value}
+            setting = ", ".join(str(v) if k == option else f"{k} {v}" for k, v in changed.items())
+            labels = {"option": option, "setting": setting, "default": value == default}
+            trials.append((labels, ("dmm", DEFAULTS | changed, forget_set, variant)))
+    return _measure_all(study, "ablation of DMM", trials)
 
 
 def scores(ablation: pd.DataFrame) -> pd.DataFrame:
@@ -207,8 +197,9 @@ def scores(ablation: pd.DataFrame) -> pd.DataFrame:
         Columns option, setting, default, value, low, high, cost, worst (the highest p95 on F over tuning sets).
         Intervals take errors of splits and sets as fully dependent, so they are on the wide side.
     """
-    table = ablation.groupby(KEYS, sort=False)[["value", "low", "high", "cost"]].mean()
-    on_forget = ablation[ablation["split"] == "forget"].groupby(KEYS, sort=False)["value"]
+    keys = ["option", "setting", "default"]
+    table = ablation.groupby(keys, sort=False)[["value", "low", "high", "cost"]].mean()
+    on_forget = ablation[ablation["split"] == "forget"].groupby(keys, sort=False)["value"]
     return table.assign(worst=on_forget.max()).reset_index()
 
 
@@ -248,12 +239,12 @@ def matching(study: Study, forget_sets: Iterable[ForgetSet]) -> pd.DataFrame:
         if k <= study.preset.ensembles.n_models:
             options = setting | {"n_oracles": k, "targets": targets}
             variants.append((f"OM, {targets}, {k}", targets, k, "oracle_matching", options))
-    pairs = [(f, *variant) for f in forget_sets for variant in variants]
-    parts = [
-        measure(study, method, options, f).assign(variant=name, targets=targets, n_oracles=k)
-        for f, name, targets, k, method, options in _tracked(study, "matching", pairs)
+    trials = [
+        ({"variant": name, "targets": targets, "n_oracles": k}, (method, options, f))
+        for f in forget_sets
+        for name, targets, k, method, options in variants
     ]
-    return pd.concat(parts, ignore_index=True)[["variant", "targets", "n_oracles", *COLUMNS]]
+    return _measure_all(study, "matching", trials)
 
 
 def matching_verdict(table: pd.DataFrame, base: str = "OM, oracle, 1") -> str:

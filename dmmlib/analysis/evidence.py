@@ -18,18 +18,15 @@ COLUMNS = ["n_subsets", "forget_set", "split", "statistic", "value", "low", "hig
 
 
 def predictions(study: Study, fitted: Mapping[int, datamodels.RidgeDatamodel], n_bootstrap: int = 200) -> pd.DataFrame:
-    """How well datamodels predict oracles, and what more subset models bring.
+    """How well datamodels predict a study's oracles, and what more subset models bring.
 
     Args:
-        study: whose forget sets, originals and oracles.
         fitted: number of subset models -> plain ridge datamodel fitted on as many, from `Study.datamodel_of`.
 
     Returns:
-        Columns n_subsets, forget_set, split, statistic, value, low, high. Statistics:
-            correlation, slope: of predicted against true change of a point's mean margin on F, with the study's
-                attributor; intervals resample originals and oracles.
-            klom_p95: of DM-direct on F, with each of the fitted datamodels.
-            lds: of the same, on training and validation points (forget_set is then "every").
+        Columns `COLUMNS`. Statistics: "lds" of each fitted datamodel on training and validation points (forget_set is
+        then "every"), and "klom_p95" of DM-direct on F with it; "correlation" and "slope", see `agreement`, with the
+        study's attributor.
     """
     rows: list[list[Any]] = []
     n, m, y = study.data.n_train, study.n_subsets_of(study.preset.attribution.name), study.data.y
@@ -57,10 +54,7 @@ def agreement(
 ) -> dict[str, Estimate]:
     """Correlation and slope of predicted against true change of mean margins, with 95 % intervals over models.
 
-    Args:
-        originals: margins (N, n_points) before.
-        predicted: margins (N, n_points) of predicted oracles, one for each original.
-        oracles: margins (n_oracles, n_points) of true ones.
+    Takes margins of originals (N, n_points), of the oracle predicted for each, and of true ones (n_oracles, n_points).
     """
     rng = np.random.default_rng(seed)
 

@@ -62,7 +62,6 @@ def style() -> None:
     sns.set_theme(context="notebook", style="ticks", palette="colorblind")
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "normal"})
     plt.rcParams.update({"axes.titlesize": 11, "figure.titlesize": 13, "legend.frameon": False})
-    plt.rcParams["savefig.facecolor"] = "white"
 
 
 def grid(
@@ -105,8 +104,7 @@ def quartiles(table: pd.DataFrame, *keys: str) -> pd.DataFrame:
 
 def log_axis(axis: Axes, which: str, ticks: tuple[float, ...], limits: tuple[float, float] | None = None) -> None:
     """Make an axis ("x" or "y") logarithmic, with the ticks that lie within the limits and no others."""
-    low, high = limits or (0.0, np.inf)
-    shown = [tick for tick in ticks if low <= tick <= high]
+    shown = [tick for tick in ticks if limits is None or limits[0] <= tick <= limits[1]]
     axis.set(**{f"{which}scale": "log"})
     axis.set(**{f"{which}ticks": shown, f"{which}ticklabels": [f"{tick:g}" for tick in shown]})
     if limits:

@@ -46,7 +46,7 @@ def predicted_vs_true(
     kinds = {"retain": ("0.75", 4), "validation": (looks.PALETTE[0], 9), "forget": (looks.PALETTE[3], 22)}
     for axis, (name, splits) in zip(axes[0], panels.items(), strict=True):
         for split, (tint, size) in kinds.items():
-            axis.scatter(*splits[split], size, tint, label=split, linewidths=0, alpha=0.8)
+            axis.scatter(*splits[split], size, color=tint, label=split, linewidths=0, alpha=0.8)
         every = np.concatenate([np.concatenate(pair) for pair in splits.values()])
         ends = [every.min(), max(0.0, every.max())]
         axis.plot(ends, ends, color="black", lw=0.8, ls="--", zorder=0)

@@ -90,12 +90,9 @@ def _dmm(study: Study, n_models: int) -> Unlearn:
     setting = study.tuned("dmm")
 
     def run(attributor: Attributor, forget_set: ForgetSet) -> np.ndarray:
-        few: dict[str, Any] = {
-            "originals": study.originals()[:n_models],
-            "original_logits": study.original_logits()[:n_models],
-        }
-        problem = replace(study.problem(forget_set), attributor=attributor, checkpoints=0, **few)
-        return unlearn.get("dmm")(problem, **setting).margins
+        originals, logits = study.originals()[:n_models], study.original_logits()[:n_models]
+        problem = replace(study.problem(forget_set), originals=originals, original_logits=logits, checkpoints=0)
+        return unlearn.get("dmm")(replace(problem, attributor=attributor), **setting).margins
 
     return run
 
@@ -130,8 +127,8 @@ def over_sets(table: pd.DataFrame) -> pd.DataFrame:
 def best(table: pd.DataFrame, n_models: int) -> tuple[list[str], list[str]]:
     """Attributors of that many subset models that none is ahead of: by LDS, and by DMM's p95 KLoM on forget points.
 
-    The first of each has the best value; others stay whose LDS has an interval that reaches the first's, or whose KLoM
-    is not above the first's by the paired interval over forget sets (median of log ratios).
+    The first of each has the best value. Others stay whose LDS has an interval that reaches it, or whose KLoM is not
+    above the first's by the paired interval over forget sets (median of log ratios).
     """
     here = table[table["n_models"] == n_models]
     rank = here[here["statistic"] == "lds"].sort_values("value", ascending=False)
@@ -150,12 +147,10 @@ def wide(medians: pd.DataFrame) -> pd.DataFrame:
         at = here.set_index(["method", "split", "statistic"])
         value, row = at["value"], dict[str, str]()
         if ("", "all", "lds") in at.index:
-            cost, seconds = value["", "all", "cost"], value["", "all", "seconds"]
-            row = {"subset models": f"{at['n_models'].iloc[0]:,}", "retrainings": f"{cost:,.0f}"}
-            row |= {
-                "fit, s": f"{seconds:.2g}",
-                "LDS": str(Estimate(*at.loc[("", "all", "lds"), ["value", "low", "high"]])),
-            }
+            row["subset models"] = f"{at['n_models'].iloc[0]:,}"
+            row["retrainings"] = f"{value['', 'all', 'cost']:,.0f}"
+            row["fit, s"] = f"{value['', 'all', 'seconds']:.2g}"
+            row["LDS"] = str(Estimate(*at.loc[("", "all", "lds"), ["value", "low", "high"]]))
             row["slope on F"] = f"{value['dm_direct', 'forget', 'slope']:.2f}"
         for split in SPLITS:
             found = [value.get((method, split, "klom_p95")) for method in ("dm_direct", "dmm", "")]

@@ -67,9 +67,8 @@ def judge(margins: np.ndarray, oracle: np.ndarray, n_bootstrap: int = 50) -> tup
         choosing = np.stack([metrics.klom(at[fold::2], oracle[fold::2]) for at in margins])
         chosen.append(int(np.percentile(choosing, 95, axis=1).argmin()))
         judged = [metrics.klom_draws(at[1 - fold :: 2], oracle[1 - fold :: 2], n_bootstrap) for at in margins]
-        kloms = np.stack([np.concatenate([value[None], resampled]) for value, resampled in judged])
-        moments = {"end": len(margins) - 1, "common": chosen[-1], "own": choosing.argmin(0)}
-        for stop, at in moments.items():
+        kloms = np.stack([np.vstack(draws) for draws in judged])
+        for stop, at in zip(STOPS, (-1, chosen[-1], choosing.argmin(0)), strict=True):
             found[stop] += kloms[at, :, points].T / 2
     p95 = {stop: np.percentile(kloms, 95, axis=1) for stop, kloms in found.items()}
     estimates = {stop: normal(float(v[0]), np.std(v[1:], ddof=1), least=0) for stop, v in p95.items()}
@@ -101,10 +100,9 @@ def table(study: Study) -> pd.DataFrame:
     for forget_set, method, costs, margins, oracle in _ways(study):
         estimates, common = judge(margins, oracle)
         away = gaps(margins, oracle)
-        at = {"end": len(costs) - 1, "common": round(common)}
+        extra = {stop: (costs[at], *_shares(away[at])) for stop, at in (("end", -1), ("common", round(common)))}
         for stop, e in estimates.items():
-            extra = (costs[at[stop]], *_shares(away[at[stop]])) if stop in at else (np.nan,) * 3
-            rows.append((forget_set, method, stop, *astuple(e), *extra, len(oracle) // 2))
+            rows.append((forget_set, method, stop, *astuple(e), *extra.get(stop, [np.nan] * 3), len(oracle) // 2))
     columns = ["forget_set", "method", "stop", "value", "low", "high", "cost", "under", "over", "n_models"]
     return pd.DataFrame(rows, columns=columns)
 

@@ -14,11 +14,7 @@ from dmmlib.analysis.looks import SPLITS, label
 
 
 def main_table(results: pd.DataFrame, statistic: str = "klom_p95") -> pd.DataFrame:
-    """A statistic with its interval on forget, retain and validation points, beside the cost.
-
-    Args:
-        results: `Study.results`.
-        statistic: klom_mean, klom_p95, accuracy_gap or u_lira.
+    """Write a statistic of `Study.results` with its interval on forget, retain and validation points, and the cost.
 
     Returns:
         Rows (forget set, method), columns forget, retain, validation, cost: text.
@@ -52,10 +48,7 @@ def klom_p95(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def replications(table: pd.DataFrame) -> pd.DataFrame:
-    """The main table on several pairs of data and model, and seeds.
-
-    Args:
-        table: columns pair, seed, and those of `klom_p95`.
+    """The main table on several pairs of data and model, and seeds: columns pair, seed, and those of `klom_p95`.
 
     Returns:
         Rows (pair, method), columns the splits: text, the median over forget sets, its geometric mean over seeds with
@@ -91,13 +84,9 @@ def by_set(results: pd.DataFrame, statistic: str = "klom_p95", split: str = "for
 
 
 def catalogue(methods: Iterable[str] | None = None) -> pd.DataFrame:
-    """What is to be known of methods before they run: one line for each, in the order given.
+    """What is to be known of methods (all of them if None) before they run: one line for each, in the order given.
 
-    Args:
-        methods: registered names; all of them if None.
-
-    Returns:
-        Columns source, cost (sample gradients of each model, as a formula), searched (the grid), elsewhere; text.
+    Columns source, cost (sample gradients of each model, as a formula), searched (the grid), elsewhere; text.
     """
     rows = {}
     for name in methods or unlearn.names():
