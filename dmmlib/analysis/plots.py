@@ -42,7 +42,9 @@ def predicted_vs_true(
     panels: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]], title: str, caption: str
 ) -> Figure:
     """Predicted against true mean change of margin, from forget set -> split -> (true, predicted), each (n_points,)."""
-    figure, axes = looks.grid(len(panels), len(panels), (4.3, 4.0), "true change of margin", "predicted", sharey=False)
+    figure, axes = looks.grid(
+        len(panels), len(panels), (4.3, 4.0), "true change of margin", "predicted change", sharey=False
+    )
     kinds = {"retain": ("0.75", 4), "validation": (looks.PALETTE[0], 9), "forget": (looks.PALETTE[3], 22)}
     for axis, (name, splits) in zip(axes[0], panels.items(), strict=True):
         for split, (tint, size) in kinds.items():
