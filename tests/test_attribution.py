@@ -13,7 +13,7 @@ from torch import nn
 
 from dmmlib import attribution, ensemble, forget_sets, metrics, models
 from dmmlib import data as datasets
-from dmmlib.analysis import compare
+from dmmlib.analysis.side_by_side import compare
 from dmmlib.attribution import Context
 from dmmlib.attribution.base import calibrated
 from dmmlib.attribution.bayesian import covariance, fit
@@ -577,7 +577,7 @@ def test_comparison_at_equal_cost(name, options):
         "lasso": ("lasso", {"shares": [0.3]}),
         "nothing": ("nothing", {}),
     }
-    table = compare.compare(settings, context, held_out, oracles)
+    table = compare(settings, context, held_out, oracles)
     assert list(table.columns) == [
         *("attributor", "n_models", "method", "forget_set", "split", "statistic", "value", "low", "high")
     ]
@@ -604,7 +604,7 @@ def test_comparison_takes_other_ways_of_unlearning_by_an_attributor():
     def half_way(attributor, forget_set):
         return before + metrics.right_logits(attributor.effect(forget_set.indices), context.labels) / 2
 
-    table = compare.compare({"ridge": ("ridge", {})}, context, held_out, oracles, {"half": half_way})
+    table = compare({"ridge": ("ridge", {})}, context, held_out, oracles, {"half": half_way})
     found = table[table["statistic"] == "klom_p95"].set_index(["method", "split"])["value"]
     fitted = attribution.fit("ridge", context)
     expected = np.percentile(metrics.klom(half_way(fitted, oracles["f"][0]), after)[:6], 95)
