@@ -126,7 +126,7 @@ def klom_by_method(results: pd.DataFrame, title: str, caption: str) -> Figure:
     """KLoM's 95th percentile of every method on every forget set, one panel for each split."""
     p95 = results[results["statistic"] == "klom_p95"]
     methods, n_sets = list(results["method"].unique()), results["forget_set"].nunique()
-    offsets = 0.28 * (np.arange(n_sets) - (n_sets - 1) / 2) / max(1, (n_sets - 1) / 2)
+    offsets = np.linspace(-0.28, 0.28, n_sets) if n_sets > 1 else np.zeros(1)
     figure, axes = plt.subplots(1, 3, figsize=(12.5, 0.42 * len(methods) + 1.6), sharey=True, layout="constrained")
     for axis, split in zip(axes, SPLITS, strict=True):
         for row, method in enumerate(methods):

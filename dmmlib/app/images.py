@@ -28,24 +28,19 @@ def image_folder(
     """Load a data set in the layout of ImageNet: `root/train/<folder>/*.JPEG` and `root/val/<folder>/*.JPEG`.
 
     Each image is cropped to its central square of 7/8 of the shorter side and scaled to `side` pixels. The arrays are
-    written once to the cache (3 side^2 bytes for each image) and mapped from there; the cache is found by folders, file
-    names and sizes, so a changed tree is decoded anew.
+    written once to the cache (3 side^2 bytes for each image; the user's cache directory if None) and mapped from there;
+    it is found by folders, file names and sizes, so a changed tree is decoded anew.
 
     Args:
         root: the directory that holds `train` and `val`.
         classes: class name -> the folders that it is made of; each folder of `train` is a class if None.
-        side: pixels.
-        cache: where arrays are kept; the user's cache directory if None.
 
     Raises:
         DataError: for a directory of another layout, a folder that is missing or empty, or a damaged image.
     """
     root, parts = Path(root).expanduser(), ("train", "val")
-    for part in parts:
-        if not (root / part).is_dir():
-            raise DataError(
-                f"{root} holds no directory {part!r}; give one with train/ and val/, and in them a folder a class."
-            )
+    if missing := [part for part in parts if not (root / part).is_dir()]:
+        raise DataError(f"{root} holds no directory {missing[0]!r}; give one with train/ and val/, a folder a class.")
     if classes is None:
         classes = {path.name: [path.name] for path in sorted((root / "train").iterdir()) if path.is_dir()}
     if len(classes) < 2:

@@ -45,15 +45,10 @@ MASKS = 100  # subsets that residuals are solved with; each costs an inverse of 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Ridge regression in a gradient kernel, averaged over models; see the module.
+    """Ridge regression in a gradient kernel, averaged over models; see the module."""
 
-    Attributes:
-        transfer: T (n_train, n_points).
-        inverse: G times mean diag K (n_train, n_train).
-    """
-
-    transfer: np.ndarray
-    inverse: np.ndarray
+    transfer: np.ndarray  # T (n_train, n_points)
+    inverse: np.ndarray  # G times mean diag K (n_train, n_train)
 
     @cached_property
     def coupling(self) -> np.ndarray:
@@ -92,16 +87,14 @@ def hardness(margins: np.ndarray) -> np.ndarray:
 def gradient_kernel(
     models: Ensemble, x: Tensor, y: Tensor, n_train: int, lam: float, hardness: np.ndarray | None = None, seed: int = 0
 ) -> Kernel:
-    """Average the kernel over models.
+    """Average the kernel over models, where gradients are taken.
 
     Takes 4 (n_points^2 + 2 n_train^2 + n_train n_points) bytes, and per model 2 n_train^2 n_points multiplications.
 
     Args:
-        models: where gradients are taken.
         x, y: all points (n_points, ...), training points first, and their labels.
         lam: penalty, relative to the kernel's mean diagonal.
         hardness: h (n_train,), by which a point's penalty is divided; 1 by default, which is TRAK's.
-        seed: see `gram`.
     """
     transfer = torch.zeros(n_train, len(x), device=x.device)
     inverse = torch.zeros(n_train, n_train, device=x.device)

@@ -14,10 +14,9 @@ from dmmlib.unlearn.base import Problem, Unlearned, check_options, register
 
 
 def importance(problem: Problem, indices: np.ndarray) -> Tensors:
-    """Diagonal of each model's empirical Fisher information: the mean square of per-example gradients.
+    """Diagonal of each model's empirical Fisher information, name -> (n_models, ...).
 
-    Exact, in evaluation mode, with the true labels: name -> (n_models, ...), the mean over points (indices,) of
-    (d loss / d theta)^2. Points are taken a few at a time, so that what they need fits in memory.
+    It is the mean over points (indices,) of (d loss / d theta)^2: exact, in evaluation mode, with the true labels.
     """
     models = problem.originals
     dense = problem.x.ndim == 2 and all(
@@ -52,8 +51,7 @@ def squared_gradients(models: Ensemble, x: Tensor, y: Tensor) -> Tensors:
 def dense_squares(models: Ensemble, x: Tensor, y: Tensor) -> Tensors:
     """`squared_gradients` of linear layers that follow one another on vectors, without writing out any gradient.
 
-    The gradient of a point is delta h^T, delta the gradient at the layer's output and h its input, so that its squares
-    add up to (delta^2)^T h^2.
+    A point's gradient is delta h^T, of that at a layer's output and its input, so squares add up to (delta^2)^T h^2.
     """
     h, seen = x.expand(models.n_models, *x.shape), dict[str, tuple[Tensor, Tensor]]()
     for name, part in models.module.eval().named_modules(remove_duplicate=False):
@@ -98,9 +96,8 @@ def ssd(problem: Problem, *, alpha: float = 10.0, strength: float = 1.0) -> Unle
     """Dampen the weights of which F's importance exceeds alpha times that of all of S; no training.
 
     The paper defines importance by squares of per-example gradients, and that reading is taken; its authors' code
-    squares the mean gradient of each batch, which is smaller by about the batch size where gradients are unlike each
-    other, for F and S alike. S includes F, as in the code. Importance for S could be kept from training and shared by
-    all forget sets; here its cost is counted every time.
+    squares the mean gradient of each batch, which is smaller by about the batch size. S includes F, as in the code.
+    Importance for S could be kept from training and shared by all forget sets; here its cost is counted every time.
     """
     check_options(alpha=alpha, strength=strength)
     forget, everything = (importance(problem, at) for at in (problem.forget, np.arange(problem.n_train)))

@@ -21,9 +21,8 @@ def fresh(problem: Problem) -> Ensemble:
     def draw() -> nn.Module:
         module = copy.deepcopy(template).to_empty(device="cpu")
         for name, part in module.named_modules():
-            reset = getattr(part, "reset_parameters", None)
-            if reset is not None:
-                reset()
+            if hasattr(part, "reset_parameters"):
+                part.reset_parameters()
             elif next(part.parameters(recurse=False), None) is not None:
                 raise MethodError(
                     f"Part {name!r} of the model, a {type(part).__name__}, cannot be initialised anew; give it a "

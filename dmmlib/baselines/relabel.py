@@ -77,9 +77,9 @@ def salun(
 ) -> Unlearned:
     """`random_labels`, moving only the weights that are salient for F.
 
-    Salient are the `share` of a model's weights, ranked over all layers, with the largest absolute gradient of the loss
-    on F at the original. The paper's threshold is the median, share 0.5. Its authors' code adds up batches' mean
-    gradients, in evaluation mode; here it is the gradient of the mean over F, the same where batches are of one size.
+    Weights are ranked over all layers; the paper's threshold is the median, share 0.5. Its authors' code adds up
+    batches' mean gradients, in evaluation mode; here it is the gradient of the mean over F at the original, the same
+    where batches are of one size.
     """
     check_options(lr=lr)
     phases, masks = relabelling(problem, epochs, batch_size), saliency(problem, share)
