@@ -109,7 +109,7 @@ def variant(
     if optimizer == "whitened":
         seen = max(1, min(N_WHITEN, len(problem.retain), round(budget / 8)))
         points = np.stack([rng.permutation(problem.retain)[:seen] for rng in problem.rngs(2)])
-        coordinates = Whitening(problem.x, points, DAMPING, problem.originals.module)
+        whitening = Whitening(problem.x, points, DAMPING, problem.originals.module)
     n_steps = max(1, round((budget - seen) / batch_size))
     from_forget = min(max(1, round(forget_share * batch_size)), batch_size - 1)
     by_influence = round(influence * (batch_size - from_forget))
@@ -123,7 +123,7 @@ def variant(
         parts.append(np.stack(drawn, axis=1))
     phase = Phase(list(np.concatenate(parts, axis=2)), to_targets)
     steps = SGD(lr) if optimizer == "sgd" else Adam(lr)
-    return finetune(problem, [phase], steps, rate=lambda t: lr * (1 - t), spent=seen, coordinates=coordinates)
+    return finetune(problem, [phase], steps, rate=lambda t: lr * (1 - t), spent=seen, whitening=whitening)
 
 
 DEFAULTS: dict[str, Any] = {**(match.__kwdefaults__ or {}), **(variant.__kwdefaults__ or {})}

@@ -75,7 +75,7 @@ def newton(problem: Problem, *, damping: float = 1e-3, iterations: int = 10, cos
     check_options(iterations=iterations, whole=True)
     affordable = round((cost * problem.retraining - len(problem.forget)) / (2 * iterations))
     size = min(max(1, affordable), len(problem.retain))
-    sample = np.stack([rng.choice(problem.retain, size, replace=False) for rng in problem.rngs(stream=1)])
+    sample = np.stack([rng.choice(problem.retain, size, replace=False) for rng in problem.rngs(use=1)])
     models, decay = problem.originals, problem.training.weight_decay
     steps = []
     for first in range(0, problem.n_models, 16):  # a few models at a time, to bound memory
