@@ -21,7 +21,7 @@ _HOMES = {
     "lds": "datamodels:lds",
     "Attributor": "datamodels:Attributor",
     "RidgeDatamodel": "datamodels:RidgeDatamodel",
-    "BayesianDatamodel": "attribution.bayesian:BayesianDatamodel",
+    "BayesianDatamodel": "attributors.bayesian:BayesianDatamodel",
     "ForgetSet": "forget_sets:ForgetSet",
     "Problem": "unlearn.base:Problem",
     "register": "unlearn.base:register",

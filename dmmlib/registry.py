@@ -33,7 +33,7 @@ VERSIONS = {
     "forget sets": 1,  # how forget sets are chosen
     "finetune": 1,  # unlearn.base: the loop that all methods share
     "whitening": 1,  # unlearn.whitening: coordinates that matching steps in
-    "attribution gradients": 1,  # attribution.gradients: kernels of gradients
+    "attribution gradients": 1,  # attributors.gradients: kernels of gradients
     "calibration": 1,  # attribution.base: the scale of an attributor
     "matching": 1,  # unlearn.matching: loss, batches, rate
     "search": 1,  # tuning: settings that are drawn, and their score

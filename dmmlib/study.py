@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from dmmlib import attribution, datamodels, evaluation, forget_sets, metrics, presets, tuning, unlearn
+from dmmlib import attribution, datamodels, evaluation, forget_sets, keys, metrics, presets, tuning, unlearn
 from dmmlib.errors import ForgetSetError, MethodError, PresetError
 from dmmlib.files import config_hash, place, read_json, replacing, write_json
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.prediction import Models
 from dmmlib.progress import Progress
-from dmmlib.registry import versions
 from dmmlib.trainer import once
 from dmmlib.unlearn import Problem, Unlearned
 
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
     from IPython.display import Image
     from matplotlib.figure import Figure
 
-UNLEARNING = ("optimizer adam", "finetune", "whitening", "matching", "predicted oracle", "metric margin")
-ATTRIBUTION = ("attribution gradients", "calibration", "attributor linearised", "predicted oracle", "metric margin")
 N_GAUGE = 20  # originals that a ridge datamodel's change of logits is turned into one of margins at
 
 
@@ -148,16 +145,13 @@ class Study(Models):
             return unlearn.get("dm_direct")(dataclasses.replace(problem, attributor=self._ridge(**setting)))
 
         # Ridge keeps the coarser measure that its replications were chosen by; the sharper one likes ridge less.
-        n, config = self.preset.tuning.n_models, {"datamodels": self._datamodel_config()}
+        n, config = self.preset.tuning.n_models, {"datamodels": keys.ridge(self.preset)}
         return self._search("datamodel", dm_direct, self.preset.datamodels.grid, config, problem_of="", n=n)
 
     def _ridge(self, lam: float, own_share: float) -> datamodels.Gauged:
         """The paper's kind of datamodel: of raw logits, and added to them."""
         model = datamodels.RidgeDatamodel.fit(*self.subsets(raw=True), lam, self.device, own_share)
         return datamodels.Gauged(model, self.original_logits()[:N_GAUGE], self.data.y)
-
-    def _datamodel_config(self) -> dict[str, Any]:
-        return self.preset.datamodels.model_dump(exclude={"sizes"}) | versions("ridge", "metric margin")
 
     @once
     def datamodel(self) -> datamodels.Gauged:
@@ -187,20 +181,6 @@ class Study(Models):
     def n_subsets_of(self, name: str) -> int:
         """How many subset models an attributor is fitted to."""
         return (self.preset.datamodels if name == "ridge" else self.preset.attribution).n_subsets
-
-    def _attribution_config(self, method: str) -> dict[str, Any]:
-        """What a method's result depends on through its attributor; nothing for a method that takes none."""
-        if not unlearn.registered(method).attributed:
-            return {}
-        name = method.partition("@")[2] or self.preset.attribution.name
-        if name == "ridge":
-            sets = {name: f.indices.tolist() for name, f in self.tuning_sets().items()}
-            tuned = {"tuning sets": sets, "tuned at": self.preset.tuning.n_models} | versions("search", "metric klom")
-            return {"datamodels": self._datamodel_config(), **tuned}
-        section = self.preset.attribution.model_dump(mode="json") | {"name": name}
-        if name != self.preset.attribution.name:
-            section["options"] = {}
-        return {"attribution": section, "versions of attributor": versions(*ATTRIBUTION, f"attributor {name}")}
 
     # --- forget sets -----------------------------------------------------------------------------------
 
@@ -263,12 +243,9 @@ class Study(Models):
             execution=self.fine_tuning(),
         )
 
-    def _versions(self, method: str) -> dict[str, int]:
-        return versions(*UNLEARNING, f"method {method.partition('@')[0]}")
-
     def search(self, method: str) -> pd.DataFrame:
         """Every setting tried of a method on the tuning sets, best first; see `tuning.search`. Kept on disk."""
-        config = {"method": method, "versions of method": self._versions(method), **self._attribution_config(method)}
+        config = keys.method(method) | self._attributed(method)
         settings = unlearn.configurations(method, self.preset.tuning.budget, self.preset.seed)
         n = self.preset.ensembles.n_models
         return self._search(method, unlearn.get(method), settings, config, problem_of=method, n=n)
@@ -288,15 +265,7 @@ class Study(Models):
         Its problems are those of the registered method `problem_of`, attributor included; with none if "".
         """
         sets = self.tuning_sets()
-        config |= {
-            **self.identity(),
-            "settings": settings,
-            "tuning": self.preset.tuning.model_dump(),
-            "oracles": n,
-            "sets": {name: f.indices.tolist() for name, f in sets.items()},
-            "seed": self.preset.seed,
-            "search": versions("search", "metric klom"),
-        }
+        config |= keys.searched(self.preset, self.data, settings, sets, n)
         path = self.runs / "store" / f"search-{name}-{config_hash(config)}.json"
         if path.exists():
             return pd.DataFrame(read_json(path))
@@ -316,25 +285,18 @@ class Study(Models):
         settings = unlearn.configurations(method, self.preset.tuning.budget, self.preset.seed)
         return settings[0] if len(settings) == 1 else settings[int(self.search(method)["setting"].iloc[0])]
 
-    def unlearning_identity(self, method: str, setting: dict[str, Any], forget_set: ForgetSet) -> dict[str, Any]:
+    def _attributed(self, method: str) -> dict[str, Any]:
+        ridge = f"{method}@{self.preset.attribution.name}".split("@")[1] == "ridge"
+        return keys.attributed(self.preset, method, self.tuning_sets() if ridge else {})
+
+    def key_of(self, method: str, setting: dict[str, Any], forget_set: ForgetSet) -> dict[str, Any]:
         """All that the result of a method with a setting on a forget set depends on."""
-        return {
-            **self.identity(),
-            "method": method,
-            "versions of method": self._versions(method),
-            "setting": setting,
-            "forget": forget_set.indices.tolist(),
-            "name": forget_set.name,
-            "n_models": self.preset.ensembles.n_models,
-            "checkpoints": self.preset.unlearning.checkpoints,
-            "seed": self.preset.seed,
-            **self._attribution_config(method),
-        }
+        return keys.unlearned(self.preset, self.data, method, setting, forget_set) | self._attributed(method)
 
     def unlearned(self, method: str, forget_set: ForgetSet) -> Unlearned:
         """The result of a method, tuned, on a forget set; kept on disk."""
         setting = self.tuned(method)
-        config = self.unlearning_identity(method, setting, forget_set)
+        config = self.key_of(method, setting, forget_set)
         path = self.runs / "store" / f"unlearned-{method}-{config_hash(config)}.npz"
         if path.exists():
             return Unlearned.load(path)

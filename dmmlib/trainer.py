@@ -20,7 +20,7 @@ from fsspec.core import url_to_fs
 from torch import Tensor
 
 from dmmlib import data as datasets
-from dmmlib import ensemble, execution, models, presets
+from dmmlib import ensemble, execution, keys, models, presets
 from dmmlib.errors import DamageError, StoreError
 from dmmlib.execution import Execution
 from dmmlib.files import config_hash, place, short
@@ -31,7 +31,6 @@ from dmmlib.registry import Registry, versions
 from dmmlib.store import Outputs, Store
 
 T = TypeVar("T")
-TRAINING = ("seeds", "batches", "schedule", "optimizer sgd", "engine")  # whose versions a trained model depends on
 MANY_STEPS = 200_000  # model-steps from which on processes and compilation can pay
 
 
@@ -212,16 +211,6 @@ class Trainer:
 
     # --- training --------------------------------------------------------------------------------------
 
-    def identity(self) -> dict[str, Any]:
-        """What every trained model depends on besides its mask and seed."""
-        return {
-            "versions": versions(*TRAINING, f"model {self.preset.model.name}"),
-            "data": self.data.sha256,
-            "normalised by": [list(self.data.mean), list(self.data.std)],
-            "model": self.preset.model.model_dump(),
-            "training": self.preset.training.model_dump(),
-        }
-
     @property
     def _root(self) -> str:
         return (self.preset.store or (self.runs / "store").as_posix()).rstrip("/")
@@ -229,7 +218,12 @@ class Trainer:
     def _place(self, model_set: ModelSet) -> tuple[str, dict[str, Any]]:
         """Where a model set's store is, and the configuration that it belongs to."""
         masks = short(np.packbits(model_set.masks).tobytes())
-        config = {**self.identity(), "set": model_set.name, "seed": self.preset.seed, "masks": masks}
+        config = {
+            **keys.trained(self.preset, self.data),
+            "set": model_set.name,
+            "seed": self.preset.seed,
+            "masks": masks,
+        }
         return f"{self._root}/{model_set.name.split(':')[0]}-{config_hash(config)}.zarr", config
 
     def store(self, model_set: ModelSet) -> Store:
@@ -333,4 +327,6 @@ class Trainer:
 
     def status(self, more: Sequence[Job] = ()) -> pd.DataFrame:
         """What is trained, missing and damaged of all jobs, and of `more`; see `jobs.status`."""
-        return status([*self.jobs(), *more], self._root, self.identity() | {"seed": self.preset.seed})
+        return status(
+            [*self.jobs(), *more], self._root, keys.trained(self.preset, self.data) | {"seed": self.preset.seed}
+        )

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 from dmmlib import attribution, data, datamodels, ensemble, forget_sets, metrics, models, unlearn
-from dmmlib.attribution import base, gradients
+from dmmlib.attribution import base
+from dmmlib.attributors import gradients
 from dmmlib.execution import one_thread
 from dmmlib.optim import SGD, Adam
 from dmmlib.progress import silent

@@ -16,11 +16,11 @@ from dmmlib import data as datasets
 from dmmlib.analysis.side_by_side import compare
 from dmmlib.attribution import Context
 from dmmlib.attribution.base import calibrated
-from dmmlib.attribution.bayesian import covariance, fit
-from dmmlib.attribution.gradients import gram, margin
-from dmmlib.attribution.linearised import FLAT, LinearisedResponse, compressed, linearised_response
+from dmmlib.attributors.bayesian import covariance, fit
+from dmmlib.attributors.gradients import gram, margin
 from dmmlib.attributors.kernel import EASY, Kernel, gradient_kernel, hardness, kernel, kernel_response
 from dmmlib.attributors.lasso import Solver
+from dmmlib.attributors.linearised import FLAT, LinearisedResponse, compressed, linearised_response
 from dmmlib.datamodels import Attributor, lds, retrained
 from dmmlib.errors import DataError, ForgetSetError, MethodError
 
@@ -107,7 +107,7 @@ def test_gram_equals_products_of_explicit_gradients(name):
 
 
 def test_many_gradients_are_projected(monkeypatch):
-    monkeypatch.setattr("dmmlib.attribution.gradients.FEATURES", 10)
+    monkeypatch.setattr("dmmlib.attributors.gradients.FEATURES", 10)
     context = problem(FACTORIES["conv"])
     n = context.n_train
     phi = jacobians(context, 0)[:n]
@@ -206,7 +206,7 @@ def test_masks_are_solved_for_one_by_one_or_together(monkeypatch):
     context = problem(FACTORIES["mlp"])
     response = linearised_response(context, n_models=1)
     together, _ = response.change(context.masks)
-    monkeypatch.setattr("dmmlib.attribution.linearised.BLOCK", 5)
+    monkeypatch.setattr("dmmlib.attributors.linearised.BLOCK", 5)
     np.testing.assert_allclose(response.change(context.masks)[0], together, atol=1e-4)
     every = linearised_response(context).models
     mean = np.mean([LinearisedResponse((model,)).change(context.masks)[0] for model in every], 0)

@@ -10,8 +10,8 @@ from contextlib import closing
 import pytest
 
 from dmmlib import attribution, data, datamodels, ensemble, evaluation, forget_sets, metrics, models, tuning, unlearn
-from dmmlib.attribution import base, bayesian, gradients, linearised
-from dmmlib.attributors import kernel, lasso
+from dmmlib.attribution import base
+from dmmlib.attributors import bayesian, gradients, kernel, lasso, linearised
 from dmmlib.baselines import dampening, newton
 from dmmlib.optim import SGD, Adam
 from dmmlib.trainer import Trainer

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from dmmlib import metrics, unlearn
-from dmmlib.attribution.gradients import margin
+from dmmlib.attributors.gradients import margin
 from dmmlib.errors import OptionError
 from dmmlib.files import config_hash, read_json, write_json
 from dmmlib.forget_sets import ForgetSet
@@ -142,7 +142,7 @@ def measure(
     place of the registered method. One row for each split, with `COLUMNS`.
     """
     n = (study.preset.tuning if run else study.preset.ensembles).n_models
-    config = study.unlearning_identity(method, dict(setting), forget_set)
+    config = study.key_of(method, dict(setting), forget_set)
     config |= {"n_models": n, "checkpoints": 0, "oracles": study.preset.ensembles.n_models}
     file = study.runs / "store" / f"measured-{method}-{config_hash(config)}.json"
     if not file.exists():

@@ -182,9 +182,7 @@ def calibrated(context: Context, response: Response | np.ndarray) -> MarginDatam
 Fit = Callable[..., Attributor]
 """Fits an attributor to a context, with options by keyword."""
 
-ATTRIBUTORS: Registry[Fit] = Registry(
-    "attributor", "dmmlib.attribution.linearised", "dmmlib.attribution.bayesian", "dmmlib.attributors"
-)
+ATTRIBUTORS: Registry[Fit] = Registry("attributor", "dmmlib.attributors")
 
 
 def register(name: str, version: int = 1) -> Callable[[Fit], Fit]:

@@ -1,3 +1,3 @@
-"""Further attribution methods, each registered under its name: gradient kernels, LASSO, ridge, those of dattri."""
+"""Attributors, each registered under its name: Bayesian and linearised datamodels, kernels, LASSO, ridge, dattri's."""
 
-from dmmlib.attributors import dattri, kernel, lasso, ridge
+from dmmlib.attributors import bayesian, dattri, kernel, lasso, linearised, ridge

@@ -30,7 +30,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, StackDataset, Subset, TensorDataset
 
 from dmmlib.attribution.base import Context, MarginDatamodel, calibrated, register
-from dmmlib.attribution.gradients import margin
+from dmmlib.attributors.gradients import margin
 from dmmlib.errors import DataError, MethodError
 
 Weights = dict[str, Tensor]

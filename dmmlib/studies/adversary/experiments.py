@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dmmlib import attribution, metrics
 from dmmlib.attribution.base import calibrated
-from dmmlib.attribution.bayesian import fit
+from dmmlib.attributors.bayesian import fit
 from dmmlib.attributors.kernel import gradient_kernel, kernel_response
 from dmmlib.datamodels import Attributor, Indices
 from dmmlib.studies.adversary.crafting import Poison, delete_groups, most_harmful
@@ -185,7 +185,7 @@ def of_honest_points(world: World, monitor: Monitor) -> dict[str, list[np.ndarra
 
 
 def fit_datamodel(world: World, site: Site) -> Monitor:
-    """The service's Bayesian datamodel of a site (`attribution.bayesian`), and what scores requests by it."""
+    """The service's Bayesian datamodel of a site (`attributors.bayesian`), and what scores requests by it."""
     s, n = world.s, site.data.n_train
     rng = np.random.default_rng([s.seed, 4])
     masks = rng.random((s.n_subsets, n)).argsort(1) < round(s.fraction * n)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.functional import cross_entropy, one_hot
 
-from dmmlib.attribution.gradients import margin
+from dmmlib.attributors.gradients import margin
 from dmmlib.ensemble import Ensemble
 from dmmlib.errors import OptionError
 from dmmlib.optim import Tensors

@@ -12,8 +12,8 @@ from sklearn.cluster import KMeans
 
 from dmmlib import ensemble
 from dmmlib.attribution.base import Context, Linear, Response, calibrated
-from dmmlib.attribution.bayesian import RHOS, covariance
-from dmmlib.attribution.bayesian import evidence as evidence_of_all
+from dmmlib.attributors.bayesian import RHOS, covariance
+from dmmlib.attributors.bayesian import evidence as evidence_of_all
 from dmmlib.attributors.kernel import kernel_response
 from dmmlib.datamodels import RidgeDatamodel, lds
 from dmmlib.errors import DataError
@@ -36,7 +36,7 @@ def posterior(
     each: bool = False,
     noisy: bool = False,
 ) -> Predict:
-    """Posterior mean of margins, for any mask; with the defaults as of `attribution.bayesian`, which has the terms.
+    """Posterior mean of margins, for any mask; with the defaults as of `attributors.bayesian`, which has the terms.
 
     Args:
         f: the prior's mean, and c: covariance of what is wrong with it (n_train, n_train), both up to a scale.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dmmlib import metrics
-from dmmlib.attribution.bayesian import BayesianDatamodel
+from dmmlib.attributors.bayesian import BayesianDatamodel
 from dmmlib.datamodels import RidgeDatamodel, lds_estimate
 from dmmlib.forget_sets import ForgetSet, indicator
 from dmmlib.study import Study

@@ -16,10 +16,10 @@ from scipy.stats import norm
 
 from dmmlib import metrics
 from dmmlib.analysis.intervals import mean_over, median_over
-from dmmlib.attribution import bayesian
 from dmmlib.attribution.base import Context
-from dmmlib.attribution.bayesian import BayesianDatamodel
-from dmmlib.attribution.linearised import LAM, RANK, Linearised, LinearisedResponse, linearised_response
+from dmmlib.attributors import bayesian
+from dmmlib.attributors.bayesian import BayesianDatamodel
+from dmmlib.attributors.linearised import LAM, RANK, Linearised, LinearisedResponse, linearised_response
 from dmmlib.datamodels import RidgeDatamodel, lds
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.jobs import Job

@@ -11,7 +11,7 @@ averaged over models, and r_p T_pt is what teaching p is expected to add to the 
 answers (`attributors.kernel`, where a training point is one example). Gradients are sketched (Charikar, Chen and
 Farach-Colton, 2002): weights are summed, with random signs, into few buckets; inner products are kept in expectation.
 
-Around that prior lies the study's Bayesian datamodel (`attribution.bayesian`). It knows one own output per training
+Around that prior lies the study's Bayesian datamodel (`attributors.bayesian`). It knows one own output per training
 point, and a person has many: so every place in a profile (say, the first word of the second cloze question) is a
 problem of its own, with one output per person.
 """
@@ -29,9 +29,9 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 from dmmlib import datamodels, metrics
-from dmmlib.attribution import Context, bayesian
+from dmmlib.attribution import Context
 from dmmlib.attribution.base import calibrated
-from dmmlib.attributors import kernel
+from dmmlib.attributors import bayesian, kernel
 from dmmlib.datamodels import RidgeDatamodel
 from dmmlib.ensemble import Ensemble
 from dmmlib.studies.multimodal.world import World

@@ -4,7 +4,7 @@ Each output y (a margin, or another logit in the margin gauge) of a model traine
 
     y = mean + s (f - mean f) + a.w + noise,    w ~ N(0, rho sigma^2 C) + own,    noise ~ N(0, sigma^2):
 
-- f is the change of the margin that `attribution.linearised` expects of that subset (0 for other logits), s its scale.
+- f is the change of the margin that `attributors.linearised` expects of that subset (0 for other logits), s its scale.
   As a mean over a few models f is noisy, which would shrink s where a random quarter of S is left out; so s is that of
   generalised least squares corrected for the noise (`attribution.base.slope`);
 - w corrects it, linearly in the mask. With W0 (n_train, n_points) the response's effects of single points, C = (1 -
@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dmmlib.attribution.base import Context, Linear, MarginDatamodel, Response, of_label, register, slope
-from dmmlib.attribution.linearised import LAM, RANK, linearised_response
+from dmmlib.attributors.linearised import LAM, RANK, linearised_response
 from dmmlib.datamodels import Attributor, Indices
 from dmmlib.errors import DataError
 from dmmlib.forget_sets import indicator

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from dmmlib.attribution.base import Context, MarginDatamodel, calibrated, register
-from dmmlib.attribution.gradients import gram
+from dmmlib.attributors.gradients import gram
 from dmmlib.errors import DataError
 
 RANK = 400

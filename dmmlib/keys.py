@@ -1,0 +1,86 @@
+"""Where the keys of stores are made: names, settings, the data's hash, and versions of all that moves a number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dmmlib import unlearn
+from dmmlib.data import Dataset
+from dmmlib.forget_sets import ForgetSet
+from dmmlib.presets import Preset
+from dmmlib.registry import versions
+
+TRAINING = ("seeds", "batches", "schedule", "optimizer sgd", "engine")
+UNLEARNING = ("optimizer adam", "finetune", "whitening", "matching", "predicted oracle", "metric margin")
+ATTRIBUTION = ("attribution gradients", "calibration", "attributor linearised", "predicted oracle", "metric margin")
+
+
+def trained(preset: Preset, data: Dataset) -> dict[str, Any]:
+    """What every trained model depends on besides its mask and seed."""
+    return {
+        "versions": versions(*TRAINING, f"model {preset.model.name}"),
+        "data": data.sha256,
+        "normalised by": [list(data.mean), list(data.std)],
+        "model": preset.model.model_dump(),
+        "training": preset.training.model_dump(),
+    }
+
+
+def ridge(preset: Preset) -> dict[str, Any]:
+    """What a ridge datamodel depends on besides its subset models."""
+    return preset.datamodels.model_dump(exclude={"sizes"}) | versions("ridge", "metric margin")
+
+
+def attributed(preset: Preset, method: str, tuning_sets: Mapping[str, ForgetSet]) -> dict[str, Any]:
+    """What a method's result depends on through its attributor; nothing for a method that takes none."""
+    if not unlearn.registered(method).attributed:
+        return {}
+    name = method.partition("@")[2] or preset.attribution.name
+    if name == "ridge":
+        tuned = {"tuning sets": _indices(tuning_sets), "tuned at": preset.tuning.n_models}
+        return {"datamodels": ridge(preset), **tuned, **versions("search", "metric klom")}
+    section = preset.attribution.model_dump(mode="json") | {"name": name}
+    if name != preset.attribution.name:
+        section["options"] = {}
+    return {"attribution": section, "versions of attributor": versions(*ATTRIBUTION, f"attributor {name}")}
+
+
+def method(name: str) -> dict[str, Any]:
+    """What a method's result depends on through its code."""
+    return {"method": name, "versions of method": versions(*UNLEARNING, f"method {name.partition('@')[0]}")}
+
+
+def searched(
+    preset: Preset, data: Dataset, settings: list[dict[str, Any]], tuning_sets: Mapping[str, ForgetSet], n_oracles: int
+) -> dict[str, Any]:
+    """What a search depends on besides the method and its attributor."""
+    return {
+        **trained(preset, data),
+        "settings": settings,
+        "tuning": preset.tuning.model_dump(),
+        "oracles": n_oracles,
+        "sets": _indices(tuning_sets),
+        "seed": preset.seed,
+        "search": versions("search", "metric klom"),
+    }
+
+
+def unlearned(
+    preset: Preset, data: Dataset, name: str, setting: dict[str, Any], forget_set: ForgetSet
+) -> dict[str, Any]:
+    """What the result of a method with a setting on a forget set depends on besides its attributor."""
+    return {
+        **trained(preset, data),
+        **method(name),
+        "setting": setting,
+        "forget": forget_set.indices.tolist(),
+        "name": forget_set.name,
+        "n_models": preset.ensembles.n_models,
+        "checkpoints": preset.unlearning.checkpoints,
+        "seed": preset.seed,
+    }
+
+
+def _indices(sets: Mapping[str, ForgetSet]) -> dict[str, list[int]]:
+    return {name: f.indices.tolist() for name, f in sets.items()}
