@@ -14,6 +14,8 @@ from dmmlib.forget_sets import ForgetSet
 from dmmlib.store import Outputs
 from dmmlib.trainer import ModelSet, Trainer, once
 
+N_GAUGE = 20  # originals that a ridge datamodel's change of logits is turned into one of margins at
+
 
 class Models(Trainer):
     """The models of a preset; each is trained when it is first asked for."""
@@ -94,6 +96,11 @@ class Models(Trainer):
         """Plain ridge on all M subset models, lambda chosen by LDS: what forget sets are selected with."""
         return self.datamodel_of(self.preset.datamodels.n_subsets)[0]
 
+    def ridge(self, lam: float, own_share: float) -> datamodels.Gauged:
+        """The paper's kind of datamodel: of raw logits, and added to them."""
+        model = datamodels.RidgeDatamodel.fit(*self.subsets(raw=True), lam, self.device, own_share)
+        return datamodels.Gauged(model, self.original_logits()[:N_GAUGE], self.data.y)
+
     def lds(self, model: datamodels.Attributor) -> np.ndarray:
         """Predicted and actual margins (2, n_held_out / 2, n_points) on subsets that chose nothing."""
         half = self.preset.datamodels.n_held_out // 2
@@ -141,3 +148,7 @@ class Models(Trainer):
         for i in range(0, len(outputs), outputs.step):
             found[i : i + outputs.step] = metrics.right_logits(outputs[i : i + outputs.step][:, points], labels)
         return found
+
+    def n_subsets_of(self, name: str) -> int:
+        """How many subset models an attributor is fitted to."""
+        return (self.preset.datamodels if name == "ridge" else self.preset.attribution).n_subsets

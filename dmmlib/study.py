@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from IPython.display import Image
     from matplotlib.figure import Figure
 
-N_GAUGE = 20  # originals that a ridge datamodel's change of logits is turned into one of margins at
-
 
 class Study(Models):
     """A validated preset and all that follows from it.
@@ -43,9 +41,8 @@ class Study(Models):
         overrides: dotted key -> value; see `presets.load`.
         forget_set: a JSON file of a forget set to study instead of the preset's.
         beside: study that set beside the preset's, not instead of them.
-        runs: directory for everything computed; `runs/` of the repository, or $DMM_RUNS.
-        figures: directory for figures; `figures/` of the repository, or $DMM_FIGURES.
-        progress: hook that is told of progress.
+        runs, progress: see `Trainer`.
+        figures: directory for figures; see `files.place`.
 
     Raises:
         PresetError, DataError, ForgetSetError, MethodError, DeviceError: one line each, before any training.
@@ -142,22 +139,17 @@ class Study(Models):
         """
 
         def dm_direct(problem: Problem, **setting: float) -> Unlearned:
-            return unlearn.get("dm_direct")(dataclasses.replace(problem, attributor=self._ridge(**setting)))
+            return unlearn.get("dm_direct")(dataclasses.replace(problem, attributor=self.ridge(**setting)))
 
         # Ridge keeps the coarser measure that its replications were chosen by; the sharper one likes ridge less.
         n, config = self.preset.tuning.n_models, {"datamodels": keys.ridge(self.preset)}
         return self._search("datamodel", dm_direct, self.preset.datamodels.grid, config, problem_of="", n=n)
 
-    def _ridge(self, lam: float, own_share: float) -> datamodels.Gauged:
-        """The paper's kind of datamodel: of raw logits, and added to them."""
-        model = datamodels.RidgeDatamodel.fit(*self.subsets(raw=True), lam, self.device, own_share)
-        return datamodels.Gauged(model, self.original_logits()[:N_GAUGE], self.data.y)
-
     @once
     def datamodel(self) -> datamodels.Gauged:
         """Ridge on the raw logits of all M subset models, with the setting that did best on the tuning sets."""
         best = self.search_datamodel().iloc[0]
-        return self._ridge(float(best["lam"]), float(best["own_share"]))
+        return self.ridge(float(best["lam"]), float(best["own_share"]))
 
     def attributor(self, name: str = "") -> datamodels.Attributor:
         """An attributor, fitted once; the preset's own, which DM-direct, DMM and the widget predict with, by default.
@@ -177,10 +169,6 @@ class Study(Models):
     @cached_property
     def _attributors(self) -> dict[str, datamodels.Attributor]:
         return {}
-
-    def n_subsets_of(self, name: str) -> int:
-        """How many subset models an attributor is fitted to."""
-        return (self.preset.datamodels if name == "ridge" else self.preset.attribution).n_subsets
 
     # --- forget sets -----------------------------------------------------------------------------------
 

@@ -212,6 +212,10 @@ class Trainer:
     # --- training --------------------------------------------------------------------------------------
 
     @property
+    def _identity(self) -> dict[str, Any]:
+        return keys.trained(self.preset, self.data) | {"seed": self.preset.seed}
+
+    @property
     def _root(self) -> str:
         return (self.preset.store or (self.runs / "store").as_posix()).rstrip("/")
 

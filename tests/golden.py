@@ -24,8 +24,7 @@ import numpy as np
 import torch
 
 from dmmlib import attribution, data, datamodels, ensemble, forget_sets, metrics, models, unlearn
-from dmmlib.attribution import base
-from dmmlib.attributors import gradients
+from dmmlib.attributors import gradients, margins
 from dmmlib.execution import one_thread
 from dmmlib.optim import SGD, Adam
 from dmmlib.progress import silent
@@ -629,11 +628,11 @@ def _linear_context(inputs: Inputs) -> attribution.Context:
 
 @component("calibration")
 def _(inputs: Inputs) -> Values:
-    yield "slope with much noise", base.slope(2.0, 3.0, 2.5)
-    yield "slope with little noise", base.slope(2.0, 3.0, 0.5)
+    yield "slope with much noise", margins.slope(2.0, 3.0, 2.5)
+    yield "slope with little noise", margins.slope(2.0, 3.0, 0.5)
     weights = fixed(24, 30, seed=8).astype(np.float32)
     weights[np.arange(24), np.arange(24)] += 3
-    fitted = attribution.calibrated(_linear_context(inputs), weights)
+    fitted = margins.calibrated(_linear_context(inputs), weights)
     yield "scale", fitted.scale
     yield "root mean square of the offset", rms(fitted.offset)
     yield "root mean square effect", rms(fitted.effect([1, 5]))

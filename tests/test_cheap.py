@@ -15,10 +15,11 @@ from dmmlib.analysis import tables
 from dmmlib.analysis.intervals import mean_over
 from dmmlib.analysis.looks import SPLITS
 from dmmlib.analysis.side_by_side import FLOOR, best, over_sets, side_by_side, tuned_ridge, wide
-from dmmlib.attribution.base import Context, Linear
+from dmmlib.attribution import Context
 from dmmlib.attributors import bayesian
 from dmmlib.attributors.bayesian import RHOS, covariance
 from dmmlib.attributors.linearised import LinearisedResponse, linearised_response
+from dmmlib.attributors.margins import Linear
 from dmmlib.datamodels import RidgeDatamodel
 from dmmlib.datamodels import lds as lds_of
 from dmmlib.errors import DataError, PresetError

@@ -10,8 +10,7 @@ from contextlib import closing
 import pytest
 
 from dmmlib import attribution, data, datamodels, ensemble, evaluation, forget_sets, metrics, models, tuning, unlearn
-from dmmlib.attribution import base
-from dmmlib.attributors import bayesian, gradients, kernel, lasso, linearised
+from dmmlib.attributors import bayesian, gradients, kernel, lasso, linearised, margins
 from dmmlib.baselines import dampening, newton
 from dmmlib.optim import SGD, Adam
 from dmmlib.trainer import Trainer
@@ -144,7 +143,7 @@ CHANGES = {
         "attribution gradients",
         edit(gradients.gram, "a @ a.T + float(", "a @ a.T + 0 * float("),
     ),
-    "less caution with noisy slopes": ("calibration", edit(base.slope, "ff / 2", "ff / 4")),
+    "less caution with noisy slopes": ("calibration", edit(margins.slope, "ff / 2", "ff / 4")),
     "linearised: another penalty": (
         "attributor linearised",
         default("lam", 0.01, linearised.linearised_response, linearised.linearised),

@@ -17,8 +17,8 @@ from IPython.core.formatters import MimeBundleFormatter
 
 from dmmlib import forget_sets, metrics, presets
 from dmmlib.analysis import plots
-from dmmlib.attribution.base import MarginDatamodel
 from dmmlib.attributors.kernel import KernelResponse, gradient_kernel
+from dmmlib.attributors.margins import MarginDatamodel
 from dmmlib.datamodels import Attributor
 from dmmlib.errors import DmmError, ForgetSetError
 from dmmlib.progress import silent

@@ -14,7 +14,7 @@ import pandas as pd
 from dmmlib import metrics, unlearn
 from dmmlib.analysis.intervals import median_over
 from dmmlib.analysis.looks import SPLITS
-from dmmlib.attribution.base import Context, fit, get
+from dmmlib.attribution import Context, fit, get
 from dmmlib.datamodels import Attributor, RidgeDatamodel, lds_estimate
 from dmmlib.errors import DataError, MethodError
 from dmmlib.forget_sets import ForgetSet

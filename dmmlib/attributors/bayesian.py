@@ -6,7 +6,7 @@ Each output y (a margin, or another logit in the margin gauge) of a model traine
 
 - f is the change of the margin that `attributors.linearised` expects of that subset (0 for other logits), s its scale.
   As a mean over a few models f is noisy, which would shrink s where a random quarter of S is left out; so s is that of
-  generalised least squares corrected for the noise (`attribution.base.slope`);
+  generalised least squares corrected for the noise (`attributors.margins.slope`);
 - w corrects it, linearly in the mask. With W0 (n_train, n_points) the response's effects of single points, C = (1 -
   delta) W0 W0^T / n_points + delta times its diagonal, scaled to mean diagonal 1. By default delta = 1: points err
   independently, each in proportion to its effects;
@@ -31,8 +31,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dmmlib.attribution.base import Context, Linear, MarginDatamodel, Response, of_label, register, slope
+from dmmlib.attribution import Context, register
 from dmmlib.attributors.linearised import LAM, RANK, linearised_response
+from dmmlib.attributors.margins import Linear, MarginDatamodel, Response, of_label, slope
 from dmmlib.datamodels import Attributor, Indices
 from dmmlib.errors import DataError
 from dmmlib.forget_sets import indicator

@@ -29,8 +29,9 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, StackDataset, Subset, TensorDataset
 
-from dmmlib.attribution.base import Context, MarginDatamodel, calibrated, register
+from dmmlib.attribution import Context, register
 from dmmlib.attributors.gradients import margin
+from dmmlib.attributors.margins import MarginDatamodel, calibrated
 from dmmlib.errors import DataError, MethodError
 
 Weights = dict[str, Tensor]

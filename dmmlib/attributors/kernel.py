@@ -34,8 +34,9 @@ import torch
 from scipy.special import expit
 from torch import Tensor
 
-from dmmlib.attribution.base import Context, MarginDatamodel, calibrated, register
+from dmmlib.attribution import Context, register
 from dmmlib.attributors.gradients import gram
+from dmmlib.attributors.margins import MarginDatamodel, calibrated
 from dmmlib.ensemble import Ensemble
 from dmmlib.errors import DataError
 

@@ -20,7 +20,7 @@ import torch
 from scipy.sparse import csr_array, hstack
 from torch import Tensor
 
-from dmmlib.attribution.base import Context, register
+from dmmlib.attribution import Context, register
 from dmmlib.datamodels import Attributor, Indices
 from dmmlib.errors import DataError
 from dmmlib.forget_sets import indicator

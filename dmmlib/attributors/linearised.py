@@ -26,8 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmmlib.attribution.base import Context, MarginDatamodel, calibrated, register
+from dmmlib.attribution import Context, register
 from dmmlib.attributors.gradients import gram
+from dmmlib.attributors.margins import MarginDatamodel, calibrated
 from dmmlib.errors import DataError
 
 RANK = 400

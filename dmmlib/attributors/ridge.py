@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dmmlib.attribution.base import Context, register
+from dmmlib.attribution import Context, register
 from dmmlib.datamodels import RidgeDatamodel
 
 

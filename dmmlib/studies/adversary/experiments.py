@@ -11,9 +11,9 @@ from scipy.special import expit
 from torch import Tensor
 
 from dmmlib import attribution, metrics
-from dmmlib.attribution.base import calibrated
 from dmmlib.attributors.bayesian import fit
 from dmmlib.attributors.kernel import gradient_kernel, kernel_response
+from dmmlib.attributors.margins import calibrated
 from dmmlib.datamodels import Attributor, Indices
 from dmmlib.studies.adversary.crafting import Poison, delete_groups, most_harmful
 from dmmlib.studies.adversary.geometry import Region, sampled_share, stable_region, volume_share

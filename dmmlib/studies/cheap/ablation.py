@@ -11,10 +11,11 @@ import pandas as pd
 from sklearn.cluster import KMeans
 
 from dmmlib import ensemble
-from dmmlib.attribution.base import Context, Linear, Response, calibrated
+from dmmlib.attribution import Context
 from dmmlib.attributors.bayesian import RHOS, covariance
 from dmmlib.attributors.bayesian import evidence as evidence_of_all
 from dmmlib.attributors.kernel import kernel_response
+from dmmlib.attributors.margins import Linear, Response, calibrated
 from dmmlib.datamodels import RidgeDatamodel, lds
 from dmmlib.errors import DataError
 from dmmlib.studies.cheap.evaluator import Evaluator, Predict, held_out_margins, leaving_out

@@ -16,7 +16,7 @@ from scipy.stats import norm
 
 from dmmlib import metrics
 from dmmlib.analysis.intervals import mean_over, median_over
-from dmmlib.attribution.base import Context
+from dmmlib.attribution import Context
 from dmmlib.attributors import bayesian
 from dmmlib.attributors.bayesian import BayesianDatamodel
 from dmmlib.attributors.linearised import LAM, RANK, Linearised, LinearisedResponse, linearised_response

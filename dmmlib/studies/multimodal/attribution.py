@@ -30,8 +30,8 @@ from torch.func import functional_call, grad, vmap
 
 from dmmlib import datamodels, metrics
 from dmmlib.attribution import Context
-from dmmlib.attribution.base import calibrated
 from dmmlib.attributors import bayesian, kernel
+from dmmlib.attributors.margins import calibrated
 from dmmlib.datamodels import RidgeDatamodel
 from dmmlib.ensemble import Ensemble
 from dmmlib.studies.multimodal.world import World

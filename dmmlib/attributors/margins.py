@@ -1,81 +1,16 @@
-"""What every attribution method gets, the registry, and datamodels of margins alone."""
+"""Attributors of margins alone: any response of margins to training points, scaled to what subset models show."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from dmmlib.datamodels import Attributor, Indices, check_varying
-from dmmlib.ensemble import Ensemble, check_masks
-from dmmlib.errors import DataError
+from dmmlib.attribution import Context
+from dmmlib.datamodels import Attributor, Indices
 from dmmlib.forget_sets import check_forget_indices, indicator
-from dmmlib.metrics import right_logits
-from dmmlib.registry import Registry
-
-
-@dataclass(frozen=True)
-class Context:
-    """What there is to attribute from."""
-
-    x: Tensor  # prepared points (n_points, ...), training points first, on the models' device
-    y: Tensor  # labels (n_points,), on the same device
-    masks: np.ndarray  # training sets of the subset models, bool (M, n_train)
-    outputs: Any  # their logits in the margin gauge (M, n_points, n_classes); slices to arrays along its first axis
-    models: Ensemble | None = None  # the first K <= M subset models, for methods that take gradients
-    originals: Ensemble | None = None  # models trained on all points
-    original_logits: np.ndarray | None = None  # theirs (N, n_points, n_classes)
-    seed: int = 0  # of whatever a method draws
-
-    def __post_init__(self) -> None:
-        check_masks(self.masks, self.masks.shape[-1])
-        check_varying(self.masks)
-        if tuple(self.outputs.shape[:2]) != (len(self.masks), len(self.x)):
-            raise DataError(
-                f"outputs have shape {tuple(self.outputs.shape)} for {len(self.masks)} masks and {len(self.x)} "
-                "points; give (n_masks, n_points, n_classes)."
-            )
-        if len(self.x) != len(self.y) or len(self.x) < self.n_train:
-            raise DataError(
-                f"There are {len(self.x)} points, {len(self.y)} labels and masks of {self.n_train} training points; "
-                "give one label for each point, training points first."
-            )
-        if self.models is not None and self.models.n_models > len(self.masks):
-            raise DataError(
-                f"Weights of {self.models.n_models} subset models but only {len(self.masks)} masks; "
-                "give the weights of the first models of the masks."
-            )
-
-    @property
-    def n_train(self) -> int:
-        return self.masks.shape[1]
-
-    @property
-    def n_classes(self) -> int:
-        return self.outputs.shape[2]
-
-    @property
-    def device(self) -> torch.device:
-        return self.x.device
-
-    @property
-    def labels(self) -> np.ndarray:
-        return self.y.cpu().numpy()
-
-    @property
-    def margins(self) -> np.ndarray:
-        """Margins (M, n_points) of the subset models."""
-        return right_logits(np.asarray(self.outputs[: len(self.masks)]), self.labels)
-
-    def subset_models(self) -> Ensemble:
-        """The weights of the first subset models; raises DataError where none were given."""
-        if self.models is None:
-            raise DataError("This method takes gradients at subset models; give the context `models`, their weights.")
-        return self.models
 
 
 class Response(Protocol):
@@ -177,37 +112,3 @@ def calibrated(context: Context, response: Response | np.ndarray) -> MarginDatam
     moved = of_label(change, scale, context.labels, context.n_classes)
     offset = np.asarray(context.outputs[: len(context.masks)]).mean(0) - moved.mean(0)
     return MarginDatamodel(response, scale, context.labels, offset)
-
-
-Fit = Callable[..., Attributor]
-"""Fits an attributor to a context, with options by keyword."""
-
-ATTRIBUTORS: Registry[Fit] = Registry("attributor", "dmmlib.attributors")
-
-
-def register(name: str, version: int = 1) -> Callable[[Fit], Fit]:
-    """Register a function of a `Context` and options that returns an `Attributor`.
-
-    Raise `version` when its predictions change, so that results are made anew.
-    """
-
-    def add(method: Fit) -> Fit:
-        ATTRIBUTORS.add(name, method, version)
-        return method
-
-    return add
-
-
-def names() -> tuple[str, ...]:
-    """The registered attribution methods."""
-    return tuple(ATTRIBUTORS)
-
-
-def get(name: str) -> Fit:
-    """The attribution method of that name; raises MethodError if there is none."""
-    return ATTRIBUTORS[name]
-
-
-def fit(name: str, context: Context, **options: Any) -> Attributor:
-    """Fit the method of that name; raises MethodError if there is none."""
-    return get(name)(context, **options)
