@@ -74,17 +74,17 @@ def test_run_skip_report_and_compare(dmm, tiny_file, tmp_path):
     assert "data:image/png;base64," in page
     assert "tiny" in page
     assert dmm("report", tiny_file, "--set", "ensembles.n_models=9").exit_code == 0
-    assert (tmp_path / "runs" / "tiny+n_models-9" / "report.html").exists()
-    pair = dmm("compare", "tiny", "tiny+n_models-9", "--html", tmp_path / "pair.html")
+    assert (tmp_path / "runs" / "tiny+ensembles.n_models-9" / "report.html").exists()
+    pair = dmm("compare", "tiny", "tiny+ensembles.n_models-9", "--html", tmp_path / "pair.html")
     assert "ensembles.n_models 8 9" in " ".join(pair.output.split())
     assert "clear differences" in pair.output
-    assert "tiny+n_models-9" in (tmp_path / "pair.html").read_text()
+    assert "tiny+ensembles.n_models-9" in (tmp_path / "pair.html").read_text()
 
 
 def test_a_dry_run_trains_nothing(dmm, tiny_file, tmp_path):
     said = dmm("run", tiny_file, "--dry-run", "--set", "ensembles.n_models=9")
     assert said.exit_code == 0, said.output
-    assert "tiny+n_models-9: digits, 120 training" in said.output
+    assert "tiny+ensembles.n_models-9: digits, 120 training" in said.output
     assert "stages: 01 convex setting" in said.output
     assert not (tmp_path / "runs").exists()
 
@@ -96,8 +96,8 @@ def test_status_says_what_is_done_missing_and_damaged(dmm, tiny_file, tmp_path):
     chunk.write_bytes(chunk.read_bytes()[:50])
     said = dmm("status", tiny_file)
     assert said.exit_code == 0, said.output
-    rows = {line.split()[0]: line.split()[1:] for line in said.output.splitlines()}
-    assert rows["subsets"] == ["120", "100", "0", "20"], "planned, done, missing, damaged"
+    rows = {row[0].strip(): row[1:] for row in (line.rsplit(None, 4) for line in said.output.splitlines()) if row}
+    assert rows["subset models"] == ["120", "100", "0", "20"], "planned, done, missing, damaged"
     assert rows["originals"] == ["8", "0", "8", "0"]
     assert "20 damaged\nthe next run trains the damaged shards again" in said.output
 
