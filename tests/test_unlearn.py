@@ -175,7 +175,7 @@ def test_settings_are_drawn_without_repeats_and_with_one_budget():
 def test_problems_that_make_no_sense(problem):
     with pytest.raises(ForgetSetError, match="is empty"):
         Problem(**{**vars(problem), "forget": np.array([], int)})
-    with pytest.raises(DataError, match=r"original_logits have shape .*\(8, 210\) first"):
+    with pytest.raises(DataError, match=r"original_logits have shape .*\(8, 210\)"):
         Problem(**{**vars(problem), "original_logits": problem.original_logits[:3]})
     bare = Problem(**{**vars(problem), "attributor": None, "oracle_logits": None})
     for name, what in [("dmm", "attributor"), ("retrain", "retrained models"), ("oracle_matching", "retrained models")]:
