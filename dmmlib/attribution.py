@@ -52,8 +52,7 @@ class Context:
             )
         if self.models is not None and self.models.n_models > len(self.masks):
             raise DataError(
-                f"Weights of {self.models.n_models} subset models but only {len(self.masks)} masks; "
-                "give the weights of the first models of the masks."
+                f"{self.models.n_models} subset models have weights, only {len(self.masks)} masks; give each a mask."
             )
 
     @property
@@ -91,10 +90,7 @@ ATTRIBUTORS: Registry[Fit] = Registry("attributor", "dmmlib.attributors")
 
 
 def register(name: str, version: int = 1) -> Callable[[Fit], Fit]:
-    """Register a function of a `Context` and options that returns an `Attributor`.
-
-    Raise `version` when its predictions change, so that results are made anew.
-    """
+    """Register a function of a `Context` and options; raise its `version` when its predictions change."""
 
     def add(method: Fit) -> Fit:
         ATTRIBUTORS.add(name, method, version)

@@ -162,14 +162,9 @@ def evidence(
 ) -> tuple[float, float, np.ndarray]:
     """Find the scale s, the rho that maximises the evidence of all margins, and sigma (n_points,) there.
 
-    In the eigenbasis of A C A^T, with residuals e, the log evidence of a margin is, up to a constant,
-    - k / 2 log (e^T R^-1 e / k) - 1 / 2 log det R.
-
-    Args:
-        values: eigenvalues of A C A^T (k,); what follows is in its eigenbasis.
-        y: margins (k, n_points).
-        f: the response's predictions of them, with white noise of variance `noise` (n_points,).
-        own: masks of single points (k, n_train).
+    Everything is in the eigenbasis of A C A^T, of eigenvalues `values` (k,): margins y (k, n_points), predictions f of
+    them with white noise of variance `noise` (n_points,), and masks of single points own (k, n_train). With residuals e
+    the log evidence of a margin is - k / 2 log (e^T R^-1 e / k) - 1 / 2 log det R, up to a constant.
     """
     k, n = own.shape
     most, found = -np.inf, (0.0, 0.0, np.zeros(y.shape[1]))

@@ -7,8 +7,7 @@ gradient d at its output, so it adds (a_i.a_j + 1)(d_i.d_j). All other weights t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,8 @@ from dmmlib.optim import Tensors
 POINTS = 100  # explicit gradients at a time
 FEATURES = 20_000  # weights with explicit gradients, beyond which these are projected
 
+Margins = Callable[[Tensors, Tensor, Tensor], Tensor]  # of one model, from its weights, points and labels
+
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
     """Margins (n_points,) of logits (n_points, n_classes): z_y - logsumexp over c != y of z_c."""
@@ -27,24 +28,14 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     return logits.gather(-1, y[..., None])[..., 0] - logits.masked_fill(label, -torch.inf).logsumexp(-1)
 
 
-@dataclass(frozen=True)
-class _Model:
-    """One model of an ensemble."""
-
-    module: nn.Module
-    params: Tensors
-    buffers: Tensors
-
-    def margins(self, params: Tensors, x: Tensor, y: Tensor) -> Tensor:
-        return margin(functional_call(self.module, (params, self.buffers), (x,)), y)
-
-
-def _layers(model: _Model, x: Tensor, y: Tensor) -> list[tuple[str, Tensor, Tensor]]:
+def _layers(
+    module: nn.Module, params: Tensors, margins: Margins, x: Tensor, y: Tensor
+) -> list[tuple[str, Tensor, Tensor]]:
     """Name, inputs a (n, n_in) and gradients d (n, n_out) at the outputs, of each linear layer.
 
     Only of layers that a forward pass meets once, on vectors, and whose weights no other part shares.
     """
-    names: dict[nn.Module, str] = {m: name for name, m in model.module.named_modules() if type(m) is nn.Linear}
+    names: dict[nn.Module, str] = {m: name for name, m in module.named_modules() if type(m) is nn.Linear}
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def keep(part: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -53,8 +44,7 @@ def _layers(model: _Model, x: Tensor, y: Tensor) -> list[tuple[str, Tensor, Tens
     hooks = [part.register_forward_hook(keep) for part in names]
     try:
         with torch.enable_grad():
-            params = {k: v.detach().requires_grad_() for k, v in model.params.items()}
-            total = model.margins(params, x, y).sum()
+            total = margins({k: v.detach().requires_grad_() for k, v in params.items()}, x, y).sum()
             once = {k: c[0] for k, c in calls.items() if len(c) == 1 and c[0][0].ndim == 2}
             gradients = torch.autograd.grad(total, [out for _, out in once.values()]) if once else ()
     finally:
@@ -63,13 +53,12 @@ def _layers(model: _Model, x: Tensor, y: Tensor) -> list[tuple[str, Tensor, Tens
     return [(name, a.detach(), d) for (name, (a, _)), d in zip(once.items(), gradients, strict=True)]
 
 
-def _explicit(model: _Model, x: Tensor, y: Tensor, names: Sequence[str], seed: int) -> Tensor:
+def _explicit(params: Tensors, names: Sequence[str], margins: Margins, x: Tensor, y: Tensor, seed: int) -> Tensor:
     """Gradients (n, n_features) of each point's margin in the weights `names`, projected if they are very many."""
-    rest = {k: v for k, v in model.params.items() if k not in names}
-    chosen = {k: model.params[k] for k in names}
+    rest, chosen = {k: v for k, v in params.items() if k not in names}, {k: params[k] for k in names}
 
     def one(chosen: Tensors, point: Tensor, label: Tensor) -> Tensor:
-        return model.margins(chosen | rest, point[None], label[None])[0]
+        return margins(chosen | rest, point[None], label[None])[0]
 
     per_point = vmap(grad(one), in_dims=(None, 0, 0))
     n_weights = sum(v.numel() for v in chosen.values())
@@ -101,15 +90,19 @@ def gram(models: Ensemble, i: int, x: Tensor, y: Tensor, seed: int = 0) -> Tenso
         x, y: points and their labels (n,).
         seed: of the random projection of gradients that are not outer products, where they are more than 20,000.
     """
-    models.module.eval()
-    model = _Model(models.module, *({k: v[i] for k, v in part.items()} for part in (models.params, models.buffers)))
+    module = models.module.eval()
+    params, buffers = ({k: v[i] for k, v in part.items()} for part in (models.params, models.buffers))
+
+    def margins(params: Tensors, x: Tensor, y: Tensor) -> Tensor:
+        return margin(functional_call(module, (params, buffers), (x,)), y)
+
     k, covered = x.new_zeros(len(x), len(x)), set[str]()
-    for name, a, d in _layers(model, x, y):
+    for name, a, d in _layers(module, params, margins, x, y):
         prefix = f"{name}." if name else ""
-        covered |= {f"{prefix}weight", f"{prefix}bias"} & set(model.params)
-        k += (a @ a.T + float(f"{prefix}bias" in model.params)) * (d @ d.T)
-    others = [name for name in model.params if name not in covered]
+        covered |= {f"{prefix}weight", f"{prefix}bias"}
+        k += (a @ a.T + float(f"{prefix}bias" in params)) * (d @ d.T)
+    others = [name for name in params if name not in covered]
     if others:
-        features = _explicit(model, x, y, others, seed)
+        features = _explicit(params, others, margins, x, y, seed)
         k += features @ features.T
     return k

@@ -25,11 +25,10 @@ class Response(Protocol):
         ...
 
     def change(self, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Predict how margins change when models are trained on masks (k, n_train) instead of all points.
+        """Predict how margins change (k, n_points) when models are trained on masks (k, n_train), not on all points.
 
-        Returns:
-            The change (k, n_points), and its noise (n_points,): the variance of each margin's change that is due to
-            which models the response averages over; 0 where that is not known.
+        Beside it stands its noise (n_points,): the variance of each margin's change that is due to which models the
+        response averages over, or 0 where that is not known.
         """
         ...
 

@@ -7,6 +7,7 @@ keeps its own randomness: its target is its own answer plus the predicted change
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +19,8 @@ from dmmlib.optim import Adam
 from dmmlib.unlearn.base import Phase, Problem, Unlearned, check_options, draw_batches, finetune, register
 from dmmlib.unlearn.whitening import Whitening
 
-GEORGIEV, ELSEWHERE = "Georgiev et al., ICLR 2025", "RoyRin/data-unlearning-bench"
+GEORGIEV = "Georgiev et al., ICLR 2025"
+published = partial(register, elsewhere="RoyRin/data-unlearning-bench")
 SPACE: dict[str, list[Any]] = {
     "cost": [0.1],
     "lr": [1e-3, 3e-3, 1e-2],
@@ -34,11 +36,10 @@ def predicted_oracle(problem: Problem) -> np.ndarray:
     return problem.attributor.retrained(problem.original_logits, problem.forget, problem.labels)
 
 
-@register(
+@published(
     "dm_direct",
     paper=f"DM-direct; {GEORGIEV}",
     cost="none (the datamodel's subset models are paid once)",
-    elsewhere=ELSEWHERE,
     attributed=True,
 )
 def dm_direct(problem: Problem) -> Unlearned:
@@ -46,32 +47,20 @@ def dm_direct(problem: Problem) -> Unlearned:
     return Unlearned.from_logits(predicted_oracle(problem), problem.labels, cost=0.0)
 
 
-@register(
-    "dmm",
-    space=SPACE,
-    paper=f"DMM; {GEORGIEV}",
-    cost="cost n_R training epochs",
-    elsewhere=ELSEWHERE,
-    attributed=True,
-)
+@published("dmm", SPACE, paper=f"DMM; {GEORGIEV}", cost="cost n_R training epochs", attributed=True)
 def dmm(problem: Problem, **hyperparameters: float) -> Unlearned:
     """Datamodel matching: `match` with predicted oracle logits as targets."""
     return match(problem, predicted_oracle(problem)[:, : problem.n_train], **hyperparameters)  # type: ignore[arg-type]
 
 
-@register(
+@published(
     "oracle_matching",
-    space=SPACE,
+    SPACE,
     paper=f"OM; {GEORGIEV}",
     cost="cost n_R training epochs (and not counted: n_oracles retrainings)",
-    elsewhere=ELSEWHERE,
 )
 def oracle_matching(
-    problem: Problem,
-    *,
-    n_oracles: int = 1,
-    targets: Literal["oracle", "shifted"] = "oracle",
-    **hyperparameters: float,
+    problem: Problem, *, n_oracles: int = 1, targets: Literal["oracle", "shifted"] = "oracle", **hyperparameters: float
 ) -> Unlearned:
     """Oracle matching: `match` with targets made of the mean logits of `n_oracles` true oracles.
 
