@@ -165,7 +165,7 @@ CHANGES = {
     "SSD: fewer weights": ("method ssd", edit(dampening.dampen, "> alpha *", "> 2 * alpha *")),
     "Newton: half a step": (
         "method newton",
-        edit(newton._step, "len(problem.forget) /", "0.5 * len(problem.forget) /"),
+        edit(newton.newton, "len(problem.forget) /", "0.5 * len(problem.forget) /"),
     ),
     "another percentile scores": ("search", edit(tuning.score, "95", "90")),
     "accuracy gaps turned round": (
