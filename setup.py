@@ -16,11 +16,11 @@ class Build(build_py):
     def copy_file(self, infile: str, outfile: str, *options: Any, **more: Any) -> Any:
         if not infile.endswith(".ipynb"):
             return super().copy_file(infile, outfile, *options, **more)
-        notebook = json.loads(Path(infile).read_text())
+        notebook = json.loads(Path(infile).read_text(encoding="utf-8"))
         for cell in notebook["cells"]:
             if cell["cell_type"] == "code":
                 cell |= {"outputs": [], "execution_count": None}
-        Path(outfile).write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+        Path(outfile).write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         return outfile, True
 
 

@@ -150,7 +150,7 @@ def main() -> None:
     arguments = parser.parse_args()
     out: Path = arguments.out
     again = (arguments.only_klom or arguments.only_memory) and out.exists()
-    report: dict[str, Any] = json.loads(out.read_text()) if again else {}
+    report: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if again else {}
 
     def alone(name: str, work: Any, *arguments: Any) -> dict[str, float]:
         with mp.get_context("spawn").Pool(1) as pool:
@@ -165,7 +165,7 @@ def main() -> None:
         for use in ("whole", "ridge", "own weights", "loadings"):
             alone(f"memory, n = 2,000, M = 4,000, {use}", memory, use)
     if arguments.only_klom or arguments.only_memory:
-        out.write_text(json.dumps(report, indent=1))
+        out.write_text(json.dumps(report, indent=1), encoding="utf-8")
         return
     for n, m in ((2_000, 4_000), (10_000, 2_000)):
         solve = alone(f"effects, n = {n:,}, by a solve", effects, n, m, "solve")
@@ -176,7 +176,7 @@ def main() -> None:
     for m in (4_000, 20_000):
         alone(f"fit, M = {m:,}", fit, m)
     out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(report, indent=1))
+    out.write_text(json.dumps(report, indent=1), encoding="utf-8")
     print(f"saved: {out}")
 
 

@@ -315,7 +315,7 @@ def main() -> None:
     device = resolve_device("cpu" if arguments.one_core else arguments.device)
     name = "one_core" if arguments.one_core else "engine" if device.type == "cpu" else "gpu"
     out: Path = arguments.out or Path(__file__).parent / "results" / f"{name}.json"
-    report: dict = json.loads(out.read_text()) if out.exists() else {"models": {}, "products": {}}
+    report: dict = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"models": {}, "products": {}}
     report["machine"] = execution.machine(device) | {"platform": platform.platform()}
     client: Any = None
     clock = time.perf_counter
@@ -383,13 +383,13 @@ def main() -> None:
         for what, rate in peak.items():
             print(f"  products {what:24s} {rate / 1e9:8.0f} GFLOP/s")
         out.parent.mkdir(exist_ok=True)
-        out.write_text(json.dumps(report, indent=1))
+        out.write_text(json.dumps(report, indent=1), encoding="utf-8")
     if device.type == "cuda":
         report["cifar10_models_an_hour"] = cifar10(device)
         for way, rate in report["cifar10_models_an_hour"].items():
             print(f"ResNet-9 (width 64) on 25,000 images, 24 epochs, {way}: {rate:.0f} models an hour")
     out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(report, indent=1))
+    out.write_text(json.dumps(report, indent=1), encoding="utf-8")
     print(f"\nsaved: {out}")
 
 

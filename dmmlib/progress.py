@@ -59,7 +59,9 @@ class Reporter:
         self._shown = now
         line = describe(task, done, total, now - self._start[0], self._start[1])
         if path := os.environ.get(PROGRESS_FILE):
-            Path(path).write_text(json.dumps({"task": task, "done": done, "total": total, "line": line}))
+            Path(path).write_text(
+                json.dumps({"task": task, "done": done, "total": total, "line": line}), encoding="utf-8"
+            )
         self._display(line)
 
     def _display(self, line: str) -> None:

@@ -841,7 +841,7 @@ def rows() -> Iterator[Row]:
 
 def read(path: Path = TABLE) -> Table:
     """What is recorded."""
-    with open(path, newline="") as file:
+    with open(path, encoding="utf-8", newline="") as file:
         return {
             (row["component"], row["quantity"]): Recorded(int(row["version"]), float(row["value"]))
             for row in csv.DictReader(file)
@@ -885,7 +885,7 @@ def update(path: Path = TABLE) -> str:
         value = row.value if recorded is None or moved or recorded.version != now else recorded.value
         lines[row[:2]] = [row.component, str(now), row.quantity, f"{value:.10g}"]
         n_moved += moved
-    with open(path, "w", newline="") as file:
+    with open(path, "w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([COLUMNS, *lines.values()])
     n_new, n_gone = len(lines.keys() - table.keys()), len(table.keys() - lines.keys())
     return f"{len(lines)} numbers recorded: {n_moved} moved, {n_new} new, {n_gone} gone."

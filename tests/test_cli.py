@@ -156,3 +156,18 @@ def test_absent_cuda_is_said(dmm):
 def test_environment_is_left_as_it_was(dmm):
     dmm("list")
     assert "DMM_PROGRESS_FILE" not in os.environ
+
+
+def test_text_is_utf_8_whatever_the_locale(tmp_path):
+    """As on Windows, or in a container without a locale: presets and notebooks hold letters beyond ASCII."""
+    preset = tmp_path / "own.yaml"
+    preset.write_text(f"# größer als ½\n{yaml.safe_dump({'preset': TINY})}", encoding="utf-8")
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    code = (
+        "import sys; from dmmlib.app import batch; from dmmlib.study import Study;"
+        "study = Study(sys.argv[1], runs=sys.argv[2]); study.forget_sets(); assert study.preset.name == 'tiny';"
+        "[batch.key(path, {}) for path in batch.stages().values()]"
+    )
+    command = [sys.executable, "-c", code, str(preset), str(tmp_path / "runs")]
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode("utf-8", "replace")

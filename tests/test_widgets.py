@@ -253,7 +253,7 @@ def test_leverage_is_the_length_of_the_displacement_in_the_models_own_metric(tin
 
     attributor = MarginDatamodel(found, 1.0, tiny.data.y, np.zeros((len(tiny.x), 10), np.float32))
     forgets = [np.arange(3), np.arange(20, 40), np.array([7])]
-    ratios = [previews.leverage(attributor, f) / length(f) for f in forgets]
+    ratios = [attributor.leverage(f) / length(f) for f in forgets]
     np.testing.assert_allclose(ratios, ratios[0], rtol=0.02)
 
 
@@ -267,15 +267,15 @@ def test_the_studys_attributor_gives_a_preview_all_three_parts_of_the_score(tiny
 
     def together(forget):
         """Length of the displacement over what it would be if the points pulled in unrelated directions."""
-        alone = [previews.leverage(tiny.attributor(), np.array([i])) for i in forget]
-        return previews.leverage(tiny.attributor(), forget) / np.linalg.norm(alone)
+        alone = [tiny.attributor().leverage(np.array([i])) for i in forget]
+        return tiny.attributor().leverage(forget) / np.linalg.norm(alone)
 
     alike = [together(np.flatnonzero(tiny.data.y_train == c)[:6]) for c in range(10)]
     unlike = [together(rng.choice(120, 6, replace=False)) for _ in range(20)]
     assert np.mean(alike) > np.mean(unlike) + 0.03, "images of one class move the parameters together"
     assert "leverage on the parameters" in previews.beyond_usual(usual, random)
     assert "does not count" not in previews.beyond_usual(usual, random)
-    assert previews.leverage(Known(np.zeros((160, 10))), np.arange(3)) is None, "not known, not claimed"
+    assert Known(np.zeros((160, 10))).leverage(np.arange(3)) is None, "not known, not claimed"
 
 
 def test_a_preview_says_where_it_cannot_tell():

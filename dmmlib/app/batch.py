@@ -63,7 +63,7 @@ def key(notebook: Path, parameters: Mapping[str, Any]) -> str:
     if isinstance(preset, Mapping):
         parameters = {**parameters, "preset": {k: v for k, v in preset.items() if k not in PLACES}}
     registered = {f"{kind} {name}": entries.version(name) for kind, entries in REGISTRIES.items() for name in entries}
-    source = [cell["source"] for cell in json.loads(notebook.read_text())["cells"]]
+    source = [cell["source"] for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]]
     return config_hash({"parameters": _by_content(parameters), "notebook": source, "versions": VERSIONS | registered})
 
 

@@ -42,7 +42,7 @@ def _load() -> Any:
     """dattri, with the parts of it that are used here."""
     try:
         import dattri.algorithm
-        import dattri.task
+        import dattri.task  # noqa: F401
     except ImportError as error:
         raise MethodError(
             f"This attribution method needs the library dattri ({error}); install it with "

@@ -72,7 +72,7 @@ class Saving(w.VBox):
 
     def _is_another(self, path: Path, chosen: ForgetSet) -> bool:
         try:
-            return not np.array_equal(read_indices(path.read_text(), self._study.data), chosen.indices)
+            return not np.array_equal(read_indices(path.read_text(encoding="utf-8"), self._study.data), chosen.indices)
         except (OSError, ValueError):  # damaged, or of other data: another set all the same
             return path.exists()
 
@@ -166,7 +166,7 @@ class Trial(w.VBox):
                 told = read_json(self._progress)
                 self.bar.value = told["done"] / max(told["total"], 1)
                 self.line.value = "cancelling" if self.cancel.disabled else html.escape(told["line"])
-        said = log.read_text(errors="replace").strip()
+        said = log.read_text(encoding="utf-8", errors="replace").strip()
         self._folder.cleanup()
         self.progress.layout.display = "none"
         if self.cancel.disabled:

@@ -93,7 +93,7 @@ class Previewer:
         margins_before, correct_before, probability_before = self._before
         distance = 0.5 * np.abs(probability - probability_before).sum(1)
         reach = {split: float(distance[splits[split]].mean()) for split in ("retain", "validation")}
-        length, sd = leverage(self._attributor, indices), self._attributor.sd(indices)
+        length, sd = self._attributor.leverage(indices), self._attributor.sd(indices)
         clear = None if sd is None else np.abs(metrics.right_logits(effect, self._labels)) > 2 * sd
         return Preview(
             len(indices),
@@ -105,13 +105,6 @@ class Previewer:
             reach if length is None else reach | {"leverage": length},
             {} if clear is None else {split: float(clear[i].mean()) for split, i in splits.items()},
         )
-
-
-def leverage(attributor: Attributor, forget: np.ndarray) -> float | None:
-    """Ask an attributor, or else the response of margins that it is built on, for its leverage."""
-    response = getattr(getattr(attributor, "prior", attributor), "response", attributor)
-    known = attributor.leverage(forget)
-    return getattr(response, "leverage", attributor.leverage)(forget) if known is None else known
 
 
 def beyond_usual(usual: pd.DataFrame | None, preview: Preview) -> str:
