@@ -52,33 +52,35 @@ def method(name: str) -> dict[str, Any]:
 
 
 def searched(
-    preset: Preset, data: Dataset, settings: list[dict[str, Any]], tuning_sets: Mapping[str, ForgetSet], n_oracles: int
+    preset: Preset,
+    models: Mapping[str, Any],
+    settings: list[dict[str, Any]],
+    tuning_sets: Mapping[str, ForgetSet],
+    n_oracles: int,
 ) -> dict[str, Any]:
-    """What a search depends on besides the method and its attributor."""
+    """What a search depends on besides the method and its attributor; `models` is what its models depend on."""
     return {
-        **trained(preset, data),
+        **models,
         "settings": settings,
         "tuning": preset.tuning.model_dump(),
         "oracles": n_oracles,
         "sets": _indices(tuning_sets),
-        "seed": preset.seed,
         "search": versions("search", "metric klom"),
     }
 
 
 def unlearned(
-    preset: Preset, data: Dataset, name: str, setting: dict[str, Any], forget_set: ForgetSet
+    preset: Preset, models: Mapping[str, Any], name: str, setting: dict[str, Any], forget_set: ForgetSet
 ) -> dict[str, Any]:
     """What the result of a method with a setting on a forget set depends on besides its attributor."""
     return {
-        **trained(preset, data),
+        **models,
         **method(name),
         "setting": setting,
         "forget": forget_set.indices.tolist(),
         "name": forget_set.name,
         "n_models": preset.ensembles.n_models,
         "checkpoints": preset.unlearning.checkpoints,
-        "seed": preset.seed,
     }
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from dmmlib.data import Dataset
 from dmmlib.errors import DeviceError
+from dmmlib.files import short
 from dmmlib.registry import Registry
 
 
@@ -80,6 +81,19 @@ def register(name: str, prepare: Prepare = normalise, version: int = 1) -> Calla
 def get(name: str) -> ModelSpec:
     """The registered model of that name; raises MethodError if there is none."""
     return MODELS[name]
+
+
+def fingerprint(make: Callable[[], nn.Module], x: Tensor) -> str:
+    """Hash a model's structure and its seeded answers on a few points: what a user registers has no version.
+
+    Answers are in double precision and rounded, so that they are the same on every machine.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = make().to(x.device, torch.float64).eval()
+    with torch.no_grad():
+        answers = module(x[:4].to(torch.float64) if x.is_floating_point() else x[:4])
+    return short(f"{module} {[f'{z:.6g}' for z in answers.flatten().tolist()]}".encode())
 
 
 def resolve_device(device: str) -> torch.device:

@@ -253,7 +253,7 @@ class Study(Models):
         Its problems are those of the registered method `problem_of`, attributor included; with none if "".
         """
         sets = self.tuning_sets()
-        config |= keys.searched(self.preset, self.data, settings, sets, n)
+        config |= keys.searched(self.preset, self.identity, settings, sets, n)
         path = self.runs / "store" / f"search-{name}-{config_hash(config)}.json"
         if path.exists():
             return pd.DataFrame(read_json(path))
@@ -279,7 +279,7 @@ class Study(Models):
 
     def key_of(self, method: str, setting: dict[str, Any], forget_set: ForgetSet) -> dict[str, Any]:
         """All that the result of a method with a setting on a forget set depends on."""
-        return keys.unlearned(self.preset, self.data, method, setting, forget_set) | self._attributed(method)
+        return keys.unlearned(self.preset, self.identity, method, setting, forget_set) | self._attributed(method)
 
     def unlearned(self, method: str, forget_set: ForgetSet) -> Unlearned:
         """The result of a method, tuned, on a forget set; kept on disk."""

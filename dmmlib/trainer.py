@@ -211,9 +211,12 @@ class Trainer:
 
     # --- training --------------------------------------------------------------------------------------
 
-    @property
-    def _identity(self) -> dict[str, Any]:
-        return keys.trained(self.preset, self.data) | {"seed": self.preset.seed}
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What every trained model depends on besides its mask and seed."""
+        own = not self._spec.factory.__module__.startswith("dmmlib.")
+        answers = {"answers": models.fingerprint(self.module, self.x)} if own else {}
+        return {**keys.trained(self.preset, self.data), **answers, "seed": self.preset.seed}
 
     @property
     def _root(self) -> str:
@@ -222,12 +225,7 @@ class Trainer:
     def _place(self, model_set: ModelSet) -> tuple[str, dict[str, Any]]:
         """Where a model set's store is, and the configuration that it belongs to."""
         masks = short(np.packbits(model_set.masks).tobytes())
-        config = {
-            **keys.trained(self.preset, self.data),
-            "set": model_set.name,
-            "seed": self.preset.seed,
-            "masks": masks,
-        }
+        config = {**self.identity, "set": model_set.name, "masks": masks}
         return f"{self._root}/{model_set.name.split(':')[0]}-{config_hash(config)}.zarr", config
 
     def store(self, model_set: ModelSet) -> Store:
@@ -331,6 +329,4 @@ class Trainer:
 
     def status(self, more: Sequence[Job] = ()) -> pd.DataFrame:
         """What is trained, missing and damaged of all jobs, and of `more`; see `jobs.status`."""
-        return status(
-            [*self.jobs(), *more], self._root, keys.trained(self.preset, self.data) | {"seed": self.preset.seed}
-        )
+        return status([*self.jobs(), *more], self._root, self.identity)

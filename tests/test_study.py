@@ -4,8 +4,9 @@ import functools
 
 import numpy as np
 import pytest
+import torch
 
-from dmmlib import execution, forget_sets, models, presets, unlearn
+from dmmlib import data, execution, forget_sets, models, presets, unlearn
 from dmmlib.errors import DataError, DeviceError, ForgetSetError, MethodError, PresetError, StoreError
 from dmmlib.files import read_json
 from dmmlib.progress import Reporter, describe, silent
@@ -275,3 +276,39 @@ def test_status_counts_what_is_trained_and_what_is_damaged(tmp_path):
     chunk.write_bytes(chunk.read_bytes()[:-9])
     table = study(tmp_path).status().set_index("models")
     assert table.loc["oracles and floor, random_6", ["done", "missing", "damaged"]].tolist() == [0, 8, 8]
+
+
+def test_a_model_of_ones_own_that_changes_is_trained_anew(tmp_path):
+    """It has no version: its structure and what it answers are in the key; edited code behind the factory counts."""
+
+    class Net(torch.nn.Linear):
+        scale = 1.0
+
+        def forward(self, x):
+            return self.scale * super().forward(x)
+
+    models.register("edited", prepare=models.pooled)(lambda shape, n_classes: Net(shape[0], n_classes))
+    try:
+        first = study(tmp_path, {"model": {"name": "edited"}}).original_logits()
+        again = study(tmp_path, {"model": {"name": "edited"}}).original_logits()
+        np.testing.assert_array_equal(first, again)
+        assert len(list(tmp_path.glob("runs/store/originals-*.zarr"))) == 1
+        Net.scale = 2.0
+        edited = study(tmp_path, {"model": {"name": "edited"}}).original_logits()
+        assert np.abs(edited - first).max() > 0.1
+        assert len(list(tmp_path.glob("runs/store/originals-*.zarr"))) == 2
+    finally:
+        models.MODELS.remove("edited")
+
+
+def test_constants_of_normalisation_are_part_of_the_key(tmp_path):
+    digits = data.load("digits")
+    arrays = digits.x_train, digits.y_train, digits.x_val, digits.y_val
+    logits = []
+    try:
+        for mean, std in ((0.5, 0.25), (0.1, 5.0)):
+            data.register("own")(lambda mean=mean, std=std: data.from_arrays(*arrays, mean=(mean,), std=(std,)))
+            logits.append(study(tmp_path, {"data.name": "own"}).original_logits())
+    finally:
+        data.DATASETS.remove("own")
+    assert np.abs(logits[0] - logits[1]).max() > 0.1
