@@ -96,7 +96,7 @@ class Ensemble:
     def forward(self, x: Tensor) -> Tensor:
         """Logits (n_models, n_points, n_classes), each model on its own points: x is (n_models, n_points, ...)."""
         self.module.eval()
-        return _forward(self.module, self.params, self.buffers, x)
+        return _forward(self.module, self.params, self.buffers, x.clone())  # which may change it in place
 
     def state_of(self, i: int) -> tuple[Tensors, Tensors]:
         """Parameters and buffers of one model, as `functional_call` takes them."""
@@ -112,7 +112,7 @@ class Ensemble:
         answers = []
         for i in range(self.n_models):
             its = self.state_of(i)
-            rows = [functional_call(self.module, its, (batch.to(self.device),)) for batch in x.split(batch_size)]
+            rows = [functional_call(self.module, its, (lent,)) for lent in _lent(x, batch_size, self.device)]
             answers.append(torch.cat(rows).float().cpu())
         return torch.stack(answers)
 
@@ -133,6 +133,11 @@ class Ensemble:
         return cls(_template(module), groups["params"], groups["buffers"])
 
 
+def _lent(x: Tensor, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+    """Copies of batches, which a forward pass may change in place."""
+    return (batch.to(device, copy=True) for batch in x.split(batch_size))
+
+
 def _forward(module: nn.Module, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
     """Logits of stacked models, each on its own batch x[i]."""
 
@@ -146,8 +151,13 @@ def _forward(module: nn.Module, params: Tensors, buffers: Tensors, x: Tensor) ->
 
 
 def _template(module: nn.Module) -> nn.Module:
-    """The architecture without weights."""
-    return copy.deepcopy(module).to("meta")
+    """The architecture without weights; those that layers share stay shared."""
+    template, first = copy.deepcopy(module).to("meta"), dict[int, str]()
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        known, (owner, _, own) = first.setdefault(id(parameter), name), name.rpartition(".")
+        if known != name:
+            setattr(template.get_submodule(owner), own, template.get_parameter(known))
+    return template
 
 
 def concatenate(parts: Sequence[Ensemble]) -> Ensemble:
@@ -161,13 +171,20 @@ _DRAWING = threading.Lock()  # modules draw from torch's global generator, and c
 
 
 def initialise(factory: Callable[[], nn.Module], seeds: Sequence[int], device: torch.device | str = "cpu") -> Ensemble:
-    """Make a fresh model for each seed, drawn on the CPU, so that a seed means the same weights on any device."""
+    """Make a fresh model for each seed, drawn on the CPU, so that a seed means the same weights on any device.
+
+    Parameters that do not require gradients are kept among the buffers, so that no method moves them.
+    """
     modules = []
     with _DRAWING, torch.random.fork_rng(devices=[]):
         for seed in seeds:
             torch.manual_seed(seed)
             modules.append(factory())
-    stacked = Ensemble(_template(modules[0]), *stack_module_state(modules))
+    params, buffers = stack_module_state(modules)
+    frozen = {name: params.pop(name) for name, p in modules[0].named_parameters() if not p.requires_grad}
+    if not params:
+        raise DataError("The model has no parameter that requires gradients; leave some to be trained.")
+    stacked = Ensemble(_template(modules[0]), params, buffers | frozen)
     return Ensemble(stacked.module, *stacked._each(lambda v: v.detach().to(device)))
 
 

@@ -92,7 +92,7 @@ def fingerprint(make: Callable[[], nn.Module], x: Tensor) -> str:
         torch.manual_seed(0)
         module = make().to(x.device, torch.float64).eval()
     with torch.no_grad():
-        answers = module(x[:4].to(torch.float64) if x.is_floating_point() else x[:4])
+        answers = module(x[:4].to(torch.float64, copy=True) if x.is_floating_point() else x[:4].clone())
     return short(f"{module} {[f'{z:.6g}' for z in answers.flatten().tolist()]}".encode())
 
 

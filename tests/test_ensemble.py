@@ -20,7 +20,7 @@ from joblib.externals.loky.backend.process import LokyProcess
 from torch import nn
 from torch.nn import functional as F
 
-from dmmlib import data, ensemble, execution, models
+from dmmlib import data, datamodels, ensemble, execution, models
 from dmmlib.ensemble import Ensemble, Training
 from dmmlib.errors import DataError, DeviceError, MethodError, SchedulerError
 from dmmlib.execution import Execution, can_compile, candidates, compiled, measure
@@ -618,3 +618,72 @@ def test_resnet9_on_real_colour_images():
     trained = ensemble.train(factory, x[:200], y[:200], np.ones((2, 200), bool), [0, 1], training)
     accuracy = (trained.logits(x)[:, :200].argmax(-1) == y[:200]).float().mean()
     assert accuracy > 0.3  # chance is 0.1
+
+
+class Odd(nn.Module):
+    """What models of one's own do: share a weight, freeze a layer, change what they are given."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third, self.last = (nn.Linear(6, 6) for _ in range(4))
+        self.third.weight = self.second.weight
+        self.first.requires_grad_(False)
+
+    def forward(self, x):
+        x *= 0.5
+        return self.last(self.third(self.second(self.first(x).relu()).relu()).relu())
+
+
+def odd():
+    x, y = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 6
+    return x, y, ensemble.initialise(Odd, [0, 1, 2])
+
+
+def test_a_stack_answers_as_its_modules_do_and_leaves_points_as_they_are():
+    x, _, models = odd()
+    before = x.clone()
+    for i, logits in enumerate(models.logits(x)):
+        torch.manual_seed(i)
+        torch.testing.assert_close(logits, Odd()(x.clone()).detach())
+    assert torch.equal(x, before)
+
+
+def test_shared_weights_stay_shared_and_frozen_ones_still():
+    x, y, models = odd()
+    before, points = {k: v.clone() for k, v in models.buffers.items()}, x.clone()
+    trained = ensemble.train(Odd, x, y, np.ones((3, 40), bool), [0, 1, 2], ensemble.Training(epochs=3, batch_size=10))
+    assert set(trained.params) == {"second.weight", "second.bias", "third.bias", "last.weight", "last.bias"}
+    assert all(torch.equal(trained.buffers[k], v) for k, v in before.items())
+    assert (trained.params["second.weight"] != models.params["second.weight"]).any()
+    assert torch.equal(x, points)
+    module = Odd()
+    module.load_state_dict(
+        {k: v[1] for k, v in (trained.params | trained.buffers).items()}
+        | {"third.weight": trained.params["second.weight"][1]}
+    )
+    torch.testing.assert_close(trained.logits(x)[1], module(x.clone()).detach())
+
+
+@pytest.mark.parametrize("method", ["gd", "scrub", "newton", "ssd", "dmm", "salun"])
+def test_no_method_moves_a_frozen_layer(method):
+    """Its weights are no parameters to any method; matching whitens neither it nor a layer that shares its weight."""
+    from dmmlib import unlearn
+
+    x, y, models = odd()
+    training = ensemble.Training(epochs=3, batch_size=10)
+    still = {k: v.clone() for k, v in models.buffers.items()}
+
+    class Same(datamodels.Attributor):
+        def effects(self, forget_sets):
+            return np.ones((len(forget_sets), 40, 6), np.float32)
+
+        def predict(self, masks):
+            raise NotImplementedError
+
+    logits = models.logits(x).numpy()
+    problem = unlearn.Problem(models, logits, x, y, 40, np.arange(4), training, attributor=Same())
+    result = unlearn.get(method)(problem)
+    assert np.isfinite(result.margins).all()
+    moved = (result.margins != unlearn.get("do_nothing")(problem).margins).any()
+    assert moved or method == "ssd", "of models so young it finds nothing to dampen"
+    assert all(torch.equal(models.buffers[k], v) for k, v in still.items())

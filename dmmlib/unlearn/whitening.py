@@ -9,6 +9,7 @@ A^(-1): the input's side of K-FAC (Martens and Grosse, ICML 2015), which does mo
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,11 +68,14 @@ def _times(weight: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _taking_inputs(module: nn.Module) -> dict[str, nn.Module]:
-    """Layers that multiply their inputs with a weight (n_out, n_in, ...), by the prefix of their parameters."""
+    """Layers that multiply their inputs with a weight (n_out, n_in, ...) of their own, by the prefix of its name."""
+    uses = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False) if p.requires_grad)
     return {
         f"{name}." if name else "": layer
         for name, layer in module.named_modules()
-        if isinstance(layer, (nn.Linear, nn.Conv2d)) and getattr(layer, "groups", 1) == 1
+        if isinstance(layer, (nn.Linear, nn.Conv2d))
+        and getattr(layer, "groups", 1) == 1
+        and uses[id(layer.weight)] == 1
     }
 
 
