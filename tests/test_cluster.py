@@ -14,6 +14,7 @@ from dmmlib.app import cluster
 from dmmlib.errors import PresetError, SchedulerError
 from dmmlib.progress import silent
 from dmmlib.study import Study
+from dmmlib.trainer import WORKERS
 from tests.conftest import TINY
 
 distributed = pytest.importorskip("distributed", reason="the extra `cluster` (Dask) is not installed")
@@ -26,11 +27,12 @@ def workers():
 
 
 @pytest.fixture
-def started(monkeypatch):
+def started():
     """Workers that were connected to during a test; clusters that were started for it are closed after it."""
-    connect, workers = cluster.connect, []
-    monkeypatch.setattr(cluster, "connect", lambda study: workers.append(connect(study)) or workers[-1])
+    connect, workers = WORKERS["dask"], []
+    WORKERS.add("dask", lambda trainer: workers.append(connect(trainer)) or workers[-1])
     yield workers
+    WORKERS.add("dask", connect)
     for each in workers:
         if isinstance(each, cluster.Dask):
             with each.client as client:
@@ -182,7 +184,7 @@ def test_a_store_elsewhere(tmp_path, tiny):
         far = study(tmp_path / "runs", store=place)
         np.testing.assert_allclose(far.subsets()[1], tiny.subsets()[1], atol=1e-5)
         status = far.status().set_index("models")
-        assert status.loc["subsets", "done"] == 120
+        assert status.loc["subset models", "done"] == 120
         assert status.loc["originals", "done"] == 0
     assert list((tmp_path / "elsewhere").glob("subsets-*.zarr"))
     assert not list((tmp_path / "runs").glob("store/subsets-*"))
