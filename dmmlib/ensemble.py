@@ -110,10 +110,9 @@ class Ensemble:
         """
         self.module.eval()
         answers = []
-        for i in range(self.n_models):
-            its = self.state_of(i)
-            rows = [functional_call(self.module, its, (lent,)) for lent in _lent(x, batch_size, self.device)]
-            answers.append(torch.cat(rows).float().cpu())
+        for its in map(self.state_of, range(self.n_models)):
+            lent = (batch.to(self.device, copy=True) for batch in x.split(batch_size))  # a model may change its input
+            answers.append(torch.cat([functional_call(self.module, its, (batch,)) for batch in lent]).float().cpu())
         return torch.stack(answers)
 
     def state(self) -> dict[str, np.ndarray]:
@@ -131,11 +130,6 @@ class Ensemble:
             kind, _, name = key.partition(".")
             groups[kind][name] = torch.from_numpy(array).to(device)
         return cls(_template(module), groups["params"], groups["buffers"])
-
-
-def _lent(x: Tensor, batch_size: int, device: torch.device) -> Iterator[Tensor]:
-    """Copies of batches, which a forward pass may change in place."""
-    return (batch.to(device, copy=True) for batch in x.split(batch_size))
 
 
 def _forward(module: nn.Module, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
@@ -184,8 +178,8 @@ def initialise(factory: Callable[[], nn.Module], seeds: Sequence[int], device: t
     frozen = {name: params.pop(name) for name, p in modules[0].named_parameters() if not p.requires_grad}
     if not params:
         raise DataError("The model has no parameter that requires gradients; leave some to be trained.")
-    stacked = Ensemble(_template(modules[0]), params, buffers | frozen)
-    return Ensemble(stacked.module, *stacked._each(lambda v: v.detach().to(device)))
+    stacked = Ensemble(_template(modules[0]), params, buffers | frozen)._each(lambda v: v.detach().to(device))
+    return Ensemble(_template(modules[0]), *stacked)
 
 
 def epoch_batches(
@@ -307,12 +301,11 @@ def _step(
 def check_masks(masks: np.ndarray, n_train: int) -> None:
     """Raise DataError unless masks are boolean (n_models, n_train) with no empty row."""
     if masks.dtype != bool or masks.ndim != 2 or masks.shape[1] != n_train:
+        raise DataError(f"Masks are {masks.dtype} {masks.shape}; give booleans of shape (n_models, {n_train}).")
+    if not masks.any(1).all():
         raise DataError(
-            f"Masks are {masks.dtype} of shape {masks.shape}; give booleans of shape (n_models, {n_train})."
+            f"The mask of model {masks.any(1).argmin()} is empty; every model needs an example to train on."
         )
-    empty = np.flatnonzero(~masks.any(1))
-    if len(empty):
-        raise DataError(f"The mask of model {empty[0]} is empty; every model needs an example to train on.")
 
 
 def train(
