@@ -502,7 +502,7 @@ def test_bad_masks_and_seeds(points):
     x = models.pooled(d, d.x)[:90]
     factory = factory_for("linear", x)
     for masks, message in [
-        (np.ones((2, 80), bool), "shape \\(2, 80\\); give booleans"),
+        (np.ones((2, 80), bool), "give booleans"),
         (np.ones((2, 90), int), "Masks are int64"),
         (np.zeros((2, 90), bool), "model 0 is empty"),
         (np.ones((0, 90), bool), "No masks were given"),
