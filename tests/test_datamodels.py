@@ -146,3 +146,8 @@ def test_bad_input():
     diverged[2, 1] = np.nan
     with pytest.raises(DataError, match="Actual margins of model 2 are NaN"):
         datamodels.lds(np.zeros((4, 2)), diverged)
+
+
+def test_masks_that_are_all_alike_are_refused():
+    with pytest.raises(DataError, match="alike"):
+        RidgeDatamodel.fit(np.ones((5, 4), bool), np.zeros((5, 4, 2), np.float32), 0.1)

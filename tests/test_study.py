@@ -312,3 +312,14 @@ def test_constants_of_normalisation_are_part_of_the_key(tmp_path):
     finally:
         data.DATASETS.remove("own")
     assert np.abs(logits[0] - logits[1]).max() > 0.1
+
+
+def test_tuning_sets_of_a_class_share_no_point_with_reported_ones(tmp_path):
+    halves = {"kind": "class", "label": 3, "share": 0.4}
+    sets = {"forget_sets": [halves | {"name": "reported"}], "tuning.forget_sets": [halves | {"name": "tuning"}]}
+    one = study(tmp_path, sets)
+    reported, tuning = one.forget_sets()["reported"].indices, one.tuning_sets()["tuning"].indices
+    assert len(reported)
+    assert len(tuning)
+    assert not np.intersect1d(reported, tuning).size
+    assert (one.data.y_train[tuning] == 3).all()
