@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dmmlib import unlearn
@@ -32,13 +32,16 @@ def ridge(preset: Preset) -> dict[str, Any]:
     return preset.datamodels.model_dump(exclude={"sizes"}) | versions("ridge", "metric margin")
 
 
-def attributed(preset: Preset, method: str, tuning_sets: Mapping[str, ForgetSet]) -> dict[str, Any]:
-    """What a method's result depends on through its attributor; nothing for a method that takes none."""
+def attributed(preset: Preset, method: str, tuning_sets: Callable[[], Mapping[str, ForgetSet]]) -> dict[str, Any]:
+    """What a method's result depends on through its attributor; nothing for a method that takes none.
+
+    Only ridge depends on the tuning sets, so they are made for it alone.
+    """
     if not unlearn.registered(method).attributed:
         return {}
     name = method.partition("@")[2] or preset.attribution.name
     if name == "ridge":
-        tuned = {"tuning sets": _indices(tuning_sets), "tuned at": preset.tuning.n_models}
+        tuned = {"tuning sets": _indices(tuning_sets()), "tuned at": preset.tuning.n_models}
         return {"datamodels": ridge(preset), **tuned, **versions("search", "metric klom")}
     section = preset.attribution.model_dump(mode="json") | {"name": name}
     if name != preset.attribution.name:

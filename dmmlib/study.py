@@ -142,7 +142,7 @@ class Study(Models):
             return unlearn.get("dm_direct")(dataclasses.replace(problem, attributor=self.ridge(**setting)))
 
         # Ridge keeps the coarser measure that its replications were chosen by; the sharper one likes ridge less.
-        n, config = self.preset.tuning.n_models, {"datamodels": keys.ridge(self.preset)}
+        n, config = self.preset.tuning.n_models, {"datamodels": keys.ridge(self.preset)} | keys.method("dm_direct")
         return self._search("datamodel", dm_direct, self.preset.datamodels.grid, config, problem_of="", n=n)
 
     @once
@@ -233,7 +233,7 @@ class Study(Models):
 
     def search(self, method: str) -> pd.DataFrame:
         """Every setting tried of a method on the tuning sets, best first; see `tuning.search`. Kept on disk."""
-        config = keys.method(method) | self._attributed(method)
+        config = keys.method(method) | keys.attributed(self.preset, method, self.tuning_sets)
         settings = unlearn.configurations(method, self.preset.tuning.budget, self.preset.seed)
         n = self.preset.ensembles.n_models
         return self._search(method, unlearn.get(method), settings, config, problem_of=method, n=n)
@@ -273,13 +273,10 @@ class Study(Models):
         settings = unlearn.configurations(method, self.preset.tuning.budget, self.preset.seed)
         return settings[0] if len(settings) == 1 else settings[int(self.search(method)["setting"].iloc[0])]
 
-    def _attributed(self, method: str) -> dict[str, Any]:
-        ridge = f"{method}@{self.preset.attribution.name}".split("@")[1] == "ridge"
-        return keys.attributed(self.preset, method, self.tuning_sets() if ridge else {})
-
     def key_of(self, method: str, setting: dict[str, Any], forget_set: ForgetSet) -> dict[str, Any]:
         """All that the result of a method with a setting on a forget set depends on."""
-        return keys.unlearned(self.preset, self.identity, method, setting, forget_set) | self._attributed(method)
+        attributed = keys.attributed(self.preset, method, self.tuning_sets)
+        return keys.unlearned(self.preset, self.identity, method, setting, forget_set) | attributed
 
     def unlearned(self, method: str, forget_set: ForgetSet) -> Unlearned:
         """The result of a method, tuned, on a forget set; kept on disk."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dmmlib import data, execution, forget_sets, models, presets, unlearn
+from dmmlib import data, execution, forget_sets, models, presets, registry, unlearn
 from dmmlib.errors import DataError, DeviceError, ForgetSetError, MethodError, PresetError, StoreError
 from dmmlib.files import read_json
 from dmmlib.progress import Reporter, describe, silent
@@ -323,3 +323,10 @@ def test_tuning_sets_of_a_class_share_no_point_with_reported_ones(tmp_path):
     assert len(tuning)
     assert not np.intersect1d(reported, tuning).size
     assert (one.data.y_train[tuning] == 3).all()
+
+
+def test_ridges_search_is_made_anew_when_what_predicts_oracles_changed(tmp_path, monkeypatch):
+    study(tmp_path).search_datamodel()
+    monkeypatch.setitem(registry.VERSIONS, "predicted oracle", 99)
+    study(tmp_path).search_datamodel()
+    assert len(list(tmp_path.glob("runs/store/search-datamodel-*.json"))) == 2
