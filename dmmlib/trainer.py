@@ -61,6 +61,11 @@ class ModelSet:
     masks: np.ndarray
     keep_models: bool = False
 
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the masks; made once, as every block of outputs that is read asks for it."""
+        return short(np.packbits(self.masks).tobytes())
+
 
 class Workers(Protocol):
     """Train shards of models, in whatever order they are done."""
@@ -224,8 +229,7 @@ class Trainer:
 
     def _place(self, model_set: ModelSet) -> tuple[str, dict[str, Any]]:
         """Where a model set's store is, and the configuration that it belongs to."""
-        masks = short(np.packbits(model_set.masks).tobytes())
-        config = {**self.identity, "set": model_set.name, "masks": masks}
+        config = {**self.identity, "set": model_set.name, "masks": model_set.digest}
         return f"{self._root}/{model_set.name.split(':')[0]}-{config_hash(config)}.zarr", config
 
     def store(self, model_set: ModelSet) -> Store:
