@@ -34,7 +34,7 @@ VERSIONS = {
     "finetune": 1,  # unlearn.base: the loop that all methods share
     "whitening": 1,  # unlearn.whitening: coordinates that matching steps in
     "attribution gradients": 1,  # attributors.gradients: kernels of gradients
-    "calibration": 1,  # attribution.base: the scale of an attributor
+    "calibration": 1,  # attributors.margins: the scale of an attributor
     "matching": 1,  # unlearn.matching: loss, batches, rate
     "search": 1,  # tuning: settings that are drawn, and their score
     "results": 1,  # evaluation: rows of the tables

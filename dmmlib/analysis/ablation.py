@@ -27,8 +27,7 @@ from dmmlib.metrics import Estimate
 from dmmlib.optim import SGD, Adam
 from dmmlib.study import Study
 from dmmlib.unlearn.base import Phase, Problem, Unlearned, draw_batches, finetune
-from dmmlib.unlearn.matching import DAMPING, N_WHITEN, dmm, match, predicted_oracle
-from dmmlib.unlearn.whitening import Whitening
+from dmmlib.unlearn.matching import dmm, match, predicted_oracle, whiten
 
 GRID: dict[str, tuple[Any, ...]] = {
     "forget_share": (0.2, 0.4, 0.6, 0.8),
@@ -105,12 +104,8 @@ def variant(
     def to_targets(logits: Tensor, indices: Tensor, models: Tensor) -> Tensor:
         return (counts[indices] * LOSSES[loss](logits, goal[models[:, None], indices], y[indices])).mean(1)
 
-    budget, seen, whitening = cost * problem.retraining, 0, None
-    if optimizer == "whitened":
-        seen = max(1, min(N_WHITEN, len(problem.retain), round(budget / 8)))
-        points = np.stack([rng.permutation(problem.retain)[:seen] for rng in problem.rngs(2)])
-        whitening = Whitening(problem.x, points, DAMPING, problem.originals.module)
-    n_steps = max(1, round((budget - seen) / batch_size))
+    seen, whitening = whiten(problem, cost) if optimizer == "whitened" else (0, None)
+    n_steps = max(1, round((cost * problem.retraining - seen) / batch_size))
     from_forget = min(max(1, round(forget_share * batch_size)), batch_size - 1)
     by_influence = round(influence * (batch_size - from_forget))
     evenly = batch_size - from_forget - by_influence

@@ -88,6 +88,13 @@ def oracle_matching(
 N_WHITEN, DAMPING = 500, 0.03  # retained points on which inputs of layers are measured, at most; see `Whitening`
 
 
+def whiten(problem: Problem, cost: float) -> tuple[int, Whitening]:
+    """Choose coordinates to match in: retained points that each model sees for them, and the coordinates."""
+    seen = max(1, min(N_WHITEN, len(problem.retain), round(cost * problem.retraining / 8)))
+    points = np.stack([rng.permutation(problem.retain)[:seen] for rng in problem.rngs(2)])
+    return seen, Whitening(problem.x, points, DAMPING, problem.originals.module)
+
+
 def match(
     problem: Problem,
     targets: np.ndarray,
@@ -124,12 +131,8 @@ def match(
     def to_targets(logits: Tensor, indices: Tensor, models: Tensor) -> Tensor:
         return ((logits - goal[models[:, None], indices]) ** 2).mean((1, 2))
 
-    budget, seen, whitening = cost * problem.retraining, 0, None
-    if optimizer == "whitened":
-        seen = max(1, min(N_WHITEN, len(problem.retain), round(budget / 8)))
-        points = np.stack([rng.permutation(problem.retain)[:seen] for rng in problem.rngs(2)])
-        whitening = Whitening(problem.x, points, DAMPING, problem.originals.module)
-    n_steps = max(1, round((budget - seen) / batch_size))
+    seen, whitening = whiten(problem, cost) if optimizer == "whitened" else (0, None)
+    n_steps = max(1, round((cost * problem.retraining - seen) / batch_size))
     from_forget = min(max(1, round(forget_share * batch_size)), batch_size - 1)
     forgotten = draw_batches(problem, problem.forget, n_steps, from_forget)
     retained = draw_batches(problem, problem.retain, n_steps, batch_size - from_forget)
