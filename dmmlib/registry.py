@@ -32,10 +32,11 @@ VERSIONS = {
     "predicted oracle": 1,  # datamodels: a predicted change added to a model's own logits
     "forget sets": 1,  # how forget sets are chosen
     "finetune": 1,  # unlearn.base: the loop that all methods share
-    "whitening": 1,  # unlearn.whitening: coordinates that matching steps in
-    "attribution gradients": 1,  # attributors.gradients: kernels of gradients
+    "whitening": 1,  # baselines.whitening: coordinates that fine-tuning may step in
+    "attribution gradients": 1,  # gradients: kernels of gradients
     "calibration": 1,  # attributors.margins: the scale of an attributor
-    "matching": 1,  # unlearn.matching: loss, batches, rate
+    "gauss-newton": 1,  # unlearn.gauss_newton: the step of a model towards margins
+    "matching": 2,  # unlearn.matching: batches, targets, steps
     "search": 1,  # tuning: settings that are drawn, and their score
     "results": 1,  # evaluation: rows of the tables
 }

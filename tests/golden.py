@@ -23,14 +23,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dmmlib import attribution, data, datamodels, ensemble, forget_sets, metrics, models, unlearn
-from dmmlib.attributors import gradients, margins
+from dmmlib import attribution, data, datamodels, ensemble, forget_sets, gradients, metrics, models, unlearn
+from dmmlib.attributors import margins
+from dmmlib.baselines import whitening
 from dmmlib.execution import one_thread
 from dmmlib.optim import SGD, Adam
 from dmmlib.progress import silent
 from dmmlib.registry import versions
 from dmmlib.study import Study
-from dmmlib.unlearn import matching, whitening
+from dmmlib.unlearn import matching
+from dmmlib.unlearn.gauss_newton import Jacobian
 
 TABLE = Path(__file__).with_name("golden.csv")
 COLUMNS = ["component", "version", "quantity", "value"]
@@ -700,15 +702,25 @@ def _(inputs: Inputs) -> Values:
 # unlearning methods
 
 
-@component("matching", "seeds", "batches", "finetune", "whitening")
+@component("gauss-newton", "engine", "attribution gradients")
 def _(inputs: Inputs) -> Values:
-    targets = inputs.oracle_logits[:, :N]
-    short = {"cost": 0.4, "batch_size": 10}
-    for words, options in (("Adam", {"optimizer": "adam"}), ("whitened", {})):
-        result = matching.match(inputs.problem, targets, **short | options)
+    y = torch.from_numpy(inputs.y)
+    convolutions = fresh(architecture("convnet", inputs.images.shape[1:], width=4), 1)
+    for words, some, x in (("mlp", inputs.originals, inputs.x), ("convnet", convolutions, inputs.images)):
+        seen = Jacobian(some.module.eval(), *some.state_of(0), x[:20], y[:20], 15)
+        yield f"{words}: mean of the kernel's diagonal", seen.kernel.diagonal().mean()
+        yield f"{words}: norm of the kernel", seen.kernel.double().norm()
+        yield f"{words}: norm of a step", norm(seen.solve(torch.linspace(-1, 1, 20), torch.full((20,), 0.1)))
+
+
+@component("matching", "seeds", "batches", "gauss-newton", "metric margin")
+def _(inputs: Inputs) -> Values:
+    targets = metrics.margins(inputs.oracle_logits, inputs.y)
+    for words, options in (("two steps", {"steps": 2}), ("far", {"farthest": 100.0})):
+        result = matching.match(inputs.problem, targets, cost=0.4, **options)
         yield from _change(inputs, result, words)
     yield "cost", result.cost
-    yield "whitened: margins at the first checkpoint", result.trajectory[0].mean()
+    yield "margins at the first checkpoint", result.trajectory[0].mean()
 
 
 class Run(NamedTuple):
@@ -735,9 +747,11 @@ METHODS = {
     "eu_k": Run({"epochs": 3.0, "lr": 1e-1, "k": 1}, (*TUNED, "method cf_k")),
     "ssd": Run({"alpha": 5.0, "strength": 1.0}),
     "newton": Run({"damping": 1e-2, "iterations": 5, "cost": 0.25}, ("seeds",)),
-    "oracle_matching": Run({"cost": 0.1, "lr": 3e-3, "batch_size": 10, "forget_share": 0.4}, ("matching",)),
+    "oracle_matching": Run({"cost": 0.1}, ("matching",)),
     "dm_direct": Run({}, ("predicted oracle", "attributor bayesian")),
-    "dmm": Run({"cost": 0.1, "lr": 3e-3, "batch_size": 10, "forget_share": 0.4}, ("matching", "method dm_direct")),
+    "dmm": Run({"cost": 0.1}, ("matching", "method dm_direct")),
+    "oracle_matching_adam": Run({"lr": 1e-3, "n_oracles": 3}, (*TUNED, "optimizer adam")),
+    "dmm_adam": Run({"lr": 1e-3, "ratio": "5:20"}, (*TUNED, "optimizer adam", "method dm_direct")),
 }
 
 

@@ -21,11 +21,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from dmmlib import data, datamodels, ensemble, execution, models
+from dmmlib.baselines.whitening import Whitening
 from dmmlib.ensemble import Ensemble, Training
 from dmmlib.errors import DataError, DeviceError, MethodError, SchedulerError
 from dmmlib.execution import Execution, can_compile, candidates, compiled, measure
 from dmmlib.optim import SGD, Adam
-from dmmlib.unlearn.whitening import Whitening
 from tests.conftest import SHARED, alive, needs_cuda
 
 TRAINING = Training(epochs=3, batch_size=16, lr=0.05)

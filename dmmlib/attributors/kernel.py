@@ -35,10 +35,10 @@ from scipy.special import expit
 from torch import Tensor
 
 from dmmlib.attribution import Context, register
-from dmmlib.attributors.gradients import gram
 from dmmlib.attributors.margins import MarginDatamodel, calibrated
 from dmmlib.ensemble import Ensemble
 from dmmlib.errors import DataError
+from dmmlib.gradients import gram
 
 EASY = 0.01  # of the mean: below it a point's hardness does not fall
 MASKS = 100  # subsets that residuals are solved with; each costs an inverse of what it leaves out

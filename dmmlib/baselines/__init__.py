@@ -3,3 +3,4 @@
 # Methods are listed in this order.
 from dmmlib.baselines import gradient  # noqa: I001
 from dmmlib.baselines import bad_teacher, dampening, last_layers, newton, relabel, scrub, sparse
+from dmmlib.baselines import published

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 import zipfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -23,7 +23,6 @@ from dmmlib.forget_sets import check_forget_indices
 from dmmlib.metrics import correct, margins
 from dmmlib.optim import Optimizer, Tensors
 from dmmlib.registry import Registry
-from dmmlib.unlearn.whitening import Whitening
 
 
 @dataclass(frozen=True)
@@ -220,6 +219,18 @@ def draw_batches(problem: Problem, pool: np.ndarray, n_steps: int, size: int) ->
     return np.stack([order[: n_steps * size].reshape(n_steps, size) for order in orders], axis=1)
 
 
+class Coordinates(Protocol):
+    """Coordinates of weights that `finetune` takes its steps in."""
+
+    def enter(self, models: Ensemble, members: np.ndarray) -> Ensemble:
+        """Models that compute the same in these coordinates; `members` are their numbers among the N."""
+        ...
+
+    def leave(self, models: Ensemble) -> Ensemble:
+        """The same models in coordinates of their own again."""
+        ...
+
+
 @dataclass(frozen=True)
 class Phase:
     """A stretch of fine-tuning."""
@@ -236,7 +247,7 @@ def finetune(
     only: Collection[str] | None = None,
     masks: Tensors | None = None,
     spent: int = 0,
-    whitening: Whitening | None = None,
+    coordinates: Coordinates | None = None,
 ) -> Unlearned:
     """Fine-tune all originals through the phases, in order and with one optimizer; record their margins on the way.
 
@@ -245,11 +256,10 @@ def finetune(
         only: names of the parameters to move, the others being frozen; all if None.
         masks: name -> (N, ...), what gradients are multiplied with, if given.
         spent: sample gradients per model that were spent before, to be counted in the cost.
-        whitening: coordinates in which steps are taken; the models' own if None.
+        coordinates: in which steps are taken; the models' own if None.
     """
     gradients = spent + np.cumsum([batch.shape[1] for phase in phases for batch in phase.batches])
-    n_steps = len(gradients)
-    checkpoints = np.unique(np.linspace(0, n_steps, problem.checkpoints + 1).round().astype(int))[1:]
+    n_steps, checkpoints = len(gradients), moments(problem, len(gradients))
 
     # What follows may run in another process, so it refers to what it needs, not to the whole problem.
     originals, x, labels, precision = problem.originals, problem.x, problem.labels, problem.training.precision
@@ -257,12 +267,12 @@ def finetune(
 
     def tune_chunk(members: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         models = originals[members.tolist()].clone()
-        models = models if whitening is None else whitening.enter(models, members)
+        models = models if coordinates is None else coordinates.enter(models, members)
         state = optimizer.start({k: v for k, v in models.params.items() if k in moving})
         trajectory: list[np.ndarray] = []
 
         def answers() -> np.ndarray:
-            return (models if whitening is None else whitening.leave(models)).logits(x).numpy()
+            return (models if coordinates is None else coordinates.leave(models)).logits(x).numpy()
 
         def run(phase: Phase, before: int) -> None:
             def record(taken: int) -> None:
@@ -292,14 +302,27 @@ def finetune(
         return answers(), trajectory
 
     chunks = problem.execution.split(np.arange(problem.n_models))
-    logits, trajectories = zip(*problem.execution.run(tune_chunk, chunks), strict=True)
+    return collect(problem, problem.execution.run(tune_chunk, chunks), gradients)
+
+
+def moments(problem: Problem, n_steps: int) -> np.ndarray:
+    """After how many of `n_steps` steps the trajectory is recorded, the last one included."""
+    return np.unique(np.linspace(0, n_steps, problem.checkpoints + 1).round().astype(int))[1:]
+
+
+def collect(problem: Problem, parts: Iterable[tuple[np.ndarray, list[np.ndarray]]], gradients: np.ndarray) -> Unlearned:
+    """Make a result of chunks of models: their logits at the end, and their margins at each moment before it.
+
+    `gradients` (n_steps,) are the sample gradients per model that were spent after each step.
+    """
+    logits, trajectories = zip(*parts, strict=True)
     final = np.concatenate(logits)
-    end = margins(final, problem.labels)
-    moments = [np.concatenate(moment) for moment in zip(*trajectories, strict=True)] + [end] * (len(checkpoints) > 0)
+    end, at = margins(final, problem.labels), moments(problem, len(gradients))
+    moved = [np.concatenate(moment) for moment in zip(*trajectories, strict=True)] + [end] * (len(at) > 0)
     return Unlearned(
         end,
         correct(final, problem.labels),
         int(gradients[-1]) / problem.retraining,
-        gradients[checkpoints - 1] / problem.retraining,
-        np.stack(moments) if moments else np.zeros((0, *final.shape[:2]), np.float32),
+        gradients[at - 1] / problem.retraining,
+        np.stack(moved) if moved else np.zeros((0, *final.shape[:2]), np.float32),
     )

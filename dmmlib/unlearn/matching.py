@@ -1,32 +1,32 @@
-"""DMM and oracle matching: their grids, and fine-tuning to the answers of a model that never saw F.
+"""DMM and oracle matching: move a model to the answers of one that never saw F.
 
 Georgiev et al., "Attribute-to-Delete: Machine Unlearning via Datamodel Matching", ICLR 2025. Oracle matching (OM)
-takes the logits of true oracles as targets and is a bound; datamodel matching (DMM) takes predicted ones. Each original
-keeps its own randomness: its target is its own answer plus the predicted change.
+takes the answers of true oracles as targets and is a bound; datamodel matching (DMM) takes predicted ones. Each
+original keeps its own randomness: its targets are its own margins plus the change. Where the paper fine-tunes by Adam
+(`baselines.published`), a least-squares problem is solved here as one, by `gauss_newton`.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dmmlib.errors import DataError, OptionError
-from dmmlib.optim import Adam
-from dmmlib.unlearn.base import Phase, Problem, Unlearned, check_options, draw_batches, finetune, register
-from dmmlib.unlearn.whitening import Whitening
+from dmmlib.metrics import margins
+from dmmlib.unlearn.base import Problem, Unlearned, check_options, collect, draw_batches, moments, register
+from dmmlib.unlearn.gauss_newton import Jacobian, n_explicit
 
 GEORGIEV = "Georgiev et al., ICLR 2025"
 published = partial(register, elsewhere="RoyRin/data-unlearning-bench")
-SPACE: dict[str, list[Any]] = {
-    "cost": [0.1],
-    "lr": [1e-3, 3e-3, 1e-2],
-    "batch_size": [10, 20],
-    "forget_share": [0.2, 0.4, 0.6],
-}
+SPACE = {"cost": [0.03]}  # nothing to search
+LARGEST = 600  # points in a step: their kernel is solved for each model
+EXPLICIT = 200_000_000  # explicit gradients in memory at a time, of weights that are in no layer `gauss_newton` knows
+RIDGE_FORGET, RIDGE_RETAIN = 0.001, 0.1  # relative to the kernel's mean diagonal: F is to be met, R to be fitted
 
 
 def predicted_oracle(problem: Problem) -> np.ndarray:
@@ -47,94 +47,100 @@ def dm_direct(problem: Problem) -> Unlearned:
     return Unlearned.from_logits(predicted_oracle(problem), problem.labels, cost=0.0)
 
 
-@published("dmm", SPACE, paper=f"DMM; {GEORGIEV}", cost="cost n_R training epochs", attributed=True)
-def dmm(problem: Problem, **hyperparameters: float) -> Unlearned:
-    """Datamodel matching: `match` with predicted oracle logits as targets."""
-    return match(problem, predicted_oracle(problem)[:, : problem.n_train], **hyperparameters)  # type: ignore[arg-type]
+@published("dmm", SPACE, version=2, paper=f"DMM; {GEORGIEV}", cost="cost n_R training epochs", attributed=True)
+def dmm(problem: Problem, **options: float) -> Unlearned:
+    """Datamodel matching: `match` with the margins of predicted oracles as targets."""
+    return match(problem, margins(predicted_oracle(problem), problem.labels), **options)  # type: ignore[arg-type]
 
 
 @published(
     "oracle_matching",
     SPACE,
+    version=2,
     paper=f"OM; {GEORGIEV}",
     cost="cost n_R training epochs (and not counted: n_oracles retrainings)",
 )
 def oracle_matching(
-    problem: Problem, *, n_oracles: int = 1, targets: Literal["oracle", "shifted"] = "oracle", **hyperparameters: float
+    problem: Problem,
+    *,
+    n_oracles: int | None = None,
+    targets: Literal["shifted", "oracle"] = "shifted",
+    **options: float,
 ) -> Unlearned:
-    """Oracle matching: `match` with targets made of the mean logits of `n_oracles` true oracles.
+    """Oracle matching: `match` with targets made of the margins of `n_oracles` true oracles, all by default.
 
-    Original i takes oracles i, i + 1, ... With targets "oracle" their mean is the target: of one oracle it is spread as
-    oracles are, of several it is spread less. With "shifted" the target is z_original + mean oracle - mean original
-    (over all N), which DMM approaches as its datamodel gets better; there, too few oracles spread it more.
+    Original i takes oracles i, i + 1, ... With targets "shifted" its own margins move by the mean of theirs minus the
+    mean of the originals, which DMM approaches as its datamodel gets better; few oracles spread that more. With
+    "oracle" their mean is the target: of one oracle it is spread as oracles are, of several it is spread less.
 
     Raises DataError without oracles or for more than there are, OptionError for unknown targets.
     """
-    if targets not in ("oracle", "shifted"):
-        raise OptionError(f"Option targets={targets!r} was given; use 'oracle' or 'shifted'.")
+    return match(problem, oracle_targets(problem, n_oracles, targets), **options)  # type: ignore[arg-type]
+
+
+def oracle_targets(problem: Problem, n_oracles: int | None = None, targets: str = "shifted") -> np.ndarray:
+    """Margins (N, n_points) that `oracle_matching` matches, and its errors."""
+    if targets not in ("shifted", "oracle"):
+        raise OptionError(f"Option targets={targets!r} was given; use 'shifted' or 'oracle'.")
     if problem.oracle_logits is None:
         raise DataError("oracle_matching needs the logits of retrained models; give Problem(oracle_logits=...).")
-    oracles = problem.oracle_logits[:, : problem.n_train]
-    if not 1 <= n_oracles <= len(oracles):
-        raise DataError(f"n_oracles={n_oracles}, but there are {len(oracles)} oracles; use 1 to {len(oracles)}.")
+    oracles = margins(problem.oracle_logits, problem.labels)
+    n = len(oracles) if n_oracles is None else n_oracles
+    if not 1 <= n <= len(oracles):
+        raise DataError(f"n_oracles={n}, but there are {len(oracles)} oracles; use 1 to {len(oracles)}.")
     first = np.arange(problem.n_models)
-    goal = np.asarray(sum(oracles[(first + j) % len(oracles)] for j in range(n_oracles)) / n_oracles, np.float32)
+    goal = np.asarray(sum(oracles[(first + j) % len(oracles)] for j in range(n)) / n, np.float32)
     if targets == "shifted":
-        originals = problem.original_logits[:, : problem.n_train]
-        goal = goal + originals - originals.mean(0)
-    return match(problem, goal, **hyperparameters)  # type: ignore[arg-type]
-
-
-N_WHITEN, DAMPING = 500, 0.03  # retained points on which inputs of layers are measured, at most; see `Whitening`
-
-
-def whiten(problem: Problem, cost: float) -> tuple[int, Whitening]:
-    """Choose coordinates to match in: retained points that each model sees for them, and the coordinates."""
-    seen = max(1, min(N_WHITEN, len(problem.retain), round(cost * problem.retraining / 8)))
-    points = np.stack([rng.permutation(problem.retain)[:seen] for rng in problem.rngs(2)])
-    return seen, Whitening(problem.x, points, DAMPING, problem.originals.module)
+        own = margins(problem.original_logits, problem.labels)
+        goal = goal + own - own.mean(0)
+    return goal
 
 
 def match(
-    problem: Problem,
-    targets: np.ndarray,
-    *,
-    cost: float = 0.1,
-    lr: float = 3e-3,
-    batch_size: int = 20,
-    forget_share: float = 0.4,
-    optimizer: str = "whitened",
+    problem: Problem, targets: np.ndarray, *, cost: float = 0.03, steps: int = 4, farthest: float = 4.0
 ) -> Unlearned:
-    """Fine-tune every original to target logits (N, n_train, n_classes) on F and a random sample of R.
+    """Move every original, in a few Gauss-Newton steps, to target margins (N, at least n_train).
 
-    The loss is the mean squared error on logits; Adam steps at a rate that falls linearly to zero. Targets move the
-    answers of F far and those of R hardly, so a step for the one must leave the other alone; inputs of layers that are
-    all positive and alike tie them together, hence the coordinates (`Whitening`). The published
-    setting (F repeated 5 times with 20 |F| of R per epoch) is `forget_share` 0.2; here the *cost* is fixed instead of
-    the number of epochs, so that small and large forget sets get the same work, and small batches use it better.
+    Each step sees F, or as much of it as fills half a batch, and points of R that no step before it saw, whose margins
+    are to be those of their targets, too: so R moves as a retrained model's would, and the steps say nothing of other
+    points but that inputs of layers as R's are left alone; see `gauss_newton`. There is no rate to choose.
 
     Args:
-        cost: sample gradients to spend, relative to one retraining; up to an eighth of it goes into whitening.
-        lr: Adam's rate at the start.
-        forget_share: share of a batch that comes from F; the rest is drawn from R.
-        optimizer: "whitened", or "adam" in the models' own coordinates.
+        cost: sample gradients to spend, relative to one retraining; batches have at most `LARGEST` points.
+        steps: the least number of steps.
+        farthest: no margin is asked to move further than this in a step, as gradients change on the way.
 
-    Raises OptionError for an unknown optimizer, or a cost, rate, size or share out of range.
+    Raises OptionError for a cost, number of steps or distance that is not positive.
     """
-    if optimizer not in ("whitened", "adam"):
-        raise OptionError(f"Option optimizer={optimizer!r} was given; use 'whitened' or 'adam'.")
-    check_options(cost=cost, lr=lr)
-    check_options(1, whole=True, batch_size=batch_size)
-    check_options(high=1.0, forget_share=forget_share)
-    goal = torch.from_numpy(targets).to(problem.x.device)
-
-    def to_targets(logits: Tensor, indices: Tensor, models: Tensor) -> Tensor:
-        return ((logits - goal[models[:, None], indices]) ** 2).mean((1, 2))
-
-    seen, whitening = whiten(problem, cost) if optimizer == "whitened" else (0, None)
-    n_steps = max(1, round((cost * problem.retraining - seen) / batch_size))
-    from_forget = min(max(1, round(forget_share * batch_size)), batch_size - 1)
+    check_options(cost=cost, farthest=farthest)
+    check_options(whole=True, steps=steps)
+    originals, x, y = problem.originals, problem.x, problem.y
+    goal = torch.from_numpy(np.asarray(targets, np.float32)).to(x.device)
+    others = n_explicit(copy.deepcopy(originals.module).eval(), *originals.state_of(0), x[:2], y[:2])
+    largest = max(2, min(LARGEST, problem.n_train, EXPLICIT // max(1, others)))
+    budget = cost * problem.retraining
+    n_steps = max(steps, math.ceil(budget / largest))
+    size = min(largest, max(2, round(budget / n_steps)))
+    from_forget = min(len(problem.forget), size // 2)
+    from_retain = min(len(problem.retain), size - from_forget)
     forgotten = draw_batches(problem, problem.forget, n_steps, from_forget)
-    retained = draw_batches(problem, problem.retain, n_steps, batch_size - from_forget)
-    phase = Phase(list(np.concatenate([forgotten, retained], axis=2)), to_targets)
-    return finetune(problem, [phase], Adam(lr), rate=lambda t: lr * (1 - t), spent=seen, whitening=whitening)
+    batches = np.concatenate([forgotten, draw_batches(problem, problem.retain, n_steps, from_retain)], axis=2)
+    ridge = torch.tensor([RIDGE_FORGET] * from_forget + [RIDGE_RETAIN] * from_retain, device=x.device)
+    recorded = moments(problem, n_steps)[:-1]
+
+    def move(members: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        models, trajectory = originals[members.tolist()].clone(), list[np.ndarray]()
+        models.module.eval()
+        for taken, batch in enumerate(batches[:, members], 1):
+            for i, (member, points) in enumerate(zip(members, torch.from_numpy(batch).to(x.device), strict=True)):
+                params, buffers = models.state_of(i)
+                seen = Jacobian(models.module, params, buffers, x[points], y[points], from_retain)
+                far = (goal[member, points] - seen.margins).clamp(-farthest, farthest)
+                for name, step in seen.solve(far, ridge).items():
+                    params[name] += step
+            if taken in recorded:
+                trajectory.append(margins(models.logits(x).numpy(), problem.labels))
+        return models.logits(x).numpy(), trajectory
+
+    parts = problem.execution.run(move, problem.execution.split(np.arange(problem.n_models)))
+    return collect(problem, parts, batches.shape[2] * np.arange(1, n_steps + 1))

@@ -16,7 +16,7 @@ from dmmlib.studies.adversary.experiments import Asked, Prepared, never_trained
 from dmmlib.studies.adversary.world import World, retrain, together
 
 Setting = dict[str, Any]
-MATCHING = [{"cost": 0.1, "batch_size": 10, "lr": lr} for lr in (1e-3, 3e-3, 1e-2, 3e-2)]
+MATCHING = [{"cost": cost} for cost in (0.03, 0.1)]
 OPTIONS: dict[str, list[Setting]] = {
     "do_nothing": [{}],
     "retrain": [{}],

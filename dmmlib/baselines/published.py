@@ -1,0 +1,85 @@
+"""Matching as its authors published it: Adam on the squared error of logits, for a comparison with `unlearn.matching`.
+
+Georgiev et al., ICLR 2025, and RoyRin/data-unlearning-bench: an epoch sees F some times and as many points of R for
+each of F, drawn anew; five epochs of batches of 512, at a rate that falls by .95 per epoch.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmmlib.ensemble import Loss
+from dmmlib.errors import DataError, OptionError
+from dmmlib.optim import Adam
+from dmmlib.unlearn.base import Phase, Problem, Unlearned, check_options, finetune, register
+from dmmlib.unlearn.matching import GEORGIEV, predicted_oracle
+
+RATIOS = {"1:3": (1, 3), "5:20": (5, 20)}  # how often an epoch sees F, and points of R for each of F
+DECAY = 0.95
+published = partial(
+    register,
+    space={"lr": [1e-4, 5e-4], "ratio": list(RATIOS)},
+    paper=f"as published; {GEORGIEV}",
+    elsewhere="RoyRin/data-unlearning-bench",
+)
+
+
+@published("dmm_adam", cost="epochs (4 or 25) n_F", attributed=True)
+def dmm_adam(problem: Problem, **options: Any) -> Unlearned:
+    """Datamodel matching with predicted oracle logits, by `fine_tune`."""
+    return fine_tune(problem, predicted_oracle(problem), **options)
+
+
+@published("oracle_matching_adam", cost="epochs (4 or 25) n_F (and not counted: 10 retrainings)")
+def oracle_matching_adam(problem: Problem, *, n_oracles: int = 10, **options: Any) -> Unlearned:
+    """Oracle matching with the mean logits of oracles i, i + 1, ... for original i, by `fine_tune`."""
+    if problem.oracle_logits is None:
+        raise DataError("oracle_matching_adam needs the logits of retrained models; give Problem(oracle_logits=...).")
+    check_options(n_oracles=n_oracles, whole=True)
+    oracles, first = problem.oracle_logits, np.arange(problem.n_models)
+    n = min(n_oracles, len(oracles))
+    goal = np.asarray(sum(oracles[(first + j) % len(oracles)] for j in range(n)) / n, np.float32)
+    return fine_tune(problem, goal, **options)
+
+
+def squared_error(targets: np.ndarray, problem: Problem) -> Loss:
+    """Mean squared error on target logits (N, at least n_train, n_classes)."""
+    goal = torch.from_numpy(targets).to(problem.x.device)
+
+    def to_targets(logits: Tensor, indices: Tensor, models: Tensor) -> Tensor:
+        return ((logits - goal[models[:, None], indices]) ** 2).mean((1, 2))
+
+    return to_targets
+
+
+def fine_tune(
+    problem: Problem,
+    targets: np.ndarray,
+    *,
+    lr: float = 5e-4,
+    ratio: str = "1:3",
+    epochs: int = 5,
+    batch_size: int = 512,
+) -> Unlearned:
+    """Fine-tune every original to target logits (N, at least n_train, n_classes), as the module says.
+
+    Raises OptionError for an unknown ratio, or numbers that are not positive.
+    """
+    if ratio not in RATIOS:
+        raise OptionError(f"Option ratio={ratio!r} was given; use one of {', '.join(RATIOS)}.")
+    check_options(lr=lr)
+    check_options(whole=True, epochs=epochs, batch_size=batch_size)
+    repeats, per_point = RATIOS[ratio]
+    n_retain = min(len(problem.retain), per_point * len(problem.forget))
+    forget, rngs, batches = np.tile(problem.forget, repeats), problem.rngs(), list[np.ndarray]()
+    for _ in range(epochs):
+        drawn = [np.r_[forget, rng.choice(problem.retain, n_retain, replace=False)] for rng in rngs]
+        order = np.stack([rng.permutation(points) for rng, points in zip(rngs, drawn, strict=True)])
+        batches += np.array_split(order, -(-order.shape[1] // batch_size), axis=1)
+    phase = Phase(batches, squared_error(targets, problem))
+    return finetune(problem, [phase], Adam(lr), rate=lambda share: lr * DECAY ** int(share * epochs))

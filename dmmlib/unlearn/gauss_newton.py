@@ -1,0 +1,142 @@
+"""Gauss-Newton steps: move a model's weights so that its margins at some points become given ones.
+
+Near weights theta the margins of points are m + G (theta' - theta), with a gradient g_i in each row of G. The step that
+brings them towards targets t with the least change in a metric M of weights is
+
+    theta' = theta + M^-1 G^T a,    a = (K + Lambda)^-1 (t - m),    K = G M^-1 G^T,
+
+the Levenberg-Marquardt step of the squared error in its dual form (Nocedal and Wright, "Numerical Optimization", 2006,
+section 10.3), so that only a matrix of points x points is solved. M is the second moment A of each layer's inputs, bias
+included, plus a damping: the input's side of K-FAC (Martens and Grosse, ICML 2015), which does most of what K-FAC does
+(Benzing, "Gradient descent on neurons", ICML 2022). A step for a few points then leaves what a layer does to the usual
+inputs alone. Of a layer that is linear on vectors g_i = d_i u_i^T, u its inputs and d the margin's gradient at its
+outputs, so that K = sum over layers of (u_i.A^-1 u_j) (d_i.d_j); of a convolution, g_i is a sum of such products over
+places. All other weights take explicit gradients, and the identity in M.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dmmlib.gradients import Layer, explicit, margins_of, observe
+from dmmlib.optim import Tensors
+
+DAMPING = 0.03  # of A, relative to its mean diagonal
+
+
+class Jacobian:
+    """Gradients of one model's margins at some points.
+
+    Attributes:
+        margins: m (n,).
+        kernel: K (n, n), double.
+
+    Args:
+        module: the architecture, in evaluation mode.
+        params, buffers: the model's weights and buffers by name.
+        x, y: the points (n, ...) and their labels.
+        usual: how many of the last points A is measured on.
+    """
+
+    def __init__(self, module: nn.Module, params: Tensors, buffers: Tensors, x: Tensor, y: Tensor, usual: int) -> None:
+        margins = margins_of(module, buffers)
+        self.margins, layers = observe(module, params, margins, x, y, nn.Linear, nn.Conv2d)
+        self._parts = [
+            (_Places if isinstance(layer.module, nn.Conv2d) else _Vectors)(layer, usual)
+            for layer in layers
+            if _known(layer)
+        ]
+        self.kernel = sum((part.kernel for part in self._parts), x.new_zeros(len(x), len(x), dtype=torch.double))
+        covered = {name for layer in filter(_known, layers) for name in layer.parameters}
+        self._others = {name: v for name, v in params.items() if name not in covered}
+        if self._others:
+            self._explicit = torch.cat(list(explicit(params, list(self._others), margins, x, y)))
+            self.kernel = self.kernel + (self._explicit @ self._explicit.T).double()
+
+    def solve(self, residual: Tensor, ridge: Tensor) -> Tensors:
+        """The step M^-1 G^T a, by name, for t - m (n,) and Lambda (n,) relative to K's mean diagonal."""
+        k = self.kernel.clone()
+        k.diagonal().add_(ridge * k.diagonal().mean() + torch.finfo(torch.float32).tiny)
+        a = torch.linalg.solve(k, residual.double())
+        step: Tensors = {}
+        for part in self._parts:
+            moved, layer = part.step(a).to(residual), part.layer
+            if layer.bias is not None:
+                moved, step[layer.bias] = moved[:, :-1], moved[:, -1]
+            step[layer.weight] = moved.reshape(layer.shape)
+        if self._others:
+            parts = (a.to(self._explicit) @ self._explicit).split([v.numel() for v in self._others.values()])
+            step |= {name: part.view_as(v) for (name, v), part in zip(self._others.items(), parts, strict=True)}
+        return step
+
+
+def n_explicit(module: nn.Module, params: Tensors, buffers: Tensors, x: Tensor, y: Tensor) -> int:
+    """How many weights take explicit gradients, found out on a few points."""
+    layers = observe(module, params, margins_of(module, buffers), x, y, nn.Linear, nn.Conv2d)[1]
+    covered = {name for layer in filter(_known, layers) for name in layer.parameters}
+    return sum(v.numel() for name, v in params.items() if name not in covered)
+
+
+def _known(layer: Layer) -> bool:
+    """Whether gradients in the layer's weights are products of its inputs and the gradients at its outputs."""
+    if isinstance(layer.module, nn.Conv2d):
+        return layer.module.groups == 1 and layer.module.padding_mode == "zeros" and layer.module.padding != "same"
+    return layer.inputs.ndim == 2
+
+
+def _with_bias(layer: Layer, rows: Tensor) -> Tensor:
+    return rows if layer.bias is None else torch.cat([rows, torch.ones_like(rows[..., :1])], -1)
+
+
+def _damping(mean: Tensor) -> Tensor:
+    """What is added to A, of that mean diagonal; inputs that are all 0 are left alone."""
+    return torch.where(mean > 0, DAMPING * mean, 1.0)
+
+
+class _Vectors:
+    """A layer that is linear on vectors: nothing larger than points x points is solved.
+
+    With U the inputs A is measured on, A^-1 = (I - U^T (n eps I + U U^T)^-1 U) / eps (Woodbury).
+    """
+
+    def __init__(self, layer: Layer, usual: int) -> None:
+        self.layer, self._rows = layer, _with_bias(layer, layer.inputs).double()
+        self._d, self._seen = layer.gradients.double(), self._rows[-usual:]
+        self._eps = _damping(self._seen.square().mean())
+        products = self._rows @ self._rows.T
+        within = products[-usual:, -usual:].clone()
+        within.diagonal().add_(usual * self._eps)
+        self._root = torch.linalg.cholesky(within)
+        shared = torch.linalg.solve_triangular(self._root, products[-usual:], upper=False)
+        self.kernel = (products - shared.T @ shared) / self._eps * (self._d @ self._d.T)
+
+    def step(self, a: Tensor) -> Tensor:
+        """Sum of a_i d_i u_i^T A^-1 (d_out, d_in)."""
+        moved = (a[:, None] * self._d).T @ self._rows
+        usual = torch.cholesky_solve(self._seen @ moved.T, self._root)
+        return (moved - usual.T @ self._seen) / self._eps
+
+
+class _Places:
+    """A convolution: gradients (n, d_out, d_in) are sums over places, in coordinates in which A is the identity."""
+
+    def __init__(self, layer: Layer, usual: int) -> None:
+        module = layer.module
+        padding = 0 if module.padding == "valid" else module.padding
+        rows = F.unfold(layer.inputs, module.kernel_size, module.dilation, padding, module.stride)  # type: ignore[arg-type]
+        rows = _with_bias(layer, rows.mT)
+        seen = rows[-usual:].flatten(0, 1)
+        moment = seen.T @ seen / len(seen)
+        moment.diagonal().add_(_damping(moment.diagonal().mean()))
+        self.layer, self._root = layer, torch.linalg.cholesky(moment)
+        products = torch.einsum("iop,ipd->iod", layer.gradients.flatten(2), rows)
+        white = torch.linalg.solve_triangular(self._root.T, products.flatten(0, 1), upper=True, left=False)
+        self._gradients = white.reshape(products.shape)
+        self.kernel = (self._gradients.flatten(1) @ self._gradients.flatten(1).T).double()
+
+    def step(self, a: Tensor) -> Tensor:
+        """Sum of a_i g_i A^-1 (d_out, d_in)."""
+        moved = torch.einsum("i,iod->od", a.to(self._gradients), self._gradients)
+        return torch.linalg.solve_triangular(self._root, moved, upper=False, left=False)
