@@ -23,7 +23,7 @@ def goal(problem):
 
 
 def test_gauss_newton_comes_nearer_to_its_targets_than_adam_does(problem, goal):
-    """The same targets at the same cost; whitened, Adam leaves the points that stay more alone than without."""
+    """The same targets at the same cost."""
     error = {}
     for optimizer in ablation.OPTIMIZERS:
         result = variant(problem, cost=0.1, steps=4, farthest=4.0, optimizer=optimizer)
@@ -31,7 +31,6 @@ def test_gauss_newton_comes_nearer_to_its_targets_than_adam_does(problem, goal):
         squared = (result.margins[:, : problem.n_train] - goal) ** 2
         error[optimizer] = {"forget": squared[:, problem.forget].mean(), "retain": squared[:, problem.retain].mean()}
     assert error["gauss-newton"]["forget"] < 0.2 * min(error["whitened adam"]["forget"], error["adam"]["forget"])
-    assert error["whitened adam"]["retain"] < error["adam"]["retain"]
 
 
 def test_options_that_make_no_sense(problem):
