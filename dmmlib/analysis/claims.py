@@ -222,7 +222,7 @@ def matching(tables: Tables) -> Judgement:
         f"Ahead of every baseline on {_of(ahead)}, near oracle matching on {_of(near)}: median forget p95 "
         f"{median_over(value['dmm'])} against {median_over(value['oracle_matching'])}, and "
         f"{median_over(value[baselines].min(axis=1))} for the best baseline of a set. It costs a median "
-        f"{cost.median():.2f} of a retraining a request; the datamodel comes on top, once for all requests."
+        f"{cost.median():.2f} of a retraining per request; the datamodel comes on top, before the first request."
     )
 
 

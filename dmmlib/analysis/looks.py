@@ -22,15 +22,15 @@ METHODS: dict[str, tuple[str, tuple[float, float, float], str]] = {  # label, co
     "gd": ("GD on R", PALETTE[0], "s"),
     "ga": ("GA on F", PALETTE[1], "^"),
     "ga_gd": ("GA, then GD", PALETTE[4], "v"),
-    "neggrad_plus": ("NegGrad+", PALETTE[6], "X"),
+    "neggrad_plus": ("NegGrad+", (0.45, 0.05, 0.45), "X"),
     "scrub": ("SCRUB", PALETTE[5], "D"),
-    "random_labels": ("random labels", PALETTE[8], "<"),
-    "salun": ("SalUn", PALETTE[8], ">"),
-    "bad_teacher": ("bad teacher", (0.55, 0.65, 0.75), "d"),
-    "l1_sparse": ("L1-sparse", (0.45, 0.30, 0.60), "8"),
-    "cf_k": ("CF-k", (0.30, 0.45, 0.30), "p"),
-    "eu_k": ("EU-k", (0.30, 0.45, 0.30), "h"),
-    "ssd": ("SSD", PALETTE[7], "H"),
+    "random_labels": ("random labels", (0.62, 0.58, 0.05), "<"),
+    "salun": ("SalUn", (0.35, 0.22, 0.05), ">"),
+    "bad_teacher": ("bad teacher", (0.45, 0.55, 0.68), "d"),
+    "l1_sparse": ("L1-sparse", (0.42, 0.36, 0.78), "8"),
+    "cf_k": ("CF-k", (0.10, 0.28, 0.12), "p"),
+    "eu_k": ("EU-k", (0.48, 0.68, 0.25), "h"),
+    "ssd": ("SSD", (0.08, 0.16, 0.42), "H"),
     "newton": ("Newton step", (0.65, 0.05, 0.25), "o"),
     "oracle_matching": ("oracle matching", PALETTE[9], "P"),
     "oracle_matching_adam": ("oracle matching (Adam)", (0.60, 0.80, 0.85), "P"),
@@ -57,6 +57,13 @@ def colour(method: str) -> tuple[float, float, float]:
 def marker(method: str) -> str:
     """The marker of a method; a dot for a user's own."""
     return METHODS[method][2] if method in METHODS else "o"
+
+
+def prominent(scores: pd.Series, most: int = 7) -> list[str]:
+    """Choose what a crowded figure draws in colour: references, matching, the best baseline, then the lowest scores."""
+    key = [m for m in ("do_nothing", "retrain", "oracle_matching", "dm_direct", "dmm") if m in scores.index]
+    rest = scores.drop(key).sort_values().index
+    return list(dict.fromkeys([*key, *[m for m in rest if "@" not in m][:1], *rest]))[:most]
 
 
 def style() -> None:
@@ -95,7 +102,7 @@ def grid(
 def bars(rows: pd.DataFrame | pd.Series, value: str = "value", low: str = "low", high: str = "high") -> np.ndarray:
     """How far intervals reach below and above their values (2, n_rows), as matplotlib's error bars take it."""
     here = pd.DataFrame(rows).T if isinstance(rows, pd.Series) else rows
-    return np.stack([here[value] - here[low], here[high] - here[value]]).astype(float)
+    return np.stack([here[value] - here[low], here[high] - here[value]]).astype(float).clip(0)
 
 
 def quartiles(table: pd.DataFrame, *keys: str) -> pd.DataFrame:
@@ -119,12 +126,11 @@ def klom_axis(axis: Axes, which: str, *values: float) -> None:
     log_axis(axis, which, (0.2, 0.5, 1, 2, 3, 5, 7, 10), (min(values) / 1.15, max(values) * 1.15))
 
 
-def legend(figure: Figure, axis: Axes) -> None:
-    """Put an axis's legend at the figure's side, which is widened for as many columns as its height asks for."""
-    handles, labels = axis.get_legend_handles_labels()
-    columns = -(-len(labels) // max(1, int(figure.get_figheight() / 0.3)))
-    figure.set_figwidth(figure.get_figwidth() + 2.1 * columns)
-    figure.legend(handles, labels, loc="outside right center", ncols=columns)
+def legend(figure: Figure, *axes: Axes, **options: Any) -> None:
+    """Put a legend of the axes at the figure's side, which is widened for it; each label is listed once."""
+    listed = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.set_figwidth(figure.get_figwidth() + 2.1)
+    figure.legend(listed.values(), listed, loc="outside right center", **{"fontsize": 10, **options})
 
 
 def titled(figure: Figure, title: str, caption: str) -> Figure:

@@ -1,4 +1,7 @@
-"""The study's figures: each function draws arrays and returns a figure; whoever knows the finding titles it."""
+"""The study's figures: each function draws arrays and returns a figure; whoever knows the finding titles it.
+
+Where more than seven methods share a plot, those that are `looks.prominent` are in colour and the others grey.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,15 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from dmmlib.analysis import looks
+from dmmlib.analysis.claims import is_baseline
 from dmmlib.analysis.looks import SPLITS, STOPS, colour, label, png, style, titled
 from dmmlib.data import Dataset
 from dmmlib.metrics import Estimate
 
 __all__ = ["SPLITS", "colour", "label", "png", "style", "titled"]  # beside the figures
 
-BESIDE: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.03, 0.5)}
+LINES = {"do_nothing": ":", "retrain": "-", "dm_direct": "--"}  # no model, or one known beforehand: a level
+OTHER = ((0.72, 0.72, 0.72), "other methods")  # how a method is drawn that is not `looks.prominent`
 
 
 # --- datamodels and forget sets --------------------------------------------------------------------------
@@ -34,7 +39,7 @@ def lds_curve(sizes: Sequence[int], scores: Mapping[str, Sequence[Estimate]], ti
     axis.set_xticklabels([f"{size:,}" for size in sizes])
     axis.set(xlabel="subset models M", ylabel="LDS (Spearman, mean over points)")
     axis.set_ylim(bottom=0)
-    axis.legend()
+    looks.legend(figure, axis)
     return titled(figure, title, caption)
 
 
@@ -53,7 +58,7 @@ def predicted_vs_true(
         ends = [every.min(), max(0.0, every.max())]
         axis.plot(ends, ends, color="black", lw=0.8, ls="--", zorder=0)
         axis.set_title(f"{name}: correlation on F {np.corrcoef(*splits['forget'])[0, 1]:.2f}")
-    axes[0, 0].legend(markerscale=1.5)
+    looks.legend(figure, axes[0, 0], markerscale=1.5)
     return titled(figure, title, caption)
 
 
@@ -81,7 +86,8 @@ def components(
         x=loadings[:, 0], y=loadings[:, 1], hue=names, style=names, **order, alpha=0.75, lw=0, s=18, ax=axis
     )
     axis.set(xlabel="loading on PC 1", ylabel="loading on PC 2")
-    axis.legend(**BESIDE)
+    axis.legend().remove()
+    looks.legend(figure, axis)
     return titled(figure, title, caption)
 
 
@@ -98,7 +104,7 @@ def class_counts(counts: pd.DataFrame, title: str, caption: str) -> Figure:
 
 
 def klom_against_cost(results: pd.DataFrame, trajectories: pd.DataFrame, title: str, caption: str) -> Figure:
-    """The main result: forget KLoM p95 against cost, one panel for each forget set; a line is a method's trajectory."""
+    """The main result: forget KLoM p95 against cost, one panel for each forget set, one line for each trajectory."""
     names = list(results["forget_set"].unique())
     figure, axes = looks.grid(len(names), 5, (2.5, 2.6), "cost / retraining", "forget KLoM, p95", sharex=True)
     keys = ["forget_set", "method"]
@@ -106,16 +112,18 @@ def klom_against_cost(results: pd.DataFrame, trajectories: pd.DataFrame, title: 
     cost = results[results["statistic"] == "cost"].set_index(keys)["value"]
     tracks = trajectories[trajectories["split"] == "forget"].groupby(keys)
     methods = [m for m in results["method"].unique() if m in trajectories["method"].unique()]
+    shown = looks.prominent(p95["value"].groupby("method").median().reindex([*methods, *LINES]).dropna())
     for axis, name in zip(axes.flat, names, strict=False):
         nothing = p95["value"].get((name, "do_nothing"))
-        for method, ls in (("do_nothing", ":"), ("retrain", "-"), ("dm_direct", "--")):
+        for method, ls in LINES.items():
             if (name, method) in p95.index:
                 axis.axhline(p95.loc[(name, method), "value"], color=colour(method), ls=ls, lw=1.5, label=label(method))
-        for method in methods:
+        for method in sorted(methods, key=shown.__contains__):  # those in colour last, on top
             track, end = tracks.get_group((name, method)), p95.loc[(name, method)]
-            look = {"color": colour(method), "marker": looks.marker(method), "ms": 6, "capsize": 2, "ls": ""}
-            axis.plot([0.0, *track["cost"]], [nothing, *track["p95"]], color=colour(method), lw=1.3, alpha=0.9)
-            axis.errorbar(cost[(name, method)], end["value"], yerr=looks.bars(end), label=label(method), **look)
+            tint, name_of = (colour(method), label(method)) if method in shown else OTHER
+            look = {"color": tint, "marker": looks.marker(method), "ms": 6, "capsize": 2, "ls": ""}
+            axis.plot([0.0, *track["cost"]], [nothing, *track["p95"]], color=tint, lw=1.3, alpha=0.9)
+            axis.errorbar(cost[(name, method)], end["value"], yerr=looks.bars(end), label=name_of, **look)
         axis.set_title(name)
         looks.log_axis(axis, "y", (0.5, 1, 2, 5, 10), (0.25, 14))  # an interval may reach down to 0
     looks.legend(figure, axes.flat[0])
@@ -197,7 +205,7 @@ def margin_histograms(points: Sequence[tuple[str, Mapping[str, np.ndarray]]], ti
         axis.set_title(name, fontsize=9)
         axis.set_yticks([])
         axis.spines["left"].set_visible(False)
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside right center")
+    looks.legend(figure, axes.flat[0])
     return titled(figure, title, caption)
 
 
@@ -211,7 +219,7 @@ def point_trajectories(panels: Mapping[str, tuple[np.ndarray, np.ndarray]], titl
     figure, axes = looks.grid(len(panels), 5, (3.0, 2.9), *words)
     for axis, (method, (costs, gaps)) in zip(axes.flat, panels.items(), strict=False):
         axis.axhspan(-1, 1, color="0.9", zorder=0)
-        axis.plot(costs, gaps, color=colour(method), lw=0.7, alpha=0.55)
+        axis.plot(costs, gaps, color=looks.PALETTE[0 if is_baseline(method) else 3], lw=0.7, alpha=0.55)
         axis.axhline(0, color="black", lw=0.8)
         axis.set_title(f"{label(method)}: {(np.abs(gaps[-1]) <= 1).mean():.0%} within ±1 sd", fontsize=10)
         axis.set_yscale("symlog", linthresh=2)
@@ -221,15 +229,17 @@ def point_trajectories(panels: Mapping[str, tuple[np.ndarray, np.ndarray]], titl
 def under_and_over(shares: pd.DataFrame, title: str, caption: str) -> Figure:
     """Share of F under-unlearned (up) and over-unlearned (down) on each method's way, by `stopping.shares`.
 
-    A thin line is a forget set, areas are their mean.
+    Thin lines are forget sets; areas are their mean, interpolated on the share of each set's cost.
     """
     words = "share of the method's run", "over ↓  share of F  ↑ under"
     figure, axes = looks.grid(shares["method"].nunique(), 5, (2.7, 2.4), *words)
     for axis, (method, here) in zip(axes.flat, shares.groupby("method", sort=False), strict=False):
-        mean = here.groupby("moment")[["under", "over"]].mean()
+        tracks = [track for _, track in here.groupby("forget_set")]
+        moments = np.unique(here["moment"])
         for column, sign, tint in (("under", 1, looks.PALETTE[0]), ("over", -1, looks.PALETTE[3])):
-            axis.fill_between(mean.index, sign * mean[column], color=tint, alpha=0.35, linewidth=0, label=column)
-            for _, track in here.groupby("forget_set"):
+            mean = np.mean([np.interp(moments, track["moment"], track[column]) for track in tracks], axis=0)
+            axis.fill_between(moments, sign * mean, color=tint, alpha=0.35, linewidth=0, label=column)
+            for track in tracks:
                 axis.plot(track["moment"], sign * track[column], color=tint, lw=0.7, alpha=0.7)
         axis.axhline(0, color="black", lw=0.8)
         cost = here.groupby("forget_set")["cost"].max().median()
@@ -256,7 +266,7 @@ def stopping_times(stops: pd.DataFrame, title: str, caption: str) -> Figure:
     axis.set_xlabel("forget KLoM, p95 (of N / 2 models)")
     looks.klom_axis(axis, "x", *found[["low", "high"]].to_numpy().ravel())
     axis.grid(axis="x", color="0.92")
-    axis.legend(**BESIDE)
+    looks.legend(figure, axis)
     return titled(figure, title, caption)
 
 
@@ -266,9 +276,11 @@ def stopping_times(stops: pd.DataFrame, title: str, caption: str) -> Figure:
 def klom_distribution(kloms: Mapping[str, np.ndarray], title: str, caption: str) -> Figure:
     """Share of points with at most so much KLoM, one line for each method."""
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for method, values in kloms.items():
+    shown = looks.prominent(pd.Series({method: np.mean(values) for method, values in kloms.items()}))
+    for method in sorted(kloms, key=shown.__contains__):
         width, ls = 2.2 if method in ("dmm", "retrain") else 1.3, ":" if method == "do_nothing" else "-"
-        axis.ecdf(values, color=colour(method), label=label(method), lw=width, ls=ls)
+        tint, name = (colour(method), label(method)) if method in shown else OTHER
+        axis.ecdf(kloms[method], color=tint, label=name, lw=width, ls=ls)
     axis.axhline(0.95, color="0.6", lw=0.8)
     axis.text(axis.get_xlim()[1], 0.95, " p95", va="center", fontsize=8, color="0.4")
     axis.set(xlabel="KLoM of a forget point", ylabel="share of forget points", ylim=(0, 1.02))
@@ -296,9 +308,11 @@ def evaluators(measured: pd.DataFrame, names: Mapping[str, str], title: str, cap
     (first, x), *others = names.items()
     figure, axes = looks.grid(len(others), len(others), (2.6, 3.0), x, sharex=True, sharey=False)
     wide = measured.pivot_table(index=["method", "forget_set"], columns="evaluator", values="value", sort=False)
+    shown = looks.prominent(wide[first].groupby("method").median().drop("oracles", errors="ignore"))
     for axis, (evaluator, name) in zip(axes[0], others, strict=True):
         for method in (m for m in measured["method"].unique() if m != "oracles"):
-            look = {"color": colour(method), "ms": 5, "alpha": 0.85, "mew": 0, "label": label(method)}
+            tint, name_of = (colour(method), label(method)) if method in shown else OTHER
+            look = {"color": tint, "ms": 5, "alpha": 0.85, "mew": 0, "label": name_of, "zorder": 2 + (method in shown)}
             axis.plot(wide.loc[method, first], wide.loc[method, evaluator], looks.marker(method), **look)
         axis.set_title(name, fontsize=10)
         looks.klom_axis(axis, "x", *wide[first].dropna())
@@ -310,13 +324,15 @@ def power(powers: pd.DataFrame, title: str, caption: str, shown: Sequence[str]) 
     """KLoM p95 with N models of the `shown` methods, and the `evaluators.power` to tell each from retraining."""
     figure, axes = looks.grid(2, 2, (4.3, 3.6), "models N", "forget KLoM, p95", sharey=False)
     left, right = axes[0]
+    coloured = looks.prominent(powers.groupby("method")["power"].mean())
     for method, here in powers.groupby("method", sort=False):
-        look = {"color": colour(str(method)), "marker": looks.marker(str(method))}
+        tint, name = (colour(str(method)), label(str(method))) if method in coloured else OTHER
+        look = {"color": tint, "marker": looks.marker(str(method)), "zorder": 2 + (method in coloured)}
         if method in shown:
             left.plot(here["n_models"], here["median"], **look)
             left.fill_between(here["n_models"], here["low"], here["high"], color=look["color"], alpha=0.15, lw=0)
         reach = looks.bars(here, "power", "power_low", "power_high")
-        right.errorbar(here["n_models"], here["power"], reach, capsize=2, lw=1.2, label=label(str(method)), **look)
+        right.errorbar(here["n_models"], here["power"], reach, capsize=2, lw=1.2, label=name, **look)
     threshold = powers.groupby("n_models")["threshold"].first()
     left.plot(threshold.index, threshold, color="black", ls=":")
     looks.klom_axis(left, "y", *powers["low"], *powers["high"])

@@ -111,10 +111,11 @@ def shares(study: Study) -> pd.DataFrame:
     """Share of F under- and over-unlearned on the way, from the originals on.
 
     Returns:
-        Columns forget_set, method, moment (share of the method's run, 0 to 1), cost, under, over.
+        Columns forget_set, method, moment (cost as a share of the whole run's, 0 to 1), cost, under, over. Sets have
+        moments of their own: interpolate before a mean is taken over sets.
     """
     rows = [
-        (forget_set, method, i / (len(costs) - 1), costs[i], *_shares(away))
+        (forget_set, method, costs[i] / costs[-1], costs[i], *_shares(away))
         for forget_set, method, costs, margins, oracle in _ways(study)
         if len(costs) > 1
         for i, away in enumerate(gaps(margins, oracle))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 
+import numpy as np
 import pandas as pd
 
 from dmmlib import unlearn
 from dmmlib.analysis.claims import is_baseline
 from dmmlib.analysis.intervals import mean_over
 from dmmlib.analysis.looks import SPLITS, label
+from dmmlib.study import Study
 
 
 def main_table(results: pd.DataFrame, statistic: str = "klom_p95") -> pd.DataFrame:
@@ -111,7 +113,15 @@ def readme(results: pd.DataFrame) -> str:
 
 </details>
 
-Every statistic, with 95 % intervals over models: [results.csv](figures/laptop/results.csv)."""
+Every statistic, with 95 % intervals (of U-LiRA over points, of all others over models):
+[results.csv](figures/laptop/results.csv)."""
+
+
+def sees(study: Study) -> str:
+    """Say what the model is given of a point: "14 x 14 pixels", where 28 x 28 are pooled, or "20 features"."""
+    shape = study.data.x_train.shape[1:]
+    pooled = round((np.prod(shape) / study.x[0].numel()) ** 0.5)
+    return " x ".join(str(side // pooled) for side in shape[:2]) + (" pixels" if len(shape) == 3 else " features")
 
 
 def markdown(table: pd.DataFrame) -> str:

@@ -61,8 +61,8 @@ def regions(known: Region, found: Mapping[str, Region], reach: float, title: str
     right.set_title("training loss of the service's models", fontsize=10)
     for axis, tolerance in ((left, known.tolerance), (right, first.tolerance)):
         axis.axhline(tolerance, color="0.5", lw=1, ls="--", label="tolerance")
-        axis.legend(fontsize=8)
         axis.grid(color="0.93")
+    looks.legend(figure, left, right)
     return titled(figure, title, caption)
 
 
@@ -74,7 +74,7 @@ def covered(table: pd.DataFrame, title: str, caption: str) -> Figure:
     axis.errorbar(k, sampled, error, color=PALETTE[3], fmt="o", capsize=3, label="sampled, 95 % interval")
     axis.set(yscale="log", xlabel="dimension k of the subspace", ylabel="simplex / ball, volume", xticks=table["k"])
     axis.grid(color="0.93")
-    axis.legend(fontsize=9)
+    looks.legend(figure, axis)
     return titled(figure, title, caption)
 
 
@@ -111,7 +111,7 @@ def success(table: pd.DataFrame, title: str, caption: str) -> Figure:
     right.axvline(0, color="0.7", lw=0.8)
     for axis in (left, right):
         axis.grid(axis="x", color="0.93")
-    left.legend(fontsize=9)
+    looks.legend(figure, left)
     return titled(figure, title, caption)
 
 
@@ -139,13 +139,12 @@ def methods(table: pd.DataFrame, title: str, caption: str) -> Figure:
 
 
 def klom(table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """KLoM of each attack's requests after each method, with half intervals, in one panel for each split."""
+    """KLoM of each attack's requests after each method, one panel for each split; numbers are of the deleted points."""
     figure, axes = _panels(len(SPLITS), 1, 10.5, 0.36 * table["attack"].nunique() * len(SPLITS) + 2.2, sharex=True)
     limits = {"vmin": table["value"].min(), "vmax": -np.log(FLOOR)}
     for axis, (split, name) in zip(axes[:, 0], SPLITS.items(), strict=True):
-        values, error = (_grid(table[table["split"] == split], column) for column in ("value", "error"))
-        text = values.map("{:.1f}".format) + error.map(" ±{:.1f}".format)
-        _heatmap(axis, values, "KLoM, p95", annot=text, fmt="", annot_kws={"fontsize": 8}, **limits)
+        values = _grid(table[table["split"] == split], "value")
+        _heatmap(axis, values, "KLoM, p95", annot=split == "forget", fmt=".1f", annot_kws={"fontsize": 9}, **limits)
         axis.set_title(name, fontsize=10)
     return titled(figure, title, caption)
 
@@ -170,7 +169,7 @@ def exact(results: pd.DataFrame, table: pd.DataFrame, title: str, caption: str) 
     axes[0].axvline(0, color="0.7", lw=0.8)
     for axis in axes[2:]:
         axis.sharex(axes[1])
-    axes[-1].legend(fontsize=8)
+    looks.legend(figure, axes[-1])
     return titled(figure, title, caption)
 
 
@@ -192,7 +191,7 @@ def sweep(table: pd.DataFrame, title: str, caption: str) -> Figure:
         column[1].set_xlabel(name)
     axes[0, 0].set(ylabel="models that err\non the target", ylim=(0, max(0.2, 1.1 * table["success high"].max())))
     axes[1, 0].set_ylabel("change of the\ntarget's margin")
-    axes[0, -1].legend(fontsize=8)
+    looks.legend(figure, axes[0, -1])
     return titled(figure, title, caption)
 
 
@@ -213,6 +212,7 @@ def roc(scores: pd.DataFrame, found: pd.DataFrame, title: str, caption: str) -> 
         axis.plot([0, 1], [0, 1], color="0.7", lw=0.8, ls=":")
         axis.set(xlabel="false alarms", xlim=(-0.01, 1), ylim=(0, 1.02))
         axis.set_title(f"against {kind}", fontsize=10)
-        axis.legend(fontsize=7.5, title="area under the curve, 95 % interval", title_fontsize=8, loc="lower right")
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "fontsize": 9}
+        axis.legend(**place, title="area under the curve, 95 % interval")
     axes[0].set_ylabel("attacks detected")
     return titled(figure, title, caption)

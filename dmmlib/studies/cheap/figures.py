@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
-from dmmlib.analysis.looks import PALETTE, SPLITS, bars, grid, label, log_axis, titled
+from dmmlib.analysis.looks import PALETTE, SPLITS, bars, grid, label, legend, log_axis, titled
 
 LOOKS = {"bayesian": ("Bayesian", PALETTE[3], "o"), "ridge": ("ridge, margin gauge", PALETTE[0], "s"),
          "ridge, raw logits": ("ridge, raw logits", PALETTE[2], "D")}  # fmt: skip
@@ -29,9 +28,9 @@ def _places(axes: Sequence[Axes]) -> Iterator[tuple[float, str, str, str]]:
     return ((j + shift, split, kind, m) for j, split in enumerate(SPLITS) for kind, (m, shift) in KINDS.items())
 
 
-def _kinds_legend(axis: Axes, group: str, **options: Any) -> None:
-    marks = [plt.Line2D([], [], color="0.3", ls="", marker=mark) for mark, _ in KINDS.values()]
-    axis.legend(marks, ["random forget set", group], **options)
+def _explain_kinds(axis: Axes, group: str) -> None:
+    for (mark, _), name in zip(KINDS.values(), ("random forget set", group), strict=True):
+        axis.plot([], [], mark, color="0.3", label=name)
 
 
 def curve(table: pd.DataFrame, title: str, caption: str) -> Figure:
@@ -55,7 +54,7 @@ def curve(table: pd.DataFrame, title: str, caption: str) -> Figure:
         else:
             log_axis(axis, "y", (0.5, 1, 2, 5, 10), (0.4, max(2.0, 1.15 * here["value"].max())))
             axis.set(title=f"{split} points", ylabel="p95 KLoM of DM-direct")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=10)
+    legend(figure, axes[0])
     return titled(figure, title, caption)
 
 
@@ -84,7 +83,7 @@ def ablation(table: pd.DataFrame, title: str, caption: str) -> Figure:
     klom.set(xlabel="p95 KLoM / the default's")
     klom.set_yticks(range(len(names)), [f"{group}: {name}" for group, name in names])
     klom.invert_yaxis()
-    klom.legend(fontsize=9, loc="lower right")
+    legend(figure, klom)
     return titled(figure, title, caption)
 
 
@@ -105,7 +104,6 @@ def uncertainty(points: pd.DataFrame, sets: pd.DataFrame, title: str, caption: s
     ends = np.array(error.get_xlim())
     error.plot(ends, ends, color="black", lw=0.8, ls="--", zorder=0)
     error.set(xlabel="expected error: √(sd² + se²)", ylabel="root mean square error", title="error in bins of its size")
-    error.legend(fontsize=9)
     for place, split, kind, mark in _places((coverage, slope)):
         part = sets[(sets["split"] == split) & (sets["kind"] == kind)]
         x = place + (np.linspace(-0.06, 0.06, len(part)) if len(part) > 1 else np.zeros(len(part)))
@@ -115,7 +113,8 @@ def uncertainty(points: pd.DataFrame, sets: pd.DataFrame, title: str, caption: s
         axis.axhline(level, color="black", lw=0.8, ls="--", zorder=0)
     coverage.set(ylim=(0, 1.03), ylabel="share of points", title="inside the 95 % interval")
     slope.set(ylabel="slope of true on predicted", title="above 1: the effect is understated")
-    _kinds_legend(slope, "group of alike points", fontsize=9)
+    _explain_kinds(slope, "group of alike points")
+    legend(figure, error, slope)
     return titled(figure, title, caption)
 
 
@@ -145,7 +144,8 @@ def replication(table: pd.DataFrame, each: pd.DataFrame, title: str, caption: st
     axes[-1].axhline(0, color="black", lw=0.8)
     axes[-1].set_xticks(range(len(pairs)), [p.replace(", ", ",\n") for p in pairs], fontsize=8)
     axes[-1].set(ylabel="LDS, Bayesian − ridge", title="rank of effects", xlim=(-0.5, len(pairs) - 0.5))
-    _kinds_legend(axes[0], "principal component", fontsize=8, loc="lower left")
+    _explain_kinds(axes[0], "principal component")
+    legend(figure, axes[0])
     return titled(figure, title, caption)
 
 
@@ -161,7 +161,7 @@ def totals(table: pd.DataFrame, requests: Sequence[int], title: str, caption: st
     for each in (axis.xaxis, axis.yaxis):
         each.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axis.grid(color="0.93")
-    axis.legend(fontsize=9)
+    legend(figure, axis)
     return titled(figure, title, caption)
 
 
@@ -192,5 +192,5 @@ def side_by_side(medians: pd.DataFrame, title: str, caption: str) -> Figure:
         axis.grid(axis="x", color="0.93")
     axes[0].set_yticks(rows, names)
     axes[0].invert_yaxis()
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right center", fontsize=9)
+    legend(figure, axes[1])
     return titled(figure, title, caption)

@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import seaborn
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from dmmlib.analysis.plots import colour, titled
+from dmmlib.analysis.looks import PALETTE, colour, legend, titled
 from dmmlib.studies.convex import iterations
 from dmmlib.studies.convex.compare import BOUND
 from dmmlib.studies.convex.iterations import Descent, checkpoints, distance
@@ -24,10 +23,9 @@ from dmmlib.studies.convex.stochastic import Stochastic
 from dmmlib.studies.convex.synthetic import Synthetic
 
 Points = Mapping[str, np.ndarray | None]  # where distances are measured: parameters (None), or inputs (k, d)
-_PALETTE = seaborn.color_palette("colorblind")
 _CIVIDIS = colormaps["cividis"]
 _DISTANCE = "distance to the oracle\n(original = 1)"
-STYLE: dict[str, dict[str, Any]] = {  # a family's colour is that of plots.COLOURS; dashes tell its members apart
+STYLE: dict[str, dict[str, Any]] = {  # a family's colour is that of `looks.METHODS`; dashes tell its members apart
     "GD on R": {"color": colour("gd")},
     "SGD on R": {"color": colour("gd"), "ls": "--"},
     "GD on R, linearised": {"color": "black", "ls": ":", "lw": 1},
@@ -35,8 +33,8 @@ STYLE: dict[str, dict[str, Any]] = {  # a family's colour is that of plots.COLOU
     "GA + GD": {"color": colour("ga_gd")},
     "OM on S": {"color": colour("oracle_matching")},
     "OM on S, SGD": {"color": colour("oracle_matching"), "ls": "--"},
-    "OM on F": {"color": _PALETTE[5]},
-    "OM on probes": {"color": _PALETTE[2]},
+    "OM on F": {"color": PALETTE[5]},
+    "OM on probes": {"color": PALETTE[2]},
     "DMM, first order": {"color": colour("dmm"), "ls": "--"},
     "DMM, regression": {"color": colour("dmm"), "ls": ":"},
     "Newton (CG)": {"color": "black", "lw": 1},
@@ -51,7 +49,7 @@ def _panels(rows: int, columns: int, width: float = 3.6, height: float = 2.9) ->
 
 
 def _finished(figure: Figure, axes: np.ndarray, x: str, y: str, title: str, caption: str) -> Figure:
-    """Add grids, labels of the outer axes, title, caption and, unless a panel has its own, a legend beside them all."""
+    """Add grids, labels of the outer axes, title, caption and a legend beside all panels."""
     for ax in axes.flat:
         ax.grid(color="0.92")
         ax.set_axisbelow(True)
@@ -60,9 +58,8 @@ def _finished(figure: Figure, axes: np.ndarray, x: str, y: str, title: str, capt
         ax.set_xlabel(x)
     for ax in axes[:, 0]:
         ax.set_ylabel(ax.get_ylabel() or y)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    if handles and not any(ax.get_legend() for ax in axes.flat):
-        figure.legend(handles, labels, loc="outside right center", fontsize=9)
+    if axes[0, 0].get_legend_handles_labels()[0]:
+        legend(figure, *axes.flat)
     return titled(figure, title, caption)
 
 
@@ -104,8 +101,6 @@ def group_effects(curves: Mapping[str, pd.DataFrame], title: str, caption: str) 
         if BOUND in errors:
             ax.loglog(errors[BOUND], "--", color="0.4", label=BOUND)
         ax.set(ylim=(1e-3, 2), title=name)
-    for ax in (axes[0, 0], axes[-1, -1]):
-        ax.legend(fontsize=8, loc="lower right")
     return _finished(figure, axes, "|F|, points forgotten", "relative error", title, caption)
 
 
@@ -149,7 +144,6 @@ def stochastic(methods: Mapping[str, Stochastic], log2_steps: int, n_chains: int
         ax.plot(steps[1:], measured[1:] / measured[0], marker, ms=5, color=tint, label=name)
         ax.plot(steps[1:], method.expected(log2_steps)[1:], color=tint)
     ax.plot([], [], color="0.4", label=f"exact expectation (markers: mean of {n_chains} runs)")
-    ax.legend(fontsize=9, loc="lower left")
     ax.set(xscale="log", yscale="log", ylim=(3e-3, 30))
     y = "root mean square distance\nto the oracle (original = 1)"
     return _finished(figure, axes, "sample gradients, one per step", y, title, caption)
@@ -176,13 +170,15 @@ def tilts(cases: Mapping[float, Synthetic], log2_steps: int, title: str, caption
     """Matching on F, matching on S and descent on R as F's points leave the weak eigen-directions."""
     figure, axes = _panels(1, 3, 3.7, 3.4)
     for i, (tilt, case) in enumerate(cases.items()):
-        look, methods = {"color": _CIVIDIS(i / len(cases)), "lw": 2, "label": f"{tilt:g}"}, iterations.descents(case)
+        look, methods = (
+            {"color": _CIVIDIS(i / len(cases)), "lw": 2, "label": f"tilt {tilt:g}"},
+            iterations.descents(case),
+        )
         for ax, name in zip(axes[0], ("OM on F", "OM on S", "GD on R"), strict=True):
             _run_and_theory(ax, case, methods[name], checkpoints(log2_steps, 3), eigen=False, **look)
             ax.set_ylim(1e-4, 3)
         short = iterations.unreachable(case.x_forget, case.delta)
         axes[0, 0].axhline(short, color=look["color"], ls="--", lw=1)
-    axes[0, -1].legend(title="tilt of F", fontsize=8, title_fontsize=8, loc="lower left")
     return _finished(figure, axes, "steps", _DISTANCE, title, caption)
 
 
@@ -193,14 +189,12 @@ def trade_off(points: Mapping[str, Sequence[tuple[float, float, float]]], title:
     (speed, loss), remaining = axes[0], np.logspace(-5, 0, 200)
     speed.plot(remaining, 1 / remaining, "--", color="0.4", label="bound 1 / (1 - h)")
     loss.plot(remaining, 1 - remaining, "--", color="0.4", label="bound h")
-    for tint, marker, (name, rows) in zip(_PALETTE, "os", points.items(), strict=False):
+    for tint, marker, (name, rows) in zip(PALETTE, "os", points.items(), strict=False):
         h, speed_up, error = np.array(rows).T
         speed.plot(1 - h, speed_up, marker, color=tint, label=name)
         loss.plot(1 - h, error, marker, color=tint, label=name)
     speed.set(xscale="log", xlim=(2, 1e-5), yscale="log", ylabel="speed-up of OM on S over GD on R")
     loss.set(xscale="log", xlim=(2, 1e-5), ylim=(-0.02, 1.25), ylabel="error of first-order influence")
-    speed.legend(fontsize=9, loc="upper left")
-    loss.legend(fontsize=9, loc="lower right")
     return _finished(figure, axes, "1 - h, where h is F's largest leverage", "", title, caption)
 
 

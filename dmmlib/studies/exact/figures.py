@@ -5,23 +5,21 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dmmlib.analysis.plots import titled
+from dmmlib.analysis.looks import PALETTE, legend, titled
 from dmmlib.studies.exact.evidence import BROKEN
 from dmmlib.studies.exact.experiments import Exactness
 
-_PALETTE = sns.color_palette("colorblind", 10)
 _LOOKS = {
-    "TV-stable, subsample": (_PALETTE[9], "X"),
-    "TV-stable, noisy": (_PALETTE[0], "o"),
-    "SISA": (_PALETTE[2], "s"),
-    "certified Newton": (_PALETTE[1], "^"),
-    "DMM": (_PALETTE[3], "D"),
+    "TV-stable, subsample": (PALETTE[9], "X"),
+    "TV-stable, noisy": (PALETTE[0], "o"),
+    "SISA": (PALETTE[2], "s"),
+    "certified Newton": (PALETTE[1], "^"),
+    "DMM": (PALETTE[3], "D"),
 }
-_WRONG = dict(zip(BROKEN, (_PALETTE[3], _PALETTE[1], _PALETTE[4]), strict=True))
+_WRONG = dict(zip(BROKEN, (PALETTE[3], PALETTE[1], PALETTE[4]), strict=True))
 _SMALLEST = 1e-12  # p-values below are drawn here
 
 
@@ -35,26 +33,26 @@ def exactness(found: Exactness, title: str, caption: str, level: float) -> Figur
     grid, n = np.linspace(reference[0], reference[-1], 400), len(reference)
     for name, values in along.items():
         gap = (np.searchsorted(values, grid) - np.searchsorted(reference, grid)) / n
-        left.plot(grid, gap, color=_WRONG.get(name, _PALETTE[0]), lw=2.4 if name == "deleted" else 1.5, label=name)
+        left.plot(grid, gap, color=_WRONG.get(name, PALETTE[0]), lw=2.4 if name == "deleted" else 1.5, label=name)
     band = 1.358 * np.sqrt(2 / n)  # the 95 % point of Kolmogorov's distribution
     left.axhspan(-band, band, color="0.9", zorder=0, label="95 % band if equal")
     left.axhline(0, color="black", lw=0.8)
     left.margins(y=0.12)
     left.set(xlabel="last iterate, along one direction", ylabel="distribution function − retraining's")
-    left.legend(fontsize=8, loc="upper right")
 
     names = found.p_values.index[::-1]
     for row, name in enumerate(names):
         for test, mark, dy in (("KS, Holm", "o", 0.13), ("energy", "D", -0.13)):
             p = found.p_values.loc[name, test]
             shown = mark if p > _SMALLEST else "<"
-            right.plot(max(p, _SMALLEST), row + dy, shown, color=_WRONG.get(name, _PALETTE[0]), ms=6, clip_on=False)
+            right.plot(max(p, _SMALLEST), row + dy, shown, color=_WRONG.get(name, PALETTE[0]), ms=6, clip_on=False)
     right.axvline(level / 2, color="black", lw=1, ls="--")
-    right.set_title(f"left of the line: rejected at {level:g}", fontsize=9)
+    right.set_title(f"left of the line, {level / 2:g} for each test: rejected at {level:g} by both", fontsize=9)
     right.set(xscale="log", xlim=(_SMALLEST, 2), ylim=(-0.6, len(names) - 0.4))
     right.set_xlabel("p-value    ● Kolmogorov–Smirnov, Holm    ◆ energy distance    ◀ off scale", fontsize=10)
     right.set_yticks(range(len(names)), names)
     right.grid(axis="x", color="0.92")
+    legend(figure, left)
     return titled(figure, title, caption)
 
 
@@ -64,7 +62,7 @@ def price(table: pd.DataFrame, title: str, caption: str) -> Figure:
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), sharey=True, layout="constrained")
     for axis, (key, name) in zip(axes, quantities.items(), strict=True):
         here = table[table["varies"] == key]
-        for (variant, part), tint, mark in zip(here.groupby("variant"), _PALETTE, "oX", strict=False):
+        for (variant, part), tint, mark in zip(here.groupby("variant"), PALETTE, "oX", strict=False):
             whiskers = [part["measured"] - part["low"], part["high"] - part["measured"]]
             look = {"color": tint, "ms": 6, "capsize": 2, "fmt": mark}
             axis.errorbar(part["value"], part["measured"], whiskers, label=f"{variant}: measured", **look)
@@ -76,19 +74,18 @@ def price(table: pd.DataFrame, title: str, caption: str) -> Figure:
         axis.set_xticks(values, [f"{v:g}" for v in values])
         axis.minorticks_off()
     axes[0].set_ylabel("probability of recomputation")
-    handles = dict(sorted(zip(*axes[-1].get_legend_handles_labels()[::-1], strict=True)))
-    figure.legend(handles.values(), handles, loc="outside right center", fontsize=9)
+    legend(figure, axes[-1])
     return titled(figure, title, caption)
 
 
 def risk(table: pd.DataFrame, title: str, caption: str) -> Figure:
     """Left: excess risk against noise, with theory; right: against the cost of a deletion."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    look = {"color": _PALETTE[0], "fmt": "o-", "capsize": 2}
+    look = {"color": PALETTE[0], "fmt": "o-", "capsize": 2}
     left.errorbar(table["noise"], table["excess"], table["half"], label="measured", **look)
     left.plot(table["noise"], table["theory"], color="0.4", ls="--", label="SGD's bound")
     left.set(xlabel="noise σ", ylabel="excess empirical risk")
-    left.legend()
+    legend(figure, left)
     right.errorbar(table["cost"], table["excess"], table["half"], **look)
     place = {"xytext": (7, 4), "textcoords": "offset points", "fontsize": 8}
     for noise, cost, excess in table[["noise", "cost", "excess"]].to_numpy():
@@ -122,8 +119,7 @@ def trade_off(table: pd.DataFrame, title: str, caption: str) -> Figure:
     _plain_log(right, "x")
     for axis in (left, right):
         axis.axvline(1, color="black", lw=0.8, zorder=0, label="retraining")
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize=9)
+    legend(figure, left)
     return titled(figure, title, caption)
 
 

@@ -9,19 +9,17 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dmmlib.analysis.plots import titled
+from dmmlib.analysis.looks import PALETTE, bars, legend, titled
 from dmmlib.studies.meta.experiments import SYMBOLS
 
-_PALETTE = sns.color_palette("colorblind", 10)
 REPLACED: dict[str, dict[str, Any]] = {
-    "task": {"label": "a task", "color": _PALETTE[0], "marker": "o"},
-    "example": {"label": "one example of a task", "color": _PALETTE[1], "marker": "s"},
-    "adaptation": {"label": "one example of the new task", "color": _PALETTE[2], "marker": "^"},
-    "meta": {"label": "a task, and one example of the new one", "color": _PALETTE[3], "marker": "D"},
+    "task": {"label": "a task", "color": PALETTE[0], "marker": "o"},
+    "example": {"label": "one example of a task", "color": PALETTE[1], "marker": "s"},
+    "adaptation": {"label": "one example of the new task", "color": PALETTE[2], "marker": "^"},
+    "meta": {"label": "a task, and one example of the new one", "color": PALETTE[3], "marker": "D"},
 }
 _CHANGE = "largest change of loss"
 
@@ -34,12 +32,8 @@ def _logarithmic(axis: Axes, values: pd.Series, name: str) -> None:
     axis.grid(axis="y", color="0.93")
 
 
-def _bars(table: pd.DataFrame, name: str, low: str = "low", high: str = "high") -> list[pd.Series]:
-    return [(table[name] - table[low]).clip(0), (table[high] - table[name]).clip(0)]
-
-
 def _measured(axis: Axes, part: pd.DataFrame, name: str, **look: Any) -> None:
-    axis.errorbar(part["value"], part[name], _bars(part, name), capsize=2, ms=5, **look)
+    axis.errorbar(part["value"], part[name], bars(part, name), capsize=2, ms=5, **look)
 
 
 def _panels(table: pd.DataFrame, by: str, width: float, ylabel: str, **shared: Any) -> tuple[Figure, list[Any]]:
@@ -84,8 +78,8 @@ def slopes(table: pd.DataFrame, title: str, caption: str) -> Figure:
         for k, ((tasks, inner), case) in enumerate(cases):
             part = case[case["replaced"] == kind]
             row = part["varies"].map(names.index) + 0.14 * (k - (cases.ngroups - 1) / 2)
-            look = {"color": _PALETTE[k], "fmt": "osD^v"[k], "ms": 4.5, "label": f"{tasks}, {inner}"}
-            axis.errorbar(part["slope"], row, xerr=_bars(part, "slope"), **look)
+            look = {"color": PALETTE[k], "fmt": "osD^v"[k], "ms": 4.5, "label": f"{tasks}, {inner}"}
+            axis.errorbar(part["slope"], row, xerr=bars(part, "slope"), **look)
             axis.plot(part["bound's slope"], row, **bar)
         axis.axvline(0, color="0.8", lw=0.8, zorder=0)
         axis.set(title=f"replaced: {REPLACED[kind]['label']}", xlabel="log-log slope", xlim=(-3, 1.5))
@@ -99,7 +93,7 @@ def gaps(table: pd.DataFrame, title: str, caption: str) -> Figure:
     """A panel for each quantity: transfer minus empirical risk (marks), stability (lines) and its bound (dashed)."""
     figure, panels = _panels(table, "varies", 4.1, "loss", sharey=True)
     for axis, name, here in panels:
-        for (tasks, part), tint, mark in zip(here.groupby("tasks", sort=False), _PALETTE, "osD", strict=False):
+        for (tasks, part), tint, mark in zip(here.groupby("tasks", sort=False), PALETTE, "osD", strict=False):
             _measured(axis, part[part["low"] > 0], "gap", color=tint, fmt=mark, label=f"gap: {tasks}")
             axis.plot(part["value"], part["stability"], color=tint, lw=1.4)
             axis.plot(part["value"], part["bound"], color=tint, ls="--", lw=1.2)
@@ -110,15 +104,14 @@ def gaps(table: pd.DataFrame, title: str, caption: str) -> Figure:
 def robust(table: pd.DataFrame, title: str, caption: str) -> Figure:
     """Left: stability and bound against the adversary's norm; right: robust transfer risk."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.6), layout="constrained")
-    for (case, part), tint, mark in zip(table.groupby("case", sort=False), _PALETTE, "os", strict=False):
+    for (case, part), tint, mark in zip(table.groupby("case", sort=False), PALETTE, "os", strict=False):
         shown = part[part["stability"] > 1e-6]
         left.plot(shown["eps"], shown["stability"], color=tint, marker=mark, label=f"{case}: stability")
         left.plot(part["eps"], part["bound"], color=tint, ls="--", lw=1.2, label=f"{case}: bound")
-        right.plot(part["eps"], part["transfer"] / part["transfer"].iloc[0], color=tint, marker=mark, label=str(case))
+        right.plot(part["eps"], part["transfer"] / part["transfer"].iloc[0], color=tint, marker=mark)
     left.set(yscale="log", xlabel="adversary ε (data have norm 1)", ylabel=_CHANGE)
     right.set(xlabel="adversary ε", ylabel="robust transfer risk / that at ε = 0")
-    right.legend(fontsize=9)
-    left.legend(fontsize=8)
+    legend(figure, left)
     return titled(figure, title, caption)
 
 
@@ -133,8 +126,8 @@ def broken(table: pd.DataFrame, title: str, caption: str) -> Figure:
     for axis, case, part in panels:
         fails = part["low"] > part["bound"]
         axis.plot(part["value"], part["bound"], color="0.25", ls="--", label="bound, if the assumption held")
-        _measured(axis, part[~fails], "measured", color=_PALETTE[0], fmt="o", label="measured, below it")
-        _measured(axis, part[fails], "measured", color=_PALETTE[3], fmt="X", label="measured, above it")
+        _measured(axis, part[~fails], "measured", color=PALETTE[0], fmt="o", label="measured, below it")
+        _measured(axis, part[fails], "measured", color=PALETTE[3], fmt="X", label="measured, above it")
         _logarithmic(axis, part["value"][np.log(part["value"]).diff().fillna(1) > 0.25], quantities[case])
         axis.set_title(f"{part['tasks'].iloc[0]}: {case}")
     return _finished(figure, title, caption, {})
@@ -145,19 +138,19 @@ def forgetting(table: pd.DataFrame, title: str, caption: str) -> Figure:
     room = {"wspace": 0.06}
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained", gridspec_kw=room)
     supports: dict[str, dict[str, Any]] = {
-        "do nothing": {"label": "do nothing, same support", "color": _PALETTE[3], "marker": "o"},
-        "do nothing, own support": {"label": "do nothing, own support", "color": _PALETTE[1], "marker": "s"},
+        "do nothing": {"label": "do nothing, same support", "color": PALETTE[3], "marker": "o"},
+        "do nothing, own support": {"label": "do nothing, own support", "color": PALETTE[1], "marker": "s"},
         "floor": {"label": "floor, same support", "color": "black", "marker": "_"},
     }
     kinds = {kind: REPLACED[kind] for kind in ("task", "adaptation", "meta")}
     for axis, looks in ((left, supports), (middle, kinds)):
         for name, look in looks.items():
-            bars = _bars(table, name, f"{name} low", f"{name} high")
-            axis.errorbar(table["lam"], table[name], bars, capsize=2, **look)
+            reach = bars(table, name, f"{name} low", f"{name} high")
+            axis.errorbar(table["lam"], table[name], reach, capsize=2, **look)
         _logarithmic(axis, table["lam"], "regularisation λ")
     for kind, shifts in {"task": ((-8, -14), (-40, 2)), "meta": ((-8, -14), (10, 2))}.items():
-        bars, look = _bars(table, kind, f"{kind} low", f"{kind} high"), kinds[kind]
-        right.errorbar(table[kind], table["do nothing"], xerr=bars, capsize=2, **look)
+        reach, look = bars(table, kind, f"{kind} low", f"{kind} high"), kinds[kind]
+        right.errorbar(table[kind], table["do nothing"], xerr=reach, capsize=2, **look)
         for (_, row), shift in zip(table.iloc[[0, -1]].iterrows(), shifts, strict=True):
             place = {"xytext": shift, "textcoords": "offset points", "fontsize": 8, "color": look["color"]}
             right.annotate(f"λ = {row['lam']:g}", (row[kind], row["do nothing"]), **place)
@@ -165,7 +158,6 @@ def forgetting(table: pd.DataFrame, title: str, caption: str) -> Figure:
     middle.set_ylabel(_CHANGE)
     right.set(xscale="log", xlabel="measured stability (left: more stable)", ylabel="forget KLoM of doing nothing, p95")
     right.set_ylim(0, 1.4 * table["do nothing"].max())
-    left.legend(fontsize=8, loc="upper left")
-    for axis, corner in ((middle, "best"), (right, "upper left")):
-        axis.legend(fontsize=8, loc=corner, title="what is replaced", title_fontsize=8)
+    for axis, heading in ((left, ""), (middle, "what is replaced, here and at the right")):
+        axis.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.2), title=heading)
     return titled(figure, title, caption)

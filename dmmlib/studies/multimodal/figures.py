@@ -106,8 +106,7 @@ def unimodal(gaps: pd.DataFrame, title: str, caption: str) -> Figure:
     figure.supxlabel(words, fontsize=10)
     axes[0, 0].set_yticks(range(len(KINDS)), [f"{task},\nasked with {MODALITY[m]}" for task, m in KINDS])
     axes[0, 0].invert_yaxis()
-    listed = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*listed, loc="outside right center", fontsize=9, title="unlearned by")
+    looks.legend(figure, axes[0, 0], title="unlearned by")
     return titled(figure, title, caption)
 
 
@@ -124,7 +123,7 @@ def trade_off(gap: pd.DataFrame, klom: pd.DataFrame, title: str, caption: str) -
         axis.errorbar(x["value"], y["value"], looks.bars(y), looks.bars(x), mark, **look)
     axis.set_xlabel("score on retained people and public figures, minus retraining's")
     axis.set_ylabel("KLoM on forgotten people, mean")
-    figure.legend(loc="outside right center", fontsize=8)
+    looks.legend(figure, axis)
     return titled(figure, title, caption)
 
 
@@ -139,5 +138,5 @@ def effects(table: pd.DataFrame, title: str, caption: str) -> Figure:
         axis.plot(ends, ends, color="0.6", lw=0.8, zorder=0)
         axis.set(title=SET_NAMES[split], xlabel="true change of margin")
     axes[0, 0].set_ylabel("predicted by the datamodel")
-    axes[0, 0].legend(fontsize=9, title="asked with")
+    looks.legend(figure, axes[0, 0], title="asked with")
     return titled(figure, title, caption)

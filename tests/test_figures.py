@@ -1,0 +1,98 @@
+"""Figures can be read: colours that one can tell apart, few of them in one plot, legends beside it."""
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib import pyplot as plt
+
+from dmmlib.analysis import looks, plots, stopping
+
+METHODS = [*looks.METHODS, "dm_direct@ridge", "dmm@ridge"]
+
+
+def luminance(colour):
+    linear = np.where(
+        np.array(colour) <= 0.04045, np.array(colour) / 12.92, ((np.array(colour) + 0.055) / 1.055) ** 2.4
+    )
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def as_deuteranope(colour):
+    """Machado et al., 2009, at full severity."""
+    return np.array([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]]) @ np.array(colour)
+
+
+def test_methods_differ_in_colour_and_none_is_pale():
+    tints = {method: looks.colour(method) for method in looks.METHODS}
+    assert max(luminance(tint) for tint in tints.values()) < 0.45
+    assert min(np.linalg.norm(np.subtract(a, b)) for a, b in itertools.combinations(tints.values(), 2)) > 0.1
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        ("cf_k", "eu_k"),
+        ("random_labels", "salun"),
+        ("gd", "ga", "ga_gd", "neggrad_plus"),
+        ("dm_direct", "dmm", "dmm@ridge"),
+    ],
+)
+def test_families_are_told_apart_by_a_deuteranope(family):
+    for one, two in itertools.combinations(family, 2):
+        seen = [as_deuteranope(looks.colour(method)) for method in (one, two)]
+        assert np.linalg.norm(seen[0] - seen[1]) > 0.18, (one, two)
+
+
+def test_prominent_are_references_matching_and_the_best_baseline():
+    scores = pd.Series(
+        {"gd": 9, "retrain": 1, "newton": 7, "dmm@ridge": 4, "dmm": 3, "do_nothing": 10, "ga": 8, "x": 11}
+    )
+    assert looks.prominent(scores) == ["do_nothing", "retrain", "dmm", "newton", "dmm@ridge", "ga", "gd"]
+    assert looks.prominent(scores[["gd"]]) == ["gd"]
+
+
+def crowded():
+    rng = np.random.default_rng(0)
+    kloms = {method: rng.exponential(1 + i, 30) for i, method in enumerate(METHODS)}
+    rows = [(m, s, split, "klom_p95", 5.0, 4.0, 6.0) for m in METHODS for s in "ab" for split in looks.SPLITS]
+    rows += [(m, s, "all", "cost", 0.1, 0.1, 0.1) for m in METHODS for s in "ab"]
+    results = pd.DataFrame(rows, columns=["method", "forget_set", "split", "statistic", "value", "low", "high"])
+    track = [(m, s, "forget", c, 7.0) for m in METHODS[2:] for s in "ab" for c in (0.05, 0.1)]
+    track = pd.DataFrame(track, columns=["method", "forget_set", "split", "cost", "p95"])
+    sizes = [(m, n, 5.0, 4.0, 6.0, 3.0, 0.9, 0.8, 1.0) for m in METHODS for n in (10, 20)]
+    columns = ["method", "n_models", "median", "low", "high", "threshold", "power", "power_low", "power_high"]
+    yield plots.klom_distribution(kloms, "A finding in some words " * 4, "n")
+    yield plots.klom_against_cost(results, track, "A finding in some words " * 9, "n")
+    yield plots.power(pd.DataFrame(sizes, columns=columns), "A finding in some words " * 9, "n", ["dmm", "retrain"])
+
+
+def test_seven_methods_are_in_colour_and_the_legend_is_beside_plot_and_title():
+    for figure in crowded():
+        figure.canvas.draw()
+        (legend,) = figure.legends
+        names = [text.get_text() for text in legend.get_texts()]
+        assert len(names) == 8
+        assert plots.OTHER[1] in names
+        box = legend.get_window_extent()
+        assert not any(box.overlaps(axis.get_window_extent()) for axis in figure.axes)
+        assert not any(box.overlaps(text.get_window_extent()) for text in figure.texts)
+        plt.close(figure)
+
+
+def test_areas_of_sets_with_moments_of_their_own_are_interpolated():
+    """One set is at half from start to end, one falls to 0 in the first half: no zigzag between their moments."""
+    rows = [("a", "ga", m, m, 0.5, 0.0) for m in (0, 0.3, 1)] + [
+        ("b", "ga", m, m, u, 0.0) for m, u in ((0, 1), (0.5, 0), (1, 0))
+    ]
+    shares = pd.DataFrame(rows, columns=["forget_set", "method", "moment", "cost", "under", "over"])
+    area = plots.under_and_over(shares, "t", "c").axes[0].collections[0].get_paths()[0].vertices
+    upper = {round(float(x), 6): y for x, y in area if y > 0}
+    assert upper == pytest.approx({0.0: 0.75, 0.3: 0.45, 0.5: 0.25, 1.0: 0.25})
+
+
+def test_moments_are_shares_of_the_cost(tiny):
+    shares = stopping.shares(tiny)
+    for _, track in shares.groupby(["method", "forget_set"]):
+        np.testing.assert_allclose(track["moment"], track["cost"] / track["cost"].iloc[-1])
