@@ -1,4 +1,4 @@
-"""KLoM to its golden values and definition; the other yardsticks by their properties."""
+"""KLoM to its golden values and definition; the other evaluators by their properties."""
 
 import numpy as np
 import pytest

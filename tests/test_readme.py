@@ -8,6 +8,7 @@ import pytest
 
 from dmmlib import unlearn
 from dmmlib.analysis import tables
+from dmmlib.analysis.claims import is_baseline
 from dmmlib.registry import REGISTRIES
 
 ROOT = Path(__file__).parents[1]
@@ -49,3 +50,22 @@ def test_every_python_block_runs_in_order(tmp_path, monkeypatch, registries):
         exec(compile("\n" * line + block[1], "README.md", "exec"), namespace)  # errors name README.md's line
     assert set(namespace["table"]["method"]) == {"do_nothing", "retrain", "dmm", "dmm@means", "last_layer"}
     assert {"last_layer"} <= set(unlearn.names())
+
+
+def test_what_the_limitations_say_in_words_is_in_the_table():
+    results = pd.read_csv(ROOT / "figures" / "laptop" / "results.csv")
+    ends = results.pivot_table(["value", "low", "high"], "forget_set", ["statistic", "split", "method"])
+    p95, groups = ends["value"]["klom_p95"], [name for name in ends.index if name.startswith("pc")]
+    assert "On groups of points that act together (the PC sets) it stays far from retraining" in README
+    assert (p95["forget"]["dmm"] > 2 * p95["forget"]["retrain"])[groups].all()
+    assert "and the points that stay pay" in README
+    assert (ends["low"]["klom_p95"]["retain"]["dmm"] > ends["high"]["klom_p95"]["retain"]["retrain"]).mean() > 0.5
+    assert (ends["high"]["accuracy_gap"]["retain"]["dmm"] < 0).all()
+    assert "somewhat more roughly than ridge from thousands" in README
+    middle = p95.loc[groups].median()
+    assert middle["validation", "dm_direct@ridge"] < middle["validation", "dm_direct"]
+    assert "A likelihood-ratio attacker still beats chance against it" in README
+    assert ends["low"]["u_lira"]["forget"]["dmm"].median() > 0.5
+    assert "(`newton`), which\nneeds none, is the best baseline" in README
+    baselines = [method for method in p95["forget"] if is_baseline(method)]
+    assert p95["forget"][baselines].median().idxmin() == "newton"

@@ -212,7 +212,6 @@ def roc(scores: pd.DataFrame, found: pd.DataFrame, title: str, caption: str) -> 
         axis.plot([0, 1], [0, 1], color="0.7", lw=0.8, ls=":")
         axis.set(xlabel="false alarms", xlim=(-0.01, 1), ylim=(0, 1.02))
         axis.set_title(f"against {kind}", fontsize=10)
-        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "fontsize": 9}
-        axis.legend(**place, title="area under the curve, 95 % interval")
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), fontsize=9, title="area, 95 % interval")
     axes[0].set_ylabel("attacks detected")
     return titled(figure, title, caption)

@@ -17,7 +17,7 @@ from dmmlib import ensemble, metrics, unlearn
 from dmmlib.datamodels import RidgeDatamodel
 from dmmlib.errors import DataError
 from dmmlib.execution import Execution
-from dmmlib.forget_sets import check_forget_indices
+from dmmlib.forget_sets import ForgetSet, check_forget_indices
 from dmmlib.studies.exact.chains import SGD, delete, learn
 from dmmlib.studies.exact.problem import Problem
 
@@ -57,11 +57,8 @@ class Task:
             margins: (N, n_train + n_val) of models of S, of unlearned ones, and of models retrained without F, twice.
         """
         original, unlearned, oracle, floor = margins
-        n = self.train.n
-
-        def p95(models: np.ndarray, points: np.ndarray) -> float:
-            return float(np.percentile(metrics.klom(models[:, points], oracle[:, points]), 95))
-
+        splits = ForgetSet("", self.forget).splits(n := self.train.n, self.val.n)
+        found, again, nothing = (metrics.klom_summary(m, oracle, splits) for m in (unlearned, floor, original))
         return {
             "method": method,
             "setting": setting,
@@ -69,11 +66,13 @@ class Task:
             "cost": costs[0],
             "cost of one point": costs[1],
             "accuracy": float((unlearned[:, n:] > 0).mean()),
-            "forget": p95(unlearned, self.forget),
-            "retain": p95(unlearned, np.setdiff1d(np.arange(n), self.forget)),
-            "validation": p95(unlearned, np.arange(n, n + self.val.n)),
-            "do nothing": p95(original, self.forget),
-            "floor": p95(floor, self.forget),
+            "forget": found["forget"]["p95"].value,
+            "forget low": found["forget"]["p95"].low,  # of its 95 % interval over models
+            "retain": found["retain"]["p95"].value,
+            "validation": found["validation"]["p95"].value,
+            "do nothing": nothing["forget"]["p95"].value,
+            "floor": again["forget"]["p95"].value,
+            "floor high": again["forget"]["p95"].high,
         }
 
 

@@ -181,7 +181,7 @@ def slopes(table: pd.DataFrame) -> pd.DataFrame:
 def stochastic(s: MetaSettings) -> pd.DataFrame:
     """Full gradients, and random tasks, examples, or both at each step: expected change of loss over the draws."""
     task, example = {"tasks_per_step": 1}, {"examples_per_step": 1}
-    variants = {"all tasks, all examples": {}, "one task a step": task, "one example a step": example}
+    variants = {"all tasks, all examples": {}, "one task per step": task, "one example per step": example}
     variants["one task, one example"] = task | example
     descent = cases(s)[0].changed(inner="gd")
     tables = [measure(descent.changed(**some), s, s.seed).assign(variant=name) for name, some in variants.items()]
