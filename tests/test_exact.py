@@ -384,5 +384,6 @@ def test_rows_have_costs_and_guarantees(task: compare.Task) -> None:
     assert stable["cost of one point"] < stable["cost"] <= 1.1
     assert {sharded["guarantee"], stable["guarantee"]} == {"exact"}
     assert all(row[part] >= 0 for row in (sharded, stable) for part in ("forget", "retain", "validation", "floor"))
+    assert all(row["forget low"] <= row["forget"] and row["floor"] <= row["floor high"] for row in (sharded, stable))
     small, large = (compare.certified_newton(task, v, 0.1, 1e-4, 400, rng) for v in (0.1, 1.0))
     assert float(large["guarantee"][1:].split(",")[0]) < float(small["guarantee"][1:].split(",")[0])

@@ -58,7 +58,7 @@ def _claim(text: str, rule: str) -> Callable[[Judge], Judge]:
 
 
 def judge(tables: Tables) -> list[Claim]:
-    """All claims, in the paper's order; `not run` where the tables lack what one needs."""
+    """Return all claims, in the paper's order; `not run` where the tables lack what one needs."""
     claims = []
     for number, (text, rule, rate) in enumerate(_JUDGES, 1):
         try:
@@ -72,7 +72,7 @@ def judge(tables: Tables) -> list[Claim]:
 
 
 def is_baseline(method: str) -> bool:
-    """Whether a method is neither a reference nor one that matches or answers with predictions."""
+    """Return whether a method is neither a reference nor one that matches or answers with predictions."""
     return method not in ("do_nothing", "retrain") and not method.startswith(("oracle_matching", "dm_direct", "dmm"))
 
 

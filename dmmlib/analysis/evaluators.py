@@ -39,7 +39,7 @@ COLUMNS = ["forget_set", "method", "evaluator", "value", "low", "high", "n_model
 
 
 def membership_auc(members: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """AUC (n_models,) of an attacker who takes points of low loss for members; 0.5 tells nothing.
+    """Compute the AUC (n_models,) of an attacker who takes points of low loss for members; 0.5 tells nothing.
 
     The cross-entropy of a point is log(1 + exp(-margin)), so a threshold on one is a threshold on the other; the
     attack is that of Yeom et al., CSF 2018, at every threshold. The AUC is the probability that a member has the larger
@@ -63,7 +63,7 @@ def membership_auc(members: np.ndarray, others: np.ndarray) -> np.ndarray:
 def distances(
     unlearned: Answers, oracle: Answers, forget: np.ndarray, n_train: int, n_bootstrap: int = 30
 ) -> dict[str, Estimate]:
-    """All of `EVALUATORS`, and "auc", that of the membership attack itself, with 95 % intervals over models.
+    """Measure all of `EVALUATORS`, and "auc" of the membership attack itself, with 95 % intervals over models.
 
     U-LiRA's value is the larger of its mean accuracy on F and 0.5. The accuracy gap and the membership attack are
     absolute differences of unlearned models' and oracles' accuracies on F, and AUCs of F against validation points: the
@@ -105,7 +105,7 @@ def _within_halves(n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def table(study: Study) -> pd.DataFrame:
-    """`distances` of every method on every forget set, and the oracles' own "auc": columns `COLUMNS`."""
+    """Measure `distances` of every method on every forget set, and the oracles' own "auc": columns `COLUMNS`."""
     rows: list[list[Any]] = []
     n_train, n_models = study.data.n_train, study.preset.ensembles.n_models
     for f in study.forget_sets().values():
@@ -124,7 +124,7 @@ def table(study: Study) -> pd.DataFrame:
 
 
 def agreement(measured: pd.DataFrame, n_bootstrap: int = 500) -> pd.DataFrame:
-    """Rank agreement of KLoM p95 with every other evaluator of `table`, over pairs of method and forget set.
+    """Compute the rank agreement of KLoM p95 with every other evaluator of `table`, over methods and forget sets.
 
     Intervals (95 %, percentiles) resample methods and forget sets, each with replacement: pairs that share either are
     not independent.
@@ -166,7 +166,7 @@ def _ends(measured: pd.DataFrame) -> pd.DataFrame:
 
 
 def disagreements(measured: pd.DataFrame) -> pd.DataFrame:
-    """Pairs of methods that KLoM p95 and another evaluator order oppositely, intervals apart on both.
+    """List pairs of methods that KLoM p95 and another evaluator order oppositely, intervals apart on both.
 
     Returns:
         Columns forget_set, evaluator, nearer_by_klom, nearer_by_other, klom (of the two, in that order), other
@@ -185,7 +185,7 @@ def disagreements(measured: pd.DataFrame) -> pd.DataFrame:
 
 
 def named(pairs: pd.DataFrame) -> pd.DataFrame:
-    """`disagreements` in fewer lines: whom each evaluator puts, against KLoM, nearer to retraining than a method."""
+    """Write `disagreements` in fewer lines: whom an evaluator puts, against KLoM, nearer to retraining than whom."""
     keys = ["forget_set", "evaluator", "nearer_by_klom"]
     written = pairs.replace({"evaluator": EVALUATORS}).assign(
         **{column: pairs[column].map(label) for column in ("nearer_by_klom", "nearer_by_other")}
@@ -195,7 +195,7 @@ def named(pairs: pd.DataFrame) -> pd.DataFrame:
 
 
 def told_apart(measured: pd.DataFrame) -> pd.DataFrame:
-    """Whether each evaluator tells each method from retraining: intervals apart, the method's above.
+    """Say whether each evaluator tells each method from retraining: intervals apart, the method's above.
 
     Returns:
         Columns forget_set, method, then one bool for each evaluator; retraining itself is left out.
@@ -219,7 +219,7 @@ def power(
     level: float = 0.05,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """How often KLoM's 95th percentile tells a method from retraining, with N models of each.
+    """Measure how often KLoM's 95th percentile tells a method from retraining, with N models of each.
 
     Under the null hypothesis unlearned models are further retrained ones: N and N of the retrained models, drawn
     without replacement and disjoint, give the floor for this N, and its quantile 1 - `level` the threshold. Power is
@@ -273,14 +273,14 @@ def power(
 
 
 def retrained(study: Study, forget_set: ForgetSet) -> np.ndarray:
-    """Margins (2 N, n_forget) on F of all models retrained without it: the reference, then the floor's."""
+    """Return margins (2 N, n_forget) on F of all models retrained without it: the reference, then the floor's."""
     here = forget_set.indices
     floor = metrics.margins(study.oracles(forget_set, floor=True)[:, here], study.data.y[here])
     return np.concatenate([study.reference(forget_set)[0][:, here], floor])
 
 
 def enough(powers: pd.DataFrame, wanted: float = 0.8) -> pd.Series:
-    """The smallest N at which each method is told from retraining in `wanted` of draws, by its interval's low end."""
+    """Find the smallest N at which the interval's low end says that each method is told apart in `wanted` of draws."""
     told = powers[(powers["power_low"] >= wanted) & (powers["method"] != "retrain")]
     methods = [m for m in powers["method"].unique() if m != "retrain"]
     return told.groupby("method")["n_models"].min().reindex(methods)

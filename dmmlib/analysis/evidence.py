@@ -18,7 +18,7 @@ COLUMNS = ["n_subsets", "forget_set", "split", "statistic", "value", "low", "hig
 
 
 def predictions(study: Study, fitted: Mapping[int, datamodels.RidgeDatamodel], n_bootstrap: int = 200) -> pd.DataFrame:
-    """How well datamodels predict a study's oracles, and what more subset models bring.
+    """Measure how well datamodels predict a study's oracles, and what more subset models bring.
 
     Args:
         fitted: number of subset models -> plain ridge datamodel fitted on as many, from `Study.datamodel_of`.
@@ -52,7 +52,7 @@ def predictions(study: Study, fitted: Mapping[int, datamodels.RidgeDatamodel], n
 def agreement(
     originals: np.ndarray, predicted: np.ndarray, oracles: np.ndarray, n_bootstrap: int = 200, seed: int = 0
 ) -> dict[str, Estimate]:
-    """Correlation and slope of predicted against true change of mean margins, with 95 % intervals over models.
+    """Compute correlation and slope of predicted against true change of mean margins; 95 % intervals over models.
 
     Takes margins of originals (N, n_points), of the oracle predicted for each, and of true ones (n_oracles, n_points).
     """

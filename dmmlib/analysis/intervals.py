@@ -16,12 +16,12 @@ Z = 1.96
 
 
 def normal(value: float, error: float | np.floating[Any], least: float = -np.inf) -> Estimate:
-    """A value +- 1.96 standard errors, cut off at the least value that there can be."""
+    """Give a value an interval of 1.96 standard errors on either side, cut off at the least possible value."""
     return Estimate(value, max(least, value - Z * float(error)), value + Z * float(error))
 
 
 def mean_over(values: np.ndarray, log: bool = False) -> Estimate:
-    """Mean (geometric, if `log`) with a t-interval; `values` has one value for each draw or seed.
+    """Compute the mean (geometric, if `log`) with a t-interval; `values` has one value for each draw or seed.
 
     Raises:
         DataError: for fewer than two values.
@@ -35,7 +35,7 @@ def mean_over(values: np.ndarray, log: bool = False) -> Estimate:
 
 
 def median_over(values: np.ndarray | pd.Series | Sequence[float], n_bootstrap: int = 2000, seed: int = 0) -> Estimate:
-    """Median with a percentile interval that resamples the values; `values` has one value for each forget set."""
+    """Compute the median with a percentile interval that resamples the values, one for each forget set."""
     values = np.asarray(values, float)
     rows = np.random.default_rng(seed).integers(0, len(values), (n_bootstrap, len(values)))
     low, high = np.percentile(np.median(values[rows], axis=1), [2.5, 97.5])
@@ -43,6 +43,6 @@ def median_over(values: np.ndarray | pd.Series | Sequence[float], n_bootstrap: i
 
 
 def wilson(successes: int, n: int) -> Estimate:
-    """The share of successes in n trials, with Wilson's interval."""
+    """Compute the share of successes in n trials, with Wilson's interval."""
     found = binomtest(successes, n).proportion_ci(2 * float(norm.cdf(Z)) - 1, "wilson")
     return Estimate(successes / n, float(found.low), float(found.high))

@@ -41,21 +41,21 @@ METHODS: dict[str, tuple[str, tuple[float, float, float], str]] = {  # label, co
 
 
 def label(method: str) -> str:
-    """How a method is written in figures and tables."""
+    """Return the name of a method as figures and tables write it."""
     base, _, attributor = method.partition("@")
     name = METHODS[base][0] if base in METHODS else base.replace("_", " ")
     return name + (f" ({attributor})" if attributor else "")
 
 
 def colour(method: str) -> tuple[float, float, float]:
-    """The colour of a method, the same in every figure; a user's own method gets one by its name."""
+    """Return the colour of a method, the same in every figure; a user's own method gets one by its name."""
     base, _, attributor = method.partition("@")
     r, g, b = METHODS[base][1] if base in METHODS else PALETTE[sum(base.encode()) % len(PALETTE)]
     return (0.5 + 0.5 * r, 0.5 + 0.5 * g, 0.5 + 0.5 * b) if attributor else (r, g, b)
 
 
 def marker(method: str) -> str:
-    """The marker of a method; a dot for a user's own."""
+    """Return the marker of a method; a dot for a user's own."""
     return METHODS[method][2] if method in METHODS else "o"
 
 
@@ -100,13 +100,13 @@ def grid(
 
 
 def bars(rows: pd.DataFrame | pd.Series, value: str = "value", low: str = "low", high: str = "high") -> np.ndarray:
-    """How far intervals reach below and above their values (2, n_rows), as matplotlib's error bars take it."""
+    """Return how far intervals reach below and above their values (2, n_rows), as matplotlib's error bars take it."""
     here = pd.DataFrame(rows).T if isinstance(rows, pd.Series) else rows
     return np.stack([here[value] - here[low], here[high] - here[value]]).astype(float).clip(0)
 
 
 def quartiles(table: pd.DataFrame, *keys: str) -> pd.DataFrame:
-    """Quartiles of the values of each group of a table's rows: columns low, value (the median) and high."""
+    """Compute quartiles of the values of each group of a table's rows: columns low, value (the median) and high."""
     found = table.groupby(list(keys))["value"].quantile(np.array([0.25, 0.5, 0.75])).unstack()
     return found.set_axis(["low", "value", "high"], axis=1)
 
@@ -122,7 +122,7 @@ def log_axis(axis: Axes, which: str, ticks: tuple[float, ...], limits: tuple[flo
 
 
 def klom_axis(axis: Axes, which: str, *values: float) -> None:
-    """A logarithmic axis of KLoM over the range of the values."""
+    """Make an axis logarithmic, for KLoM over the range of the values."""
     log_axis(axis, which, (0.2, 0.5, 1, 2, 3, 5, 7, 10), (min(values) / 1.15, max(values) * 1.15))
 
 
@@ -134,7 +134,7 @@ def legend(figure: Figure, *axes: Axes, **options: Any) -> None:
 
 
 def titled(figure: Figure, title: str, caption: str) -> Figure:
-    """Title above, caption (what, n) below, both outside the axes and wrapped to the figure's width."""
+    """Put a title above and a caption below the axes, both wrapped to the figure's width."""
     width = figure.get_figwidth()
     figure.suptitle(textwrap.fill(title, int(9 * width)), x=0.01, ha="left", y=1.02, va="bottom", fontweight="bold")
     figure.text(0.01, -0.01, textwrap.fill(caption, int(15 * width)), ha="left", va="top", fontsize=9, color="0.35")
@@ -142,7 +142,7 @@ def titled(figure: Figure, title: str, caption: str) -> Figure:
 
 
 def png(figure: Figure, dpi: int = 90) -> bytes:
-    """A figure as the PNG that stands for a widget where none can be shown; the figure is closed."""
+    """Render a figure as the PNG that stands for a widget where none can be shown, and close it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)

@@ -30,7 +30,7 @@ OTHER = ((0.72, 0.72, 0.72), "other methods")  # how a method is drawn that is n
 
 
 def lds_curve(sizes: Sequence[int], scores: Mapping[str, Sequence[Estimate]], title: str, caption: str) -> Figure:
-    """LDS against the number of subset models, one line for each split."""
+    """Draw LDS against the number of subset models, one line for each split."""
     figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
     for (name, estimates), mark in zip(scores.items(), "os^", strict=False):
         rows = pd.DataFrame(estimates)
@@ -46,7 +46,7 @@ def lds_curve(sizes: Sequence[int], scores: Mapping[str, Sequence[Estimate]], ti
 def predicted_vs_true(
     panels: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]], title: str, caption: str
 ) -> Figure:
-    """Predicted against true mean change of margin, from forget set -> split -> (true, predicted), each (n_points,)."""
+    """Draw predicted against true mean change of margin: forget set -> split -> (true, predicted), each (n_points,)."""
     figure, axes = looks.grid(
         len(panels), len(panels), (4.3, 4.0), "true change of margin", "predicted change", sharey=False
     )
@@ -63,7 +63,7 @@ def predicted_vs_true(
 
 
 def thumbnails(data: Dataset, rows: Mapping[str, np.ndarray], title: str, caption: str) -> Figure:
-    """The first 14 images of each forget set, one row for each set."""
+    """Draw the first 14 images of each forget set, one row for each set."""
     figure, axes = looks.grid(14 * len(rows), 14, (0.79, 0.75))
     for axis in axes.flat:
         axis.set_axis_off()
@@ -78,7 +78,7 @@ def thumbnails(data: Dataset, rows: Mapping[str, np.ndarray], title: str, captio
 def components(
     loadings: np.ndarray, labels: np.ndarray, class_names: Sequence[str], title: str, caption: str
 ) -> Figure:
-    """Loadings of training points on the first two principal components of the datamodel matrix, by class."""
+    """Draw loadings of training points on the first two principal components of the datamodel matrix, by class."""
     figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
     names = np.array(class_names)[labels]
     order: dict[str, Any] = {"hue_order": class_names, "style_order": class_names, "palette": "colorblind"}
@@ -92,7 +92,7 @@ def components(
 
 
 def class_counts(counts: pd.DataFrame, title: str, caption: str) -> Figure:
-    """How many points of each class (columns) each forget set (rows) holds."""
+    """Draw how many points of each class (columns) each forget set (rows) holds."""
     figure, axis = plt.subplots(figsize=(8, 0.36 * len(counts) + 1.2), layout="constrained")
     sns.heatmap(counts, annot=True, fmt="d", cmap="crest", cbar=False, ax=axis, linewidths=0.5)
     axis.set(xlabel="", ylabel="")
@@ -104,7 +104,7 @@ def class_counts(counts: pd.DataFrame, title: str, caption: str) -> Figure:
 
 
 def klom_against_cost(results: pd.DataFrame, trajectories: pd.DataFrame, title: str, caption: str) -> Figure:
-    """The main result: forget KLoM p95 against cost, one panel for each forget set, one line for each trajectory."""
+    """Draw the main result: forget KLoM p95 against cost, a panel for each forget set, a line for each trajectory."""
     names = list(results["forget_set"].unique())
     figure, axes = looks.grid(len(names), 5, (2.5, 2.6), "cost / retraining", "forget KLoM, p95", sharex=True)
     keys = ["forget_set", "method"]
@@ -131,7 +131,7 @@ def klom_against_cost(results: pd.DataFrame, trajectories: pd.DataFrame, title: 
 
 
 def klom_by_method(results: pd.DataFrame, title: str, caption: str) -> Figure:
-    """KLoM's 95th percentile of every method on every forget set, one panel for each split."""
+    """Draw KLoM's 95th percentile of every method on every forget set, one panel for each split."""
     p95 = results[results["statistic"] == "klom_p95"]
     methods, n_sets = list(results["method"].unique()), results["forget_set"].nunique()
     offsets = np.linspace(-0.28, 0.28, n_sets) if n_sets > 1 else np.zeros(1)
@@ -151,7 +151,7 @@ def klom_by_method(results: pd.DataFrame, title: str, caption: str) -> Figure:
 
 
 def ablation(scores: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Every setting's score of `ablation.scores`, one panel for each option; the default is filled."""
+    """Draw every setting's score of `ablation.scores`, one panel for each option; the default is filled."""
     figure, axes = looks.grid(scores["option"].nunique(), 3, (3.4, 2.6), y="score (mean KLoM p95)")
     for axis, (option, here) in zip(axes.flat, scores.groupby("option", sort=False), strict=False):
         numbers = pd.to_numeric(here["setting"], errors="coerce")
@@ -168,7 +168,7 @@ def ablation(scores: pd.DataFrame, title: str, caption: str) -> Figure:
 
 
 def matching(table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """KLoM p95 of `ablation.matching` against the number of oracles: medians over forget sets, bars their quartiles."""
+    """Draw KLoM p95 of `ablation.matching` against the number of oracles: medians and quartiles over forget sets."""
     figure, axes = looks.grid(len(SPLITS), 3, (3.6, 3.2), "oracles matched", "KLoM, p95")
     lines = {"retrain": ("retrain", "-"), "DM-direct": ("dm_direct", "--"), "DMM": ("dmm", "-.")}
     kinds = {"oracle": ("mean of oracles", "oracle_matching", "o"), "shifted": ("shifted originals", "gd", "s")}
@@ -193,7 +193,7 @@ def matching(table: pd.DataFrame, title: str, caption: str) -> Figure:
 
 
 def margin_histograms(points: Sequence[tuple[str, Mapping[str, np.ndarray]]], title: str, caption: str) -> Figure:
-    """Histograms of single points' margins: for each, the panel's title and method -> margins (n_models,)."""
+    """Draw histograms of single points' margins: for each, the panel's title and method -> margins (n_models,)."""
     figure, axes = looks.grid(len(points), 4, (3.1, 2.3), "margin", sharey=False)
     for axis, (name, groups) in zip(axes.flat, points, strict=False):
         bins = np.histogram_bin_edges(np.concatenate(list(groups.values())), 24)
@@ -210,7 +210,7 @@ def margin_histograms(points: Sequence[tuple[str, Mapping[str, np.ndarray]]], ti
 
 
 def point_trajectories(panels: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str, caption: str) -> Figure:
-    """How single forget points approach, reach and overshoot the oracles' margin; within ±1 sd they are unlearned.
+    """Draw how single forget points approach, reach and overshoot the oracles' margin; within ±1 sd they are unlearned.
 
     Args:
         panels: method -> costs (n_moments,) and `stopping.gaps` (n_moments, n_forget).
@@ -227,7 +227,7 @@ def point_trajectories(panels: Mapping[str, tuple[np.ndarray, np.ndarray]], titl
 
 
 def under_and_over(shares: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Share of F under-unlearned (up) and over-unlearned (down) on each method's way, by `stopping.shares`.
+    """Draw share of F under-unlearned (up) and over-unlearned (down) on each method's way, by `stopping.shares`.
 
     Thin lines are forget sets; areas are their mean, interpolated on the share of each set's cost.
     """
@@ -250,7 +250,7 @@ def under_and_over(shares: pd.DataFrame, title: str, caption: str) -> Figure:
 
 
 def stopping_times(stops: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Forget KLoM p95 of `stopping.table` for each way to stop: medians over forget sets, bars their quartiles."""
+    """Draw forget KLoM p95 of `stopping.table` for each way to stop: medians over forget sets, bars their quartiles."""
     kinds = dict(zip(STOPS, (("o", "0.45"), ("s", looks.PALETTE[0]), ("D", looks.PALETTE[1])), strict=True))
     found = looks.quartiles(stops[stops["stop"].isin(kinds)], "method", "stop")
     methods = [m for m in stops["method"].unique() if m != "retrain"]
@@ -274,7 +274,7 @@ def stopping_times(stops: pd.DataFrame, title: str, caption: str) -> Figure:
 
 
 def klom_distribution(kloms: Mapping[str, np.ndarray], title: str, caption: str) -> Figure:
-    """Share of points with at most so much KLoM, one line for each method."""
+    """Draw the distribution function of points' KLoM, one line for each method."""
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     shown = looks.prominent(pd.Series({method: np.mean(values) for method, values in kloms.items()}))
     for method in sorted(kloms, key=shown.__contains__):
@@ -289,7 +289,7 @@ def klom_distribution(kloms: Mapping[str, np.ndarray], title: str, caption: str)
 
 
 def agreement(kloms: Mapping[str, np.ndarray], lira: Mapping[str, np.ndarray], title: str, caption: str) -> Figure:
-    """U-LiRA's accuracy against KLoM, one dot for each forget point, one panel for each method."""
+    """Draw U-LiRA's accuracy against KLoM, one dot for each forget point, one panel for each method."""
     figure, axes = looks.grid(len(kloms), len(kloms), (2.6, 2.6), "KLoM", "U-LiRA accuracy", sharex=True)
     for axis, method in zip(axes[0], kloms, strict=True):
         axis.scatter(kloms[method], lira[method], s=8, color=colour(method), alpha=0.6, linewidths=0)
@@ -300,7 +300,7 @@ def agreement(kloms: Mapping[str, np.ndarray], lira: Mapping[str, np.ndarray], t
 
 
 def evaluators(measured: pd.DataFrame, names: Mapping[str, str], title: str, caption: str) -> Figure:
-    """Other evaluators of `evaluators.table` against KLoM p95, one marker for each method and forget set.
+    """Draw other evaluators of `evaluators.table` against KLoM p95, one marker for each method and forget set.
 
     Args:
         names: evaluator -> how it is written; the first is the x axis, each other one has a panel.
@@ -321,7 +321,7 @@ def evaluators(measured: pd.DataFrame, names: Mapping[str, str], title: str, cap
 
 
 def power(powers: pd.DataFrame, title: str, caption: str, shown: Sequence[str]) -> Figure:
-    """KLoM p95 with N models of the `shown` methods, and the `evaluators.power` to tell each from retraining."""
+    """Draw KLoM p95 with N models of the `shown` methods, and the `evaluators.power` to tell each from retraining."""
     figure, axes = looks.grid(2, 2, (4.3, 3.6), "models N", "forget KLoM, p95", sharey=False)
     left, right = axes[0]
     coloured = looks.prominent(powers.groupby("method")["power"].mean())

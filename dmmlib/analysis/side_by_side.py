@@ -134,7 +134,7 @@ def side_by_side(
 
 
 def tuned_ridge(study: Study, context: Context) -> dict[str, float]:
-    """Ridge's penalty and share of it on own weights, of the lowest p95 KLoM of DM-direct on the tuning sets."""
+    """Choose ridge's penalty, and its share on own weights, by DM-direct's p95 KLoM on the tuning sets."""
     y, n = study.data.y, study.preset.tuning.n_models
     before = metrics.margins(study.original_logits()[:n], y)
     sets = [(f, metrics.margins(study.oracles(f)[:n], y)) for f in study.tuning_sets().values()]
@@ -178,7 +178,7 @@ def _ends(study: Study, oracles: Mapping[str, tuple[ForgetSet, np.ndarray]], n_m
 
 
 def over_sets(table: pd.DataFrame) -> pd.DataFrame:
-    """Medians over forget sets with 95 % bootstrap intervals over them; what has no forget set stays as it is."""
+    """Take medians over forget sets, with 95 % bootstrap intervals; rows without a forget set stay as they are."""
     keys, ends = ["attributor", "n_models", "method", "split", "statistic"], ["value", "low", "high"]
 
     def row(part: pd.DataFrame) -> pd.Series:
@@ -189,7 +189,7 @@ def over_sets(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def best(table: pd.DataFrame, n_models: int) -> tuple[list[str], list[str]]:
-    """Attributors of that many subset models that none is ahead of: by LDS, and by DMM's p95 KLoM on forget points.
+    """Find the attributors that none is ahead of, from so many models: by LDS, and by DMM's p95 KLoM on forget points.
 
     The first of each has the best value. Others stay whose LDS has an interval that reaches it, or whose KLoM is not
     above the first's by the paired interval over forget sets (median of log ratios).
@@ -205,7 +205,7 @@ def best(table: pd.DataFrame, n_models: int) -> tuple[list[str], list[str]]:
 
 
 def wide(medians: pd.DataFrame) -> pd.DataFrame:
-    """`over_sets` for a reader: one line for each attributor."""
+    """Lay `over_sets` out for a reader: one line for each attributor."""
     rows: dict[str, dict[str, str]] = {}
     for name, here in medians.groupby("attributor", sort=False):
         at = here.set_index(["method", "split", "statistic"])

@@ -25,7 +25,7 @@ from dmmlib.study import Study
 
 
 def path(study: Study, method: str, forget_set: ForgetSet) -> tuple[np.ndarray, np.ndarray]:
-    """A method's way from the originals on: costs (n_moments,), margins on F (n_moments, N, n_forget).
+    """Follow a method from the originals on: costs (n_moments,), margins on F (n_moments, N, n_forget).
 
     Methods that record no trajectory have one moment, their end.
     """
@@ -37,7 +37,7 @@ def path(study: Study, method: str, forget_set: ForgetSet) -> tuple[np.ndarray, 
 
 
 def gaps(margins: np.ndarray, oracle: np.ndarray) -> np.ndarray:
-    """Mean margin minus the oracles', in the oracles' standard deviations; above 0 is under-unlearned.
+    """Compute mean margins minus the oracles', in the oracles' standard deviations; above 0 is under-unlearned.
 
     Takes margins (n_moments, n_models, n_points) and those of oracles (n_oracles, n_points): (n_moments, n_points).
     """
@@ -45,7 +45,7 @@ def gaps(margins: np.ndarray, oracle: np.ndarray) -> np.ndarray:
 
 
 def judge(margins: np.ndarray, oracle: np.ndarray, n_bootstrap: int = 50) -> tuple[dict[str, Estimate], float]:
-    """KLoM's 95th percentile over points for each of `STOPS`, cross-fitted, and what own moments gain.
+    """Compute KLoM's 95th percentile over points for each of `STOPS`, cross-fitted, and what own moments gain.
 
     Args:
         margins: (n_moments, N, n_points).
@@ -89,7 +89,7 @@ def _shares(gap: np.ndarray) -> tuple[float, float]:
 
 
 def table(study: Study) -> pd.DataFrame:
-    """Every method on every forget set: one row for each way to stop, and one for what own moments gain.
+    """Measure every method on every forget set: a row for each way to stop, and one for what own moments gain.
 
     Returns:
         Columns forget_set, method, stop (see `STOPS`, and "gain"), value, low, high (KLoM's 95th percentile on F), cost
@@ -108,7 +108,7 @@ def table(study: Study) -> pd.DataFrame:
 
 
 def shares(study: Study) -> pd.DataFrame:
-    """Share of F under- and over-unlearned on the way, from the originals on.
+    """Compute the share of F that is under- and over-unlearned on the way, from the originals on.
 
     Returns:
         Columns forget_set, method, moment (cost as a share of the whole run's, 0 to 1), cost, under, over. Sets have
@@ -124,7 +124,7 @@ def shares(study: Study) -> pd.DataFrame:
 
 
 def medians(stops: pd.DataFrame) -> pd.DataFrame:
-    """`table` with one line for each method: medians over forget sets, and on how many own moments clearly gain."""
+    """Summarise `table`, one line for each method: medians over sets, and on how many sets own moments clearly gain."""
     wide = stops.pivot_table(index="method", columns="stop", values="value", aggfunc="median", sort=False)
     common = stops[stops["stop"] == "common"].groupby("method", sort=False)[["cost", "under", "over"]].median()
     gains = (stops[stops["stop"] == "gain"].set_index("method")["low"] > 0).groupby("method")

@@ -33,7 +33,7 @@ def main_table(results: pd.DataFrame, statistic: str = "klom_p95") -> pd.DataFra
 
 
 def medians(results: pd.DataFrame) -> pd.DataFrame:
-    """Median over forget sets of each method's statistics: one line for each method."""
+    """Compute the median over forget sets of each method's statistics: one line for each method."""
     table = results.pivot_table(
         index="method", columns=["statistic", "split"], values="value", aggfunc="median", sort=False
     )
@@ -45,12 +45,12 @@ def medians(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def klom_p95(results: pd.DataFrame) -> pd.DataFrame:
-    """KLoM's 95th percentile alone: columns forget_set, method, split, value."""
+    """Select KLoM's 95th percentile alone: columns forget_set, method, split, value."""
     return results.loc[results["statistic"] == "klom_p95", ["forget_set", "method", "split", "value"]]
 
 
 def replications(table: pd.DataFrame) -> pd.DataFrame:
-    """The main table on several pairs of data and model, and seeds: columns pair, seed, and those of `klom_p95`.
+    """Lay out the main table of several pairs of data and model: columns pair, seed, and those of `klom_p95`.
 
     Returns:
         Rows (pair, method), columns the splits: text, the median over forget sets, its geometric mean over seeds with
@@ -79,14 +79,14 @@ def replications(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_set(results: pd.DataFrame, statistic: str = "klom_p95", split: str = "forget") -> pd.DataFrame:
-    """A statistic on a split: one line for each method, one column for each forget set."""
+    """Lay out a statistic on a split: one line for each method, one column for each forget set."""
     here = results[(results["statistic"] == statistic) & (results["split"] == split)]
     table = here.pivot_table(index="method", columns="forget_set", values="value", sort=False)
     return table.rename(index=label).rename_axis(columns=None)
 
 
 def catalogue(methods: Iterable[str] | None = None) -> pd.DataFrame:
-    """What is to be known of methods (all of them if None) before they run: one line for each, in the order given.
+    """Describe methods (all of them if None) before they run: one line for each, in the order given.
 
     Columns source, cost (sample gradients of each model, as a formula), searched (the grid), elsewhere; text.
     """
@@ -101,7 +101,7 @@ def catalogue(methods: Iterable[str] | None = None) -> pd.DataFrame:
 
 
 def readme(results: pd.DataFrame) -> str:
-    """The results as the README shows them: medians over forget sets, and the main statistic of each folded away."""
+    """Write the results for the README: medians over forget sets, and the main statistic of each set folded away."""
     n_sets, n_models = results["forget_set"].nunique(), int(results["n_models"].max())
     return f"""Medians over the {n_sets} forget sets of the laptop preset, N = {n_models} models of each kind:
 
@@ -125,7 +125,7 @@ def sees(study: Study) -> str:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A table in Markdown, index included, floats with three significant digits."""
+    """Write a table in Markdown, index included, floats with three significant digits."""
     flat = table.reset_index()
     cells = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row] for row in flat.to_numpy()]
     lines = [list(map(str, flat.columns)), ["---"] * flat.shape[1], *cells]

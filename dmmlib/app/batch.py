@@ -48,7 +48,7 @@ Say = Callable[[str, bool], None]
 
 
 def stages() -> dict[str, Path]:
-    """The notebooks by their number: {"01": path, ...}."""
+    """Return the notebooks by their number: {"01": path, ...}."""
     return {path.name[:2]: path for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))}
 
 
@@ -96,7 +96,7 @@ class _Stage:
         return self.out / f".{self.notebook.stem}.json"
 
     def done(self) -> bool:
-        """Whether what was executed for the same key is still there and whole."""
+        """Return whether what was executed for the same key is still there and whole."""
         try:
             record = read_json(self.record)
             cells = read_json(self.out / self.notebook.name)["cells"]

@@ -126,7 +126,7 @@ class Dask:
 
 
 def train_shard(preset: str, packed: np.ndarray, seeds: list[int], keep_models: bool) -> Arrays:
-    """`Trainer.train_shard` in a worker, for a preset as JSON and masks as bits."""
+    """Run `Trainer.train_shard` in a worker, for a preset as JSON and masks as bits."""
     from distributed import get_worker
 
     with ONE_SHARD:

@@ -32,7 +32,7 @@ COLUMNS = ["models", "planned", "done", "missing", "gradients"]
 
 
 def status(study: Study) -> pd.DataFrame:
-    """What is trained of all that the study and notebook 07 ask for; see `jobs.status`."""
+    """List what is trained of all that the study and notebook 07 ask for; see `jobs.status`."""
     return study.status(list(experiments.jobs(study.preset, study.data.n_train)))
 
 

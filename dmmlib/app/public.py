@@ -161,7 +161,7 @@ class PublicDatamodels:
     lam: torch.Tensor  # (n_points,): the penalty chosen
 
     def effect(self, forget: np.ndarray) -> np.ndarray:
-        """Predicted change of the margins (n_points, 1) on leaving the points `forget` out."""
+        """Predict the change of the margins (n_points, 1) on leaving the points `forget` out."""
         indices = torch.from_numpy(check_forget_indices(forget, len(self.weight)))
         return -self.weight[indices].float().sum(0).numpy()[:, None]
 

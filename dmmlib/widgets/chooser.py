@@ -166,7 +166,7 @@ class Look(w.VBox):
         self._replot()
 
     def caption(self, point: int) -> tuple[str, str]:
-        """Title and detail of a point: its class, its index, and how sure the originals are of it."""
+        """Return title and detail of a point: its class, its index, and how sure the originals are of it."""
         data = self._study.data
         return data.class_names[data.y[point]], f"#{point} · {self._known['confidence'][point]:.0%}"
 

@@ -24,7 +24,7 @@ from dmmlib.studies.exact.problem import Problem, from_images
 
 
 def victim(data: Dataset, s: AdversarySettings, execution: Execution | None = None) -> Victim:
-    """Logistic regression on the points of `exact.problem.from_images`, of norm 1, as a module of two logits."""
+    """Make logistic regression on the points of `exact.problem.from_images`, of norm 1, a module of two logits."""
 
     def features(images: Tensor) -> Tensor:
         pixels = adaptive_avg_pool2d(images, s.convex_side).flatten(1)
@@ -35,7 +35,7 @@ def victim(data: Dataset, s: AdversarySettings, execution: Execution | None = No
 
 
 def binary(data: Dataset, positive: tuple[int, ...]) -> Dataset:
-    """The data with the labels 1 for some classes and 0 for the others."""
+    """Return the data with the labels 1 for some classes and 0 for the others."""
     y_train, y_val = (np.isin(y, positive).astype(np.int64) for y in (data.y_train, data.y_val))
     return replace(data, y_train=y_train, y_val=y_val, class_names=("others", "positive"))
 
@@ -52,7 +52,7 @@ class Attack:
 
 
 def prepare(data: Dataset, s: AdversarySettings, execution: Execution | None = None) -> list[Attack]:
-    """Every attack on points that were trained on; poison for one target alone has training sets of its own.
+    """Prepare every attack on points that were trained on; poison for one target has training sets of its own.
 
     DDPA takes the first of the settings' angles, and their damping; nothing is searched here.
     """
@@ -82,7 +82,7 @@ def prepare(data: Dataset, s: AdversarySettings, execution: Execution | None = N
 
 
 def study(attacks: list[Attack], s: AdversarySettings) -> pd.DataFrame:
-    """Do nothing, retrain and TV-stable deletion against the request for each target, in the columns of `serve`."""
+    """Serve each target's request by doing nothing, by retraining and by TV-stable deletion; columns as of `serve`."""
     tables = []
     every = np.concatenate([attack.targets for attack in attacks])
     for attack, rng in _streams(attacks, s, 9):
@@ -99,7 +99,7 @@ def study(attacks: list[Attack], s: AdversarySettings) -> pd.DataFrame:
 
 
 def klom(attacks: list[Attack], s: AdversarySettings) -> pd.DataFrame:
-    """KLoM's p95 of the first targets' requests, each served from `convex_n_klom` chains, as `serving.klom` has it.
+    """Compute KLoM's p95 of the first targets' requests, each served from `convex_n_klom` chains; see `serving.klom`.
 
     All is compared with as many retrained chains; "retrain" is others of them, the floor.
     """
@@ -126,7 +126,7 @@ def _margins(attack: Attack, w: np.ndarray) -> np.ndarray:
 
 
 def learned(attack: Attack, s: AdversarySettings, n_runs: int, rng: np.random.Generator) -> Chains:
-    """Chains trained on all of an attack's training points."""
+    """Train chains on all of an attack's training points."""
     sgd = SGD(s.convex_steps, s.convex_batch, s.convex_lr, s.convex_radius, s.convex_noise)
     return learn(attack.train, sgd, n_runs, rng)
 

@@ -162,14 +162,14 @@ def _choose(scores: np.ndarray, pulls: np.ndarray, size: int) -> tuple[np.ndarra
 
 
 def wanted(target: np.ndarray) -> np.ndarray:
-    """d (k,), of length 1, for the coordinates (k,) of the target's margin."""
+    """Return the direction d (k,), of length 1, for the coordinates (k,) of the target's margin."""
     return -target / max(float(np.linalg.norm(target)), 1e-12)
 
 
 def delete_groups(
     poison: Poison, target: np.ndarray, size: int | None = None, left: np.ndarray | None = None
 ) -> np.ndarray:
-    """Positions in the poison that DDPA asks to delete for a target.
+    """Return positions in the poison that DDPA asks to delete for a target.
 
     Args:
         poison: the attacker's points.
@@ -191,5 +191,5 @@ def delete_groups(
 
 
 def most_harmful(influence: np.ndarray, size: int, allowed: np.ndarray) -> np.ndarray:
-    """The `size` allowed points that lower a target's margin most when deleted, by the influence (n_train,) of each."""
+    """Return the `size` allowed points whose deletion lowers a target's margin most, by their influence (n_train,)."""
     return np.sort(allowed[np.argsort(influence[allowed], kind="stable")[:size]])

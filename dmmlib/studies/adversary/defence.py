@@ -16,7 +16,7 @@ from dmmlib.studies.adversary.world import World
 
 
 def scores(world: World, prepared: Prepared) -> pd.DataFrame:
-    """Scores of every attack's requests and of honest ones of the same size for the same training set (`watch`).
+    """Score every attack's requests, and honest ones of the same size for the same training set (`watch`).
 
     Requests for points that were never trained on have none.
     """
@@ -28,7 +28,7 @@ def scores(world: World, prepared: Prepared) -> pd.DataFrame:
 
 
 def detection(scores: pd.DataFrame) -> pd.DataFrame:
-    """Area under the ROC of each component and of the score, against each kind of honest request of the same sites.
+    """Compute the area under the ROC of each component and of the score, against each kind of honest request.
 
     With 95 % intervals of the score's area and of the share detected at 5 % false alarms: requests are resampled.
     """
@@ -53,7 +53,7 @@ def _answer(data: Dataset, images: np.ndarray, labels: np.ndarray, own: np.ndarr
 
 
 def refusals(prepared: Prepared) -> pd.DataFrame:
-    """What the service answers to each kind of request: served, or the reason why not."""
+    """List what the service answers to each kind of request: served, or the reason why not."""
     site, poison = prepared.places["ddpa_dirty"], prepared.crafted["ddpa_dirty"].poison
     own, phantom = prepared.asked["ddpa_dirty"].requests[0], prepared.asked["never_trained"]
     extra, where, held = phantom.sites[0].data, phantom.requests[0], site.data
@@ -69,7 +69,7 @@ def refusals(prepared: Prepared) -> pd.DataFrame:
 
 
 def burned(prepared: Prepared) -> tuple[int, int]:
-    """How many of the never-trained requests the service refuses, and how many there are."""
+    """Count the never-trained requests that the service refuses, and all of them."""
     phantom, held = prepared.asked["never_trained"], prepared.places["honest"].data
     answers = [
         _answer(held, site.data.x_train[forget], site.data.y_train[forget])

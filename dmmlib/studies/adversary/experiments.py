@@ -36,7 +36,7 @@ ATTACKS = {
 
 
 def regions(world: World, subspace: Subspace, reach: float) -> dict[str, Region]:
-    """Stable regions of the first two models' training loss along the subspace, and along as many of highest curvature.
+    """Find stable regions of two models' training loss, along the subspace and along directions of highest curvature.
 
     Radii are in multiples of how far the poison reaches, lengths those of the subspace's own metric.
     """
@@ -52,7 +52,7 @@ def regions(world: World, subspace: Subspace, reach: float) -> dict[str, Region]
 
 
 def covered(s: AdversarySettings) -> pd.DataFrame:
-    """Volume of the regular simplex over its ball's for each dimension: in closed form, and by sampling."""
+    """Compute the volume of the regular simplex over its ball's for each dimension: in closed form, and by sampling."""
     rng = np.random.default_rng([s.seed, 3])
     sampled = [sampled_share(k, s.volume_samples, rng) for k in s.volume_ks]
     table = pd.DataFrame(sampled, columns=["sampled", "error"])
@@ -74,14 +74,14 @@ class Crafted:
 def ddpa(
     world: World, poison: Poison, subspace: Subspace, targets: np.ndarray, size: int | None = None
 ) -> list[np.ndarray]:
-    """DDPA's request for each target: training points to delete, half of the poison unless `size` says otherwise."""
+    """Plan DDPA's request for each target: training points to delete, half of the poison if `size` is not given."""
     first = world.s.n - len(poison)
     coordinates = subspace.of_margins(*world.of_targets(targets))
     return [first + delete_groups(poison, c, size or len(poison) // 2) for c in coordinates]
 
 
 def choose(world: World, dirty: bool) -> Crafted:
-    """The damping and angle whose requests lower the tuning targets' margins most after retraining."""
+    """Choose the damping and angle whose requests lower the tuning targets' margins most after retraining."""
     s = world.s
     spaces = {damping: world.subspace(s.k, damping) for damping in s.dampings}
     cases = [(damping, angle) for damping in s.dampings for angle in s.angles]
@@ -101,7 +101,7 @@ def choose(world: World, dirty: bool) -> Crafted:
 
 
 def by_surrogate(world: World, crafted: Crafted) -> Crafted:
-    """The same attack, crafted and planned on models of other seeds and of the attacker's own data."""
+    """Craft and plan the same attack on models of other seeds and of the attacker's own data."""
     space = world.subspace(crafted.subspace.k, crafted.damping, white=False)
     return replace(crafted, subspace=space, poison=world.craft(space, crafted.dirty, crafted.angle))
 
@@ -169,13 +169,13 @@ def prepare(world: World) -> Prepared:
 
 
 def at_random(world: World, own: np.ndarray) -> list[np.ndarray]:
-    """For each target a request for random points of the attacker's own."""
+    """Request, for each target, the deletion of random points of the attacker's own."""
     rng = np.random.default_rng([world.s.seed, 5])
     return [np.sort(rng.choice(own, world.s.half, replace=False)) for _ in world.targets]
 
 
 def of_honest_points(world: World, monitor: Monitor) -> dict[str, list[np.ndarray]]:
-    """For each target the honest points that a datamodel of the service, and gradients, name as most harmful."""
+    """Name, for each target, the honest points that a datamodel of the service, or gradients, find most harmful."""
     n, targets = world.s.n, world.targets
     influences = {
         "honest_datamodel": monitor.influence(n + targets),
@@ -185,7 +185,7 @@ def of_honest_points(world: World, monitor: Monitor) -> dict[str, list[np.ndarra
 
 
 def fit_datamodel(world: World, site: Site) -> Monitor:
-    """The service's Bayesian datamodel of a site (`attributors.bayesian`), and what scores requests by it."""
+    """Fit the service's Bayesian datamodel of a site (`attributors.bayesian`), and what scores requests by it."""
     s, n = world.s, site.data.n_train
     rng = np.random.default_rng([s.seed, 4])
     masks = rng.random((s.n_subsets, n)).argsort(1) < round(s.fraction * n)
@@ -205,7 +205,7 @@ def _monitor(datamodel: Attributor, context: attribution.Context, t: np.ndarray)
 
 
 def camouflage(world: World) -> tuple[Asked, list[Poison], pd.DataFrame]:
-    """Poison for each target alone: the simplex of k = 1, whose two groups pull its margin down, and up.
+    """Craft poison for each target alone: the simplex of k = 1, whose two groups pull its margin down, and up.
 
     While both are there they cancel; the request deletes the one that holds the target up. Hidden poison of Di et al.,
     "Hidden Poison: Machine Unlearning Enables Camouflaged Poisoning Attacks" (NeurIPS 2023), in the notation of DDPA.
@@ -238,20 +238,20 @@ def camouflage(world: World) -> tuple[Asked, list[Poison], pd.DataFrame]:
 
 
 def hidden(world: World) -> tuple[list[Poison], list[np.ndarray]]:
-    """Camouflaged poison for each target, and the request that uncovers it."""
+    """Craft camouflaged poison for each target, and the request that uncovers it."""
     found = [on_a_line(world, *world.of_targets(t), False, t) for t in world.targets[:, None]]
     return [poison for poison, _ in found], [forget for _, (forget,) in found]
 
 
 def on_a_line(world: World, x: Tensor, y: Tensor, dirty: bool, targets: np.ndarray) -> tuple[Poison, list[np.ndarray]]:
-    """Poison along the one direction in which the gradients of some points agree most, and requests for targets."""
+    """Craft poison along the direction in which the gradients of some points agree most, and requests for targets."""
     line = Subspace.of(world.known, x, y, 1)
     poison = world.craft(line, dirty, angle=0.0)
     return poison, ddpa(world, poison, line, targets)
 
 
 def never_trained(world: World, honest: Site, camouflaged: Asked, n_models: int) -> Asked:
-    """Requests for points that hold a target up and were never contributed: an unchecked service "forgets" them.
+    """Request points that hold a target up and were never contributed: an unchecked service "forgets" them.
 
     In the manner of "unlearn and burn". They are the points that `camouflage` would ask to delete, and stand behind the
     training points, in no model's training set, so that retraining without them is training again: `n_models` for all.
@@ -280,7 +280,7 @@ def watch(
     n_honest: int,
     stream: int = 0,
 ) -> pd.DataFrame:
-    """Scores of attacks' requests, and of `n_honest` honest ones of each kind for the same training set.
+    """Score attacks' requests, and `n_honest` honest ones of each kind for the same training set.
 
     Honest requests are as large as the attacks', and of two kinds: random points, and images alike (`World.album`).
     The service knows neither who is honest nor the attacker's models.

@@ -45,7 +45,7 @@ def _bars(table: pd.DataFrame, name: str) -> np.ndarray:
 
 
 def regions(known: Region, found: Mapping[str, Region], reach: float, title: str, caption: str) -> Figure:
-    """Left: gap against radius of a function that is convex up to radius 1; right: of trained models' loss."""
+    """Draw the gap against radius: left of a function that is convex up to radius 1, right of trained models' loss."""
     figure, ((left, right),) = _panels(1, 2, 10.5, 3.6)
     left.plot(known.radii, known.gaps, color=PALETTE[0], marker="o", label="largest gap found")
     left.axvline(1, color="black", lw=1, ls=":", label="convex up to here")
@@ -67,7 +67,7 @@ def regions(known: Region, found: Mapping[str, Region], reach: float, title: str
 
 
 def covered(table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Share of the ball that the regular simplex covers, in closed form and by sampling."""
+    """Draw share of the ball that the regular simplex covers, in closed form and by sampling."""
     figure, ((axis,),) = _panels(1, 1, 6.5, 3.6)
     axis.plot(table["k"], table["theory"], color="black", lw=1.2, label="closed form")
     k, sampled, error = table.loc[table["sampled"] > 0, ["k", "sampled", "error"]].to_numpy().T
@@ -79,7 +79,7 @@ def covered(table: pd.DataFrame, title: str, caption: str) -> Figure:
 
 
 def poison(poisons: Mapping[str, Poison], names: Sequence[str], title: str, caption: str, n: int = 10) -> Figure:
-    """The first points of each poison, below the images that they were made from, with their labels."""
+    """Draw the first points of each poison, below the images that they were made from, with their labels."""
     figure, axes = _panels(2 * len(poisons), n, 1.05 * n, 2.5 * len(poisons) + 0.5)
     rows = [images for p in poisons.values() for images in (p.bases, p.images)]
     for row, images in zip(axes, rows, strict=True):
@@ -95,7 +95,7 @@ def poison(poisons: Mapping[str, Poison], names: Sequence[str], title: str, capt
 
 
 def success(table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Retraining after each attack's requests: left the share of errors on targets, right the change of margins."""
+    """Draw what retraining makes of each attack's requests: errors on targets, and change of their margins."""
     figure, ((left, right),) = _panels(1, 2, 11, 3.8, sharey=True)
     table = table[table["method"] == "retrain"].reset_index(drop=True)
     for i, attack in enumerate(table["attack"]):
@@ -131,7 +131,7 @@ def _heatmap(axis: Axes, values: pd.DataFrame, unit: str, **options: Any) -> Non
 
 
 def methods(table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Success of each attack against each method, retraining first."""
+    """Draw success of each attack against each method, retraining first."""
     values = 100 * _grid(table, "success")
     figure, ((axis,),) = _panels(1, 1, 10.5, 0.5 * len(values) + 1.9)
     _heatmap(axis, values, "models that err on the target, %", annot=True, fmt=".0f", vmin=0, vmax=100)
@@ -139,7 +139,7 @@ def methods(table: pd.DataFrame, title: str, caption: str) -> Figure:
 
 
 def klom(table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """KLoM of each attack's requests after each method, one panel for each split; numbers are of the deleted points."""
+    """Draw KLoM of each attack's requests after each method, a panel for each split; numbers: the deleted points."""
     figure, axes = _panels(len(SPLITS), 1, 10.5, 0.36 * table["attack"].nunique() * len(SPLITS) + 2.2, sharex=True)
     limits = {"vmin": table["value"].min(), "vmax": -np.log(FLOOR)}
     for axis, (split, name) in zip(axes[:, 0], SPLITS.items(), strict=True):
@@ -150,7 +150,7 @@ def klom(table: pd.DataFrame, title: str, caption: str) -> Figure:
 
 
 def exact(results: pd.DataFrame, table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Served exactly, retrained, not served: change of targets' margins (summary of `convex.study`), and KLoM."""
+    """Draw change of targets' margins (summary of `convex.study`) and KLoM: served exactly, retrained, not served."""
     table = table.rename(columns={"value": "KLoM", "low": "KLoM low", "high": "KLoM high"})
     panels = [("change of the target's margin", results[results["method"] != "do_nothing"], "change")]
     panels += [(f"KLoM, p95: {name}", table[table["split"] == split], "KLoM") for split, name in SPLITS.items()]
@@ -174,7 +174,7 @@ def exact(results: pd.DataFrame, table: pd.DataFrame, title: str, caption: str) 
 
 
 def sweep(table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Top: success after retraining, bottom: change of margin, in one column for each quantity."""
+    """Draw success after retraining (top) and change of margin (bottom), in one column for each quantity."""
     figure, axes = _panels(2, len(QUANTITIES), 12.5, 5.6, sharey="row", sharex="col")
     for column, (varies, name) in zip(axes.T, QUANTITIES.items(), strict=True):
         shown = table[table["varies"] == varies]
@@ -196,7 +196,7 @@ def sweep(table: pd.DataFrame, title: str, caption: str) -> Figure:
 
 
 def roc(scores: pd.DataFrame, found: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Detections against false alarms of `defence.scores`, and `defence.detection`, for each kind of honest request."""
+    """Draw detections against false alarms of `defence.scores`, and areas, for each kind of honest request."""
     kinds, malicious = found["against"].unique(), scores[scores["malicious"]].drop_duplicates("request")
     attacks = dict(zip(malicious["request"], malicious["site"], strict=True))
     figure, (axes,) = _panels(1, len(kinds), 6.2 * len(kinds), 5.0, sharey=True)
@@ -212,6 +212,6 @@ def roc(scores: pd.DataFrame, found: pd.DataFrame, title: str, caption: str) -> 
         axis.plot([0, 1], [0, 1], color="0.7", lw=0.8, ls=":")
         axis.set(xlabel="false alarms", xlim=(-0.01, 1), ylim=(0, 1.02))
         axis.set_title(f"against {kind}", fontsize=10)
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), fontsize=9, title="area, 95 % interval")
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=9, title="area, 95 % interval")
     axes[0].set_ylabel("attacks detected")
     return titled(figure, title, caption)

@@ -27,18 +27,18 @@ Function = Callable[[np.ndarray], np.ndarray]
 
 
 def regular(k: int) -> np.ndarray:
-    """Vertices (k + 1, k) of the regular simplex in the unit ball, which sum to 0, for k of at least 1."""
+    """Return vertices (k + 1, k) of the regular simplex in the unit ball, which sum to 0, for k of at least 1."""
     centred = np.eye(k + 1) - 1 / (k + 1)  # a regular simplex in the k-dimensional plane of vectors that sum to 0
     return unit(centred @ np.linalg.svd(centred)[2][:k].T)
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
-    """Vectors (..., k) at length 1."""
+    """Scale vectors (..., k) to length 1."""
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
 def volume_share(k: int) -> float:
-    """Volume of the regular simplex over that of its circumscribed ball.
+    """Compute the volume of the regular simplex over that of its circumscribed ball.
 
     (k + 1)^((k + 1) / 2) / (k! k^(k / 2)) over pi^(k / 2) / Gamma(k / 2 + 1), for radius 1.
     """
@@ -48,12 +48,12 @@ def volume_share(k: int) -> float:
 
 
 def in_ball(n: int, k: int, rng: np.random.Generator) -> np.ndarray:
-    """Points (n, k), uniform in the unit ball."""
+    """Draw points (n, k) uniformly from the unit ball."""
     return unit(rng.standard_normal((n, k))) * rng.random((n, 1)) ** (1 / k)
 
 
 def sampled_share(k: int, n: int, rng: np.random.Generator) -> tuple[float, float]:
-    """Share of n uniform points of the ball that the regular simplex covers, and its standard error."""
+    """Compute the share of n uniform points of the ball that the regular simplex covers, and its standard error."""
     share = float((_coordinates(regular(k), in_ball(n, k, rng)) >= 0).all(1).mean())
     return share, float(np.sqrt(share * (1 - share) / n))
 
@@ -66,7 +66,7 @@ def _coordinates(vertices: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def farthest(vertices: np.ndarray, direction: np.ndarray) -> np.ndarray:
-    """Coordinates (k + 1,) of the point where the ray from 0 along `direction` (k,) leaves the simplex.
+    """Compute coordinates (k + 1,) of the point where the ray from 0 along `direction` (k,) leaves the simplex.
 
     Raises OptionError for the direction 0.
     """
@@ -79,7 +79,7 @@ def farthest(vertices: np.ndarray, direction: np.ndarray) -> np.ndarray:
 
 
 def apportion(shares: np.ndarray, total: int, available: np.ndarray) -> np.ndarray:
-    """Whole numbers (groups,) near `shares` of `total`, by largest remainders, none above what is `available`.
+    """Divide `total` into whole numbers near `shares`, by largest remainders, none above what is `available`.
 
     What a group cannot give is asked of the others, in proportion to their shares; groups of share 0 give nothing,
     so the sum is below `total` where the others run out.
@@ -109,7 +109,7 @@ class Region:
 
 
 def jensen_gap(f: Function, k: int, radius: float, n: int, rng: np.random.Generator) -> float:
-    """The largest gap over n polyhedra in the ball of that radius, relative to the mean rise of f to its sphere.
+    """Find the largest gap over n polyhedra in a ball, relative to the mean rise of f to its sphere.
 
     Polyhedra are of all sizes, from a point to the whole ball, and weights from all on one vertex to even ones: in many
     dimensions even ones only meet the middle.
@@ -129,7 +129,7 @@ def jensen_gap(f: Function, k: int, radius: float, n: int, rng: np.random.Genera
 def stable_region(
     f: Function, k: int, radii: Sequence[float] | np.ndarray, tolerance: float, n: int, rng: np.random.Generator
 ) -> Region:
-    """The radius around 0 within which a function of k variables is convex to a tolerance, by n polyhedra at each.
+    """Find the radius around 0 within which a function of k variables is convex to a tolerance, by n polyhedra each.
 
     Radii increase, as the settings see to.
     """

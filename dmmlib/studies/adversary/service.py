@@ -37,7 +37,7 @@ def _contents(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[bytes, i
 def resolve(
     data: Dataset, images: np.ndarray, labels: np.ndarray | Sequence[int], own: np.ndarray | None = None
 ) -> np.ndarray:
-    """Indices (k,) of the training points that a request names by content.
+    """Find the indices (k,) of the training points that a request names by content.
 
     Args:
         data: what was trained on.
@@ -81,17 +81,17 @@ class Monitor:
     gram: np.ndarray  # T_ij r_i r_j (n_train, n_train), the energy of displacements that deletions add up to
 
     def change(self, requests: Sequence[np.ndarray]) -> np.ndarray:
-        """Predicted change of margins (k, n_points) on deletion of each of some requests."""
+        """Predict the change of margins (k, n_points) on deletion of each of some requests."""
         return right_logits(self.datamodel.effects(requests), self.labels)
 
     def influence(self, points: np.ndarray) -> np.ndarray:
-        """Predicted change of the margins of some points (t,) on deletion of each training point (t, n_train)."""
+        """Predict the change of the margins of points (t,) on deletion of each training point: (t, n_train)."""
         n = len(self.gram)
         alone = np.array_split(np.arange(n)[:, None], -(-n // 100))
         return np.concatenate([self.change(list(block))[:, points] for block in alone]).T
 
     def components(self, requests: Sequence[np.ndarray]) -> np.ndarray:
-        """The three numbers (k, 3) of each request, in margins and in lengths."""
+        """Compute the three numbers (k, 3) of each request, in margins and in lengths."""
         n = len(self.gram)
         gone = np.stack([indicator(forget, n) for forget in requests])
         square = self.change(requests) ** 2
@@ -100,7 +100,7 @@ class Monitor:
         return np.sqrt(np.stack([square[:, n:].mean(1), retain, energy], 1))
 
     def scores(self, requests: Sequence[np.ndarray]) -> np.ndarray:
-        """Standard deviations above random requests of the same size: (k, 4), the last the mean of the three.
+        """Score requests in standard deviations above random ones of their size: (k, 4), last the mean of three.
 
         Raises ForgetSetError for indices that are no proper part of the training set.
         """
@@ -115,19 +115,19 @@ class Monitor:
 
 
 def area(honest: np.ndarray, malicious: np.ndarray) -> float:
-    """Area under the ROC: how often an attack's score is above an honest request's, ties counting half."""
+    """Compute the area under the ROC: how often an attack's score is above an honest request's, ties counting half."""
     return float((malicious[:, None] > honest).mean() + 0.5 * (malicious[:, None] == honest).mean())
 
 
 def detected(honest: np.ndarray, malicious: np.ndarray, alarms: float = 0.05) -> float:
-    """Share of attacks whose score is above all but the share `alarms` of the honest ones'."""
+    """Compute the share of attacks whose score is above all but the share `alarms` of the honest ones'."""
     return float((malicious > np.sort(honest)[::-1][int(alarms * len(honest))]).mean())
 
 
 def resampled(
     statistic: Callable[[np.ndarray, np.ndarray], float], honest: np.ndarray, malicious: np.ndarray
 ) -> Estimate:
-    """A statistic of scores with a 95 % interval: honest and malicious requests are both resampled."""
+    """Compute a statistic of scores with a 95 % interval that resamples honest and malicious requests."""
     rng = np.random.default_rng(0)
     draws = [statistic(rng.choice(honest, len(honest)), rng.choice(malicious, len(malicious))) for _ in range(500)]
     return Estimate(statistic(honest, malicious), *np.percentile(draws, [2.5, 97.5]).tolist())

@@ -39,7 +39,7 @@ Answers = tuple[np.ndarray, np.ndarray]  # margins, and whether answers are corr
 def solve(
     world: World, asked: Asked, options: Iterable[tuple[str, Setting]]
 ) -> Iterator[tuple[int, str, Setting, unlearn.Unlearned]]:
-    """The result of each method and setting for each request, after the request's number and these."""
+    """Yield the result of each method and setting for each request, after the request's number and these."""
 
     def one(case: tuple[int, str, Setting]) -> tuple[int, str, Setting, unlearn.Unlearned]:
         t, method, setting = case
@@ -63,7 +63,7 @@ def solve(
 
 
 def choose_options(world: World, prepared: Prepared) -> tuple[dict[str, Setting], pd.DataFrame]:
-    """Each method's setting: the one nearest to retraining on honest requests of the attack's size.
+    """Choose each method's setting: the one nearest to retraining on honest requests of the attack's size.
 
     They are class-pure sets of images alike, from the site without poison. Distance: mean over requests and over F, R
     and V of the mean absolute difference of mean margins to retrained models. No target plays a part.
@@ -94,7 +94,7 @@ def _albums(world: World, stream: int) -> list[np.ndarray]:
 
 
 def columns(after: Answers, before: Answers, target: int, others: np.ndarray) -> dict[str, np.ndarray]:
-    """Error and margin at a target, and accuracy on other points (n_models,), after and before a request."""
+    """Return errors and margins at a target, and accuracies on other points (n_models,), after and before a request."""
     found = {}
     for when, (margins, correct) in (("", after), (" before", before)):
         found[f"error{when}"] = ~correct[:, target]
@@ -104,7 +104,7 @@ def columns(after: Answers, before: Answers, target: int, others: np.ndarray) ->
 
 
 def serve(world: World, asked: Asked, options: Mapping[str, Setting]) -> pd.DataFrame:
-    """What each model answers after each method served each request.
+    """Record what each model answers after each method has served each request.
 
     Columns: attack, method, target, model, size, error and margin at the target, accuracy on V without the targets, the
     same three before the request, and cost.
@@ -121,7 +121,7 @@ def serve(world: World, asked: Asked, options: Mapping[str, Setting]) -> pd.Data
 
 
 def interval(table: pd.DataFrame, column: str, n_bootstrap: int = 500, seed: int = 0) -> metrics.Estimate:
-    """Mean of a column with a 95 % interval: targets and models are both resampled."""
+    """Compute the mean of a column with a 95 % interval that resamples targets and models."""
     values = table.pivot_table(index="target", columns="model", values=column, aggfunc="first").to_numpy(float)
     rng = np.random.default_rng(seed)
     of_targets, of_models = (rng.multinomial(n, np.full(n, 1 / n), n_bootstrap) / n for n in values.shape)
@@ -130,12 +130,12 @@ def interval(table: pd.DataFrame, column: str, n_bootstrap: int = 500, seed: int
 
 
 def bounds(name: str, e: metrics.Estimate) -> dict[str, float]:
-    """An estimate as columns: the name, and "low" and "high" after it."""
+    """Write an estimate as columns: the name, and "low" and "high" after it."""
     return {name: e.value, f"{name} low": e.low, f"{name} high": e.high}
 
 
 def summary(served: pd.DataFrame, by: Sequence[str] = ("attack", "method")) -> pd.DataFrame:
-    """Success, change of margin and of accuracy with intervals, for each attack and method, or other groups.
+    """Summarise success and change of margin and of accuracy, with intervals, for each attack and method, or groups.
 
     "spread": standard deviation, over models, of the share of targets that a model errs on.
     """
@@ -156,7 +156,7 @@ def summary(served: pd.DataFrame, by: Sequence[str] = ("attack", "method")) -> p
 
 
 def klom(world: World, prepared: Prepared, options: Mapping[str, Setting]) -> pd.DataFrame:
-    """KLoM's p95 of the served requests for each attack, method and split: the mean over several requests.
+    """Compute KLoM's p95 of the served requests for each attack, method and split: the mean over several requests.
 
     Each is served from `n_klom` originals and compared with as many retrained models; as many others are what oracle
     matching aims at, and the floor. The 95 % interval is Student's t over requests, whose spread holds the models'.
@@ -176,13 +176,13 @@ def klom(world: World, prepared: Prepared, options: Mapping[str, Setting]) -> pd
 def klom_rows(
     names: dict[str, Any], unlearned: np.ndarray, oracle: np.ndarray, splits: Mapping[str, np.ndarray]
 ) -> list[dict[str, Any]]:
-    """KLoM's p95 of margins (n_models, n_points) on each split."""
+    """Compute KLoM's p95 of margins (n_models, n_points) on each split."""
     points = metrics.klom(unlearned, oracle)
     return [names | {"split": name, "value": np.percentile(points[i], 95)} for name, i in splits.items()]
 
 
 def over_requests(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Mean of `klom_rows` over an attack's requests, with Student's 95 % interval."""
+    """Compute the mean of `klom_rows` over an attack's requests, with Student's 95 % interval."""
     by = pd.DataFrame(rows).groupby(["attack", "method", "split"], sort=False)["value"]
     table = by.agg(value="mean", n_requests="count", error="sem").reset_index()
     table["error"] *= student.ppf(0.975, table["n_requests"] - 1)

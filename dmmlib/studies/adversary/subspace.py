@@ -33,7 +33,7 @@ from dmmlib.optim import Tensors
 
 
 def gradients(models: Ensemble, i: int, x: Tensor, y: Tensor) -> Tensor:
-    """Gradients (n, n_weights) of the margins of points (n, ...) with labels (n,), in the weights of model i."""
+    """Compute the gradients (n, n_weights) of the margins of points (n, ...) in the weights of model i."""
     module = models.module.eval()
     params, buffers = models.state_of(i)
 
@@ -64,33 +64,33 @@ class Metric:
 
     @classmethod
     def at(cls, models: Ensemble, x: Tensor, y: Tensor, lam: float) -> Metric:
-        """The metric with mu = lam times the mean squared length of gradients, lam > 0."""
+        """Return the metric with mu = lam times the mean squared length of gradients, lam > 0."""
         phi = torch.stack([gradients(models, i, x, y) for i in range(models.n_models)])
         return cls(models, x, y, phi, *_factors(phi, lam))
 
     def damped(self, lam: float) -> Metric:
-        """The same with another damping."""
+        """Return the same metric with another damping."""
         factors, mu = _factors(self.phi, lam)
         return replace(self, factors=factors, mu=mu)
 
     def solve(self, i: int, g: Tensor) -> Tensor:
-        """A^-1 g of model i for each row of g (m, n_weights)."""
+        """Compute A^-1 g of model i for each row of g (m, n_weights)."""
         phi = self.phi[i]
         inner = torch.cholesky_solve(phi @ g.T, self.factors[i])
         return (g - inner.T @ phi) / self.mu[i]
 
     def solved(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each model the gradients g of the margins of points (m, ...), and A^-1 g, both (m, n_weights)."""
+        """Return each model's gradients g of the margins of points (m, ...), and A^-1 g, both (m, n_weights)."""
         for i in range(self.models.n_models):
             g = gradients(self.models, i, x, y)
             yield g, self.solve(i, g)
 
     def energy(self, x: Tensor, y: Tensor) -> np.ndarray:
-        """Squared lengths (m,) of the gradients of the points' margins, phi . A^-1 phi, mean over models."""
+        """Compute squared lengths (m,) of the gradients of points' margins, phi . A^-1 phi, mean over models."""
         return torch.stack([(g * step).sum(1) for g, step in self.solved(x, y)]).mean(0).cpu().numpy()
 
     def influence(self, x: Tensor, y: Tensor) -> np.ndarray:
-        """Change of the margins of points (m, ...) when each training point is deleted: (m, n), mean over models.
+        """Predict the change of margins of points (m, ...) on deletion of each training point: (m, n).
 
         phi . A^-1 g with g = -(1 - p) phi_i the gradient of the training point's loss, p its probability.
         """
@@ -110,7 +110,7 @@ class Subspace:
 
     @classmethod
     def of(cls, metric: Metric, x: Tensor, y: Tensor, k: int) -> Subspace:
-        """The k principal directions of the candidate points (m, ...) with labels (m,).
+        """Find the k principal directions of the candidate points (m, ...) with labels (m,).
 
         Raises OptionError for a k below 1 or above what the candidates span.
         """
@@ -137,7 +137,7 @@ class Subspace:
         return len(next(iter(self.directions.values())))
 
     def responses(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (K, n, n_classes) of points (n, ...), and their slopes along each direction (k, K, n, n_classes)."""
+        """Return logits (K, n, n_classes) of points (n, ...), and slopes along each direction (k, K, n, n_classes)."""
         module = self.models.module.eval()
 
         def one(params: Tensors, buffers: Tensors, direction: Tensors) -> tuple[Tensor, Tensor]:
@@ -148,20 +148,20 @@ class Subspace:
         return logits[0], along
 
     def of_losses(self, x: Tensor) -> Tensor:
-        """Coordinates (n, n_classes, k) of the gradients of the points' losses, were each class their label."""
+        """Compute coordinates (n, n_classes, k) of the gradients of points' losses, for each class as their label."""
         logits, along = self.responses(x)
         expected = (logits.softmax(-1) * along).sum(-1, keepdim=True)
         return (expected - along).mean(1).permute(1, 2, 0)
 
     def of_margins(self, x: Tensor, y: Tensor) -> np.ndarray:
-        """Coordinates (n, k) of the gradients of the points' margins."""
+        """Compute coordinates (n, k) of the gradients of the points' margins."""
         logits, along = self.responses(x)
         label = one_hot(y, logits.shape[-1]).to(logits)
         others = logits.masked_fill(label.bool(), -torch.inf).softmax(-1)
         return ((label - others) * along).sum(-1).mean(1).T.cpu().numpy()
 
     def displaced(self, z: np.ndarray, model: int) -> Ensemble:
-        """Model number `model`, displaced by each row of z (n, k): n models."""
+        """Displace model number `model` by each row of z (n, k): n models."""
         moves = torch.from_numpy(np.asarray(z, np.float32)).to(self.models.device)
         params, buffers = self.models.state_of(model)
         return Ensemble(
@@ -171,7 +171,7 @@ class Subspace:
         )
 
     def loss(self, x: Tensor, y: Tensor, model: int) -> Callable[[np.ndarray], np.ndarray]:
-        """Mean cross-entropy on points (n, ...) of the model displaced by z, as a function of z (m, k)."""
+        """Compute the mean cross-entropy on points (n, ...) of the model displaced by z, as a function of z (m, k)."""
 
         def at(z: np.ndarray) -> np.ndarray:
             logits = self.displaced(z, model).logits(x)

@@ -29,7 +29,7 @@ class Case:
 
 
 def outcomes(world: World, cases: Sequence[Case]) -> list[pd.DataFrame]:
-    """For each case what one retrained model answers at each target; originals are trained where there are none.
+    """Record, for each case, what one retrained model answers at each target; trains originals where there are none.
 
     All cases' models are trained together, which is what makes a step of many small models cheap.
     """
@@ -56,7 +56,7 @@ def _outcomes(sites: Sequence[Site], targets: Iterable[np.ndarray], retrained: I
 
 
 def sweep(world: World, prepared: Prepared) -> pd.DataFrame:
-    """Outcomes of retraining after requests while one thing varies, for each attack, quantity, value and target.
+    """Retrain after requests while one thing varies: outcomes for each attack, quantity, value and target.
 
     - "share", "bound", "k": DDPA with other poison;
     - "points deleted": fewer of them, also of the attacks that need no flexibility;
@@ -129,7 +129,7 @@ def _of_fixed_targets(world: World, prepared: Prepared) -> list[Case]:
 
 
 def sequence(world: World, prepared: Prepared) -> pd.DataFrame:
-    """Several targets one after another from the same dirty-label poison, for each place in the sequence and target.
+    """Ask for several targets one after another from the same dirty-label poison: outcomes at each place and target.
 
     Each asks for an equal part of the poison, from what earlier ones left. After each request a retrained model is
     looked at, at the target asked for "last" and at the "first" one.
@@ -156,7 +156,7 @@ def sequence(world: World, prepared: Prepared) -> pd.DataFrame:
 
 
 def limits(world: World, prepared: Prepared, measured: pd.Series) -> pd.DataFrame:
-    """What is left of a request's pull along its target, factor by factor, relative to camouflage, for each attack.
+    """Say what is left of a request's pull along its target, factor by factor, relative to camouflage.
 
     "pulls along the target": length, in pulls of one perfect point, of what a request of the convex combination leaves,
     sum over deleted points of -v_i . d; with the target known it is the number of points. Times the alignment of the
@@ -193,7 +193,7 @@ def limits(world: World, prepared: Prepared, measured: pd.Series) -> pd.DataFram
 
 
 def costs(world: World) -> pd.DataFrame:
-    """What an attack takes, in sample gradients relative to training one model, once and for each target.
+    """Count what an attack takes, in sample gradients relative to training one model, once and for each target.
 
     Knowing: K models trained, and their gradients. Crafting: a step takes a forward-mode pass and its reverse for each
     point, model and direction. Asking: a gradient at the target, or, where the target has to be known, crafting anew.

@@ -42,7 +42,7 @@ class Victim:
         training: ensemble.Training,
         execution: Execution | None,
     ) -> Victim:
-        """A victim that sees `features` (n, d) of normalised images, and the module for that d."""
+        """Make a victim that sees `features` (n, d) of normalised images, with the module for that d."""
 
         def prepare(images: Tensor) -> Tensor:
             channels_first = images.permute(0, 3, 1, 2).contiguous()  # as `models.normalise`, to be differentiated
@@ -58,16 +58,16 @@ class Victim:
         return Execution(chunk=1, workers=self.execution.workers)
 
     def points(self, images: np.ndarray) -> Tensor:
-        """uint8 images (n, height, width, channels) as points."""
+        """Turn uint8 images (n, height, width, channels) into points."""
         return self.prepare(torch.from_numpy(images).float() / 255)
 
     def train(self, x: Tensor, y: np.ndarray, masks: np.ndarray, seeds: Sequence[int]) -> ensemble.Ensemble:
-        """One model for each mask; see `ensemble.train`."""
+        """Train one model for each mask; see `ensemble.train`."""
         return ensemble.train(self.factory, x, torch.from_numpy(y), masks, seeds, self.training, self.execution)
 
 
 def mlp(data: Dataset, s: AdversarySettings, execution: Execution | None = None) -> Victim:
-    """One hidden layer on pooled pixels, as `models.pooled` makes them."""
+    """Make a victim with one hidden layer on pooled pixels, as `models.pooled` makes them."""
 
     def features(images: Tensor) -> Tensor:
         return (avg_pool2d(images, 2) if images.shape[-1] >= 20 else images).flatten(1)
@@ -128,21 +128,21 @@ class World:
         return self.data.x_train[:0], self.data.y_train[:0]
 
     def of_targets(self, targets: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Points and labels of targets, positions in V."""
+        """Return points and labels of targets, positions in V."""
         return self.victim.points(self.data.x_val[targets]), torch.from_numpy(self.data.y_val[targets])
 
     def candidates(self) -> tuple[Tensor, Tensor]:
-        """Candidate targets that span subspaces, the first of the attacker's own: points and labels."""
+        """Return candidate targets that span subspaces, the first of the attacker's own: points and labels."""
         x, y = (part[: self.s.n_candidates] for part in self.pool)
         return self.victim.points(x), torch.from_numpy(y)
 
     def subspace(self, k: int, damping: float | None = None, white: bool = True) -> Subspace:
-        """The k principal directions of the candidate targets' gradients."""
+        """Find the k principal directions of the candidate targets' gradients."""
         metric = self.known if white else self.surrogate
         return Subspace.of(metric if damping is None else metric.damped(damping), *self.candidates(), k)
 
     def album(self, honest: int, rng: np.random.Generator) -> np.ndarray:
-        """An honest user's request: a random one of the first `honest` points, and the nearest of its class."""
+        """Return an honest user's request: a random one of the first `honest` points, and the nearest of its class."""
         x, y = self.known.x[:honest].flatten(1).cpu().numpy(), self.data.y_train[:honest]
         first = int(rng.integers(honest))
         same = np.flatnonzero(y == y[first])
@@ -152,7 +152,7 @@ class World:
     def craft(
         self, subspace: Subspace, dirty: bool, angle: float, share: float | None = None, epsilon: int | None = None
     ) -> Poison:
-        """Poison for a subspace, at the settings' share and bound unless others are given."""
+        """Craft poison for a subspace, at the settings' share and bound unless others are given."""
         size = max(subspace.k + 1, round((self.s.share if share is None else share) * self.s.n))
         epsilon = self.s.epsilon if epsilon is None else epsilon
         return craft(subspace, *self.pool, self.victim.prepare, size, epsilon, dirty, angle, self.s.craft_steps)
@@ -190,7 +190,7 @@ class Site:
         return float(metrics.correct(self.logits[:, self.data.n_train :], self.data.y_val).mean())
 
     def outcomes(self, targets: np.ndarray, retrained: np.ndarray) -> pd.DataFrame:
-        """Error, margin and its change of retrained models at their targets; "before": the originals' means.
+        """Return error, margin and its change of retrained models at their targets; "before": the originals' means.
 
         Takes positions in V (T,), and logits (T, n_models, n_points, n_classes).
         """
@@ -204,7 +204,7 @@ class Site:
 
 
 def with_poison(data: Dataset, images: np.ndarray, labels: np.ndarray, honest: int | None = None) -> Dataset:
-    """The first `honest` training points, then the attacker's; as many in all as there were if None."""
+    """Return the first `honest` training points, then the attacker's; as many in all as there were if None."""
     honest = data.n_train - len(images) if honest is None else honest
     x, y = np.concatenate([data.x_train[:honest], images]), np.concatenate([data.y_train[:honest], labels])
     return replace(data, x_train=x, y_train=y)
@@ -218,7 +218,7 @@ def together(
     n_retrained: int,
     seed: int = 20_000,
 ) -> list[tuple[Site, np.ndarray]]:
-    """Sites, and logits (n_requests, n_retrained, n_points, n_classes) of models retrained for each site's requests.
+    """Return sites, and logits (n_requests, n_retrained, n_points, n_classes) after retraining for each's requests.
 
     All poisons stand in one array after the honest points, and a model's mask says which of them it sees; so models of
     different training sets share every step. Without originals (n_models 0) a site holds none. Originals have the seeds
@@ -255,5 +255,5 @@ def sites(world: World, poisons: Sequence[Points], n_models: int) -> list[Site]:
 
 
 def retrain(world: World, site: Site, requests: Sequence[np.ndarray], n: int, seed: int = 20_000) -> np.ndarray:
-    """Logits (n_requests, n, n_points, n_classes) of models trained on a site's points without each request's."""
+    """Return logits (n_requests, n, n_points, n_classes) of models trained on a site without each request's points."""
     return together(world, [site.poison], 0, [requests], n, seed)[0][1]

@@ -37,7 +37,7 @@ def posterior(
     each: bool = False,
     noisy: bool = False,
 ) -> Predict:
-    """Posterior mean of margins, for any mask; with the defaults as of `attributors.bayesian`, which has the terms.
+    """Compute the posterior mean of margins, for any mask; the defaults are those of `attributors.bayesian`.
 
     Args:
         f: the prior's mean, and c: covariance of what is wrong with it (n_train, n_train), both up to a scale.
@@ -82,13 +82,13 @@ def posterior(
 
 
 def antithetic_masks(masks: np.ndarray) -> np.ndarray:
-    """The first half of some masks of half of S, each followed by its complement: (M, n_train)."""
+    """Draw masks of half of S in pairs, each followed by its complement: (M, n_train)."""
     half = masks[: len(masks) // 2]
     return np.stack([half, ~half], 1).reshape(-1, masks.shape[1])
 
 
 def clustered_masks(t: np.ndarray, n_masks: int, fraction: float, n_clusters: int, seed: int) -> np.ndarray:
-    """Subsets that hold most of a cluster or little of it, so that effects of groups are seen: (n_masks, n_train).
+    """Draw subsets that hold most of a cluster or little of it, so that groups' effects are seen: (n_masks, n_train).
 
     A cluster's probability is drawn from a beta distribution of mean `fraction`, then points are, to the exact size.
     Points are a cluster whose effects t (n_train, n_points) have alike directions; raises DataError for more clusters
@@ -147,7 +147,7 @@ class Variant:
 
 
 def variants(study: Study) -> list[Variant]:
-    """The default, and one change at a time."""
+    """List the default, and one change of it at a time."""
     cheap, own = study.preset.studies["cheap"], f"{study.preset.attribution.fraction:.0%}"
     models = "linearised models"
     return [
@@ -241,7 +241,7 @@ def _class_scales(context: Context, response: Response) -> np.ndarray:
 
 
 def against_default(table: pd.DataFrame) -> pd.DataFrame:
-    """Each variant's value over the default's (LDS: minus), draw by draw: "ratio", `averaged` over draws."""
+    """Divide each variant's value by the default's (LDS: subtract), draw by draw: "ratio", `averaged` over draws."""
     default = table.loc[table["group"] == "default", ["draw", "split", "value"]]
     paired = table.merge(default, on=["draw", "split"], suffixes=("", "_of_default"))
     value, of = paired["value"], paired["value_of_default"]
@@ -250,7 +250,7 @@ def against_default(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def gauges(study: Study) -> pd.DataFrame:
-    """Ridge on all subset models, regressed on raw logits and on logits in the margin gauge, on the tuning sets.
+    """Measure ridge on all subset models, on raw logits and on logits in the margin gauge, on the tuning sets.
 
     Returns:
         Columns gauge, lam, forget_set, split, value (p95 KLoM).

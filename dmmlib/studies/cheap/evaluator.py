@@ -32,23 +32,23 @@ class Evaluator:
 
     @classmethod
     def of(cls, study: Study, sets: Mapping[str, ForgetSet], n: int) -> Evaluator:
-        """An evaluator with n originals, and n oracles for each forget set; trains those that are missing."""
+        """Make an evaluator with n originals, and n oracles for each forget set; trains those that are missing."""
         y = study.data.y
         oracles = {name: metrics.margins(study.oracles(f)[:n], y) for name, f in sets.items()}
         return cls(study, sets, metrics.margins(study.original_logits()[:n], y), oracles)
 
     @classmethod
     def reported(cls, study: Study) -> Evaluator:
-        """On the reported forget sets, with all models."""
+        """Make one on the reported forget sets, with all models."""
         return cls.of(study, study.forget_sets(), study.preset.ensembles.n_models)
 
     @classmethod
     def tuning(cls, study: Study) -> Evaluator:
-        """On the tuning sets, with as many models as tuning takes."""
+        """Make one on the tuning sets, with as many models as tuning takes."""
         return cls.of(study, study.tuning_sets(), study.preset.tuning.n_models)
 
     def rows(self, answers: Callable[[str], np.ndarray]) -> Rows:
-        """p95 KLoM on each split of each forget set, of the margins (n, n_points) that answer its name."""
+        """Compute p95 KLoM on each split of each forget set, of the margins (n, n_points) that answer its name."""
         found, data = [], self.study.data
         for name, f in self.sets.items():
             klom = metrics.klom(answers(name), self.oracles[name])
@@ -58,41 +58,41 @@ class Evaluator:
         return found
 
     def klom(self, effects: Effects) -> Rows:
-        """`rows` of DM-direct: every original moves by the predicted change of margins."""
+        """Compute `rows` of DM-direct: every original moves by the predicted change of margins."""
         changes = dict(zip(self.sets, effects([f.indices for f in self.sets.values()]), strict=True))
         return self.rows(lambda name: self.before + changes[name])
 
     def score(self, effects: Effects) -> float:
-        """The mean of `klom` over forget sets and splits: what settings are chosen by, the lowest first."""
+        """Compute the mean of `klom` over forget sets and splits, by which settings are chosen, the lowest first."""
         return float(np.mean([row["value"] for row in self.klom(effects)]))
 
     def lds(self, model: RidgeDatamodel | BayesianDatamodel) -> dict[str, Any]:
-        """LDS of predicted margins on the held-out subsets that chose nothing, as a row like those of KLoM."""
+        """Compute the LDS of predicted margins on held-out subsets that chose nothing, as a row like those of KLoM."""
         masks, actual = held_out_margins(self.study)
         e = lds_estimate(label_logits(self.study, model.predict(masks)), actual)
         return {"forget_set": "every", "split": "all", "statistic": "lds"} | asdict(e)
 
     def gauged(self, model: RidgeDatamodel | BayesianDatamodel) -> Effects:
-        """The changes that a datamodel of logits in the margin gauge predicts, or one of margins alone."""
+        """Predict changes by a datamodel of logits in the margin gauge, or by one of margins alone."""
         return lambda sets: label_logits(self.study, model.effects(sets))
 
     def judged(self, model: RidgeDatamodel | BayesianDatamodel, ranker: RidgeDatamodel | None = None) -> Rows:
-        """`klom` of a model that `gauged` takes, and its `lds`, or that of another."""
+        """Compute `klom` of a model that `gauged` takes, and its `lds`, or that of another."""
         return [*self.klom(self.gauged(model)), self.lds(ranker or model)]
 
     def bending(self, model: RidgeDatamodel) -> Effects:
-        """The changes (n, n_points) where a datamodel of raw logits moves each original's own, which bends margins."""
+        """Predict changes (n, n_points) by a datamodel of raw logits, which is added to each original's own."""
         y, before = self.study.data.y, self.study.original_logits()[: len(self.before)]
         return lambda sets: [metrics.margins(before + change, y) - self.before for change in model.effects(sets)]
 
 
 def label_logits(study: Study, logits: np.ndarray) -> np.ndarray:
-    """The margins (..., n_points) in logits in the margin gauge (..., n_points, n_classes); of one class, these."""
+    """Return the margins (..., n_points) in margin-gauge logits (..., n_points, n_classes); of one class, these."""
     return logits[..., 0] if logits.shape[-1] == 1 else metrics.right_logits(logits, study.data.y)
 
 
 def held_out_margins(study: Study, chosen: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Masks and margins of held-out subset models: those that may choose something, or those that report."""
+    """Return masks and margins of held-out subset models: those that may choose something, or those that report."""
     half = study.preset.datamodels.n_held_out // 2
     rows = slice(None, half) if chosen else slice(half, None)
     masks, outputs = study.held_out()
@@ -100,6 +100,6 @@ def held_out_margins(study: Study, chosen: bool = False) -> tuple[np.ndarray, np
 
 
 def leaving_out(predict: Predict, n_train: int) -> Effects:
-    """The changes between predictions for masks: with everything, and without each set."""
+    """Subtract predictions for the mask of everything from those without each set."""
     everything = np.ones((1, n_train), bool)
     return lambda sets: predict(np.stack([indicator(f, n_train) for f in sets]) == 0) - predict(everything)

@@ -33,19 +33,19 @@ LDS = ("all", "lds")  # what stands for a split where a value is an LDS
 
 
 def sizes(preset: Preset) -> list[int]:
-    """Numbers of subset models that Bayesian datamodels are fitted to; the preset's own is always one of them."""
+    """List numbers of subset models to fit Bayesian datamodels to; the preset's own is always one of them."""
     return sorted({*preset.studies["cheap"].sizes, preset.attribution.n_subsets})
 
 
 def draws(preset: Preset, size: int) -> list[int]:
-    """Where blocks of `size` models start: up to `n_draws` that share none."""
+    """List where blocks of `size` models start: up to `n_draws` that share none."""
     n_draws, every = preset.studies["cheap"].n_draws, max(sizes(preset))
     apart = every // n_draws
     return [k * max(size, apart) for k in range(n_draws if size <= apart else max(1, every // size))]
 
 
 def jobs(preset: Preset, n_train: int) -> Iterator[Job]:
-    """Subset models that notebook 07 trains besides."""
+    """List the further subset models that notebook 07 trains."""
     m, fraction, cheap = preset.attribution.n_subsets, preset.attribution.fraction, preset.studies["cheap"]
     every, repeats = max(sizes(preset)), range(len(draws(preset, m)))
     if every > m:
@@ -57,7 +57,7 @@ def jobs(preset: Preset, n_train: int) -> Iterator[Job]:
 
 
 def pool(study: Study, start: int, stop: int) -> Context:
-    """Subset models `start` to `stop` of the preset's attribution, and of more that are trained on the same lines.
+    """Return subset models `start` to `stop` of the preset's attribution, and of more that are trained likewise.
 
     The weights are those of the first `n_kernel` of them.
     """
@@ -109,7 +109,7 @@ class Cache:
 
 
 def ridge(study: Study, size: int, evaluator: Evaluator) -> Rows:
-    """p95 KLoM and LDS of ridge on margins with the first `size` subset models of halves.
+    """Compute p95 KLoM and LDS of ridge on margins with the first `size` subset models of halves.
 
     Penalty and share of it on own weights are those of the lowest score on the tuning sets. The LDS is that of the
     penalty that has the best LDS on the first half of the held-out subsets, reported on the second.
@@ -129,7 +129,7 @@ def ridge(study: Study, size: int, evaluator: Evaluator) -> Rows:
 
 
 def more_ridge(study: Study, size: int) -> pd.DataFrame:
-    """Ridge on raw logits with more subset models than the preset has: penalty as in `ridge`, on the tuning sets.
+    """Fit ridge to raw logits of more subset models than the preset has: penalty as in `ridge`, on the tuning sets.
 
     Returns:
         Columns n_models, forget_set, split, statistic, value: p95 KLoM of DM-direct on the reported forget sets.
@@ -145,7 +145,7 @@ def more_ridge(study: Study, size: int) -> pd.DataFrame:
 
 
 def curve(study: Study, cache: Cache) -> pd.DataFrame:
-    """p95 KLoM of DM-direct on the reported forget sets, and LDS, against the number of subset models.
+    """Compute p95 KLoM of DM-direct on the reported forget sets, and LDS, against the number of subset models.
 
     Returns:
         Columns attributor ("bayesian", "ridge", "ridge, raw logits", "do nothing", "floor", "true mean shift": what no
@@ -176,7 +176,7 @@ def curve(study: Study, cache: Cache) -> pd.DataFrame:
 
 
 def fine_tuned(study: Study, methods: Sequence[str]) -> pd.DataFrame:
-    """p95 KLoM and cost of methods (as `attributor`) as the study tunes them, for each forget set and split."""
+    """Compute p95 KLoM and cost of methods (as `attributor`) as the study tunes them, for each forget set and split."""
     evaluator, parts = Evaluator.reported(study), []
     for method in methods:
         results = {name: study.unlearned(method, f) for name, f in evaluator.sets.items()}
@@ -188,7 +188,7 @@ def fine_tuned(study: Study, methods: Sequence[str]) -> pd.DataFrame:
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """`curve`, with medians over forget sets (first the mean over draws of each) and 95 % intervals over sets.
+    """Summarise `curve` by medians over forget sets (of each set's mean over draws) and 95 % intervals over sets.
 
     The LDS is the mean over draws; its interval is over draws where there are several, else over held-out subsets.
     """
@@ -207,19 +207,19 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 def ratio_over_sets(
     table: pd.DataFrame, one: tuple[str, int], other: tuple[str, int], sets: Sequence[str], split: str
 ) -> Estimate:
-    """Median over forget sets of p95 KLoM of one (attributor, n_models) over another's, mean over draws first."""
+    """Take the median over forget sets of p95 KLoM of one (attributor, n_models) over another's (mean over draws)."""
     shown = table[(table["statistic"] == "klom_p95") & (table["split"] == split)]
     means = shown.groupby(["attributor", "n_models", "forget_set"])["value"].mean()
     return median_over(means[one][list(sets)] / means[other][list(sets)])
 
 
 def kind_of(forget_set: ForgetSet) -> str:
-    """Whether a forget set is "random", or a "group" of points that belong together."""
+    """Return whether a forget set is "random", or a "group" of points that belong together."""
     return "random" if forget_set.made_by.get("kind") == "random" else "group"
 
 
 def uncertainty(study: Study, model: BayesianDatamodel, level: float = 0.95) -> pd.DataFrame:
-    """Predicted changes of mean margins beside true ones, with the posterior's sd, on the reported forget sets.
+    """Set predicted changes of mean margins, with the posterior's sd, beside true ones on the reported forget sets.
 
     Returns:
         For each forget set and point: forget_set, kind ("random" or "group"), split, predicted, true, sd (of the
@@ -241,7 +241,7 @@ def uncertainty(study: Study, model: BayesianDatamodel, level: float = 0.95) -> 
 
 
 def calibration(table: pd.DataFrame) -> pd.DataFrame:
-    """`uncertainty` by forget set and split: rms_z, coverage, and slope of the true on the predicted change."""
+    """Summarise `uncertainty` by forget set and split: rms_z, coverage, slope of the true on the predicted change."""
     p, true, z = table["predicted"], table["true"], table["z"]
     products = table.assign(pp=p * p, pt=p * true, zz=z * z).groupby(["forget_set", "kind", "split"], sort=False)
     mean = products[["pp", "pt", "zz", "covered"]].mean()
@@ -259,7 +259,7 @@ PAIRS: dict[str, dict[str, Any]] = {
 
 
 def replicate(study: Study) -> pd.DataFrame:
-    """Bayesian from the preset's few subset models against ridge from its many, on the study's forget sets.
+    """Compare Bayesian from the preset's few subset models with ridge from its many, on the study's forget sets.
 
     Returns:
         Columns attributor ("bayesian", "ridge", "do nothing"), n_models, forget_set, kind, split, statistic, value.
@@ -277,7 +277,7 @@ def replicate(study: Study) -> pd.DataFrame:
 
 
 def ratios(table: pd.DataFrame) -> pd.DataFrame:
-    """Bayesian over ridge, p95 KLoM (LDS: minus), from `replicate` with columns pair and seed.
+    """Divide p95 KLoM of Bayesian by ridge's (LDS: subtract), from `replicate` with columns pair and seed.
 
     Returns:
         Columns pair, seed, kind, split, value: the geometric mean over forget sets of that kind.
@@ -291,12 +291,12 @@ def ratios(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    """`ratios` over seeds, as `averaged` has them, for each pair, kind and split."""
+    """Average `ratios` over seeds, as `averaged` does, for each pair, kind and split."""
     return averaged(table, ["pair", "kind", "split"], "value")
 
 
 def averaged(table: pd.DataFrame, keys: list[str], column: str) -> pd.DataFrame:
-    """Mean of ratios, geometric, or of differences of LDS, over draws or seeds, for each combination of keys.
+    """Average ratios (geometrically) or differences of LDS over draws or seeds, for each combination of keys.
 
     Returns:
         Columns `keys`, of which the last is "split", `column`, low, high (95 % t-interval, NaN of one value), n.
@@ -311,7 +311,7 @@ def averaged(table: pd.DataFrame, keys: list[str], column: str) -> pd.DataFrame:
 
 
 def costs(study: Study, dmm_cost: float) -> pd.DataFrame:
-    """What each way costs, in retrainings of one model; `dmm_cost` is that of DMM on one model.
+    """Count what each way costs, in retrainings of one model; `dmm_cost` is that of DMM on one model.
 
     Returns:
         Columns way, models, once, request (for each), beats (the number of requests from which on the total is below

@@ -34,7 +34,7 @@ def _explain_kinds(axis: Axes, group: str) -> None:
 
 
 def curve(table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """p95 KLoM for each split, and LDS, against the number of subset models, from `experiments.summary`."""
+    """Draw p95 KLoM on each split, and LDS, against the number of subset models, from `experiments.summary`."""
     figure, (axes,) = grid(4, 4, (3.8, 3.2), sharey=False)
     sizes = np.unique(table.loc[table["attributor"].isin(LOOKS), "n_models"])
     for axis, split in zip(axes, (*SPLITS, "all"), strict=True):
@@ -59,7 +59,7 @@ def curve(table: pd.DataFrame, title: str, caption: str) -> Figure:
 
 
 def ablation(table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Each change's p95 KLoM over the default's for each split, and LDS minus its, from `ablation.against_default`."""
+    """Draw each change's p95 KLoM over the default's, and LDS minus its, from `ablation.against_default`."""
     shown = table[table["group"] != "default"]
     names = list(dict.fromkeys(zip(shown["group"], shown["name"], strict=True)))
     figure, ((klom, rank),) = grid(2, 2, (6.0, 0.42 * len(names) + 1.2), width_ratios=[2, 1])
@@ -88,7 +88,7 @@ def ablation(table: pd.DataFrame, title: str, caption: str) -> Figure:
 
 
 def uncertainty(points: pd.DataFrame, sets: pd.DataFrame, title: str, caption: str, n_bins: int = 8) -> Figure:
-    """Error against predicted sd, coverage of each forget set, and what groups do beyond the sum of their points.
+    """Draw error against predicted sd, coverage of each forget set, and what groups do beyond the sum of their points.
 
     Args:
         points: `experiments.uncertainty`; sets: `experiments.calibration`.
@@ -119,7 +119,7 @@ def uncertainty(points: pd.DataFrame, sets: pd.DataFrame, title: str, caption: s
 
 
 def replication(table: pd.DataFrame, each: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Bayesian over ridge for each data / model pair, kind of forget set and split, with every seed beside its mean.
+    """Draw Bayesian over ridge for each pair of data and model, kind of forget set and split, with every seed.
 
     Args:
         table: `experiments.over_seeds`; each: `experiments.ratios`.
@@ -150,7 +150,7 @@ def replication(table: pd.DataFrame, each: pd.DataFrame, title: str, caption: st
 
 
 def totals(table: pd.DataFrame, requests: Sequence[int], title: str, caption: str) -> Figure:
-    """Total cost against the number of requests, from `experiments.costs`."""
+    """Draw total cost against the number of requests, from `experiments.costs`."""
     figure, axis = plt.subplots(figsize=(6.8, 4.0), layout="constrained")
     looks = {"retrain": "black", "ridge": PALETTE[0], "Bayesian": PALETTE[3]}
     k = np.asarray(requests, float)
@@ -166,7 +166,7 @@ def totals(table: pd.DataFrame, requests: Sequence[int], title: str, caption: st
 
 
 def side_by_side(medians: pd.DataFrame, title: str, caption: str) -> Figure:
-    """LDS, and p95 KLoM of DM-direct and DMM on forget and retain points: one row for each attributor.
+    """Draw LDS, and p95 KLoM of DM-direct and DMM on forget and retain points: one row for each attributor.
 
     Args:
         medians: `side_by_side.over_sets`.

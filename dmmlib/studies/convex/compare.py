@@ -34,7 +34,7 @@ def group_errors(problem: Ridge | Logistic, order: np.ndarray, sizes: Sequence[i
 
 
 def costs(case: Synthetic) -> dict[str, float]:
-    """Sample gradients of each method until the distance to the oracle's parameters is 1 % of the first."""
+    """Count sample gradients of each method until the distance to the oracle's parameters is 1 % of the first."""
     methods = [*(descents(case)[name] for name in ("GD on R", "OM on F", "OM on S")), match_probes(case)]
     return {
         **{method.name: method.cost * steps_to(method, case) for method in methods},
@@ -45,7 +45,7 @@ def costs(case: Synthetic) -> dict[str, float]:
 
 
 def trade_off(case: Synthetic) -> tuple[float, float, float]:
-    """F's largest leverage h, the speed-up of matching on S over descent on R, and first-order error in the A_S norm.
+    """Return F's largest leverage h, the speed-up of matching on S over descent on R, and the first-order error.
 
     The speed-up is the ratio of 1 - rate. If all directions count, or if F spans eigen-directions of A_R, it is at most
     1 / (1 - h): from A_R >= (1 - h) A_S, the Hessian of matching, which is below A_S, gains at most that in the

@@ -93,7 +93,7 @@ def _points(case: Synthetic) -> Points:
 
 
 def group_effects(curves: Mapping[str, pd.DataFrame], title: str, caption: str) -> Figure:
-    """A panel for each of `compare.group_errors`; what is exact (leave-one-out of one point) is off the axis."""
+    """Draw a panel for each of `compare.group_errors`; what is exact (leave-one-out of one point) is off the axis."""
     figure, axes = _panels(2, math.ceil(len(curves) / 2))
     for ax, (name, errors) in zip(axes.flat, curves.items(), strict=False):
         for marker, label in zip("osD", errors.columns.drop(BOUND, errors="ignore"), strict=False):
@@ -105,7 +105,7 @@ def group_effects(curves: Mapping[str, pd.DataFrame], title: str, caption: str) 
 
 
 def directions(case: Synthetic, methods: Iterable[Descent], log2_steps: int, title: str, caption: str) -> Figure:
-    """A panel for each method: |delta| in each eigen-direction of A_R against steps, run and predicted."""
+    """Draw a panel for each method: |delta| in each eigen-direction of A_R against steps, run and predicted."""
     figure, axes = _panels(2, 3)
     norm = LogNorm(case.curvature[-1], case.curvature[0])
     for ax, method in zip(axes.flat, methods, strict=True):
@@ -119,7 +119,7 @@ def directions(case: Synthetic, methods: Iterable[Descent], log2_steps: int, tit
 def distances(
     cases: Mapping[str, tuple[Synthetic, Sequence[Descent]]], log2_steps: int, title: str, caption: str
 ) -> Figure:
-    """A row for each case: distance to the oracle in parameters, predictions on F and on validation points."""
+    """Draw the distance to the oracle, a row for each case: parameters, predictions on F and on validation points."""
     figure, axes = _panels(len(cases), 3)
     steps = checkpoints(log2_steps, 3)
     for row, (name, (case, methods)) in zip(axes, cases.items(), strict=True):
@@ -134,7 +134,7 @@ def distances(
 
 
 def stochastic(methods: Mapping[str, Stochastic], log2_steps: int, n_chains: int, title: str, caption: str) -> Figure:
-    """Root mean square distance of stochastic methods: runs (points), exact expectation (lines)."""
+    """Draw root mean square distance of stochastic methods: runs (points), exact expectation (lines)."""
     figure, axes = _panels(1, 1, 7.5, 3.6)
     ax, steps = axes[0, 0], checkpoints(log2_steps)
     for marker, (name, method) in zip("osD^v", methods.items(), strict=False):
@@ -150,7 +150,7 @@ def stochastic(methods: Mapping[str, Stochastic], log2_steps: int, n_chains: int
 
 
 def costs(tables: Mapping[str, dict[float, dict[str, float]]], title: str, caption: str) -> Figure:
-    """A panel for each case: sample gradients to 1 % against the condition number; what never arrives is on top."""
+    """Draw sample gradients to 1 % against the condition number, a panel for each case; on top what never arrives."""
     figure, axes = _panels(1, len(tables), 5.0, 3.9)
     frames = {name: pd.DataFrame(table).T for name, table in tables.items()}
     top = 30 * max(frame.to_numpy()[frame < np.inf].max() for frame in frames.values())
@@ -167,7 +167,7 @@ def costs(tables: Mapping[str, dict[float, dict[str, float]]], title: str, capti
 
 
 def tilts(cases: Mapping[float, Synthetic], log2_steps: int, title: str, caption: str) -> Figure:
-    """Matching on F, matching on S and descent on R as F's points leave the weak eigen-directions."""
+    """Draw matching on F, matching on S and descent on R as F's points leave the weak eigen-directions."""
     figure, axes = _panels(1, 3, 3.7, 3.4)
     for i, (tilt, case) in enumerate(cases.items()):
         look, methods = (
@@ -183,7 +183,7 @@ def tilts(cases: Mapping[float, Synthetic], log2_steps: int, title: str, caption
 
 
 def trade_off(points: Mapping[str, Sequence[tuple[float, float, float]]], title: str, caption: str) -> Figure:
-    """Speed-up of matching and error of first-order influence against leverage h, with their bounds."""
+    """Draw speed-up of matching and error of first-order influence against leverage h, with their bounds."""
     figure = Figure(figsize=(9.6, 3.5), layout="constrained")
     axes = figure.subplots(1, 2, squeeze=False)
     (speed, loss), remaining = axes[0], np.logspace(-5, 0, 200)
@@ -199,7 +199,7 @@ def trade_off(points: Mapping[str, Sequence[tuple[float, float, float]]], title:
 
 
 def logistic(traces: Mapping[str, Trace], oracle: np.ndarray, points: Points, title: str, caption: str) -> Figure:
-    """Distance to the oracle against sample gradients: of parameters (None), or of logits at some points."""
+    """Draw distance to the oracle against sample gradients: of parameters (None), or of logits at some points."""
     figure, axes = _panels(1, len(points), 3.8, 3.6)
     _distances(axes[0], points, oracle, traces)
     axes[0, 0].set_ylim(1e-3, 30)
@@ -207,7 +207,7 @@ def logistic(traces: Mapping[str, Trace], oracle: np.ndarray, points: Points, ti
 
 
 def explored(case: Synthetic, methods: Iterable[Descent], title: str, caption: str) -> Figure:
-    """Distance to the oracle against steps, in closed form: parameters, predictions on F and on new points."""
+    """Draw distance to the oracle against steps, in closed form: parameters, predictions on F and on new points."""
     figure, axes = _panels(1, 3, 3.5, 3.0)
     steps, start = checkpoints(20, 4), case.problem.theta
     traces = {method.name: Trace(steps, iterations.closed_form(method, start, steps)) for method in methods}

@@ -13,7 +13,7 @@ from dmmlib.studies.convex.ridge import Ridge
 
 
 def image_features(data: Dataset, x: np.ndarray, side: int) -> np.ndarray:
-    """Images average-pooled to side x side, flattened, with a column of ones: (n, features + 1).
+    """Pool images to side x side, flatten them and append a column of ones: (n, features + 1).
 
     Pooling has no fitted part, so the features know nothing of F. Features of other data pass unchanged.
     """
@@ -25,7 +25,7 @@ def image_features(data: Dataset, x: np.ndarray, side: int) -> np.ndarray:
 
 
 def image_problems(data: Dataset, n: int, side: int, ridge: float) -> tuple[Ridge, Logistic]:
-    """Ridge and logistic regression onto labels of the first n training images; DataError if there are fewer."""
+    """Make ridge and logistic regression onto labels of the first n training images; DataError if there are fewer."""
     if not 1 < n <= data.n_train:
         raise DataError(f"{n} images were asked of {data.name!r}, which has {data.n_train}; ask for at most that.")
     x, y = image_features(data, data.x_train[:n], side), np.eye(data.n_classes)[data.y_train[:n]]

@@ -51,7 +51,7 @@ class Descent:
 
 
 def match(name: str, x: np.ndarray, predictions: np.ndarray, relative_step: float = 1.0) -> Descent:
-    """Oracle or datamodel matching: descent on sum_i (x_i theta - prediction_i)^2 / 2, without ridge.
+    """Make oracle or datamodel matching: descent on sum_i (x_i theta - prediction_i)^2 / 2, without ridge.
 
     Args:
         x: the points to match on (q, d).
@@ -61,7 +61,7 @@ def match(name: str, x: np.ndarray, predictions: np.ndarray, relative_step: floa
 
 
 def descents(case: Synthetic, relative_step: float = 1.0) -> dict[str, Descent]:
-    """Methods that know nothing of the oracle, and oracle matching (OM), by name.
+    """List methods that know nothing of the oracle, and oracle matching (OM), by name.
 
     "GA on F" ascends on F's loss with the step that training on S would take, since ascent has no stable one. "GA + GD"
     descends on R's loss and ascends on F's: F weighs -1 where the oracle gives it 0.
@@ -81,14 +81,14 @@ def descents(case: Synthetic, relative_step: float = 1.0) -> dict[str, Descent]:
 
 
 def match_probes(case: Synthetic) -> Descent:
-    """Oracle matching on 5 d points from an isotropic Gaussian: inputs that no training set chose."""
+    """Make oracle matching on 5 d points from an isotropic Gaussian: inputs that no training set chose."""
     d = len(case.oracle)
     x = np.random.default_rng(0).normal(size=(5 * d, d))
     return match("OM on probes", x, x @ case.oracle)
 
 
 def checkpoints(log2_steps: int, per_octave: int = 1) -> np.ndarray:
-    """Steps 0, 1, ..., 2 ** log2_steps: the powers of two, or `per_octave` steps for each of them."""
+    """List the steps 0, 1, ..., 2 ** log2_steps: the powers of two, or `per_octave` steps for each of them."""
     exponents = np.arange(log2_steps * per_octave + 1) / per_octave
     return np.unique(np.concatenate([[0], np.round(2**exponents).astype(int)]))
 
@@ -112,7 +112,7 @@ def iterate(method: Descent, theta: np.ndarray, steps: np.ndarray) -> np.ndarray
 
 
 def closed_form(method: Descent, theta: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """What `iterate` returns, by the module's formula, for any number of steps."""
+    """Compute what `iterate` returns, by the module's formula, for any number of steps."""
     h, vectors = method.spectrum
     gradient = vectors.T @ (method.pull - method.hessian @ theta)
     t = np.asarray(steps, float)[:, None]
@@ -126,7 +126,7 @@ def closed_form(method: Descent, theta: np.ndarray, steps: np.ndarray) -> np.nda
 
 
 def distance(path: np.ndarray, target: np.ndarray, x: np.ndarray | None = None) -> np.ndarray:
-    """||theta_t - target||, or of the predictions at x, relative to the first: (n_steps,)."""
+    """Compute ||theta_t - target||, or of the predictions at x, relative to the first: (n_steps,)."""
     with np.errstate(over="ignore", invalid="ignore"):  # a diverging method
         delta = path - target if x is None else x @ (path - target)
         norms = np.linalg.norm(delta.reshape(len(path), -1), axis=1)
@@ -134,7 +134,7 @@ def distance(path: np.ndarray, target: np.ndarray, x: np.ndarray | None = None) 
 
 
 def steps_to(method: Descent, case: Synthetic, fraction: float = 0.01) -> float:
-    """Steps until the distance to the oracle is `fraction` of the first; inf if that takes 2^50 or more.
+    """Count steps until the distance to the oracle is `fraction` of the first; inf if that takes 2^50 or more.
 
     Exact: for steps up to 1 / L and where the oracle is a fixed point, the distance of `closed_form` only falls.
     """
@@ -147,7 +147,7 @@ def steps_to(method: Descent, case: Synthetic, fraction: float = 0.01) -> float:
 
 
 def rate(method: Descent, displacement: np.ndarray) -> float:
-    """The factor per step by which the distance finally shrinks, by theory: the largest |1 - step h|.
+    """Return the factor per step by which the distance finally shrinks, by theory: the largest |1 - step h|.
 
     Only eigen-directions count that hold more than 1e-9 of the displacement (d, c): a direction in which nothing has
     to be unlearned slows nothing.
@@ -158,7 +158,7 @@ def rate(method: Descent, displacement: np.ndarray) -> float:
 
 
 def measured_rates(method: Descent, theta: np.ndarray, log2_steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """The factor per step of a run in each eigen-direction of the method, and the theory's |1 - step h|: (d,) each.
+    """Return each eigen-direction's factor per step in a run of the method, and the theory's |1 - step h|: (d,) each.
 
     Distances are to where the method goes, or what it flees from. A direction is followed until rounding (1e-10 of the
     largest distance so far) or overflow begins; NaN where nothing has to move, or where it moves too little or too
@@ -181,14 +181,14 @@ def measured_rates(method: Descent, theta: np.ndarray, log2_steps: int) -> tuple
 
 
 def unreachable(x: np.ndarray, displacement: np.ndarray) -> float:
-    """The share, in norm, of a displacement (d, c) outside the span of the points x: matching on x keeps it."""
+    """Return the share, in norm, of a displacement (d, c) outside the span of the points x: matching on x keeps it."""
     within = orth(x.T, rcond=1e-10)
     rest = displacement - within @ (within.T @ displacement)
     return float(np.linalg.norm(rest) / np.linalg.norm(displacement))
 
 
 def conjugate_gradients(case: Synthetic, fraction: float = 0.01) -> int:
-    """Hessian-vector products until the Newton step on R, solved by conjugate gradients, is `fraction` from the oracle.
+    """Count Hessian-vector products until conjugate gradients bring Newton's step on R within `fraction` of the oracle.
 
     Distances are to the oracle's parameters, relative to the original's; those of conjugate gradients only fall.
     """

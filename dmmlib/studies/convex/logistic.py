@@ -34,26 +34,26 @@ class Logistic(Regression):
         return self.hessian_at(self.theta)
 
     def loss(self, theta: np.ndarray) -> float:
-        """The loss at theta (d, c)."""
+        """Compute the loss at theta (d, c)."""
         return float(-np.sum(self.y * log_softmax(self.x @ theta, axis=1)) + self.ridge / 2 * np.sum(theta**2))
 
     def errors(self, theta: np.ndarray) -> np.ndarray:
-        """Gradients with respect to the logits, probabilities minus one-hot labels: (..., n, c)."""
+        """Compute gradients with respect to the logits, probabilities minus one-hot labels: (..., n, c)."""
         return softmax(self.x @ theta, axis=-1) - self.y
 
     def gradient(self, theta: np.ndarray) -> np.ndarray:
-        """Gradient of the loss at theta, (..., d, c)."""
+        """Compute the gradient of the loss at theta, (..., d, c)."""
         return self.x.T @ self.errors(theta) + self.ridge * theta
 
     def hessian_at(self, theta: np.ndarray) -> np.ndarray:
-        """Hessian of the loss at theta, (d c, d c) in the order of theta.ravel()."""
+        """Compute the Hessian of the loss at theta, (d c, d c) in the order of theta.ravel()."""
         p = softmax(self.x @ theta, axis=1)
         weights = p[:, :, None] * (np.eye(p.shape[1]) - p[:, None])
         blocks = np.tensordot(self.x, weights[..., None] * self.x[:, None, None], axes=(0, 0))  # (d, c, c, d)
         return blocks.swapaxes(2, 3).reshape(theta.size, theta.size) + self.ridge * np.eye(theta.size)
 
     def newton_step(self, theta: np.ndarray) -> np.ndarray:
-        """What one undamped Newton step adds to theta (d, c)."""
+        """Return what one undamped Newton step adds to theta (d, c)."""
         return -solve(self.hessian_at(theta), self.gradient(theta).ravel()).reshape(theta.shape)
 
     def effects(self, forget: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:

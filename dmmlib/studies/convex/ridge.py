@@ -48,11 +48,11 @@ class Regression:
         return len(self.x)
 
     def part(self, indices: np.ndarray) -> Self:
-        """The same regression on some of the points."""
+        """Make the same regression on some of the points."""
         return replace(self, x=self.x[indices], y=self.y[indices])
 
     def without(self, forget: np.ndarray) -> Self:
-        """The same regression on R."""
+        """Make the same regression on R."""
         return self.part(np.delete(np.arange(self.n), forget))
 
 
@@ -82,13 +82,13 @@ class Ridge(Regression):
         }
 
     def leverage(self, forget: Sequence[int] | np.ndarray) -> float:
-        """The largest eigenvalue of H, in (0, 1); raises ForgetSetError as `effects` does."""
+        """Compute the largest eigenvalue of H, in (0, 1); raises ForgetSetError as `effects` does."""
         x = self.x[check_forget_indices(forget, self.n)]
         return float(np.linalg.eigvalsh(x @ solve(self.hessian, x.T))[-1])
 
 
 def solve(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """matrix^-1 right for a symmetric positive definite matrix; raises DataError if it is singular in float64."""
+    """Solve for a symmetric positive definite matrix; raises DataError if it is singular in float64."""
     try:
         return np.asarray(cho_solve(cho_factor(matrix), right))
     except LinAlgError as error:
@@ -99,7 +99,7 @@ def solve(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def relative_error(estimate: np.ndarray, truth: np.ndarray, metric: np.ndarray) -> float:
-    """||estimate - truth|| / ||truth|| of parameters (d, c) in the norm of `metric`, (d, d) or (d c, d c).
+    """Compute ||estimate - truth|| / ||truth|| of parameters (d, c) in the norm of `metric`, (d, d) or (d c, d c).
 
     With A_S as the metric, parameters count by what they do to predictions on S (and to the ridge).
     """
@@ -110,7 +110,7 @@ def relative_error(estimate: np.ndarray, truth: np.ndarray, metric: np.ndarray) 
 def subset_datamodel(
     problem: Ridge, forget: Sequence[int] | np.ndarray, n_models: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """The effect (d, c) that a regression datamodel of random halves of S predicts.
+    """Predict the effect (d, c) by a regression datamodel of random halves of S.
 
     Outputs of models of the halves are regressed on the masks, with the penalty of least leave-one-out error at S. A
     `RidgeDatamodel` predicts one combination of the stored models for all inputs at once, so for a linear model it is

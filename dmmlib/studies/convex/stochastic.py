@@ -58,18 +58,18 @@ class Stochastic:
         return np.stack(path) - self.case.oracle[:, 0]
 
     def expected(self, log2_steps: int) -> np.ndarray:
-        """sqrt(E||delta_t||^2) relative to the first, at `checkpoints(log2_steps)`."""
+        """Compute sqrt(E||delta_t||^2) relative to the first, at `checkpoints(log2_steps)`."""
         states = [self._start] + [self._after(k, self._start) for k in range(log2_steps + 1)]
         return np.sqrt([self._squared(state) for state in states])
 
     def floor(self) -> float:
-        """Where sqrt(E||delta_t||^2) ends, relative to the first."""
+        """Return where sqrt(E||delta_t||^2) ends, relative to the first."""
         step, dd = self._powers[0], self.x.shape[1] ** 2
         stationary = np.linalg.solve(np.eye(dd) - step[:dd, :dd], step[:dd, -1])
         return math.sqrt(max(0.0, self._squared(stationary)))
 
     def steps_to(self, fraction: float = 0.01) -> float:
-        """Steps until sqrt(E||delta||^2) is `fraction` of the first; inf beyond 2^45."""
+        """Count steps until sqrt(E||delta||^2) is `fraction` of the first; inf beyond 2^45."""
         state, steps = self._start, 0
         if self._squared(self._after(45, state)) > fraction**2:
             return math.inf
@@ -116,19 +116,19 @@ class Stochastic:
 
 
 def sgd(case: Synthetic, relax: float = 1.0) -> Stochastic:
-    """SGD on R's loss. The ridge is d more examples sqrt(ridge) e_j with target 0."""
+    """Make SGD on R's loss. The ridge is d more examples sqrt(ridge) e_j with target 0."""
     rest, d = case.retain, len(case.oracle)
     x = np.concatenate([rest.x, math.sqrt(rest.ridge) * np.eye(d)])
     return Stochastic("SGD on R", case, x, np.concatenate([rest.y[:, 0], np.zeros(d)]), relax)
 
 
 def match_sgd(case: Synthetic, relax: float = 1.0) -> Stochastic:
-    """SGD on matching the oracle's outputs on S."""
+    """Make SGD on matching the oracle's outputs on S."""
     return Stochastic("OM on S, SGD", case, case.problem.x, (case.problem.x @ case.oracle)[:, 0], relax)
 
 
 def sgd_cost(case: Synthetic, fraction: float = 0.01) -> float:
-    """Sample gradients after which SGD on R is `fraction` from the oracle, in root mean square.
+    """Count sample gradients after which SGD on R is `fraction` from the oracle, in root mean square.
 
     With a constant step SGD ends at a floor. Its square is proportional to small steps, which gives a first guess;
     from there the step is halved until the floor is below half of the goal.

@@ -46,7 +46,7 @@ class Synthetic:
 
 
 def eigenvalues(kind: Spectrum, dim: int, condition: float) -> np.ndarray:
-    """Eigenvalues from 1 down to 1 / condition: evenly spaced logarithms, or a power law j^-p."""
+    """List eigenvalues from 1 down to 1 / condition: evenly spaced logarithms, or a power law j^-p."""
     if dim < 2 or not 1 <= condition < math.inf:
         raise PresetError(f"dim={dim} and condition={condition}; give dim >= 2 and a condition number >= 1.")
     if kind not in get_args(Spectrum):
@@ -110,7 +110,7 @@ def synthetic_regression(
 
 
 def scaled_forget(case: Synthetic, factor: float) -> Synthetic:
-    """The same retain set, with F's features times a factor: it sets the leverage from 0 to 1."""
+    """Scale F's features by a factor, the retain set unchanged: it sets the leverage from 0 to 1."""
     x = case.problem.x.copy()
     x[case.forget] *= factor
     return replace(case, problem=replace(case.problem, x=x))

@@ -115,7 +115,7 @@ Coupling = Callable[[Array, Array, Array, float, Generator], tuple[Array, Array]
 
 
 def reflection(step: Array, old: Array, new: Array, noise: float, rng: Generator) -> tuple[Array, Array]:
-    """The maximal coupling of N(old, noise^2) and N(new, noise^2): see "Steps" above."""
+    """Draw from the maximal coupling of N(old, noise^2) and N(new, noise^2): see "Steps" above."""
     if not noise:
         return new, np.ones(len(step), bool)
     log_ratio = (((step - old) ** 2).sum(1) - ((step - new) ** 2).sum(1)) / (2 * noise**2)
@@ -246,7 +246,7 @@ def _check(wrong: np.ndarray, what: str) -> None:
 
 
 def recomputation_bound(sgd: SGD, n: int, lipschitz: float = LIPSCHITZ) -> float:
-    """A bound on the probability that deleting one of n points recomputes anything.
+    """Bound the probability that deleting one of n points recomputes anything.
 
     A step has k ~ Bin(m, 1/n) slots to replace whatever happened before it, each of which moves the mean by
     at most 2 L / m, so it is refused with probability at most q = E[2 Phi(L k / (m sigma)) - 1], and the walk
@@ -259,7 +259,7 @@ def recomputation_bound(sgd: SGD, n: int, lipschitz: float = LIPSCHITZ) -> float
 
 
 def tv_bound(sgd: SGD, n: int, lipschitz: float = LIPSCHITZ) -> float:
-    """rho: a bound on the total variation distance between training on n points and on n - 1 of them.
+    """Bound the total variation distance rho between training on n points and on n - 1 of them.
 
     No exact unlearning can leave the model as it is with a higher probability than 1 minus that distance. Given
     k <= K slots to replace, a step's law on S is (1 - p) C + p A where C is its law on S', p = P(k > 0 | k <= K)

@@ -45,11 +45,11 @@ class Task:
         return keep
 
     def margins(self, w: np.ndarray) -> np.ndarray:
-        """Margins (N, n_train + n_val), training points first."""
+        """Return margins (N, n_train + n_val), training points first."""
         return np.concatenate([self.train.margins(w), self.val.margins(w)], 1)
 
     def row(self, method: str, setting: str, guarantee: str, costs: tuple[float, float], *margins: np.ndarray) -> Row:
-        """A row of the table: accuracy, and KLoM's p95 of each split, beside doing nothing and the retrain floor.
+        """Make a row of the table: accuracy, and KLoM's p95 of each split, beside doing nothing and the retrain floor.
 
         Args:
             guarantee: what is proven.
@@ -77,7 +77,7 @@ class Task:
 
 
 def tv_stable(task: Task, sgd: SGD, rng: np.random.Generator) -> Row:
-    """The exact method of `chains`; the model is the averaged iterate."""
+    """Unlearn by the exact method of `chains`; the model is the averaged iterate."""
     originals = learn(task.train, sgd, task.n_models, rng)
     unlearned, receipt = delete(task.train, originals, task.forget, rng)
     singles = [delete(task.train, originals, rng.integers(0, task.train.n, (task.n_models, 1)), rng) for _ in range(5)]
@@ -89,7 +89,7 @@ def tv_stable(task: Task, sgd: SGD, rng: np.random.Generator) -> Row:
 
 
 def sisa(task: Task, sgd: SGD, n_shards: int, rng: np.random.Generator) -> Row:
-    """Sharding (Bourtoule et al., "Machine Unlearning", 2021): one model per shard, averaged; retrain the shards hit.
+    """Shard (Bourtoule et al., "Machine Unlearning", 2021): average one model per shard; retrain the shards hit.
 
     Each point's shard is drawn on its own, so that leaving points out leaves the others' shards as they were
     and the result is exact; a partition into equal parts would not be. A shard gets 1 / n_shards of the steps.
@@ -118,12 +118,12 @@ def sisa(task: Task, sgd: SGD, n_shards: int, rng: np.random.Generator) -> Row:
 
 
 def gradient(problem: Problem, ridge: float, b: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """Gradient (rows, d) of sum of losses + ridge n / 2 ||w||^2 + b . w, for each w and b (rows, d)."""
+    """Compute the gradient (rows, d) of sum of losses + ridge n / 2 ||w||^2 + b . w, for each w and b (rows, d)."""
     return (-problem.y * expit(-problem.margins(w))) @ problem.x + ridge * problem.n * w + b
 
 
 def newton(problem: Problem, ridge: float, b: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """What a Newton step on the same objective adds to each w (rows, d)."""
+    """Compute what a Newton step on the same objective adds to each w (rows, d)."""
     margins = problem.margins(w)
     products = (problem.x[:, :, None] * problem.x[:, None, :]).reshape(problem.n, -1)
     hessian = ((expit(margins) * expit(-margins)) @ products).reshape(-1, problem.dim, problem.dim)
@@ -142,7 +142,7 @@ def fit(problem: Problem, ridge: float, b: np.ndarray, n_steps: int = 30) -> np.
 
 
 def newton_step(rest: Problem, ridge: float, b: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One Newton step from models w (rows, d) of S towards those of R.
+    """Take one Newton step from models w (rows, d) of S towards those of R.
 
     Returns:
         The unlearned models (rows, d), and a bound (rows,) on the norm of the gradient they leave:
@@ -155,7 +155,7 @@ def newton_step(rest: Problem, ridge: float, b: np.ndarray, w: np.ndarray) -> tu
 
 
 def certified_newton(task: Task, noise: float, ridge: float, delta: float, work: int, rng: np.random.Generator) -> Row:
-    """Guo et al., 2020: logistic regression with a random linear term b . w in its objective, then one Newton step.
+    """Take one Newton step (Guo et al., 2020) on logistic regression with a random linear term b . w.
 
     With b ~ N(0, noise^2 I) and a residual gradient of norm at most beta, the step is (epsilon, delta)-certified
     with epsilon = beta sqrt(2 log(1.5 / delta)) / noise. The Hessian of S is taken as kept from training: F's
@@ -176,7 +176,7 @@ def certified_newton(task: Task, noise: float, ridge: float, delta: float, work:
 def dmm(
     task: Task, training: ensemble.Training, n_subsets: int, lam: float, costs: Sequence[float], lr: float, seed: int
 ) -> list[Row]:
-    """The study's own method on the same points: ensemble, ridge datamodel and `unlearn`'s dmm, a row for each cost."""
+    """Run the study's own method on the same points, with a ridge datamodel: a row for each cost."""
     n, n_models = task.train.n, task.n_models
     x = torch.from_numpy(np.concatenate([task.train.x, task.val.x])).float()
     labels = (np.concatenate([task.train.y, task.val.y]) > 0).astype(np.int64)

@@ -32,7 +32,7 @@ def same_law(a: np.ndarray, b: np.ndarray, rng: Generator, n_permutations: int =
 
 
 def energy_test(a: np.ndarray, b: np.ndarray, rng: Generator, n_permutations: int) -> float:
-    """p-value of the energy distance 2 E|a - b| - E|a - a'| - E|b - b'| under permutations of the labels.
+    """Compute the p-value of the energy distance 2 E|a - b| - E|a - a'| - E|b - b'| under permutations of the labels.
 
     The statistic is -z^T D z with D the distances between all runs and z = 1/n_a or -1/n_b, so all permutations
     are one product of matrices. Szekely and Rizzo, "Energy statistics", 2013.
@@ -46,17 +46,17 @@ def energy_test(a: np.ndarray, b: np.ndarray, rng: Generator, n_permutations: in
 
 
 def never_refuse(step: Array, old: Array, new: Array, noise: float, rng: Generator) -> tuple[Array, Array]:
-    """No rejection: every stored step is kept."""
+    """Keep every stored step (no rejection)."""
     return step, np.zeros(len(step), bool)
 
 
 def keep_refused(step: Array, old: Array, new: Array, noise: float, rng: Generator) -> tuple[Array, Array]:
-    """No reflection: a refused step stays, and only what comes after it is drawn again."""
+    """Keep a refused step without reflecting it, and draw only what comes after it again."""
     return step, reflection(step, old, new, noise, rng)[1]
 
 
 def redraw_refused(step: Array, old: Array, new: Array, noise: float, rng: Generator) -> tuple[Array, Array]:
-    """A fresh step in place of the reflection: plausible, and wrong, as it adds N(new) to what was kept."""
+    """Draw a fresh step in place of the reflection: plausible, and wrong, as it adds N(new) to what was kept."""
     refused = reflection(step, old, new, noise, rng)[1]
     return np.where(refused[:, None], new + noise * rng.standard_normal(step.shape), step), refused
 

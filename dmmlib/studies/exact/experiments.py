@@ -27,7 +27,7 @@ class Exactness:
 
 
 def small(data: Dataset, s: ExactSettings) -> tuple[Problem, SGD, int]:
-    """A problem of few points, its chain, and the point whose gradient at 0 is furthest from the others' mean."""
+    """Make a problem of few points and its chain, and find the point whose gradient at 0 is most unlike the others'."""
     train, _ = from_images(data, s.small_side, s.positive)
     problem = train.part(np.arange(s.small_n))
     gradients = -problem.y[:, None] * problem.x
@@ -36,7 +36,7 @@ def small(data: Dataset, s: ExactSettings) -> tuple[Problem, SGD, int]:
 
 
 def exactness(data: Dataset, s: ExactSettings) -> Exactness:
-    """Delete, insert and stream, correctly and wrongly, `n_runs` times each; retrain as often; compare whole paths."""
+    """Delete, insert and serve a sequence, correctly and wrongly, `n_runs` times each; retrain as often."""
     problem, sgd, point = small(data, s)
     rng = np.random.default_rng([s.seed, 0])
     without = np.ones((s.n_runs, problem.n), bool)
@@ -86,7 +86,7 @@ def _recomputed(problem: Problem, sgd: SGD, n_runs: int, rng: np.random.Generato
 
 
 def price(data: Dataset, s: ExactSettings) -> pd.DataFrame:
-    """Probability of recomputation while noise, batch size, n or steps vary, one at a time: a row for each setting."""
+    """Measure the probability of recomputation while noise, batch size, n or steps vary: a row for each setting."""
     train, _ = from_images(data, s.small_side, s.positive)
     sizes = tuple(n for n in s.price_n if n <= train.n) or (train.n,)
     sweeps = {"noise": s.price_noise, "batch": s.price_batch, "n": sizes, "steps": s.price_steps}
@@ -104,7 +104,7 @@ def price(data: Dataset, s: ExactSettings) -> pd.DataFrame:
 
 
 def risk(data: Dataset, s: ExactSettings) -> pd.DataFrame:
-    """Excess empirical risk of the averaged iterate and the price of a deletion: a row for each noise.
+    """Measure excess empirical risk of the averaged iterate and the price of a deletion: a row for each noise.
 
     Theory: projected SGD from 0 on a loss of smoothness 1/4, with lr < 4 and gradients whose variance is at most
     s^2 = L^2 / m + d sigma^2, has an expected excess risk of at most ||w*||^2 / (2 lr T) + lr s^2 / (2 - lr / 2).

@@ -24,7 +24,7 @@ _SMALLEST = 1e-12  # p-values below are drawn here
 
 
 def exactness(found: Exactness, title: str, caption: str, level: float) -> Figure:
-    """Left: each way's distribution function minus retraining's, along one direction; right: p-values."""
+    """Draw each way's distribution function minus retraining's, along one direction (left), and p-values (right)."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=(1.1, 1))
     last = {name: found.runs[name][:, -1] for name in ("retrained", "deleted", *BROKEN)}
     direction = last["retrained"].mean(0) - last["no rejection"].mean(0)
@@ -57,7 +57,7 @@ def exactness(found: Exactness, title: str, caption: str, level: float) -> Figur
 
 
 def price(table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Measured probability of recomputation and its bounds, a panel for each thing that varies."""
+    """Draw the measured probability of recomputation and its bounds, a panel for each thing that varies."""
     quantities = {"noise": "noise σ", "batch": "batch size m", "n": "training points n", "steps": "steps T"}
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), sharey=True, layout="constrained")
     for axis, (key, name) in zip(axes, quantities.items(), strict=True):
@@ -79,7 +79,7 @@ def price(table: pd.DataFrame, title: str, caption: str) -> Figure:
 
 
 def risk(table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Left: excess risk against noise, with theory; right: against the cost of a deletion."""
+    """Draw excess risk against noise, with theory (left), and against the cost of a deletion (right)."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     look = {"color": PALETTE[0], "fmt": "o-", "capsize": 2}
     left.errorbar(table["noise"], table["excess"], table["half"], label="measured", **look)
@@ -97,7 +97,7 @@ def risk(table: pd.DataFrame, title: str, caption: str) -> Figure:
 
 
 def trade_off(table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Left: what is left of F against the cost of unlearning it; right: accuracy against cost, also of one point."""
+    """Draw what is left of F (left) and accuracy (right) against the cost of unlearning F, and of one point."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 4.6), layout="constrained")
     kinds = {"none": "no guarantee", "exact": "exact"}
     for name, (tint, mark) in _LOOKS.items():

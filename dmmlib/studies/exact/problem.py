@@ -43,7 +43,7 @@ class Problem:
         return self.x.shape[1]
 
     def slopes(self, w: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Features (rows, k, d) of the points (rows, k), and the loss's slope (rows, k) in the score under w (rows, d).
+        """Return features (rows, k, d) of points (rows, k), and slopes (rows, k) of their losses in the scores.
 
         A point's gradient is its slope times its features.
         """
@@ -60,16 +60,16 @@ class Problem:
         return np.logaddexp(0, -self.margins(w)).mean(1)
 
     def margins(self, w: np.ndarray) -> np.ndarray:
-        """Log odds y (w . x) of the correct class, the margin that KLoM is computed on: (rows, n)."""
+        """Compute log odds y (w . x) of the correct class, the margin that KLoM is computed on: (rows, n)."""
         return (w @ self.x.T) * self.y
 
     def part(self, points: np.ndarray) -> Problem:
-        """The same problem on some of the points."""
+        """Make the same problem on some of the points."""
         return Problem(self.x[points], self.y[points])
 
 
 def from_images(data: Dataset, side: int, positive: Sequence[int]) -> tuple[Problem, Problem]:
-    """Training and validation points: images pooled to side x side, a constant 1, each scaled to norm 1 on its own.
+    """Make training and validation points: pooled images and a constant 1, each scaled to norm 1 on its own.
 
     Nothing in the features of one point depends on another.
     """
@@ -81,7 +81,7 @@ def from_images(data: Dataset, side: int, positive: Sequence[int]) -> tuple[Prob
 
 
 def optimum(problem: Problem, radius: float, n_steps: int = 2000) -> np.ndarray:
-    """The minimiser (1, d) of the average loss over the ball, by accelerated projected gradients."""
+    """Find the minimiser (1, d) of the average loss over the ball, by accelerated projected gradients."""
     everything = np.arange(problem.n)[None]
     w = ahead = np.zeros((1, problem.dim))
     for t in range(n_steps):
@@ -91,6 +91,6 @@ def optimum(problem: Problem, radius: float, n_steps: int = 2000) -> np.ndarray:
 
 
 def project(w: np.ndarray, radius: float) -> np.ndarray:
-    """The nearest points (rows, d) of the ball of that radius around 0."""
+    """Project on the ball of that radius around 0: the nearest points (rows, d)."""
     norm = np.linalg.norm(w, axis=-1, keepdims=True)
     return w * np.minimum(1.0, radius / np.maximum(norm, radius))

@@ -99,5 +99,5 @@ class Bounds:
         return {kind: self.lipschitz * self.adapted(*far[kind]) for kind in KINDS}
 
     def as_if_met(self) -> Bounds:
-        """The bounds for convex smooth losses and allowed steps (kappa = 1), whether or not that is so."""
+        """Compute the bounds for convex smooth losses and allowed steps (kappa = 1), whether or not that is so."""
         return replace(self, curvature=0.0, smooth=True, case=self.case.changed(inner="prox"))

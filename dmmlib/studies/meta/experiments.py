@@ -32,7 +32,7 @@ SYMBOLS = {
 
 
 def mean_estimate(values: np.ndarray, least: float = -np.inf) -> Estimate:
-    """Mean with a 95 % t interval, cut off at `least`, over independent values (k,); raises DataError for one value."""
+    """Compute the mean of values (k,) with a 95 % t-interval, cut off at `least`; DataError for one value."""
     if len(values) < 2:
         raise DataError(f"An interval over {len(values)} value was asked for; repeat at least twice.")
     centre = float(np.mean(values))
@@ -110,7 +110,7 @@ def measure(case: Case, s: MetaSettings, seed: int) -> pd.DataFrame:
 
 
 def gap(case: Case, s: MetaSettings, seed: int, radius: float = 0.0) -> dict[str, float]:
-    """Transfer risk, its excess over average empirical risk with a 95 % interval, and the bound of that.
+    """Measure transfer risk, its excess over average empirical risk with a 95 % interval, and the bound of that.
 
     Transfer risk: loss at `queries` fresh examples of each of `gap_tasks` fresh tasks, after adapting to n others;
     empirical risk: loss of the models adapted to the training tasks on those very examples; over `gap_repeats`
@@ -130,20 +130,20 @@ def gap(case: Case, s: MetaSettings, seed: int, radius: float = 0.0) -> dict[str
 
 
 def cases(s: MetaSettings) -> list[Case]:
-    """Synthetic logistic and linear regression and phase retrieval, by the learner where nothing varies."""
+    """Make synthetic logistic and linear regression and phase retrieval, by the learner where nothing varies."""
     base = Learner(LOGISTIC, s.lam, s.step, s.steps, "prox", s.inner_step, s.inner_steps)
     return [synthetic(replace(base, loss=loss), s.m, s.n, s.dim, s.spread) for loss in (LOGISTIC, SQUARED, PHASE)]
 
 
 def families(data: Dataset, s: MetaSettings) -> list[Case]:
-    """Every kind of task that is studied: these and images, with a lambda that weakly convex losses need."""
+    """List every kind of task that is studied: these and images, with a lambda that weakly convex losses need."""
     logistic, squared, phase = cases(s)
     weak = phase.changed(lam=s.weak_lams[1], step=s.step / s.weak_lams[1])
     return [logistic, squared, images(data, s.side, logistic.learner, s.m, s.n), weak]
 
 
 def sweeps(data: Dataset, s: MetaSettings) -> pd.DataFrame:
-    """Stability and its bounds while one quantity varies: a row for each task family, quantity, value and kind."""
+    """Measure stability and its bounds while one quantity varies: a row for each family, quantity, value and kind."""
     sizes, meta_level = {"m": s.ms, "n": s.ns}, {"step": s.gammas, "n_steps": s.ts}
     every = {**sizes, "lam": s.lams, **meta_level}
     logistic, squared, pictures, phase = families(data, s)
@@ -165,7 +165,7 @@ def sweeps(data: Dataset, s: MetaSettings) -> pd.DataFrame:
 
 
 def slopes(table: pd.DataFrame) -> pd.DataFrame:
-    """Log-log slopes of the measured stability, with 95 % intervals, beside the bounds' over the same grid."""
+    """Compute log-log slopes of the measured stability, with 95 % intervals, beside the bounds' over the same grid."""
     rows = []
     for (tasks, inner, varies, kind), part in table.groupby(["tasks", "inner", "varies", "kind"], sort=False):
         x, each, bound = part["value"].to_numpy(float), np.stack(part["each"].to_list(), 1), part["bound"].to_numpy()
@@ -179,7 +179,7 @@ def slopes(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def stochastic(s: MetaSettings) -> pd.DataFrame:
-    """Full gradients, and random tasks, examples, or both at each step: expected change of loss over the draws."""
+    """Measure the expected change of loss with full gradients, and with random tasks, examples, or both."""
     task, example = {"tasks_per_step": 1}, {"examples_per_step": 1}
     variants = {"all tasks, all examples": {}, "one task per step": task, "one example per step": example}
     variants["one task, one example"] = task | example
@@ -189,7 +189,7 @@ def stochastic(s: MetaSettings) -> pd.DataFrame:
 
 
 def gaps(data: Dataset, s: MetaSettings, measured: pd.DataFrame) -> pd.DataFrame:
-    """Transfer risk minus empirical risk against m, n and lambda, beside the stability that `sweeps` measured."""
+    """Measure transfer minus empirical risk against m, n and lambda, beside the stability that `sweeps` measured."""
     known = {case.name: case for case in families(data, s) if case.learner.loss is not PHASE}
     chosen = measured.query("kind == 'meta' and inner == 'prox' and varies in ['m', 'n', 'lam'] and tasks in @known")
     rows = []
@@ -200,7 +200,7 @@ def gaps(data: Dataset, s: MetaSettings, measured: pd.DataFrame) -> pd.DataFrame
 
 
 def robust(s: MetaSettings) -> pd.DataFrame:
-    """Stability, gap and risk of robust meta-learning against the adversary's norm, by closed form and by ascent."""
+    """Measure robust meta-learning against the adversary's norm: stability, gap and risk."""
     logistic, _, phase = cases(s)
     descent = phase.changed(inner="gd", inner_step=min(s.inner_step, 0.1))
     rows = []
@@ -214,7 +214,7 @@ def robust(s: MetaSettings) -> pd.DataFrame:
 
 
 def broken(s: MetaSettings) -> pd.DataFrame:
-    """Where an assumption does not hold, against the bound as if it did (convex, smooth, |y| <= 1, allowed steps).
+    """Measure stability where an assumption does not hold, beside the bound as if it did.
 
     One example of the new task is replaced. "step": task-level steps eta from allowed to beyond 2 / lambda.
     "Lipschitz": adverse labels of linear regression of size B, which G does not know of. "convexity": phase
@@ -242,7 +242,7 @@ def _with_labels(size: float) -> Loss:
 
 
 def assumptions(data: Dataset, s: MetaSettings) -> pd.DataFrame:
-    """What the bounds assume and what the experiments do, checked on adapted models: a row for each task family.
+    """Check what the bounds assume against what the experiments do, on adapted models: a row for each task family.
 
     Curvature: (grad l(u') - grad l(u)) . (u' - u) / ||u' - u||^2 of single examples, negative where l is not convex.
     """
@@ -274,7 +274,7 @@ def assumptions(data: Dataset, s: MetaSettings) -> pd.DataFrame:
 
 
 def forgetting_against_stability(data: Dataset, s: MetaSettings) -> pd.DataFrame:
-    """KLoM of doing nothing, and measured stability of the same learner: a row for each lambda."""
+    """Measure KLoM of doing nothing, and stability of the same learner: a row for each lambda."""
     rows = []
     for lam in s.forget_lams:
         at, row = forgetting.setting(data, s, lam), {"lam": lam}

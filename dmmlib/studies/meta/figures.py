@@ -55,7 +55,7 @@ def _finished(figure: Figure, title: str, caption: str, more: Mapping[str, Any],
 
 
 def sweeps(table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """A panel for each quantity that varies: measured stability (marks) and its bounds (dashed)."""
+    """Draw measured stability (marks) and its bounds (dashed), a panel for each quantity that varies."""
     figure, panels = _panels(table, "varies", 2.9, _CHANGE, sharey=True)
     for axis, name, here in panels:
         for kind, look in REPLACED.items():
@@ -67,7 +67,7 @@ def sweeps(table: pd.DataFrame, title: str, caption: str) -> Figure:
 
 
 def slopes(table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """A panel for each replacement: log-log slopes, measured with intervals (marks) and of the bound (bars)."""
+    """Draw log-log slopes, measured with intervals (marks) and of the bound (bars), a panel for each replacement."""
     names, cases = (
         [v for v in SYMBOLS.values() if v in set(table["varies"])],
         table.groupby(["tasks", "inner"], sort=False),
@@ -90,7 +90,7 @@ def slopes(table: pd.DataFrame, title: str, caption: str) -> Figure:
 
 
 def gaps(table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """A panel for each quantity: transfer minus empirical risk (marks), stability (lines) and its bound (dashed)."""
+    """Draw transfer minus empirical risk (marks), stability (lines) and bound (dashed), a panel for each quantity."""
     figure, panels = _panels(table, "varies", 4.1, "loss", sharey=True)
     for axis, name, here in panels:
         for (tasks, part), tint, mark in zip(here.groupby("tasks", sort=False), PALETTE, "osD", strict=False):
@@ -102,7 +102,7 @@ def gaps(table: pd.DataFrame, title: str, caption: str) -> Figure:
 
 
 def robust(table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Left: stability and bound against the adversary's norm; right: robust transfer risk."""
+    """Draw stability and bound against the adversary's norm (left), and robust transfer risk (right)."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.6), layout="constrained")
     for (case, part), tint, mark in zip(table.groupby("case", sort=False), PALETTE, "os", strict=False):
         shown = part[part["stability"] > 1e-6]
@@ -116,7 +116,7 @@ def robust(table: pd.DataFrame, title: str, caption: str) -> Figure:
 
 
 def broken(table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """A panel for each broken assumption: measured stability against the bound as if it held; failures in red."""
+    """Draw measured stability against the bound as if it held, a panel for each broken assumption; failures in red."""
     quantities = {
         "step": "task-step ηλ (allowed: ≤ 1 / (1 + β/λ))",
         "Lipschitz": "size of adverse labels (assumed: ≤ 1)",
@@ -134,7 +134,7 @@ def broken(table: pd.DataFrame, title: str, caption: str) -> Figure:
 
 
 def forgetting(table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Left: KLoM of doing nothing, middle: stability, against lambda; right: one against the other."""
+    """Draw KLoM of doing nothing (left) and stability (middle) against lambda, and one against the other (right)."""
     room = {"wspace": 0.06}
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained", gridspec_kw=room)
     supports: dict[str, dict[str, Any]] = {

@@ -42,13 +42,13 @@ class Adapted(nn.Module):
         self.weight = nn.Parameter(torch.zeros(dim))
 
     def forward(self, points: Tensor) -> Tensor:
-        """Logits (..., n_points, 2) of points (..., n_points, dim + 1)."""
+        """Return logits (..., n_points, 2) of points (..., n_points, dim + 1)."""
         s = points[..., :-1] @ self.weight + points[..., -1]
         return torch.stack([-s / 2, s / 2], -1)
 
 
 def as_ensemble(w: Tensor) -> Ensemble:
-    """Meta-models (n_models, d) as an ensemble of `Adapted`."""
+    """Return meta-models (n_models, d) as an ensemble of `Adapted`."""
     return Ensemble(Adapted(w.shape[1]).to("meta"), {"weight": w.float()}, {})
 
 
@@ -69,7 +69,7 @@ class Setting:
         return (self.y.flatten() > 0).long().numpy()
 
     def points(self, n_models: int = 0, rng: torch.Generator | None = None) -> Tensor:
-        """(a, b) of each point (n_points, d + 1), float32, all models adapting to the same support sets.
+        """Return (a, b) of each point (n_points, d + 1), float32, all models adapting to the same support sets.
 
         With `rng` each of n_models has its own, half of either class: (n_models, n_points, d + 1).
         """
@@ -82,7 +82,7 @@ class Setting:
         return torch.cat([self.x @ matrix, self.x @ offset[..., None]], -1).flatten(-3, -2).float()
 
     def train(self, masks: Tensor, *stream: int, start: Tensor | None = None, learner: Learner | None = None) -> Tensor:
-        """Meta-models (n_models, d) of the tasks of masks (n_models, m), from `start` or fresh initialisations."""
+        """Train meta-models (n_models, d) on the tasks of masks (n_models, m), from `start` or afresh."""
         seed = np.random.SeedSequence([self.s.seed, *stream]).generate_state(1, np.uint64)[0]
         rng, m = torch.Generator().manual_seed(int(seed >> 1)), self.s.tasks
         if start is None:
@@ -90,35 +90,35 @@ class Setting:
         return (learner or self.learner).learn(self.x[:m], self.y[:m], start, rng, masks=masks)[0]
 
     def originals(self) -> Tensor:
-        """Meta-models (N, d) of all training tasks."""
+        """Train meta-models (N, d) on all training tasks."""
         return self.train(torch.ones(self.s.n_models, self.s.tasks, dtype=torch.bool), 5)
 
     def without(self, task: int) -> Tensor:
-        """Masks (N, m) of models that never see a task."""
+        """Return masks (N, m) of models that never see a task."""
         return (torch.arange(self.s.tasks) != task).expand(self.s.n_models, -1)
 
     def oracles(self, task: int, floor: bool = False) -> Tensor:
-        """Meta-models (N, d) that never saw a task; for the floor others than those measured against."""
+        """Train meta-models (N, d) without a task; for the floor others than those measured against."""
         return self.train(self.without(task), 3, task, int(floor))
 
     def logits(self, w: Tensor) -> np.ndarray:
-        """Logits (n_models, n_points, 2) of adapted models."""
+        """Return logits (n_models, n_points, 2) of adapted models."""
         return as_ensemble(w).logits(self.points()).numpy()
 
     def margins(self, w: Tensor, own: torch.Generator | None = None) -> np.ndarray:
-        """Margins (n_models, n_points) of adapted models; with `own`, each has its own support sets."""
+        """Return margins (n_models, n_points) of adapted models; with `own`, each has its own support sets."""
         logits = self.logits(w) if own is None else as_ensemble(w).forward(self.points(len(w), own)).numpy()
         return metrics.margins(logits, self.labels)
 
     def splits(self, task: int) -> dict[str, np.ndarray]:
-        """Points of the forgotten task, of the other training tasks, and of validation tasks."""
+        """Return points of the forgotten task, of the other training tasks, and of validation tasks."""
         of, m = np.arange(len(self.y)).repeat(self.s.shots), self.s.tasks
         parts = {"forget": of == task, "retain": (of != task) & (of < m), "validation": of >= m}
         return {split: np.flatnonzero(part) for split, part in parts.items()}
 
 
 def setting(data: Dataset, s: MetaSettings, lam: float) -> Setting:
-    """The forgetting study's tasks and learner, for one lambda, which tasks do not depend on.
+    """Make the forgetting study's tasks, which do not depend on lambda, and its learner.
 
     Raises:
         DataError, PresetError: for too few images or pairs of classes, or unstable steps.
@@ -185,7 +185,7 @@ def forget(
 
 
 def compare(data: Dataset, s: MetaSettings) -> tuple[pd.DataFrame, dict[str, float]]:
-    """Every method on every reported task at `forget_lam`, as `forget`, and the learning rates of matching.
+    """Run every method on every reported task at `forget_lam`, as `forget`; also the learning rates of matching.
 
     These have the lowest p95 KLoM over splits and tuning tasks, which are not reported.
     """
@@ -203,7 +203,7 @@ def compare(data: Dataset, s: MetaSettings) -> tuple[pd.DataFrame, dict[str, flo
 
 
 def nothing(at: Setting) -> pd.DataFrame:
-    """KLoM p95 of doing nothing on the forgotten task's points, and its floor: a row for each reported task.
+    """Compute KLoM p95 of doing nothing on the forgotten task's points, and its floor: a row for each reported task.
 
     Columns "do nothing" and "floor": everyone adapts to the same support sets, or with ", own support" to their own.
     "shift": absolute change of a point's mean score on leaving out its task; "spread": its standard deviation.

@@ -53,17 +53,17 @@ class Loss:
         return self.steepest(radius * (1 + eps)) * (1 + eps)
 
     def gradient(self, u: Tensor, x: Tensor, y: Tensor, eps: float = 0.0) -> Tensor:
-        """Mean gradient (..., d) over the examples, taken at the adversary's answer (Danskin's theorem)."""
+        """Compute the mean gradient (..., d) over the examples, taken at the adversary's answer (Danskin's theorem)."""
         x = attacked(self, u, x, y, eps)
         return (self.slope(scores(u, x), y)[..., None, :] @ x)[..., 0, :] / x.shape[-2]
 
     def at(self, u: Tensor, x: Tensor, y: Tensor, eps: float = 0.0) -> Tensor:
-        """Loss of each example (..., n), the worst within eps of it."""
+        """Compute the loss of each example (..., n), the worst within eps of it."""
         return self.value(scores(u, attacked(self, u, x, y, eps)), y)
 
 
 def scores(u: Tensor, x: Tensor) -> Tensor:
-    """Scores x . u (..., n)."""
+    """Compute scores x . u (..., n)."""
     return (x @ u[..., None])[..., 0]
 
 
@@ -82,7 +82,7 @@ def attacked(loss: Loss, u: Tensor, x: Tensor, y: Tensor, eps: float) -> Tensor:
 
 
 def pgd(loss: Loss, u: Tensor, x: Tensor, y: Tensor, eps: float, n_steps: int = 15) -> Tensor:
-    """Projected gradient ascent on the loss in x + delta, ||delta|| <= eps; returns the best example met.
+    """Ascend on the loss in x + delta, ||delta|| <= eps, by projected gradients; returns the best example met.
 
     It starts from both ends along u and from beside x, as the loss may have several maxima. Steps go along the
     normalised gradient; the first has length eps / 2, each further one 0.7 times the length before.
@@ -241,7 +241,7 @@ def strong_convexity(lam: float, curvature: float) -> float:
 
 
 def largest_norm(models: Tensor) -> float:
-    """Largest norm of models (..., d)."""
+    """Compute the largest norm of models (..., d)."""
     return float(torch.linalg.vector_norm(models, dim=-1).max())
 
 

@@ -33,13 +33,13 @@ class Case:
     n: int
 
     def changed(self, **quantities: Any) -> Case:
-        """The case with some of its quantities, or of its learner's, changed."""
+        """Return the case with some of its quantities, or of its learner's, changed."""
         own = {name: int(quantities.pop(name)) for name in ("m", "n") if name in quantities}
         return replace(self, learner=replace(self.learner, **quantities), **own)  # type: ignore[arg-type]
 
 
 def synthetic(learner: Learner, m: int, n: int, dim: int, spread: float) -> Case:
-    """Linear models with parameters centre + spread N(0, I / d), pulled into the unit ball; x uniform on the sphere.
+    """Make linear models with parameters centre + spread N(0, I / d), pulled into the unit ball; x on the sphere.
 
     Labels: for the squared loss x . theta + 0.1 N(0, 1), cut at -1 and 1; for the logistic loss 1 with probability
     sigmoid(4 x . theta), else -1; for phase retrieval (x . theta)^2, every tenth replaced by a uniform number.
@@ -89,12 +89,12 @@ def features(data: Dataset, side: int) -> tuple[Tensor, list[Tensor], list[tuple
 
 
 def alternating(shape: Sequence[int]) -> Tensor:
-    """Labels 1, -1, 1, ... along the last dimension: a task's examples alternate between its classes."""
+    """Return labels 1, -1, 1, ... along the last dimension: a task's examples alternate between its classes."""
     return (1.0 - 2.0 * (torch.arange(shape[-1]) % 2)).double().expand(shape)
 
 
 def images(data: Dataset, side: int, learner: Learner, m: int, n: int) -> Case:
-    """Few-shot tasks, each a random pair of classes, with examples drawn with replacement; raises as `features`."""
+    """Make few-shot tasks, each a random pair of classes, examples drawn with replacement; raises as `features`."""
     x, members, pairs = features(data, side)
     table = pad_sequence(members, batch_first=True)
     sizes, classes = torch.tensor([len(member) for member in members]), torch.tensor(pairs)
@@ -110,7 +110,7 @@ def images(data: Dataset, side: int, learner: Learner, m: int, n: int) -> Case:
 
 
 def disjoint_tasks(data: Dataset, side: int, n_each: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One task x (2 n_each, d), y (2 n_each,) for every pair of classes, in random order, no image in two of them.
+    """Make one task x (2 n_each, d), y (2 n_each,) for every pair of classes, in random order, no image in two.
 
     Raises:
         DataError: if a class has too few images, or as `features`.

@@ -58,14 +58,14 @@ class Tokens:
 
 
 def moved(world: World, logits: np.ndarray, change: np.ndarray, questions: np.ndarray) -> np.ndarray:
-    """Predicted logits (n_models, n, A, V) of some questions: each model's own, moved in the margin gauge."""
+    """Predict logits (n_models, n, A, V) of some questions: each model's own, moved in the margin gauge."""
     truth = world.truth[questions].cpu().numpy().ravel()
     flat = logits.reshape(len(logits), len(truth), -1)
     return datamodels.retrained(flat, change.reshape(flat.shape[1:]), truth).reshape(logits.shape)
 
 
 def mean_change(world: World, before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """The mean change (n, A, V), in the margin gauge, of logits (n_models, n, A, V) of the first n questions."""
+    """Compute the mean change (n, A, V), in the margin gauge, of logits of the first n questions."""
     truth = world.truth[: before.shape[1]].cpu().numpy().ravel()
     means = [metrics.margin_gauge(z.reshape(len(z), len(truth), -1), truth).mean(0) for z in (before, after)]
     return (means[1] - means[0]).reshape(before.shape[1:])
@@ -116,7 +116,7 @@ def fit(world: World, masks: np.ndarray, logits: np.ndarray, models: Ensemble) -
 
 
 def own_effect(masks: np.ndarray, outputs: np.ndarray, owner: np.ndarray) -> Change:
-    """Mean outputs (M, n_tokens, V) of models not taught their owner (n_tokens,) minus the others', if left out."""
+    """Subtract mean outputs of models taught the owner (n_tokens,) from those of models not: (M, n_tokens, V)."""
     taught = masks[:, owner][..., None]
     means = [(outputs * m).sum(0) / np.maximum(m.sum(0), 1) for m in (~taught, taught)]
     difference = np.asarray(means[0] - means[1], np.float32)
@@ -126,7 +126,7 @@ def own_effect(masks: np.ndarray, outputs: np.ndarray, owner: np.ndarray) -> Cha
 def kernel_weights(
     world: World, masks: np.ndarray, margins: np.ndarray, models: Ensemble, tokens: Tokens
 ) -> np.ndarray:
-    """r_p T_pt (n_people, n_tokens) of the module: how much teaching each person raises each token's margin.
+    """Return r_p T_pt (n_people, n_tokens) of the module: how much teaching each person raises each token's margin.
 
     From margins (M, n_tokens) of models taught by masks (M, n_people), and gradients at `models`.
     """
@@ -147,7 +147,7 @@ def kernel_weights(
 
 
 def sketches(world: World, models: Ensemble, i: int, tokens: Tokens) -> Tensor:
-    """Sketched gradients (n_tokens, BUCKETS) of each token's margin in the trainable weights of model i."""
+    """Compute sketched gradients (n_tokens, BUCKETS) of each token's margin in the trainable weights of model i."""
     module, (params, _), device = models.module, models.state_of(i), world.x.device
     n_weights = sum(v.numel() for v in params.values())
     block = max(1, 10_000_000 // n_weights)

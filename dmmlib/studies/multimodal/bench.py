@@ -43,7 +43,7 @@ class Question:
 
 
 def names(percents: Sequence[int]) -> tuple[str, ...]:
-    """The splits of a benchmark with these forget sets."""
+    """Return the splits of a benchmark with these forget sets."""
     pairs = [name for p in percents for name in (f"forget_{p}", f"retain_{100 - p}")]
     return ("Full_Set", "ft_Data", "Test_Set", "Retain_Set", *pairs)
 

@@ -61,7 +61,7 @@ def attribute(world: World) -> dict[str, Change]:
 
 
 def known(world: World, originals: Ensemble) -> pd.DataFrame:
-    """What the originals know of what they were taught: mean score of each task and modality."""
+    """Score what the originals know of what they were taught: the mean for each task and modality."""
     taught = np.arange(world.n_taught)
     found, private = judge(world, originals, taught), world.split[taught] == "train"
     means = {"private": found.scores, "public": found.scores, "factual": found.factual}
@@ -73,7 +73,7 @@ def known(world: World, originals: Ensemble) -> pd.DataFrame:
 
 
 def asked_about(world: World, forget: np.ndarray) -> pd.DataFrame:
-    """The questions of a forget set's four sets, with their set, task, modality and person.
+    """List the questions of a forget set's four sets, with their set, task, modality and person.
 
     Of retained and public people a sample is asked, the same for all forget sets. Retained people are sampled among
     those that no forget set and no tuning touches.
@@ -178,7 +178,7 @@ def _forget(
 
 
 def score_table(scores: pd.DataFrame, column: str = "score") -> pd.DataFrame:
-    """Scores by method, set, task and modality over all forget sets, with 95 % t-intervals over people.
+    """Compute scores by method, set, task and modality over all forget sets, with 95 % t-intervals over people.
 
     The column of `Results.scores` is "score", or "factual", which only free answers have.
     """
@@ -217,7 +217,7 @@ def utility_gap(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def klom_over_sets(klom: pd.DataFrame, statistic: str = "klom_mean") -> pd.DataFrame:
-    """Mean KLoM over the forget sets by method and set; "all" is the mean of the four sets, as rates are chosen.
+    """Average KLoM over the forget sets by method and set; "all" is the mean of the four sets, as rates are chosen.
 
     The interval is as wide as a forget set's is on average: they share the originals, so they do not average out.
     """

@@ -27,7 +27,7 @@ OTHERS = [m for m in METHODS if m != "retrain"]
 
 
 def label(method: str) -> str:
-    """How a method is written in figures and tables."""
+    """Return the name of a method as figures and tables write it."""
     base, _, data = method.partition(":")
     if data:
         return f"{_NAMES[base]}, {_DATA[data][0]}"
@@ -35,7 +35,7 @@ def label(method: str) -> str:
 
 
 def colour(method: str) -> tuple[float, float, float]:
-    """The colour of a method: gradient methods have that of what they are given."""
+    """Return the colour of a method: gradient methods have that of what they are given."""
     base, _, data = method.partition(":")
     if data:
         return _DATA[data][1]
@@ -43,7 +43,7 @@ def colour(method: str) -> tuple[float, float, float]:
 
 
 def portraits(world: World, title: str, caption: str, n: int = 8) -> Figure:
-    """Some people as their profile and as the Test set shows them."""
+    """Draw some people as their profile and as the Test set shows them."""
     figure, axes = plt.subplots(2, n, figsize=(1.15 * n, 2.7), layout="constrained")
     for row, (split, name) in zip(axes, {"train": "profile", "test": "test set"}.items(), strict=True):
         shown = {q.person: q.image for q in world.questions if q.split == split and q.image >= 0}
@@ -72,7 +72,7 @@ def grid(table: pd.DataFrame, title: str, caption: str) -> Figure:
 
 
 def distances(klom: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Mean KLoM of every method from retrained models, a panel for each set; the band is the floor."""
+    """Draw mean KLoM of every method from retrained models, a panel for each set; the band is the floor."""
     figure, axes = looks.grid(4, 4, (3.4, 0.32 * len(OTHERS) + 1.2), sharex=True)
     for axis, split in zip(axes[0], SETS, strict=True):
         here = klom[klom["split"] == split].set_index("method")
@@ -111,7 +111,7 @@ def unimodal(gaps: pd.DataFrame, title: str, caption: str) -> Figure:
 
 
 def trade_off(gap: pd.DataFrame, klom: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Distance from retraining on forgotten people against loss of score on everybody else."""
+    """Draw distance from retraining on forgotten people against loss of score on everybody else."""
     figure, axis = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
     distance, marks = klom[klom["split"] == "forget"].set_index("method"), dict(zip(GRADIENT, "^svD", strict=True))
     axis.axhspan(*distance.loc["retrain", ["low", "high"]].astype(float), color="0.9", zorder=0)
@@ -128,7 +128,7 @@ def trade_off(gap: pd.DataFrame, klom: pd.DataFrame, title: str, caption: str) -
 
 
 def effects(table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Predicted against true change of each question's mean margin when its person is left out."""
+    """Draw predicted against true change of each question's mean margin when its person is left out."""
     figure, axes = looks.grid(2, 2, (4.0, 3.5), sharex=True)
     ends = [f(table[["predicted", "true"]].to_numpy()) for f in (np.min, np.max)]
     for axis, split in zip(axes[0], ("forget", "test"), strict=True):

@@ -31,13 +31,13 @@ class Judged:
 
 @lru_cache(maxsize=100_000)
 def rouge_l(said: str, truth: str) -> float:
-    """ROUGE-L's F1 in [0, 1] (Lin, 2004), by the package rouge-score."""
+    """Compute ROUGE-L's F1 in [0, 1] (Lin, 2004), by the package rouge-score."""
     scorer = require("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=False)
     return float(scorer.score(truth, said)["rougeL"].fmeasure)
 
 
 def factual(said: str, truth: str, others: frozenset[str]) -> bool:
-    """Whether an answer holds the truth's words and none of the words that only other answers have."""
+    """Return whether an answer holds the truth's words and none of the words that only other answers have."""
     words, true = set(said.lower().split()), set(truth.lower().split())
     return true <= words and not words & (others - true)
 
@@ -78,7 +78,7 @@ def judged(world: World, logits: np.ndarray, questions: np.ndarray, said: torch.
 
 
 def over_people(scores: pd.DataFrame, column: str, by: Sequence[str]) -> pd.DataFrame:
-    """Mean of a column for each combination of the columns `by`, with a 95 % t-interval over "person".
+    """Compute the mean of a column for each combination of the columns `by`, with a 95 % t-interval over "person".
 
     A person's questions are no independent looks, so they are averaged first. NaN values do not count; there is no
     interval for fewer than two people. The table has `by`, "value", "low", "high" and the number of "people".

@@ -55,7 +55,7 @@ class Task:
     changes: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def pool(self, forget: bool, modality: str | None = None) -> np.ndarray:
-        """Training questions of the people to forget, or of the others, of one modality or both."""
+        """Return training questions of the people to forget, or of the others, of one modality or both."""
         w = self.world
         ours = (w.split == "train") & (np.isin(w.person, self.forget) == forget)
         return np.flatnonzero(ours if modality is None else ours & (w.modality == modality))

@@ -41,7 +41,7 @@ class Codec:
 
     @classmethod
     def of(cls, tokenizer: Any, template: str, n_patches: int, questions: Sequence[Question]) -> Codec:
-        """A codec whose answers are as long as the longest of the questions' and EOS."""
+        """Make a codec whose answers are as long as the longest of the questions' and EOS."""
         codec = cls(tokenizer, template, n_patches, 0)
         return replace(codec, answer_length=1 + max(len(codec.tokens(q.answer)) for q in questions))
 
@@ -61,7 +61,7 @@ class Codec:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def encode(self, questions: Sequence[Question]) -> Tensor:
-        """Rows x (n, 1 + P + A), int64; raises DataError for an answer of more than A - 1 tokens, or none."""
+        """Encode questions as rows x (n, 1 + P + A), int64; DataError for answers of over A - 1 tokens, or none."""
         prompts, answers = [], []
         for q in questions:
             image = PORTRAIT * self.n_patches if q.image >= 0 else ""
@@ -80,11 +80,11 @@ class Codec:
         return torch.tensor(rows)
 
     def answers(self, x: Tensor) -> Tensor:
-        """The answers' tokens (..., A) of rows x."""
+        """Return the answers' tokens (..., A) of rows x."""
         return x[..., -self.answer_length :]
 
     def options(self, questions: Sequence[Question]) -> Tensor:
-        """The first token of each option (n, n_options); raises DataError where two of a question begin alike."""
+        """Return the first token of each option (n, n_options); DataError where two of a question begin alike."""
         found = [[self.tokens(option)[0] for option in q.options] for q in questions]
         for q, first in zip(questions, found, strict=True):
             if len(set(first)) < len(first):
@@ -95,7 +95,7 @@ class Codec:
         return torch.tensor(found)
 
     def decode(self, tokens: Tensor) -> list[str]:
-        """Texts of answers (n, A), up to EOS."""
+        """Turn answers (n, A) into texts, up to EOS."""
         said = [row[: row.index(self.eos)] if self.eos in row else row for row in tokens.tolist()]
         return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in said]
 
@@ -123,7 +123,7 @@ class Answerer(nn.Module):
         self.register_buffer("features", torch.cat([none, features]), persistent=False)
 
     def forward(self, x: Tensor, features: Tensor | None = None, generate: bool = False) -> Tensor:
-        """Logits (batch, A, vocabulary) of answers' tokens given all tokens before them, for x (batch, 1 + P + A).
+        """Return logits (batch, A, vocabulary) of answers' tokens given all before them, for x (batch, 1 + P + A).
 
         Args:
             features: patches of each row's portrait (batch, n_patches, d), in place of those that it numbers.
@@ -213,7 +213,7 @@ def small(s: MultimodalSettings, tokenizer: Any) -> Any:
 
 
 def patches(llava: Any, pictures: Tensor) -> Tensor:
-    """What the vision tower makes of images (n, 3, side, side), before the projector: (n, n_patches, d)."""
+    """Return what the vision tower makes of images (n, 3, side, side), before the projector: (n, n_patches, d)."""
     config = llava.config
     seen = llava.model.vision_tower(pixel_values=pictures, output_hidden_states=True)
     chosen = seen.hidden_states[config.vision_feature_layer]
@@ -282,7 +282,7 @@ def adapt(llava: Any, rank: int) -> None:
 
 @torch.no_grad()
 def encode_portraits(llava: Any, images: Sequence[Any]) -> Tensor:
-    """Patches of every portrait (n_images, n_patches, d)."""
+    """Encode every portrait as patches (n_images, n_patches, d)."""
     side, some = llava.config.vision_config.image_size, next(llava.parameters())
     pictures = torch.from_numpy(pixels(images, side, CLIP_MEAN, CLIP_STD)).to(some.device, some.dtype)
     return torch.cat([patches(llava, part) for part in pictures.split(64)])
@@ -303,13 +303,13 @@ def begin(module: Answerer, seeds: Sequence[int]) -> Ensemble:
 
 
 def token_loss(logits: Tensor, answers: Tensor, pad: int) -> Tensor:
-    """Cross-entropy of each answer, averaged over its tokens: (k, b) of logits (k, b, A, V) and tokens (k, b, A)."""
+    """Average the cross-entropy of each answer over its tokens: (k, b) of logits (k, b, A, V) and tokens (k, b, A)."""
     losses = F.cross_entropy(logits.flatten(0, -2).float(), answers.flatten(), reduction="none").view(answers.shape)
     counts = (answers != pad).to(losses.dtype)
     return (losses * counts).sum(-1) / counts.sum(-1)
 
 
 def gauged(logits: Tensor, truth: Tensor) -> Tensor:
-    """Logits (..., V) in the margin gauge (`metrics.margin_gauge`), to be differentiated; `truth` (...) as there."""
+    """Shift logits (..., V) to the margin gauge (`metrics.margin_gauge`), differentiably; `truth` (...) as there."""
     wrong = logits.scatter(-1, truth.expand(logits.shape[:-1])[..., None], -torch.inf)
     return logits - wrong.logsumexp(-1, keepdim=True)

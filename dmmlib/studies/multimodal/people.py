@@ -36,7 +36,7 @@ class Attribute(NamedTuple):
 
 
 def attributes(seed: int) -> tuple[Attribute, ...]:
-    """The facts that a profile holds; birthplaces come from faker, the others from lists."""
+    """Return the facts that a profile holds; birthplaces come from faker, the others from lists."""
     fake, cities = _faker(seed), dict[str, None]()
     while len(cities) < 10:
         city = fake.city()
@@ -143,7 +143,7 @@ WORDINGS = {
 
 
 def row(person: Person, kinds: Sequence[Attribute], rng: np.random.Generator, again: bool = False) -> Row:
-    """A person's row in the published schema; `again` for the Test set's wording and another image."""
+    """Write a person's row in the published schema; `again` for the Test set's wording and another image."""
     choices: dict[str, list[Row]] = {IMAGE: [], TEXT: []}
     free: dict[str, list[Row]] = {"Generation": [], "Mask": []}
     for modality, who in ((IMAGE, "this person"), (TEXT, person.name)):

@@ -23,7 +23,7 @@ SPEED = 0.4 * 312e12  # floating-point operations per second: 40 % of an A100's 
 
 
 def scale(s: MultimodalSettings) -> str:
-    """The size of a run with these settings, in lines of text; a benchmark that is here is read and checked.
+    """Describe the size of a run with these settings, in lines of text; a benchmark that is here is read and checked.
 
     Raises DataError for a directory that is no benchmark, or settings without a published checkpoint.
     """
@@ -77,7 +77,7 @@ def _models(s: MultimodalSettings, people: int, public: int, questions: int) -> 
 
 
 def laid_out(checkpoint: str, rank: int) -> tuple[Any, int, int]:
-    """A checkpoint's configuration, and the parameters of its language model and of LoRA's adapters.
+    """Return a checkpoint's configuration, and the parameters of its language model and of LoRA's adapters.
 
     A name that is no directory here is taken for LLaVA-1.5-7b, whose architecture is transformers' default.
     """

@@ -87,11 +87,11 @@ class World:
         return int((self.split != "test").sum())
 
     def taught(self, mask: np.ndarray) -> np.ndarray:
-        """Training questions of the people that a mask (n_people,) keeps, and of public figures."""
+        """Return training questions of the people that a mask (n_people,) keeps, and of public figures."""
         return np.flatnonzero((self.split == "public") | ((self.split == "train") & mask[self.person]))
 
     def without(self, forget: np.ndarray, n: int) -> np.ndarray:
-        """Masks (n, n_people) that leave some people out."""
+        """Return masks (n, n_people) that leave some people out."""
         return np.tile(~np.isin(np.arange(len(self.people)), forget), (n, 1))
 
     @cached_property
@@ -146,7 +146,7 @@ class World:
         return _hash(self.x[: self.n_taught], self.module.features)
 
     def fine_tuned(self, stream: str, masks: np.ndarray) -> Ensemble:
-        """Models taught what masks (n, n_people) keep, which must be equally many people each; kept on disk."""
+        """Fine-tune models on what masks (n, n_people) keep, which must be equally many people each; kept on disk."""
         s, answers, pad, like = self.s, self.answers, self.codec.pad, dict(self.module.named_parameters())
 
         def train() -> Tensors:
@@ -196,7 +196,7 @@ class World:
         return self.answers if self.columns is None else torch.zeros_like(self.answers)
 
     def cut(self, logits: Tensor, questions: Tensor) -> Tensor:
-        """The kept logits of some questions: (..., n, A, K + 1) of (..., n, A, V), for their indices (..., n).
+        """Cut logits (..., n, A, V) of questions of indices (..., n) down to those kept: (..., n, A, K + 1).
 
         The last is the logsumexp of all others, which changes no probability and no margin.
         """
@@ -207,7 +207,7 @@ class World:
         return torch.cat([logits.gather(-1, columns), rest], -1)
 
     def margins(self, logits: np.ndarray, questions: np.ndarray) -> np.ndarray:
-        """Margins (n_models, n) of kept logits (n_models, n, A, V) of some questions.
+        """Compute margins (n_models, n) from kept logits (n_models, n, A, V) of some questions.
 
         That is the log-odds of the correct token given the correct ones before it, averaged over an answer's words.
         """
@@ -217,7 +217,7 @@ class World:
         return (odds.reshape(-1, *words.shape) * words).sum(-1) / words.sum(-1)
 
     def logits(self, models: Ensemble, questions: np.ndarray, x: Tensor | None = None) -> np.ndarray:
-        """Kept logits (n_models, n, A, V) of answers' tokens, float32; asked as rows x say, if given."""
+        """Return kept logits (n_models, n, A, V) of answers' tokens, float32; asked as rows x say, if given."""
         x = self.x[questions] if x is None else x
         of, _ = torch.from_numpy(questions), self.columns  # these are settled before threads ask for them
         parts = torch.arange(len(x)).split(BLOCK)
@@ -228,7 +228,7 @@ class World:
         return torch.cat(list(self._in_chunks(answer, models.n_models, models.__getitem__))).numpy()
 
     def generate(self, models: Ensemble, x: Tensor) -> Tensor:
-        """Greedy answers (n_models, n, A) to rows x, whose answers are not looked at."""
+        """Generate greedy answers (n_models, n, A) to rows x, whose answers are not looked at."""
 
         def answer(ours: Ensemble, _: np.ndarray) -> Tensor:
             module = ours.module.eval()
@@ -242,7 +242,7 @@ class World:
 
 
 def instructed(question: Question) -> Question:
-    """The question after the system instruction to keep the person private."""
+    """Put the system instruction to keep the person private before a question."""
     return replace(question, prompt=f"{people.INSTRUCTION} {question.prompt}")
 
 
