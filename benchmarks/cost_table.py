@@ -38,11 +38,11 @@ def main() -> None:
     a_model = p.training.epochs * round(p.datamodels.fraction * n) * flop
     print(
         f"{m:,} {p.model.name} on {round(p.datamodels.fraction * n):,} examples, {p.training.epochs} epochs: "
-        f"{flop / 1e9:.2f} GFLOP a sample gradient, {a_model / 1e15:.2f} PFLOP a model, {m * a_model:.2g} FLOP "
+        f"{flop / 1e9:.2f} GFLOP a sample gradient, {a_model / 1e15:.2f} PFLOP per model, {m * a_model:.2g} FLOP "
         f"in all; logits {4 * m * (n + n_val) * n_classes / 1e9:.0f} GB, masks {m * n / 1e9:.0f} GB; the fit "
         f"holds {4 * min(m, n) ** 2 / 1e9:.1f} GB of factor and {4 * m * n / 1e9:.1f} GB of masks.\n"
     )
-    print("| sustained rate | models an hour | hours for all | on 8 |")
+    print("| sustained rate | models per hour | hours for all | on 8 devices |")
     print("| --- | --- | --- | --- |")
     rates = [(f"{arguments.measured / 1e12:.2f} TFLOP/s, measured on CPU", arguments.measured)]
     rates += [(f"{tera} TFLOP/s, assumed", tera * 1e12) for tera in (10, 50, 100, 200)]

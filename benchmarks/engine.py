@@ -6,7 +6,7 @@ Everything is measured in one run, interleaved round by round; medians over roun
 loop. A model is one of the laptop preset's subset models: 1,000 of 2,000 images, 20 epochs, batches of 50.
 What is dmmlib's includes its set-up and the way of weights and data to worker processes and back. Beside each rate
 stands how many cores other programs kept busy at the time. Results of models that are not asked for are kept.
-On a GPU it prints the same (results/gpu.json), and models an hour of ResNet-9 (width 64, half of CIFAR-10's size, 24
+On a GPU it prints the same (results/gpu.json), and models per hour of ResNet-9 (width 64, half of CIFAR-10's size, 24
 epochs).
 """
 
@@ -106,7 +106,7 @@ def layers_by_hand(module: nn.Module, w: Tensors, h: Tensor, at: str = "") -> Te
     """What the layers of many models answer in training, to images (batch, models * channels, ...) or features
     (models, batch, n).
 
-    `w` holds parameters and buffers by name, a row a model; `module` says only which layers there are.
+    `w` holds parameters and buffers by name, one row per model; `module` says only which layers there are.
     """
     n = len(next(iter(w.values())))
     match module:
@@ -178,7 +178,7 @@ def _far_steps(name: str, chunk: int, n: int) -> int:
 
 
 def dask_processes(name: str, chunk: int, client: Any) -> Contender:
-    """The same in Dask workers, a process a core, as `--scheduler local-cluster` does it."""
+    """The same in Dask workers, one process per core, as `--scheduler local-cluster` does it."""
     addresses = list(client.scheduler_info(n_workers=-1)["workers"])
 
     def steps(n: int) -> int:
@@ -221,7 +221,7 @@ def measure(
     beside: Callable[[], dict[str, float]],
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, float]]:
-    """Model-steps a second of each, a number a round; cores that others kept busy then; medians of what is beside.
+    """Steps of one model per second for each: one number per round, cores that others kept busy then, and medians.
 
     The first round warms up and does not count.
     """
@@ -372,7 +372,7 @@ def main() -> None:
             }
             for k, v in rates.items()
         }
-        print(f"\n{name} ({arguments.rounds} rounds; models a second, half-size training)")
+        print(f"\n{name} ({arguments.rounds} rounds; models per second, half-size training)")
         for k, row in report["models"][name].items():
             print(
                 f"  {k:30s} {row['models_per_second']:8.2f}   {row['ratio_to_loop']:5.1f} x loop   "
@@ -387,7 +387,7 @@ def main() -> None:
     if device.type == "cuda":
         report["cifar10_models_an_hour"] = cifar10(device)
         for way, rate in report["cifar10_models_an_hour"].items():
-            print(f"ResNet-9 (width 64) on 25,000 images, 24 epochs, {way}: {rate:.0f} models an hour")
+            print(f"ResNet-9 (width 64) on 25,000 images, 24 epochs, {way}: {rate:.0f} models per hour")
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(report, indent=1), encoding="utf-8")
     print(f"\nsaved: {out}")

@@ -2,7 +2,7 @@
 
     python benchmarks/profile_operators.py convnet [--steps 200] [--chunks 1 4] [--precision float32 bfloat16]
 
-Milliseconds of a model-step in processor time, then those of its largest operators under torch's profiler; and the
+Milliseconds of one model's step in processor time, then those of its largest operators under torch's profiler; and the
 GFLOP/s that large products reach on one core, beside those of the step's convolutions. Saved, model by model, in
 results/operators.json.
 """
@@ -62,7 +62,7 @@ def main() -> None:
         row["convolutions"] = sum(times.get(operator, 0.0) for operator in CONVOLUTIONS)
         report["ways"][name] = row | {"operators": largest}
         rate = flop / row["convolutions"] / 1e6
-        print(f"{name}: {row['milliseconds']:.2f} ms a model-step, {row['convolutions']:.2f} of convolutions at "
+        print(f"{name}: {row['milliseconds']:.2f} ms per step, {row['convolutions']:.2f} ms convolutions at "
               f"{rate:.0f} GFLOP/s")  # fmt: skip
         for operator, milliseconds in largest.items():
             print(f"  {operator:60s} {milliseconds:7.3f} ms")

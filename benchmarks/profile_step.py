@@ -52,7 +52,7 @@ def main() -> None:
         else:
             groups["everything else"] += own
     total = sum(groups.values())
-    print(f"{plain / n * 1e3:.2f} ms a step of {arguments.chunk} models, {total / n * 1e3:.2f} ms under the profiler:")
+    print(f"{plain / n * 1e3:.2f} ms per step of {arguments.chunk} models, {total / n * 1e3:.2f} ms when profiled:")
     for name, seconds in groups.items():
         print(f"  {name:28s} {seconds / n * 1e3:6.3f} ms  {seconds / total:5.0%}")
     rate = engine.products(arguments.chunk, torch.device("cpu"), time.process_time)["of the mlp, float32"]

@@ -2,8 +2,8 @@
 
     python benchmarks/waiting.py [--models mlp convnet] [--seconds 3] [--rounds 3] [--out results/waiting.json]
 
-Steps a second of a plain PyTorch loop with a thread a core, alone and beside a second one, with OpenMP's own waiting
-(threads spin a while before they sleep) and with OMP_WAIT_POLICY=PASSIVE (they sleep at once). Every program is a
+Steps per second of a plain PyTorch loop with one thread per core, alone and beside a second one, with OpenMP's own
+waiting (threads spin a while before they sleep) and with OMP_WAIT_POLICY=PASSIVE (they sleep at once). Every program is a
 process of its own, which reads the variable when it loads torch.
 """
 
@@ -25,7 +25,7 @@ HERE = Path(__file__)
 
 
 def work(name: str, start: float, seconds: float) -> None:
-    """One program: steps a second, from a moment on that all of them know."""
+    """One program: its steps per second, from a moment on that all programs know."""
     steps = engine.loop(name, torch.device("cpu"))
     steps(50)
     time.sleep(max(0.0, start - time.time()))
@@ -36,7 +36,7 @@ def work(name: str, start: float, seconds: float) -> None:
 
 
 def rate(name: str, policy: str | None, programs: int, seconds: float) -> float:
-    """Steps a second of all programs together."""
+    """Steps per second of all programs together."""
     environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
     environment |= {"OMP_WAIT_POLICY": policy} if policy else {}
     command = [sys.executable, str(HERE), "--work", name, str(time.time() + 6), str(seconds)]

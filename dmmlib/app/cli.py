@@ -89,7 +89,7 @@ def run(
     stage: Annotated[list[str] | None, typer.Option(help="Only this stage, e.g. 04; may be repeated.")] = None,
     set_: Settings = None,
     forget_set: Annotated[
-        Path | None, typer.Option(help="The JSON file of a forget set to study in the place of the preset's.")
+        Path | None, typer.Option(help="The JSON file of a forget set to study instead of the preset's.")
     ] = None,
     beside: Annotated[bool, typer.Option(help="Study that set beside the preset's, not in their place.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "",

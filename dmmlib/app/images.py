@@ -40,7 +40,7 @@ def image_folder(
     """
     root, parts = Path(root).expanduser(), ("train", "val")
     if missing := [part for part in parts if not (root / part).is_dir()]:
-        raise DataError(f"{root} holds no directory {missing[0]!r}; give one with train/ and val/, a folder a class.")
+        raise DataError(f"{root} holds no directory {missing[0]!r}; give one with train/ and val/, a folder per class.")
     if classes is None:
         classes = {path.name: [path.name] for path in sorted((root / "train").iterdir()) if path.is_dir()}
     if len(classes) < 2:

@@ -21,7 +21,7 @@ Hear = Mapping[str, Callable[..., None]]
 
 
 class Message(w.HTML):
-    """A line that says what went wrong on purpose; nothing is lost by it."""
+    """Shows, in one line, an error that was raised on purpose; nothing is lost by it."""
 
     def guarded(self, do: Callable[..., Any]) -> Callable[..., None]:
         """Return `do` with its errors said here instead of raised."""
