@@ -3,8 +3,8 @@
     python benchmarks/waiting.py [--models mlp convnet] [--seconds 3] [--rounds 3] [--out results/waiting.json]
 
 Steps per second of a plain PyTorch loop with one thread per core, alone and beside a second one, with OpenMP's own
-waiting (threads spin a while before they sleep) and with OMP_WAIT_POLICY=PASSIVE (they sleep at once). Every program is a
-process of its own, which reads the variable when it loads torch.
+waiting (threads spin a while before they sleep) and with OMP_WAIT_POLICY=PASSIVE (they sleep at once). Every program is
+a process of its own, which reads the variable when it loads torch.
 """
 
 from __future__ import annotations

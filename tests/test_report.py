@@ -145,7 +145,7 @@ def test_agreement_is_one_for_a_perfect_prediction():
     oracles = 5 + level + rng.normal(size=(40, 30)) * 0.1
     found = evidence.agreement(originals, originals + 0.5 * level, oracles)
     assert found["correlation"].value > 0.99
-    assert found["slope"].low < 0.5 < found["slope"].high
+    assert found["slope"].low < 2 < found["slope"].high, "true on predicted: the effect is understated by half"
     assert found["correlation"].high - found["correlation"].low < 0.05
     unrelated = evidence.agreement(originals, originals + rng.permutation(level), oracles)
     assert unrelated["correlation"].value < 0.6

@@ -184,7 +184,7 @@ def prediction(tables: Tables) -> Judgement:
     holds = rows["low"] > 0.5
     return _verdict(holds), (
         f"Above 0.5 on {_of(holds)}: median correlation {median_over(rows['value'])}, lowest {rows['value'].min():.2f} "
-        f"({rows['value'].idxmin()}), median slope of predicted against true {median_over(slope)}{listed}."
+        f"({rows['value'].idxmin()}), median slope of true on predicted {median_over(slope)}{listed}."
     )
 
 

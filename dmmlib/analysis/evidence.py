@@ -52,7 +52,7 @@ def predictions(study: Study, fitted: Mapping[int, datamodels.RidgeDatamodel], n
 def agreement(
     originals: np.ndarray, predicted: np.ndarray, oracles: np.ndarray, n_bootstrap: int = 200, seed: int = 0
 ) -> dict[str, Estimate]:
-    """Compute correlation and slope of predicted against true change of mean margins; 95 % intervals over models.
+    """Compute correlation, and slope of true on predicted change of mean margins; 95 % intervals over models.
 
     Takes margins of originals (N, n_points), of the oracle predicted for each, and of true ones (n_oracles, n_points).
     """
@@ -61,9 +61,9 @@ def agreement(
     def scores(u: np.ndarray, o: np.ndarray) -> tuple[float, float]:
         base = u @ originals
         true, said = o @ oracles - base, u @ predicted - base
+        slope = float(true @ said) / max(float(said @ said), 1e-12)  # through the origin: 1 is calibrated
         true, said = true - true.mean(), said - said.mean()
-        norm = float(np.sqrt((true**2).sum() * (said**2).sum()))
-        return float(true @ said) / max(norm, 1e-12), float(true @ said) / max(float((true**2).sum()), 1e-12)
+        return float(true @ said) / max(float(np.sqrt((true**2).sum() * (said**2).sum())), 1e-12), slope
 
     even = [np.full(k, 1 / k) for k in (len(originals), len(oracles))]
     draws = [scores(*(rng.multinomial(len(p), p) / len(p) for p in even)) for _ in range(n_bootstrap)]
