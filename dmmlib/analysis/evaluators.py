@@ -185,7 +185,7 @@ def disagreements(measured: pd.DataFrame) -> pd.DataFrame:
 
 
 def named(pairs: pd.DataFrame) -> pd.DataFrame:
-    """Write `disagreements` in fewer lines: whom an evaluator puts, against KLoM, nearer to retraining than whom."""
+    """Shorten `disagreements`: for each method, which others an evaluator puts nearer to retraining, against KLoM."""
     keys = ["forget_set", "evaluator", "nearer_by_klom"]
     written = pairs.replace({"evaluator": EVALUATORS}).assign(
         **{column: pairs[column].map(label) for column in ("nearer_by_klom", "nearer_by_other")}

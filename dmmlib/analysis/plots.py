@@ -1,4 +1,4 @@
-"""The study's figures: each function draws arrays and returns a figure; whoever knows the finding titles it.
+"""The study's figures: each function draws arrays and returns a figure; the caller, who knows the finding, titles it.
 
 Where more than seven methods share a plot, those that are `looks.prominent` are in colour and the others grey.
 """

@@ -25,7 +25,7 @@ from dmmlib.study import Study
 
 
 def path(study: Study, method: str, forget_set: ForgetSet) -> tuple[np.ndarray, np.ndarray]:
-    """Follow a method from the originals on: costs (n_moments,), margins on F (n_moments, N, n_forget).
+    """Follow a method from the originals on: costs (n_moments,) and margins on F (n_moments, N, n_forget).
 
     Methods that record no trajectory have one moment, their end.
     """

@@ -3,7 +3,7 @@
 A stage is not executed again while its executed notebook and the tables that it wrote are there and its key is the
 same. The key is made of what stores are keyed by: parameters, the content of files that they name, and the version of
 every component; and of the notebook's source. Source of the library is not in it: a comment executes nothing again,
-and whoever changes numbers raises a version.
+and who changes what a component computes raises its version.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def run(
     Args:
         out: where executed ones go; their tables go to the folder that it is in.
         force: execute also what is done.
-        threads: to be shared by two; with 1, one notebook runs after the other, with all that torch takes.
+        threads: shared by two notebooks; with 1, they run one after the other, with torch's own number of threads.
         wide: numbers of the stages that keep every core busy by themselves, and run alone.
         environment: variables that kernels are given besides this process's.
 

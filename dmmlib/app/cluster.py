@@ -38,7 +38,7 @@ def connect(trainer: Trainer) -> Dask:
 
     Raises:
         SchedulerError: if Dask is not installed, or the scheduler cannot be reached.
-        PresetError: for a cluster class that is none.
+        PresetError: for an unknown cluster class.
     """
     scheduler = trainer.preset.scheduler
     try:

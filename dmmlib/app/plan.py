@@ -190,7 +190,7 @@ def measure(
 
     It grows from one model and few examples towards the preset's batch and 32 models at a time; what would take longer
     than the budget is not tried. So it errs on the slow side: larger steps, cores and compilation gain. It takes one
-    thread, as a worker does: of several that wait for one another the rate is what else the machine does.
+    thread, as a worker does: several threads wait for one another, so their rate depends on the machine's other work.
     """
 
     def train(n_models: int, examples: int, epochs: int) -> float:

@@ -27,7 +27,7 @@ from dmmlib.forget_sets import check_forget_indices
 
 @dataclass(frozen=True)
 class Regression:
-    """A regularised linear regression on a training set S; raises DataError for arrays that make none."""
+    """A regularised linear regression on a training set S; raises DataError for arrays that do not fit."""
 
     x: np.ndarray  # features (n, d)
     y: np.ndarray  # targets (n, c)

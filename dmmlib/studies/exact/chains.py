@@ -24,7 +24,7 @@ The state is all of it: batches, means mu, noisy steps v (before the projection)
 
 Given a prefix with the law of training on S', each step extends it by the correct conditional law whatever
 happened before (uniforms of acceptance are independent of all else), so by induction the *whole state* has the
-law of training on S', not only the last iterate; the next request meets a state as good as new, and a stream
+law of training on S', not only the last iterate; the next request meets a state as good as new, and a sequence
 of any length stays exact. Two conditions: the requests must not depend on the chain's randomness (someone who
 picks them by looking at the models is not covered), and a generator must not be used again from the
 seed that made the state.

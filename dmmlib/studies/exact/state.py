@@ -96,7 +96,7 @@ def _consistent(problem: Problem, chains: Chains) -> bool:
 def serve(
     path: Path, problem: Problem, sgd: SGD, requests: Iterable[Request], rng: np.random.Generator
 ) -> Iterator[Receipt]:
-    """Answer a stream of requests over the state at `path`; each is on disk before its receipt is given.
+    """Answer a sequence of requests over the state at `path`; each is on disk before its receipt is given.
 
     A crash leaves the state before a request or the one after it. Asking again is safe: a deletion that was
     done is refused as one of a point that is not there. `rng` must not start from the seed that made the state.
