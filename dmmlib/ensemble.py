@@ -9,9 +9,9 @@ an `Execution`: it changes speed and memory, not the models.
 
 from __future__ import annotations
 
-import copy
 import math
 import threading
+import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state
 from torch.nn import functional as F
 
+from dmmlib import stacking
 from dmmlib.errors import DataError
 from dmmlib.execution import Execution, compiled, vary_in_size
 from dmmlib.optim import SGD, Optimizer, Tensors
@@ -91,12 +91,13 @@ class Ensemble:
     def clone(self) -> Ensemble:
         """An independent copy."""
         copies = self._each(lambda v: v.detach().clone(memory_format=torch.contiguous_format))
-        return Ensemble(copy.deepcopy(self.module), *copies)
+        return Ensemble(stacking.copied(self.module), *copies)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (n_models, n_points, n_classes), each model on its own points: x is (n_models, n_points, ...)."""
-        self.module.eval()
-        return _forward(self.module, self.params, self.buffers, x.clone())  # which may change it in place
+        stacked = stacking.stackable(self.module.eval(), self.params, self.buffers, x)
+        seeds, module = None if stacked else [0] * self.n_models, stacking.copied(self.module)
+        return stacking.forward(module, self.params, self.buffers, x.clone(), seeds)[0]  # it may change x in place
 
     def state_of(self, i: int) -> tuple[Tensors, Tensors]:
         """Parameters and buffers of one model, as `functional_call` takes them."""
@@ -112,7 +113,7 @@ class Ensemble:
         answers = []
         for its in map(self.state_of, range(self.n_models)):
             lent = (batch.to(self.device, copy=True) for batch in x.split(batch_size))  # a model may change its input
-            answers.append(torch.cat([functional_call(self.module, its, (batch,)) for batch in lent]).float().cpu())
+            answers.append(torch.cat([stacking.one(self.module, *its, batch)[0] for batch in lent]).float().cpu())
         return torch.stack(answers)
 
     def state(self) -> dict[str, np.ndarray]:
@@ -129,29 +130,7 @@ class Ensemble:
         for key, array in state.items():
             kind, _, name = key.partition(".")
             groups[kind][name] = torch.from_numpy(array).to(device)
-        return cls(_template(module), groups["params"], groups["buffers"])
-
-
-def _forward(module: nn.Module, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
-    """Logits of stacked models, each on its own batch x[i]."""
-
-    def one(params: Tensors, buffers: Tensors, batch: Tensor) -> Tensor:
-        return functional_call(module, (params, buffers), (batch,))
-
-    if len(x) == 1:  # as it would be alone: batched convolutions are slower
-        first, its = ({k: v[0] for k, v in tensors.items()} for tensors in (params, buffers))
-        return one(first, its, x[0])[None]
-    return torch.vmap(one)(params, buffers, x)
-
-
-def _template(module: nn.Module) -> nn.Module:
-    """The architecture without weights; those that layers share stay shared."""
-    template, first = copy.deepcopy(module).to("meta"), dict[int, str]()
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        known, (owner, _, own) = first.setdefault(id(parameter), name), name.rpartition(".")
-        if known != name:
-            setattr(template.get_submodule(owner), own, template.get_parameter(known))
-    return template
+        return cls(stacking.template(module), groups["params"], groups["buffers"])
 
 
 def concatenate(parts: Sequence[Ensemble]) -> Ensemble:
@@ -161,25 +140,17 @@ def concatenate(parts: Sequence[Ensemble]) -> Ensemble:
     return Ensemble(parts[0].module, params, buffers)
 
 
-_DRAWING = threading.Lock()  # modules draw from torch's global generator, and chunks train in threads
-
-
 def initialise(factory: Callable[[], nn.Module], seeds: Sequence[int], device: torch.device | str = "cpu") -> Ensemble:
     """Make a fresh model for each seed, drawn on the CPU, so that a seed means the same weights on any device.
 
     Parameters that do not require gradients are kept among the buffers, so that no method moves them.
     """
     modules = []
-    with _DRAWING, torch.random.fork_rng(devices=[]):
-        for seed in seeds:
-            torch.manual_seed(seed)
+    for seed in seeds:
+        with stacking.drawing(seed):
             modules.append(factory())
-    params, buffers = stack_module_state(modules)
-    frozen = {name: params.pop(name) for name, p in modules[0].named_parameters() if not p.requires_grad}
-    if not params:
-        raise DataError("The model has no parameter that requires gradients; leave some to be trained.")
-    stacked = Ensemble(_template(modules[0]), params, buffers | frozen)._each(lambda v: v.detach().to(device))
-    return Ensemble(_template(modules[0]), *stacked)
+    module, *stacked = stacking.stack(modules)
+    return Ensemble(module, *Ensemble(module, *stacked)._each(lambda v: v.detach().to(device)))
 
 
 def epoch_batches(
@@ -239,34 +210,45 @@ def descend(
         state: the optimizer's memory, from `optimizer.start`; moves on as well.
         only: names of the parameters that the state is of and that move; all if None.
         masks: name -> (n_models, ...), what gradients are multiplied with, if given.
-        models: the models' numbers, as the loss is told them; 0, 1, ... if None.
+        models: the models' numbers, as the loss is told them and their noise depends on; 0, 1, ... if None.
         rate: learning rate of step t = 0, 1, ...; the optimizer's own if None.
         precision: "float32", or "bfloat16" for matrix products under autocast.
         compile: run the step through torch.compile.
         after: called after each step with the number of steps taken.
     """
-    step = compiled(_step) if compile else _step
-    numbers = torch.as_tensor(np.arange(ensemble.n_models) if models is None else np.asarray(models), device=x.device)
-    ensemble.module.train()
+    module, numbers = ensemble.module.train(), np.arange(ensemble.n_models) if models is None else np.asarray(models)
     moves = {k: v for k, v in ensemble.params.items() if only is None or k in only}
     stays = {k: v for k, v in ensemble.params.items() if k not in moves}
-    fixed = (ensemble.module, loss, optimizer, moves, stays, ensemble.buffers, state, masks, x, numbers)
-    if compile:
-        vary_in_size([*ensemble.params.values(), *ensemble.buffers.values(), x, numbers], 0)
-        vary_in_size([t for memory in (*state.values(), masks or {}) for t in memory.values()], 0)
+    told = torch.as_tensor(numbers, device=x.device)
+    fixed = (module, loss, optimizer, moves, stays, ensemble.buffers, state, masks, x, told)
     for t, batch in enumerate(batches):
         indices = torch.from_numpy(batch)
         if x.device.type == "cuda":  # without waiting for what the device is doing
             indices = indices.pin_memory()
         indices = indices.to(x.device, non_blocking=True)
-        if compile:
-            vary_in_size([indices], 0, 1)
         lr = torch.tensor(optimizer.lr if rate is None else rate(t))
-        with _COMPILING if compile and t == 0 else nullcontext():  # one thread compiles, the others then find it done
-            step(*fixed, indices, lr, precision == "bfloat16")
+        lone = batch.shape[1] == 1
+        with stacking.lone_points(module) if lone else nullcontext():
+            if t == 0:
+                stacked = stacking.stackable(module, ensemble.params, ensemble.buffers, x[indices[:2]])
+                compile = compile and stacked
+                if compile:
+                    vary_in_size([*ensemble.params.values(), *ensemble.buffers.values(), x, told], 0)
+                    vary_in_size([t for memory in (*state.values(), masks or {}) for t in memory.values()], 0)
+            seeds = None if stacked else [noise(m, t, row) for m, row in zip(numbers, batch, strict=True)]
+            if compile:
+                vary_in_size([indices], 0, 1)
+            step = compiled(_step) if compile and not lone else _step
+            with _COMPILING if compile and t == 0 else nullcontext():  # one thread compiles, others find it done
+                step(*fixed, indices, lr, precision == "bfloat16", seeds)
         if after is not None:
             after(t + 1)
-            ensemble.module.train()
+            module.train()
+
+
+def noise(model: int, step: int, batch: np.ndarray) -> int:
+    """Seed of what a model draws in a step: of its number, the step and its batch, not of other models."""
+    return zlib.crc32(batch.tobytes(), zlib.crc32(f"{model} {step}".encode()))
 
 
 def _step(
@@ -283,11 +265,11 @@ def _step(
     indices: Tensor,
     rate: Tensor,
     bfloat16: bool,
+    seeds: Sequence[int] | None,
 ) -> None:
     def total(moves: Tensors) -> tuple[Tensor, Tensors]:
-        moved = {k: v.clone() for k, v in buffers.items()}  # a function being differentiated may change its own only
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
-            logits = _forward(module, moves | stays, moved, x[indices])
+            logits, moved = stacking.forward(module, moves | stays, buffers, x[indices], seeds)
         return loss(logits.float(), indices, models).sum(), moved
 
     gradients, moved = torch.func.grad(total, has_aux=True)(moves)
@@ -333,8 +315,10 @@ def train(
 
     Raises:
         DataError: for masks that do not fit x, or seeds that do not fit the masks.
+        ModelError: for a model that cannot be trained so; see `stacking.check`.
         SchedulerError: if a process that trains is killed.
     """
+    stacking.check(factory, x, int(y.max()) + 1, exactly=False)
     state = train_and(Ensemble.state, factory, x, y, masks, seeds, training, execution)
     return Ensemble.from_state(initialise(factory, [seeds[0]]).module, state, x.device)
 
@@ -373,6 +357,7 @@ def train_and(
             classification(y),
             training.optimizer,
             training.optimizer.start(models.params),
+            models=chunk[1],
             rate=lambda step: training.rate((step + 0.5) / n_steps),
             precision=training.precision,
             compile=compile,

@@ -28,6 +28,10 @@ class MethodError(DmmError, KeyError):
         return str(self.args[0])
 
 
+class ModelError(DmmError, ValueError):
+    """A model that cannot be trained beside others, because of what its module does."""
+
+
 class OptionError(DmmError, ValueError):
     """A method's option with a value that the method does not allow."""
 

@@ -7,14 +7,15 @@ gradient d at its output, so it adds (a_i.a_j + 1)(d_i.d_j). All other weights t
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad
+from torch.nn import functional as F
 
+from dmmlib import stacking
 from dmmlib.ensemble import Ensemble
 from dmmlib.optim import Tensors
 
@@ -32,52 +33,87 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that multiplies its inputs with a weight of its own, and what one pass shows of it."""
+    """A layer that multiplies its inputs with a weight of its own, and what one pass over n points shows of it.
 
-    module: nn.Module
-    weight: str  # the parameter's name
-    shape: torch.Size  # of the weight
-    bias: str | None  # likewise a name; None where there is none, or it does not move
-    inputs: Tensor  # (n, ...)
-    gradients: Tensor  # of each point's margin at its outputs (n, ...)
+    With several places, as in a convolution, the gradient in the weight is the sum of d u^T over them.
+    """
 
-    @property
-    def parameters(self) -> list[str]:
-        return [self.weight] if self.bias is None else [self.weight, self.bias]
+    parameters: tuple[str, ...]  # names of the weight and, where it moves, of the bias
+    rows: Tensor  # inputs u, with a 1 for the bias (n, places, d_in)
+    d: Tensor  # gradients of each point's margin at the outputs (n, places, d_out)
+
+    def products(self) -> Tensor:
+        """Gradients of margins (n, d_out, d_in) in the weight and, last, in the bias."""
+        return torch.einsum("ipo,ipd->iod", self.d, self.rows)
 
 
 def observe(
-    module: nn.Module, params: Tensors, margins: Margins, x: Tensor, y: Tensor, *kinds: type[nn.Module]
+    module: nn.Module,
+    params: Tensors,
+    margins: Margins,
+    x: Tensor,
+    y: Tensor,
+    kinds: tuple[type[nn.Module], ...],
+    only: Collection[str] | None = None,
 ) -> tuple[Tensor, list[Layer]]:
     """Margins (n,) of points, and layers of some kinds, from one forward and one backward pass.
 
-    Only layers that the forward pass meets once, and whose parameters no other part shares.
+    Layers are those whose weights' names are among `only`, all by default, that the pass meets once, with all points.
     """
-    uses = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
     prefixes = {part: f"{name}." if name else "" for name, part in module.named_modules() if type(part) in kinds}
-    alone = {part: k for part, k in prefixes.items() if all(uses[id(p)] == 1 for p in part.parameters())}
-    alone = {part: k for part, k in alone.items() if f"{k}weight" in params}
+    parts = {part: k for part, k in prefixes.items() if f"{k}weight" in (params if only is None else only)}
     calls: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
 
     def keep(part: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        calls.setdefault(part, []).append((inputs[0].detach(), output))
-        return output.clone()  # which what follows may change in place
+        calls.setdefault(part, []).append((inputs[0].detach().clone(), output))
+        return output.clone()  # which what comes next may change in place
 
-    hooks = [part.register_forward_hook(keep) for part in alone]
+    hooks = [part.register_forward_hook(keep) for part in parts]
     try:
         with torch.enable_grad():
             found = margins({k: v.detach().requires_grad_() for k, v in params.items()}, x, y)
-            once = {part: seen[0] for part, seen in calls.items() if len(seen) == 1}
-            gradients = torch.autograd.grad(found.sum(), [output for _, output in once.values()]) if once else ()
+            once = [(part, *seen[0]) for part, seen in calls.items() if len(seen) == 1 and seen[0][1].requires_grad]
+            gradients = torch.autograd.grad(found.sum(), [output for *_, output in once]) if once else ()
     finally:
         for hook in hooks:
             hook.remove()
     layers = []
-    for (part, (inputs, _)), gradient in zip(once.items(), gradients, strict=True):
-        weight, bias = (f"{alone[part]}{k}" for k in ("weight", "bias"))
-        known = (weight, params[weight].shape, bias if bias in params else None)
-        layers.append(Layer(part, *known, inputs, gradient))
+    for (part, inputs, _), d in zip(once, gradients, strict=True):
+        rows = _unfolded(part, inputs)
+        if rows is not None and len(inputs) == len(x):
+            names = [name for name in (f"{parts[part]}weight", f"{parts[part]}bias") if name in params]
+            rows = torch.cat([rows, torch.ones_like(rows[..., :1])], -1) if len(names) == 2 else rows
+            layers.append(Layer(tuple(names), rows, d[:, None] if d.ndim == 2 else d.flatten(2).mT))
     return found.detach(), layers
+
+
+def _unfolded(part: nn.Module, inputs: Tensor) -> Tensor | None:
+    """Inputs (n, places, d_in) of a layer as its weight multiplies them; None where they are not known to be such."""
+    if isinstance(part, nn.Linear) and inputs.ndim == 2:
+        return inputs[:, None]
+    if isinstance(part, nn.Conv2d) and inputs.ndim == 4 and part.groups == 1 and part.padding_mode == "zeros":
+        if part.padding == "same":
+            return None
+        padding = 0 if part.padding == "valid" else part.padding
+        return F.unfold(inputs, part.kernel_size, part.dilation, padding, part.stride).mT  # type: ignore[arg-type]
+    return None
+
+
+def separable(
+    module: nn.Module, params: Tensors, margins: Margins, x: Tensor, y: Tensor, *kinds: type[nn.Module]
+) -> set[str]:
+    """Names of the weights of layers whose `products` are the gradients: found out on two points.
+
+    They are not where a weight is used besides its layer.
+    """
+    few, found = (params, margins, x[:2], y[:2]), set[str]()
+    for layer in observe(module, *few, kinds)[1]:
+        true = torch.cat(list(explicit(few[0], layer.parameters, *few[1:])))
+        shape = (2, len(layer.d[0, 0]), -1)
+        parts = [part.reshape(shape) for part in true.split([params[k].numel() for k in layer.parameters], 1)]
+        if stacking.close(layer.products(), torch.cat(parts, -1)):
+            found.add(layer.parameters[0])
+    return found
 
 
 def explicit(params: Tensors, names: Sequence[str], margins: Margins, x: Tensor, y: Tensor) -> Iterator[Tensor]:
@@ -87,16 +123,16 @@ def explicit(params: Tensors, names: Sequence[str], margins: Margins, x: Tensor,
     def one(chosen: Tensors, point: Tensor, label: Tensor) -> Tensor:
         return margins(chosen | rest, point[None], label[None])[0]
 
-    per_point = vmap(grad(one), in_dims=(None, 0, 0))
     n_weights = sum(v.numel() for v in chosen.values())
     block = POINTS if n_weights <= 1_000_000 else max(1, 100_000_000 // n_weights)
     for points, labels in zip(x.split(block), y.split(block), strict=True):
-        yield torch.cat([g.flatten(1) for g in per_point(chosen, points, labels).values()], 1)
+        per_point = stacking.each(grad(one), (None, 0, 0), chosen, points, labels)
+        yield torch.cat([per_point[k].reshape(len(points), -1) for k in names], 1)
 
 
 def margins_of(module: nn.Module, buffers: Tensors) -> Margins:
     """Make the function of weights, points and labels that gives a module's margins (n,)."""
-    return lambda params, x, y: margin(functional_call(module, (params, buffers), (x,)), y)
+    return lambda params, x, y: margin(stacking.one(module, params, buffers, x.clone())[0], y)
 
 
 def _project(gradients: Tensor, seed: int, n_features: int = 4096, block: int = 10_000) -> Tensor:
@@ -119,16 +155,18 @@ def gram(models: Ensemble, i: int, x: Tensor, y: Tensor, seed: int = 0) -> Tenso
         x, y: points and their labels (n,).
         seed: of the random projection of gradients that are not outer products, where they are more than 20,000.
     """
-    module, (params, buffers) = models.module.eval(), models.state_of(i)
-    margins, k, covered = margins_of(module, buffers), x.new_zeros(len(x), len(x)), set[str]()
-    for layer in observe(module, params, margins, x, y, nn.Linear)[1]:
-        a, d = layer.inputs, layer.gradients
-        if a.ndim == 2:
-            covered |= set(layer.parameters)
-            k += (a @ a.T + float(layer.bias is not None)) * (d @ d.T)
+    module, (params, buffers) = stacking.copied(models.module).eval(), models.state_of(i)
+    margins = margins_of(module, buffers)
+    known = separable(module, params, margins, x, y, nn.Linear)
+    layers = observe(module, params, margins, x, y, (nn.Linear,), known)[1]
+    k = next(iter(params.values())).new_zeros(len(x), len(x))
+    for layer in layers:
+        u, d = layer.rows[:, 0], layer.d[:, 0]
+        k += (u @ u.T) * (d @ d.T)
+    covered = {name for layer in layers for name in layer.parameters}
     others = [name for name in params if name not in covered]
     if others:
         blocks = explicit(params, others, margins, x, y)
         features = torch.cat([_project(z, seed) if z.shape[1] > FEATURES else z for z in blocks])
         k += features @ features.T
-    return k
+    return k.float()

@@ -1,7 +1,7 @@
 """Models by name: factories of `nn.Module`s, each with the fixed transform that feeds it.
 
-A model is *deterministic given its batch* (no dropout), so that an ensemble member depends on nothing but
-its seed and its mask.
+A model depends on nothing but its seed and its mask; what it draws, as dropout does, is drawn by its seed. It must be
+deterministic in evaluation, and keep its state in parameters and buffers (`stacking.check`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dmmlib.data import Dataset
 from dmmlib.errors import DeviceError
 from dmmlib.files import short
 from dmmlib.registry import Registry
+from dmmlib.stacking import drawing
 
 
 def normalise(data: Dataset, x: np.ndarray) -> Tensor:
@@ -86,14 +87,26 @@ def get(name: str) -> ModelSpec:
 def fingerprint(make: Callable[[], nn.Module], x: Tensor) -> str:
     """Hash a model's structure and its seeded answers on a few points: what a user registers has no version.
 
-    Answers are in double precision and rounded, so that they are the same on every machine.
+    Answers are those of evaluation and of training, with the sizes of their gradients, in double precision where the
+    module can, and rounded, so that they are the same on every machine.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        module = make().to(x.device, torch.float64).eval()
-    with torch.no_grad():
-        answers = module(x[:4].to(torch.float64, copy=True) if x.is_floating_point() else x[:4].clone())
-    return short(f"{module} {[f'{z:.6g}' for z in answers.flatten().tolist()]}".encode())
+
+    def seen(dtype: torch.dtype | None, digits: int) -> str:
+        with drawing(0, x.device):
+            module, points = make().to(x.device), x[:4]
+            if dtype is not None:
+                module, points = module.to(dtype), points.to(dtype) if points.is_floating_point() else points
+            answers, trained = module.eval()(points.clone()), module.train()(points.clone())
+        slopes = torch.autograd.grad(trained.square().sum(), [*module.parameters()], allow_unused=True)
+        sizes = [torch.zeros(()) if slope is None else slope.norm() for slope in slopes]
+        numbers = [z for part in (answers, trained, *sizes) for z in part.flatten().tolist()]
+        return f"{module} {[f'{z:.{digits}g}' for z in numbers]}"
+
+    try:
+        found = seen(torch.float64, 6)
+    except RuntimeError:  # it makes tensors of a precision of its own
+        found = seen(None, 3)
+    return short(found.encode())
 
 
 def resolve_device(device: str) -> torch.device:

@@ -20,7 +20,7 @@ from fsspec.core import url_to_fs
 from torch import Tensor
 
 from dmmlib import data as datasets
-from dmmlib import ensemble, execution, keys, models, presets
+from dmmlib import ensemble, execution, keys, models, presets, stacking
 from dmmlib.errors import DamageError, StoreError
 from dmmlib.execution import Execution
 from dmmlib.files import config_hash, place, short
@@ -99,7 +99,7 @@ class Trainer:
         progress: hook that is told of progress.
 
     Raises:
-        PresetError, DataError, MethodError, DeviceError: one line each, before any training.
+        PresetError, DataError, MethodError, DeviceError, ModelError: one line each, before any training.
     """
 
     def __init__(
@@ -120,6 +120,7 @@ class Trainer:
         section = self.preset.data
         options = section.options | ({"path": section.path} if section.path else {})
         self.data = datasets.load(section.name, section.n_train, section.n_val, section.seed, **options)
+        stacking.check(self.module, self._few, self.data.n_classes, name=f"Model {self.preset.model.name!r}")
 
     # --- data and model --------------------------------------------------------------------------------
 
@@ -129,11 +130,20 @@ class Trainer:
 
         Prepared; but images that would only be normalised stay bytes on a GPU, a quarter of the memory.
         """
+        return self._prepared(self.data.x)
+
+    @cached_property
+    def _few(self) -> Tensor:
+        """The first points, without preparing all where each is prepared on its own."""
+        own = not self._spec.prepare.__module__.startswith("dmmlib.")
+        return self.x[:4] if own else self._prepared(self.data.x_train[:4])
+
+    def _prepared(self, x: np.ndarray) -> Tensor:
         if self._bytes:
-            return torch.from_numpy(self.data.x).to(self.device).permute(0, 3, 1, 2)
-        x = self._spec.prepare(self.data, self.data.x)
-        layout = torch.channels_last if x.ndim == 4 else torch.contiguous_format  # convolutions are faster with it
-        return x.contiguous(memory_format=layout).to(self.device)
+            return torch.from_numpy(x).to(self.device).permute(0, 3, 1, 2)
+        points = stacking.prepared(lambda: self._spec.prepare(self.data, x), len(x))
+        layout = torch.channels_last if points.ndim == 4 else torch.contiguous_format  # convolutions are faster with it
+        return points.contiguous(memory_format=layout).to(self.device)
 
     @cached_property
     def _bytes(self) -> bool:
@@ -153,7 +163,7 @@ class Trainer:
     @cached_property
     def module(self) -> Callable[[], torch.nn.Module]:
         """Makes a fresh model."""
-        shape = tuple(self.x.shape[1:])
+        shape = tuple(self._few.shape[1:])
         make = partial(self._spec.factory, shape, self.data.n_classes, **self.preset.model.options)
         if not self._bytes:
             return make
@@ -220,7 +230,7 @@ class Trainer:
     def identity(self) -> dict[str, Any]:
         """What every trained model depends on besides its mask and seed."""
         own = not self._spec.factory.__module__.startswith("dmmlib.")
-        answers = {"answers": models.fingerprint(self.module, self.x)} if own else {}
+        answers = {"answers": models.fingerprint(self.module, self._few)} if own else {}
         return {**keys.trained(self.preset, self.data), **answers, "seed": self.preset.seed}
 
     @property

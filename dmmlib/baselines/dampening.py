@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad
+from torch.func import grad
 from torch.nn import functional as F
 
+from dmmlib import stacking
 from dmmlib.ensemble import Ensemble
 from dmmlib.optim import Tensors
 from dmmlib.unlearn.base import Problem, Unlearned, check_options, register
@@ -19,12 +20,13 @@ def importance(problem: Problem, indices: np.ndarray) -> Tensors:
     It is the mean over points (indices,) of (d loss / d theta)^2: exact, in evaluation mode, with the true labels.
     """
     models = problem.originals
-    dense = problem.x.ndim == 2 and all(
-        isinstance(part, nn.Sequential)
-        or type(part) is nn.Linear
-        or not list(part.children()) + list(part.parameters())
-        for part in models.module.modules()
-    )
+
+    def simple(name: str, part: nn.Module) -> bool:
+        own = {f"{name}.{weight}".strip("."): weight for weight, _ in part.named_parameters()}
+        linear = type(part) is nn.Linear and own.keys() <= models.params.keys() and {*own.values()} <= {"weight", "bias"}
+        return type(part) is nn.Sequential or linear or not [*part.children(), *own, *part.buffers()]
+
+    dense = problem.x.ndim == 2 and all(map(simple, *zip(*models.module.named_modules(remove_duplicate=False))))
     squares = dense_squares if dense else squared_gradients
     size = 100 if dense else max(1, 50_000_000 // sum(p.numel() for p in models.params.values()))
     total = {name: torch.zeros_like(p) for name, p in models.params.items()}
@@ -36,16 +38,16 @@ def importance(problem: Problem, indices: np.ndarray) -> Tensors:
 
 def squared_gradients(models: Ensemble, x: Tensor, y: Tensor) -> Tensors:
     """Sum over points of each model's squared gradients: name -> (n_models, ...); writes out every point's gradient."""
-    module = models.module.eval()
+    module = stacking.copied(models.module).eval()
 
     def loss(params: Tensors, buffers: Tensors, point: Tensor, label: Tensor) -> Tensor:
-        return F.cross_entropy(functional_call(module, (params, buffers), (point[None],)), label[None])
+        return F.cross_entropy(stacking.one(module, params, buffers, point[None].clone())[0], label[None])
 
     def squares(params: Tensors, buffers: Tensors) -> Tensors:
-        gradients = torch.vmap(grad(loss), in_dims=(None, None, 0, 0))(params, buffers, x, y)
+        gradients = stacking.each(grad(loss), (None, None, 0, 0), params, buffers, x, y)
         return {name: g.square().sum(0) for name, g in gradients.items()}
 
-    return torch.vmap(squares)(models.params, models.buffers)
+    return stacking.each(squares, (0, 0), models.params, models.buffers)
 
 
 def dense_squares(models: Ensemble, x: Tensor, y: Tensor) -> Tensors:
@@ -61,7 +63,7 @@ def dense_squares(models: Ensemble, x: Tensor, y: Tensor) -> Tensors:
             z = (z + models.params[f"{prefix}bias"][:, None] if part.bias is not None else z).requires_grad_()
             h, seen[prefix] = z, (h.detach(), z)
         elif not list(part.children()):
-            h = torch.vmap(part)(h)
+            h = torch.vmap(part)(h.clone())  # which it may change in place
     loss = F.cross_entropy(h.flatten(0, 1), y.repeat(models.n_models), reduction="sum")
     deltas = torch.autograd.grad(loss, [z for _, z in seen.values()])
     squares: Tensors = {}

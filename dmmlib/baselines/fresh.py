@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import copy
+from itertools import chain
 
+import torch
 from torch import nn
 
+from dmmlib import stacking
 from dmmlib.ensemble import Ensemble, initialise
 from dmmlib.errors import MethodError
 from dmmlib.unlearn.base import Problem
@@ -19,14 +21,18 @@ def fresh(problem: Problem) -> Ensemble:
     template = problem.originals.module
 
     def draw() -> nn.Module:
-        module = copy.deepcopy(template).to_empty(device="cpu")
-        for name, part in module.named_modules():
-            if hasattr(part, "reset_parameters"):
-                part.reset_parameters()
-            elif next(part.parameters(recurse=False), None) is not None:
+        module = stacking.copied(template).to_empty(device="cpu")
+        for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+            known = problem.originals.buffers.get(name)  # a constant, a statistic, or a frozen weight
+            torch.nn.init.constant_(tensor, torch.nan) if known is None else tensor.detach().copy_(known[0])
+        for part in module.modules():
+            getattr(part, "reset_parameters", getattr(part, "_reset_parameters", lambda: None))()
+        for name, parameter in module.named_parameters():
+            if parameter.isnan().any():
+                owner = name.rpartition(".")[0]
                 raise MethodError(
-                    f"Part {name!r} of the model, a {type(part).__name__}, cannot be initialised anew; give it a "
-                    "method reset_parameters()."
+                    f"Part {owner!r} of the model, a {type(module.get_submodule(owner)).__name__}, cannot be "
+                    f"initialised anew; give it a method reset_parameters() that draws {name!r}."
                 )
         return module
 

@@ -47,7 +47,7 @@ def mean_gradient(problem: Problem, models: Ensemble, indices: np.ndarray) -> Te
 
 def flat(tensors: Tensors) -> Tensor:
     """All weights of each model in one row: (n_models, n_weights)."""
-    return torch.cat([t.flatten(1) for t in tensors.values()], 1)
+    return torch.cat([t.reshape(len(t), -1) for t in tensors.values()], 1)
 
 
 def like(params: Tensors, rows: Tensor) -> Tensors:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.func import jvp, vjp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dmmlib.baselines.gradient import flat, like, mean_gradient
 from dmmlib.ensemble import Ensemble
@@ -43,11 +44,18 @@ def gauss_newton(models: Ensemble, x: Tensor, damping: float) -> Product:
     def logits(params: Tensors) -> Tensor:
         return Ensemble(models.module, params, models.buffers).forward(x)
 
-    z, pull = vjp(logits, models.params)[:2]
+    with sdpa_kernel(SDPBackend.MATH):  # the others can be differentiated once only
+        z, pull = vjp(logits, models.params)[:2]
     p = z.softmax(-1)
 
+    def push(v: Tensors) -> Tensor:
+        try:
+            return jvp(logits, (models.params,), (v,))[1]
+        except NotImplementedError:  # as of attention and of LSTMs: the derivative of `pull`, which is linear
+            return vjp(lambda u: pull(u)[0], torch.zeros_like(z))[1](v)[0]
+
     def product(v: Tensor) -> Tensor:
-        dz = jvp(logits, (models.params,), (like(models.params, v),))[1]
+        dz = push(like(models.params, v))
         curved = p * (dz - (p * dz).sum(-1, keepdim=True)) / x.shape[1]
         return flat(pull(curved)[0]) + damping * v
 

@@ -16,14 +16,18 @@ places. All other weights take explicit gradients, and the identity in M.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from dmmlib.gradients import Layer, explicit, margins_of, observe
+from dmmlib import stacking
+from dmmlib.ensemble import Ensemble
+from dmmlib.gradients import Layer, explicit, margins_of, observe, separable
 from dmmlib.optim import Tensors
 
 DAMPING = 0.03  # of A, relative to its mean diagonal
+KINDS = (nn.Linear, nn.Conv2d)  # layers that need no explicit gradients
 
 
 class Jacobian:
@@ -38,21 +42,28 @@ class Jacobian:
         params, buffers: the model's weights and buffers by name.
         x, y: the points (n, ...) and their labels.
         usual: how many of the last points A is measured on.
+        known: of `separable_weights`; found out if None.
     """
 
-    def __init__(self, module: nn.Module, params: Tensors, buffers: Tensors, x: Tensor, y: Tensor, usual: int) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        params: Tensors,
+        buffers: Tensors,
+        x: Tensor,
+        y: Tensor,
+        usual: int,
+        known: Collection[str] | None = None,
+    ) -> None:
         margins = margins_of(module, buffers)
-        self.margins, layers = observe(module, params, margins, x, y, nn.Linear, nn.Conv2d)
-        self._parts = [
-            (_Places if isinstance(layer.module, nn.Conv2d) else _Vectors)(layer, usual)
-            for layer in layers
-            if _known(layer)
-        ]
+        known = separable(module, params, margins, x, y, *KINDS) if known is None else known
+        self.margins, layers = observe(module, params, margins, x, y, KINDS, known)
+        self._parts = [(_Vectors if layer.rows.shape[1] == 1 else _Places)(layer, usual) for layer in layers]
         self.kernel = sum((part.kernel for part in self._parts), x.new_zeros(len(x), len(x), dtype=torch.double))
-        covered = {name for layer in filter(_known, layers) for name in layer.parameters}
-        self._others = {name: v for name, v in params.items() if name not in covered}
+        covered = {name for layer in layers for name in layer.parameters}
+        self._params, self._others = params, [name for name in params if name not in covered]
         if self._others:
-            self._explicit = torch.cat(list(explicit(params, list(self._others), margins, x, y)))
+            self._explicit = torch.cat(list(explicit(params, self._others, margins, x, y)))
             self.kernel = self.kernel + (self._explicit @ self._explicit.T).double()
 
     def solve(self, residual: Tensor, ridge: Tensor) -> Tensors:
@@ -62,32 +73,22 @@ class Jacobian:
         a = torch.linalg.solve(k, residual.double())
         step: Tensors = {}
         for part in self._parts:
-            moved, layer = part.step(a).to(residual), part.layer
-            if layer.bias is not None:
-                moved, step[layer.bias] = moved[:, :-1], moved[:, -1]
-            step[layer.weight] = moved.reshape(layer.shape)
+            moved, (weight, *bias) = part.step(a), part.layer.parameters
+            step |= dict.fromkeys(bias, moved[:, -1]) | {weight: moved[:, : -1 if bias else None]}
         if self._others:
-            parts = (a.to(self._explicit) @ self._explicit).split([v.numel() for v in self._others.values()])
-            step |= {name: part.view_as(v) for (name, v), part in zip(self._others.items(), parts, strict=True)}
-        return step
+            parts = (a.to(self._explicit) @ self._explicit).split([self._params[k].numel() for k in self._others])
+            step |= dict(zip(self._others, parts, strict=True))
+        return {name: moved.reshape(self._params[name].shape).to(self._params[name]) for name, moved in step.items()}
 
 
-def n_explicit(module: nn.Module, params: Tensors, buffers: Tensors, x: Tensor, y: Tensor) -> int:
-    """How many weights take explicit gradients, found out on a few points."""
-    layers = observe(module, params, margins_of(module, buffers), x, y, nn.Linear, nn.Conv2d)[1]
-    covered = {name for layer in filter(_known, layers) for name in layer.parameters}
-    return sum(v.numel() for name, v in params.items() if name not in covered)
-
-
-def _known(layer: Layer) -> bool:
-    """Whether gradients in the layer's weights are products of its inputs and the gradients at its outputs."""
-    if isinstance(layer.module, nn.Conv2d):
-        return layer.module.groups == 1 and layer.module.padding_mode == "zeros" and layer.module.padding != "same"
-    return layer.inputs.ndim == 2
-
-
-def _with_bias(layer: Layer, rows: Tensor) -> Tensor:
-    return rows if layer.bias is None else torch.cat([rows, torch.ones_like(rows[..., :1])], -1)
+def separable_weights(models: Ensemble, x: Tensor, y: Tensor) -> tuple[set[str], int]:
+    """Weights of layers with gradients that are products, and how many others take explicit ones."""
+    module, (params, buffers) = stacking.copied(models.module).eval(), models.state_of(0)
+    margins = margins_of(module, buffers)
+    known = separable(module, params, margins, x, y, *KINDS)
+    layers = observe(module, params, margins, x[:2], y[:2], KINDS, known)[1]
+    covered = {name for layer in layers for name in layer.parameters}
+    return known, sum(v.numel() for name, v in params.items() if name not in covered)
 
 
 def _damping(mean: Tensor) -> Tensor:
@@ -102,8 +103,8 @@ class _Vectors:
     """
 
     def __init__(self, layer: Layer, usual: int) -> None:
-        self.layer, self._rows = layer, _with_bias(layer, layer.inputs).double()
-        self._d, self._seen = layer.gradients.double(), self._rows[-usual:]
+        self.layer, self._rows, self._d = layer, layer.rows[:, 0].double(), layer.d[:, 0].double()
+        self._seen = self._rows[-usual:]
         self._eps = _damping(self._seen.square().mean())
         products = self._rows @ self._rows.T
         within = products[-usual:, -usual:].clone()
@@ -120,23 +121,18 @@ class _Vectors:
 
 
 class _Places:
-    """A convolution: gradients (n, d_out, d_in) are sums over places, in coordinates in which A is the identity."""
+    """A convolution: gradients g (n, d_out, d_in) are sums over places, kept in coordinates in which A is I."""
 
     def __init__(self, layer: Layer, usual: int) -> None:
-        module = layer.module
-        padding = 0 if module.padding == "valid" else module.padding
-        rows = F.unfold(layer.inputs, module.kernel_size, module.dilation, padding, module.stride)  # type: ignore[arg-type]
-        rows = _with_bias(layer, rows.mT)
-        seen = rows[-usual:].flatten(0, 1)
+        seen = layer.rows[-usual:].flatten(0, 1)
         moment = seen.T @ seen / len(seen)
         moment.diagonal().add_(_damping(moment.diagonal().mean()))
-        self.layer, self._root = layer, torch.linalg.cholesky(moment)
-        products = torch.einsum("iop,ipd->iod", layer.gradients.flatten(2), rows)
+        self.layer, self._root, products = layer, torch.linalg.cholesky(moment), layer.products()
         white = torch.linalg.solve_triangular(self._root.T, products.flatten(0, 1), upper=True, left=False)
-        self._gradients = white.reshape(products.shape)
-        self.kernel = (self._gradients.flatten(1) @ self._gradients.flatten(1).T).double()
+        self._white = white.reshape(products.shape)
+        self.kernel = (self._white.flatten(1) @ self._white.flatten(1).T).double()
 
     def step(self, a: Tensor) -> Tensor:
         """Sum of a_i g_i A^-1 (d_out, d_in)."""
-        moved = torch.einsum("i,iod->od", a.to(self._gradients), self._gradients)
+        moved = torch.einsum("i,iod->od", a.to(self._white), self._white)
         return torch.linalg.solve_triangular(self._root, moved, upper=False, left=False)

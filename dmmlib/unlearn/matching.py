@@ -8,7 +8,6 @@ original keeps its own randomness: its targets are its own margins plus the chan
 
 from __future__ import annotations
 
-import copy
 import math
 from functools import partial
 from typing import Literal
@@ -19,7 +18,7 @@ import torch
 from dmmlib.errors import DataError, OptionError
 from dmmlib.metrics import margins
 from dmmlib.unlearn.base import Problem, Unlearned, check_options, collect, draw_batches, moments, register
-from dmmlib.unlearn.gauss_newton import Jacobian, n_explicit
+from dmmlib.unlearn.gauss_newton import Jacobian, separable_weights
 
 GEORGIEV = "Georgiev et al., ICLR 2025"
 published = partial(register, elsewhere="RoyRin/data-unlearning-bench")
@@ -116,7 +115,7 @@ def match(
     check_options(whole=True, steps=steps)
     originals, x, y = problem.originals, problem.x, problem.y
     goal = torch.from_numpy(np.asarray(targets, np.float32)).to(x.device)
-    others = n_explicit(copy.deepcopy(originals.module).eval(), *originals.state_of(0), x[:2], y[:2])
+    known, others = separable_weights(originals, x, y)
     largest = max(2, min(LARGEST, problem.n_train, EXPLICIT // max(1, others)))
     budget = cost * problem.retraining
     n_steps = max(steps, math.ceil(budget / largest))
@@ -134,7 +133,7 @@ def match(
         for taken, batch in enumerate(batches[:, members], 1):
             for i, (member, points) in enumerate(zip(members, torch.from_numpy(batch).to(x.device), strict=True)):
                 params, buffers = models.state_of(i)
-                seen = Jacobian(models.module, params, buffers, x[points], y[points], from_retain)
+                seen = Jacobian(models.module, params, buffers, x[points], y[points], from_retain, known)
                 far = (goal[member, points] - seen.margins).clamp(-farthest, farthest)
                 for name, step in seen.solve(far, ridge).items():
                     params[name] += step

@@ -1,0 +1,229 @@
+"""Models as people bring them: each a factory of (points, classes), with the points that it takes.
+
+`ODD` can be trained, unlearned and attributed; `REFUSED` cannot, and the words that its refusal holds.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+K, D = 3, 6
+
+
+def mlp(*between, d=D, hidden=8):
+    return nn.Sequential(nn.Linear(d, hidden), *(between or (nn.ReLU(),)), nn.Linear(hidden, K))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, K)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.last(self.second(self.first(x).tanh()).tanh())
+
+
+class TiedByUse(nn.Module):
+    """A layer's weight is used a second time by a function, as in an autoencoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(D, 5), nn.Linear(D, K)
+
+    def forward(self, x):
+        return self.last(F.linear(self.first(x).tanh(), self.first.weight.T).tanh())
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.last = nn.Linear(D, D), nn.Linear(D, K)
+
+    def forward(self, x):
+        return self.last(self.inner(self.inner(x).tanh()).tanh())
+
+
+class Frozen(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(D, 8), nn.Linear(8, 8), nn.Linear(8, K)
+        self.first.requires_grad_(False)
+        self.second.weight.requires_grad_(False)
+
+    def forward(self, x):
+        return self.last(self.second(self.first(x).relu()).relu())
+
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = mlp(nn.ReLU(inplace=True), nn.Linear(8, 8), nn.ReLU(inplace=True))
+
+    def forward(self, x):
+        x *= 0.5
+        x += 1
+        return self.body(x)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind=nn.LSTM):
+        super().__init__()
+        self.cell, self.last = kind(2, 5, batch_first=True), nn.Linear(5, K)
+
+    def forward(self, x):
+        return self.last(self.cell(x.view(len(x), 3, 2))[0][:, -1])
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.last = nn.MultiheadAttention(2, 1, batch_first=True), nn.Linear(2, K)
+
+    def forward(self, x):
+        x = x.view(len(x), 3, 2)
+        return self.last(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+class Encoder(nn.Module):
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(4, 2, 8, dropout=dropout, batch_first=True)
+        self.lift, self.last = nn.Linear(2, 4), nn.Linear(4, K)
+
+    def forward(self, x):
+        return self.last(self.encoder(self.lift(x.view(len(x), 3, 2))).mean(1))
+
+
+class Buffers(nn.Module):
+    """Statistics of its own: one changed in place, two assigned, one of whole numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = mlp(d=D)
+        self.register_buffer("mean", torch.zeros(D))
+        self.register_buffer("scale", torch.ones(D))
+        self.register_buffer("seen", torch.tensor(0))
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+            self.scale.mul_(0.9).add_(0.1 * x.detach().abs().mean(0))
+            self.seen += len(x)
+        return self.body((x - self.mean) / self.scale)
+
+
+class Skip(nn.Module):
+    """One input goes into two layers, and both meet again."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.last = nn.Linear(D, 8), nn.Linear(D, 8), nn.Bilinear(8, 8, K)
+
+    def forward(self, x):
+        return self.last(self.left(x).tanh(), self.right(x).tanh())
+
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.last = nn.Embedding(7, 4), nn.Linear(4 * D, K)
+
+    def forward(self, x):
+        return self.last(self.words(x).flatten(1).tanh())
+
+
+class Branching(nn.Module):
+    """What it computes depends on the values that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.more = mlp(), nn.Linear(K, K)
+
+    def forward(self, x):
+        z = self.body(x)
+        return torch.stack([self.more(row.tanh()) if row.sum() > 0 else row for row in z])
+
+
+class Remembers(nn.Module):
+    """Keeps what it computed, as for a plot."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(D, 8), nn.Linear(8, K)
+
+    def forward(self, x):
+        self.features = self.first(x).relu()
+        return self.last(self.features)
+
+
+class Constant(nn.Module):
+    """A tensor that is no buffer, a parameter that nothing uses, and a bare parameter of no dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.unused, self.scale = mlp(), nn.Linear(3, 3), nn.Parameter(torch.tensor(0.7))
+        self.shift = torch.linspace(-1, 1, D)
+
+    def forward(self, x):
+        return self.scale * self.body(x + self.shift)
+
+
+class Noisy(nn.Module):
+    """Noise of its own in training, drawn by torch's functions."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, x):
+        return self.body(x + 0.1 * torch.randn_like(x) if self.training else x)
+
+
+def lone(d=D):
+    return torch.randn(36, d, generator=torch.Generator().manual_seed(0))
+
+
+def images():
+    return torch.randn(36, 2, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+def conv(*norm):
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3), *norm, nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, K)
+    )
+
+
+ODD = {
+    "tied": (Tied, lone),
+    "tied by use": (TiedByUse, lone),
+    "twice": (Twice, lone),
+    "frozen": (Frozen, lone),
+    "in place": (InPlace, lone),
+    "batch norm": (lambda: mlp(nn.BatchNorm1d(8), nn.ReLU()), lone),
+    "cumulative batch norm": (lambda: mlp(nn.BatchNorm1d(8, momentum=None), nn.ReLU()), lone),
+    "batch norm of images": (lambda: conv(nn.BatchNorm2d(4)), images),
+    "group norm": (lambda: conv(nn.GroupNorm(2, 4)), images),
+    "channels last": (lambda: conv().to(memory_format=torch.channels_last), lambda: images().to(memory_format=torch.channels_last)),
+    "dropout": (lambda: mlp(nn.ReLU(), nn.Dropout(0.3)), lone),
+    "noise": (Noisy, lone),
+    "lstm": (Recurrent, lone),
+    "gru": (lambda: Recurrent(nn.GRU), lone),
+    "attention": (Attention, lone),
+    "encoder": (Encoder, lone),
+    "encoder with dropout": (lambda: Encoder(0.2), lone),
+    "weight norm": (lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(D, 8)), nn.Tanh(), nn.Linear(8, K)), lone),
+    "spectral norm": (lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(D, 8)), nn.Tanh(), nn.Linear(8, K)), lone),
+    "old weight norm": (lambda: nn.Sequential(nn.utils.weight_norm(nn.Linear(D, 8)), nn.Tanh(), nn.Linear(8, K)), lone),
+    "old spectral norm": (lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(D, 8)), nn.Tanh(), nn.Linear(8, K)), lone),
+    "buffers": (Buffers, lone),
+    "skip": (Skip, lone),
+    "double": (lambda: mlp().double(), lambda: lone().double()),
+    "embedding": (Words, lambda: torch.arange(36 * D).view(36, D) * 5 % 7),
+    "branching": (Branching, lone),
+    "remembers": (Remembers, lone),
+    "constant": (Constant, lone),
+    "one layer": (lambda: nn.Linear(D, K), lone),
+    "no bias": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(72, K, bias=False)), images),
+}
