@@ -1,6 +1,7 @@
-"""Models as people bring them: each a factory of (points, classes), with the points that it takes.
+"""Models as people bring them: name -> what makes one, and the points that it takes.
 
-`ODD` can be trained, unlearned and attributed; `REFUSED` cannot, and the words that its refusal holds.
+`ODD` can be trained, unlearned and attributed, `NOISY` among them draw noise; `REFUSED` cannot, and its refusal holds
+the words beside them.
 """
 
 import torch
@@ -170,7 +171,7 @@ class Constant(nn.Module):
         return self.scale * self.body(x + self.shift)
 
 
-class Noisy(nn.Module):
+class Draws(nn.Module):
     """Noise of its own in training, drawn by torch's functions."""
 
     def __init__(self):
@@ -181,7 +182,7 @@ class Noisy(nn.Module):
         return self.body(x + 0.1 * torch.randn_like(x) if self.training else x)
 
 
-def lone(d=D):
+def table(d=D):
     return torch.randn(36, d, generator=torch.Generator().manual_seed(0))
 
 
@@ -196,34 +197,131 @@ def conv(*norm):
 
 
 ODD = {
-    "tied": (Tied, lone),
-    "tied by use": (TiedByUse, lone),
-    "twice": (Twice, lone),
-    "frozen": (Frozen, lone),
-    "in place": (InPlace, lone),
-    "batch norm": (lambda: mlp(nn.BatchNorm1d(8), nn.ReLU()), lone),
-    "cumulative batch norm": (lambda: mlp(nn.BatchNorm1d(8, momentum=None), nn.ReLU()), lone),
+    "tied": (Tied, table),
+    "tied by use": (TiedByUse, table),
+    "twice": (Twice, table),
+    "frozen": (Frozen, table),
+    "in place": (InPlace, table),
+    "batch norm": (lambda: mlp(nn.BatchNorm1d(8), nn.ReLU()), table),
+    "cumulative batch norm": (lambda: mlp(nn.BatchNorm1d(8, momentum=None), nn.ReLU()), table),
     "batch norm of images": (lambda: conv(nn.BatchNorm2d(4)), images),
     "group norm": (lambda: conv(nn.GroupNorm(2, 4)), images),
-    "channels last": (lambda: conv().to(memory_format=torch.channels_last), lambda: images().to(memory_format=torch.channels_last)),
-    "dropout": (lambda: mlp(nn.ReLU(), nn.Dropout(0.3)), lone),
-    "noise": (Noisy, lone),
-    "lstm": (Recurrent, lone),
-    "gru": (lambda: Recurrent(nn.GRU), lone),
-    "attention": (Attention, lone),
-    "encoder": (Encoder, lone),
-    "encoder with dropout": (lambda: Encoder(0.2), lone),
-    "weight norm": (lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(D, 8)), nn.Tanh(), nn.Linear(8, K)), lone),
-    "spectral norm": (lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(D, 8)), nn.Tanh(), nn.Linear(8, K)), lone),
-    "old weight norm": (lambda: nn.Sequential(nn.utils.weight_norm(nn.Linear(D, 8)), nn.Tanh(), nn.Linear(8, K)), lone),
-    "old spectral norm": (lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(D, 8)), nn.Tanh(), nn.Linear(8, K)), lone),
-    "buffers": (Buffers, lone),
-    "skip": (Skip, lone),
-    "double": (lambda: mlp().double(), lambda: lone().double()),
+    "channels last": (
+        lambda: conv().to(memory_format=torch.channels_last),
+        lambda: images().to(memory_format=torch.channels_last),
+    ),
+    "dropout": (lambda: mlp(nn.ReLU(), nn.Dropout(0.3)), table),
+    "noise": (Draws, table),
+    "lstm": (Recurrent, table),
+    "gru": (lambda: Recurrent(nn.GRU), table),
+    "attention": (Attention, table),
+    "encoder": (Encoder, table),
+    "encoder with dropout": (lambda: Encoder(0.2), table),
+    "weight norm": (
+        lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(D, 8)), nn.Tanh(), nn.Linear(8, K)),
+        table,
+    ),
+    "spectral norm": (
+        lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(D, 8)), nn.Tanh(), nn.Linear(8, K)),
+        table,
+    ),
+    "old weight norm": (
+        lambda: nn.Sequential(nn.utils.weight_norm(nn.Linear(D, 8)), nn.Tanh(), nn.Linear(8, K)),
+        table,
+    ),
+    "old spectral norm": (
+        lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(D, 8)), nn.Tanh(), nn.Linear(8, K)),
+        table,
+    ),
+    "buffers": (Buffers, table),
+    "skip": (Skip, table),
+    "double": (lambda: mlp().double(), lambda: table().double()),
     "embedding": (Words, lambda: torch.arange(36 * D).view(36, D) * 5 % 7),
-    "branching": (Branching, lone),
-    "remembers": (Remembers, lone),
-    "constant": (Constant, lone),
-    "one layer": (lambda: nn.Linear(D, K), lone),
+    "branching": (Branching, table),
+    "remembers": (Remembers, table),
+    "constant": (Constant, table),
+    "one layer": (lambda: nn.Linear(D, K), table),
     "no bias": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(72, K, bias=False)), images),
+}
+NOISY = ("dropout", "noise", "encoder with dropout")
+
+
+# --- what cannot be trained ----------------------------------------------------------------------------
+
+
+class Around(nn.Module):
+    """A network whose answers are changed by a function of (module, x, z)."""
+
+    def __init__(self, change, body=None):
+        super().__init__()
+        self.body, self.change, self.calls, self.level = body or mlp(), change, 0, torch.tensor(0.0)
+        self.register_buffer("queue", torch.zeros(2))
+
+    def forward(self, x):
+        return self.change(self, x, self.body(x))
+
+
+def counts(module, x, z):
+    module.calls += 1
+    return z
+
+
+def drifts(module, x, z):
+    module.level = 0.9 * module.level + 0.1 * x.mean()
+    return z + module.level
+
+
+def grows(module, x, z):
+    module.queue = torch.cat([module.queue, module.queue])
+    return z
+
+
+class OwnTensor(nn.Module):
+    """A projection drawn by the seed that is neither a parameter nor a buffer: a stack would give all models one."""
+
+    def __init__(self):
+        super().__init__()
+        self.last, self.projection = nn.Linear(8, K), torch.randn(D, 8)
+
+    def forward(self, x):
+        return self.last((x @ self.projection).relu())
+
+
+def frozen():
+    return mlp().requires_grad_(False)
+
+
+def of(change, body=None):
+    return lambda: Around(change, body() if body else None)
+
+
+ONE = mlp()
+REFUSED = {
+    "two answers more": (lambda: nn.Linear(D, K + 2), r"answers \(4, 5\) for 4 points; give logits \(4, 3\)"),
+    "a sequence": (of(lambda m, x, z: z[:, None]), r"answers \(4, 1, 3\)"),
+    "tuple": (of(lambda m, x, z: (z, x)), "answers a tuple; return logits"),
+    "dictionary": (of(lambda m, x, z: {"logits": z}), "answers a dict; return logits"),
+    "labels": (of(lambda m, x, z: z.argmax(1)), "answers a torch.int64; return logits"),
+    "NaN": (of(lambda m, x, z: z / 0), "NaN or infinity before any training"),
+    "noise in evaluation": (
+        of(lambda m, x, z: z + torch.randn_like(z)),
+        "when asked twice in evaluation; draw nothing",
+    ),
+    "count": (of(counts), "plain attributes"),
+    "drift": (of(drifts), "when asked twice"),
+    "growth": (of(grows), "shape of its buffer 'queue'"),
+    "own tensor": (OwnTensor, "make every tensor a parameter or buffer"),
+    "neighbours": (of(lambda m, x, z: z - z.mean(0)), "which others are in its batch"),
+    "no running statistics": (
+        lambda: mlp(nn.BatchNorm1d(8, track_running_stats=False), nn.ReLU()),
+        "which others are in its batch",
+    ),
+    "no gradient": (of(lambda m, x, z: z.detach().requires_grad_()), "no finite gradient"),
+    "frozen whole": (frozen, "no parameter that requires gradients"),
+    "shared": (lambda: ONE, "same object at every call"),
+    "lazy": (lambda: nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, K)), "lazy layers"),
+    "function": (lambda: torch.relu, "let its factory return a torch.nn.Module"),
+    "another shape": (lambda: nn.Linear(D + 1, K), r"fails on points of shape \(6,\), float32 \(RuntimeError: mat1"),
+    "another precision": (lambda: mlp().double(), r"fails on points of shape \(6,\), float32"),
+    "no batch of one's own": (of(lambda m, x, z: z.sum(0)), r"answers \(3,\) for 4 points"),
 }

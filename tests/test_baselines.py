@@ -321,12 +321,26 @@ def test_l1_shrinks_the_norm_and_ends_without_penalty(problem, end):
 
 def test_last_layers_of_networks():
     odd = ensemble.initialise(lambda: models.build("resnet9", (3, 32, 32), 10, width=4), [0])
-    assert last_layers.last_layers(odd, 1) == {"9.weight"}
-    two = last_layers.last_layers(odd, 2)
+    x = torch.zeros(1, 3, 32, 32)
+    assert last_layers.last_layers(odd, 1, x) == {"9.weight"}
+    two = last_layers.last_layers(odd, 2, x)
     assert {n.rpartition(".")[0] for n in two} == {"6.0", "6.1", "9"}, "a convolution brings its batch norm"
-    assert last_layers.last_layers(odd, 9) == set(odd.params)
+    assert last_layers.last_layers(odd, 9, x) == set(odd.params)
     with pytest.raises(OptionError, match="k=10 was given, but the model has 9 layers"):
-        last_layers.last_layers(odd, 10)
+        last_layers.last_layers(odd, 10, x)
+
+
+def test_last_layers_are_those_that_are_used_last():
+    class Turned(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.body, self.spare = (torch.nn.Linear(6, 6) for _ in range(3))
+
+        def forward(self, x):
+            return self.head(self.body(x).relu())
+
+    turned = ensemble.initialise(Turned, [0])
+    assert last_layers.last_layers(turned, 1, torch.zeros(1, 6)) == {"head.weight", "head.bias"}
 
 
 def test_cf_k_leaves_the_first_layers_untouched(problem, end):

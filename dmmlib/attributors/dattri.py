@@ -9,12 +9,11 @@ one least-squares slope on the subset models' margins gives them that of logits,
 
 All take `n_models`, at how many of the context's subset models gradients are taken (all by default), and `batch`, of
 how many points they are held at a time; scores are 4 n_train n_points bytes. All raise MethodError where dattri is not
-installed, and DataError for a context without weights or models with buffers.
+installed, and DataError for a context without weights, or models with buffers, shared weights, or no vmap.
 """
 
 from __future__ import annotations
 
-import copy
 import io
 from collections.abc import Callable
 from contextlib import redirect_stderr
@@ -29,6 +28,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, StackDataset, Subset, TensorDataset
 
+from dmmlib import stacking
 from dmmlib.attribution import Context, register
 from dmmlib.attributors.margins import MarginDatamodel, calibrated
 from dmmlib.errors import DataError, MethodError
@@ -54,10 +54,18 @@ def _load() -> Any:
 def _models(context: Context, n_models: int | None) -> tuple[nn.Module, list[Weights]]:
     """A module on the models' device, and the weights of each of the first of them; a bare layer too has a name."""
     models = context.subset_models()[:n_models]
-    if models.buffers:
-        raise DataError("dattri's attributors take models without buffers such as batch norm's; use 'kernel'.")
-    module = nn.Sequential(copy.deepcopy(models.module).to_empty(device=context.device)).eval()
-    return module, [{f"0.{k}": v[i] for k, v in models.params.items()} for i in range(models.n_models)]
+    shared = len(dict(models.module.named_parameters(remove_duplicate=False))) > len(models.params)
+    if models.buffers or shared:
+        raise DataError("dattri takes models without buffers, such as batch norm's, or shared weights; use 'kernel'.")
+    module = nn.Sequential(stacking.template(models.module, context.device)).eval()
+    weights = [{f"0.{k}": v[i] for k, v in models.params.items()} for i in range(models.n_models)]
+    try:
+        torch.vmap(lambda point: functional_call(module, weights[0], (point[None].clone(),)))(context.x[:2])
+    except RuntimeError as error:
+        raise DataError(
+            f"dattri maps models over points, which this one does not let ({error}); use 'kernel'."
+        ) from error
+    return module, weights
 
 
 def _check_linear(module: nn.Module, x: Tensor, name: str) -> None:
@@ -80,7 +88,7 @@ def _function(module: nn.Module, of: Of, single: bool) -> Callable[..., Tensor]:
 
     def value(params: Weights, points: tuple[Tensor, Tensor]) -> Tensor:
         x, y = (part[None] for part in points) if single else points
-        return of(functional_call(module, params, (x,)), y).mean()
+        return of(functional_call(module, params, (x.clone(),)), y).mean()
 
     return value
 

@@ -23,10 +23,12 @@ def importance(problem: Problem, indices: np.ndarray) -> Tensors:
 
     def simple(name: str, part: nn.Module) -> bool:
         own = {f"{name}.{weight}".strip("."): weight for weight, _ in part.named_parameters()}
-        linear = type(part) is nn.Linear and own.keys() <= models.params.keys() and {*own.values()} <= {"weight", "bias"}
+        linear = (
+            type(part) is nn.Linear and own.keys() <= models.params.keys() and {*own.values()} <= {"weight", "bias"}
+        )
         return type(part) is nn.Sequential or linear or not [*part.children(), *own, *part.buffers()]
 
-    dense = problem.x.ndim == 2 and all(map(simple, *zip(*models.module.named_modules(remove_duplicate=False))))
+    dense = problem.x.ndim == 2 and all(simple(*part) for part in models.module.named_modules(remove_duplicate=False))
     squares = dense_squares if dense else squared_gradients
     size = 100 if dense else max(1, 50_000_000 // sum(p.numel() for p in models.params.values()))
     total = {name: torch.zeros_like(p) for name, p in models.params.items()}

@@ -18,10 +18,9 @@ def fresh(problem: Problem) -> Ensemble:
 
     Raises MethodError if a part of the module has weights that it cannot draw anew (no `reset_parameters`).
     """
-    template = problem.originals.module
 
     def draw() -> nn.Module:
-        module = stacking.copied(template).to_empty(device="cpu")
+        module = stacking.template(problem.originals.module, "cpu")
         for name, tensor in chain(module.named_parameters(), module.named_buffers()):
             known = problem.originals.buffers.get(name)  # a constant, a statistic, or a frozen weight
             torch.nn.init.constant_(tensor, torch.nan) if known is None else tensor.detach().copy_(known[0])
