@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dmmlib import data as datasets
 from dmmlib import ensemble, execution, keys, models, presets, stacking
-from dmmlib.errors import DamageError, StoreError
+from dmmlib.errors import DamageError, ModelError, StoreError
 from dmmlib.execution import Execution
 from dmmlib.files import config_hash, place, short
 from dmmlib.jobs import Job, jobs, status
@@ -141,7 +141,13 @@ class Trainer:
     def _prepared(self, x: np.ndarray) -> Tensor:
         if self._bytes:
             return torch.from_numpy(x).to(self.device).permute(0, 3, 1, 2)
-        points = stacking.prepared(lambda: self._spec.prepare(self.data, x), len(x))
+        try:
+            points = self._spec.prepare(self.data, x)
+        except Exception as error:
+            raise ModelError(f"What prepares points fails ({type(error).__name__}: {error}); mend it.") from error
+        if not isinstance(points, Tensor) or len(points) != len(x):
+            given = tuple(points.shape) if isinstance(points, Tensor) else f"a {type(points).__name__}"
+            raise ModelError(f"What prepares points gives {given} for {len(x)}; let it give a tensor ({len(x)}, ...).")
         layout = torch.channels_last if points.ndim == 4 else torch.contiguous_format  # convolutions are faster with it
         return points.contiguous(memory_format=layout).to(self.device)
 
@@ -231,6 +237,8 @@ class Trainer:
         """What every trained model depends on besides its mask and seed."""
         own = not self._spec.factory.__module__.startswith("dmmlib.")
         answers = {"answers": models.fingerprint(self.module, self._few)} if own else {}
+        if (dtype := torch.get_default_dtype()) != torch.float32:
+            answers["weights"] = str(dtype)
         return {**keys.trained(self.preset, self.data), **answers, "seed": self.preset.seed}
 
     @property

@@ -151,9 +151,9 @@ CHANGES = {
         "whitening",
         edit(whitening.Whitening.enter, "self.damping * mean", "2 * self.damping * mean"),
     ),
-    "gradients without biases": (
+    "inner products doubled": (
         "attribution gradients",
-        edit(gradients.gram, "a @ a.T + float(", "a @ a.T + 0 * float("),
+        edit(gradients.gram, ".float()", ".float() * 2"),
     ),
     "less caution with noisy slopes": ("calibration", edit(margins.slope, "ff / 2", "ff / 4")),
     "linearised: another penalty": (

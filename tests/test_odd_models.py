@@ -176,11 +176,13 @@ def test_every_method_unlearns_five_points_and_one(name):
 def test_attributors_fit(name):
     masks = np.random.default_rng(1).random((8, N)) < 0.75
     models, x, y = trained(name, range(8), masks)
+    before = x.clone()
     context = attribution.Context(x, y, masks, margin_gauge(models.logits(x).numpy(), y.numpy()), models)
     for method in ("kernel", "linearised", "bayesian"):
         effects = attribution.fit(method, context, n_models=2).effects([[2, 3]])
         assert np.isfinite(effects).all()
         assert effects.any()
+    assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize(("name", "words"), [("tied", "shared weights"), ("lstm", "maps models over points")])
@@ -259,8 +261,8 @@ def study(name, folder, **overrides):
             r"'odd' answers \(4, 12\) .* \(4, 10\)",
         ),
         (lambda shape, k: nn.Linear(3, k), {"prepare": models.pooled}, r"'odd' fails on points of shape \(64,\)"),
-        (lambda shape, k: nn.Linear(3, k), {"prepare": lambda d, x: x}, "gives a ndarray for 160 points"),
-        (lambda shape, k: nn.Linear(3, k), {"prepare": lambda d, x: x / "a"}, "`prepare` fails"),
+        (lambda shape, k: nn.Linear(3, k), {"prepare": lambda d, x: x}, "gives a ndarray for 160;"),
+        (lambda shape, k: nn.Linear(3, k), {"prepare": lambda d, x: x / "a"}, "What prepares points fails"),
     ],
 )
 def test_a_study_refuses_before_it_trains(register, tmp_path, factory, options, words):
@@ -301,6 +303,19 @@ def test_a_key_sees_what_training_alone_does():
     keys = [fingerprint(lambda a=a, b=b: make(a, b), table()) for a, b in ((0.1, 0), (0.1, 0), (0.2, 0), (0.1, 1))]
     assert keys[0] == keys[1]
     assert len(set(keys)) == 3
+
+
+def test_a_key_holds_torchs_precision(tmp_path):
+    """Weights are drawn and trained in it."""
+    identities = []
+    for dtype in (torch.float64, torch.float32):
+        torch.set_default_dtype(dtype)
+        try:
+            identities.append(study("linear", tmp_path).identity)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert identities[0] != identities[1]
+    assert "weights" not in identities[1], "keys of before stay"
 
 
 @pytest.mark.parametrize("name", ODD)

@@ -11,6 +11,7 @@ from dmmlib.errors import DataError, DeviceError, ForgetSetError, MethodError, P
 from dmmlib.files import read_json
 from dmmlib.progress import Reporter, describe, silent
 from dmmlib.study import Study
+from dmmlib.trainer import Trainer
 from tests.conftest import TINY
 
 
@@ -102,12 +103,12 @@ def test_how_to_train_is_measured_once_and_kept(tmp_path, monkeypatch):
     assert study(tmp_path, {"ensembles.chunk": 3}).execution().chunk == 3
 
 
-def test_images_as_bytes_give_the_same_models(tmp_path):
+def test_images_as_bytes_give_the_same_models(tmp_path, monkeypatch):
     """As on a GPU, where they are normalised in the step."""
     answers = []
     for as_bytes in (False, True):
+        monkeypatch.setattr(Trainer, "_bytes", as_bytes)
         one = study(tmp_path / str(as_bytes), {"model.name": "convnet"})
-        one.__dict__["_bytes"] = as_bytes
         assert str(one.x.dtype) == ("torch.uint8" if as_bytes else "torch.float32")
         gd = unlearn.get("gd")(one.problem(one.tuning_sets()["tune"], "gd", tuning=True))
         answers += [(one.original_logits(), gd.margins)]
