@@ -4,6 +4,9 @@
 the words beside them.
 """
 
+import random
+
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -182,8 +185,40 @@ class Draws(nn.Module):
         return self.body(x + 0.1 * torch.randn_like(x) if self.training else x)
 
 
+class ByPython(nn.Module):
+    """Draws its first weights by NumPy, and what it skips in training by Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.shift = mlp(), nn.Parameter(torch.from_numpy(np.random.rand(K)).float())  # noqa: NPY002
+
+    def forward(self, x):
+        kept = not self.training or random.random() < 0.7
+        return self.body(x) * kept + self.shift
+
+
+class Padded(nn.Module):
+    """torch.vmap gives the padding a gradient."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.words, self.last = nn.Embedding(7, 4, padding_idx=0, **options), nn.Linear(4 * D, K)
+
+    def forward(self, x):
+        return self.last(self.words(x).flatten(1))
+
+
+def shared_layer():
+    layer = nn.Linear(D, D)
+    return nn.Sequential(layer, nn.Tanh(), layer, nn.RReLU(), nn.Linear(D, K))
+
+
 def table(d=D):
     return torch.randn(36, d, generator=torch.Generator().manual_seed(0))
+
+
+def words():
+    return torch.arange(36 * D).view(36, D) * 5 % 7
 
 
 def images():
@@ -236,14 +271,17 @@ ODD = {
     "buffers": (Buffers, table),
     "skip": (Skip, table),
     "double": (lambda: mlp().double(), lambda: table().double()),
-    "embedding": (Words, lambda: torch.arange(36 * D).view(36, D) * 5 % 7),
+    "embedding": (Words, words),
+    "padding": (Padded, words),
+    "shared layer": (shared_layer, table),
+    "python's chance": (ByPython, table),
     "branching": (Branching, table),
     "remembers": (Remembers, table),
     "constant": (Constant, table),
     "one layer": (lambda: nn.Linear(D, K), table),
     "no bias": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(72, K, bias=False)), images),
 }
-NOISY = ("dropout", "noise", "encoder with dropout")
+NOISY = ("dropout", "noise", "encoder with dropout", "shared layer", "python's chance")
 
 
 # --- what cannot be trained ----------------------------------------------------------------------------
@@ -287,6 +325,24 @@ class OwnTensor(nn.Module):
         return self.last((x @ self.projection).relu())
 
 
+class Clipped(torch.autograd.Function):
+    """In the old form, which torch.func does not take."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+def renorms(module, x, z):
+    with torch.no_grad():
+        module.body[0].weight *= 0.9
+    return z
+
+
 def frozen():
     return mlp().requires_grad_(False)
 
@@ -316,12 +372,16 @@ REFUSED = {
         lambda: mlp(nn.BatchNorm1d(8, track_running_stats=False), nn.ReLU()),
         "which others are in its batch",
     ),
-    "no gradient": (of(lambda m, x, z: z.detach().requires_grad_()), "no finite gradient"),
+    "no gradient": (of(lambda m, x, z: z.detach()), "no finite gradient"),
     "frozen whole": (frozen, "no parameter that requires gradients"),
     "shared": (lambda: ONE, "same object at every call"),
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, K)), "uninitialized parameter"),
     "function": (lambda: torch.relu, "has no attribute 'to'"),
     "another shape": (lambda: nn.Linear(D + 1, K), r"fails on points of shape \(6,\), float32 \(RuntimeError: mat1"),
     "another precision": (lambda: mlp().double(), r"fails on points of shape \(6,\), float32"),
+    "renorm": (of(renorms), "changes its parameters"),
+    "half weights": (lambda: mlp().bfloat16(), "has weights of torch.bfloat16"),
+    "half answers": (of(lambda m, x, z: z.half()), "answers a torch.float16; return logits"),
+    "old function": (of(lambda m, x, z: Clipped.apply(z)), "fails on points .* autograd.Function with functorch"),
     "no batch of one's own": (of(lambda m, x, z: z.sum(0)), r"answers \(3,\) for 4 points"),
 }

@@ -65,7 +65,7 @@ def dense_squares(models: Ensemble, x: Tensor, y: Tensor) -> Tensors:
             z = (z + models.params[f"{prefix}bias"][:, None] if part.bias is not None else z).requires_grad_()
             h, seen[prefix] = z, (h.detach(), z)
         elif not list(part.children()):
-            h = torch.vmap(part)(h.clone())  # which it may change in place
+            h = stacking.each(lambda z, part=part: {"": part(z.clone())}, (0,), h)[""]  # it may change in place
     loss = F.cross_entropy(h.flatten(0, 1), y.repeat(models.n_models), reduction="sum")
     deltas = torch.autograd.grad(loss, [z for _, z in seen.values()])
     squares: Tensors = {}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dmmlib.baselines.gradient import flat, like, mean_gradient
 from dmmlib.ensemble import Ensemble
+from dmmlib.errors import MethodError
 from dmmlib.optim import Tensors
 from dmmlib.unlearn.base import Problem, Unlearned, check_options, register
 
@@ -33,6 +35,15 @@ def conjugate_gradients(product: Product, b: Tensor, iterations: int) -> Tensor:
     return x
 
 
+@contextmanager
+def lacking_derivatives() -> Iterator[None]:
+    """Say in one line where torch cannot differentiate a model twice."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise MethodError(f"`newton` takes second derivatives, which torch lacks for this model ({error}).") from error
+
+
 def gauss_newton(models: Ensemble, x: Tensor, damping: float) -> Product:
     """Products with J^T (diag p - p p^T) J, averaged over points, plus damping.
 
@@ -52,7 +63,8 @@ def gauss_newton(models: Ensemble, x: Tensor, damping: float) -> Product:
         try:
             return jvp(logits, (models.params,), (v,))[1]
         except NotImplementedError:  # as of attention and of LSTMs: the derivative of `pull`, which is linear
-            return vjp(lambda u: pull(u)[0], torch.zeros_like(z))[1](v)[0]
+            with lacking_derivatives():
+                return vjp(lambda u: pull(u)[0], torch.zeros_like(z))[1](v)[0]
 
     def product(v: Tensor) -> Tensor:
         dz = push(like(models.params, v))
