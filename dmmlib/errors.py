@@ -1,5 +1,7 @@
 """Named errors: each message says what was given, what was expected and what to do."""
 
+from collections.abc import Sequence
+
 
 class DmmError(Exception):
     """Base of every error that dmmlib raises on purpose."""
@@ -41,9 +43,9 @@ class StoreError(DmmError, OSError):
 
 
 class DamageError(StoreError):
-    """Shards of a store that are marked done but cannot be read back; `shards` holds their numbers."""
+    """A file, or shards of a store, that is not what was written; `shards` holds their numbers."""
 
-    def __init__(self, message: str, shards: list[int]) -> None:
+    def __init__(self, message: str, shards: Sequence[int] = ()) -> None:
         super().__init__(message)
         self.shards = shards
 

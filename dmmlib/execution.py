@@ -34,7 +34,7 @@ import torch
 from joblib.externals.loky.backend.process import LokyProcess
 
 from dmmlib.errors import DeviceError, SchedulerError
-from dmmlib.files import config_hash, read_json, write_json
+from dmmlib.files import config_hash, kept, read_json, write_json
 from dmmlib.progress import Progress
 
 C = TypeVar("C")
@@ -230,13 +230,15 @@ def fastest(
     if len(options) == 1:
         return options[0]
     key = config | machine(device) | {"options": [asdict(option) for option in options]}
-    path = folder / f"execution-{config_hash(key)}.json"
-    if not path.exists():
+
+    def rates() -> list[dict[str, Any]]:
         progress("measure how to train fastest", 0, 1)
-        rates = measure([o for o in options if not o.compile or can_compile(device)], steps)
-        write_json(path, [asdict(o) | {"model_steps_per_second": round(rate, 1)} for o, rate in rates.items()])
+        measured = measure([o for o in options if not o.compile or can_compile(device)], steps)
         progress("measure how to train fastest", 1, 1)
-    return Execution(**max(read_json(path), key=lambda row: row.pop("model_steps_per_second")))
+        return [asdict(o) | {"model_steps_per_second": round(rate, 1)} for o, rate in measured.items()]
+
+    found = kept(folder / f"execution-{config_hash(key)}.json", rates, read_json, write_json)
+    return Execution(**max(found, key=lambda row: row.pop("model_steps_per_second")))
 
 
 def measure(tried: Sequence[Execution], steps: Callable[[Execution, int], None]) -> dict[Execution, float]:

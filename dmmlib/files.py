@@ -1,18 +1,27 @@
-"""Folders that come with the library, files that are written whole or not at all, and hashes."""
+"""Folders that come with the library, files that are written whole or not at all and checked when read, and hashes."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from dmmlib.errors import StoreError
+from dmmlib.errors import DamageError, StoreError
+
+if TYPE_CHECKING:  # imported where they are used: a command that computes nothing needs neither
+    import numpy as np
+    import pandas as pd
+
+T = TypeVar("T")
+FORMAT = 2  # of all that is kept on disk; raising it changes every key, so nothing older is misread
 
 SHARE = Path(__file__).parent / "share"  # a wheel has the folders in it that a clone has beside the package
 OWN = SHARE if SHARE.is_dir() else Path(__file__).parents[1]
@@ -59,8 +68,8 @@ def short(content: bytes) -> str:
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """Hash a JSON-serialisable configuration."""
-    return short(json.dumps(config, sort_keys=True, separators=(",", ":")).encode())
+    """Hash a JSON-serialisable configuration, for what is kept of it in the present format."""
+    return short(json.dumps([FORMAT, config], sort_keys=True, separators=(",", ":")).encode())
 
 
 @contextmanager
@@ -89,15 +98,107 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically."""
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, atomically; see `replacing`."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        temporary.write_bytes(content)
+
+
+def load_json(path: Path) -> Any:
+    """Read JSON that people may have written; raises StoreError if the file is missing or no JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise StoreError(f"{path} cannot be read as JSON ({error}); restore or delete it.") from error
+
+
+# --- what the library keeps for itself: with a hash of the content and of the file's name, checked when read ---
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, for `read_json`."""
+    content = {"format": FORMAT, "sha256": _seal(path, json.dumps(value).encode()), "content": value}
+    write_bytes(path, json.dumps(content, indent=1).encode() + b"\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON; raises StoreError if the file is missing or no JSON."""
+    """Read what `write_json` wrote there; raises DamageError if it is another, StoreError if it cannot be read."""
+    with _checking(path):
+        found = json.loads(path.read_bytes())
+        _check(found["sha256"], path, json.dumps(found["content"]).encode())
+        return found["content"]
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write arrays as .npz with the hash at its end, atomically, for `read_arrays`."""
+    import numpy as np
+
+    np.savez(packed := io.BytesIO(), **arrays)
+    write_bytes(path, packed.getvalue() + f"sha256 {_seal(path, packed.getvalue())}".encode())
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read what `write_arrays` wrote there; raises as `read_json`."""
+    import numpy as np
+
+    with _checking(path):
+        packed, _, seal = path.read_bytes().rpartition(b"sha256 ")
+        _check(seal.decode(), path, packed)
+        with np.load(io.BytesIO(packed), allow_pickle=False) as archive:
+            return dict(archive)
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a table as CSV, atomically; its hash goes to a hidden file beside it, so that anything reads the table."""
+    content = table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
+    write_json(hash_of(path), _seal(path, content))
+    write_bytes(path, content)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read a CSV, checked if it has a hash; raises as `read_json`."""
+    import pandas as pd
+
+    seal = read_json(hash_of(path)) if hash_of(path).exists() else None
+    with _checking(path):
+        content = path.read_bytes()
+        _check(seal or _seal(path, content), path, content)
+        return pd.read_csv(io.BytesIO(content))
+
+
+def hash_of(path: Path) -> Path:
+    """Name the file that holds the hash of a table."""
+    return path.with_name(f".{path.name}.json")
+
+
+def kept(path: Path, make: Callable[[], Any], read: Callable[[Path], T], write: Callable[[Path, Any], None]) -> T:
+    """Read what is kept at a path; where there is nothing, or it is damaged, it is made and written first."""
+    if path.exists():
+        try:
+            return read(path)
+        except DamageError as error:
+            warnings.warn(str(error), stacklevel=2)
+    write(path, make())
+    return read(path)
+
+
+@contextmanager
+def _checking(path: Path) -> Iterator[None]:
+    """Turn whatever reading a file raises into one sentence that names it."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path} cannot be read as JSON ({error}); restore or delete it.") from error
+        yield
+    except Exception as error:  # damage is raised as a dozen kinds, by zipfile alone as six
+        if isinstance(error, OSError) and error.errno:
+            raise StoreError(f"{path} cannot be read ({error.strerror}); restore or delete it.") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DamageError(f"{path} is damaged, or of an older version ({reason:.200}); a run makes it anew.") from error
+
+
+def _check(seal: str, path: Path, content: bytes) -> None:
+    if seal != _seal(path, content):
+        raise ValueError("it is not what its hash promises")
+
+
+def _seal(path: Path, content: bytes) -> str:
+    """Hash what a file holds, with its name: a file in the place of another is damage, too."""
+    return short(f"{FORMAT} {path.name} ".encode() + content)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from dmmlib.data import Dataset
 from dmmlib.errors import ForgetSetError
-from dmmlib.files import check_name, read_json, write_json
+from dmmlib.files import check_name, load_json, write_bytes
 
 
 def check_forget_indices(forget: Sequence[int] | np.ndarray, n_train: int) -> np.ndarray:
@@ -73,7 +74,7 @@ class ForgetSet:
 
     def save(self, path: Path) -> None:
         """Write as JSON, atomically."""
-        write_json(path, {**vars(self), "indices": self.indices.tolist()})
+        write_bytes(path, (json.dumps({**vars(self), "indices": self.indices.tolist()}, indent=1) + "\n").encode())
 
 
 def make(name: str, indices: Sequence[int] | np.ndarray, data: Dataset, **made_by: Any) -> ForgetSet:
@@ -84,7 +85,7 @@ def make(name: str, indices: Sequence[int] | np.ndarray, data: Dataset, **made_b
 
 def load(path: Path, data: Dataset) -> ForgetSet:
     """Read a forget set; StoreError if there is no JSON, ForgetSetError if it is of other data or cannot be used."""
-    return parse(read_json(path), data, str(path))
+    return parse(load_json(path), data, str(path))
 
 
 def parse(content: Any, data: Dataset, path: str) -> ForgetSet:

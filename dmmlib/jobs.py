@@ -49,6 +49,21 @@ def jobs(preset: Preset, n_train: int, n_classes: int) -> Iterator[Job]:
             yield Job(f"{kind}oracles and floor, {f.name}", size, sets, False)
 
 
+def stores(root: str, identity: Mapping[str, Any]) -> tuple[list[Store], list[str]]:
+    """Find the stores under a root whose models depend on `identity`, and say which cannot be read."""
+    files, place = url_to_fs(root)
+    found, damaged = list[Store](), list[str]()
+    for path in sorted(files.glob(f"{place}/*.zarr")):
+        try:
+            store = Store.existing(files.unstrip_protocol(path))
+        except DamageError as error:
+            damaged.append(str(error))
+        else:
+            if store is not None and all(store.config.get(k) == v for k, v in identity.items()):
+                found.append(store)
+    return found, damaged
+
+
 def status(asked: Sequence[Job], root: str, identity: Mapping[str, Any]) -> pd.DataFrame:
     """Look which models are trained; nothing is trained, fitted or written.
 
@@ -60,14 +75,11 @@ def status(asked: Sequence[Job], root: str, identity: Mapping[str, Any]) -> pd.D
     Returns:
         One row per job: models, planned, done, missing, damaged.
     """
-    files, place = url_to_fs(root)
-    found = [Store.existing(files.unstrip_protocol(path)) for path in sorted(files.glob(f"{place}/*.zarr"))]
-    stores = [s for s in found if s is not None and all(s.config.get(k) == v for k, v in identity.items())]
-    rows = []
+    there, rows = stores(root, identity)[0], []
     for job in asked:
         done = damaged = 0
         for name, n in job.sets.items():
-            of_set = [store for store in stores if _holds(store, name, n, job.size)]
+            of_set = [store for store in there if _holds(store, name, n, job.size)]
             for store in sorted(of_set, key=lambda store: len(store.missing()))[:1]:  # the fullest
                 bad = store.count(store.damaged())
                 damaged += bad

@@ -1,14 +1,17 @@
 """Outputs of trained models on disk: zarr arrays, one chunk per shard of models, resumable and checked.
 
 A store belongs to one configuration, whose hash it carries, and lies in a directory or at any fsspec address
-(s3://..., gs://..., memory://...). A shard counts as done when its flag is set, which happens after all its chunks are
-in place and have been read back; chunks and flags appear under their names only when complete, and every chunk carries
-a CRC32C. So a run that dies at any moment loses at most the shards in flight, and damage is found when it is read. Runs
-at the same time write the same content, so they do no harm.
+(s3://..., gs://..., memory://...). Every chunk carries a CRC32C. A shard counts as done when its seals are set, which
+happens after all its chunks are in place and have been read back; a seal binds a chunk's checksum to the array, the
+shard and the configuration, so that damage and chunks that changed places are found when they are read. Descriptions
+follow from the configuration, and damaged ones are written anew. Files appear under their names only when complete. So
+a run that dies at any moment loses at most the shards in flight. Runs at the same time write the same content, so they
+do no harm.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -17,21 +20,16 @@ from typing import Any
 
 import numpy as np
 import zarr
+from zarr.abc.store import SuffixByteRequest
 from zarr.codecs import Crc32cCodec
+from zarr.core.buffer import cpu, default_buffer_prototype
 from zarr.core.sync import sync
-from zarr.errors import ContainsArrayError, ContainsGroupError, GroupNotFoundError
-from zarr.storage import FsspecStore, LocalStore
+from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
 from dmmlib.errors import DamageError, StoreError
-from dmmlib.files import config_hash
+from dmmlib.files import FORMAT, config_hash, short
 
-FORMAT = 1
-FOREIGN: tuple[type[Exception], ...] = (
-    KeyError,
-    ValueError,
-    TypeError,
-    GroupNotFoundError,
-)  # what reading something that is no store raises
+ROOT = "zarr.json"  # the description of a store, and of each array in it
 DAMAGED = (ValueError, OSError, RuntimeError)  # what reading a damaged chunk raises
 
 
@@ -41,12 +39,11 @@ class Store:
     Open or create one with `Store.open`; then `missing()`, `write(shard, arrays)` and `read(name)`.
     """
 
-    def __init__(self, address: str, group: zarr.Group) -> None:
-        self.address = address
-        self._group = group
-        self._attributes: dict[str, Any] = dict(group.attrs)
-        self.n_models = int(self._attributes["n_models"])
-        self.shard_size = int(self._attributes["shard_size"])
+    def __init__(self, address: str, files: LocalStore | FsspecStore, attributes: Mapping[str, Any]) -> None:
+        self.address, self._files, self._attributes = address, files, attributes
+        self._group = zarr.open_group(files, mode="r+")
+        self._names = [name for name in attributes["descriptions"] if name != "done"]
+        self.n_models, self.shard_size = int(attributes["n_models"]), int(attributes["shard_size"])
 
     @classmethod
     def open(
@@ -70,60 +67,54 @@ class Store:
         """
         address, wanted = str(place), config_hash(config)
         files = _files(address)
-        attributes = {"format": FORMAT, "config_hash": wanted, "config": dict(config)}
         try:
-            store = cls(address, _opened(files, attributes | {"n_models": n_models, "shard_size": shard_size}))
-            if store._attributes.get("config_hash") == wanted:
-                store._complete(arrays)
-        except PermissionError as error:
-            raise StoreError(f"The store {address} cannot be created ({error}); choose another place.") from error
-        except (*FOREIGN, *_failures(files)) as error:
-            if isinstance(files, FsspecStore) and not isinstance(error, FOREIGN):
+            root = _root(files)
+            found = _attributes(root)
+            if found and found["config_hash"] != wanted:
+                raise StoreError(
+                    f"The store {address} was made with configuration {found['config_hash']}, but this run has "
+                    f"{wanted}; choose another directory, or delete the store to train again."
+                )
+            described = _described(config, n_models, found["shard_size"] if found else shard_size, arrays)
+            if not found and root != b"" and _get(files, f"done/{ROOT}") != described[f"done/{ROOT}"]:
+                raise StoreError(
+                    f"{address} is no store of this library, or of another version, or its descriptions ({ROOT}) are "
+                    "damaged; choose another directory, or delete it to train again."
+                )
+            for key, content in described.items():
+                if _get(files, key) != content:  # new, half made, or damaged
+                    sync(files.set(key, cpu.Buffer.from_bytes(content)))
+            return cls(address, files, json.loads(described[ROOT])["attributes"])
+        except StoreError:
+            raise
+        except _failures(files) as error:
+            if isinstance(files, FsspecStore):
                 raise _unreachable(address, error) from error
-            raise StoreError(
-                f"{address} is no store of this library, or its description is damaged ({error}); choose another "
-                "directory, or delete it to train again."
-            ) from error
-        version, found = (store._attributes.get(key) for key in ("format", "config_hash"))
-        if version != FORMAT:
-            raise StoreError(
-                f"The store {address} has format {version}, this version reads {FORMAT}; delete it to train again."
-            )
-        if found != wanted:
-            raise StoreError(
-                f"The store {address} was made with configuration {found}, but this run has {wanted}; choose "
-                "another directory, or delete the store to train again."
-            )
-        return store
+            raise StoreError(f"The store {address} cannot be opened ({error}); choose another place.") from error
 
     @classmethod
     def existing(cls, place: str | Path) -> Store | None:
-        """The store at `place`, of whatever configuration, to be looked at; None if there is none that can be read."""
-        with suppress(*FOREIGN, OSError):
-            return cls(str(place), zarr.open_group(_files(str(place)), mode="r"))
-        return None
+        """Find the store at `place`, of whatever configuration; None if there is none of this version.
+
+        Raises:
+            DamageError: if one of its descriptions is damaged.
+        """
+        address, files = str(place), _files(str(place))
+        root = _get(files, ROOT)
+        found = _attributes(root)
+        if found is None:
+            if root is None or (b'"format": 1,' in root and b'"checksum"' not in root):
+                return None
+            raise DamageError(f"{address}/{ROOT} is damaged; a run writes it anew.")
+        for name, expected in found["descriptions"].items():
+            if short(_get(files, f"{name}/{ROOT}") or b"") != expected:
+                raise DamageError(f"{address}/{name}/{ROOT} is damaged; a run writes it anew.")
+        return cls(address, files, found)
 
     @property
     def config(self) -> dict[str, Any]:
         """What the content depends on."""
         return dict(self._attributes["config"])
-
-    def _complete(self, arrays: Mapping[str, tuple[Sequence[int], str]]) -> None:
-        """Add the arrays that a new store, or one whose creation was interrupted, lacks; the flags come last."""
-        if "done" in self._group:
-            return
-        for name, (row, dtype) in arrays.items():
-            with suppress(ContainsArrayError):
-                self._group.create_array(
-                    name,
-                    shape=(self.n_models, *row),
-                    chunks=(min(self.shard_size, self.n_models), *row),
-                    dtype=dtype,
-                    compressors=[Crc32cCodec()],  # logits are noise to a compressor; damage must not pass
-                    fill_value=0,
-                )
-        with suppress(ContainsArrayError):
-            self._group.create_array("done", shape=(self.n_shards,), chunks=(1,), dtype="uint8", fill_value=0)
 
     @property
     def n_shards(self) -> int:
@@ -139,10 +130,10 @@ class Store:
 
     def missing(self) -> list[int]:
         """List the shards that are not done."""
-        return np.flatnonzero(self._array("done")[:] == 0).tolist()
+        return np.flatnonzero(~self._seals().any(1)).tolist()
 
     def write(self, shard: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """Write a shard's rows of every array, read them back, and set its flag.
+        """Write a shard's rows of every array, read them back, and seal it.
 
         Raises:
             StoreError: if the disk is full or read-only, or does not give back what was written; earlier
@@ -158,7 +149,7 @@ class Store:
                     if np.array_equal(self._array(name)[rows.start : rows.stop], values, equal_nan=True):
                         continue
                 raise OSError(f"{name} does not read back as it was written")
-            self._array("done")[shard] = 1
+            self._array("done")[shard] = [self._seal(name, shard) for name in self._names]
         except _failures(self._group.store) as error:
             raise StoreError(
                 f"Shard {shard} of {self.address} cannot be written ({getattr(error, 'strerror', None) or error}); "
@@ -174,7 +165,8 @@ class Store:
         """
         stop = self.n_models if stop is None else stop
         shards, array = range(start // self.shard_size, -(-stop // self.shard_size)), self._array(name)
-        undone = [shard for shard in self.missing() if shard in shards]
+        seals = self._seals()
+        undone = [shard for shard in shards if not seals[shard].any()]
         if undone:
             raise StoreError(
                 f"{self.address} lacks {len(undone)} of {self.n_shards} shards (first: {undone[0]}); train again "
@@ -182,20 +174,18 @@ class Store:
             )
         with suppress(*DAMAGED):  # what is wrong is said below
             values = array[start:stop]
-            if all(self._exists(name, shard) for shard in shards):
+            if all(self._seal(name, shard) == seals[shard, self._names.index(name)] for shard in shards):
                 return values
         damaged = self.damaged()
         raise DamageError(
-            f"{self.address} is damaged in shards {damaged}; train again to replace just these, after "
-            "`Store.drop`, or delete the store.",
+            f"{self.address} is damaged in shards {damaged}; a run trains just these again.",
             damaged,
         )
 
     def damaged(self) -> list[int]:
         """List the shards that are marked done but cannot be read back whole."""
-        names = [name for name in self._group.array_keys() if name != "done"]
-        done = np.flatnonzero(self._array("done")[:]).tolist()
-        return [shard for shard in done if not all(self._is_whole(name, shard) for name in names)]
+        seals = self._seals()
+        return [s for s in np.flatnonzero(seals.any(1)).tolist() if not self._is_whole(s, seals[s].tolist())]
 
     def drop(self, shard: int) -> None:
         """Mark a shard as not done, so that the next run trains it again."""
@@ -206,18 +196,32 @@ class Store:
             raise StoreError(f"{self.address} holds no array {name!r}; it has {sorted(self._group.array_keys())}.")
         return self._group[name]
 
-    def _is_whole(self, name: str, shard: int) -> bool:
-        """Whether an array's chunk is there and can be read."""
+    def _is_whole(self, shard: int, seals: list[int]) -> bool:
+        """Whether a shard's chunks can be read and are what its seals say."""
         rows = self.models(shard)
         with suppress(*DAMAGED):
-            self._array(name)[rows.start : rows.stop]
-            return self._exists(name, shard)
+            for name in self._names:
+                self._array(name)[rows.start : rows.stop]
+            return seals == [self._seal(name, shard) for name in self._names]
         return False
 
-    def _exists(self, name: str, shard: int) -> bool:
-        """Whether an array's chunk is there: zarr would read one that is not as zeros."""
-        row_chunks = "/0" * (self._array(name).ndim - 1)
-        return sync(self._group.store.exists(f"{name}/c/{shard}{row_chunks}"))
+    def _seals(self) -> np.ndarray:
+        """The seals of all shards (n_shards, n_arrays), 0 where a shard is not done, 1 where one cannot be read."""
+        done = self._array("done")
+        with suppress(*DAMAGED):
+            return np.asarray(done[:])
+        seals = np.ones(done.shape, np.uint64)
+        for shard in range(self.n_shards):
+            with suppress(*DAMAGED):
+                seals[shard] = done[shard]
+        return seals
+
+    def _seal(self, name: str, shard: int) -> int:
+        """Bind the checksum that a chunk ends with to its place, so that no other chunk can stand there; 0 if none."""
+        key = f"{name}/c/{shard}" + "/0" * (self._array(name).ndim - 1)
+        checksum = _get(self._files, key, SuffixByteRequest(4))
+        place = f"{self._attributes['config_hash']} {self.n_models} {self.shard_size} {name} {shard} "
+        return 0 if checksum is None else int(short(place.encode() + checksum), 16)
 
 
 class Outputs:
@@ -263,19 +267,67 @@ def _unreachable(address: str, error: Exception) -> StoreError:
     return StoreError(f"The store {address} cannot be reached ({error}); try again, or give another place.")
 
 
-def _opened(files: LocalStore | FsspecStore, attributes: dict[str, Any]) -> zarr.Group:
-    """The group, made where there is nothing; another run may be making it at this moment."""
-    for seconds in (0.0, 0.1, 0.3, 1.0):
+def _get(
+    files: LocalStore | FsspecStore | MemoryStore, key: str, part: SuffixByteRequest | None = None
+) -> bytes | None:
+    """The bytes of a file, or a part of them; None if there is none."""
+    found = sync(files.get(key, default_buffer_prototype(), part))
+    return None if found is None else found.to_bytes()
+
+
+def _root(files: LocalStore | FsspecStore) -> bytes | None:
+    """The description of a store; empty where there is nothing, None where there is something else."""
+    for seconds in (0.0, 0.1, 0.3, 1.0):  # another run may be making it at this moment
         time.sleep(seconds)
-        try:
-            return zarr.open_group(files, mode="r+")
-        except GroupNotFoundError:
-            if sync(files.is_empty("")):
-                with suppress(ContainsGroupError):
-                    return zarr.create_group(files, attributes=attributes)
-    return zarr.open_group(files, mode="r+")
+        if (root := _get(files, ROOT)) is not None:
+            return root
+        if sync(files.is_empty("")):
+            return b""
+    return None
+
+
+def _attributes(root: bytes | None) -> dict[str, Any] | None:
+    """What a store's description says, if it is whole."""
+    with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        found = json.loads(root or b"")["attributes"]
+        if found.pop("checksum") == config_hash(found):
+            return dict(found)
+    return None
+
+
+def _described(
+    config: Mapping[str, Any], n_models: int, shard_size: int, arrays: Mapping[str, tuple[Sequence[int], str]]
+) -> dict[str, bytes]:
+    """The descriptions of a store and its arrays, by key, the store's own first."""
+    made = MemoryStore()
+    for name, (row, dtype) in arrays.items():
+        zarr.create_array(
+            made,
+            name=name,
+            shape=(n_models, *row),
+            chunks=(min(shard_size, n_models), *row),
+            dtype=dtype,
+            compressors=[Crc32cCodec()],  # logits are noise to a compressor; damage must not pass
+            fill_value=0,
+        )
+    seals = (-(-n_models // shard_size), len(arrays))
+    zarr.create_array(
+        made, name="done", shape=seals, chunks=(1, seals[1]), dtype="uint64", compressors=None, fill_value=0
+    )
+    described = {f"{name}/{ROOT}": _get(made, f"{name}/{ROOT}") or b"" for name in (*sorted(arrays), "done")}
+    attributes: dict[str, Any] = {
+        "format": FORMAT,
+        "config_hash": config_hash(config),
+        "config": dict(config),
+        "n_models": n_models,
+        "shard_size": shard_size,
+        "descriptions": {key.removesuffix(f"/{ROOT}"): short(content) for key, content in described.items()},
+    }
+    own = MemoryStore()
+    zarr.create_group(own, attributes=attributes | {"checksum": config_hash(attributes)})
+    return {ROOT: _get(own, ROOT) or b""} | described
 
 
 def _failures(files: Any) -> tuple[type[Exception], ...]:
     """What writing and reaching raise: each kind of remote address has errors of its own."""
-    return (Exception,) if isinstance(files, FsspecStore) else (OSError,)
+    return (Exception,) if isinstance(files, FsspecStore) else (OSError, ValueError)

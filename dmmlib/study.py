@@ -17,7 +17,7 @@ import pandas as pd
 
 from dmmlib import attribution, datamodels, evaluation, forget_sets, keys, metrics, presets, tuning, unlearn
 from dmmlib.errors import ForgetSetError, MethodError, PresetError
-from dmmlib.files import config_hash, place, read_json, replacing, write_json
+from dmmlib.files import config_hash, kept, place, read_json, replacing, write_json, write_table
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.prediction import Models
 from dmmlib.progress import Progress
@@ -107,10 +107,9 @@ class Study(Models):
         return self.directory / f"forget_set-{self._own.name}{'-beside' if self._beside else ''}"
 
     def save_table(self, table: pd.DataFrame, name: str) -> Path:
-        """Write a table to the run's directory as CSV, atomically."""
+        """Write a table to the run's directory as CSV, atomically; see `files.write_table`."""
         path = self.output / name
-        with replacing(path) as temporary:
-            table.to_csv(temporary, index=False, float_format="%.6g")
+        write_table(path, table)
         return path
 
     def save_figure(self, figure: Figure, name: str) -> Path:
@@ -255,8 +254,6 @@ class Study(Models):
         sets = self.tuning_sets()
         config |= keys.searched(self.preset, self.identity, settings, sets, n)
         path = self.runs / "store" / f"search-{name}-{config_hash(config)}.json"
-        if path.exists():
-            return pd.DataFrame(read_json(path))
 
         def trials() -> Iterator[tuning.Trial]:
             for name, forget_set in sets.items():
@@ -264,9 +261,10 @@ class Study(Models):
                 problem = self.problem(forget_set, problem_of, tuning=True)
                 yield tuning.Trial(name, problem, oracles, forget_set.splits(self.data.n_train, self.data.n_val))
 
-        table = tuning.search(name, method, settings, trials(), self.progress)
-        write_json(path, table.to_dict("records"))
-        return table
+        def search() -> list[dict[Any, Any]]:
+            return tuning.search(name, method, settings, trials(), self.progress).to_dict("records")
+
+        return pd.DataFrame(kept(path, search, read_json, write_json))
 
     def tuned(self, method: str) -> dict[str, Any]:
         """The best setting of a method on the tuning sets ({} if it has none to choose)."""
@@ -283,15 +281,16 @@ class Study(Models):
         setting = self.tuned(method)
         config = self.key_of(method, setting, forget_set)
         path = self.runs / "store" / f"unlearned-{method}-{config_hash(config)}.npz"
-        if path.exists():
-            return Unlearned.load(path)
-        result = unlearn.get(method)(self.problem(forget_set, method), **setting)
-        if not np.isfinite(result.margins).all():
-            raise MethodError(
-                f"{method} with {setting} gave NaN margins on {forget_set.name!r}; lower its learning rate."
-            )
-        result.save(path)
-        return result
+
+        def result() -> Unlearned:
+            made = unlearn.get(method)(self.problem(forget_set, method), **setting)
+            if not np.isfinite(made.margins).all():
+                raise MethodError(
+                    f"{method} with {setting} gave NaN margins on {forget_set.name!r}; lower its learning rate."
+                )
+            return made
+
+        return kept(path, result, Unlearned.load, lambda path, made: made.save(path))
 
     # --- results ---------------------------------------------------------------------------------------
 

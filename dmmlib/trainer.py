@@ -6,6 +6,7 @@ training resumes where it was, a changed number trains only what it touches, and
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from dmmlib import ensemble, execution, keys, models, presets, stacking
 from dmmlib.errors import DamageError, ModelError, StoreError
 from dmmlib.execution import Execution
 from dmmlib.files import config_hash, place, short
-from dmmlib.jobs import Job, jobs, status
+from dmmlib.jobs import Job, jobs, status, stores
 from dmmlib.metrics import margin_gauge
 from dmmlib.progress import Progress, Reporter
 from dmmlib.registry import Registry, versions
@@ -321,6 +322,7 @@ class Trainer:
         try:
             return store.read(name, start, stop)
         except DamageError as error:
+            warnings.warn(str(error), stacklevel=2)
             for shard in error.shards:
                 store.drop(shard)
             return self.train(model_set)[0].read(name, start, stop)
@@ -352,3 +354,7 @@ class Trainer:
     def status(self, more: Sequence[Job] = ()) -> pd.DataFrame:
         """What is trained, missing and damaged of all jobs, and of `more`; see `jobs.status`."""
         return status([*self.jobs(), *more], self._root, self.identity)
+
+    def stores(self) -> tuple[list[Store], list[str]]:
+        """All stores of the preset's models, and sentences about those that cannot be read."""
+        return stores(self._root, self.identity)

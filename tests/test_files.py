@@ -3,7 +3,7 @@
 import pytest
 
 from dmmlib.errors import StoreError
-from dmmlib.files import read_json, replacing, write_json
+from dmmlib.files import load_json, read_json, replacing, write_json
 
 FULL = r"cannot be written \(No space left on device\).*is unchanged"
 
@@ -35,4 +35,4 @@ def test_a_place_that_cannot_be_written(tmp_path):
 
 def test_what_is_no_json(tmp_path):
     with pytest.raises(StoreError, match="cannot be read as JSON"):
-        read_json(tmp_path / "missing.json")
+        load_json(tmp_path / "missing.json")

@@ -1,6 +1,7 @@
 """Images in folders become arrays once; Living-17 and ResNet-18 are wired to them."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def test_each_image_lies_under_its_label(tree, tmp_path):
     assert d.y_train.tolist() == [0] * 6 + [1] * 3
     assert d.class_names == ("first", "last")
     assert np.abs(d.x_train[-1].astype(int) - [7 * 33, 100, 200 - 5 * 33]).max() <= 3
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 2
 
 
 def test_arrays_are_decoded_once_and_mapped(tree, tmp_path, monkeypatch):
@@ -53,6 +54,32 @@ def test_arrays_are_decoded_once_and_mapped(tree, tmp_path, monkeypatch):
     monkeypatch.undo()
     draw(tree / "train" / "n00000000" / "new.png", (0, 0, 0))
     assert images.image_folder(tree, side=8, cache=tmp_path / "cache").n_train == first.n_train + 1
+
+
+def test_an_image_replaced_by_one_of_its_size_and_time_is_decoded_anew(tree, tmp_path):
+    first = images.image_folder(tree, side=8, cache=tmp_path / "cache")
+    path = tree / "train" / "n00000000" / "0.JPEG"
+    before = path.stat()
+    draw(tmp_path / "other.JPEG", (255, 255, 255))
+    path.write_bytes((tmp_path / "other.JPEG").read_bytes().ljust(before.st_size, b"\0")[: before.st_size])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    again = images.image_folder(tree, side=8, cache=tmp_path / "cache")
+    assert again.x_train[0].min() > 250
+    np.testing.assert_array_equal(again.x_train[1:], first.x_train[1:])
+
+
+@pytest.mark.parametrize("place", [0, 60, -1])
+@pytest.mark.parametrize("kind", ["*train*.npy", "*train*.json"])
+def test_a_cache_that_is_damaged_is_named_and_decoded_anew(tree, tmp_path, kind, place):
+    first = images.image_folder(tree, side=8, cache=tmp_path / "cache")
+    expected = first.x_train.copy()
+    (path,) = (tmp_path / "cache").glob(kind)
+    content = bytearray(path.read_bytes())
+    content[place] ^= 16
+    path.write_bytes(bytes(content))
+    with pytest.warns(UserWarning, match=f"{path.stem}.* is damaged"):
+        again = images.image_folder(tree, side=8, cache=tmp_path / "cache")
+    np.testing.assert_array_equal(again.x_train, expected)
 
 
 def test_the_crop_is_central(tmp_path):

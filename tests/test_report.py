@@ -1,6 +1,5 @@
 """Claims follow from the tables alone; a page shows them and loads nothing; two runs are told apart honestly."""
 
-import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from dmmlib.analysis import claims, evidence
 from dmmlib.app import report
 from dmmlib.errors import PresetError, StoreError
+from dmmlib.files import write_json
 
 ROOT = Path(__file__).parents[1]
 SETS = ["one", "two", "three", "four"]
@@ -174,7 +174,7 @@ def place(tmp_path, monkeypatch):
         directory.mkdir(parents=True)
         table.to_csv(directory / "results.csv", index=False)
         if record is not None:
-            (directory / "run.json").write_text(json.dumps(record))
+            write_json(directory / "run.json", record)
         return report.open_run(name)
 
     return make
@@ -247,10 +247,10 @@ def test_runs_are_found_or_missed_clearly(place, tmp_path):
     with pytest.raises(PresetError, match=r"No run 'plane' .*\(there are plain\); use `dmm run plane` first"):
         report.open_run("plane")
     (tmp_path / "runs" / "plain" / "run.json").write_text("{")
-    with pytest.raises(StoreError, match="cannot be read as JSON"):
+    with pytest.raises(StoreError, match=r"run\.json is damaged"):
         report.open_run("plain")
     (tmp_path / "runs" / "plain" / "results.csv").write_bytes(b"")
-    with pytest.raises(StoreError, match="cannot be read as a table"):
+    with pytest.raises(StoreError, match=r"results\.csv is damaged"):
         report.open_run("plain")
 
 

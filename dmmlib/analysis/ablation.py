@@ -18,7 +18,7 @@ from dmmlib import metrics, unlearn
 from dmmlib.baselines.published import squared_error
 from dmmlib.baselines.whitening import Whitening
 from dmmlib.errors import OptionError
-from dmmlib.files import config_hash, read_json, write_json
+from dmmlib.files import config_hash, kept, read_json, write_json
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.metrics import Estimate
 from dmmlib.optim import Adam
@@ -97,7 +97,8 @@ def measure(
     config = study.key_of(method, dict(setting), forget_set)
     config |= {"n_models": n, "checkpoints": 0, "oracles": study.preset.ensembles.n_models}
     file = study.runs / "store" / f"measured-{method}-{config_hash(config)}.json"
-    if not file.exists():
+
+    def rows() -> list[list[Any]]:
         problem = dataclasses.replace(study.problem(forget_set, method, tuning=run is not None), checkpoints=0)
         result = (run or unlearn.get(method))(problem, **setting)
         splits = forget_set.splits(study.data.n_train, study.data.n_val)
@@ -106,8 +107,9 @@ def measure(
             reference = metrics.margins(study.oracles(forget_set), study.data.y)
             found = metrics.klom_summary(result.margins, reference, splits)
         ends = {split: dataclasses.astuple(estimates["p95"]) for split, estimates in found.items()}
-        write_json(file, [[forget_set.name, split, *ends[split], result.cost, n] for split in splits])
-    return pd.DataFrame(read_json(file), columns=COLUMNS)
+        return [[forget_set.name, split, *ends[split], result.cost, n] for split in splits]
+
+    return pd.DataFrame(kept(file, rows, read_json, write_json), columns=COLUMNS)
 
 
 def _measure_all(study: Study, what: str, trials: Sequence[tuple[dict[str, Any], tuple[Any, ...]]]) -> pd.DataFrame:

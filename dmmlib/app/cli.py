@@ -143,7 +143,13 @@ def run(
 
 
 @app.command()
-def status(preset: Name, set_: Settings = None, store: Place = "", runs: Runs = None) -> None:
+def status(
+    preset: Name,
+    set_: Settings = None,
+    store: Place = "",
+    runs: Runs = None,
+    repair: Annotated[bool, typer.Option(help="Remove what is damaged, so that a run makes it anew.")] = False,
+) -> None:
     """Show what is trained, missing and damaged; trains nothing."""
     with _one_line():
         from dmmlib.app import plan
@@ -151,12 +157,15 @@ def status(preset: Name, set_: Settings = None, store: Place = "", runs: Runs = 
         from dmmlib.study import Study
 
         overrides = _parse(set_) | ({"store": store} if store else {})
-        table = plan.status(Study(preset, overrides, runs=runs, progress=silent))
+        study = Study(preset, overrides, runs=runs, progress=silent)
+        table, damage = plan.status(study), plan.damage(study, repair)
     typer.echo(table.to_string(index=False))
     done, planned, damaged = (int(table[column].sum()) for column in ("done", "planned", "damaged"))
     typer.echo(f"{done:,} of {planned:,} models trained, {damaged:,} damaged")
-    if damaged:
-        typer.echo("the next run trains the damaged shards again")
+    for sentence in damage:
+        typer.echo(sentence)
+    if damage and repair:
+        typer.echo("what is damaged is removed; a run makes it anew")
 
 
 @app.command()

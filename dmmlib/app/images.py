@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from platformdirs import user_cache_dir
 
 from dmmlib.data import Dataset, from_arrays, register
-from dmmlib.errors import DataError
-from dmmlib.files import config_hash, read_json, replacing
+from dmmlib.errors import DamageError, DataError
+from dmmlib.files import config_hash, kept, load_json, read_json, replacing, write_json
 
 CROP = 0.875  # of the shorter side is kept
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
@@ -28,8 +29,8 @@ def image_folder(
     """Load a data set in the layout of ImageNet: `root/train/<folder>/*.JPEG` and `root/val/<folder>/*.JPEG`.
 
     Each image is cropped to its central square of 7/8 of the shorter side and scaled to `side` pixels. The arrays are
-    written once to the cache (3 side^2 bytes for each image; the user's cache directory if None) and mapped from there;
-    it is found by folders, file names and sizes, so a changed tree is decoded anew.
+    written once to the cache (3 side^2 bytes for each image; the user's cache directory if None), checked, and mapped
+    from there. They are found by names, sizes and times of change, so a changed tree is decoded anew.
 
     Args:
         root: the directory that holds `train` and `val`.
@@ -47,7 +48,7 @@ def image_folder(
         raise DataError(f"{root} gives {len(classes)} classes; at least two are needed.")
     arrays = []
     for part, files in [(part, _files(root / part, classes)) for part in parts]:
-        listing = [(path.relative_to(root).as_posix(), path.stat().st_size, label) for path, label in files]
+        listing = [(path.relative_to(root).as_posix(), *_changed(path), label) for path, label in files]
         key = config_hash({"files": listing, "side": side, "crop": CROP})
         path = Path(cache or Path(user_cache_dir("dmmlib")) / "images") / f"{name}-{part}-{side}-{key}.npy"
         arrays += [_decoded([path for path, _ in files], side, path), np.array([label for _, label in files])]
@@ -67,22 +68,41 @@ def _files(root: Path, classes: Mapping[str, Sequence[str]]) -> list[tuple[Path,
     return files
 
 
+def _changed(path: Path) -> tuple[int, int, int]:
+    """Size and times of change of a file: of all that can be known without reading a data set whole at every start.
+
+    A file replaced by one of its size and modification time, as `cp -p` does, still has another time of its entry.
+    """
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
 def _decoded(files: Sequence[Path], side: int, target: Path) -> np.ndarray:
-    """Images as bytes (n, side, side, 3), mapped from `target`, which is written first if it is not there."""
-    shape = (len(files), side, side, 3)
-    if not target.exists():
-        with replacing(target) as temporary:
-            out = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-            for row, path in zip(out, files, strict=True):
-                row[:] = _image(path, side)
+    """Images as bytes (n, side, side, 3), mapped from `target`; decoded first if it is not there, or is damaged."""
+    hashed = target.with_suffix(".json")
+
+    def decode() -> Iterator[np.ndarray]:
+        return (_image(path, side) for path in files)
+
+    def write(path: Path, images: Iterable[np.ndarray]) -> None:
+        with replacing(path) as temporary:
+            out = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(files), side, side, 3))
+            for row, image in zip(out, images, strict=True):
+                row[:] = image
             out.flush()
-    try:
-        array = np.load(target, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"The cache {target} is damaged ({error}); delete it to decode the images again.") from error
-    if array.shape != shape or array.dtype != np.uint8:
-        raise DataError(f"The cache {target} holds {array.dtype} {array.shape}, expected uint8 {shape}; delete it.")
-    return array
+            write_json(hashed, _digest(temporary))
+
+    def read(path: Path) -> np.ndarray:
+        if not hashed.exists() or read_json(hashed) != _digest(path):
+            raise DamageError(f"{path} is damaged (it is not what its hash promises); a run decodes the images anew.")
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+
+    return kept(target, decode, read, write)
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _image(path: Path, side: int) -> np.ndarray:
@@ -116,7 +136,7 @@ def living17(path: str | None = None, side: int = 160, classes: str | None = Non
             f"{mapping} does not exist; write Living-17's superclasses there as JSON, name -> list of wnids, or name "
             "the file in data.options.classes."
         )
-    content = read_json(mapping)
+    content = load_json(mapping)
     valid = isinstance(content, dict) and all(isinstance(wnids, list) and wnids for wnids in content.values())
     if not valid or len(content) != 17:
         raise DataError(f"{mapping} is no mapping of 17 superclasses to lists of wnids; see dmmlib/app/images.py.")

@@ -21,8 +21,8 @@ import pandas as pd
 
 from dmmlib.analysis import claims, tables
 from dmmlib.analysis.plots import label
-from dmmlib.errors import PresetError, StoreError
-from dmmlib.files import place, read_json, replacing, write_json
+from dmmlib.errors import PresetError
+from dmmlib.files import place, read_json, read_table, write_bytes, write_json
 
 if TYPE_CHECKING:
     from dmmlib.study import Study
@@ -85,17 +85,10 @@ def open_run(name: str | Path, runs: Path | None = None) -> Run:
     return Run(
         directory.name,
         directory,
-        {p.stem: _read_table(p) for p in sorted(directory.glob("*.csv"))},
+        {p.stem: read_table(p) for p in sorted(directory.glob("*.csv"))},
         read_json(path) if path.exists() else {},
         sorted((figures if figures.is_dir() else directory).glob("*.png")),
     )
-
-
-def _read_table(path: Path) -> pd.DataFrame:
-    try:
-        return pd.read_csv(path)
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path} cannot be read as a table ({error}); run its stage again.") from error
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -236,8 +229,7 @@ def comparison_html(a: Run, b: Run) -> str:
 
 def write(page: str, path: Path) -> Path:
     """Write a page atomically."""
-    with replacing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_bytes(path, page.encode())
     return path
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import zipfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
@@ -16,9 +15,9 @@ from torch import Tensor
 
 from dmmlib.datamodels import Attributor
 from dmmlib.ensemble import Ensemble, Loss, Training, classification, descend, epoch_batches
-from dmmlib.errors import DataError, MethodError, OptionError, StoreError
+from dmmlib.errors import DataError, MethodError, OptionError
 from dmmlib.execution import Execution
-from dmmlib.files import replacing
+from dmmlib.files import read_arrays, write_arrays
 from dmmlib.forget_sets import check_forget_indices
 from dmmlib.metrics import correct, margins
 from dmmlib.optim import Optimizer, Tensors
@@ -99,19 +98,14 @@ class Unlearned:
         return cls(m, correct(logits, labels), cost, np.full(int(one_step), cost), m[None][: int(one_step)])
 
     def save(self, path: Path) -> None:
-        """Write as .npz, atomically."""
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **{f.name: getattr(self, f.name) for f in fields(self)})
+        """Write as .npz; see `files.write_arrays`."""
+        write_arrays(path, {f.name: getattr(self, f.name) for f in fields(self)})
 
     @classmethod
     def load(cls, path: Path) -> Unlearned:
-        """Read what `save` wrote; raises StoreError if it is damaged."""
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                values = {f.name: archive[f.name] for f in fields(cls)}
-        except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise StoreError(f"{path} is damaged ({error}); delete it to compute it again.") from error
-        return cls(**{**values, "cost": float(values["cost"])})
+        """Read what `save` wrote; raises StoreError if it cannot be read, DamageError if it is damaged."""
+        values: dict[str, Any] = read_arrays(path)
+        return cls(**values | {"cost": float(values["cost"])})
 
 
 Method = Callable[..., Unlearned]

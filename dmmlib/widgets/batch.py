@@ -18,13 +18,12 @@ from pathlib import Path
 
 import ipywidgets as w
 import numpy as np
-import pandas as pd
 import yaml
 
 from dmmlib import forget_sets, presets
 from dmmlib.analysis import tables
 from dmmlib.errors import DmmError, ForgetSetError, StoreError
-from dmmlib.files import home, read_json, replacing
+from dmmlib.files import home, load_json, read_table, write_bytes
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.progress import PROGRESS_FILE
 from dmmlib.study import Study
@@ -100,8 +99,7 @@ class Saving(w.VBox):
         if ours.name in presets.names() and presets.load(ours.name, where) == ours:
             return ours.name
         path = self._study.directory / "preset.yaml"
-        with replacing(path) as temporary:
-            temporary.write_text(yaml.safe_dump({"preset": ours.model_dump(mode="json")}))
+        write_bytes(path, yaml.safe_dump({"preset": ours.model_dump(mode="json")}).encode())
         return str(_typed(path))
 
 
@@ -163,7 +161,7 @@ class Trial(w.VBox):
         while self._process.poll() is None:
             time.sleep(0.3)
             with suppress(StoreError):  # nothing said yet, or caught half-written
-                told = read_json(self._progress)
+                told = load_json(self._progress)
                 self.bar.value = told["done"] / max(told["total"], 1)
                 self.line.value = "cancelling" if self.cancel.disabled else html.escape(told["line"])
         said = log.read_text(encoding="utf-8", errors="replace").strip()
@@ -180,7 +178,7 @@ class Trial(w.VBox):
 
 def _results(path: Path) -> str:
     """KLoM and cost of each method, from a finished run's table, in HTML."""
-    results = pd.read_csv(path)
+    results = read_table(path)
     table = tables.main_table(results).droplevel("forget set").to_html(border=0, index_names=False)
     first_look = f"N = {results['n_models'].max():.0f} small models of each kind: a first look, not a result."
     return (

@@ -8,10 +8,8 @@ so small a model would otherwise lose them.
 from __future__ import annotations
 
 import copy
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +25,7 @@ from dmmlib import metrics
 from dmmlib.ensemble import Ensemble, Loss, Training, concatenate, descend, epoch_batches
 from dmmlib.errors import DataError
 from dmmlib.execution import Execution
-from dmmlib.files import config_hash, replacing, short
+from dmmlib.files import config_hash, kept, read_arrays, short, write_arrays
 from dmmlib.optim import Adam, Tensors
 from dmmlib.progress import Progress, silent
 from dmmlib.studies.multimodal import bench, model, people
@@ -260,15 +258,13 @@ def _kept(
 ) -> dict[str, np.ndarray]:
     """Weights kept at a place under the hash of what they depend on; made if there are none or they are damaged."""
     key = config_hash({"version": VERSION, "stream": stream} | depends)
-    path = place and place / f"multimodal-{stream.split(':')[0]}-{key}.npz"
-    if path is not None:
-        with suppress(ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile), np.load(path) as archive:
-            return {k: archive[k] for k in archive.files}
-    weights = {k: v.float().cpu().numpy() for k, v in make().items()}
-    if path is not None:
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **weights)  # type: ignore[arg-type]
-    return weights
+
+    def weights() -> dict[str, np.ndarray]:
+        return {k: v.float().cpu().numpy() for k, v in make().items()}
+
+    if place is None:
+        return weights()
+    return kept(place / f"multimodal-{stream.split(':')[0]}-{key}.npz", weights, read_arrays, write_arrays)
 
 
 def build(
