@@ -15,7 +15,7 @@ import pytest
 
 from dmmlib import presets
 from dmmlib.app import batch
-from dmmlib.errors import DmmError
+from dmmlib.errors import DmmError, StoreError
 from dmmlib.registry import VERSIONS
 from dmmlib.unlearn import METHODS
 from tests.conftest import alive
@@ -178,10 +178,69 @@ def test_where_one_fails_the_other_is_finished_and_nothing_else_begun(write, tmp
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_is_said_in_one_line(write, tmp_path):
-    notebooks = write({"01": "import os; os.kill(os.getppid(), 9)", "06": ""})
-    with pytest.raises(DmmError, match="was killed"):
-        batch.run(notebooks, tmp_path / "out", {"place": str(tmp_path)}, lambda *s: None, threads=2)
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("os.kill(os.getppid(), 9)", "06_note failed: Its process was killed, perhaps for want of memory"),
+        ("os.kill(os.getpid(), 9)", "06_note failed: Its kernel was killed, perhaps for want of memory"),
+        ("assert False", "06_note failed: AssertionError. Everything trained is kept"),
+        (
+            "raise OSError(28, 'No space left on device')",
+            "06_note failed: OSError: [Errno 28] No space left on device.",
+        ),
+    ],
+)
+def test_what_fails_is_said_in_one_sentence_and_its_neighbour_is_kept(write, tmp_path, code, said):
+    notebooks = write({"06": code, "09": "time.sleep(5)"})
+    told = []
+
+    def run(threads):
+        batch.run(notebooks, tmp_path / "out", {"place": str(tmp_path)}, lambda *s: told.append(s), threads=threads)
+
+    with pytest.raises(DmmError, match="06_note failed") as error:
+        run(threads=2)
+    assert str(error.value).startswith(said)
+    assert "\n" not in str(error.value)
+    assert [line[:13] for line, _ in told] == ["09_note: done"]
+    assert not list((tmp_path / "out").glob(".*.part")), "nothing is left lying about"
+    write({"06": ""})
+    run(threads=1)
+    assert told[1] == ("09_note: already done", False)
+
+
+@pytest.mark.slow
+def test_a_place_that_is_gone_or_full_is_said_in_one_sentence(write, tmp_path, monkeypatch):
+    notebooks = write({"06": "pathlib.Path(place, 'out').rename(pathlib.Path(place, 'gone'))"})
+    with pytest.raises(DmmError, match=r"06_note failed: No such file or directory .* is kept"):
+        batch.run(notebooks, tmp_path / "out", {"place": str(tmp_path)}, lambda *s: None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match=r"Nothing can be executed into .*file/out"):
+        batch.run(notebooks, tmp_path / "file" / "out", {"place": str(tmp_path)}, lambda *s: None)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    write({"06": ""})
+    monkeypatch.setattr(batch.os, "replace", full)
+    with pytest.raises(DmmError, match=r"06_note failed: No space left on device .* is kept"):
+        batch.run(notebooks, tmp_path / "out", {"place": str(tmp_path)}, lambda *s: None)
+
+
+@pytest.mark.slow
+def test_two_runs_of_one_preset_at_once_do_no_harm(write, tmp_path):
+    (notebook,) = write({"01": "time.sleep(2)"})
+    script = (
+        "import sys, pathlib\nfrom dmmlib.app import batch\n"
+        "batch.run([pathlib.Path(sys.argv[1])], pathlib.Path(sys.argv[2]) / 'out', {'place': sys.argv[2]}, print)"
+    )
+    command = [sys.executable, "-c", script, str(notebook), str(tmp_path)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in both:
+        out, error = process.communicate()
+        assert (process.returncode, error) == (0, "")
+        assert "01_note: done in" in out
+    cells = nbformat.read(tmp_path / "out" / "01_note.ipynb", as_version=4).cells
+    assert any(cell.get("outputs") for cell in cells)
 
 
 @pytest.mark.slow
@@ -196,13 +255,14 @@ def test_kernels_end_with_the_command(write, tmp_path, how):
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # in the background it may be ignored
         "if __name__ == '__main__':\n"
         f"    here = pathlib.Path({str(tmp_path)!r})\n"
-        "    batch.GRACE, batch.NOTEBOOKS = 2.0, here / 'notebooks'\n"
+        "    batch.NOTEBOOKS = here / 'notebooks'\n"
         "    try:\n"
         "        batch.run(batch.stages().values(), here / 'out', {'place': str(here)}, print, threads=2)\n"
         "    except KeyboardInterrupt:\n"
         "        sys.exit(130)\n"
     )
-    process = subprocess.Popen([sys.executable, str(script)], start_new_session=True)
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, str(script)], start_new_session=True, **pipes)
     pids = [tmp_path / "01.pid", tmp_path / "06.pid"]
     until = time.monotonic() + 120
     while not all(p.exists() and p.read_text() for p in pids):
@@ -211,7 +271,8 @@ def test_kernels_end_with_the_command(write, tmp_path, how):
         time.sleep(0.1)
     end = os.killpg if how == "Ctrl-C in a terminal" else os.kill
     end(process.pid, signal.SIGKILL if how == "killed" else signal.SIGINT)
-    assert process.wait(60) == (-signal.SIGKILL if how == "killed" else 130)
+    assert process.communicate(timeout=60) == (b"", b""), "no stray traceback"
+    assert process.returncode == (-signal.SIGKILL if how == "killed" else 130)
     until = time.monotonic() + 30
     while any(alive(int(p.read_text())) for p in pids):
         assert time.monotonic() < until, "kernels end with it"

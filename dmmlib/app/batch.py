@@ -10,24 +10,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import multiprocessing
 import os
 import signal
 import tempfile
 import threading
 import time
-import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+import uuid
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from dmmlib.app.stage import Execution
 from dmmlib.errors import DmmError, StoreError
-from dmmlib.files import config_hash, read_json, resource, write_json
+from dmmlib.files import config_hash, load_json, read_json, resource, short, write_json
 from dmmlib.presets import PLACES
 from dmmlib.progress import PROGRESS_FILE
 from dmmlib.registry import REGISTRIES, VERSIONS
@@ -37,11 +34,6 @@ NEEDS = {"03": ("02",), "04": ("02",), "05": ("04",), "07": ("04",)}
 """Whose work a stage takes up; the others stand alone."""
 ORDER = ("02", "04", "07", "09", "08", "05", "03", "10", "06", "01")
 """What is begun first where several stages could be: the main results, then what takes long."""
-GRACE = 10.0  # seconds that interrupted stages have to end their kernels
-KILLED = (
-    "A process that executes notebooks was killed, perhaps for want of memory; free some and run again. Everything "
-    "trained is kept."
-)
 
 Say = Callable[[str, bool], None]
 """Told a line about a stage, and whether something was done."""
@@ -63,7 +55,10 @@ def key(notebook: Path, parameters: Mapping[str, Any]) -> str:
     if isinstance(preset, Mapping):
         parameters = {**parameters, "preset": {k: v for k, v in preset.items() if k not in PLACES}}
     registered = {f"{kind} {name}": entries.version(name) for kind, entries in REGISTRIES.items() for name in entries}
-    source = [cell["source"] for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]]
+    try:
+        source = [cell["source"] for cell in load_json(notebook)["cells"]]
+    except (LookupError, TypeError) as error:
+        raise StoreError(f"{notebook} is no notebook; restore it.") from error
     return config_hash({"parameters": _by_content(parameters), "notebook": source, "versions": VERSIONS | registered})
 
 
@@ -86,38 +81,44 @@ class _Stage:
     notebook: Path
     out: Path
     key: str
-
-    @property
-    def part(self) -> Path:
-        return self.out / f".{self.notebook.name}.part"
+    part: Path  # where it is executed, alone, before it takes the place of what was there
 
     @property
     def record(self) -> Path:
         return self.out / f".{self.notebook.stem}.json"
 
     def done(self) -> bool:
-        """Return whether what was executed for the same key is still there and whole."""
+        """Whether what was executed for the same key is still there and as it was written."""
         try:
             record = read_json(self.record)
-            cells = read_json(self.out / self.notebook.name)["cells"]
-            tables = [self.out.parent / name for name in record["tables"]]
-            whole = any(cell.get("outputs") for cell in cells) and all(t.stat().st_size for t in tables)
-            return whole and record["key"] == self.key
+            return record["key"] == self.key and all(self._hash(n) == h for n, h in record["files"].items())
         except (StoreError, OSError, LookupError, TypeError, AttributeError):
             return False
 
     def keep(self, error: str, began: float, say: Say) -> None:
         """Put what was executed where it belongs, and say so; raises DmmError if there was an error."""
         failed = self.out / f"{self.notebook.stem}-failed.ipynb"
-        if error:
-            os.replace(self.part, failed)
-            raise DmmError(f"{self.notebook.stem} failed: {error} Everything trained is kept; see {failed}.")
-        os.replace(self.part, self.out / self.notebook.name)
-        failed.unlink(missing_ok=True)
-        seconds = time.time() - began
-        tables = sorted(p.name for p in self.out.parent.glob("*.csv") if p.stat().st_mtime > began)
-        write_json(self.record, {"key": self.key, "seconds": round(seconds, 1), "tables": tables})
+        try:
+            if error:
+                see = ""
+                if self.part.exists():
+                    os.replace(self.part, failed)
+                    see = f"; see {failed}"
+                raise DmmError(f"{self.notebook.stem} failed: {error} Everything trained is kept{see}.")
+            os.replace(self.part, self.out / self.notebook.name)
+            failed.unlink(missing_ok=True)
+            seconds = time.time() - began
+            tables = [p.name for p in self.out.parent.glob("*.csv") if p.stat().st_mtime > began]
+            names = sorted([f"{self.out.name}/{self.notebook.name}", *tables])
+            kept = {name: self._hash(name) for name in names}
+            write_json(self.record, {"key": self.key, "seconds": round(seconds, 1), "files": kept})
+        except OSError as problem:
+            reason = f"{problem.strerror} ({self.out})." if problem.strerror else str(problem)
+            raise DmmError(f"{self.notebook.stem} failed: {error or reason} Everything trained is kept.") from problem
         say(f"{self.notebook.stem}: done in {seconds:.0f} s", True)
+
+    def _hash(self, name: str) -> str:
+        return short((self.out.parent / name).read_bytes())
 
 
 def run(
@@ -141,56 +142,76 @@ def run(
         environment: variables that kernels are given besides this process's.
 
     Raises:
-        DmmError: if one fails; what runs beside it is finished, nothing else is begun.
+        DmmError: if one fails; what runs beside it is finished and kept, nothing else is begun.
+        StoreError: if nothing can be written.
     """
     from tqdm import tqdm
 
-    out.mkdir(parents=True, exist_ok=True)
     todo = {}
     for notebook in notebooks:
-        stage = _Stage(notebook, out, key(notebook, parameters))
+        part = out / f".{notebook.stem}.{uuid.uuid4().hex[:8]}.part"
+        stage = _Stage(notebook, out, key(notebook, parameters), part)
         if stage.done() and not force:
             say(f"{notebook.stem}: already done", False)
         else:
             todo[notebook.name[:2]] = stage
     at_once = 2 if threads > 1 and len(todo) > 1 else 1
     waiting = sorted(todo, key=(*ORDER, *todo).index)
-    running: dict[str, tuple[Future[str], float]] = {}
+    running: dict[str, tuple[Execution, float]] = {}
     failed: DmmError | None = None
-    pool = ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
     bar = tqdm(bar_format="{desc}", leave=False, disable=None)  # silent where it is no terminal
-    with tempfile.TemporaryDirectory() as told, bar, pool:
-        try:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder, bar:
+            (told := Path(folder, "told")).mkdir()
             while running or (waiting and failed is None):
                 while failed is None and len(running) < at_once and (number := _next(waiting, running, wide)):
                     waiting.remove(number)
-                    place = os.environ.get(PROGRESS_FILE, f"{told}/{number}")  # of whoever started this command
+                    place = os.environ.get(PROGRESS_FILE, str(told / number))  # of whoever started this command
                     given = {**(environment or {}), PROGRESS_FILE: place}
                     if at_once > 1 and number not in wide:
                         given["OMP_NUM_THREADS"] = str(threads // 2)
-                    running[number] = pool.submit(_execute, todo[number], parameters, given), time.time()
-                done, _ = wait([future for future, _ in running.values()], 0.5, FIRST_COMPLETED)
-                bar.set_description_str(_said(Path(told)))
-                for number in [n for n, (future, _) in running.items() if future in done]:
-                    future, began = running.pop(number)
-                    Path(told, number).unlink(missing_ok=True)
+                    stage, outcome = todo[number], Path(folder, number)
+                    running[number] = Execution(stage.notebook, stage.part, parameters, given, outcome), time.time()
+                time.sleep(0.2)
+                bar.set_description_str(_said(told))
+                for number in [n for n, (execution, _) in running.items() if not execution.running()]:
+                    execution, began = running.pop(number)
+                    (told / number).unlink(missing_ok=True)
                     try:
-                        todo[number].keep(future.result(), began, say)
+                        todo[number].keep(execution.error(), began, say)
                     except DmmError as error:
+                        if failed:
+                            say(str(error), False)
                         failed = failed or error
-                    except BrokenProcessPool:
-                        failed = failed or DmmError(KILLED)
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for child in multiprocessing.active_children():
-                if child.pid:
-                    with suppress(ProcessLookupError):
-                        os.kill(child.pid, signal.SIGINT)  # a terminal has told it, but nobody else has
-                child.join(GRACE)
-                child.terminate()
-            raise
+    except OSError as error:
+        raise StoreError(
+            f"Nothing can be executed into {out} ({error}); free space or choose another place."
+        ) from error
+    finally:
+        with _undisturbed():
+            for execution, _ in running.values():
+                execution.interrupt()
+            for execution, _ in running.values():
+                execution.end()
+            for stage in todo.values():
+                with suppress(OSError):
+                    stage.part.unlink()
     if failed is not None:
         raise failed
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let no second Ctrl-C disturb what ends processes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _next(waiting: Iterable[str], running: Iterable[str], wide: Collection[str]) -> str | None:
@@ -199,58 +220,10 @@ def _next(waiting: Iterable[str], running: Iterable[str], wide: Collection[str])
     return None if running and {first, *running}.intersection(wide) else first
 
 
-def _execute(stage: _Stage, parameters: Mapping[str, Any], environment: Mapping[str, str]) -> str:
-    """Run a notebook, in a process with nothing else to do; the last line of its error, or nothing."""
-    import papermill
-
-    def interrupt(*_: object) -> NoReturn:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # being told twice must not disturb the end of the kernel
-        raise KeyboardInterrupt
-
-    def end_with(parent: Any) -> NoReturn:
-        parent.join()
-        os._exit(1)  # a kernel ends once the process that started it is gone
-
-    signal.signal(signal.SIGINT, interrupt)
-    threading.Thread(target=end_with, args=[multiprocessing.parent_process()], daemon=True).start()
-    logging.getLogger("papermill").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
-    os.environ.update(environment)
-    try:
-        papermill.execute_notebook(
-            str(stage.notebook),
-            str(stage.part),
-            dict(parameters),
-            kernel_name="python3",
-            progress_bar=False,
-            start_timeout=300,  # a kernel is slow to come on a busy machine
-            cwd=str(stage.notebook.parent),
-            extra_arguments=["--IPKernelApp.log_level=50"],  # its chatter is not for the terminal
-        )
-    except papermill.PapermillExecutionError as error:
-        return f"{error.ename}: {error.evalue}"
-    _scrub(stage.part)
-    return ""
-
-
-def _scrub(path: Path) -> None:
-    """Drop what says when and where a notebook was executed, so that the same run gives the same file."""
-    import nbformat
-
-    notebook = nbformat.read(path, as_version=4)
-    notebook.metadata.pop("papermill", None)
-    notebook.metadata.get("language_info", {}).pop("version", None)
-    for cell in notebook.cells:
-        injected = "injected-parameters" in cell.metadata.get("tags", [])
-        for name in ("papermill", "execution", *(() if injected else ("collapsed", "jupyter"))):
-            cell.metadata.pop(name, None)
-    nbformat.write(notebook, path)
-
-
 def _said(folder: Path) -> str:
     """How far each kernel says that it is, in its file."""
     lines = []
     for file in sorted(folder.iterdir()):
         with suppress(OSError, ValueError):  # caught half-written
-            lines.append(f"{file.name}: {json.loads(file.read_text())['line']}")
+            lines.append(f"{file.name}: {json.loads(file.read_text(encoding='utf-8'))['line']}")
     return " | ".join(lines)

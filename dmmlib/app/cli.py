@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -53,6 +54,7 @@ def _one_line() -> Iterator[None]:
         typer.secho(f"dmm: {error}", fg=typer.colors.RED, err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C shall not disturb the end
         typer.secho("dmm: interrupted; finished shards and stages are kept, run again to go on.", err=True)
         raise typer.Exit(130) from None
 
