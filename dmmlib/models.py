@@ -40,9 +40,9 @@ def normalising(make: Callable[[], nn.Module], data: Dataset, device: torch.devi
 
 
 def pooled(data: Dataset, x: np.ndarray) -> Tensor:
-    """`normalise`, average-pooled 2 x 2 where there are at least 20 rows, and flattened: (n, features)."""
+    """`normalise`, average-pooled 2 x 2 where there are at least 20 rows and columns, and flattened: (n, features)."""
     images = normalise(data, x)
-    if images.ndim == 4 and images.shape[-1] >= 20:
+    if images.ndim == 4 and min(images.shape[-2:]) >= 20:
         images = F.avg_pool2d(images, 2)
     return images.flatten(1)
 

@@ -92,6 +92,12 @@ class Study(Models):
             )
         return names
 
+    @property
+    def methods(self) -> list[str]:
+        """The preset's methods; the two ends of the scale, doing nothing and retraining, are always among them."""
+        own = self.preset.unlearning.methods
+        return [*(m for m in ("do_nothing", "retrain") if m not in own), *own]
+
     # --- places ----------------------------------------------------------------------------------------
 
     @property
@@ -308,7 +314,7 @@ class Study(Models):
         """All methods on all forget sets, tidy: one row per forget set, method, split and statistic."""
         self.train_oracles()
         rows: list[dict[str, Any]] = []
-        pairs = [(f, m) for f in self.forget_sets().values() for m in self.preset.unlearning.methods]
+        pairs = [(f, m) for f in self.forget_sets().values() for m in self.methods]
         for i, (forget_set, method) in enumerate(pairs):
             self.progress("unlearn and measure", i, len(pairs))
             rows += self.evaluate(method, forget_set)
@@ -321,7 +327,7 @@ class Study(Models):
         for forget_set in self.forget_sets().values():
             margins, _ = self.reference(forget_set)
             splits = forget_set.splits(self.data.n_train, self.data.n_val)
-            for method in self.preset.unlearning.methods:
+            for method in self.methods:
                 along = evaluation.trajectory(self.unlearned(method, forget_set), margins, splits)
                 rows += [(forget_set.name, method, *row) for row in along]
         return pd.DataFrame(rows, columns=["forget_set", "method", *evaluation.TRAJECTORY])

@@ -111,7 +111,7 @@ def table(study: Study) -> pd.DataFrame:
     for f in study.forget_sets().values():
         oracle = study.reference(f)
         found = {"oracles": {"auc": _mean(membership_auc(oracle[0][:, f.indices], oracle[0][:, n_train:]))}}
-        for method in study.preset.unlearning.methods:
+        for method in study.methods:
             u = study.unlearned(method, f)
             found[method] = distances((u.margins, u.correct), oracle, f.indices, n_train)
         rows += [

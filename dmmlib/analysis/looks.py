@@ -141,6 +141,17 @@ def titled(figure: Figure, title: str, caption: str) -> Figure:
     return figure
 
 
+def picture(point: np.ndarray) -> np.ndarray:
+    """Show a point: an image (height, width, channels) as it is, of two channels or more than four their mean; features
+    (d,) as a square of cells, padded with NaN."""
+    if point.ndim == 1:
+        side = int(np.ceil(np.sqrt(point.size)))
+        return np.append(point, np.full(side**2 - point.size, np.nan)).reshape(side, side)
+    if point.shape[-1] in (3, 4):
+        return point
+    return point.mean(-1)
+
+
 def png(figure: Figure, dpi: int = 90) -> bytes:
     """Render a figure as the PNG that stands for a widget where none can be shown, and close it."""
     buffer = io.BytesIO()

@@ -63,13 +63,13 @@ def predicted_vs_true(
 
 
 def thumbnails(data: Dataset, rows: Mapping[str, np.ndarray], title: str, caption: str) -> Figure:
-    """Draw the first 14 images of each forget set, one row for each set."""
+    """Draw the first 14 points of each forget set as `looks.picture`, one row for each set."""
     figure, axes = looks.grid(14 * len(rows), 14, (0.79, 0.75))
     for axis in axes.flat:
         axis.set_axis_off()
     for row, (name, indices) in zip(axes, rows.items(), strict=True):
         for axis, image in zip(row, data.x_train[indices[:14]], strict=False):
-            axis.imshow(image.squeeze(), cmap="gray_r" if image.shape[-1] == 1 else None)
+            axis.imshow(looks.picture(image), cmap="gray_r")  # which colours leave aside
         place = {"transform": row[0].transAxes, "ha": "right", "va": "center", "fontsize": 9}
         row[0].text(-0.25, 0.5, f"{name} ({len(indices)})", **place)
     return titled(figure, title, caption)

@@ -80,7 +80,7 @@ def _ways(study: Study) -> Iterator[tuple[str, str, np.ndarray, np.ndarray, np.n
     """Forget set, method, `path`, and the oracles' margins on F, of every method on every forget set."""
     for forget_set in study.forget_sets().values():
         oracle = study.reference(forget_set)[0][:, forget_set.indices]
-        for method in study.preset.unlearning.methods:
+        for method in study.methods:
             yield forget_set.name, method, *path(study, method, forget_set), oracle
 
 

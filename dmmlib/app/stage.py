@@ -7,6 +7,7 @@ its input ends, which is when `batch` says so or is no more.
 from __future__ import annotations
 
 import _thread
+import ast
 import json
 import logging
 import os
@@ -21,8 +22,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from dmmlib.errors import PresetError
 from dmmlib.files import write_bytes
 
+KNOWN = ("preset", "overrides", "forget_set", "beside")  # what `batch` gives every notebook, whether it has it or not
 GRACE = 10.0  # seconds that an interrupted stage has to end its kernel
 KILLED = "was killed, perhaps for want of memory; free some and run again."
 
@@ -73,6 +76,26 @@ class Execution:
             self._process.wait(GRACE + 2)
         except subprocess.TimeoutExpired:
             self._process.kill()
+
+
+def check_parameters() -> None:
+    """Refuse what papermill gave a notebook that it has no parameter for; to be called in its first cells.
+
+    Raises PresetError, or does nothing where papermill gave nothing.
+    """
+    from IPython.core.getipython import get_ipython
+
+    shell = get_ipython()
+    cells = shell.user_ns.get("In", []) if shell else []
+    given = max((i for i, cell in enumerate(cells) if cell.startswith("# Parameters\n")), default=0)
+    known = {*KNOWN, *(name for cell in cells[:given] for name in _assigned(cell))}
+    if unknown := sorted(set(_assigned(cells[given])) - known) if given else []:
+        raise PresetError(f"The notebook has no parameter {unknown[0]!r}; it has {', '.join(sorted(known))}.")
+
+
+def _assigned(cell: str) -> list[str]:
+    targets = [t for node in ast.walk(ast.parse(cell)) if isinstance(node, ast.Assign) for t in node.targets]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 def main() -> None:

@@ -70,7 +70,7 @@ def mlp(data: Dataset, s: AdversarySettings, execution: Execution | None = None)
     """Make a victim with one hidden layer on pooled pixels, as `models.pooled` makes them."""
 
     def features(images: Tensor) -> Tensor:
-        return (avg_pool2d(images, 2) if images.shape[-1] >= 20 else images).flatten(1)
+        return (avg_pool2d(images, 2) if min(images.shape[-2:]) >= 20 else images).flatten(1)
 
     training = ensemble.Training(s.epochs, s.batch, s.lr)
     return Victim.of(
