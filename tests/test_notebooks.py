@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import papermill
 import pytest
 
-from tests.conftest import DEVICE
+from tests.conftest import DEVICE, TINY
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 ids = [path.stem for path in NOTEBOOKS]
@@ -52,6 +53,7 @@ def test_is_committed_executed_and_clean(path):
     assert len(tagged) == 1
     assert tagged[0].source.startswith('preset = "laptop"')
     code = [c for c in notebook.cells if c.cell_type == "code"]
+    assert "check_parameters()" in code[1].source
     assert any("assert" in c.source for c in code), "a notebook asserts its claims"
     assert all(c.execution_count is not None for c in code), "run `make publish`"
     for cell in code:
@@ -69,3 +71,56 @@ def test_a_widget_is_a_picture_where_there_is_no_kernel(path):
     assert widgets
     for data in widgets:
         assert len(data["image/png"]) > 20_000
+
+
+def execute(path, place, preset, **parameters):
+    """Executes a notebook on a preset, in a run of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DMM_RUNS", str(place / "runs"))
+        patch.setenv("DMM_FIGURES", str(place / "figures"))
+        return papermill.execute_notebook(
+            str(path), None, {"preset": preset} | parameters, kernel_name="python3", progress_bar=False
+        )
+
+
+SMALL = {
+    "four models": {"ensembles": TINY["ensembles"] | {"n_models": 4}, "tuning": TINY["tuning"] | {"n_models": 4}},
+    "neither end of the scale": {"unlearning": {"methods": ["ga", "dmm"], "checkpoints": 2}},
+    "one method": {"unlearning": {"methods": ["retrain"]}},
+    "few points": {"data": {"name": "digits", "n_train": 80, "n_val": 40}},
+    "features": {"data": {"name": "features.npz"}},
+    "strips": {"data": {"name": "strips.npz"}},
+}
+
+
+@pytest.fixture(scope="session")
+def own(tmp_path_factory):
+    """Data that are no square images: features, and images of one row."""
+    place, rng = tmp_path_factory.mktemp("own"), np.random.default_rng(0)
+    y = np.arange(180) % 3
+    features = (rng.normal(size=(3, 30))[y] + rng.normal(size=(180, 30))).astype(np.float32)
+    strips = (60 * rng.random((180, 1, 64, 1)) + 60 * y[:, None, None, None]).astype(np.uint8)
+    for name, x in (("features", features), ("strips", strips)):
+        np.savez(place / f"{name}.npz", x_train=x[:140], y_train=y[:140], x_val=x[140:], y_val=y[140:])
+    return place
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("small", SMALL)
+def test_small_data_and_few_methods_run_through(small, own, tmp_path):
+    preset = TINY | {"device": "cpu"} | SMALL[small]
+    if preset["data"]["name"].endswith(".npz"):
+        preset["data"] = {"name": str(own / preset["data"]["name"])}
+    for path in (p for p in NOTEBOOKS if p.stem[:2] in ("03", "04", "05")):
+        execute(path, tmp_path, preset)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("path", NOTEBOOKS[:2], ids=ids[:2])
+def test_a_misspelt_parameter_is_refused_in_the_first_cells(path, tmp_path):
+    with pytest.raises(papermill.PapermillExecutionError, match="has no parameter 'presett'") as error:
+        execute(path, tmp_path, TINY, presett="smoke")
+    assert error.value.cell_index <= 4
+    assert not (tmp_path / "runs").exists()

@@ -42,7 +42,12 @@ class Victim:
         training: ensemble.Training,
         execution: Execution | None,
     ) -> Victim:
-        """Make a victim that sees `features` (n, d) of normalised images, with the module for that d."""
+        """Make a victim that sees `features` (n, d) of normalised images, with the module for that d.
+
+        Raises DataError for points that are no uint8 images.
+        """
+        if data.x_train.dtype != np.uint8:
+            raise DataError(f"The data are {data.x_train.dtype}; give uint8 images, whose pixels can be bounded.")
 
         def prepare(images: Tensor) -> Tensor:
             channels_first = images.permute(0, 3, 1, 2).contiguous()  # as `models.normalise`, to be differentiated
@@ -95,15 +100,13 @@ class World:
     def of(cls, data: Dataset, s: AdversarySettings, victim: Victim) -> World:
         """Split the data, train what the attacker knows, draw targets that all of it answers correctly.
 
-        Raises DataError for too few points or targets, or images that are not uint8.
+        Raises DataError for too few points or targets.
         """
         if data.n_train < s.n + s.n_candidates:
             raise DataError(
                 f"The data have {data.n_train} training points; give {s.n} for the service and at least "
                 f"{s.n_candidates} for the attacker, or lower adversary.n."
             )
-        if data.x_train.dtype != np.uint8:
-            raise DataError(f"The data are {data.x_train.dtype}; give uint8 images, whose pixels can be bounded.")
         service = from_arrays(
             data.x_train[: s.n], data.y_train[: s.n], data.x_val, data.y_val,
             name=data.name, class_names=data.class_names, mean=data.mean, std=data.std,

@@ -71,8 +71,13 @@ class Problem:
 def from_images(data: Dataset, side: int, positive: Sequence[int]) -> tuple[Problem, Problem]:
     """Make training and validation points: pooled images and a constant 1, each scaled to norm 1 on its own.
 
-    Nothing in the features of one point depends on another.
+    Nothing in the features of one point depends on another. Raises DataError for a positive class that the data lack.
     """
+    if lacking := sorted(set(positive) - set(range(data.n_classes))):
+        raise DataError(
+            f"studies.exact.positive names class {lacking[0]}, but {data.name!r} has {data.n_classes} classes; give "
+            f"some of 0 to {data.n_classes - 1}."
+        )
     y = np.where(np.isin(data.y, positive), 1.0, -1.0)
     x = image_features(data, data.x, side)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
