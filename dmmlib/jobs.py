@@ -1,18 +1,11 @@
-"""Which models a preset asks for, and which of them lie in stores."""
+"""Which models a preset asks for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import pandas as pd
-from fsspec.core import url_to_fs
-
-from dmmlib.errors import DamageError
 from dmmlib.presets import Preset
-from dmmlib.store import Store
 
 
 @dataclass(frozen=True)
@@ -47,53 +40,3 @@ def jobs(preset: Preset, n_train: int, n_classes: int) -> Iterator[Job]:
             size = n_train - (f.size or round(f.share * n_train / n_classes))
             sets = {f"oracles:{f.name}": n, f"floor:{f.name}": n_floor}
             yield Job(f"{kind}oracles and floor, {f.name}", size, sets, False)
-
-
-def stores(root: str, identity: Mapping[str, Any]) -> tuple[list[Store], list[str]]:
-    """Find the stores under a root whose models depend on `identity`, and say which cannot be read."""
-    files, place = url_to_fs(root)
-    found, damaged = list[Store](), list[str]()
-    for path in sorted(files.glob(f"{place}/*.zarr")):
-        try:
-            store = Store.existing(files.unstrip_protocol(path))
-        except DamageError as error:
-            damaged.append(str(error))
-        else:
-            if store is not None and all(store.config.get(k) == v for k, v in identity.items()):
-                found.append(store)
-    return found, damaged
-
-
-def status(asked: Sequence[Job], root: str, identity: Mapping[str, Any]) -> pd.DataFrame:
-    """Look which models are trained; nothing is trained, fitted or written.
-
-    Args:
-        asked: what is looked for.
-        root: where stores lie, a directory or fsspec address.
-        identity: what all models depend on; see `Trainer.identity`.
-
-    Returns:
-        One row per job: models, planned, done, missing, damaged.
-    """
-    there, rows = stores(root, identity)[0], []
-    for job in asked:
-        done = damaged = 0
-        for name, n in job.sets.items():
-            of_set = [store for store in there if _holds(store, name, n, job.size)]
-            for store in sorted(of_set, key=lambda store: len(store.missing()))[:1]:  # the fullest
-                bad = store.count(store.damaged())
-                damaged += bad
-                done += n - store.count(store.missing()) - bad
-        rows.append((job.what, job.n_models, done, job.n_models - done - damaged, damaged))
-    return pd.DataFrame(rows, columns=["models", "planned", "done", "missing", "damaged"])
-
-
-def _holds(store: Store, name: str, n: int, size: int) -> bool:
-    """Whether some of a model set lie in a store: n models of `size` points, whose name a hash may follow."""
-    found, done = store.config["set"], set(range(store.n_shards)).difference(store.missing())
-    if not done or store.n_models != n or (found != name and (":" not in name or found.rpartition(":")[0] != name)):
-        return False
-    first = store.models(min(done)).start
-    with suppress(DamageError):
-        return int(store.read("masks", first, first + 1).sum()) == size
-    return True

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
-import pandas as pd
 import torch
 from fsspec.core import url_to_fs
 from torch import Tensor
@@ -25,7 +24,7 @@ from dmmlib import ensemble, execution, keys, models, presets, stacking
 from dmmlib.errors import DamageError, ModelError, StoreError
 from dmmlib.execution import Execution
 from dmmlib.files import config_hash, place, short
-from dmmlib.jobs import Job, jobs, status, stores
+from dmmlib.jobs import Job, jobs
 from dmmlib.metrics import margin_gauge
 from dmmlib.progress import Progress, Reporter
 from dmmlib.registry import Registry, versions
@@ -243,13 +242,14 @@ class Trainer:
         return {**keys.trained(self.preset, self.data), **answers, "seed": self.preset.seed}
 
     @property
-    def _root(self) -> str:
+    def root(self) -> str:
+        """Where stores lie: a directory or fsspec address."""
         return (self.preset.store or (self.runs / "store").as_posix()).rstrip("/")
 
     def _place(self, model_set: ModelSet) -> tuple[str, dict[str, Any]]:
         """Where a model set's store is, and the configuration that it belongs to."""
         config = {**self.identity, "set": model_set.name, "masks": model_set.digest}
-        return f"{self._root}/{model_set.name.split(':')[0]}-{config_hash(config)}.zarr", config
+        return f"{self.root}/{model_set.name.split(':')[0]}-{config_hash(config)}.zarr", config
 
     def store(self, model_set: ModelSet) -> Store:
         """The store of a model set, made where there is none."""
@@ -350,11 +350,3 @@ class Trainer:
     def jobs(self) -> list[Job]:
         """All models that the preset's main story trains."""
         return list(jobs(self.preset, self.data.n_train, self.data.n_classes))
-
-    def status(self, more: Sequence[Job] = ()) -> pd.DataFrame:
-        """What is trained, missing and damaged of all jobs, and of `more`; see `jobs.status`."""
-        return status([*self.jobs(), *more], self._root, self.identity)
-
-    def stores(self) -> tuple[list[Store], list[str]]:
-        """All stores of the preset's models, and sentences about those that cannot be read."""
-        return stores(self._root, self.identity)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dmmlib.app import cluster
+from dmmlib.app.status import trained
 from dmmlib.errors import PresetError, SchedulerError
 from dmmlib.progress import silent
 from dmmlib.study import Study
@@ -183,7 +184,7 @@ def test_a_store_elsewhere(tmp_path, tiny):
     for place in ("memory://bucket/runs", (tmp_path / "elsewhere").as_uri()):
         far = study(tmp_path / "runs", store=place)
         np.testing.assert_allclose(far.subsets()[1], tiny.subsets()[1], atol=1e-5)
-        status = far.status().set_index("models")
+        status = trained(far, far.jobs()).set_index("models")
         assert status.loc["subset models", "done"] == 120
         assert status.loc["originals", "done"] == 0
     assert list((tmp_path / "elsewhere").glob("subsets-*.zarr"))

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from dmmlib import files
 from dmmlib.analysis import ablation
-from dmmlib.app import plan, report
+from dmmlib.app import report, status
 from dmmlib.app.cli import app
 from dmmlib.errors import DamageError, DmmError, StoreError
 from dmmlib.progress import silent
@@ -198,7 +198,7 @@ def everything(place):
         "measured": ablation.measure(study, "dmm", {}, forget_set),
         "logits": pd.DataFrame(study.original_logits()[:, :, 0]),
     }
-    if not (study.output / "results.csv").exists() or plan.damage(study):  # as a stage that is not done
+    if not (study.output / "results.csv").exists() or status.damage(study):  # as a stage that is not done
         study.save_table(found["search"], "results.csv")
         report.record(study, study.output)
     run = report.open_run(study.output)
@@ -244,12 +244,12 @@ def test_status_names_what_is_damaged_and_repairs_it(ran, tmp_path):
     shutil.copytree(place, tmp_path / "copy")
     runs = tmp_path / "copy" / "runs"
 
-    def status(*options):
+    def said_by(*options):
         said = CliRunner().invoke(app, ["status", str(preset(tmp_path)), "--runs", str(runs), *options])
         assert said.exit_code == 0, said.output
         return [line for line in said.output.splitlines() if "damaged" in line and "planned" not in line]
 
-    assert [line.rpartition(", ")[2] for line in status()] == ["0 damaged"]
+    assert [line.rpartition(", ")[2] for line in said_by()] == ["0 damaged"]
     store = next((runs / "store").glob("originals-*.zarr"))
     flag, chunk = store / "done" / "c" / "0" / "0", store / "logits" / "c" / "0" / "0" / "0"
     small = [next((runs / "store").glob(kind)) for kind in ("search-gd*", "measured-*", "unlearned-*")]
@@ -259,14 +259,14 @@ def test_status_names_what_is_damaged_and_repairs_it(ran, tmp_path):
         content[len(content) // 2] ^= 2
         path.write_bytes(bytes(content))
     os.truncate(next((runs / "store").glob("oracles-*.zarr")) / "logits" / "zarr.json", 9)
-    said = "\n".join(status())
+    said = "\n".join(said_by())
     assert "8 damaged" in said
     assert all(str(path) in said for path in small)
     assert f"{store.as_uri()}, shard 0, is damaged" in said
     assert "logits/zarr.json is damaged" in said
-    assert status("--repair")
+    assert said_by("--repair")
     assert not any(path.exists() for path in small)
-    left = status()
+    left = said_by()
     assert [line for line in left if "zarr.json" not in line] == [left[0]], "of what is gone nothing is said"
     assert "0 damaged" in left[0]
     with warnings.catch_warnings():

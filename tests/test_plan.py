@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dmmlib import presets
-from dmmlib.app import plan
+from dmmlib.app import plan, status
 from dmmlib.errors import DataError, MethodError
 from dmmlib.progress import silent
 from dmmlib.studies.cheap import ablation, experiments
@@ -44,12 +44,12 @@ def test_a_plan_counts_what_a_run_trains(tmp_path, quick, monkeypatch):
     after = plan.plan(preset, tmp_path)
     assert after.models["missing"].sum() == 0
     assert after.hours == 0
-    status = plan.status(study).set_index("models")
+    found = status.trained(study).set_index("models")
     planned = after.models.set_index("models")["planned"]
     asked = planned[planned.index.str.startswith("stage 07")].to_dict()
     assert len(asked) == 6
-    assert status.loc[list(asked), "done"].to_dict() == asked
-    assert status["planned"].sum() == status["done"].sum() == planned.sum()
+    assert found.loc[list(asked), "done"].to_dict() == asked
+    assert found["planned"].sum() == found["done"].sum() == planned.sum()
     stores = sum(f.stat().st_size for f in tmp_path.rglob("*.zarr/**/*") if f.is_file())
     assert before.disk["outputs of models"] + before.disk["weights"] == pytest.approx(stores, rel=0.3)
 
@@ -58,7 +58,7 @@ def test_status_shows_what_notebook_07_trains(tmp_path, quick):
     study = Study(
         TINY | {"attribution": {"n_subsets": 20}, "studies": {"cheap": CHEAP}}, runs=tmp_path, progress=silent
     )
-    before = plan.status(study).set_index("models")
+    before = status.trained(study).set_index("models")
     assert before.loc["stage 07: more of attribution"].to_dict() == {
         "planned": 20, "done": 0, "missing": 20, "damaged": 0
     }  # fmt: skip
@@ -67,7 +67,7 @@ def test_status_shows_what_notebook_07_trains(tmp_path, quick):
     more = [p.parent for p in tmp_path.glob("store/*.zarr/zarr.json") if '"attribution:more"' in p.read_text()]
     chunk = more[0] / "logits" / "c" / "0" / "0" / "0"
     chunk.write_bytes(chunk.read_bytes()[:50])
-    after = plan.status(study).set_index("models")
+    after = status.trained(study).set_index("models")
     assert after.loc["stage 07: more of attribution", "damaged"] == 20
     assert after.loc["attribution models", "done"] == 20
     changed = presets.load(study.preset.model_dump(), {"attribution.fraction": 0.6})

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dmmlib import data, execution, forget_sets, models, presets, registry, unlearn
+from dmmlib.app.status import trained
 from dmmlib.errors import DataError, DeviceError, ForgetSetError, MethodError, PresetError, StoreError
 from dmmlib.files import read_json
 from dmmlib.progress import Reporter, describe, silent
@@ -183,7 +184,7 @@ def test_a_users_own_method_enters_the_table(tmp_path, tiny):
 
     try:
         own = Study(TINY, {"unlearning.methods": ["do_nothing", "shrink"]}, runs=tiny.runs, progress=silent)
-        assert set(own.results()["method"]) == {"do_nothing", "shrink"}
+        assert set(own.results()["method"]) == {"do_nothing", "retrain", "shrink"}, "both ends are always measured"
     finally:
         unlearn.base.METHODS.remove("shrink")
 
@@ -259,7 +260,7 @@ def test_properties_only_read(tmp_path, monkeypatch):
     assert {"x", "y", "features", "module", "training", "output"} <= set(names)
     for name in names:
         getattr(fresh, name)
-    table = fresh.status()
+    table = trained(fresh, fresh.jobs())
     assert (table["done"] == 0).all()
     assert not list(tmp_path.rglob("*"))
 
@@ -268,13 +269,13 @@ def test_status_counts_what_is_trained_and_what_is_damaged(tmp_path):
     one = study(tmp_path)
     f = one.forget_sets()["random_6"]
     one.oracles(f)
-    table = one.status().set_index("models")
+    table = trained(one, one.jobs()).set_index("models")
     assert table.loc["oracles and floor, random_6", ["planned", "done"]].tolist() == [16, 8]
     assert table.loc["subset models", "done"] == 120, "pc1 was chosen by them"
     assert table.loc["originals", "done"] == 0
     chunk = next(path for path in (tmp_path / "runs" / "store").glob("oracles-*/logits/c/**/*") if path.is_file())
     chunk.write_bytes(chunk.read_bytes()[:-9])
-    table = study(tmp_path).status().set_index("models")
+    table = trained(study(tmp_path), one.jobs()).set_index("models")
     assert table.loc["oracles and floor, random_6", ["done", "missing", "damaged"]].tolist() == [0, 8, 8]
 
 

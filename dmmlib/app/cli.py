@@ -154,19 +154,19 @@ def status(
 ) -> None:
     """Show what is trained, missing and damaged; trains nothing."""
     with _one_line():
-        from dmmlib.app import plan
+        from dmmlib.app.status import damage, trained
         from dmmlib.progress import silent
         from dmmlib.study import Study
 
         overrides = _parse(set_) | ({"store": store} if store else {})
         study = Study(preset, overrides, runs=runs, progress=silent)
-        table, damage = plan.status(study), plan.damage(study, repair)
+        table, wrong = trained(study), damage(study, repair)
     typer.echo(table.to_string(index=False))
     done, planned, damaged = (int(table[column].sum()) for column in ("done", "planned", "damaged"))
     typer.echo(f"{done:,} of {planned:,} models trained, {damaged:,} damaged")
-    for sentence in damage:
+    for sentence in wrong:
         typer.echo(sentence)
-    if damage and repair:
+    if wrong and repair:
         typer.echo("what is damaged is removed; a run makes it anew")
 
 

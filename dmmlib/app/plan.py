@@ -17,11 +17,11 @@ from platformdirs import user_cache_dir
 from tqdm import tqdm
 
 from dmmlib import ensemble, models, unlearn
+from dmmlib.app import status
 from dmmlib.data import Dataset
 from dmmlib.datamodels import BLOCK
-from dmmlib.errors import DamageError, DataError
+from dmmlib.errors import DataError
 from dmmlib.execution import one_thread
-from dmmlib.files import read_arrays, read_json, read_table
 from dmmlib.jobs import jobs
 from dmmlib.presets import DataSection, Preset
 from dmmlib.studies.cheap import experiments
@@ -29,41 +29,7 @@ from dmmlib.study import Study
 
 PUBLISHED = {"cifar10": ((32, 32, 3), 10, 50_000, 10_000), "living17": ((160, 160, 3), 17, 88_400, 3_400)}
 """Data sets that need not be on this machine: shape of a point, classes, training and validation points."""
-READERS: dict[str, Callable[[Path], Any]] = {".json": read_json, ".npz": read_arrays, ".csv": read_table}
 COLUMNS = ["models", "planned", "done", "missing", "gradients"]
-
-
-def status(study: Study) -> pd.DataFrame:
-    """List what is trained of all that the study and notebook 07 ask for; see `jobs.status`."""
-    return study.status(list(experiments.jobs(study.preset, study.data.n_train)))
-
-
-def damage(study: Study, repair: bool = False) -> list[str]:
-    """Name each file that is damaged: of the study's run, and of all that runs share; trains nothing.
-
-    With `repair` what is damaged goes, so that it is missing, and the next run makes it anew.
-    """
-    stores, said = study.stores()
-    for store in stores:
-        shards = store.damaged()
-        said += [f"{store.address}, shard {shard}, is damaged; a run trains it again." for shard in shards]
-        for shard in shards if repair else ():
-            store.drop(shard)
-    shared = [p for kind in ("*.json", "*.npz") for p in (study.runs / "store").glob(kind)]
-    own = [
-        p
-        for kind in ("run.json", "*.csv", ".*.csv.json", "notebooks/.*.json")
-        for p in study.directory.glob(f"**/{kind}")
-    ]
-    for path in sorted({*shared, *own}):
-        try:
-            if path.suffix == ".csv" or b"sha256" in path.read_bytes():  # or an older version left it
-                READERS[path.suffix](path)
-        except (DamageError, OSError) as error:
-            said.append(str(error))
-            if repair and isinstance(error, DamageError):
-                path.unlink()
-    return said
 
 
 class Rate(NamedTuple):
@@ -135,7 +101,7 @@ def plan(preset: Preset, runs: Path | None = None) -> Plan:
     module = partial(spec.factory, shape, data.n_classes, **preset.model.options)
     asked = [*jobs(preset, data.n_train, data.n_classes), *experiments.jobs(preset, data.n_train)]
     known = pd.DataFrame([(job.what, job.n_models, 0, job.n_models) for job in asked], columns=COLUMNS[:-1])
-    known = study.status(asked[len(study.jobs()) :])[COLUMNS[:-1]] if study else known
+    known = status.trained(study, asked)[COLUMNS[:-1]] if study else known
     known["gradients"] = known["missing"] * [float(preset.training.epochs * job.size) for job in asked]
     built = module()
     n_parameters = sum(p.numel() for p in built.parameters())

@@ -1,0 +1,96 @@
+"""What lies on disk: which models are trained, and which files are damaged (`dmm status PRESET`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from fsspec.core import url_to_fs
+
+from dmmlib.errors import DamageError
+from dmmlib.files import read_arrays, read_json, read_table
+from dmmlib.jobs import Job
+from dmmlib.store import Store
+from dmmlib.studies.cheap import experiments
+from dmmlib.study import Study
+
+READERS: dict[str, Callable[[Path], Any]] = {".json": read_json, ".npz": read_arrays, ".csv": read_table}
+
+
+def stores(study: Study) -> tuple[list[Store], list[str]]:
+    """Find the stores of a study's models, and say which stores cannot be read."""
+    files, place = url_to_fs(study.root)
+    found, damaged = list[Store](), list[str]()
+    for path in sorted(files.glob(f"{place}/*.zarr")):
+        try:
+            store = Store.existing(files.unstrip_protocol(path))
+        except DamageError as error:
+            damaged.append(str(error))
+        else:
+            if store is not None and all(store.config.get(k) == v for k, v in study.identity.items()):
+                found.append(store)
+    return found, damaged
+
+
+def trained(study: Study, asked: Sequence[Job] | None = None) -> pd.DataFrame:
+    """Look which models are trained; nothing is trained, fitted or written.
+
+    Args:
+        asked: what is looked for; all that the study and notebook 07 ask for if None.
+
+    Returns:
+        One row per job: models, planned, done, missing, damaged.
+    """
+    if asked is None:
+        asked = [*study.jobs(), *experiments.jobs(study.preset, study.data.n_train)]
+    there, rows = stores(study)[0], []
+    for job in asked:
+        done = damaged = 0
+        for name, n in job.sets.items():
+            of_set = [store for store in there if _holds(store, name, n, job.size)]
+            for store in sorted(of_set, key=lambda store: len(store.missing()))[:1]:  # the fullest
+                bad = store.count(store.damaged())
+                damaged += bad
+                done += n - store.count(store.missing()) - bad
+        rows.append((job.what, job.n_models, done, job.n_models - done - damaged, damaged))
+    return pd.DataFrame(rows, columns=["models", "planned", "done", "missing", "damaged"])
+
+
+def _holds(store: Store, name: str, n: int, size: int) -> bool:
+    """Whether some of a model set lie in a store: n models of `size` points, whose name a hash may follow."""
+    found, done = store.config["set"], set(range(store.n_shards)).difference(store.missing())
+    if not done or store.n_models != n or (found != name and (":" not in name or found.rpartition(":")[0] != name)):
+        return False
+    first = store.models(min(done)).start
+    with suppress(DamageError):
+        return int(store.read("masks", first, first + 1).sum()) == size
+    return True
+
+
+def damage(study: Study, repair: bool = False) -> list[str]:
+    """Name each file that is damaged: of the study's runs, and of all that runs share; trains nothing.
+
+    With `repair` what is damaged goes, so that it is missing, and a run makes it anew. A description of a store is
+    left, as the run that needs it writes it anew and finds the models.
+    """
+    there, said = stores(study)
+    for store in there:
+        for shard in store.damaged():
+            said.append(f"{store.address}, shard {shard}, is damaged; a run trains it again.")
+            if repair:
+                store.drop(shard)
+    kinds = ("run.json", "*.csv", ".*.csv.json", "notebooks/.*.json")
+    own = [path for kind in kinds for path in study.directory.glob(f"**/{kind}")]
+    shared = [path for kind in ("*.json", "*.npz") for path in (study.runs / "store").glob(kind)]
+    for path in sorted({*shared, *own}):
+        try:
+            if path.suffix == ".csv" or b"sha256" in path.read_bytes():  # or an older version left it
+                READERS[path.suffix](path)
+        except (DamageError, OSError) as error:
+            said.append(str(error))
+            if repair and isinstance(error, DamageError):
+                path.unlink()
+    return said
