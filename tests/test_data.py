@@ -130,3 +130,13 @@ def test_a_users_own_loader():
         assert data.load("three-points").n_train == 3
     finally:
         data.DATASETS.remove("three-points")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("hash of downloaded file")])
+def test_a_download_that_fails_is_one_sentence(monkeypatch, error):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr("pooch.retrieve", fails)
+    with pytest.raises(DataError, match=r"cannot be fetched to .* set data\.path"):
+        data.load("cifar10")

@@ -70,14 +70,13 @@ def cifar10(path: str | Path | None = None) -> Dataset:
         "std": (0.247, 0.243, 0.262),
     }
     if path is None:
-        archive = Path(
-            pooch.retrieve(
-                CIFAR10_URL,
-                known_hash=f"sha256:{CIFAR10_SHA256}",
-                fname="cifar-10-python.tar.gz",
-                path=user_cache_dir("dmmlib"),
-            )
-        )
+        known, place = f"sha256:{CIFAR10_SHA256}", user_cache_dir("dmmlib")
+        try:
+            archive = Path(pooch.retrieve(CIFAR10_URL, known, "cifar-10-python.tar.gz", place))
+        except (OSError, ValueError) as error:  # no network, a full disk, another file than the one known
+            raise DataError(
+                f"{CIFAR10_URL} cannot be fetched to {place} ({error}); fetch it, and set data.path."
+            ) from error
     else:
         archive = Path(path).expanduser()
         if archive.suffix == ".npz":
