@@ -7,13 +7,17 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dmmlib.errors import DataError
-from dmmlib.registry import Registry
+from dmmlib.registry import Registry, check_call
+
+MOST_CLASSES = 10_000  # that need no names
+BOMB = 2**30  # bytes up to which an archive may unpack to whatever many times its size
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,10 @@ class Dataset:
 
 def _checked(part: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Points and labels as a `Dataset` holds them; arrays on disk stay there."""
-    x, y = np.asarray(x), np.asarray(y)
+    try:
+        x, y = np.asarray(x), np.asarray(y)
+    except ValueError as error:  # lists of different lengths
+        raise DataError(f"x_{part} or y_{part} is no array ({error}); give lists of the same length.") from error
     if y.ndim != 1 or len(y) == 0 or y.shape != x.shape[:1]:
         raise DataError(
             f"x_{part} has shape {x.shape} and y_{part} has shape {y.shape}; "
@@ -83,13 +90,28 @@ def _checked(part: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.nd
             raise DataError(f"x_{part} has shape {x.shape}; give images as (n, height, width, channels).")
     elif not np.issubdtype(x.dtype, np.floating):
         raise DataError(f"x_{part} is {x.dtype}; give uint8 images or floating-point features.")
-    elif bad := x.size - np.count_nonzero(np.isfinite(x)):
-        raise DataError(f"x_{part} holds {bad} NaN or infinite values; remove or replace them.")
     else:
-        x = x.astype(np.float32)
+        with np.errstate(over="ignore"):
+            x = x.astype(np.float32)
+        if bad := x.size - np.count_nonzero(np.isfinite(x)):
+            raise DataError(f"x_{part} holds {bad} NaN or infinite values in float32; remove or replace them.")
+    if x.ndim < 2 or x.size == 0:
+        raise DataError(f"x_{part} has shape {x.shape}; give points of at least one value, as (n, ...).")
     if not np.issubdtype(y.dtype, np.integer):
         raise DataError(f"y_{part} is {y.dtype}; give integer class labels.")
     return np.ascontiguousarray(x), y.astype(np.int64)
+
+
+def _constants(name: str, given: Any, low: float, high: float, channels: int) -> tuple[float, ...]:
+    """One number, or one for each channel, as plain ones: tensors of other precisions would not mix."""
+    try:
+        values = np.asarray(given, np.float64).ravel()
+    except (TypeError, ValueError):
+        values = np.empty(0)
+    if len(values) not in (1, channels) or not ((values >= low) & (values <= high)).all():
+        scale = f"from {low:g} to {high:g}, on a scale where 255 is 1"
+        raise DataError(f"{name} is {given!r:.100}; give one number, or one for each of {channels} channels, {scale}.")
+    return tuple(values.tolist())
 
 
 def from_arrays(
@@ -106,17 +128,23 @@ def from_arrays(
     """Make a `Dataset` of a user's own arrays; DataError for shapes, values or labels that cannot be used."""
     x_train, y_train = _checked("train", x_train, y_train)
     x_val, y_val = _checked("val", x_val, y_val)
-    if x_train.shape[1:] != x_val.shape[1:]:
-        shapes = f"x_train holds points of shape {x_train.shape[1:]} and x_val of {x_val.shape[1:]}"
-        raise DataError(f"{shapes}; give both the same shape.")
-    names = tuple(class_names or map(str, range(int(y_train.max()) + 1)))
+    if x_train.shape[1:] != x_val.shape[1:] or x_train.dtype != x_val.dtype:
+        train, val = (f"{x.dtype} points of shape {x.shape[1:]}" for x in (x_train, x_val))
+        raise DataError(f"x_train holds {train} and x_val {val}; give both the same shape and type.")
+    if class_names is None or len(class_names) == 0:
+        class_names = tuple(map(str, range(min(int(y_train.max()) + 1, MOST_CLASSES))))
+    names = tuple(map(str, class_names))
+    if isinstance(class_names, str) or len(names) < 2 or len(set(names)) < len(names):
+        raise DataError(f"The classes are {class_names!r:.100}; give at least two, each with a name of its own.")
     for part, y in (("train", y_train), ("val", y_val)):
         if y.min() < 0 or y.max() >= len(names):
             raise DataError(
                 f"y_{part} holds labels from {y.min()} to {y.max()}, but there are {len(names)} classes; "
                 f"use labels 0 to {len(names) - 1}."
             )
-    return Dataset(name, x_train, y_train, x_val, y_val, names, tuple(mean), tuple(std))
+    channels = x_train.shape[-1]
+    constants = _constants("mean", mean, -10, 10, channels), _constants("std", std, 1e-3, 1e3, channels)
+    return Dataset(name, x_train, y_train, x_val, y_val, names, *constants)
 
 
 # --- loaders -------------------------------------------------------------------------------------------
@@ -145,13 +173,19 @@ def load(name: str, n_train: int | None = None, n_val: int | None = None, seed: 
     Raises:
         MethodError, DataError, ChecksumError: for an unknown name, unusable arrays or sizes, an altered file.
     """
-    own = name.endswith(".npz")
-    full = from_npz(Path(name), name=Path(name).stem) if own else DATASETS[name](**options)
-    rng = np.random.default_rng(seed)
+    name, own = str(name), str(name).endswith(".npz")
+    loader, given = (from_arrays, (0, 0, 0, 0)) if own else (DATASETS[name], ())
+    check_call(f"data set {name!r}", loader, *given, **options)
+    full = from_npz(Path(name), **{"name": Path(name).stem, **options}) if own else loader(**options)
+    if not isinstance(full, Dataset):
+        raise DataError(f"The loader of {name!r} returned {type(full).__name__}; return `data.from_arrays(...)`.")
+    if not isinstance(seed, Integral) or seed < 0:
+        raise DataError(f"seed={seed!r} was asked for; use a whole number from 0.")
+    rng = np.random.default_rng(int(seed))
     arrays = []
     for part, x, y, n in (("train", full.x_train, full.y_train, n_train), ("val", full.x_val, full.y_val, n_val)):
-        if n is not None and not 0 < n <= len(x):
-            raise DataError(f"n_{part}={n} was asked of {name!r}, which has {len(x)}; ask for 1 to {len(x)}.")
+        if n is not None and not (isinstance(n, Integral) and 0 < n <= len(x)):
+            raise DataError(f"n_{part}={n!r} was asked of {name!r}, which has {len(x)}; ask for 1 to {len(x)}.")
         keep = np.sort(rng.permutation(len(x))[:n])
         arrays += [x, y] if len(keep) == len(x) else [x[keep], y[keep]]  # arrays on disk stay there
     return from_arrays(*arrays, name=full.name, class_names=full.class_names, mean=full.mean, std=full.std)
@@ -162,9 +196,13 @@ def from_npz(path: Path, **options: Any) -> Dataset:
     if not path.is_file():
         raise DataError(f"{path} does not exist; give the path of an .npz file.")
     try:
+        with zipfile.ZipFile(path) as members:
+            packed, unpacked = (sum(getattr(i, k) for i in members.infolist()) for k in ("compress_size", "file_size"))
+        if unpacked > max(BOMB, 200 * packed):
+            raise ValueError(f"its {packed:,} bytes would unpack to {unpacked:,}")
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged file makes numpy, zipfile and zlib raise a dozen kinds
         raise DataError(f"{path} cannot be read as an .npz file ({error}); fetch or build it again.") from error
     val = "val" if "x_val" in arrays else "test"
     keys = ("x_train", "y_train", f"x_{val}", f"y_{val}")
@@ -174,5 +212,5 @@ def from_npz(path: Path, **options: Any) -> Dataset:
             "(or x_test, y_test)."
         )
     if "class_names" in arrays and "class_names" not in options:
-        options["class_names"] = tuple(str(c) for c in arrays["class_names"])
+        options["class_names"] = tuple(str(c) for c in arrays["class_names"].ravel())
     return from_arrays(*(arrays[key] for key in keys), **options)

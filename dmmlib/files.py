@@ -55,7 +55,7 @@ def place(name: str) -> Path:
 
 def check_name(name: object, error: type[Exception]) -> str:
     """A name that can be a file's: letters, digits, spaces and _ + - . but not only dots; raises `error` for others."""
-    if not isinstance(name, str) or not re.fullmatch(r"[\w+. -]+", name) or not name.strip(". "):
+    if not isinstance(name, str) or not re.fullmatch(r"[\w+. -]{1,100}", name) or not name.strip(". "):
         raise error(
             f"{name!r} is no name for a file; use letters, digits, spaces and _ + - . only, and more than dots."
         )

@@ -109,6 +109,8 @@ def parse(content: Any, data: Dataset, path: str) -> ForgetSet:
 def _pool(points: np.ndarray, size: int, exclude: np.ndarray | None, what: str = "the pool") -> np.ndarray:
     """The points, in their order, that are not in `exclude`; raises ForgetSetError if they are fewer than `size`."""
     left = points if exclude is None else points[~np.isin(points, exclude)]
+    if len(left) == 0:
+        raise ForgetSetError(f"{size} points were asked for, but {what} has none; choose others.")
     if not 0 < size <= len(left):
         raise ForgetSetError(f"{size} points were asked for, but {what} has {len(left)}; ask for 1 to {len(left)}.")
     return left

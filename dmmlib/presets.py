@@ -6,13 +6,17 @@ A preset file has one top-level key, `preset`, so that papermill can pass it to 
 
 from __future__ import annotations
 
+import math
+import os
+import re
+import reprlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from dmmlib.errors import MethodError, PresetError
@@ -31,14 +35,52 @@ T = TypeVar("T")
 FileName = Annotated[str, AfterValidator(partial(check_name, error=PresetError))]
 Some = Annotated[tuple[T, ...], Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Side = Annotated[int, Field(ge=1, le=64)]  # of an image that is averaged over, in pixels
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
+MOST = {int: 1e9, float: 1e30}  # of any number in a preset
+
+
+def _plain(value: Any, depth: int = 3) -> Any:
+    """An option as JSON holds it, in few levels; text such as 1e-3, a number to all but YAML, as one."""
+    if isinstance(value, str):
+        number = float(value) if re.fullmatch(r"[+-]?\d+\.?\d*[eE][+-]?\d{1,2}", value) else math.nan
+        return value if math.isnan(number) else int(number) if number.is_integer() else number
+    if value is None or isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    if depth and isinstance(value, (list, tuple)):
+        return [_plain(v, depth - 1) for v in value]
+    if depth and isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _plain(v, depth - 1) for key, v in value.items()}
+    raise ValueError("give text, finite numbers, true, false and null, or lists and mappings of them")
+
+
+Options = Annotated[dict[str, Any], AfterValidator(_plain)]
 
 
 class Section(BaseModel):
-    """Unknown keys are errors, and nothing changes after validation."""
+    """Unknown keys are errors, numbers are bounded, and nothing changes after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, given: Any) -> Any:
+        for name, value in given.items() if isinstance(given, Mapping) else ():
+            field, parts = cls.model_fields.get(name), value if isinstance(value, (list, tuple)) else [value]
+            if field and not re.search("bool|Any", str(field.annotation)) and any(isinstance(p, bool) for p in parts):
+                raise ValueError(f"{name} is {value!r}, which is no number, text or section")
+        return given
+
+    @model_validator(mode="after")
+    def _moderate(self: S) -> S:
+        for name, value in self:
+            for part in value if isinstance(value, tuple) else (value,):
+                if type(part) in MOST and part > (most := 2**32 - 1 if name == "seed" else MOST[type(part)]):
+                    raise ValueError(f"{name} is {part:g}; give at most {most:g}")
+                if isinstance(part, str) and (not part.strip() or len(part) > 1000 or not part.isprintable()):
+                    raise ValueError(f"{name} is {part!r:.40}; give some text in one line")
+        return self
 
 
 def _absolute(path: str) -> str:
@@ -52,12 +94,12 @@ class DataSection(Section):
     n_val: PositiveInt | None = 500
     seed: NonNegativeInt = 0
     path: Annotated[str, AfterValidator(_absolute)] | None = None
-    options: dict[str, Any] = {}  # of the loader
+    options: Options = {}  # of the loader
 
 
 class ModelSection(Section):
     name: str = "mlp"
-    options: dict[str, Any] = {}
+    options: Options = {}
 
 
 class TrainingSection(Section):
@@ -102,7 +144,7 @@ class AttributionSection(Section):
     name: str = "bayesian"  # any that is registered; ridge takes the models of `datamodels` instead
     n_subsets: int = Field(default=100, ge=10)
     fraction: Fraction = 0.75  # of S in a subset: nearer to S than a half, as R is
-    options: dict[str, Any] = {}
+    options: Options = {}
 
 
 class ForgetSetSection(Section):
@@ -114,12 +156,18 @@ class ForgetSetSection(Section):
     label: NonNegativeInt = 0
     share: float = Field(default=0.5, gt=0, le=1)
 
+    @model_validator(mode="after")
+    def _sized(self) -> ForgetSetSection:
+        if (self.size is None) != (self.kind == "class"):
+            raise ValueError(f"size is {self.size} for kind {self.kind!r}; a class has a share, other kinds a size")
+        return self
+
 
 class ClusterSection(Section):
     """A Dask cluster to start, for `scheduler: cluster`."""
 
     type: str = "distributed.LocalCluster"  # or dask_jobqueue.SLURMCluster, dask_cuda.LocalCUDACluster, ...
-    options: dict[str, Any] = {}  # of that class
+    options: Options = {}  # of that class
     jobs: PositiveInt = 1  # how many workers to ask for
 
 
@@ -140,8 +188,8 @@ class Preset(Section):
     name: FileName = Field(pattern=r"^[A-Za-z0-9_+.-]+$")
     seed: NonNegativeInt = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: PositiveInt | None = None
-    scheduler: str = "local"  # local, local-cluster, cluster, or a Dask scheduler's address
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    scheduler: str = Field("local", pattern=r"^(local|local-cluster|cluster|\S+:\S+)$")  # the last: Dask's address
     cluster: ClusterSection = ClusterSection()
     store: str | None = None  # where trained models' outputs go: a directory or fsspec address, runs/store if None
     data: DataSection = DataSection()
@@ -191,7 +239,7 @@ def load(preset: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | 
         whole = "+".join([str(content.get("name", "preset")), *computed])
         kept = "".join(c if c.isalnum() or c in "_+.-" else "_" for c in whole)[:80]
         content["name"] = kept if kept == whole else f"{kept[:71]}-{short(whole.encode())[:8]}"  # never another's name
-    name, given = content.get("name"), content.get("studies") or {}
+    name, given = content.get("name"), content.get("studies", {})
     if not isinstance(given, Mapping):
         raise PresetError(f"Preset {name!r}, key 'studies': it is {given!r}; give each study's settings by its name.")
     try:
@@ -206,21 +254,32 @@ def _validated(model: type[S], content: Any, name: Any, *where: str) -> S:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        raise PresetError("; ".join(_explain(model, e, name, where) for e in error.errors()) + ".") from error
+        whole = [e for e in error.errors() if e["type"] != "too_short" or e["ctx"]["actual_length"] == len(e["input"])]
+        raise PresetError("; ".join(_explain(model, e, name, where) for e in whole) + ".") from error
 
 
 def _read(preset: str) -> dict[str, Any]:
-    path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS_DIR / f"{preset}.yaml"
-    if not path.is_file():
+    path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS_DIR / f"{preset:.100}.yaml"
+    if not os.path.isfile(path):
         known, hint = ", ".join(names()), did_you_mean(preset, names())
-        raise PresetError(f"Unknown preset {preset!r}; use one of {known}, or a .yaml file.{hint}")
+        raise PresetError(f"Unknown preset {preset!r:.100}; use one of {known}, or a .yaml file.{hint}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise PresetError(f"{path} cannot be read as YAML ({' '.join(str(error).split())}); correct it.") from error
     if not isinstance(content, dict) or not isinstance(content.get("preset"), dict):
         raise PresetError(f"{path} lacks the top-level key 'preset'; see presets/laptop.yaml.")
     return content["preset"]
+
+
+def parse(text: str) -> Any:
+    """Plain values from YAML; ValueError for aliases, a few lines of which can stand for more than memory holds."""
+    depth = 0
+    for event in yaml.parse(text):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > 20 or isinstance(event, yaml.AliasEvent):
+            raise ValueError("aliases and deep nesting are not followed: write plain values")
+    return yaml.safe_load(text)
 
 
 def _set(content: dict[str, Any], key: str, value: Any) -> None:
@@ -243,6 +302,7 @@ def _explain(model: Any, error: Any, name: Any, before: tuple[str, ...]) -> str:
         known = list(getattr(model, "model_fields", {}))
         hint = did_you_mean(str(error["loc"][-1]), known).strip() or f"Known keys: {', '.join(known) or 'see the docs'}"
         return f"Preset {name!r} has the unknown key {where!r} ({hint[0].lower()}{hint[1:]})"
-    given = "" if error["type"] == "missing" else f", given {error['input']!r}"
+    whole = error["type"] == "missing" or isinstance(error["input"], Mapping)  # what is wrong is named
+    given = "" if whole else f", given {reprlib.repr(error['input'])}"
     message = error["msg"].removeprefix("Value error, ")
-    return f"Preset {name!r}, key {where!r}: {message[0].lower()}{message[1:]}{given}"
+    return f"Preset {name!r}, key {where!r}: {message[0].lower()}{message[1:]}{given}".replace(", key ''", "")

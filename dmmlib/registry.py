@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from dmmlib.errors import MethodError
+from dmmlib.errors import MethodError, OptionError
 
 T = TypeVar("T")
 
@@ -101,6 +102,15 @@ class Registry(Generic[T]):
                 f"{did_you_mean(name, self._entries)}"
             )
         return self._entries[name]
+
+
+def check_call(what: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+    """Raise OptionError, before anything is computed, if a registered function does not take these options."""
+    try:
+        inspect.signature(function).bind(*arguments, **options)
+    except TypeError as error:
+        known = ", ".join(list(inspect.signature(function).parameters)[len(arguments) :]) or "none"
+        raise OptionError(f"Options of {what} are {options} ({error}); use its own: {known}.") from None
 
 
 def versions(*components: str) -> dict[str, int]:

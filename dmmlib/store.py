@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from zarr.core.buffer import cpu, default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
-from dmmlib.errors import DamageError, StoreError
+from dmmlib.errors import DamageError, DmmError, StoreError
 from dmmlib.files import FORMAT, config_hash, short
 
 ROOT = "zarr.json"  # the description of a store, and of each array in it
@@ -263,8 +263,20 @@ def _files(address: str) -> LocalStore | FsspecStore:
         raise _unreachable(address, error) from error
 
 
+@contextmanager
+def reaching(address: str) -> Iterator[None]:
+    """Raise StoreError for whatever is raised on the way to an address: each kind has errors of its own."""
+    try:
+        yield
+    except DmmError:
+        raise
+    except Exception as error:
+        raise _unreachable(address, error) from error
+
+
 def _unreachable(address: str, error: Exception) -> StoreError:
-    return StoreError(f"The store {address} cannot be reached ({error}); try again, or give another place.")
+    said = " ".join(str(error).split()) or type(error).__name__
+    return StoreError(f"The store {address} cannot be reached ({said:.200}); try again, or give another place.")
 
 
 def _get(

@@ -21,6 +21,7 @@ from dmmlib.files import config_hash, kept, place, read_json, replacing, write_j
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.prediction import Models
 from dmmlib.progress import Progress
+from dmmlib.registry import check_call
 from dmmlib.trainer import once
 from dmmlib.unlearn import Problem, Unlearned
 
@@ -63,6 +64,8 @@ class Study(Models):
         for method in self.preset.unlearning.methods:
             unlearn.get(method)
             attribution.get(method.partition("@")[2] or self.preset.attribution.name)
+        own = self.preset.attribution
+        check_call(f"attributor {own.name!r}", attribution.get(own.name), None, **own.options)
         self.figures = Path(figures or place("figures"))
         taken = self._check_preset()
         self._own = forget_sets.load(Path(forget_set), self.data) if forget_set else None
@@ -82,9 +85,22 @@ class Study(Models):
                     f"Forget set {part.name!r} asks for {part.size} of {self.data.n_train} training points; "
                     "leave some to retain."
                 )
+            last = self.data.n_train - 1
+            for key, most in {"point": last, "component": last, "label": self.data.n_classes - 1}.items():
+                if (given := getattr(part, key)) > most:
+                    raise ForgetSetError(f"Forget set {part.name!r} has {key} {given}; give at most {most}.")
+            if part.kind == "class" and not (self.data.y_train == part.label).any():
+                raise ForgetSetError(f"Forget set {part.name!r}: none of the training points is of class {part.label}.")
+        for key in ("datamodels", "attribution"):
+            share = getattr(self.preset, key).fraction
+            if not 0 < round(share * self.data.n_train) < self.data.n_train:
+                raise PresetError(
+                    f"{key}.fraction={share} of {self.data.n_train} training points is none or all; give some between."
+                )
         names = [part.name for part in every]
-        if len(set(names)) < len(names):
-            raise PresetError(f"Preset {self.preset.name!r} names two forget sets alike: {', '.join(names)}.")
+        for what, given in (("forget sets", names), ("methods", self.preset.unlearning.methods)):
+            if len(set(given)) < len(given):
+                raise PresetError(f"Preset {self.preset.name!r} names two {what} alike: {', '.join(given)}.")
         if self.preset.tuning.n_models > self.preset.ensembles.n_models:
             raise PresetError(
                 f"tuning.n_models={self.preset.tuning.n_models} is more than ensembles.n_models="

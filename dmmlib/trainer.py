@@ -27,8 +27,8 @@ from dmmlib.files import config_hash, place, short
 from dmmlib.jobs import Job, jobs
 from dmmlib.metrics import margin_gauge
 from dmmlib.progress import Progress, Reporter
-from dmmlib.registry import Registry, versions
-from dmmlib.store import Outputs, Store
+from dmmlib.registry import Registry, check_call, versions
+from dmmlib.store import Outputs, Store, reaching
 
 T = TypeVar("T")
 MANY_STEPS = 200_000  # model-steps from which on processes and compilation can pay
@@ -117,6 +117,7 @@ class Trainer:
         self.runs = Path(runs or place("runs"))
         self.progress = progress or Reporter()
         self._spec = models.get(self.preset.model.name)
+        check_call(f"model {self.preset.model.name!r}", self._spec.factory, 0, 0, **self.preset.model.options)
         section = self.preset.data
         options = section.options | ({"path": section.path} if section.path else {})
         self.data = datasets.load(section.name, section.n_train, section.n_val, section.seed, **options)
@@ -265,8 +266,9 @@ class Trainer:
 
     def is_trained(self, model_set: ModelSet) -> bool:
         """Whether all models of a set are trained; makes no store."""
-        files, path = url_to_fs(self._place(model_set)[0])
-        return bool(files.exists(path)) and not self.store(model_set).missing()
+        with reaching(self.root):
+            files, path = url_to_fs(self._place(model_set)[0])
+            return bool(files.exists(path)) and not self.store(model_set).missing()
 
     def train(self, *model_sets: ModelSet) -> list[Store]:
         """Train the models of some sets, unless that is done; their outputs go to a store for each set.

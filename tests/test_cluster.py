@@ -192,8 +192,10 @@ def test_a_store_elsewhere(tmp_path, tiny):
 
 
 def test_what_cannot_be_reached_is_said_at_once(tmp_path):
+    with pytest.raises(PresetError, match="give local, local-cluster, cluster"):
+        study(tmp_path, scheduler="nonsense")
     with pytest.raises(SchedulerError, match="No Dask scheduler"):
-        _ = study(tmp_path, scheduler="nonsense").subsets()
+        _ = study(tmp_path, scheduler="nonsense:1").subsets()
     with pytest.raises(PresetError, match="give a class"):
         _ = study(tmp_path, **{"scheduler": "cluster", "cluster.type": "os.system"}).subsets()
     with pytest.raises(SchedulerError, match="cannot be started"):

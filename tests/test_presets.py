@@ -1,10 +1,19 @@
 """Presets are validated, and mistakes named."""
 
+import copy
+import json
+import time
+
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dmmlib import presets
-from dmmlib.errors import PresetError
+from dmmlib.app import plan
+from dmmlib.errors import DmmError, PresetError
+from dmmlib.studies.cheap import experiments as _registers_the_studies  # noqa: F401
+from tests.conftest import TINY
 
 
 @pytest.mark.parametrize("name", ["smoke", "laptop", "cifar10", "cifar10-images", "digits", "living17", "mllmu"])
@@ -55,6 +64,32 @@ def test_cifar10_is_the_papers_setting():
         ),
         ({"studies": [1]}, "key 'studies'"),
         ({"studies": {"nothing": {}}}, "key 'studies'.*nothing"),
+        ({"studies": None}, "key 'studies'.*None"),
+        ({"studies.exact.n_permutations": 0}, "studies.exact.n_permutations.*greater than 0"),
+        ({"studies.meta.fraction": 7}, "studies.meta.fraction.*less than 1"),
+        ({"studies.convex.log2_steps": 99}, "less than or equal to 24"),
+        ({"studies.exact.side": 1000}, "less than or equal to 64"),
+        ({"studies.multimodal.lams": []}, "at least 1 item"),
+        ({"ensembles.n_models": 10**30}, "n_models is 1e[+]30; give at most 1e[+]09"),
+        ({"training.lr": 1e308}, "lr is 1e[+]308; give at most"),
+        ({"seed": 2**32}, "give at most 4.29497e[+]09"),
+        ({"threads": 10**6}, "less than or equal to 1024"),
+        ({"ensembles.n_models": True}, "n_models is True, which is no number"),
+        ({"datamodels.lambdas": [True]}, "which is no number"),
+        ({"store": " "}, "store is ' '; give some text"),
+        ({"store": "a\0b"}, "give some text in one line"),
+        ({"data.name": "x" * 2000}, "give some text in one line"),
+        ({"scheduler": "nonsense"}, "key 'scheduler'.*local-cluster.*given 'nonsense'"),
+        ({"model.options": {"hidden": float("nan")}}, "finite numbers"),
+        ({"model.options": {"a": {1: 2}}}, "lists and mappings"),
+        ({"model.options": {"a": [[[[1]]]]}}, "lists and mappings"),
+        ({"model.options": {"a": b"bytes"}}, "lists and mappings"),
+        ({"forget_sets": [{"name": "a", "kind": "pc"}]}, "size is None for kind 'pc'.*other kinds a size"),
+        (
+            {"forget_sets": [{"name": "a", "kind": "class", "size": 2}]},
+            "size is 2 for kind 'class'",
+        ),
+        ({"forget_sets": [{"name": "a" * 101, "kind": "random", "size": 2}]}, "no name for a file"),
         ({"nothing.here": 1}, "unknown key 'nothing'"),
         ({"name.first": 1}, "'name' holds no keys"),
     ],
@@ -116,3 +151,107 @@ def test_files_are_the_same_from_another_folder(tmp_path, monkeypatch):
     assert data.name == str(tmp_path / "own.npz")
     assert data.path == str(tmp_path / "images")
     assert presets.load("smoke").data.name == "fashion-mnist"
+
+
+def _numbers(schema, where=""):
+    """Every kind of number in a JSON schema, with its place."""
+    if isinstance(schema, list):
+        for i, part in enumerate(schema):
+            yield from _numbers(part, f"{where}.{i}")
+    elif isinstance(schema, dict):
+        if schema.get("type") in ("integer", "number"):
+            yield where, schema
+        for key, part in schema.items():
+            if key not in ("default", "const", "enum"):
+                yield from _numbers(part, f"{where}.{key}")
+
+
+@pytest.mark.parametrize("of", [presets.Preset, *(presets.STUDIES[name] for name in presets.STUDIES)])
+def test_every_number_is_bounded(of):
+    numbers = dict(_numbers(of.model_json_schema()))
+    assert len(numbers) > 5
+    assert not [where for where, found in numbers.items() if not {"minimum", "exclusiveMinimum"} & set(found)]
+
+
+WHOLE = presets.load(TINY | {"device": "cpu"}).model_dump(mode="json")
+
+
+def _places(value, before=()):
+    yield before
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from _places(part, (*before, key))
+
+
+ODD = st.one_of(
+    st.sampled_from([None, True, False, 0, 1, 2, 3, 7, 2**63, 10**30, 0.5, 1e-3, 1e308, float("nan"), float("inf")]),
+    st.integers(-9, 9),
+    st.floats(),
+    st.text(max_size=6),
+    st.sampled_from(["1e-3", "..", "../up", "auto", "s3://a/b", "no://where", "a:b", "\0", "x" * 999, "own.npz", b"x"]),
+    st.sampled_from([[], {}, [0], [1, 1], [[1]], {"a": 1}, {1: 2}, [None], {"hidden": "1e1"}, [{"name": "a"}]]),
+)
+
+
+def tried(make, *given):
+    """What it makes, or None and what it says of its own."""
+    try:
+        return make(*given), ""
+    except DmmError as error:
+        return None, str(error)
+
+
+@settings(max_examples=500)
+@given(place=st.sampled_from([place for place in _places(WHOLE) if place]), odd=ODD)
+def test_whatever_stands_in_a_preset_is_refused_in_one_line_or_makes_sense(place, odd, tmp_path_factory):
+    content = at = copy.deepcopy(WHOLE)
+    for key in place[:-1]:
+        at = at[key]
+    at[place[-1]] = odd
+    preset, said = tried(presets.load, content)
+    assert "\n" not in said
+    if preset is None:
+        return
+    dumped = preset.model_dump(mode="json")
+    json.dumps(dumped, allow_nan=False)
+    assert presets.load(dumped) == preset
+    if place[0] != "studies" or place[1] == "cheap":  # the others are not planned
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(plan, "measure", lambda *a, **k: plan.Rate(1000.0, 2, 8, "cpu"))
+            planned, said = tried(plan.plan, preset, tmp_path_factory.mktemp("runs"))
+        assert "\n" not in said
+        if planned is None:
+            return
+        assert 0 < planned.hours < float("inf")
+        assert (planned.models[["planned", "missing"]] > 0).all(axis=None)
+        assert min(planned.disk.values()) >= 0
+
+
+BOMB = "&a [x]" + "".join(f", &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip("abcdefghi", "bcdefghij", strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (f"{{hidden: [{BOMB}]}}", "aliases .*are not followed"),
+        ("&a {hidden: *a}", "aliases .*are not followed"),
+        (f"{{hidden: {'[' * 100_000}}}", "deep nesting"),
+        ("{hidden: 2001-01-01}", "lists and mappings"),
+        ("{hidden: !!python/object/apply:os.getcwd []}", "cannot be read as YAML"),
+    ],
+)
+def test_yaml_that_is_more_than_it_seems_ends_at_once(tmp_path, options, message):
+    path, start = tmp_path / "a.yaml", time.perf_counter()
+    text = (presets.PRESETS_DIR / "smoke.yaml").read_text(encoding="utf-8")
+    path.write_text(text.replace("options: {hidden: 32}", f"options: {options}"), encoding="utf-8")
+    with pytest.raises(PresetError, match=message) as error:
+        presets.load(str(path))
+    assert "\n" not in str(error.value)
+    assert time.perf_counter() - start < 5
+
+
+def test_numbers_that_yaml_leaves_as_text_are_numbers():
+    options = {"hidden": "3.2e1", "lr": "1e-3", "rates": ["1E-2", "a1e5"], "text": "1e-3x"}
+    read = presets.load("smoke", {"model.options": options, "training.lr": "1e-3"})
+    assert read.model.options == {"hidden": 32, "lr": 0.001, "rates": [0.01, "a1e5"], "text": "1e-3x"}
+    assert isinstance(read.model.options["hidden"], int)
+    assert read.training.lr == 0.001

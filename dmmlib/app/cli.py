@@ -213,8 +213,8 @@ def _parse(settings: list[str] | None) -> dict[str, Any]:
         if not separator or not key:
             raise PresetError(f"--set got {setting!r}; give key=value, such as datamodels.n_subsets=500.")
         try:
-            parsed[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            parsed[key] = presets.parse(value)
+        except (yaml.YAMLError, ValueError):
             parsed[key] = value
     return parsed
 

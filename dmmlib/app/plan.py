@@ -20,10 +20,11 @@ from dmmlib import ensemble, models, unlearn
 from dmmlib.app import status
 from dmmlib.data import Dataset
 from dmmlib.datamodels import BLOCK
-from dmmlib.errors import DataError
+from dmmlib.errors import DataError, OptionError
 from dmmlib.execution import one_thread
 from dmmlib.jobs import jobs
 from dmmlib.presets import DataSection, Preset
+from dmmlib.registry import check_call
 from dmmlib.studies.cheap import experiments
 from dmmlib.study import Study
 
@@ -97,13 +98,18 @@ def plan(preset: Preset, runs: Path | None = None) -> Plan:
     study = Study(preset.model_dump(), runs=runs) if _on_disk(preset.data) else None
     data = study.data if study else _stand_in(preset.data)
     spec = models.get(preset.model.name)
+    check_call(f"model {preset.model.name!r}", spec.factory, 0, 0, **preset.model.options)
     shape = tuple(spec.prepare(data, np.array(data.x_train[:2])).shape[1:])
     module = partial(spec.factory, shape, data.n_classes, **preset.model.options)
     asked = [*jobs(preset, data.n_train, data.n_classes), *experiments.jobs(preset, data.n_train)]
     known = pd.DataFrame([(job.what, job.n_models, 0, job.n_models) for job in asked], columns=COLUMNS[:-1])
     known = status.trained(study, asked)[COLUMNS[:-1]] if study else known
     known["gradients"] = known["missing"] * [float(preset.training.epochs * job.size) for job in asked]
-    built = module()
+    try:
+        built = module()
+    except Exception as error:  # whatever a factory objects to
+        said = f"Model {preset.model.name!r} cannot be built with options {preset.model.options}"
+        raise OptionError(f"{said} ({' '.join(str(error).split())}); correct model.options.") from error
     n_parameters = sum(p.numel() for p in built.parameters())
     weights = 4.0 * (n_parameters + sum(b.numel() for b in built.buffers()))
     n, n_points = preset.ensembles.n_models, data.n_train + data.n_val

@@ -13,7 +13,7 @@ from fsspec.core import url_to_fs
 from dmmlib.errors import DamageError
 from dmmlib.files import read_arrays, read_json, read_table
 from dmmlib.jobs import Job
-from dmmlib.store import Store
+from dmmlib.store import Store, reaching
 from dmmlib.studies.cheap import experiments
 from dmmlib.study import Study
 
@@ -22,9 +22,11 @@ READERS: dict[str, Callable[[Path], Any]] = {".json": read_json, ".npz": read_ar
 
 def stores(study: Study) -> tuple[list[Store], list[str]]:
     """Find the stores of a study's models, and say which stores cannot be read."""
-    files, place = url_to_fs(study.root)
     found, damaged = list[Store](), list[str]()
-    for path in sorted(files.glob(f"{place}/*.zarr")):
+    with reaching(study.root):
+        files, place = url_to_fs(study.root)
+        paths = sorted(files.glob(f"{place}/*.zarr"))
+    for path in paths:
         try:
             store = Store.existing(files.unstrip_protocol(path))
         except DamageError as error:

@@ -7,7 +7,7 @@ from typing import Annotated, TypeVar
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from dmmlib.presets import Section, study
+from dmmlib.presets import Section, Side, study
 
 V = TypeVar("V")
 Some = Annotated[tuple[V, ...], Field(min_length=1)]
@@ -60,7 +60,7 @@ class AdversarySettings(Section):
     n_requests: Several = 5  # requests of each attack there, and honest ones on which methods' settings are chosen
     # the noisy SGD that is unlearned exactly
     positive: Some[NonNegativeInt] = (0, 1, 2, 3, 4)  # classes labelled +1
-    convex_side: PositiveInt = 5  # pixels a side
+    convex_side: Side = 5  # pixels a side
     convex_steps: PositiveInt = 100
     convex_batch: PositiveInt = 100
     convex_lr: PositiveFloat = 2.0

@@ -6,9 +6,10 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from dmmlib.presets import Section, study
+from dmmlib.presets import Section, Side, study
 
 Condition = Annotated[float, Field(ge=1)]
+Doublings = Annotated[int, Field(ge=1, le=24)]
 AtLeastTwo = Annotated[int, Field(ge=2)]
 
 
@@ -24,15 +25,15 @@ class ConvexSettings(Section):
     forget_size: PositiveInt = 12  # |F| where it is not varied
     group_sizes: tuple[PositiveInt, ...] = Field((1, 2, 5, 10, 20, 50, 100, 200), min_length=2)  # |F| where it grows
     noise: NonNegativeFloat = 0.5  # standard deviation of the labels' noise
-    log2_steps: PositiveInt = 17  # methods are followed for 2 ** log2_steps steps
+    log2_steps: Doublings = 17  # methods are followed for 2 ** log2_steps steps
     n_chains: PositiveInt = 64  # independent runs of each stochastic method
     n_subset_models: AtLeastTwo = 2000  # models behind the regression datamodel
 
     # regressions on images
     image_n: AtLeastTwo = 1000  # training images
-    image_side: PositiveInt = 5  # side of an image after average pooling
+    image_side: Side = 5  # side of an image after average pooling
     image_ridge: PositiveFloat = 1.0  # ridge of both regressions
-    image_log2_steps: PositiveInt = 13  # methods are followed for 2 ** image_log2_steps steps
+    image_log2_steps: Doublings = 13  # methods are followed for 2 ** image_log2_steps steps
 
     seed: NonNegativeInt = 0
 

@@ -79,6 +79,8 @@ def from_images(data: Dataset, side: int, positive: Sequence[int]) -> tuple[Prob
             f"some of 0 to {data.n_classes - 1}."
         )
     y = np.where(np.isin(data.y, positive), 1.0, -1.0)
+    if abs(y[: data.n_train].mean()) == 1:
+        raise DataError(f"Of the classes {tuple(positive)} the training points are all, or none; name some of them.")
     x = image_features(data, data.x, side)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     n = data.n_train

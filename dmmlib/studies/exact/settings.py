@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from dmmlib.presets import Section, study
+from dmmlib.presets import Section, Side, study
 
 Floats = Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
 Ints = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
@@ -23,7 +23,7 @@ class ExactSettings(Section):
     n_runs: int = Field(2000, ge=10)  # independent chains on each side
     n_permutations: PositiveInt = 499  # of the energy distance's test
     small_n: int = Field(5, ge=3)  # points
-    small_side: PositiveInt = 2  # side of an image after average pooling
+    small_side: Side = 2  # side of an image after average pooling
     small_steps: PositiveInt = 4  # SGD of these chains
     small_batch: PositiveInt = 8
     small_lr: PositiveFloat = 2.0
@@ -37,7 +37,7 @@ class ExactSettings(Section):
     price_steps: Ints = (25, 50, 100, 200, 400)
 
     # comparison of methods
-    side: PositiveInt = 5  # side of an image after average pooling
+    side: Side = 5  # side of an image after average pooling
     n_models: int = Field(100, ge=2)  # N, models of each kind
     forget_size: PositiveInt = 20  # |F|, images alike
     steps: PositiveInt = 100  # SGD of every first-order learner

@@ -6,7 +6,7 @@ from typing import Annotated, TypeVar
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from dmmlib.presets import Section, study
+from dmmlib.presets import Section, Side, study
 
 T = TypeVar("T")
 Some = Annotated[tuple[T, ...], Field(min_length=1)]
@@ -51,7 +51,7 @@ class MetaSettings(Section):
     broken_labels: Some[PositiveFloat] = (1.0, 2.0, 5.0, 10.0, 20.0)
     broken_etas: Some[PositiveFloat] = (0.25, 0.5, 1.0, 1.5, 2.0, 2.25, 2.5, 3.0)  # in units of 1 / lambda
     # Forgetting a task
-    side: PositiveInt = 5  # pooled images are side x side
+    side: Side = 5  # pooled images are side x side
     tasks: Several = 18  # class pairs to train on; the other pairs are validation tasks
     shots: Annotated[int, Field(ge=2, multiple_of=2)] = 10  # examples of a task, and fresh ones that models adapt to
     n_models: Several = 100  # N, meta-learners of each kind
