@@ -97,7 +97,7 @@ def parse(content: Any, data: Dataset, path: str) -> ForgetSet:
             f"{path} was made for data {content['data_sha256']!s:.12}, but this is {data.name} {data.sha256:.12}; "
             "load the data set it was made for, or make it again."
         )
-    made, made_by = make(content["name"], content["indices"], data), content.get("made_by") or {"kind": "indices"}
+    made, made_by = make(content["name"], content["indices"], data), content.get("made_by", {"kind": "indices"})
     if not isinstance(made_by, dict):
         raise ForgetSetError(f"{path} has made_by {made_by!r}; give a mapping, such as {made.made_by}.")
     return replace(made, made_by=made_by)

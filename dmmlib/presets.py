@@ -85,7 +85,12 @@ class Section(BaseModel):
 
 def _absolute(path: str) -> str:
     """The same file for whoever reads the preset from another folder."""
+    if not path.strip():
+        raise ValueError("give a path")
     return str(Path(path).expanduser().resolve())
+
+
+Address = Annotated[str, AfterValidator(lambda a: a if "://" in a or "::" in a else _absolute(a))]
 
 
 class DataSection(Section):
@@ -191,7 +196,7 @@ class Preset(Section):
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     scheduler: str = Field("local", pattern=r"^(local|local-cluster|cluster|\S+:\S+)$")  # the last: Dask's address
     cluster: ClusterSection = ClusterSection()
-    store: str | None = None  # where trained models' outputs go: a directory or fsspec address, runs/store if None
+    store: Address | None = None  # where trained models' outputs go: a directory or fsspec address, runs/store if None
     data: DataSection = DataSection()
     model: ModelSection = ModelSection()
     training: TrainingSection = TrainingSection()

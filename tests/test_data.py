@@ -1,15 +1,19 @@
 """Loading: what is embedded, generated or beside the checkout, and what is refused."""
 
+import contextlib
+import dataclasses
 import hashlib
 import io
 import pickle
 import tarfile
+import zipfile
 
 import numpy as np
 import pytest
+import torch
 
-from dmmlib import data
-from dmmlib.errors import ChecksumError, DataError, MethodError
+from dmmlib import data, models
+from dmmlib.errors import ChecksumError, DataError, MethodError, OptionError
 from dmmlib.zoo import datasets
 from tests.conftest import SHARED
 
@@ -81,11 +85,90 @@ def arrays(n=6, **changes):
         ({"x_train": np.zeros((6, 64), np.uint8)}, "height, width, channels"),
         ({"y_train": np.zeros(6)}, "integer class labels"),
         ({"x_val": np.zeros((3, 9, 9, 1), np.uint8)}, "give both the same shape"),
+        ({"x_val": np.zeros((3, 8, 8, 1))}, "float32 points.*same shape and type"),
+        ({"x_train": np.uint8(3)}, r"x_train has shape \(\)"),
+        ({"y_train": np.int64(1)}, r"y_train has shape \(\)"),
+        ({"x_train": [[1.0], [1.0, 2.0]]}, "lists of the same length"),
+        ({"x_train": np.zeros(6, np.float32)}, "at least one value"),
+        ({"x_train": np.zeros((6, 0, 8, 1), np.uint8)}, "at least one value"),
+        ({"x_train": np.full((6, 4), 1e300)}, "24 NaN or infinite values in float32"),
+        ({"y_train": np.full(6, 10**12)}, "labels from 1000000000000"),
+        ({"y_train": np.zeros(6, int), "y_val": np.zeros(3, int)}, "at least two, each with a name"),
+        ({"class_names": ("a", "a", "b")}, "each with a name of its own"),
+        ({"class_names": "abc"}, "each with a name of its own"),
+        ({"std": (0.0,)}, r"std is \(0.0,\); give one number"),
+        ({"std": (1e-300,)}, "std is"),
+        ({"std": (float("nan"),)}, "std is"),
+        ({"mean": (0.1, 0.2, 0.3)}, "mean is .*for each of 1 channels"),
+        ({"mean": (127.0,)}, "on a scale where 255 is 1"),
+        ({"mean": ()}, "mean is"),
+        ({"mean": "abc"}, "mean is 'abc'"),
+        ({"mean": None}, "mean is None"),
     ],
 )
 def test_arrays_that_cannot_be_used(changes, message):
     with pytest.raises(DataError, match=message):
         data.from_arrays(**arrays(**changes))
+
+
+@pytest.mark.parametrize("kind", [float, np.float32, np.float64, torch.tensor, np.array])
+def test_constants_of_any_precision_are_the_same(kind):
+    x = arrays()["x_train"]
+    d = data.from_arrays(**arrays(mean=(kind(0.5),), std=kind(0.25)))
+    assert d == dataclasses.replace(d, mean=(0.5,), std=(0.25,))
+    assert {type(c) for c in (*d.mean, *d.std)} == {float}
+    of_pixels = data.from_arrays(**arrays(mean=tuple(x.mean((0, 1, 2)) / 255)))
+    assert models.normalise(of_pixels, x).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"seed": -1}, DataError, "seed=-1"),
+        ({"seed": 0.5}, DataError, "whole number"),
+        ({"n_train": 10.0}, DataError, "n_train=10.0"),
+        ({"n_val": "9"}, DataError, "n_val='9'"),
+        ({"nothing": 1}, OptionError, "nothing.*its own: none"),
+        ({"name": "no-loader"}, DataError, "returned int; return"),
+    ],
+)
+def test_what_is_asked_of_a_loader_is_checked(given, error, message):
+    data.register("no-loader")(lambda: 3)
+    try:
+        with pytest.raises(error, match=message):
+            data.load(**({"name": "digits"} | given))
+    finally:
+        data.DATASETS.remove("no-loader")
+
+
+def test_archives_that_are_more_or_less_than_they_seem(tmp_path):
+    path, rng = tmp_path / "a.npz", np.random.default_rng(0)
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as bomb,
+        bomb.open("x_train.npy", "w") as member,
+    ):
+        for _ in range(1100):
+            member.write(bytes(2**20))
+    with pytest.raises(DataError, match="would unpack to 1,153,433,600"):
+        data.load(path)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (10**14,)})
+    with zipfile.ZipFile(path, "w") as huge:
+        huge.writestr("x_train.npy", header.getvalue())
+    with pytest.raises(DataError, match="cannot be read as an"):
+        data.load(path)
+    np.save(tmp_path / "b.npy", np.ones(3))
+    with pytest.raises(DataError, match="not a zip file"):
+        data.load((tmp_path / "b.npy").rename(tmp_path / "b.npz"))
+    np.savez_compressed(path, **arrays())
+    whole = path.read_bytes()
+    for _ in range(200):
+        damaged = bytearray(whole)
+        for at in rng.integers(len(whole), size=3):
+            damaged[at] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        with contextlib.suppress(DataError):
+            data.load(path)
 
 
 def cifar_archive(path, pixels, labels):

@@ -1,6 +1,7 @@
 """Forget sets: what is chosen, kept and refused."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -68,6 +69,12 @@ def test_random_keeps_clear_of_excluded(digits):
         forget_sets.random(digits, 11, rng, excluded)
 
 
+def test_a_class_of_which_no_point_was_drawn(digits):
+    lacks = replace(digits, y_train=np.where(digits.y_train == 3, 4, digits.y_train))
+    with pytest.raises(ForgetSetError, match=r"class 3, .*has none"):
+        forget_sets.class_share(lacks, 3, 0.5, np.random.default_rng(0))
+
+
 def test_highest_and_both_ends():
     scores = np.array([3.0, -5.0, 1.0, 4.0, -2.0])
     assert forget_sets.highest(scores, 2).tolist() == [3, 0]
@@ -110,6 +117,11 @@ def test_names_that_can(digits, name, tmp_path):
     [
         ({"made_by": [1]}, r"has made_by \[1\]; give a mapping"),
         ({"made_by": "me"}, "has made_by 'me'; give a mapping"),
+        ({"made_by": []}, r"has made_by \[\]; give a mapping"),
+        ({"made_by": 0}, "has made_by 0; give a mapping"),
+        ({"indices": [[], []]}, "one list"),
+        ({"indices": [10**30]}, "object; give integers"),
+        ({"name": "a" * 101}, "no name for a file"),
         ({"indices": [[1], [2, 3]]}, "different lengths"),
         ({"indices": [[1, 2]]}, "one list"),
         ({"indices": [1.0, 2.0]}, "float64; give integers"),
@@ -125,6 +137,12 @@ def test_a_file_of_ones_own_that_cannot_be_used(digits, tmp_path, changes, messa
     with pytest.raises(ForgetSetError, match=message) as error:
         forget_sets.load(path, digits)
     assert "\n" not in str(error.value)
+
+
+def test_nesting_without_end_is_no_json(digits, tmp_path):
+    (tmp_path / "f.json").write_text("[" * 100_000)
+    with pytest.raises(StoreError, match="cannot be read as JSON"):
+        forget_sets.load(tmp_path / "f.json", digits)
 
 
 def test_what_a_file_says_of_its_making_is_kept(digits, tmp_path):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -80,6 +82,55 @@ def test_a_cache_that_is_damaged_is_named_and_decoded_anew(tree, tmp_path, kind,
     with pytest.warns(UserWarning, match=f"{path.stem}.* is damaged"):
         again = images.image_folder(tree, side=8, cache=tmp_path / "cache")
     np.testing.assert_array_equal(again.x_train, expected)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"side": 0}, "side=0"),
+        ({"side": "8"}, "side='8'"),
+        ({"side": 10**9}, "1 to 4096"),
+        ({"name": "../up"}, "no name for a file"),
+        ({"classes": ["n00000000", "n00000001"]}, "a list of folders"),
+        ({"classes": {"a": ["n00000000"], "b": []}}, "a list of folders"),
+        ({"classes": {"a": ["n00000000"], "b": [None]}}, "holds no images"),
+        ({"classes": {"a": ["n00000000"], "b": ["n00000000"]}}, "each folder once"),
+        ({"classes": {"a": ["n00000000"], "b": ["../val/n00000001"]}}, "a list of folders"),
+    ],
+)
+def test_what_is_asked_of_a_tree_is_checked(tree, tmp_path, given, message):
+    with pytest.raises(DataError, match=message):
+        images.image_folder(tree, **({"side": 8, "cache": tmp_path / "cache"} | given))
+    assert not (tmp_path / "cache").exists()
+
+
+def _png(side, pixels, *chunks):
+    """A PNG of one-bit pixels, whatever it says of its size."""
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)), *chunks, (b"IDAT", zlib.compress(pixels))]
+    made = [
+        struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in (*parts, (b"IEND", b""))
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(made)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (_png(20_000, bytes(2501 * 20_000)), "decompression bomb"),
+        (_png(8, bytes(16), (b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8)))), "too large"),
+        (b"no image", "cannot identify"),
+        (b"", "cannot identify"),
+    ],
+    ids=["pixels", "text", "other", "empty"],
+)
+def test_bombs_and_other_files_are_named(tree, tmp_path, content, message):
+    (tree / "train" / "n00000003" / "9.png").write_bytes(content)
+    with pytest.raises(DataError, match=rf"9.png cannot be decoded .*{message}"):
+        images.image_folder(tree, side=8, cache=tmp_path / "cache")
+
+
+def test_more_than_eight_bits_are_refused(tree, tmp_path):
+    Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(tree / "train" / "n00000003" / "9.png")
+    with pytest.raises(DataError, match="more than 8 bits"):
+        images.image_folder(tree, side=8, cache=tmp_path / "cache")
 
 
 def test_the_crop_is_central(tmp_path):

@@ -76,8 +76,8 @@ def test_cifar10_is_the_papers_setting():
         ({"threads": 10**6}, "less than or equal to 1024"),
         ({"ensembles.n_models": True}, "n_models is True, which is no number"),
         ({"datamodels.lambdas": [True]}, "which is no number"),
-        ({"store": " "}, "store is ' '; give some text"),
-        ({"store": "a\0b"}, "give some text in one line"),
+        ({"store": " "}, "key 'store': give a path"),
+        ({"store": "a\0b"}, "key 'store': embedded null"),
         ({"data.name": "x" * 2000}, "give some text in one line"),
         ({"scheduler": "nonsense"}, "key 'scheduler'.*local-cluster.*given 'nonsense'"),
         ({"model.options": {"hidden": float("nan")}}, "finite numbers"),
@@ -150,6 +150,8 @@ def test_files_are_the_same_from_another_folder(tmp_path, monkeypatch):
     data = presets.load("smoke", {"data.name": "own.npz", "data.path": "images"}).data
     assert data.name == str(tmp_path / "own.npz")
     assert data.path == str(tmp_path / "images")
+    stores = {a: presets.load("smoke", {"store": a}).store for a in ("here", "s3://a/b", "zip::c")}
+    assert stores == {"here": str(tmp_path / "here"), "s3://a/b": "s3://a/b", "zip::c": "zip::c"}
     assert presets.load("smoke").data.name == "fashion-mnist"
 
 

@@ -1,5 +1,6 @@
 """Readers of public records, on generated trees of the published layouts."""
 
+import contextlib
 import itertools
 import pickle
 
@@ -51,6 +52,73 @@ def test_easydub_puts_every_point_where_its_split_says(easydub):
     assert (record.originals[:, record.splits["retain"]] == original[:, retain]).all()
     assert (record.oracles[:, record.splits["retain"]] == oracle[:, retain]).all()
     assert record.oracles[:, record.splits["forget"]].tolist() == oracle[:, FORGET].tolist()
+
+
+@pytest.mark.parametrize(
+    ("part", "array", "message"),
+    [
+        ("forget", np.array([3.7, 8.0]), "float64; give integers"),
+        ("forget", np.array([3.0, np.nan]), "float64; give integers"),
+        ("forget", np.array([True, False]), "bool; give integers"),
+        ("forget", np.array(3), r"shape \(\)"),
+        ("forget", np.array(["a"]), "not numbers"),
+        ("forget", np.array([], int), "not numbers"),
+        ("margins", np.array(1.0), "must be .n_points"),
+        ("margins", np.ones(N_VAL, complex), "complex128.*not numbers"),
+        ("margins", np.array(["a"] * N_VAL), "not numbers"),
+    ],
+)
+def test_easydub_of_other_content(easydub, part, array, message):
+    root = easydub[0]
+    if part == "forget":
+        save(root / "forget_sets" / "cifar10" / "forget_set_2.npy", array)
+    else:
+        for i in range(N):
+            save(root / "margins" / "cifar10" / "pretrain" / "val" / "resnet9" / f"id_{i}_epoch_23.npy", array)
+    with pytest.raises((DataError, ForgetSetError), match=message):
+        public.easydub(root, 2, n_models=N)
+
+
+def test_whole_numbers_that_were_saved_as_floats_are_indices(easydub):
+    save(easydub[0] / "forget_sets" / "cifar10" / "forget_set_2.npy", FORGET.astype(float))
+    assert public.easydub(easydub[0], 2, n_models=N).forget.tolist() == FORGET.tolist()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"n_models": 1.5}, {"n_models": "2"}, {"data": "../.."}, {"model": 5}, {"forget_set": "../1"}, {"root": 5}],
+)
+def test_what_is_asked_of_easydub_is_checked(easydub, given):
+    with pytest.raises(DataError, match=r"no name|asked for|no path"):
+        public.easydub(**({"root": easydub[0], "forget_set": 2, "n_models": 2} | given))
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        *(torch.tensor(1.0), [[1.0], [1.0, 2.0]], "abc", None, 1.0, torch.ones(5, dtype=torch.int8), torch.ones(5, 2)),
+        *(torch.ones(5, dtype=torch.complex64), torch.ones(5, device="meta"), torch.ones(5).to_sparse()),
+    ],
+)
+@pytest.mark.parametrize("name", ["bias", "lam", "weight"])
+def test_datamodels_of_other_content(tmp_path, name, odd):
+    good = {"weight": torch.ones(4, 5), "bias": torch.ones(5), "lam": torch.ones(5)}
+    torch.save(good | {name: odd}, tmp_path / "d.pt")
+    with pytest.raises(DataError, match=r"fetch it again|expected"):
+        public.datamodel_weights(tmp_path / "d.pt")
+
+
+def test_damaged_datamodels_are_said_in_one_line(tmp_path):
+    path, rng = tmp_path / "d.pt", np.random.default_rng(0)
+    torch.save({"weight": torch.ones(4, 5), "bias": torch.ones(5), "lam": torch.ones(5)}, path)
+    whole = path.read_bytes()
+    for _ in range(200):
+        damaged = bytearray(whole)
+        for at in rng.integers(len(whole), size=3):
+            damaged[at] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        with contextlib.suppress(DataError):
+            public.datamodel_weights(path).effect([1])
 
 
 def reference_klom(p, q):

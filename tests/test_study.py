@@ -8,7 +8,7 @@ import torch
 
 from dmmlib import data, execution, forget_sets, models, presets, registry, unlearn
 from dmmlib.app.status import trained
-from dmmlib.errors import DataError, DeviceError, ForgetSetError, MethodError, PresetError, StoreError
+from dmmlib.errors import DataError, DeviceError, DmmError, ForgetSetError, MethodError, PresetError, StoreError
 from dmmlib.files import read_json
 from dmmlib.progress import Reporter, describe, silent
 from dmmlib.study import Study
@@ -331,3 +331,29 @@ def test_ridges_search_is_made_anew_when_what_predicts_oracles_changed(tmp_path,
     monkeypatch.setitem(registry.VERSIONS, "predicted oracle", 99)
     study(tmp_path).search_datamodel()
     assert len(list(tmp_path.glob("runs/store/search-datamodel-*.json"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"forget_sets": [{"name": "a", "kind": "pc", "size": 2, "component": 120}]},
+            "component 120; give at most 119",
+        ),
+        ({"forget_sets": [{"name": "a", "kind": "nearest", "size": 2, "point": 120}]}, "point 120; give at most"),
+        ({"forget_sets": [{"name": "a", "kind": "class", "label": 10}]}, "label 10; give at most 9"),
+        ({"data.n_train": 5, "forget_sets": [{"name": "a", "kind": "class", "label": 9}]}, "none .*of class 9"),
+        ({"datamodels.fraction": 0.001}, "datamodels.fraction=0.001.*none or all"),
+        ({"attribution.fraction": 0.999}, "attribution.fraction=0.999.*none or all"),
+        ({"attribution.options": {"nothing": 1}}, "Options of attributor 'bayesian'.*nothing"),
+        ({"model.options": {"nothing": 1}}, "Options of model 'linear'.*its own: none"),
+        ({"data.options": {"nothing": 1}}, "Options of data set 'digits'"),
+        ({"unlearning.methods": ["gd", "gd"]}, "names two methods alike"),
+        ({"store": "no://where"}, "no://where cannot be reached"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_is_trained(tmp_path, changes, message):
+    fewer = {"tuning.forget_sets": [{"name": "t", "kind": "random", "size": 1}]}
+    with pytest.raises(DmmError, match=message):
+        Study(TINY, fewer | changes, runs=tmp_path, progress=silent)
+    assert not list(tmp_path.iterdir())

@@ -50,7 +50,7 @@ def _one_line() -> Iterator[None]:
     """Say what is wrong in one line."""
     try:
         yield
-    except DmmError as error:
+    except (DmmError, OSError) as error:
         typer.secho(f"dmm: {error}", fg=typer.colors.RED, err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:

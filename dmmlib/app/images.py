@@ -11,7 +11,7 @@ from platformdirs import user_cache_dir
 
 from dmmlib.data import Dataset, from_arrays, register
 from dmmlib.errors import DamageError, DataError
-from dmmlib.files import config_hash, kept, load_json, read_json, replacing, write_json
+from dmmlib.files import check_name, config_hash, kept, load_json, read_json, replacing, write_json
 
 CROP = 0.875  # of the shorter side is kept
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
@@ -46,6 +46,13 @@ def image_folder(
         classes = {path.name: [path.name] for path in sorted((root / "train").iterdir()) if path.is_dir()}
     if len(classes) < 2:
         raise DataError(f"{root} gives {len(classes)} classes; at least two are needed.")
+    lists = list(classes.values()) if isinstance(classes, Mapping) else [None]
+    folders = [str(folder) for of_class in lists if isinstance(of_class, (list, tuple)) for folder in of_class]
+    if not all(lists) or any(Path(f).name != f for f in folders) or not len(lists) <= len({*folders}) == len(folders):
+        raise DataError(f"classes are {classes!r:.200}; give each class a list of folders, each folder once.")
+    if type(side) is not int or not 1 <= side <= 4096:
+        raise DataError(f"side={side!r} was asked for; use 1 to 4096 pixels.")
+    check_name(name, DataError)
     arrays = []
     for part, files in [(part, _files(root / part, classes)) for part in parts]:
         listing = [(path.relative_to(root).as_posix(), *_changed(path), label) for path, label in files]
@@ -58,7 +65,7 @@ def image_folder(
 def _files(root: Path, classes: Mapping[str, Sequence[str]]) -> list[tuple[Path, int]]:
     files = []
     for label, (name, folders) in enumerate(classes.items()):
-        for folder in folders:
+        for folder in map(str, folders):
             here = [path for path in sorted((root / folder).glob("*")) if path.suffix.lower() in SUFFIXES]
             if not here:
                 raise DataError(
@@ -106,15 +113,17 @@ def _digest(path: Path) -> str:
 
 
 def _image(path: Path, side: int) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as image:
+            if image.mode[0] in "IF":  # which would be cut off at 255
+                raise ValueError(f"its pixels have more than 8 bits, mode {image.mode}")
             edge = CROP * min(image.size)
             left, top = ((length - edge) / 2 for length in image.size)
             box = (left, top, left + edge, top + edge)
             return np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR, box=box))
-    except (UnidentifiedImageError, OSError) as error:
+    except Exception as error:  # a damaged file makes decoders raise a dozen kinds; a bomb has one of its own
         raise DataError(f"{path} cannot be decoded ({error}); fetch it again or remove it.") from error
 
 
@@ -130,6 +139,8 @@ def living17(path: str | None = None, side: int = 160, classes: str | None = Non
     """
     if path is None:
         raise DataError("living17 needs ImageNet's directory; set data.path to the one that holds train/ and val/.")
+    if not isinstance(path, (str, Path)) or not isinstance(classes, (str, Path, type(None))):
+        raise DataError(f"path={path!r} and classes={classes!r} were given; give a directory and a file.")
     mapping = Path(classes or Path(path) / "living17.json").expanduser()
     if not mapping.is_file():
         raise DataError(

@@ -17,10 +17,10 @@ MadryLab's datamodel data (300,000 models of half of S, and 10,000 more to evalu
 
 from __future__ import annotations
 
-import pickle
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from dmmlib.errors import DataError
+from dmmlib.files import check_name
 from dmmlib.forget_sets import check_forget_indices
 
 EASYDUB = "https://huggingface.co/datasets/easydub/EasyDUB-dataset"
@@ -35,12 +36,23 @@ MADRYLAB = "https://github.com/MadryLab/datamodels-data"
 
 
 def _array(path: Path, mmap: bool = False) -> np.ndarray:
+    """An array of numbers or truth values."""
     if not path.is_file():
         raise DataError(f"{path} does not exist; complete the download, or correct the directory.")
     try:
-        return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+        if array.dtype.kind not in "biuf" or not array.size:
+            raise ValueError(f"it holds {array.dtype} of shape {array.shape}, not numbers")
+    except Exception as error:  # a damaged file makes numpy raise a dozen kinds
         raise DataError(f"{path} cannot be read as an .npy array ({error}); fetch it again.") from error
+    return array
+
+
+def _path(given: Any) -> Path:
+    try:
+        return Path(given).expanduser()
+    except (TypeError, RuntimeError) as error:
+        raise DataError(f"{given!r} is no path ({error}); give the one of what was fetched.") from error
 
 
 @dataclass(frozen=True)
@@ -79,12 +91,14 @@ def easydub(
     Raises:
         DataError, ForgetSetError: for another layout, a missing or damaged file, or shapes or indices that do not fit.
     """
-    root = Path(root).expanduser()
+    root = _path(root)
+    for name in (data, model, str(forget_set), str(epoch)):
+        check_name(name, DataError)
     margins = root / "margins" / data
     if not margins.is_dir():
         raise DataError(f"{root} holds no margins/{data}; give the directory of the data set, fetched from {EASYDUB}.")
-    if n_models < 1:
-        raise DataError(f"n_models={n_models} was asked for; ask for at least one model.")
+    if not isinstance(n_models, Integral) or n_models < 1:
+        raise DataError(f"n_models={n_models!r} was asked for; ask for at least one model.")
 
     def read(*parts: str) -> np.ndarray:
         folder = margins.joinpath(*parts, model)
@@ -92,14 +106,17 @@ def easydub(
         shapes = {row.shape for row in rows}
         if len(shapes) > 1 or rows[0].ndim != 1:
             raise DataError(f"{folder} holds margins of shapes {sorted(shapes)}; each model's must be (n_points,).")
-        return np.stack(rows).astype(np.float32)
+        with np.errstate(over="ignore"):
+            return np.stack(rows).astype(np.float32)
 
     known = _array(root / "forget_sets" / data / f"forget_set_{forget_set}.npy")
     own = f"forget_{forget_set}"
     folders = {"forget": (own, "forget"), "retain": ("retain", "retain"), "validation": ("val", "val")}
     pairs = {split: (read("pretrain", u), read("oracle", own, o)) for split, (u, o) in folders.items()}
     originals, oracles = pairs["retain"]
-    forget = check_forget_indices(known.astype(np.int64), originals.shape[1])
+    if known.dtype.kind == "f" and (abs(known) < 2**31).all() and (known % 1 == 0).all():
+        known = known.astype(np.int64)  # whole numbers, written as others
+    forget = check_forget_indices(known, originals.shape[1])
     if oracles.shape == originals.shape:
         oracles = np.delete(oracles, forget, axis=1)
     pairs["retain"] = np.delete(originals, forget, axis=1), oracles
@@ -137,7 +154,9 @@ def datamodel_data(root: str | Path, split: str = "test", percent: int = 50, *, 
     """
     if split not in ("train", "test"):
         raise DataError(f"split={split!r} was asked for; use 'train' or 'test'.")
-    root = Path(root).expanduser()
+    if not isinstance(percent, Integral) or not 0 < percent < 100:
+        raise DataError(f"percent={percent!r} was asked for; use 10, 20, 50 or 75.")
+    root = _path(root)
     masks = _array(root / f"train_masks_{percent}pct.npy", mmap=True)
     path = root / f"{split}_{'logits' if logits else 'margins'}_{percent}pct.npy"
     outputs = _array(path, mmap=True)
@@ -146,7 +165,9 @@ def datamodel_data(root: str | Path, split: str = "test", percent: int = 50, *, 
     if outputs.ndim != (3 if logits else 2) or len(outputs) != len(masks):
         expected = f"({len(masks)}, n_points{', n_classes' if logits else ''})"
         raise DataError(f"{path.name} has shape {outputs.shape} and there are {len(masks)} masks; expected {expected}.")
-    share = float(masks[:100].mean()) if len(masks) else 0.0
+    if outputs.dtype.kind != "f":
+        raise DataError(f"{path.name} holds {outputs.dtype}; expected floating-point numbers.")
+    share = float(masks[:100].mean())
     if abs(share - percent / 100) > 0.05:
         raise DataError(f"The first masks hold {share:.0%} of the training set, not {percent} %; check percent.")
     return SubsetRecord(masks, outputs if logits else outputs[:, :, None])
@@ -171,18 +192,21 @@ def datamodel_weights(path: str | Path) -> PublicDatamodels:
 
     Raises DataError for a missing file, one that is no such dictionary, or shapes that do not fit.
     """
-    path = Path(path).expanduser()
+    path = _path(path)
     if not path.is_file():
         raise DataError(f"{path} does not exist; complete the download, or correct the path.")
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a damaged file makes torch raise a dozen kinds
         first = str(error).partition("\n")[0].partition(".")[0]
         raise DataError(f"{path} cannot be read as tensors ({first}); fetch it again from {MADRYLAB}.") from error
     if not isinstance(content, dict) or not {"weight", "bias", "lam"} <= set(content):
         raise DataError(f"{path} is no dictionary with weight, bias and lam; fetch it again from {MADRYLAB}.")
-    weight, bias, lam = (torch.as_tensor(content[name]) for name in ("weight", "bias", "lam"))
-    if weight.ndim != 2 or not len(bias) == len(lam) == weight.shape[1]:
+    weight, bias, lam = found = [content[name] for name in ("weight", "bias", "lam")]
+    for t in found:
+        if not isinstance(t, torch.Tensor) or t.is_nested or t.is_meta or t.is_sparse or not t.is_floating_point():
+            raise DataError(f"{path} holds a weight, bias or lam that is no tensor; fetch it again from {MADRYLAB}.")
+    if weight.ndim != 2 or not bias.shape == lam.shape == weight.shape[1:]:
         raise DataError(
             f"{path} holds weight {tuple(weight.shape)}, bias {tuple(bias.shape)} and lam {tuple(lam.shape)}; "
             "expected (n_train, n_points), (n_points,) and (n_points,)."
