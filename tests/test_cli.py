@@ -154,6 +154,29 @@ def test_mistakes_get_one_clear_line_and_leave_nothing(dmm, tmp_path, arguments,
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("places", "arguments"),
+    [
+        ({"scheduler": "cluster"}, []),
+        ({"scheduler": "tcp://192.0.2.1:8786"}, []),
+        ({"cluster": {"type": "dask_jobqueue.SLURMCluster"}}, ["--scheduler", "cluster"]),
+    ],
+)
+def test_a_file_from_elsewhere_that_names_a_cluster_is_asked_about(dmm, tmp_path, monkeypatch, places, arguments):
+    started = []
+    monkeypatch.setattr(batch, "run", lambda *a, **k: started.append(a))
+    path = tmp_path / "sent.yaml"
+    path.write_text(yaml.safe_dump({"preset": TINY | places}))
+    said = dmm("run", path, *arguments)
+    assert said.exit_code == 2
+    assert "sent.yaml names a cluster" in said.output
+    assert not started
+    assert dmm("run", path, *arguments, "--trust-preset").exit_code == 0
+    assert dmm("run", path, "--scheduler", "local").exit_code == 0
+    assert dmm("run", path, "--scheduler", "tcp://127.0.0.1:8786").exit_code == 0, "one's own choice"
+    assert len(started) == 3
+
+
 def test_absent_cuda_is_said(dmm):
     import torch
 

@@ -3,21 +3,27 @@
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from dmmlib import models
 from dmmlib.app import cluster
 from dmmlib.app.status import trained
 from dmmlib.errors import PresetError, SchedulerError
+from dmmlib.presets import ClusterSection
 from dmmlib.progress import silent
 from dmmlib.study import Study
 from dmmlib.trainer import WORKERS
 from tests.conftest import TINY
 
+ROOT = Path(__file__).parents[1]
 distributed = pytest.importorskip("distributed", reason="the extra `cluster` (Dask) is not installed")
 
 
@@ -67,6 +73,112 @@ def test_clusters_that_a_preset_names_train_the_same(tmp_path, tiny, started, sc
     assert len(started[0].client.cluster.workers) == 1
 
 
+SCRIPT = """
+import sys, torch
+from dmmlib import data, models
+from dmmlib.progress import silent
+from dmmlib.study import Study
+from tests.conftest import TINY
+
+WIDE = 12
+digits = data.load("digits", 200, 60)
+
+
+@models.register("wide", prepare=models.pooled)
+def wide(shape, n_classes):
+    return torch.nn.Sequential(torch.nn.Linear(shape[0], WIDE), torch.nn.ReLU(), torch.nn.Linear(WIDE, n_classes))
+
+
+@data.register("mine")
+def mine():
+    return digits
+
+
+def outputs(scheduler):
+    own = {"model.name": "wide", "data.name": "mine", "scheduler": scheduler, "threads": 1}
+    return Study(TINY | {"device": "cpu"}, own, runs=f"{sys.argv[1]}/{scheduler}", progress=silent).subsets()[1][:]
+"""
+GUARDED = """
+if __name__ == "__main__":
+    print("apart by", abs(outputs("local-cluster") - outputs("local")).max())
+"""
+
+
+def run_script(tmp_path, text):
+    (tmp_path / "script.py").write_text(text)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+
+
+def test_a_model_and_data_of_ones_own_go_to_the_workers(tmp_path):
+    said = run_script(tmp_path, SCRIPT + GUARDED)
+    assert "apart by 0.0" in said.stdout, said.stderr
+
+
+def test_a_script_without_a_main_guard_is_told_so(tmp_path):
+    said = run_script(tmp_path, SCRIPT + "outputs('local-cluster')")
+    assert said.returncode == 1
+    last = said.stderr.strip().splitlines()[-1]
+    assert last.startswith("dmmlib.errors.SchedulerError: ")
+    assert "under `if __name__ == '__main__':`" in last
+    assert said.stderr.count("Traceback") == 1, "of the script itself; its workers say nothing"
+
+
+def test_what_cannot_be_sent_to_workers_is_said(tmp_path, workers):
+    lock = threading.Lock()
+
+    def locked(shape, n_classes):
+        with lock:
+            return torch.nn.Linear(shape[0], n_classes)
+
+    models.register("locked", prepare=models.pooled)(locked)
+    try:
+        with pytest.raises(SchedulerError, match="model 'locked' cannot be sent"):
+            study(tmp_path, **{"scheduler": workers.scheduler_address, "model.name": "locked"}).subsets()
+    finally:
+        models.MODELS.remove("locked")
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({"preload": ["evil.py"]}, "preload"),
+        ({"worker_class": "evil.Worker"}, "worker_class"),
+        ({"plugins": []}, "plugins"),
+        ({"worker_extra_args": ["--preload", "evil.py"]}, "worker_extra_args"),
+        ({"scheduler_options": {"preload": ["evil.py"]}}, "preload"),
+        ({"scheduler_options": ["preload"]}, "scheduler_options that are no mapping"),
+        ({"python": "evil"}, "python"),
+    ],
+)
+def test_options_that_run_code_are_refused(tmp_path, options, refused):
+    with pytest.raises(PresetError, match=f"cluster.options has '{refused}'"):
+        _ = study(tmp_path, scheduler="cluster", cluster={"options": options}).subsets()
+
+
+@pytest.mark.parametrize("type", ["distributed.utils.import_file", "distributed.Client", "distributed.Worker"])
+def test_what_is_no_cluster_is_not_called(tmp_path, type):
+    with pytest.raises(PresetError, match="is no cluster"):
+        _ = study(tmp_path, scheduler="cluster", cluster={"type": type}).subsets()
+
+
+def test_clusters_are_closed_to_strangers_by_default(tmp_path, monkeypatch):
+    loopback, jobs = "127.0.0.1:0", {"type": "dask_jobqueue.SLURMCluster", "options": {"cores": 2}}
+    assert cluster.guarded(ClusterSection(), tmp_path) == {"dashboard_address": loopback}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    options = cluster.guarded(ClusterSection(**jobs), tmp_path)
+    assert options["security"] is True
+    assert options["shared_temp_directory"] == str(tmp_path)
+    assert options["scheduler_options"] == {"dashboard_address": loopback}
+    assert options["worker_extra_args"] == ["--no-dashboard"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SchedulerError, match="needs the package cryptography"):
+        cluster.guarded(ClusterSection(**jobs), tmp_path)
+    jobs["options"]["security"] = False
+    assert "security" not in cluster.guarded(ClusterSection(**jobs), tmp_path)
+
+
 @pytest.fixture
 def queue(tmp_path, monkeypatch):
     """Slurm's two commands that dask_jobqueue calls, for a queue that starts every job at once; jobs it has had."""
@@ -98,6 +210,7 @@ SLURM = {
         "processes": 1,
         "memory": "1GB",
         "death_timeout": 300,
+        "security": False,
         "scheduler_options": {"dashboard_address": None},
     },
     "jobs": 2,

@@ -99,6 +99,9 @@ def run(
         str, typer.Option(help="Who trains: local, local-cluster, cluster (the preset's), or a Dask address.")
     ] = "",
     store: Place = "",
+    trust_preset: Annotated[
+        bool, typer.Option(help="Start the cluster, or use the scheduler, that a file from elsewhere names.")
+    ] = False,
     force: Annotated[bool, typer.Option(help="Run stages again that are done.")] = False,
     runs: Runs = None,
     dry_run: Annotated[
@@ -125,6 +128,8 @@ def run(
 
         own = str(forget_set.resolve()) if forget_set else None
         study = Study(preset, overrides, forget_set=own, beside=beside, runs=runs)  # says what can be wrong
+        if not trust_preset:
+            _ask(preset, study.preset, overrides)
         content = study.preset.model_dump(mode="json")
         record(study, study.output)
         notebooks, figures = study.output / "notebooks", study.figures / study.output.relative_to(study.runs)
@@ -217,6 +222,17 @@ def _parse(settings: list[str] | None) -> dict[str, Any]:
         except (yaml.YAMLError, ValueError):
             parsed[key] = value
     return parsed
+
+
+def _ask(given: str, preset: presets.Preset, overrides: dict[str, Any]) -> None:
+    """Raise PresetError where a file that is not in presets/ says on which cluster to run: that runs its code."""
+    elsewhere = given.endswith((".yaml", ".yml")) and Path(given).resolve().parent != presets.PRESETS_DIR.resolve()
+    chosen = "scheduler" in overrides and preset.scheduler != "cluster"  # not by the file
+    if elsewhere and not chosen and preset.scheduler not in ("local", "local-cluster"):
+        raise PresetError(
+            f"{given} names a cluster ({preset.scheduler}, {preset.cluster.type}), which can run any code here; "
+            "read the file, then give --trust-preset, or --scheduler local."
+        )
 
 
 def _say(line: str, done: bool) -> None:
