@@ -35,8 +35,10 @@ def evaluate(
     found += [(split, "accuracy_gap", estimate) for split, estimate in gaps.items()]
     for split, indices in splits.items():
         accuracy = metrics.u_lira(result.margins[:, indices], margins[:, indices])
-        error = float(accuracy.std(ddof=1) / np.sqrt(len(accuracy)))
-        found.append((split, "u_lira", Estimate.normal(float(accuracy.mean()), error)))
+        estimate = Estimate(value := float(accuracy.mean()), 0.0, 1.0)  # of one point, which has no spread
+        if len(accuracy) > 1:
+            estimate = Estimate.normal(value, float(accuracy.std(ddof=1) / np.sqrt(len(accuracy))))
+        found.append((split, "u_lira", estimate))
     found.append(("all", "cost", Estimate(result.cost, result.cost, result.cost)))
     return [
         {"split": split, "statistic": name, "value": e.value, "low": e.low, "high": e.high, "n_models": len(margins)}

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 import numpy as np
@@ -32,11 +33,13 @@ def margins(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     array([[ 2., -1.]], dtype=float32)
     """
     logits, labels = np.asarray(logits), np.asarray(labels)
-    if logits.ndim != 3 or logits.shape[1] != len(labels) or logits.shape[2] < 2:
+    if labels.shape != logits.shape[1:2] or logits.ndim != 3 or logits.shape[2] < 2 or logits.dtype.kind not in "iuf":
         raise DataError(
-            f"Logits have shape {logits.shape} and labels {labels.shape}; give (n_models, n_points, "
+            f"Logits have shape {logits.shape} and labels {labels.shape}; give numbers (n_models, n_points, "
             "n_classes >= 2) and (n_points,)."
         )
+    if labels.dtype.kind not in "iu":
+        raise DataError(f"Labels are {labels.dtype}; give integers.")
     if len(labels) and (labels.min() < 0 or labels.max() >= logits.shape[2]):
         raise DataError(
             f"Labels go from {labels.min()} to {labels.max()}; logits have {logits.shape[2]} classes, "
@@ -77,7 +80,7 @@ def _checked(unlearned: np.ndarray, oracle: np.ndarray, least: int = 1) -> tuple
     """Both as arrays, if they are finite margins of at least that many models at the same points."""
     unlearned, oracle = np.asarray(unlearned), np.asarray(oracle)
     for name, m in (("unlearned", unlearned), ("oracle", oracle)):
-        if m.ndim != 2 or len(m) < least:
+        if m.ndim != 2 or len(m) < least or m.dtype.kind not in "iuf":
             raise DataError(f"The {name} margins have shape {m.shape}; give (n_models >= {least}, n_points).")
         if bad := m.size - np.count_nonzero(np.isfinite(m)):
             raise DataError(
@@ -151,7 +154,7 @@ def klom(
     Raises:
         DataError: for shapes that differ, NaN or infinite margins, or fewer than two bins.
     """
-    if n_bins < 2:
+    if not isinstance(n_bins, Integral) or n_bins < 2:
         raise DataError(f"KLoM was asked for with n_bins={n_bins}; use at least 2 (the definition has {N_BINS}).")
     if convention not in ("closed", "easydub"):
         raise DataError(f"Unknown KLoM convention {convention!r}; use 'closed' or 'easydub'.")

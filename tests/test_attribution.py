@@ -21,7 +21,7 @@ from dmmlib.attributors.lasso import Solver
 from dmmlib.attributors.linearised import FLAT, LinearisedResponse, compressed, linearised_response
 from dmmlib.attributors.margins import calibrated
 from dmmlib.datamodels import Attributor, lds, retrained
-from dmmlib.errors import DataError, ForgetSetError, MethodError
+from dmmlib.errors import DataError, ForgetSetError, MethodError, OptionError
 from dmmlib.gradients import gram, margin
 
 
@@ -522,6 +522,12 @@ def test_bad_input():
         attribution.fit("lasso", bare, shares=[0.5, 1.5])
     with pytest.raises(DataError, match="at least two"):
         attribution.fit("lasso", bare, held_out=0.95)
+    for odd in ({"tol": 1e-7}, {"tol": "x"}, {"tol": np.nan}, {"held_out": "x"}, {"held_out": np.nan}):
+        with pytest.raises(OptionError, match="use a number above"):
+            attribution.fit("lasso", bare, **odd)
+    for odd in ("abc", None, [], ["a"], [np.nan]):
+        with pytest.raises(DataError, match="between 0 and 1"):
+            attribution.fit("lasso", bare, shares=odd)
     with pytest.raises(MethodError, match="Unknown attributor 'nope'"):
         attribution.get("nope")
 

@@ -181,3 +181,25 @@ def test_accuracy_gap():
     assert gaps["first"].value == pytest.approx(0.5)
     assert gaps["rest"].value == pytest.approx(1.0)
     assert gaps["first"].low < 0.5 < gaps["first"].high
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "message"),
+    [
+        (np.ones((2, 3, 2)), np.zeros(3), "Labels are float64; give integers"),
+        (np.ones((2, 3, 2)), np.zeros(3, bool), "Labels are bool"),
+        (np.ones((2, 3, 2)), np.zeros((3, 1), int), r"labels \(3, 1\)"),
+        (np.ones((2, 3, 2), complex), np.zeros(3, int), "give numbers"),
+        (np.full((2, 3, 2), "a"), np.zeros(3, int), "give numbers"),
+        (1.0, np.zeros(3, int), r"shape \(\)"),
+    ],
+)
+def test_logits_and_labels_of_other_types_are_refused(logits, labels, message):
+    with pytest.raises(DataError, match=message):
+        metrics.margins(logits, labels)
+
+
+@pytest.mark.parametrize("odd", [np.full((4, 3), "a"), np.ones((4, 3), complex), np.float64(1), np.ones((4, 3), bool)])
+def test_margins_that_are_no_numbers_are_refused(odd):
+    with pytest.raises(DataError, match="margins have shape"):
+        metrics.klom(odd, np.ones((4, 3)))

@@ -357,3 +357,12 @@ def test_what_does_not_fit_is_said_before_anything_is_trained(tmp_path, changes,
     with pytest.raises(DmmError, match=message):
         Study(TINY, fewer | changes, runs=tmp_path, progress=silent)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_forget_set_of_one_point_has_intervals(tmp_path):
+    one = {"forget_sets": [{"name": "one", "kind": "random", "size": 1}], "unlearning.methods": ["do_nothing", "gd"]}
+    table = Study(TINY, one, runs=tmp_path, progress=silent).results()
+    assert not table[["value", "low", "high"]].isna().any(axis=None)
+    attack = table[(table["split"] == "forget") & (table["statistic"] == "u_lira")]
+    assert set(attack["low"]) == {0.0}
+    assert set(attack["high"]) == {1.0}

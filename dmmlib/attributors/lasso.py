@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 import torch
@@ -24,10 +25,12 @@ from dmmlib.attribution import Context, register
 from dmmlib.datamodels import Attributor, Indices
 from dmmlib.errors import DataError
 from dmmlib.forget_sets import indicator
+from dmmlib.unlearn.base import check_options
 
 SHARES = (0.9, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12)  # of the lambda that leaves no weight; from sparse to dense
 BLOCK = 1000  # targets solved at a time
 STEPS, CHECK = 5000, 5  # at most; between two looks at the duality gaps
+LEAST = 1e-7  # that `tol` is above
 
 
 class Solver:
@@ -121,16 +124,21 @@ def lasso(
         tol: see `Solver.solve`.
 
     Raises:
-        DataError: for shares or a held-out part that cannot be used, or no convergence.
+        OptionError, DataError: for options or outputs that cannot be used, or no convergence.
     """
-    if not shares or not all(0 < share < 1 for share in shares):
-        raise DataError(f"The LASSO's shares are {tuple(shares)}; give numbers between 0 and 1.")
+    check_options(0, 1, held_out=held_out)
+    check_options(LEAST, 1, tol=tol)  # below it the gap is float32's rounding
+    if not np.size(shares) or not all(isinstance(share, Real) and 0 < share < 1 for share in np.ravel(shares).tolist()):
+        raise DataError(f"The LASSO's shares are {shares}; give numbers between 0 and 1.")
+    shares = np.ravel(shares).tolist()
     m = len(context.masks)
     k = m - (max(1, round(held_out * m)) if len(shares) > 1 else 0)
     if not (0 < held_out < 1 and k > 1):
         raise DataError(f"held_out={held_out} of {m} subset models was asked for; leave at least two to fit to.")
     masks = torch.from_numpy(context.masks.astype(np.float32)).to(context.device)
     outputs = np.asarray(context.outputs[:m], np.float32).reshape(m, -1)
+    if not np.isfinite(outputs).all():
+        raise DataError("The subset models' outputs hold NaN or infinite values; lower their learning rate.")
     every, fitting = Solver(masks), Solver(masks[:k])
     parts, means = [], []
     for first in range(0, outputs.shape[1], BLOCK):
