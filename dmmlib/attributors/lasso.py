@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 
 import numpy as np
 import torch
@@ -128,7 +127,7 @@ def lasso(
     """
     check_options(0, 1, held_out=held_out)
     check_options(LEAST, 1, tol=tol)  # below it the gap is float32's rounding
-    if not np.size(shares) or not all(isinstance(share, Real) and 0 < share < 1 for share in np.ravel(shares).tolist()):
+    if not np.size(shares) or not all(isinstance(v, (int, float)) and 0 < v < 1 for v in np.ravel(shares).tolist()):
         raise DataError(f"The LASSO's shares are {shares}; give numbers between 0 and 1.")
     shares = np.ravel(shares).tolist()
     m = len(context.masks)
