@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
-.PHONY: setup study test lab docs lint publish replicate clean
+.PHONY: setup study test lowest lab docs lint publish replicate clean
 
 setup: $(READY)
 
@@ -21,6 +21,13 @@ study: $(READY)  ## run every notebook through papermill
 
 test: $(READY)  ## the whole test suite, notebooks included
 	DMM_TEST_DEVICE=$(DEVICE) $(BIN)/python -m pytest
+
+lowest:  ## what reads, stores and commands, on the lowest versions that pyproject.toml declares
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install -q --disable-pip-version-check -c constraints-lowest.txt -e . pytest pytest-timeout hypothesis
+	$(VENV)-lowest/bin/python -m pytest -p no:warnings -m "not slow" tests/test_store.py tests/test_presets.py tests/test_data.py \
+	  tests/test_files.py tests/test_forget_sets.py tests/test_metrics.py tests/test_plan.py tests/test_report.py tests/test_cli.py \
+	  --deselect tests/test_store.py::test_a_disk_that_gives_back_something_else  # which reaches into a later zarr
 
 lab: $(READY)  ## explore in JupyterLab
 	$(BIN)/jupyter lab notebooks
@@ -40,4 +47,4 @@ publish: study  ## put the executed notebooks of the run into notebooks/
 	$(BIN)/python scripts/publish.py $(PRESET)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VENV)-lowest build *.egg-info .mypy_cache .ruff_cache .pytest_cache

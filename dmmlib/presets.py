@@ -55,7 +55,7 @@ def _plain(value: Any, depth: int = 3) -> Any:
     raise ValueError("give text, finite numbers, true, false and null, or lists and mappings of them")
 
 
-Options = Annotated[dict[str, Any], AfterValidator(_plain)]
+Options = Annotated[dict[str, Any], AfterValidator(lambda options: _plain(options))]
 
 
 class Section(BaseModel):

@@ -117,8 +117,8 @@ class Trainer:
         self.runs = Path(runs or place("runs"))
         self.progress = progress or Reporter()
         self._spec = models.get(self.preset.model.name)
-        with reaching(self._root):
-            url_to_fs(self._root)
+        with reaching(self.root):
+            url_to_fs(self.root)
         check_call(f"model {self.preset.model.name!r}", self._spec.factory, 0, 0, **self.preset.model.options)
         section = self.preset.data
         options = section.options | ({"path": section.path} if section.path else {})

@@ -82,6 +82,8 @@ def test_a_cache_that_is_damaged_is_named_and_decoded_anew(tree, tmp_path, kind,
     with pytest.warns(UserWarning, match=f"{path.stem}.* is damaged"):
         again = images.image_folder(tree, side=8, cache=tmp_path / "cache")
     np.testing.assert_array_equal(again.x_train, expected)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -44,6 +44,18 @@ def test_every_dependency_is_pinned_within_its_range():
     assert project()["requires-python"] == ">=3.11"
 
 
+def test_the_lowest_versions_are_those_that_are_declared():
+    from packaging.requirements import Requirement
+    from packaging.version import Version
+
+    lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()[1:]
+    pins = {name_of(line): Version(line.partition("==")[2]) for line in lines}
+    for text in project()["dependencies"]:
+        lowest = min(Version(s.version) for s in Requirement(text).specifier if s.operator == ">=")
+        assert pins[name_of(text)] == lowest or name_of(text) == "torch", text
+    assert len(pins) == len(project()["dependencies"])
+
+
 def test_conda_users_get_the_same():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     pip = next(d for d in environment["dependencies"] if isinstance(d, dict))["pip"]
