@@ -107,7 +107,7 @@ def test_gram_equals_products_of_explicit_gradients(name):
 
 
 def test_many_gradients_are_projected(monkeypatch):
-    monkeypatch.setattr("dmmlib.attributors.gradients.FEATURES", 10)
+    monkeypatch.setattr("dmmlib.gradients.FEATURES", 10)
     context = problem(FACTORIES["conv"])
     n = context.n_train
     phi = jacobians(context, 0)[:n]
@@ -150,13 +150,13 @@ def test_kernel_equals_the_explicit_solve(name):
     assert (centred[0] * centred[1]).sum() == pytest.approx((centred[0] ** 2).sum(), rel=1e-2)  # least squares
 
 
-def logistic_regression(phi, keep, initial, penalty):
+def logistic_regression(phi, keep, initial, penalty, pull):
     """Weights of the penalised logistic regression of the module `linearised`, by quasi-Newton steps."""
 
     def loss(theta):
-        m = initial + phi[keep] @ theta
-        gradient = penalty * theta - phi[keep].T @ expit(-m)
-        return np.logaddexp(0, -m).sum() + penalty / 2 * theta @ theta, gradient
+        m = initial[keep] + phi[keep] @ theta
+        gradient = penalty * theta - phi[keep].T @ expit(-m) + pull
+        return np.logaddexp(0, -m).sum() + penalty / 2 * theta @ theta + pull @ theta, gradient
 
     return minimize(
         loss, np.zeros(phi.shape[1]), jac=True, method="L-BFGS-B", options={"maxiter": 5000, "gtol": 1e-7}
@@ -173,9 +173,14 @@ def test_linearised_retraining_is_logistic_regression_on_gradients(name):
     for i in range(2):
         phi = jacobians(context, i)
         penalty = lam * (phi[:n] ** 2).sum(1).mean()
-        thetas = [logistic_regression(phi[:n], mask, -np.log(2), penalty) for mask in (*masks, masks[2])]
+        initial, pull, seen = np.full(n, -np.log(2)), np.zeros(phi.shape[1]), context.masks[i]
+        if i == 1:  # retrained from where it is
+            initial = context.margins[1, :n].astype(float)
+            pull = phi[:n][seen].T @ expit(-initial[seen])
+            np.testing.assert_allclose(logistic_regression(phi[:n], seen, initial, penalty, pull), 0, atol=1e-5)
+        thetas = [logistic_regression(phi[:n], mask, initial, penalty, pull) for mask in (*masks, masks[2])]
         margins = margins + np.stack([phi @ (theta - thetas[3]) for theta in thetas[:3]]) / 2
-        p = expit(np.log(2) - phi[:n] @ thetas[3])
+        p = expit(-initial - phi[:n] @ thetas[3])
         hessian = (phi[:n].T * (p * (1 - p))) @ phi[:n] + penalty * np.eye(phi.shape[1])
         first_order = first_order + p[:, None] * (phi[:n] @ np.linalg.solve(hessian, phi.T)) / 2
     change, _ = found.change(masks)
@@ -195,7 +200,7 @@ def test_leverage_is_the_length_of_a_newton_step():
     response = linearised_response(context, n_models=1)
     (model,) = response.models
     phi = model.features[:10].double().numpy()
-    p = expit(-(model.initial + phi @ model.weights.double().numpy()))
+    p = expit(-(model.initial.double().numpy() + phi @ model.weights.double().numpy()))
     metric = (phi.T * np.maximum(p * (1 - p), FLAT)) @ phi / 10 + model.penalty * np.eye(phi.shape[1])
     pull = p[[1, 6]] @ phi[[1, 6]] / 10
     moved = np.linalg.solve(metric, pull)

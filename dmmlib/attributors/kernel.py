@@ -10,7 +10,7 @@ retrained without F has margins lower by
 (block inversion; for one point, the leave-one-out formula of Cook and Weisberg, "Residuals and Influence in
 Regression", 1982). r_i says by how much the margin of i falls short where i alone is missing, and (D^-1 G_FF)^-1 by how
 much more it does where its likes are missing too: a group's effect is not the sum of its points'. Here K is exact
-wherever a layer is linear on vectors, without TRAK's random projection (`attributors.gradients`).
+wherever a layer is linear on vectors, without TRAK's random projection (`gradients`).
 
 **The penalty** of a point is lam mean(diag K) / h_i. TRAK has h = 1. But cross-entropy pulls at a point that models get
 right with next to no force, so that such a point hardly ties the model down: the Gauss-Newton step weighs it by little

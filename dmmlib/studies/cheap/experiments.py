@@ -102,8 +102,8 @@ class Cache:
         models, known = context.subset_models()[:k], self._models.get((name, lam, rank), ())
         if len(known) < models.n_models:
             self._progress(f"linearised models ({name})", len(known), k)
-            more = replace(context, models=models[len(known) :])
-            known = self._models[name, lam, rank] = known + linearised_response(more, lam, None, rank).models
+            more = linearised_response(replace(context, models=models), lam, None, rank, first=len(known))
+            known = self._models[name, lam, rank] = known + more.models
             self._progress(f"linearised models ({name})", k, k)
         return self._responses.setdefault((name, lam, rank, k), Remembered(known[:k]))
 
