@@ -53,11 +53,16 @@ def test_tuning_sets_share_no_point_with_reported_ones(tiny):
 
 
 def test_hyperparameters_are_searched_with_one_budget_and_kept(tiny):
-    for method in ("gd", "ga", "ga_gd", "scrub", "oracle_matching", "dmm"):
+    for method in ("gd", "ga", "ga_gd", "scrub"):
         table = tiny.search(method)
         assert table["setting"].nunique() == tiny.preset.tuning.budget
         best = table.groupby("setting")["score"].mean().idxmin()
         assert tiny.tuned(method) == unlearn.configurations(method, 2, 0)[best]
+
+
+def test_matching_has_nothing_to_search(tiny, monkeypatch):
+    monkeypatch.setattr(tiny, "search", lambda method: pytest.fail("searched"))
+    assert tiny.tuned("dmm") == tiny.tuned("oracle_matching") == {"cost": 0.03}
 
 
 def test_originals_oracles_and_floor_are_independent(tiny):

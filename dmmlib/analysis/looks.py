@@ -33,8 +33,8 @@ METHODS: dict[str, tuple[str, tuple[float, float, float], str]] = {  # label, co
     "ssd": ("SSD", (0.08, 0.16, 0.42), "H"),
     "newton": ("Newton step", (0.65, 0.05, 0.25), "o"),
     "oracle_matching": ("oracle matching", PALETTE[9], "P"),
-    "oracle_matching_adam": ("oracle matching (Adam)", (0.60, 0.80, 0.85), "P"),
-    "dmm_adam": ("DMM (Adam)", (0.90, 0.65, 0.60), "o"),
+    "oracle_matching_adam": ("oracle matching (Adam)", (0.05, 0.35, 0.50), "P"),
+    "dmm_adam": ("DMM (Adam)", (0.45, 0.15, 0.05), "o"),
     "dm_direct": ("DM-direct", PALETTE[2], "*"),
     "dmm": ("DMM", PALETTE[3], "o"),
 }
