@@ -1,9 +1,4 @@
-"""Gradients of margins with respect to weights, and their inner products.
-
-The kernel K = Phi Phi^T, with phi_i the gradient of the margin of point i, takes no random projection (as in TRAK, Park
-et al., ICML 2023) wherever a layer is linear on vectors: the gradient of one is an outer product of its input a and the
-gradient d at its output, so it adds (a_i.a_j + 1)(d_i.d_j). All other weights take explicit gradients.
-"""
+"""Gradients of margins with respect to weights: as products, layer by layer, where they are such, and explicit."""
 
 from __future__ import annotations
 
@@ -16,11 +11,9 @@ from torch.func import grad
 from torch.nn import functional as F
 
 from dmmlib import stacking
-from dmmlib.ensemble import Ensemble
 from dmmlib.optim import Tensors
 
 POINTS = 100  # explicit gradients at a time
-FEATURES = 20_000  # weights with explicit gradients, beyond which these are projected
 
 Margins = Callable[[Tensors, Tensor, Tensor], Tensor]  # of one model, from its weights, points and labels
 
@@ -133,40 +126,3 @@ def explicit(params: Tensors, names: Sequence[str], margins: Margins, x: Tensor,
 def margins_of(module: nn.Module, buffers: Tensors) -> Margins:
     """Make the function of weights, points and labels that gives a module's margins (n,)."""
     return lambda params, x, y: margin(stacking.one(module, params, buffers, x.clone())[0], y)
-
-
-def _project(gradients: Tensor, seed: int, n_features: int = 4096, block: int = 10_000) -> Tensor:
-    """Project on random signs (n, n_features), drawn a block at a time; inner products are kept in expectation."""
-    generator = torch.Generator(gradients.device).manual_seed(seed)
-    total = gradients.new_zeros(len(gradients), n_features)
-    for part in gradients.split(block, 1):
-        signs = torch.randint(0, 2, (part.shape[1], n_features), generator=generator, device=part.device)
-        total += part @ (2.0 * signs - 1.0)
-    return total / n_features**0.5
-
-
-@torch.no_grad()
-def gram(models: Ensemble, i: int, x: Tensor, y: Tensor, seed: int = 0) -> Tensor:
-    """K (n, n): inner products of gradients of the margins of points (n, ...) in the weights of model i.
-
-    Args:
-        models: an ensemble; evaluated as at test time (batch norm with its running statistics).
-        i: which of its models.
-        x, y: points and their labels (n,).
-        seed: of the random projection of gradients that are not outer products, where they are more than 20,000.
-    """
-    module, (params, buffers) = stacking.copied(models.module).eval(), models.state_of(i)
-    margins = margins_of(module, buffers)
-    known = separable(module, params, margins, x, y, nn.Linear)
-    layers = observe(module, params, margins, x, y, (nn.Linear,), known)[1]
-    k = next(iter(params.values())).new_zeros(len(x), len(x))
-    for layer in layers:
-        u, d = layer.rows[:, 0], layer.d[:, 0]
-        k += (u @ u.T) * (d @ d.T)
-    covered = {name for layer in layers for name in layer.parameters}
-    others = [name for name in params if name not in covered]
-    if others:
-        blocks = explicit(params, others, margins, x, y)
-        features = torch.cat([_project(z, seed) if z.shape[1] > FEATURES else z for z in blocks])
-        k += features @ features.T
-    return k.float()

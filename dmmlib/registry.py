@@ -34,7 +34,7 @@ VERSIONS = {
     "forget sets": 1,  # how forget sets are chosen
     "finetune": 1,  # unlearn.base: the loop that all methods share
     "whitening": 1,  # baselines.whitening: coordinates that fine-tuning may step in
-    "attribution gradients": 1,  # gradients: kernels of gradients
+    "attribution gradients": 1,  # attributors.kernel: kernels of gradients
     "calibration": 1,  # attributors.margins: the scale of an attributor
     "gauss-newton": 1,  # unlearn.gauss_newton: the step of a model towards margins
     "matching": 2,  # unlearn.matching: batches, targets, steps

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dmmlib import attribution, data, datamodels, ensemble, forget_sets, gradients, metrics, models, unlearn
-from dmmlib.attributors import margins
+from dmmlib import attribution, data, datamodels, ensemble, forget_sets, metrics, models, unlearn
+from dmmlib.attributors import kernel, margins
 from dmmlib.baselines import whitening
 from dmmlib.execution import one_thread
 from dmmlib.optim import SGD, Adam
@@ -617,7 +617,7 @@ def _(inputs: Inputs) -> Values:
     y = torch.from_numpy(inputs.y)
     convolutions = fresh(architecture("convnet", inputs.images.shape[1:], width=4), 1)
     for words, some, x in (("mlp", inputs.originals, inputs.x), ("convnet", convolutions, inputs.images)):
-        k = gradients.gram(some, 0, x, y).double()
+        k = kernel.gram(some, 0, x, y).double()
         yield f"{words}: mean of the diagonal", k.diagonal().mean()
         yield f"{words}: sum of products", k.sum()
         yield f"{words}: norm of products", k.norm()

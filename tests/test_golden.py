@@ -16,7 +16,6 @@ from dmmlib import (
     ensemble,
     evaluation,
     forget_sets,
-    gradients,
     metrics,
     models,
     tuning,
@@ -153,7 +152,7 @@ CHANGES = {
     ),
     "inner products doubled": (
         "attribution gradients",
-        edit(gradients.gram, ".float()", ".float() * 2"),
+        edit(kernel.gram, ".float()", ".float() * 2"),
     ),
     "less caution with noisy slopes": ("calibration", edit(margins.slope, "ff / 2", "ff / 4")),
     "linearised: another penalty": (

@@ -10,7 +10,9 @@ retrained without F has margins lower by
 (block inversion; for one point, the leave-one-out formula of Cook and Weisberg, "Residuals and Influence in
 Regression", 1982). r_i says by how much the margin of i falls short where i alone is missing, and (D^-1 G_FF)^-1 by how
 much more it does where its likes are missing too: a group's effect is not the sum of its points'. Here K is exact
-wherever a layer is linear on vectors, without TRAK's random projection (`gradients`).
+wherever a layer is linear on vectors, without TRAK's random projection: the gradient of such a layer is an outer
+product of its input a and the gradient d at its output, so it adds (a_i.a_j + 1)(d_i.d_j). All other weights take
+explicit gradients.
 
 **The penalty** of a point is lam mean(diag K) / h_i. TRAK has h = 1. But cross-entropy pulls at a point that models get
 right with next to no force, so that such a point hardly ties the model down: the Gauss-Newton step weighs it by little
@@ -32,16 +34,55 @@ from functools import cached_property
 import numpy as np
 import torch
 from scipy.special import expit
-from torch import Tensor
+from torch import Tensor, nn
 
+from dmmlib import stacking
 from dmmlib.attribution import Context, register
 from dmmlib.attributors.margins import MarginDatamodel, calibrated
 from dmmlib.ensemble import Ensemble
 from dmmlib.errors import DataError
-from dmmlib.gradients import gram
+from dmmlib.gradients import explicit, margins_of, observe, separable
 
+FEATURES = 20_000  # weights with explicit gradients, beyond which these are projected
 EASY = 0.01  # of the mean: below it a point's hardness does not fall
 MASKS = 100  # subsets that residuals are solved with; each costs an inverse of what it leaves out
+
+
+def _project(gradients: Tensor, seed: int, n_features: int = 4096, block: int = 10_000) -> Tensor:
+    """Project on random signs (n, n_features), drawn a block at a time; inner products are kept in expectation."""
+    generator = torch.Generator(gradients.device).manual_seed(seed)
+    total = gradients.new_zeros(len(gradients), n_features)
+    for part in gradients.split(block, 1):
+        signs = torch.randint(0, 2, (part.shape[1], n_features), generator=generator, device=part.device)
+        total += part @ (2.0 * signs - 1.0)
+    return total / n_features**0.5
+
+
+@torch.no_grad()
+def gram(models: Ensemble, i: int, x: Tensor, y: Tensor, seed: int = 0) -> Tensor:
+    """K (n, n): inner products of gradients of the margins of points (n, ...) in the weights of model i.
+
+    Args:
+        models: an ensemble; evaluated as at test time (batch norm with its running statistics).
+        i: which of its models.
+        x, y: points and their labels (n,).
+        seed: of the random projection of gradients that are not outer products, where they are more than 20,000.
+    """
+    module, (params, buffers) = stacking.copied(models.module).eval(), models.state_of(i)
+    margins = margins_of(module, buffers)
+    known = separable(module, params, margins, x, y, nn.Linear)
+    layers = observe(module, params, margins, x, y, (nn.Linear,), known)[1]
+    k = next(iter(params.values())).new_zeros(len(x), len(x))
+    for layer in layers:
+        u, d = layer.rows[:, 0], layer.d[:, 0]
+        k += (u @ u.T) * (d @ d.T)
+    covered = {name for layer in layers for name in layer.parameters}
+    others = [name for name in params if name not in covered]
+    if others:
+        blocks = explicit(params, others, margins, x, y)
+        features = torch.cat([_project(z, seed) if z.shape[1] > FEATURES else z for z in blocks])
+        k += features @ features.T
+    return k.float()
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,9 @@ import torch
 from torch import Tensor
 
 from dmmlib.attribution import Context, register
+from dmmlib.attributors.kernel import gram
 from dmmlib.attributors.margins import MarginDatamodel, calibrated
 from dmmlib.errors import DataError
-from dmmlib.gradients import gram
 
 RANK = 400
 LAM = 0.007
