@@ -91,12 +91,7 @@ ATTRIBUTORS: Registry[Fit] = Registry("attributor", "dmmlib.attributors")
 
 def register(name: str, version: int = 1) -> Callable[[Fit], Fit]:
     """Register a function of a `Context` and options; raise its `version` when its predictions change."""
-
-    def add(method: Fit) -> Fit:
-        ATTRIBUTORS.add(name, method, version)
-        return method
-
-    return add
+    return ATTRIBUTORS.register(name, version)
 
 
 def names() -> tuple[str, ...]:

@@ -10,19 +10,12 @@ from dmmlib.presets import Preset
 
 @dataclass(frozen=True)
 class Job:
-    """Models of one kind.
+    """Models of one kind."""
 
-    Attributes:
-        what: which models, in words.
-        size: how many points each is trained on.
-        sets: name of each model set -> how many models it has; an oracle set's name goes on with a hash.
-        weights: whether weights are kept, too.
-    """
-
-    what: str
-    size: int
-    sets: Mapping[str, int]
-    weights: bool = True
+    what: str  # which models, in words
+    size: int  # how many points each is trained on
+    sets: Mapping[str, int]  # name of each model set -> how many models it has; an oracle set's goes on with a hash
+    weights: bool = True  # whether weights are kept, too
 
     @property
     def n_models(self) -> int:

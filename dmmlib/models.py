@@ -55,15 +55,12 @@ Prepare = Callable[[Dataset, np.ndarray], Tensor]
 class ModelSpec:
     """How to build a model and how to feed it.
 
-    Attributes:
-        factory: (input shape of one prepared point, number of classes, **options) -> nn.Module whose forward takes
-            (n, *input shape) and returns logits (n, n_classes). Weights are drawn from torch's global generator,
-            which `ensemble` seeds for each model.
-        prepare: the fixed, parameter-free part of the model, applied once to all points.
+    A factory makes, of the shape of one prepared point, the number of classes and options, a module that takes points
+    (n, *shape) to logits (n, n_classes). It draws weights from torch's generator, which is seeded for each model.
     """
 
     factory: Factory
-    prepare: Prepare
+    prepare: Prepare  # the fixed, parameter-free part of the model, applied once to all points
 
 
 MODELS: Registry[ModelSpec] = Registry("model", "dmmlib.zoo.architectures")
@@ -71,12 +68,7 @@ MODELS: Registry[ModelSpec] = Registry("model", "dmmlib.zoo.architectures")
 
 def register(name: str, prepare: Prepare = normalise, version: int = 1) -> Callable[[Factory], Factory]:
     """Make presets find a model factory by name."""
-
-    def add(factory: Factory) -> Factory:
-        MODELS.add(name, ModelSpec(factory, prepare), version)
-        return factory
-
-    return add
+    return MODELS.register(name, version, lambda factory: ModelSpec(factory, prepare))
 
 
 def get(name: str) -> ModelSpec:

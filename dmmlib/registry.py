@@ -10,10 +10,11 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from dmmlib.errors import MethodError, OptionError
 
+F = TypeVar("F")
 T = TypeVar("T")
 
 VERSIONS = {
@@ -68,12 +69,12 @@ class Registry(Generic[T]):
         """Register an entry; one of the same name is replaced."""
         self._entries[name] = entry, version
 
-    def register(self, name: str, version: int = 1) -> Callable[[T], T]:
-        """Register what is decorated."""
+    def register(self, name: str, version: int = 1, entry_of: Callable[[F], T] | None = None) -> Callable[[F], F]:
+        """Register what is decorated, or the entry that is made of it."""
 
-        def add(entry: T) -> T:
-            self.add(name, entry, version)
-            return entry
+        def add(found: F) -> F:
+            self.add(name, cast(T, found) if entry_of is None else entry_of(found), version)
+            return found
 
         return add
 

@@ -16,19 +16,12 @@ from dmmlib.unlearn import Method, Problem
 
 @dataclass(frozen=True)
 class Trial:
-    """A tuning set that settings are tried on.
+    """A tuning set that settings are tried on."""
 
-    Attributes:
-        name: of the set.
-        problem: what to unlearn.
-        oracles: margins (n_oracles, n_points) of retrained models.
-        splits: name -> positions of points.
-    """
-
-    name: str
+    name: str  # of the set
     problem: Problem
-    oracles: np.ndarray
-    splits: Mapping[str, np.ndarray]
+    oracles: np.ndarray  # margins (n_oracles, n_points) of retrained models
+    splits: Mapping[str, np.ndarray]  # name -> positions of points
 
 
 def score(unlearned: np.ndarray, oracles: np.ndarray, splits: Mapping[str, np.ndarray]) -> dict[str, float]:

@@ -141,12 +141,7 @@ def register(
     2
     >>> METHODS.remove("halfway")
     """
-
-    def add(method: Method) -> Method:
-        METHODS.add(name, Registered(method, dict(space or {}), **known), version)
-        return method
-
-    return add
+    return METHODS.register(name, version, lambda method: Registered(method, dict(space or {}), **known))
 
 
 def names() -> tuple[str, ...]:
