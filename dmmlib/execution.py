@@ -25,6 +25,8 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
+from timeit import repeat
 from typing import Any, ClassVar, TypeVar
 
 import cloudpickle
@@ -252,6 +254,10 @@ def measure(tried: Sequence[Execution], steps: Callable[[Execution, int], None])
         DeviceError: if not even the first, smallest chunk fits into the GPU's memory.
     """
     rates: dict[Execution, float] = {}
+
+    def seconds(execution: Execution, n: int) -> float:  # of three: the first may find a process still compiling
+        return median(repeat(lambda: steps(execution, n), timer=time.perf_counter, repeat=3, number=1))
+
     for execution in tried:
         if execution.chunk > 1 and any(execution.chunk * execution.workers / rate > 2 for rate in rates.values()):
             continue
@@ -268,20 +274,10 @@ def measure(tried: Sequence[Execution], steps: Callable[[Execution, int], None])
                 "training.batch_size."
             ) from error
         n = max(5, round((in_threads or 0) / execution.chunk / execution.workers))  # a second's: sending takes time
-        while (median := _seconds(steps, execution, n)) < 0.2 and n < 500:  # too short to tell anything
+        while (taken := seconds(execution, n)) < 0.2 and n < 500:  # too short to tell anything
             n *= 3
-        rates[execution] = n * execution.chunk * execution.workers / median
+        rates[execution] = n * execution.chunk * execution.workers / taken
     return rates
-
-
-def _seconds(steps: Callable[[Execution, int], None], execution: Execution, n: int) -> float:
-    """Take the median of three: the first may find a process that is still compiling."""
-    taken = []
-    for _ in range(3):
-        start = time.perf_counter()
-        steps(execution, n)
-        taken.append(time.perf_counter() - start)
-    return sorted(taken)[1]
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -49,17 +49,11 @@ def once(method: Callable[[Any], T]) -> Callable[[Any], T]:
 
 @dataclass(frozen=True)
 class ModelSet:
-    """Models to train: the name determines their seeds, and with the masks their place on disk.
+    """Models to train: the name determines their seeds, and with the masks their place on disk."""
 
-    Attributes:
-        name: e.g. "originals", or "oracles:<forget set>:<hash>".
-        masks: which training points each model sees, bool (n_models, n_train).
-        keep_models: keep the weights as well as the outputs.
-    """
-
-    name: str
-    masks: np.ndarray
-    keep_models: bool = False
+    name: str  # e.g. "originals", or "oracles:<forget set>:<hash>"
+    masks: np.ndarray  # which training points each model sees, bool (n_models, n_train)
+    keep_models: bool = False  # keep the weights as well as the outputs
 
     @cached_property
     def digest(self) -> str:
@@ -76,17 +70,6 @@ class Workers(Protocol):
 
 
 WORKERS: Registry[Callable[[Trainer], Workers]] = Registry("scheduler", "dmmlib.app.cluster")
-
-
-class _Here:
-    """Workers that are this process."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-
-    def map(self, arguments: Callable[[T], tuple[Any, ...]], tasks: Sequence[T]) -> Iterator[tuple[T, Any]]:
-        for task in tasks:
-            yield task, self._trainer.train_shard(*arguments(task))
 
 
 class Trainer:
@@ -295,7 +278,9 @@ class Trainer:
             i, rows = task[0], stores[task[0]].models(task[1])
             return model_sets[i].masks[rows], seeds[i][rows.start : rows.stop], model_sets[i].keep_models
 
-        for (i, shard), arrays in self._workers.map(arguments, tasks):
+        here = self.preset.scheduler == "local"
+        trained = ((task, self.train_shard(*arguments(task))) for task in tasks)
+        for (i, shard), arrays in trained if here else self._workers.map(arguments, tasks):
             if not np.isfinite(arrays["logits"]).all():
                 raise StoreError(
                     f"Models of {model_sets[i].name!r} diverged (NaN logits in shard {shard}); lower training.lr. "
@@ -308,7 +293,7 @@ class Trainer:
 
     @cached_property
     def _workers(self) -> Workers:
-        return _Here(self) if self.preset.scheduler == "local" else WORKERS["dask"](self)
+        return WORKERS["dask"](self)
 
     def train_shard(self, masks: np.ndarray, seeds: Sequence[int], keep_models: bool) -> dict[str, np.ndarray]:
         """Train models with these masks and seeds: what a store keeps of them, logits, masks, perhaps weights."""
