@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,6 @@ from dmmlib.errors import DataError
 from dmmlib.registry import Registry, check_call
 
 MOST_CLASSES = 10_000  # that need no names
-BOMB = 2**30  # bytes up to which an archive may unpack to whatever many times its size
 
 
 @dataclass(frozen=True)
@@ -173,10 +171,10 @@ def load(name: str, n_train: int | None = None, n_val: int | None = None, seed: 
     Raises:
         MethodError, DataError, ChecksumError: for an unknown name, unusable arrays or sizes, an altered file.
     """
-    name, own = str(name), str(name).endswith(".npz")
-    loader, given = (from_arrays, (0, 0, 0, 0)) if own else (DATASETS[name], ())
+    name, given = str(name), [Path(name)] if str(name).endswith(".npz") else []
+    loader = DATASETS["npz" if given else name]
     check_call(f"data set {name!r}", loader, *given, **options)
-    full = from_npz(Path(name), **{"name": Path(name).stem, **options}) if own else loader(**options)
+    full = loader(*given, **options)
     if not isinstance(full, Dataset):
         raise DataError(f"The loader of {name!r} returned {type(full).__name__}; return `data.from_arrays(...)`.")
     if not isinstance(seed, Integral) or seed < 0:
@@ -189,28 +187,3 @@ def load(name: str, n_train: int | None = None, n_val: int | None = None, seed: 
         keep = np.sort(rng.permutation(len(x))[:n])
         arrays += [x, y] if len(keep) == len(x) else [x[keep], y[keep]]  # arrays on disk stay there
     return from_arrays(*arrays, name=full.name, class_names=full.class_names, mean=full.mean, std=full.std)
-
-
-def from_npz(path: Path, **options: Any) -> Dataset:
-    """A data set from an .npz file; see `load`."""
-    if not path.is_file():
-        raise DataError(f"{path} does not exist; give the path of an .npz file.")
-    try:
-        with zipfile.ZipFile(path) as members:
-            packed, unpacked = (sum(getattr(i, k) for i in members.infolist()) for k in ("compress_size", "file_size"))
-        if unpacked > max(BOMB, 200 * packed):
-            raise ValueError(f"its {packed:,} bytes would unpack to {unpacked:,}")
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
-    except Exception as error:  # a damaged file makes numpy, zipfile and zlib raise a dozen kinds
-        raise DataError(f"{path} cannot be read as an .npz file ({error}); fetch or build it again.") from error
-    val = "val" if "x_val" in arrays else "test"
-    keys = ("x_train", "y_train", f"x_{val}", f"y_{val}")
-    if missing := [key for key in keys if key not in arrays]:
-        raise DataError(
-            f"{path} lacks {', '.join(missing)}; an .npz data set holds x_train, y_train and x_val, y_val "
-            "(or x_test, y_test)."
-        )
-    if "class_names" in arrays and "class_names" not in options:
-        options["class_names"] = tuple(str(c) for c in arrays["class_names"].ravel())
-    return from_arrays(*(arrays[key] for key in keys), **options)

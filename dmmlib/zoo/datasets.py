@@ -6,6 +6,7 @@ import hashlib
 import io
 import pickle
 import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import numpy as np
 import pooch
 from platformdirs import user_cache_dir
 
-from dmmlib.data import Dataset, from_arrays, from_npz, register
+from dmmlib.data import Dataset, from_arrays, register
 from dmmlib.errors import ChecksumError, DataError
 from dmmlib.files import resource
 
 EMBEDDED_FASHION_MNIST = resource("data") / "fashion_mnist_12k.npz"
 FASHION_MNIST_SHA256 = "5842fe826a288fad272026e5787b76d182bd1474bec6f4fca925d0dabbfafff0"
+BOMB = 2**30  # bytes up to which an archive may unpack to whatever many times its size
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 
@@ -41,6 +43,40 @@ def fashion_mnist() -> Dataset:
         mean=(0.286,),
         std=(0.353,),
     )
+
+
+@register("npz")
+def from_npz(
+    path: str | Path,
+    name: str = "",
+    class_names: tuple[str, ...] | None = None,
+    mean: tuple[float, ...] = (0.5,),
+    std: tuple[float, ...] = (0.25,),
+) -> Dataset:
+    """A data set from an .npz file; see `data.load`, which takes its path as a name."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; give the path of an .npz file.")
+    try:
+        with zipfile.ZipFile(path) as members:
+            packed, unpacked = (sum(getattr(i, k) for i in members.infolist()) for k in ("compress_size", "file_size"))
+        if unpacked > max(BOMB, 200 * packed):
+            raise ValueError(f"its {packed:,} bytes would unpack to {unpacked:,}")
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in archive.files}
+    except Exception as error:  # a damaged file makes numpy, zipfile and zlib raise a dozen kinds
+        raise DataError(f"{path} cannot be read as an .npz file ({error}); fetch or build it again.") from error
+    val = "val" if "x_val" in arrays else "test"
+    keys = ("x_train", "y_train", f"x_{val}", f"y_{val}")
+    if missing := [key for key in keys if key not in arrays]:
+        raise DataError(
+            f"{path} lacks {', '.join(missing)}; an .npz data set holds x_train, y_train and x_val, y_val "
+            "(or x_test, y_test)."
+        )
+    if class_names is None and "class_names" in arrays:
+        class_names = tuple(str(c) for c in arrays["class_names"].ravel())
+    points = (arrays[key] for key in keys)
+    return from_arrays(*points, name=name or path.stem, class_names=class_names, mean=mean, std=std)
 
 
 @register("digits")
