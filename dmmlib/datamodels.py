@@ -288,7 +288,7 @@ def lds_estimate(predicted: np.ndarray, actual: np.ndarray, n_bootstrap: int = 1
     ranks = [rankdata(m, axis=0) for m in (predicted, actual)]
     draws = [rng.integers(0, n, n) for _ in range(n_bootstrap)]
     scores = [float(_correlation(*(r[rows] for r in ranks)).mean()) for rows in draws]
-    return Estimate.normal(value, float(np.std(scores, ddof=1)))
+    return Estimate.normal(value, np.std(scores, ddof=1))
 
 
 def choose_lambda(

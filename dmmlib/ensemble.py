@@ -133,13 +133,6 @@ class Ensemble:
         return cls(stacking.template(module), groups["params"], groups["buffers"])
 
 
-def concatenate(parts: Sequence[Ensemble]) -> Ensemble:
-    """Make one ensemble of all models, in order."""
-    params = {k: torch.cat([part.params[k] for part in parts]) for k in parts[0].params}
-    buffers = {k: torch.cat([part.buffers[k] for part in parts]) for k in parts[0].buffers}
-    return Ensemble(parts[0].module, params, buffers)
-
-
 def initialise(factory: Callable[[], nn.Module], seeds: Sequence[int], device: torch.device | str = "cpu") -> Ensemble:
     """Make a fresh model for each seed, drawn on the CPU, so that a seed means the same weights on any device.
 

@@ -37,7 +37,7 @@ def evaluate(
         accuracy = metrics.u_lira(result.margins[:, indices], margins[:, indices])
         estimate = Estimate(value := float(accuracy.mean()), 0.0, 1.0)  # of one point, which has no spread
         if len(accuracy) > 1:
-            estimate = Estimate.normal(value, float(accuracy.std(ddof=1) / np.sqrt(len(accuracy))))
+            estimate = Estimate.normal(value, accuracy.std(ddof=1) / np.sqrt(len(accuracy)))
         found.append((split, "u_lira", estimate))
     found.append(("all", "cost", Estimate(result.cost, result.cost, result.cost)))
     return [

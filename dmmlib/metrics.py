@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -194,9 +194,9 @@ class Estimate:
     high: float
 
     @classmethod
-    def normal(cls, value: float, error: float) -> Estimate:
-        """The interval of a normal estimate: 1.96 standard errors on either side."""
-        return cls(value, value - 1.96 * error, value + 1.96 * error)
+    def normal(cls, value: float, error: float | np.floating[Any], least: float = -np.inf) -> Estimate:
+        """Give a value an interval of 1.96 standard errors on either side, cut off at the least possible value."""
+        return cls(value, max(least, value - 1.96 * float(error)), value + 1.96 * float(error))
 
     def __str__(self) -> str:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
@@ -243,9 +243,8 @@ def klom_summary(
     point, resampled = klom_draws(unlearned, oracle, n_bootstrap, seed)
 
     def estimate(statistic: Callable[[np.ndarray], float], indices: np.ndarray) -> Estimate:
-        value = statistic(point[indices])
-        error = 1.96 * float(np.std([statistic(row[indices]) for row in resampled], ddof=1))
-        return Estimate(value, max(0.0, value - error), value + error)
+        error = np.std([statistic(row[indices]) for row in resampled], ddof=1)
+        return Estimate.normal(statistic(point[indices]), error, least=0.0)
 
     return {
         split: {name: estimate(statistic, indices) for name, statistic in STATISTICS.items()}
@@ -299,5 +298,5 @@ def accuracy_gap(
     for split, indices in splits.items():
         u, o = (np.asarray(c)[:, indices].mean(1) for c in (correct_unlearned, correct_oracle))
         value = float(u.mean() - o.mean())
-        gaps[split] = Estimate.normal(value, float(np.sqrt(u.var(ddof=1) / len(u) + o.var(ddof=1) / len(o))))
+        gaps[split] = Estimate.normal(value, np.sqrt(u.var(ddof=1) / len(u) + o.var(ddof=1) / len(o)))
     return gaps

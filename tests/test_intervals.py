@@ -25,7 +25,7 @@ def test_medians_are_resampled_and_normal_intervals_are_cut_off():
     e = intervals.median_over(np.arange(11.0))
     assert e.low < e.value == 5 < e.high
     assert intervals.median_over([3.0] * 4) == intervals.Estimate(3, 3, 3)
-    assert intervals.normal(1.0, 1.0, least=0) == intervals.Estimate(1, 0, 2.96)
+    assert intervals.Estimate.normal(1.0, 1.0, least=0) == intervals.Estimate(1, 0, 2.96)
 
 
 @given(st.integers(0, 50), st.integers(1, 50))

@@ -16,7 +16,7 @@ import pandas as pd
 from scipy.stats import kendalltau, mannwhitneyu, spearmanr
 
 from dmmlib import metrics
-from dmmlib.analysis.intervals import normal, wilson
+from dmmlib.analysis.intervals import wilson
 from dmmlib.analysis.looks import label
 from dmmlib.errors import DataError
 from dmmlib.forget_sets import ForgetSet
@@ -82,17 +82,17 @@ def distances(
     for name, evaluator, least in (("u_lira", metrics.u_lira, 0.5), ("ks", metrics.ks, 0.0)):
         sampled = [max(least, evaluator(u[one], o[other]).mean()) for one, other in draws]
         value = max(least, float(evaluator(u, o).mean()))
-        found[name] = normal(value, np.std(sampled, ddof=1), least=0)
+        found[name] = Estimate.normal(value, np.std(sampled, ddof=1), least=0)
     accuracies = [correct[:, forget].mean(1) for _, correct in (unlearned, oracle)]
     attacks = [membership_auc(margins[:, forget], margins[:, n_train:]) for margins, _ in (unlearned, oracle)]
     for name, (a, b) in (("accuracy_gap", accuracies), ("membership", attacks)):
         error = np.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
-        found[name] = normal(abs(float(a.mean() - b.mean())), error, least=0)
+        found[name] = Estimate.normal(abs(float(a.mean() - b.mean())), error, least=0)
     return found | {"auc": _mean(attacks[0])}
 
 
 def _mean(values: np.ndarray) -> Estimate:
-    return normal(float(values.mean()), values.std(ddof=1) / np.sqrt(len(values)))
+    return Estimate.normal(float(values.mean()), values.std(ddof=1) / np.sqrt(len(values)))
 
 
 def _within_halves(n: int, rng: np.random.Generator) -> np.ndarray:

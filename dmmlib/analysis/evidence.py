@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 
 from dmmlib import datamodels, metrics
-from dmmlib.analysis.intervals import normal
 from dmmlib.metrics import Estimate
 from dmmlib.study import Study
 
@@ -68,7 +67,7 @@ def agreement(
     even = [np.full(k, 1 / k) for k in (len(originals), len(oracles))]
     draws = [scores(*(rng.multinomial(len(p), p) / len(p) for p in even)) for _ in range(n_bootstrap)]
     ends = zip(scores(*even), np.std(draws, axis=0, ddof=1), strict=True)
-    return dict(zip(("correlation", "slope"), (normal(value, error) for value, error in ends), strict=True))
+    return dict(zip(("correlation", "slope"), (Estimate.normal(value, error) for value, error in ends), strict=True))
 
 
 OWN = ("laptop", "smoke", "digits", "cifar10", "cifar10-images", "living17", "replicate")

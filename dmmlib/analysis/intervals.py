@@ -1,9 +1,8 @@
-"""Intervals of 95 %: normal around an estimate, Student's over draws, the bootstrap's over forget sets, Wilson's."""
+"""Intervals of 95 %: Student's over draws, the bootstrap's over forget sets, Wilson's."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,11 +12,6 @@ from dmmlib.errors import DataError
 from dmmlib.metrics import Estimate
 
 Z = 1.96
-
-
-def normal(value: float, error: float | np.floating[Any], least: float = -np.inf) -> Estimate:
-    """Give a value an interval of 1.96 standard errors on either side, cut off at the least possible value."""
-    return Estimate(value, max(least, value - Z * float(error)), value + Z * float(error))
 
 
 def mean_over(values: np.ndarray, log: bool = False) -> Estimate:

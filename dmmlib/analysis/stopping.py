@@ -16,7 +16,7 @@ import pandas as pd
 
 from dmmlib import metrics
 from dmmlib.analysis.claims import is_baseline
-from dmmlib.analysis.intervals import median_over, normal
+from dmmlib.analysis.intervals import median_over
 from dmmlib.analysis.looks import STOPS
 from dmmlib.errors import DataError
 from dmmlib.forget_sets import ForgetSet
@@ -71,9 +71,9 @@ def judge(margins: np.ndarray, oracle: np.ndarray, n_bootstrap: int = 50) -> tup
         for stop, at in zip(STOPS, (-1, chosen[-1], choosing.argmin(0)), strict=True):
             found[stop] += kloms[at, :, points].T / 2
     p95 = {stop: np.percentile(kloms, 95, axis=1) for stop, kloms in found.items()}
-    estimates = {stop: normal(float(v[0]), np.std(v[1:], ddof=1), least=0) for stop, v in p95.items()}
+    estimates = {stop: Estimate.normal(float(v[0]), np.std(v[1:], ddof=1), least=0) for stop, v in p95.items()}
     gain = p95["common"] - p95["own"]
-    return estimates | {"gain": normal(float(gain[0]), np.std(gain[1:], ddof=1))}, float(np.mean(chosen))
+    return estimates | {"gain": Estimate.normal(float(gain[0]), np.std(gain[1:], ddof=1))}, float(np.mean(chosen))
 
 
 def _ways(study: Study) -> Iterator[tuple[str, str, np.ndarray, np.ndarray, np.ndarray]]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from dmmlib import metrics
-from dmmlib.ensemble import Ensemble, Loss, Training, concatenate, descend, epoch_batches
+from dmmlib.ensemble import Ensemble, Loss, Training, descend, epoch_batches
 from dmmlib.errors import DataError
 from dmmlib.execution import Execution
 from dmmlib.files import config_hash, kept, read_arrays, short, write_arrays
@@ -136,7 +136,9 @@ class World:
             parts.append(part)
             if task:
                 self.progress(task, sum(p.n_models for p in parts), len(batches[0]))
-        return concatenate(parts)
+        params = {k: torch.cat([part.params[k] for part in parts]) for k in parts[0].params}
+        buffers = {k: torch.cat([part.buffers[k] for part in parts]) for k in parts[0].buffers}
+        return Ensemble(parts[0].module, params, buffers)
 
     @cached_property
     def _data(self) -> str:
