@@ -40,10 +40,12 @@ class Store:
     """
 
     def __init__(self, address: str, files: LocalStore | FsspecStore, attributes: Mapping[str, Any]) -> None:
-        self.address, self._files, self._attributes = address, files, attributes
+        self.address, self._files, self._hash = address, files, attributes["config_hash"]
         self._group = zarr.open_group(files, mode="r+")
         self._names = [name for name in attributes["descriptions"] if name != "done"]
+        self.config: dict[str, Any] = attributes["config"]  # what the content depends on
         self.n_models, self.shard_size = int(attributes["n_models"]), int(attributes["shard_size"])
+        self.n_shards = -(-self.n_models // self.shard_size)
 
     @classmethod
     def open(
@@ -111,15 +113,6 @@ class Store:
                 raise DamageError(f"{address}/{name}/{ROOT} is damaged; a run writes it anew.")
         return cls(address, files, found)
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """What the content depends on."""
-        return dict(self._attributes["config"])
-
-    @property
-    def n_shards(self) -> int:
-        return -(-self.n_models // self.shard_size)
-
     def models(self, shard: int) -> range:
         """Number the models of a shard."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.n_models))
@@ -164,28 +157,26 @@ class Store:
             DamageError: if a shard is damaged; it holds the numbers of all that are.
         """
         stop = self.n_models if stop is None else stop
-        shards, array = range(start // self.shard_size, -(-stop // self.shard_size)), self._array(name)
-        seals = self._seals()
-        undone = [shard for shard in shards if not seals[shard].any()]
-        if undone:
+        shards, seals = range(start // self.shard_size, -(-stop // self.shard_size)), self._seals()
+        self._array(name)  # raises for an unknown one
+        if undone := [shard for shard in shards if not seals[shard].any()]:
             raise StoreError(
                 f"{self.address} lacks {len(undone)} of {self.n_shards} shards (first: {undone[0]}); train again "
                 "to complete it."
             )
-        with suppress(*DAMAGED):  # what is wrong is said below
-            values = array[start:stop]
-            if all(self._seal(name, shard) == seals[shard, self._names.index(name)] for shard in shards):
-                return values
+        if (values := self._whole(name, range(start, stop), shards, seals)) is not None:
+            return values
         damaged = self.damaged()
-        raise DamageError(
-            f"{self.address} is damaged in shards {damaged}; a run trains just these again.",
-            damaged,
-        )
+        raise DamageError(f"{self.address} is damaged in shards {damaged}; a run trains just these again.", damaged)
 
     def damaged(self) -> list[int]:
         """List the shards that are marked done but cannot be read back whole."""
         seals = self._seals()
-        return [s for s in np.flatnonzero(seals.any(1)).tolist() if not self._is_whole(s, seals[s].tolist())]
+
+        def is_whole(shard: int) -> bool:
+            return all(self._whole(name, self.models(shard), [shard], seals) is not None for name in self._names)
+
+        return [shard for shard in np.flatnonzero(seals.any(1)).tolist() if not is_whole(shard)]
 
     def drop(self, shard: int) -> None:
         """Mark a shard as not done, so that the next run trains it again."""
@@ -196,14 +187,13 @@ class Store:
             raise StoreError(f"{self.address} holds no array {name!r}; it has {sorted(self._group.array_keys())}.")
         return self._group[name]
 
-    def _is_whole(self, shard: int, seals: list[int]) -> bool:
-        """Whether a shard's chunks can be read and are what its seals say."""
-        rows = self.models(shard)
+    def _whole(self, name: str, rows: range, shards: Sequence[int], seals: np.ndarray) -> np.ndarray | None:
+        """Rows of an array; None unless the chunks of their shards can be read and are what the seals say."""
         with suppress(*DAMAGED):
-            for name in self._names:
-                self._array(name)[rows.start : rows.stop]
-            return seals == [self._seal(name, shard) for name in self._names]
-        return False
+            values = self._array(name)[rows.start : rows.stop]
+            if all(self._seal(name, shard) == seals[shard, self._names.index(name)] for shard in shards):
+                return values
+        return None
 
     def _seals(self) -> np.ndarray:
         """The seals of all shards (n_shards, n_arrays), 0 where a shard is not done, 1 where one cannot be read."""
@@ -220,16 +210,14 @@ class Store:
         """Bind the checksum that a chunk ends with to its place, so that no other chunk can stand there; 0 if none."""
         key = f"{name}/c/{shard}" + "/0" * (self._array(name).ndim - 1)
         checksum = _get(self._files, key, SuffixByteRequest(4))
-        place = f"{self._attributes['config_hash']} {self.n_models} {self.shard_size} {name} {shard} "
+        place = f"{self._hash} {self.n_models} {self.shard_size} {name} {shard} "
         return 0 if checksum is None else int(short(place.encode() + checksum), 16)
 
 
 class Outputs:
     """Logits of a model set's models, read from its store as they are needed: slicing the first axis reads those.
 
-    Attributes:
-        shape: (n_models, n_points, n_classes).
-        step: models that are read at a time, straight into place, so that little is in memory twice.
+    Their shape is (n_models, n_points, n_classes). `step` models are read at a time, so that little is in memory twice.
     """
 
     def __init__(self, read: Callable[[int, int], np.ndarray], shape: tuple[int, int, int], step: int = 100) -> None:
