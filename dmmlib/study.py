@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from dmmlib.prediction import Models
 from dmmlib.progress import Progress
 from dmmlib.registry import check_call
 from dmmlib.trainer import once
-from dmmlib.unlearn import Problem, Unlearned
+from dmmlib.unlearn import Method, Problem, Unlearned
 
 if TYPE_CHECKING:
     from IPython.display import Image
@@ -69,7 +68,7 @@ class Study(Models):
         self.figures = Path(figures or place("figures"))
         taken = self._check_preset()
         self._own = forget_sets.load(Path(forget_set), self.data) if forget_set else None
-        self._beside = beside
+        self._beside, self._attributors = beside, dict[str, datamodels.Attributor]()
         if beside and self._own is not None and self._own.name in taken:
             raise ForgetSetError(
                 f"The preset has a forget set {self._own.name!r} already; save yours under another name to study it "
@@ -164,7 +163,7 @@ class Study(Models):
 
         # Ridge keeps the coarser measure that its replications were chosen by; the sharper one likes ridge less.
         n, config = self.preset.tuning.n_models, {"datamodels": keys.ridge(self.preset)} | keys.method("dm_direct")
-        return self._search("datamodel", dm_direct, self.preset.datamodels.grid, config, problem_of="", n=n)
+        return self._search("datamodel", dm_direct, self.preset.datamodels.grid, config, "", n)
 
     @once
     def datamodel(self) -> datamodels.Gauged:
@@ -187,19 +186,14 @@ class Study(Models):
             self.progress(f"fit the attributor {name}", 1, 1)
         return self._attributors[name]
 
-    @cached_property
-    def _attributors(self) -> dict[str, datamodels.Attributor]:
-        return {}
-
     # --- forget sets -----------------------------------------------------------------------------------
 
     @once
     def forget_sets(self) -> dict[str, ForgetSet]:
         """The reported forget sets by name; also saved as JSON in the run's directory."""
         own = {} if self._own is None else {self._own.name: self._own}
-        if own and not self._beside:
-            return own
-        return self._make_forget_sets(self.preset.forget_sets, exclude=None) | own
+        sections = () if own and not self._beside else self.preset.forget_sets
+        return self._make_forget_sets(sections, exclude=None) | own
 
     @once
     def tuning_sets(self) -> dict[str, ForgetSet]:
@@ -257,17 +251,10 @@ class Study(Models):
         config = keys.method(method) | keys.attributed(self.preset, method, self.tuning_sets)
         settings = unlearn.configurations(method, self.preset.tuning.budget, self.preset.seed)
         n = self.preset.ensembles.n_models
-        return self._search(method, unlearn.get(method), settings, config, problem_of=method, n=n)
+        return self._search(method, unlearn.get(method), settings, config, method, n)
 
     def _search(
-        self,
-        name: str,
-        method: unlearn.Method,
-        settings: list[dict[str, Any]],
-        config: dict[str, Any],
-        *,
-        problem_of: str,
-        n: int,
+        self, name: str, method: Method, settings: list[dict[str, Any]], config: dict[str, Any], problem_of: str, n: int
     ) -> pd.DataFrame:
         """Settings of a method, measured against n oracles on the tuning sets, best first.
 

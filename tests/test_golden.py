@@ -139,7 +139,7 @@ CHANGES = {
     "KLoM: another floor": ("metric klom", put(metrics, "FLOOR", 1e-4)),
     "KLoM: another number of bins": ("metric klom", default("n_bins", 10, metrics.klom)),
     "KLoM: another clip": ("metric klom", put(metrics, "CLIP", 90.0)),
-    "KLoM: narrower intervals": ("metric klom", edit(metrics.klom_summary, "1.96", "1.64")),
+    "KLoM: narrower intervals": ("metric klom", edit(metrics.klom_summary, "error, least", "0.8 * error, least")),
     "U-LiRA: a scale of all": ("metric u_lira", edit(metrics.u_lira, "fitted.std(0, ddof=1)", "fitted.std()")),
     "ridge: twice the penalty": ("ridge", edit(datamodels.RidgeDatamodel.fit.__func__, "add_(lam)", "add_(2 * lam)")),
     "predicted logits out of gauge": ("predicted oracle", edit(datamodels.retrained, "moved - wrong", "moved")),
