@@ -14,7 +14,7 @@ import threading
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -364,14 +364,3 @@ def train_and(
     parts = list(execution.run(train_chunk, [(masks[part], [seeds[i] for i in part]) for part in members]))
     back = np.argsort(np.concatenate(members), kind="stable")
     return {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
-
-
-def timed_steps(
-    factory: Callable[[], nn.Module], x: Tensor, y: Tensor, training: Training, execution: Execution, n: int
-) -> None:
-    """Take n training steps of `execution.chunk` models in each of its workers; see `execution.measure`."""
-    masks = np.zeros((execution.chunk * execution.workers, len(x)), bool)
-    masks[:, : training.batch_size] = True  # one batch per epoch
-    train_and(lambda models: {}, factory, x, y, masks, range(len(masks)), replace(training, epochs=n), execution)
-    if x.device.type == "cuda":
-        torch.cuda.synchronize()

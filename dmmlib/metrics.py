@@ -76,8 +76,8 @@ def correct(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 # --- KLoM ----------------------------------------------------------------------------------------------
 
 
-def _checked(unlearned: np.ndarray, oracle: np.ndarray, least: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Both as arrays, if they are finite margins of at least that many models at the same points."""
+def checked(unlearned: np.ndarray, oracle: np.ndarray, least: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Both as arrays; DataError unless they are finite margins of at least that many models at the same points."""
     unlearned, oracle = np.asarray(unlearned), np.asarray(oracle)
     for name, m in (("unlearned", unlearned), ("oracle", oracle)):
         if m.ndim != 2 or len(m) < least or m.dtype.kind not in "iuf":
@@ -158,7 +158,7 @@ def klom(
         raise DataError(f"KLoM was asked for with n_bins={n_bins}; use at least 2 (the definition has {N_BINS}).")
     if convention not in ("closed", "easydub"):
         raise DataError(f"Unknown KLoM convention {convention!r}; use 'closed' or 'easydub'.")
-    unlearned, oracle = _checked(unlearned, oracle)
+    unlearned, oracle = checked(unlearned, oracle)
 
     def of_block(first: int) -> np.ndarray:
         """Of few points, whose bin numbers, a byte each, stay in a core's cache while each bin is counted."""
@@ -217,7 +217,7 @@ def klom_draws(
     biased upwards: its spread is a standard error, its level is no estimate. Draws with the same numbers of models
     and the same seed resample alike, so that differences of two methods can be taken draw by draw.
     """
-    u, o, _, low, high = _ranges(*_checked(unlearned, oracle))
+    u, o, _, low, high = _ranges(*checked(unlearned, oracle))
     numbers = [_bins(m, low, high, N_BINS) for m in (u, o)]
     hot = [(of[..., None] == np.arange(N_BINS)).astype(np.float32).reshape(len(of), -1) for of in numbers]
     rng = np.random.default_rng(seed)
@@ -262,7 +262,7 @@ def u_lira(unlearned: np.ndarray, oracle: np.ndarray) -> np.ndarray:
     oracles, and says of each model of the other halves which of the two it comes from; then the halves
     change roles, so at least four models are needed on either side. 0.5 means that it cannot tell.
     """
-    unlearned, oracle = (m.astype(np.float64) for m in _checked(unlearned, oracle, least=4))
+    unlearned, oracle = (m.astype(np.float64) for m in checked(unlearned, oracle, least=4))
     huge = np.maximum(1, np.maximum(np.abs(unlearned).max(0), np.abs(oracle).max(0)) / 1e100)  # squares would overflow
     unlearned, oracle = unlearned / huge, oracle / huge
 
@@ -277,17 +277,6 @@ def u_lira(unlearned: np.ndarray, oracle: np.ndarray) -> np.ndarray:
             ratio = log_density(held_out, fit_u) - log_density(held_out, fit_o)
             accuracies.append(((sign * ratio > 0) + 0.5 * (ratio == 0)).mean(0))
     return np.mean(accuracies, axis=0)
-
-
-def ks(unlearned: np.ndarray, oracle: np.ndarray) -> np.ndarray:
-    """Two-sample Kolmogorov-Smirnov statistic of the margins at each point: (n_points,) in [0, 1]."""
-    unlearned, oracle = _checked(unlearned, oracle)
-    both = np.concatenate([unlearned, oracle])  # scipy's ks_2samp gives the same in thirty times the time
-    order = np.argsort(both, 0, kind="stable")
-    gap = np.cumsum(np.where(order < len(unlearned), 1 / len(unlearned), -1 / len(oracle)), 0)
-    ranked = np.take_along_axis(both, order, 0)
-    last_of_tie = np.concatenate([ranked[1:] != ranked[:-1], np.ones((1, ranked.shape[1]), bool)])
-    return np.abs(np.where(last_of_tie, gap, 0)).max(0)
 
 
 def accuracy_gap(

@@ -137,10 +137,6 @@ class Models(Trainer):
         margins = self.subset_margins(slice(self.data.n_train))
         return datamodels.principal_loadings(self.plain_datamodel(), margins, max(wanted, 2))
 
-    def influences(self, point: int) -> np.ndarray:
-        """How every training point acts on the margin of one point: its row (n_train,) of the datamodel matrix."""
-        return self.plain_datamodel().adjoint(self.subset_margins([point]).T)[0]
-
     def subset_margins(self, points: Any = ...) -> np.ndarray:
         """Margins (M, n) of the subset models on some points, all by default."""
         outputs, labels = self.subsets()[1], self.data.y[points]

@@ -27,7 +27,7 @@ VERSIONS = {
     "metric margin": 1,  # metrics: margins and their gauge
     "metric klom": 1,
     "metric u_lira": 1,
-    "metric ks": 1,
+    "metric ks": 1,  # analysis.evaluators
     "metric accuracy_gap": 1,
     "metric lds": 1,
     "ridge": 1,  # datamodels: ridge regression on masks

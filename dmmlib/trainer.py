@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial, wraps
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -198,7 +198,16 @@ class Trainer:
             "batch": training.batch_size,
             "precision": training.precision,
         }
-        steps = partial(ensemble.timed_steps, self.module, self.x[: self.data.n_train], self.y, training)
+        x = self.x[: self.data.n_train]
+
+        def steps(way: Execution, n: int) -> None:
+            masks = np.zeros((way.chunk * way.workers, len(x)), bool)
+            masks[:, : training.batch_size] = True  # one batch per epoch
+            short_training = replace(training, epochs=n)
+            ensemble.train_and(lambda models: {}, self.module, x, self.y, masks, range(len(masks)), short_training, way)
+            if x.device.type == "cuda":
+                torch.cuda.synchronize()
+
         return execution.fastest(options, self.device, steps, config, self.runs / "store", self.progress)
 
     # --- seeds and masks -------------------------------------------------------------------------------

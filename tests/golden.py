@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from dmmlib import attribution, data, datamodels, ensemble, forget_sets, metrics, models, unlearn
+from dmmlib.analysis import evaluators
 from dmmlib.attributors import kernel, margins
 from dmmlib.baselines import whitening
 from dmmlib.execution import one_thread
@@ -482,8 +483,8 @@ def _(inputs: Inputs) -> Values:
 @component("metric ks")
 def _(inputs: Inputs) -> Values:
     u, o = _two_ensembles()
-    yield "mean", metrics.ks(u, o).mean()
-    yield "mean with ties", metrics.ks(np.round(u), np.round(o)).mean()
+    yield "mean", evaluators.ks(u, o).mean()
+    yield "mean with ties", evaluators.ks(np.round(u), np.round(o)).mean()
 
 
 @component("metric accuracy_gap")

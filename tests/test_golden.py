@@ -21,6 +21,7 @@ from dmmlib import (
     tuning,
     unlearn,
 )
+from dmmlib.analysis import evaluators
 from dmmlib.attributors import bayesian, kernel, lasso, linearised, margins
 from dmmlib.baselines import dampening, newton, whitening
 from dmmlib.optim import SGD, Adam
@@ -249,7 +250,7 @@ def table(tmp_path, monkeypatch, today):
 
 def test_a_moved_number_is_recorded_only_with_a_raised_version(monkeypatch, table, capsys):
     text, before = table.read_text(), golden.read(table)
-    edit(metrics.ks, "np.abs(", "2 * np.abs(")(monkeypatch)
+    edit(evaluators.ks, "np.abs(", "2 * np.abs(")(monkeypatch)
     with pytest.raises(SystemExit, match="The version of 'metric ks' is 1, as recorded"):
         golden.main(["--update", "--table", str(table)])
     assert table.read_text() == text

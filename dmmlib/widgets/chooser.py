@@ -27,6 +27,11 @@ N_CHANGES = 24  # changed answers shown
 N_STILL = 14  # images in each row of the still picture
 
 
+def influences(study: Study, point: int) -> np.ndarray:
+    """Compute how every training point acts on the margin of one: its row (n_train,) of the datamodel matrix."""
+    return study.plain_datamodel().adjoint(study.subset_margins([point]).T)[0]
+
+
 class Chooser(w.VBox):
     """A forget set under construction; where no widget can be shown, a picture of the choice remains.
 
@@ -184,7 +189,7 @@ class Look(w.VBox):
         return self.gallery.focus
 
     def _influential(self, sign: int) -> None:
-        scores = sign * self._study.influences(self._current())
+        scores = sign * influences(self._study, self._current())
         skip = np.append(self._selection.indices, self._current())
         self._selection.add(forget_sets.highest(scores, self.k.value, skip))
 
