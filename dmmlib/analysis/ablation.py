@@ -65,17 +65,18 @@ def variant(
         raise OptionError(f"Option optimizer={optimizer!r} was given; use one of {known}.")
     if optimizer == "gauss-newton":
         return dmm(problem, cost=cost, steps=steps, farthest=farthest)
-    seen, coordinates = 0, None
+    seen, moved = 0, problem
     if optimizer == "whitened adam":
         seen = max(1, min(N_WHITEN, len(problem.retain), round(cost * problem.retraining / 8)))
         points = np.stack([rng.permutation(problem.retain)[:seen] for rng in problem.rngs(2)])
-        coordinates = Whitening(problem.x, points, DAMPING, problem.originals.module)
+        whitening = Whitening(problem.x, points, DAMPING, problem.originals.module)
+        originals = whitening.enter(problem.originals, np.arange(problem.n_models))
+        moved = dataclasses.replace(problem, originals=originals)
     n_steps = max(1, round((cost * problem.retraining - seen) / 20))
     parts = [draw_batches(problem, pool, n_steps, n) for pool, n in ((problem.forget, 8), (problem.retain, 12))]
     phase = Phase(list(np.concatenate(parts, axis=2)), squared_error(predicted_oracle(problem), problem))
-    return finetune(
-        problem, [phase], Adam(lr), rate=lambda share: lr * (1 - share), spent=seen, coordinates=coordinates
-    )
+    weights = list(problem.originals.params)  # and no whitener
+    return finetune(moved, [phase], Adam(lr), rate=lambda share: lr * (1 - share), only=weights, spent=seen)
 
 
 DEFAULTS: dict[str, Any] = {**(match.__kwdefaults__ or {}), "optimizer": "gauss-newton"}

@@ -1,4 +1,4 @@
-"""Coordinates in which the inputs of each layer are white; matching takes its steps there.
+"""Coordinates in which the inputs of each layer are white; the ablation of DMM lets Adam take its steps there.
 
 A layer W h becomes V (A^(-1/2) h) with V = W A^(1/2) and A = E[h h^T] + damping E[|h|^2] / d I, the second moment of
 its d inputs, or input channels, over points (and places). Gradient descent on V is descent on W preconditioned by
@@ -25,7 +25,7 @@ WHITENER = "whitener"
 
 @dataclass(frozen=True)
 class Whitening:
-    """Whitened coordinates of models of one architecture, for `finetune` to take steps in."""
+    """Whitened coordinates of models of one architecture, for `finetune` to take steps in: give it what has entered."""
 
     x: Tensor  # points (n_points, ...)
     points: np.ndarray  # indices (N, n) of those on which the inputs of each of N models are measured

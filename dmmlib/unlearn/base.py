@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -208,18 +208,6 @@ def draw_batches(problem: Problem, pool: np.ndarray, n_steps: int, size: int) ->
     return np.stack([order[: n_steps * size].reshape(n_steps, size) for order in orders], axis=1)
 
 
-class Coordinates(Protocol):
-    """Coordinates of weights that `finetune` takes its steps in."""
-
-    def enter(self, models: Ensemble, members: np.ndarray) -> Ensemble:
-        """Models that compute the same in these coordinates; `members` are their numbers among the N."""
-        ...
-
-    def leave(self, models: Ensemble) -> Ensemble:
-        """The same models in coordinates of their own again."""
-        ...
-
-
 @dataclass(frozen=True)
 class Phase:
     """A stretch of fine-tuning."""
@@ -236,7 +224,6 @@ def finetune(
     only: Collection[str] | None = None,
     masks: Tensors | None = None,
     spent: int = 0,
-    coordinates: Coordinates | None = None,
 ) -> Unlearned:
     """Fine-tune all originals through the phases, in order and with one optimizer; record their margins on the way.
 
@@ -245,7 +232,6 @@ def finetune(
         only: names of the parameters to move, the others being frozen; all if None.
         masks: name -> (N, ...), what gradients are multiplied with, if given.
         spent: sample gradients per model that were spent before, to be counted in the cost.
-        coordinates: in which steps are taken; the models' own if None.
     """
     gradients = spent + np.cumsum([batch.shape[1] for phase in phases for batch in phase.batches])
     n_steps, checkpoints = len(gradients), moments(problem, len(gradients))
@@ -256,17 +242,13 @@ def finetune(
 
     def tune_chunk(members: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         models = originals[members.tolist()].clone()
-        models = models if coordinates is None else coordinates.enter(models, members)
         state = optimizer.start({k: v for k, v in models.params.items() if k in moving})
         trajectory: list[np.ndarray] = []
-
-        def answers() -> np.ndarray:
-            return (models if coordinates is None else coordinates.leave(models)).logits(x).numpy()
 
         def run(phase: Phase, before: int) -> None:
             def record(taken: int) -> None:
                 if before + taken in checkpoints[:-1]:
-                    trajectory.append(margins(answers(), labels))
+                    trajectory.append(margins(models.logits(x).numpy(), labels))
 
             descend(
                 models,
@@ -288,7 +270,7 @@ def finetune(
         for phase in phases:
             run(phase, before)
             before += len(phase.batches)
-        return answers(), trajectory
+        return models.logits(x).numpy(), trajectory
 
     chunks = problem.execution.split(np.arange(problem.n_models))
     return collect(problem, problem.execution.run(tune_chunk, chunks), gradients)
