@@ -13,7 +13,7 @@ import reprlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -22,9 +22,6 @@ from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, Posi
 from dmmlib.errors import MethodError, PresetError
 from dmmlib.files import check_name, resource, short
 from dmmlib.registry import Registry, did_you_mean
-
-if TYPE_CHECKING:
-    from dmmlib.ensemble import Training
 
 PRESETS_DIR = resource("presets")
 METHODS = ("do_nothing", "retrain", "gd", "ga", "ga_gd", "scrub", "oracle_matching", "dm_direct", "dmm")
@@ -115,11 +112,6 @@ class TrainingSection(Section):
     weight_decay: NonNegativeFloat = 5e-4
     warmup: BelowOne = 0.2
     precision: Literal["float32", "bfloat16"] = "float32"
-
-    def training(self) -> Training:
-        from dmmlib.ensemble import Training
-
-        return Training(**self.model_dump())
 
 
 class EnsemblesSection(Section):

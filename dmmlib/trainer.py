@@ -164,7 +164,7 @@ class Trainer:
     @property
     def training(self) -> ensemble.Training:
         """How models are trained."""
-        return self.preset.training.training()
+        return ensemble.Training(**self.preset.training.model_dump())
 
     # --- execution -------------------------------------------------------------------------------------
 

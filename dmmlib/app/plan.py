@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -197,7 +197,8 @@ def measure(
 
     def train(n_models: int, examples: int, epochs: int) -> float:
         x, y = torch.randn(examples, *shape, device=device), torch.arange(examples, device=device) % n_classes
-        training = replace(preset.training.training(), epochs=epochs, batch_size=examples, lr=1e-3)
+        section = preset.training.model_dump() | {"epochs": epochs, "batch_size": examples, "lr": 1e-3}
+        training = ensemble.Training(**section)
         start = time.perf_counter()
         trained = ensemble.train(module, x, y, np.ones((n_models, examples), bool), range(n_models), training)
         next(iter(trained.params.values())).sum().item()  # waits for the device
