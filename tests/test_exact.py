@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import ks_2samp, kstest, norm
 
-from dmmlib import data, presets
+from dmmlib import data, ensemble, presets
 from dmmlib.errors import DataError, ForgetSetError, PresetError, StoreError
 from dmmlib.studies.exact import compare, experiments
 from dmmlib.studies.exact.chains import SGD, delete, insert, learn, recomputation_bound, reflection, tv_bound
@@ -387,3 +388,11 @@ def test_rows_have_costs_and_guarantees(task: compare.Task) -> None:
     assert all(row["forget low"] <= row["forget"] and row["floor"] <= row["floor high"] for row in (sharded, stable))
     small, large = (compare.certified_newton(task, v, 0.1, 1e-4, 400, rng) for v in (0.1, 1.0))
     assert float(large["guarantee"][1:].split(",")[0]) < float(small["guarantee"][1:].split(",")[0])
+
+
+def test_matching_spends_what_it_is_given(task: compare.Task) -> None:
+    training = ensemble.Training(3, 20, 2.0, momentum=0.0, weight_decay=0.0)
+    rows = pd.DataFrame(compare.dmm(task, training, 200, 0.05, (0.1, 0.4), 0))
+    np.testing.assert_allclose(rows["cost"], [0.1, 0.4], rtol=0.2)
+    assert (rows[["forget", "retain", "validation", "accuracy"]] >= 0).all(axis=None)
+    assert (rows["guarantee"] == "none").all()

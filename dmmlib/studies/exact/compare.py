@@ -174,7 +174,7 @@ def certified_newton(task: Task, noise: float, ridge: float, delta: float, work:
 
 
 def dmm(
-    task: Task, training: ensemble.Training, n_subsets: int, lam: float, costs: Sequence[float], lr: float, seed: int
+    task: Task, training: ensemble.Training, n_subsets: int, lam: float, costs: Sequence[float], seed: int
 ) -> list[Row]:
     """Run the study's own method on the same points, with a ridge datamodel: a row for each cost."""
     n, n_models = task.train.n, task.n_models
@@ -197,7 +197,7 @@ def dmm(
     problem = unlearn.Problem(originals, logits, x, y, n, task.forget, training, attributor, seed=seed)
     rows = []
     for cost in costs:
-        done = unlearn.get("dmm")(problem, cost=cost, lr=lr, batch_size=10)
+        done = unlearn.get("dmm")(problem, cost=cost)
         costs_here = done.cost * problem.retraining / (training.epochs * n), np.nan
         margins = original, done.margins, oracle, floor
         rows.append(task.row("DMM", f"{cost:.0%} of retraining", "none", costs_here, *margins))

@@ -138,6 +138,6 @@ def comparison(data: Dataset, s: ExactSettings) -> pd.DataFrame:
         *(compare.tv_stable(task, replace(quiet, noise=noise), rng) for noise in (0.0, *s.noises)),
         *(compare.sisa(task, quiet, k, rng) for k in s.shards),
         *(compare.certified_newton(task, noise, s.ridge, s.delta, quiet.work, rng) for noise in s.newton_noises),
-        *compare.dmm(task, training, s.n_subsets, s.ridge_datamodel, s.dmm_costs, s.matching_lr, s.seed),
+        *compare.dmm(task, training, s.n_subsets, s.ridge_datamodel, s.dmm_costs, s.seed),
     ]
     return pd.DataFrame(rows)

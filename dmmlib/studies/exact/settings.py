@@ -54,7 +54,6 @@ class ExactSettings(Section):
     dmm_epochs: PositiveInt = 5  # SGD of DMM's models; by default as many sample gradients as the chains'
     dmm_batch: PositiveInt = 20
     dmm_lr: PositiveFloat = 8.0
-    matching_lr: PositiveFloat = 0.03  # of DMM's fine-tuning
     dmm_costs: tuple[Share, ...] = Field((0.02, 0.05, 0.1, 0.2, 0.4), min_length=1)  # shares of a retraining it spends
 
     seed: NonNegativeInt = 0

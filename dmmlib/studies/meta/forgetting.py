@@ -13,7 +13,6 @@ What is random in a model: its initialisation, and which tasks its meta-steps se
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -143,10 +142,8 @@ def attribute(at: Setting) -> RidgeDatamodel:
     return RidgeDatamodel.fit(np.repeat(masks, s.shots, axis=1), logits, s.ridge * s.shots)
 
 
-def forget(
-    at: Setting, task: int, originals: Tensor, attributor: Attributor, methods: Mapping[str, Mapping[str, float]]
-) -> pd.DataFrame:
-    """Forget one task by methods with their options: a row for each method, split and statistic of KLoM.
+def forget(at: Setting, task: int, originals: Tensor, attributor: Attributor) -> pd.DataFrame:
+    """Forget one task by each of `METHODS`: a row for each method, split and statistic of KLoM.
 
     "gd" goes on meta-training without the task for the share `cost` of the steps. Matching spends as many sample
     gradients on points of adapted models.
@@ -167,13 +164,13 @@ def forget(
     )
     reference = at.margins(at.oracles(task))
     rows = []
-    for method, options in methods.items():
+    for method in METHODS:
         if method == "gd":
             fewer = replace(at.learner, n_steps=max(1, round(s.cost * n_steps)))
             margins = at.margins(at.train(at.without(task), 4, task, start=originals, learner=fewer))
             cost = fewer.n_steps / n_steps
         else:
-            done = unlearn.get(method)(problem, **options)
+            done = unlearn.get(method)(problem, **{"cost": s.cost} if method in MATCHING else {})
             margins, cost = done.margins, done.cost * (problem.retraining / work if method in MATCHING else 1)
         rows += [
             [f"task {task}", method, split, f"klom_{name}", e.value, e.low, e.high, cost]
@@ -184,22 +181,11 @@ def forget(
     return pd.DataFrame(rows, columns=columns)
 
 
-def compare(data: Dataset, s: MetaSettings) -> tuple[pd.DataFrame, dict[str, float]]:
-    """Run every method on every reported task at `forget_lam`, as `forget`; also the learning rates of matching.
-
-    These have the lowest p95 KLoM over splits and tuning tasks, which are not reported.
-    """
+def compare(data: Dataset, s: MetaSettings) -> pd.DataFrame:
+    """Run every method on every reported task at `forget_lam`: rows as of `forget`."""
     at = setting(data, s, s.forget_lam)
     models = at.originals(), attribute(at)
-    tuning = pd.concat(
-        forget(at, task, *models, {m: {"cost": s.cost, "lr": lr} for m in MATCHING}).assign(lr=lr)
-        for lr in s.matching_lrs
-        for task in range(s.n_forget, s.n_forget + s.n_tuning)
-    )
-    scores = tuning[tuning["statistic"] == "klom_p95"].groupby(["method", "lr"], sort=False)["value"].mean()
-    rates = {method: float(scores[method].idxmin()) for method in MATCHING}
-    methods = {m: {"cost": s.cost, "lr": rates[m]} if m in rates else {} for m in METHODS}
-    return pd.concat([forget(at, k, *models, methods) for k in range(s.n_forget)], ignore_index=True), rates
+    return pd.concat([forget(at, k, *models) for k in range(s.n_forget)], ignore_index=True)
 
 
 def nothing(at: Setting) -> pd.DataFrame:

@@ -62,19 +62,17 @@ class MetaSettings(Section):
     forget_lam: PositiveFloat = 0.3  # lambda where methods are compared
     forget_lams: Some[PositiveFloat] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # and where it varies
     n_forget: Several = 8  # tasks that are forgotten, one at a time, for the report
-    n_tuning: PositiveInt = 2  # others, for tuning
     n_subsets: Several = 1000  # subset meta-learners behind the datamodel
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.9  # share of the tasks that each of them has
     ridge: PositiveFloat = 0.01  # penalty
     cost: Annotated[float, Field(gt=0, le=1)] = 0.2  # share of a retraining that a method may spend
-    matching_lrs: Some[PositiveFloat] = (1e-3, 3e-3, 1e-2, 3e-2)  # of OM and DMM; chosen on the tuning tasks
     seed: NonNegativeInt = 0
 
     @model_validator(mode="after")
     def _fit(self) -> MetaSettings:
         """Refuse sizes that do not fit one another, and unstable steps."""
-        if self.n_forget + self.n_tuning >= self.tasks:
-            raise ValueError(f"n_forget + n_tuning must leave some of the {self.tasks} tasks to retain")
+        if self.n_forget >= self.tasks:
+            raise ValueError(f"n_forget={self.n_forget} must leave some of the {self.tasks} tasks to retain")
         if self.tasks_per_step > self.tasks:
             raise ValueError(f"tasks_per_step={self.tasks_per_step} exceeds the {self.tasks} tasks; lower it")
         forgetting = self.forget_step * max(self.forget_lam, *self.forget_lams)
