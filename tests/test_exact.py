@@ -162,7 +162,7 @@ def test_tv_bound_is_above_the_distance_of_last_iterates() -> None:
 
 @pytest.fixture
 def saved(few: Problem, tmp_path: Path) -> Path:
-    path = tmp_path / "state.safetensors"
+    path = tmp_path / "state.npz"
     save(path, few, learn(few, sgd(), 3, np.random.default_rng(0)))
     return path
 
@@ -206,23 +206,25 @@ def test_failed_write_leaves_the_old_state(few: Problem, saved: Path, monkeypatc
 
 KILLED = """
 import sys, numpy as np
+from pathlib import Path
 from dmmlib.studies.exact.chains import SGD, learn
 from dmmlib.studies.exact.problem import Problem
 from dmmlib.studies.exact.state import Request, save, serve
 points = Problem(np.eye(40), np.resize([-1.0, 1.0], 40))
 chain = SGD(400, 5, 1.0, 5.0, 0.2)
 rng = np.random.default_rng()
-save(sys.argv[1], points, learn(points, chain, 20, rng))
+path = Path(sys.argv[1])
+save(path, points, learn(points, chain, 20, rng))
 print("ready", flush=True)
 for _ in range(10000):
     for kind in ("delete", "insert"):
-        list(serve(sys.argv[1], points, chain, [Request(kind, 3)], rng))
+        list(serve(path, points, chain, [Request(kind, 3)], rng))
 """
 
 
 def test_kill_leaves_the_old_state_or_the_new(tmp_path: Path) -> None:
     points = Problem(np.eye(40), np.resize([-1.0, 1.0], 40))
-    path = tmp_path / "state.safetensors"
+    path = tmp_path / "state.npz"
     child = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE)
     assert child.stdout is not None
     child.stdout.readline()
@@ -248,12 +250,12 @@ def test_damaged_foreign_and_missing_states_are_refused(few: Problem, saved: Pat
             load(saved, few, sgd(**changes))
     with pytest.raises(StoreError, match="number of points 30, expected 20"):
         load(saved, few.part(np.arange(20)), sgd())
-    with pytest.raises(StoreError, match="cannot be read"):
+    with pytest.raises(StoreError, match="does not exist"):
         load(saved.with_name("none"), few, sgd())
     content = bytearray(saved.read_bytes())
-    content[-5] ^= 1
+    content[len(content) // 2] ^= 1
     saved.write_bytes(content)
-    with pytest.raises(StoreError, match="the checksum"):
+    with pytest.raises(StoreError, match="is damaged"):
         load(saved, few, sgd())
 
 

@@ -1,7 +1,7 @@
 """The state of chains on disk: one file, bound to its model and its data, replaced as a whole or not at all.
 
-A safetensors file of the arrays of `Chains`, with a header of what they belong to and a SHA-256. It holds no
-seed: from one, the draws that a deletion undid could be made again.
+The arrays of `Chains`, with what they belong to, as `files.write_arrays` keeps them. There is no seed among them: from
+one, the draws that a deletion undid could be made again.
 """
 
 from __future__ import annotations
@@ -14,15 +14,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from dmmlib.errors import ForgetSetError, StoreError
-from dmmlib.files import replacing
+from dmmlib.files import read_arrays, write_arrays
 from dmmlib.studies.exact.chains import SGD, Chains, Points, Receipt, delete, insert
 from dmmlib.studies.exact.problem import Problem, project
 
-FORMAT = "dmmlib.studies.exact, version 2"
 _DTYPES = {"present": "bool", "batches": "int32", "means": "float64", "steps": "float64", "iterates": "float64"}
 _ACTIONS = {"delete": delete, "insert": insert}
 
@@ -34,26 +31,19 @@ class Request(NamedTuple):
     points: Points
 
 
-def _identity(problem: Problem, sgd: SGD, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """What a state is, and what it belongs to; points that no run holds any more leave no trace in it."""
-    content, present = hashlib.sha256(), np.flatnonzero(arrays["present"].any(0))
-    for name in _DTYPES:
-        content.update(f"{name}{arrays[name].shape}".encode() + arrays[name].tobytes())
-    used = [present, *(values.take(present, axis=0, mode="clip") for values in (problem.x, problem.y))]
-    return {
-        "checksum": content.hexdigest(),
-        "number of points": problem.n,
-        "sgd": asdict(sgd),
-        "training data": hashlib.sha256(b"".join(values.tobytes() for values in used)).hexdigest(),
-    }
+def _identity(problem: Problem, sgd: SGD, present: np.ndarray) -> dict[str, Any]:
+    """What a state belongs to; points that no run holds any more leave no trace in it."""
+    held = np.flatnonzero(present.any(0))
+    used = [held, *(values.take(held, axis=0, mode="clip") for values in (problem.x, problem.y))]
+    content = b"".join(values.tobytes() for values in used)
+    data = hashlib.sha256(content).hexdigest()
+    return {"number of points": problem.n, "sgd": asdict(sgd), "training data": data}
 
 
 def save(path: Path, problem: Problem, chains: Chains) -> None:
     """Write a state; readers see the old file or the new one, which StoreError leaves unchanged."""
-    arrays = {name: np.ascontiguousarray(getattr(chains, name)) for name in _DTYPES}
-    header = {"format": FORMAT} | _identity(problem, chains.sgd, arrays)
-    with replacing(path) as temporary:
-        save_file(arrays, temporary, {"state": json.dumps(header)})
+    arrays = {name: getattr(chains, name) for name in _DTYPES}
+    write_arrays(path, arrays | {"header": json.dumps(_identity(problem, chains.sgd, chains.present))})
 
 
 def load(path: Path, problem: Problem, sgd: SGD) -> Chains:
@@ -63,17 +53,20 @@ def load(path: Path, problem: Problem, sgd: SGD) -> Chains:
         StoreError: if it is missing, truncated, damaged, of another version, or of another model or data.
     """
     try:
-        with safe_open(path, framework="np") as file:
-            header = json.loads((file.metadata() or {}).get("state", "{}"))
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise StoreError(f"{path} cannot be read as saved chains ({error}); restore a copy, or train again.") from error
-    if header.get("format") != FORMAT or set(arrays) != set(_DTYPES):
-        raise StoreError(f"{path} has the format {header.get('format')!r}, expected {FORMAT!r}; train again.")
-    for key, value in _identity(problem, sgd, arrays).items():
+        arrays = read_arrays(path)
+        header = json.loads(str(arrays.pop("header")))
+        identity = _identity(problem, sgd, arrays["present"])
+    except (StoreError, KeyError, ValueError) as error:
+        missing = "is damaged, or of another version" if path.exists() else "does not exist"
+        raise StoreError(
+            f"{path} cannot be read as saved chains: it {missing}; restore a copy, or train again."
+        ) from error
+    for key, value in identity.items():
         if header.get(key) != value:
-            advice = "it is damaged, or of another model or other data: restore a copy, or open its own"
-            raise StoreError(f"{path} has the {key} {header.get(key)}, expected {value}; {advice}.")
+            raise StoreError(
+                f"{path} has the {key} {header.get(key)}, expected {value}; it is of another model or other data: open "
+                "its own."
+            )
     chains = Chains(sgd, **arrays)
     if not _consistent(problem, chains):
         raise StoreError(f"{path} contradicts itself: batches, steps and iterates do not belong together; train again.")
