@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
 
 from dmmlib import ensemble
+from dmmlib.analysis.intervals import wilson
 from dmmlib.data import Dataset
 from dmmlib.studies.exact import compare
 from dmmlib.studies.exact.chains import SGD, delete, insert, learn, recomputation_bound, tv_bound
@@ -73,11 +73,11 @@ def _recomputed(problem: Problem, sgd: SGD, n_runs: int, rng: np.random.Generato
     """Delete another random point in every run: how often anything is recomputed, with a 95 % interval and bounds."""
     chains = learn(problem, sgd, n_runs, rng)
     _, receipt = delete(problem, chains, rng.integers(0, problem.n, (n_runs, 1)), rng)
-    interval = binomtest(int(receipt.recomputed.sum()), n_runs).proportion_ci(method="wilson")
+    measured = wilson(int(receipt.recomputed.sum()), n_runs)
     return {
-        "measured": float(receipt.recomputed.mean()),
-        "low": interval.low,
-        "high": interval.high,
+        "measured": measured.value,
+        "low": measured.low,
+        "high": measured.high,
         "bound": recomputation_bound(sgd, problem.n),
         "rho": tv_bound(sgd, problem.n),
         "cost": float(receipt.cost.mean()) / sgd.work,

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dmmlib.analysis.looks import PALETTE, legend, titled
+from dmmlib.analysis.looks import PALETTE, bars, legend, log_axis, titled
 from dmmlib.studies.exact.evidence import BROKEN
 from dmmlib.studies.exact.experiments import Exactness
 
@@ -63,16 +63,13 @@ def price(table: pd.DataFrame, title: str, caption: str) -> Figure:
     for axis, (key, name) in zip(axes, quantities.items(), strict=True):
         here = table[table["varies"] == key]
         for (variant, part), tint, mark in zip(here.groupby("variant"), PALETTE, "oX", strict=False):
-            whiskers = [part["measured"] - part["low"], part["high"] - part["measured"]]
             look = {"color": tint, "ms": 6, "capsize": 2, "fmt": mark}
-            axis.errorbar(part["value"], part["measured"], whiskers, label=f"{variant}: measured", **look)
+            axis.errorbar(part["value"], part["measured"], bars(part, "measured"), label=f"{variant}: measured", **look)
             axis.plot(part["value"], part["bound"], color=tint, lw=1.6, label=f"{variant}: bound")
             if variant == "noisy":
                 axis.plot(part["value"], part["rho"], color=tint, lw=1.4, ls=":", label="noisy: TV bound ρ")
-        values = sorted(here["value"].unique())
-        axis.set(xscale="log", xlabel=name, ylim=(0, 1.04))
-        axis.set_xticks(values, [f"{v:g}" for v in values])
-        axis.minorticks_off()
+        axis.set(xlabel=name, ylim=(0, 1.04))
+        log_axis(axis, "x", tuple(sorted(here["value"].unique())))
     axes[0].set_ylabel("probability of recomputation")
     legend(figure, axes[-1])
     return titled(figure, title, caption)
@@ -112,9 +109,8 @@ def trade_off(table: pd.DataFrame, title: str, caption: str) -> Figure:
     left.axhspan(table["floor"].min(), table["floor"].max(), color="0.88", zorder=0, label="retrained twice (floor)")
     left.plot([], [], "_", color="0.3", ms=8, label="same models, do nothing")
     left.plot([], [], "o", color="0.3", mfc="white", label="right: one random point")
-    left.set(ylabel="forget KLoM p95, to own retraining", yscale="log", xlim=(0, 1.05), xlabel="cost / retraining")
-    left.set_yticks([0.5, 1, 2, 5, 10], ["0.5", "1", "2", "5", "10"])
-    left.minorticks_off()
+    left.set(ylabel="forget KLoM p95, to own retraining", xlim=(0, 1.05), xlabel="cost / retraining")
+    log_axis(left, "y", (0.5, 1, 2, 5, 10))
     right.set(ylabel="validation accuracy, unlearned", xlabel="cost / retraining")
     _plain_log(right, "x")
     for axis in (left, right):

@@ -8,11 +8,10 @@ from dataclasses import astuple, replace
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 from torch import Tensor
 
+from dmmlib.analysis.intervals import mean_over
 from dmmlib.data import Dataset
-from dmmlib.errors import DataError
 from dmmlib.metrics import Estimate
 from dmmlib.studies.meta import forgetting
 from dmmlib.studies.meta.bounds import KINDS, Bounds
@@ -31,19 +30,10 @@ SYMBOLS = {
 }
 
 
-def mean_estimate(values: np.ndarray, least: float = -np.inf) -> Estimate:
-    """Compute the mean of values (k,) with a 95 % t-interval, cut off at `least`; DataError for one value."""
-    if len(values) < 2:
-        raise DataError(f"An interval over {len(values)} value was asked for; repeat at least twice.")
-    centre = float(np.mean(values))
-    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
-    return Estimate(centre, max(least, centre - half), centre + half)
-
-
 def slope(x: np.ndarray, rows: np.ndarray) -> Estimate:
     """Fit the log-log slope of each row of rows (k, len(x)) against x: their mean with a 95 % interval."""
     centred = np.log(x) - np.log(x).mean()
-    return mean_estimate(np.log(rows) @ centred / (centred**2).sum())
+    return mean_over(np.log(rows) @ centred / (centred**2).sum())
 
 
 def measure(case: Case, s: MetaSettings, seed: int) -> pd.DataFrame:
@@ -103,7 +93,7 @@ def measure(case: Case, s: MetaSettings, seed: int) -> pd.DataFrame:
     before = losses(base, support)
     after = [losses(task_w, support), losses(example_w, support), losses(base, changed), losses(task_w, changed)]
     each = [(new - before).abs().amax((1, 2)).numpy() for new in after]
-    table = pd.DataFrame([mean_estimate(v, least=0) for v in each], pd.Index(KINDS, name="kind"))
+    table = pd.DataFrame([mean_over(v) for v in each], pd.Index(KINDS, name="kind")).clip(lower=0)
     bound = {} if learner.unchecked else Bounds.of(case, max(radii)).changes()
     table["bound"], table["radius"], table["each"] = table.index.map(bound), max(radii), pd.Series(each, table.index)
     return table.rename(columns={"value": "measured"})
@@ -124,7 +114,7 @@ def gap(case: Case, s: MetaSettings, seed: int, radius: float = 0.0) -> dict[str
     new_x, new_y = case.draw((s.gap_repeats, s.gap_tasks), n + s.queries, rng)
     u = learner.adapt(w[:, None], new_x[:, :, :n], new_y[:, :, :n], rng=rng)
     transfer = learner.loss.at(u, new_x[:, :, n:], new_y[:, :, n:], learner.eps).mean((1, 2))
-    mean = mean_estimate((transfer - empirical).numpy())
+    mean = mean_over((transfer - empirical).numpy())
     bound = Bounds.of(case, max(radius, visited, largest_norm(u))).changes()["meta"]
     return {"transfer": float(transfer.mean()), "gap": mean.value, "low": mean.low, "high": mean.high, "bound": bound}
 
@@ -281,8 +271,8 @@ def forgetting_against_stability(data: Dataset, s: MetaSettings) -> pd.DataFrame
         case = images(data, s.side, at.learner, s.tasks, s.shots)
         found = measure(case, s.model_copy(update={"seeds": 4}), s.seed)
         for name, values in {**forgetting.nothing(at), **found["each"]}.items():
-            mean = mean_estimate(np.asarray(values), least=0)
-            row |= {name: mean.value, f"{name} low": mean.low, f"{name} high": mean.high}
+            mean = mean_over(np.asarray(values))
+            row |= {name: mean.value, f"{name} low": max(0.0, mean.low), f"{name} high": mean.high}
             if name in found.index:
                 row[f"{name} bound"] = found.loc[name, "bound"]
         rows.append(row)

@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dmmlib.analysis.looks import PALETTE, bars, legend, titled
+from dmmlib.analysis.looks import PALETTE, bars, legend, log_axis, titled
 from dmmlib.studies.meta.experiments import SYMBOLS
 
 REPLACED: dict[str, dict[str, Any]] = {
@@ -25,10 +25,8 @@ _CHANGE = "largest change of loss"
 
 
 def _logarithmic(axis: Axes, values: pd.Series, name: str) -> None:
-    ticks = np.unique(values)
-    axis.set(xscale="log", yscale="log", xlabel=name)
-    axis.set_xticks(ticks, [f"{v:g}" for v in ticks])
-    axis.minorticks_off()
+    axis.set(yscale="log", xlabel=name)
+    log_axis(axis, "x", tuple(np.unique(values)))
     axis.grid(axis="y", color="0.93")
 
 
