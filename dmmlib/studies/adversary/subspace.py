@@ -23,25 +23,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad, jvp, vmap
+from torch.func import functional_call, jvp, vmap
 from torch.nn.functional import cross_entropy, one_hot
 
 from dmmlib.ensemble import Ensemble
 from dmmlib.errors import OptionError
-from dmmlib.gradients import margin
+from dmmlib.gradients import explicit, margin, margins_of
 from dmmlib.optim import Tensors
 
 
 def gradients(models: Ensemble, i: int, x: Tensor, y: Tensor) -> Tensor:
     """Compute the gradients (n, n_weights) of the margins of points (n, ...) in the weights of model i."""
-    module = models.module.eval()
     params, buffers = models.state_of(i)
-
-    def one(params: Tensors, point: Tensor, label: Tensor) -> Tensor:
-        return margin(functional_call(module, (params, buffers), (point[None],)), label[None])[0]
-
-    found = vmap(grad(one), in_dims=(None, 0, 0))(params, x, y)
-    return torch.cat([found[name].flatten(1) for name in params], 1)
+    return torch.cat(list(explicit(params, list(params), margins_of(models.module.eval(), buffers), x, y)))
 
 
 def _factors(phi: Tensor, lam: float) -> tuple[Tensor, Tensor]:
