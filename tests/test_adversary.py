@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from dmmlib import data, metrics, models, presets
 from dmmlib.errors import DataError, ForgetSetError, OptionError, PresetError
-from dmmlib.execution import Execution
 from dmmlib.studies.adversary import convex, crafting, defence, experiments, geometry, service, serving, sweep
 from dmmlib.studies.adversary.geometry import jensen_gap, stable_region
 from dmmlib.studies.adversary.settings import AdversarySettings
@@ -36,7 +35,7 @@ def digits() -> data.Dataset:
 
 @pytest.fixture(scope="module")
 def world(digits: data.Dataset) -> World:
-    return World.of(digits, SMALL, mlp(digits, SMALL, Execution(16)))
+    return World.of(digits, SMALL, mlp(digits, SMALL))
 
 
 @pytest.fixture(scope="module")
@@ -409,7 +408,7 @@ def test_sites_hold_their_own_poison_and_differ(world: World, prepared: experime
 
 
 def test_served_tables_are_complete_and_their_summary_right(world: World, prepared: experiments.Prepared) -> None:
-    options = {"do_nothing": {}, "retrain": {}, "ga": {"epochs": 1.0, "lr": 1e-3}, "dmm": {"cost": 0.1, "lr": 1e-3}}
+    options = {"do_nothing": {}, "retrain": {}, "ga": {"epochs": 1.0, "lr": 1e-3}, "dmm": {"cost": 0.1}}
     served = serving.serve(world, prepared.asked["ddpa_dirty"], options)
     assert len(served) == len(options) * SMALL.n_targets * SMALL.n_models
     nothing = served[served["method"] == "do_nothing"]
@@ -508,7 +507,7 @@ def test_interval_covers_the_mean_of_its_table() -> None:
 
 @pytest.fixture(scope="module")
 def convex_attacks(digits: data.Dataset) -> list[convex.Attack]:
-    return convex.prepare(digits, SMALL, Execution(16))
+    return convex.prepare(digits, SMALL)
 
 
 def test_exact_deletion_meets_every_attack_on_points_that_were_trained_on(convex_attacks: list[convex.Attack]) -> None:

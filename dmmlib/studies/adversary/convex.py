@@ -13,7 +13,6 @@ from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 from dmmlib import ensemble
 from dmmlib.data import Dataset
-from dmmlib.execution import Execution
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.studies.adversary.experiments import at_random, ddpa, fit_datamodel, hidden, of_honest_points
 from dmmlib.studies.adversary.serving import columns, klom_rows, over_requests
@@ -23,7 +22,7 @@ from dmmlib.studies.exact.chains import SGD, Chains, delete, learn
 from dmmlib.studies.exact.problem import Problem, from_images
 
 
-def victim(data: Dataset, s: AdversarySettings, execution: Execution | None = None) -> Victim:
+def victim(data: Dataset, s: AdversarySettings) -> Victim:
     """Make logistic regression on the points of `exact.problem.from_images`, of norm 1, a module of two logits."""
 
     def features(images: Tensor) -> Tensor:
@@ -31,7 +30,7 @@ def victim(data: Dataset, s: AdversarySettings, execution: Execution | None = No
         return normalize(torch.cat([pixels, pixels.new_ones(len(pixels), 1)], 1), dim=1)
 
     training = ensemble.Training(s.epochs, s.convex_batch, s.convex_lr, momentum=0.0, weight_decay=0.0)
-    return Victim.of(data, features, lambda d: nn.Linear(d, 2, bias=False), training, execution)
+    return Victim.of(data, features, lambda d: nn.Linear(d, 2, bias=False), training)
 
 
 def binary(data: Dataset, positive: tuple[int, ...]) -> Dataset:
@@ -51,13 +50,13 @@ class Attack:
     requests: list[np.ndarray]  # training points to delete, for each target
 
 
-def prepare(data: Dataset, s: AdversarySettings, execution: Execution | None = None) -> list[Attack]:
+def prepare(data: Dataset, s: AdversarySettings) -> list[Attack]:
     """Prepare every attack on points that were trained on; poison for one target has training sets of its own.
 
     DDPA takes the first of the settings' angles, and their damping; nothing is searched here.
     """
     two = binary(data, s.positive)
-    world = World.of(two, s, victim(two, s, execution))
+    world = World.of(two, s, victim(two, s))
 
     def attack(name: str, points: Points, targets: np.ndarray, requests: list[np.ndarray]) -> Attack:
         trained = with_poison(world.data, *points)

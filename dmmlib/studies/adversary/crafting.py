@@ -141,12 +141,7 @@ def craft(
 
 
 def _choose(scores: np.ndarray, pulls: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels (size,) for groups in turn, each time the best of those left that do not add to the imbalance.
-
-    Groups are to cancel, so a point's pull, of pulls (m, n_classes, k), must not point along the sum of all that were
-    chosen before it; where every one does, the best image is taken regardless. Low scores (k + 1, m, n_classes) are
-    good.
-    """
+    """Images and labels (size,) for groups in turn: the lowest score left whose pull is not along the sum so far."""
     best, label = scores.min(2), scores.argmin(2)  # (groups, m)
     order = np.argsort(best, 1, kind="stable")
     free, total = np.ones(pulls.shape[0], bool), np.zeros(pulls.shape[2])
@@ -155,7 +150,7 @@ def _choose(scores: np.ndarray, pulls: np.ndarray, size: int) -> tuple[np.ndarra
         i = j % len(order)
         left = order[i][free[order[i]]]
         cancels = left[(pulls[left, label[i, left]] @ total <= 0) & (best[i, left] < 0)]
-        chosen[j] = cancels[0] if len(cancels) else left[0]
+        chosen[j] = cancels[0] if len(cancels) else left[0]  # the best regardless, where all add to the imbalance
         free[chosen[j]] = False
         total += pulls[chosen[j], label[i, chosen[j]]]
     return chosen, label[np.arange(size) % len(order), chosen].astype(np.int64)

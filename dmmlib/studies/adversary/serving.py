@@ -190,10 +190,7 @@ def over_requests(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _with_many_models(world: World, prepared: Prepared) -> list[Asked]:
-    """An honest request's and each attack's first few requests, with `n_klom` originals and twice as many retrained.
-
-    Poison for one target alone has models of its own.
-    """
+    """An honest request's and each attack's first few requests, with `n_klom` originals and twice as many retrained."""
     n, every, first = world.s.n_klom, prepared.asked, slice(world.s.n_requests)
     few = [replace(every["honest_datamodel"], attack="album", requests=_albums(world, 10))]
     few += [replace(asked, requests=asked.requests[first]) for name, asked in every.items() if name != "never_trained"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -31,16 +31,11 @@ class Victim:
     prepare: Prepare  # from images in [0, 1] to points, differentiable
     factory: Callable[[], nn.Module]  # makes the module
     training: ensemble.Training  # the recipe
-    execution: Execution  # how it is carried out
+    execution: Execution = field(default_factory=lambda: Execution(512, torch.get_num_threads()))
 
     @classmethod
     def of(
-        cls,
-        data: Dataset,
-        features: Prepare,
-        module: Callable[[int], nn.Module],
-        training: ensemble.Training,
-        execution: Execution | None,
+        cls, data: Dataset, features: Prepare, module: Callable[[int], nn.Module], training: ensemble.Training
     ) -> Victim:
         """Make a victim that sees `features` (n, d) of normalised images, with the module for that d.
 
@@ -55,7 +50,7 @@ class Victim:
             return features((channels_first - mean) / std)
 
         d = prepare(torch.zeros(1, *data.x_train.shape[1:])).shape[1]
-        return cls(prepare, lambda: module(d), training, execution or Execution(512, torch.get_num_threads()))
+        return cls(prepare, lambda: module(d), training)
 
     @property
     def one_by_one(self) -> Execution:
@@ -71,16 +66,16 @@ class Victim:
         return ensemble.train(self.factory, x, torch.from_numpy(y), masks, seeds, self.training, self.execution)
 
 
-def mlp(data: Dataset, s: AdversarySettings, execution: Execution | None = None) -> Victim:
+def mlp(data: Dataset, s: AdversarySettings) -> Victim:
     """Make a victim with one hidden layer on pooled pixels, as `models.pooled` makes them."""
 
     def features(images: Tensor) -> Tensor:
         return (avg_pool2d(images, 2) if min(images.shape[-2:]) >= 20 else images).flatten(1)
 
-    training = ensemble.Training(s.epochs, s.batch, s.lr)
-    return Victim.of(
-        data, features, lambda d: models.build("mlp", (d,), data.n_classes, hidden=s.hidden), training, execution
-    )
+    def module(d: int) -> nn.Module:
+        return models.build("mlp", (d,), data.n_classes, hidden=s.hidden)
+
+    return Victim.of(data, features, module, ensemble.Training(s.epochs, s.batch, s.lr))
 
 
 @dataclass(frozen=True)
