@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import yaml
+from typer.core import TyperGroup
 
 from dmmlib import presets
 from dmmlib.app import batch
@@ -20,7 +19,28 @@ from dmmlib.files import LAID_OUT, resource
 
 TRAINING = ("02", "04")  # stages that keep every core busy by themselves
 HELP = {"help_option_names": ["-h", "--help"]}
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, context_settings=HELP)
+
+
+class Commands(TyperGroup):
+    """Commands that say what is wrong in one line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # who reads has enough
+            raise
+        except (DmmError, OSError) as error:
+            typer.secho(f"dmm: {error}", fg=typer.colors.RED, err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C shall not disturb the end
+            typer.secho("dmm: interrupted; finished shards and stages are kept, run again to go on.", err=True)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, context_settings=HELP
+)
 
 Name = Annotated[str, typer.Argument(metavar="PRESET", help="A name in presets/, or the path of a YAML file.")]
 Ran = Annotated[str, typer.Argument(metavar="PRESET", help="A preset that was run, or the directory of a run.")]
@@ -45,20 +65,6 @@ def _main(
     """Machine unlearning by datamodel matching: run the study in batch."""
 
 
-@contextmanager
-def _one_line() -> Iterator[None]:
-    """Say what is wrong in one line."""
-    try:
-        yield
-    except (DmmError, OSError) as error:
-        typer.secho(f"dmm: {error}", fg=typer.colors.RED, err=True)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C shall not disturb the end
-        typer.secho("dmm: interrupted; finished shards and stages are kept, run again to go on.", err=True)
-        raise typer.Exit(130) from None
-
-
 @app.command("list")
 def list_() -> None:
     """Show presets and stages."""
@@ -73,13 +79,12 @@ def init(folder: Annotated[Path, typer.Argument(help="Where; it is made if it do
     sources = {folder / name / path.name: path for name in LAID_OUT for path in sorted(resource(name).glob("[!.]*.*"))}
     sources[folder / "README.md"] = Path(__file__).parent / "templates" / "README.md"
     new = [target for target in sources if not target.exists()]
-    with _one_line():
-        try:
-            for target in new:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(sources[target], target)
-        except OSError as error:
-            raise StoreError(f"{folder} cannot be written ({error.strerror}); choose another folder.") from error
+    try:
+        for target in new:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(sources[target], target)
+    except OSError as error:
+        raise StoreError(f"{folder} cannot be written ({error.strerror}); choose another folder.") from error
     kept = len(sources) - len(new)
     also = f"; {kept} that were there already are kept as they are" if kept else ""
     typer.echo(f"{folder}: {len(new)} file{'s' * (len(new) != 1)} written{also}.")
@@ -110,39 +115,38 @@ def run(
 ) -> None:
     """Run notebooks through papermill; stages already done for the same configuration are skipped."""
     places = {"device": device, "scheduler": scheduler, "store": store}
-    with _one_line():
-        overrides = _parse(set_) | {key: value for key, value in places.items() if value}
-        if dry_run:
-            if forget_set:
-                raise PresetError("--dry-run plans the preset's own forget sets; leave --forget-set out.")
-            _dry_run(preset, overrides, runs)
-            return
-        known = batch.stages()
-        wanted = [number.zfill(2) for number in stage or known]
-        if unknown := set(wanted).difference(known):
-            raise PresetError(f"Unknown stage {min(unknown)!r}; use one of {', '.join(known)}.")
-        import torch  # only once the arguments have been read
+    overrides = _parse(set_) | {key: value for key, value in places.items() if value}
+    if dry_run:
+        if forget_set:
+            raise PresetError("--dry-run plans the preset's own forget sets; leave --forget-set out.")
+        _dry_run(preset, overrides, runs)
+        return
+    known = batch.stages()
+    wanted = [number.zfill(2) for number in stage or known]
+    if unknown := set(wanted).difference(known):
+        raise PresetError(f"Unknown stage {min(unknown)!r}; use one of {', '.join(known)}.")
+    import torch  # only once the arguments have been read
 
-        from dmmlib.app.report import record
-        from dmmlib.study import Study
+    from dmmlib.app.report import record
+    from dmmlib.study import Study
 
-        own = str(forget_set.resolve()) if forget_set else None
-        study = Study(preset, overrides, forget_set=own, beside=beside, runs=runs)  # says what can be wrong
-        if not trust_preset:
-            _ask(preset, study.preset, overrides)
-        content = study.preset.model_dump(mode="json")
-        record(study, study.output)
-        notebooks, figures = study.output / "notebooks", study.figures / study.output.relative_to(study.runs)
-        batch.run(
-            [known[number] for number in sorted({*wanted})],
-            notebooks,
-            {"preset": content, "overrides": {}, "forget_set": own, "beside": beside},
-            _say,
-            force=force,
-            threads=1 if study.preset.threads else torch.get_num_threads(),  # one's own are for a single notebook
-            wide=TRAINING if study.trains_much else (),
-            environment={"DMM_RUNS": str(study.runs.resolve()), "DMM_FIGURES": str(study.figures.resolve())},
-        )
+    own = str(forget_set.resolve()) if forget_set else None
+    study = Study(preset, overrides, forget_set=own, beside=beside, runs=runs)  # says what can be wrong
+    if not trust_preset:
+        _ask(preset, study.preset, overrides)
+    content = study.preset.model_dump(mode="json")
+    record(study, study.output)
+    notebooks, figures = study.output / "notebooks", study.figures / study.output.relative_to(study.runs)
+    batch.run(
+        [known[number] for number in sorted({*wanted})],
+        notebooks,
+        {"preset": content, "overrides": {}, "forget_set": own, "beside": beside},
+        _say,
+        force=force,
+        threads=1 if study.preset.threads else torch.get_num_threads(),  # one's own are for a single notebook
+        wide=TRAINING if study.trains_much else (),
+        environment={"DMM_RUNS": str(study.runs.resolve()), "DMM_FIGURES": str(study.figures.resolve())},
+    )
     typer.echo(f"executed notebooks: {notebooks}")
     if tables := sorted(study.output.glob("*.csv")):
         typer.echo("tables:             " + ", ".join(map(str, tables)))
@@ -158,14 +162,13 @@ def status(
     repair: Annotated[bool, typer.Option(help="Remove what is damaged, so that a run makes it anew.")] = False,
 ) -> None:
     """Show what is trained, missing and damaged; trains nothing."""
-    with _one_line():
-        from dmmlib.app.status import damage, trained
-        from dmmlib.progress import silent
-        from dmmlib.study import Study
+    from dmmlib.app.status import damage, trained
+    from dmmlib.progress import silent
+    from dmmlib.study import Study
 
-        overrides = _parse(set_) | ({"store": store} if store else {})
-        study = Study(preset, overrides, runs=runs, progress=silent)
-        table, wrong = trained(study), damage(study, repair)
+    overrides = _parse(set_) | ({"store": store} if store else {})
+    study = Study(preset, overrides, runs=runs, progress=silent)
+    table, wrong = trained(study), damage(study, repair)
     typer.echo(table.to_string(index=False))
     done, planned, damaged = (int(table[column].sum()) for column in ("done", "planned", "damaged"))
     typer.echo(f"{done:,} of {planned:,} models trained, {damaged:,} damaged")
@@ -183,14 +186,13 @@ def report(
     runs: Runs = None,
 ) -> None:
     """Write a run as one self-contained HTML page: claims with verdicts, tables, figures, settings."""
-    with _one_line():
-        from dmmlib.app import report as pages
+    from dmmlib.app import report as pages
 
-        overrides = _parse(set_)
-        if overrides or name.endswith((".yaml", ".yml")):
-            name = presets.load(name, overrides).name
-        run = pages.open_run(name, runs)
-        typer.echo(pages.write(pages.html(run), out or run.directory / "report.html"))
+    overrides = _parse(set_)
+    if overrides or name.endswith((".yaml", ".yml")):
+        name = presets.load(name, overrides).name
+    run = pages.open_run(name, runs)
+    typer.echo(pages.write(pages.html(run), out or run.directory / "report.html"))
 
 
 @app.command()
@@ -202,13 +204,12 @@ def compare(
     runs: Runs = None,
 ) -> None:
     """Set two runs side by side: which settings differ, and by how much the results do, with intervals."""
-    with _one_line():
-        from dmmlib.app import report as pages
+    from dmmlib.app import report as pages
 
-        left, right = pages.open_run(a, runs), pages.open_run(b, runs)
-        typer.echo(pages.comparison_text(left, right, statistic))
-        if html:
-            typer.echo(pages.write(pages.comparison_html(left, right), html))
+    left, right = pages.open_run(a, runs), pages.open_run(b, runs)
+    typer.echo(pages.comparison_text(left, right, statistic))
+    if html:
+        typer.echo(pages.write(pages.comparison_html(left, right), html))
 
 
 def _parse(settings: list[str] | None) -> dict[str, Any]:
