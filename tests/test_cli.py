@@ -137,7 +137,7 @@ def test_a_failing_notebook_keeps_what_was_done(dmm, tiny_file, tmp_path, monkey
         (["run", "smoke", "--store", "no://where"], "no://where cannot be reached (Protocol not known"),
         (["run", "smoke", "--dry-run", "--store", "no://where"], "cannot be reached"),
         (["status", "smoke", "--store", "zip::nowhere.zip"], "cannot be reached"),
-        (["run", "smoke", "--dry-run", "--set", "model.options={hidden: -1}"], "cannot be built with options"),
+        (["run", "smoke", "--dry-run", "--set", "model.options={hidden: -1}"], "Model 'mlp' fails"),
         (["run", "smoke", "--dry-run", "--set", "model.options={a: 1}"], "use its own: hidden"),
         (["run", "smoke", "--set", "attribution.options={a: 1}"], "Options of attributor 'bayesian'"),
         (["run", "smoke", "--set", "scheduler=nonsense"], "key 'scheduler'"),

@@ -189,10 +189,7 @@ class Dask:
 
 
 def _registered(trainer: Trainer) -> bytes:
-    """The preset's model and data set, pickled, where they are registered outside the library: workers lack them.
-
-    Raises SchedulerError for what cannot be sent.
-    """
+    """The preset's model and data set, pickled, where they are registered outside the library: workers lack them."""
     own: dict[tuple[str, str], Any] = {}
     for kind, name in (("model", trainer.preset.model.name), ("data set", trainer.preset.data.name)):
         if not name.endswith(".npz"):

@@ -55,7 +55,9 @@ def image_folder(
     check_name(name, DataError)
     arrays = []
     for part, files in [(part, _files(root / part, classes)) for part in parts]:
-        listing = [(path.relative_to(root).as_posix(), *_changed(path), label) for path, label in files]
+        # a file replaced by one of its size and time of modification, as `cp -p` does, has another time of its entry
+        changed = [(at.st_size, at.st_mtime_ns, at.st_ctime_ns) for at in (path.stat() for path, _ in files)]
+        listing = [(p.relative_to(root).as_posix(), *c, label) for (p, label), c in zip(files, changed, strict=True)]
         key = config_hash({"files": listing, "side": side, "crop": CROP})
         path = Path(cache or Path(user_cache_dir("dmmlib")) / "images") / f"{name}-{part}-{side}-{key}.npy"
         arrays += [_decoded([path for path, _ in files], side, path), np.array([label for _, label in files])]
@@ -73,15 +75,6 @@ def _files(root: Path, classes: Mapping[str, Sequence[str]]) -> list[tuple[Path,
                 )
             files += [(path, label) for path in here]
     return files
-
-
-def _changed(path: Path) -> tuple[int, int, int]:
-    """Size and times of change of a file: of all that can be known without reading a data set whole at every start.
-
-    A file replaced by one of its size and modification time, as `cp -p` does, still has another time of its entry.
-    """
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _decoded(files: Sequence[Path], side: int, target: Path) -> np.ndarray:

@@ -21,7 +21,7 @@ from dmmlib.app import status
 from dmmlib.data import Dataset
 from dmmlib.datamodels import BLOCK
 from dmmlib.errors import DataError, OptionError
-from dmmlib.execution import one_thread
+from dmmlib.execution import Execution, one_thread
 from dmmlib.jobs import jobs
 from dmmlib.presets import DataSection, Preset
 from dmmlib.registry import check_call
@@ -162,10 +162,7 @@ def _stand_in(section: DataSection) -> Dataset:
 
 
 def _unlearning(preset: Preset, n_train: int) -> float:
-    """Sample gradients of search and unlearning, about: an epoch of a method counts as a pass over S.
-
-    An epoch over F alone is far less, so this errs on the high side. A matching method names its cost itself.
-    """
+    """Sample gradients of search and unlearning, at most: epochs count as passes over S, though many are over F."""
 
     def cost(setting: Mapping[str, Any]) -> float:
         epochs = sum(v for k, v in setting.items() if k.endswith("epochs") and not k.startswith("max_"))
@@ -197,11 +194,9 @@ def measure(
 
     def train(n_models: int, examples: int, epochs: int) -> float:
         x, y = torch.randn(examples, *shape, device=device), torch.arange(examples, device=device) % n_classes
-        section = preset.training.model_dump() | {"epochs": epochs, "batch_size": examples, "lr": 1e-3}
-        training = ensemble.Training(**section)
+        training = ensemble.Training(**preset.training.model_dump() | {"batch_size": examples, "lr": 1e-3})
         start = time.perf_counter()
-        trained = ensemble.train(module, x, y, np.ones((n_models, examples), bool), range(n_models), training)
-        next(iter(trained.params.values())).sum().item()  # waits for the device
+        ensemble.timed_steps(module, x, y, training, Execution(n_models), epochs)
         return time.perf_counter() - start
 
     batch, chunk = preset.training.batch_size, preset.ensembles.chunk
