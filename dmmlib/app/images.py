@@ -36,8 +36,7 @@ def image_folder(
         root: the directory that holds `train` and `val`.
         classes: class name -> the folders that it is made of; each folder of `train` is a class if None.
 
-    Raises:
-        DataError: for a directory of another layout, a folder that is missing or empty, or a damaged image.
+    Raises DataError for a directory of another layout, a folder that is missing or empty, or a damaged image.
     """
     root, parts = Path(root).expanduser(), ("train", "val")
     if missing := [part for part in parts if not (root / part).is_dir()]:

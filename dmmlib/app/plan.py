@@ -89,8 +89,7 @@ class Plan:
 def plan(preset: Preset, runs: Path | None = None) -> Plan:
     """Plan a run, given what is in the stores. Trains and writes nothing; raises what a run of the preset would.
 
-    Raises:
-        DataError: also where a data set is absent whose size is not known.
+    Raises DataError also where a data set is absent whose size is not known.
     """
     for method in preset.unlearning.methods:
         unlearn.get(method)

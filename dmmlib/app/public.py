@@ -88,8 +88,7 @@ def easydub(
         forget_set: its number, from 1.
         n_models: how many originals and as many oracles, those with the lowest ids.
 
-    Raises:
-        DataError, ForgetSetError: for another layout, a missing or damaged file, or shapes or indices that do not fit.
+    Raises DataError or ForgetSetError for another layout, missing or damaged files, or what does not fit.
     """
     root = _path(root)
     for name in (data, model, str(forget_set), str(epoch)):
@@ -149,8 +148,7 @@ def datamodel_data(root: str | Path, split: str = "test", percent: int = 50, *, 
         percent: share of the training set in a subset: 10, 20, 50 or 75 are public.
         logits: all classes' logits in the place of margins.
 
-    Raises:
-        DataError: for a missing or damaged file, or arrays that do not fit each other.
+    Raises DataError for a missing or damaged file, or arrays that do not fit each other.
     """
     if split not in ("train", "test"):
         raise DataError(f"split={split!r} was asked for; use 'train' or 'test'.")

@@ -170,12 +170,9 @@ def tilts(cases: Mapping[float, Synthetic], log2_steps: int, title: str, caption
     """Draw matching on F, matching on S and descent on R as F's points leave the weak eigen-directions."""
     figure, axes = _panels(1, 3, 3.7, 3.4)
     for i, (tilt, case) in enumerate(cases.items()):
-        look, methods = (
-            {"color": _CIVIDIS(i / len(cases)), "lw": 2, "label": f"tilt {tilt:g}"},
-            iterations.descents(case),
-        )
+        look, methods = {"color": _CIVIDIS(i / len(cases)), "label": f"tilt {tilt:g}"}, iterations.descents(case)
         for ax, name in zip(axes[0], ("OM on F", "OM on S", "GD on R"), strict=True):
-            _run_and_theory(ax, case, methods[name], checkpoints(log2_steps, 3), eigen=False, **look)
+            _run_and_theory(ax, case, methods[name], checkpoints(log2_steps, 3), eigen=False, lw=2, **look)
             ax.set_ylim(1e-4, 3)
         short = iterations.unreachable(case.x_forget, case.delta)
         axes[0, 0].axhline(short, color=look["color"], ls="--", lw=1)

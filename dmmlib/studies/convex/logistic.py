@@ -131,9 +131,8 @@ def logistic_traces(
     """Run every method on a logistic regression, from the original, each with the step that theory gives it."""
     rest, gone, start, found = problem.without(forget), problem.part(forget), problem.theta, problem.effects(forget)
     truth, steps = start + found["exact"], checkpoints(log2_steps, 2)
-    smoothness = float(
-        np.linalg.norm(rest.x, 2) ** 2 / 2 + rest.ridge
-    )  # a softmax's Hessian is <= 1/2 (Boehning, 1992)
+    # a softmax's Hessian is <= 1/2 (Boehning, 1992)
+    smoothness = float(np.linalg.norm(rest.x, 2) ** 2 / 2 + rest.ridge)
     targets = problem.x @ truth
 
     def ascent(theta: np.ndarray) -> np.ndarray:

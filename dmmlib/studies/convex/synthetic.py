@@ -79,8 +79,7 @@ def synthetic_regression(
         tilt: in [0, 1], breaks the exact alignment of weak and strong spans: points of F are
             sqrt(1 - tilt^2) x + tilt x', x aligned and x' drawn like R's.
 
-    Raises:
-        PresetError: for sizes, spans, spectra or tilts that make no such problem.
+    Raises PresetError for sizes, spans, spectra or tilts that make no such problem.
     """
     if not 0 < forget_size <= n - dim:
         raise PresetError(f"forget_size={forget_size} of n={n} points in {dim} dimensions; give 1 to {n - dim}.")

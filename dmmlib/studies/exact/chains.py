@@ -126,8 +126,7 @@ def reflection(step: Array, old: Array, new: Array, noise: float, rng: Generator
 def learn(problem: Problem, sgd: SGD, runs: int | np.ndarray, rng: Generator) -> Chains:
     """Train independent chains: a number of `runs` on all points, or on those present in each, bool (n_runs, n).
 
-    Raises:
-        DataError: for a run without a point, or a shape that does not fit.
+    Raises DataError for a run without a point, or a shape that does not fit.
     """
     present = np.ones((runs, problem.n), bool) if isinstance(runs, int) else runs.copy()
     check_masks(present, problem.n)

@@ -18,8 +18,7 @@ def same_law(a: np.ndarray, b: np.ndarray, rng: Generator, n_permutations: int =
     Kolmogorov-Smirnov tests in every coordinate ("KS, Holm", the smallest after Holm's correction), of the energy
     distance ("energy"), and of both together ("both", Bonferroni).
 
-    Raises:
-        DataError: for shapes that differ, or fewer than ten runs.
+    Raises DataError for shapes that differ, or fewer than ten runs.
     """
     if a.shape[1:] != b.shape[1:] or min(len(a), len(b)) < 10:
         raise DataError(f"Runs have shapes {a.shape} and {b.shape}; give at least 10 on each side, of one shape.")

@@ -49,8 +49,7 @@ def save(path: Path, problem: Problem, chains: Chains) -> None:
 def load(path: Path, problem: Problem, sgd: SGD) -> Chains:
     """Read a state, checked: complete, undamaged, of this model and data, and consistent in itself.
 
-    Raises:
-        StoreError: if it is missing, truncated, damaged, of another version, or of another model or data.
+    Raises StoreError if it is missing, truncated, damaged, of another version, or of another model or data.
     """
     try:
         arrays = read_arrays(path)
@@ -94,8 +93,7 @@ def serve(
     A crash leaves the state before a request or the one after it. Asking again is safe: a deletion that was
     done is refused as one of a point that is not there. `rng` must not start from the seed that made the state.
 
-    Raises:
-        StoreError, ForgetSetError: as `load`, `delete` and `insert` do; earlier requests stay answered.
+    Raises StoreError or ForgetSetError as `load`, `delete` and `insert` do; earlier requests stay answered.
     """
     chains = load(path, problem, sgd)
     for request in requests:

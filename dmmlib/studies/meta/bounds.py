@@ -66,8 +66,7 @@ class Bounds:
     def adapted(self, apart: float, replaced: bool) -> float:
         """Bound how far apart two adapted models are whose w are `apart` and whose data may differ in one example.
 
-        Raises:
-            PresetError: for prox, if lambda + mu is not positive.
+        Raises PresetError for prox, if lambda + mu is not positive.
         """
         at, example = self.case.learner, 2 * self.lipschitz / self.case.n if replaced else 0.0
         if at.inner == "prox":

@@ -66,10 +66,8 @@ def sweeps(table: pd.DataFrame, title: str, caption: str) -> Figure:
 
 def slopes(table: pd.DataFrame, title: str, caption: str) -> Figure:
     """Draw log-log slopes, measured with intervals (marks) and of the bound (bars), a panel for each replacement."""
-    names, cases = (
-        [v for v in SYMBOLS.values() if v in set(table["varies"])],
-        table.groupby(["tasks", "inner"], sort=False),
-    )
+    names = [v for v in SYMBOLS.values() if v in set(table["varies"])]
+    cases = table.groupby(["tasks", "inner"], sort=False)
     size, bar = (12.5, 0.5 * len(names) + 1.8), {"color": "black", "marker": "|", "ls": "", "ms": 9, "mew": 1.4}
     figure, axes = plt.subplots(1, 3, figsize=size, sharey=True, sharex=True, layout="constrained")
     for axis, kind in zip(axes, ("task", "example", "adaptation"), strict=True):

@@ -13,7 +13,7 @@ What is random in a model: its initialisation, and which tasks its meta-steps se
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -119,8 +119,7 @@ class Setting:
 def setting(data: Dataset, s: MetaSettings, lam: float) -> Setting:
     """Make the forgetting study's tasks, which do not depend on lambda, and its learner.
 
-    Raises:
-        DataError, PresetError: for too few images or pairs of classes, or unstable steps.
+    Raises DataError or PresetError for too few images or pairs of classes, or unstable steps.
     """
     learner = Learner(SQUARED, lam, step=s.forget_step, n_steps=s.forget_steps, tasks_per_step=s.tasks_per_step)
     learner.check()
@@ -172,13 +171,13 @@ def forget(at: Setting, task: int, originals: Tensor, attributor: Attributor) ->
         else:
             done = unlearn.get(method)(problem, **{"cost": s.cost} if method in MATCHING else {})
             margins, cost = done.margins, done.cost * (problem.retraining / work if method in MATCHING else 1)
+        names = {"forget_set": f"task {task}", "method": method}
         rows += [
-            [f"task {task}", method, split, f"klom_{name}", e.value, e.low, e.high, cost]
+            names | {"split": split, "statistic": f"klom_{name}"} | asdict(e) | {"cost": cost}
             for split, statistics in metrics.klom_summary(margins, reference, splits, seed=s.seed).items()
             for name, e in statistics.items()
         ]
-    columns = ["forget_set", "method", "split", "statistic", "value", "low", "high", "cost"]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows)
 
 
 def compare(data: Dataset, s: MetaSettings) -> pd.DataFrame:

@@ -178,8 +178,7 @@ class Learner:
         Returns:
             Meta-models w (..., d), and the largest norm of any model visited, be it a meta-model or an adapted one.
 
-        Raises:
-            DataError, PresetError: as `check`; and if a run diverges.
+        Raises DataError or PresetError as `check` does, and if a run diverges.
         """
         self.check()
         if masks is not None and self.tasks_per_step is None:
@@ -211,8 +210,7 @@ class Learner:
 
         Random examples are drawn as in `learn`.
 
-        Raises:
-            PresetError, DataError: if prox has no one answer with this lambda, or its solver does not converge.
+        Raises PresetError or DataError if prox has no one answer with this lambda, or its solver does not converge.
         """
         lead = torch.broadcast_shapes(w.shape[:-1], x.shape[:-2])
         w = w.expand(*lead, -1)

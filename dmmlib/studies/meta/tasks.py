@@ -72,8 +72,7 @@ def features(data: Dataset, side: int) -> tuple[Tensor, list[Tensor], list[tuple
 
     Also returns the indices of each class, and every pair of a class of clothes (labelled 1) and another (-1).
 
-    Raises:
-        DataError: if a class has no image, or there is no pair.
+    Raises DataError if a class has no image, or there is no pair.
     """
     pooled = image_features(data, data.x_train, side)
     x = torch.from_numpy(pooled / np.linalg.norm(pooled, axis=1, keepdims=True))
@@ -112,8 +111,7 @@ def images(data: Dataset, side: int, learner: Learner, m: int, n: int) -> Case:
 def disjoint_tasks(data: Dataset, side: int, n_each: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """Make one task x (2 n_each, d), y (2 n_each,) for every pair of classes, in random order, no image in two.
 
-    Raises:
-        DataError: if a class has too few images, or as `features`.
+    Raises DataError if a class has too few images, or as `features` does.
     """
     x, members, pairs = features(data, side)
     needed = [n_each * sum(c in pair for pair in pairs) for c in range(data.n_classes)]
