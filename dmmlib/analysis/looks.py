@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -124,6 +125,14 @@ def log_axis(axis: Axes, which: str, ticks: tuple[float, ...], limits: tuple[flo
 def klom_axis(axis: Axes, which: str, *values: float) -> None:
     """Make an axis logarithmic, for KLoM over the range of the values."""
     log_axis(axis, which, (0.2, 0.5, 1, 2, 3, 5, 7, 10), (min(values) / 1.15, max(values) * 1.15))
+
+
+def rows(axes: Sequence[Axes], names: Sequence[str]) -> None:
+    """Name rows, the first on top, left of the first of some axes that share them, with faint lines across all."""
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    for axis in axes:
+        axis.grid(axis="x", color="0.93")
 
 
 def legend(figure: Figure, *axes: Axes, **options: Any) -> None:

@@ -55,9 +55,8 @@ def regions(known: Region, found: Mapping[str, Region], reach: float, title: str
         right.plot(region.radii / reach, region.gaps, color=PALETTE[i + 1], marker="so^D"[i % 4], label=name)
     first = next(iter(found.values()))
     right.axvline(1, color="black", lw=1, ls=":", label="reach of the poison")
-    right.set(xlabel="radius / reach of the poison", ylabel="Jensen gap / rise of the loss", xscale="log")
-    right.set_xticks(first.radii / reach, [f"{r:g}" for r in first.radii / reach])
-    right.minorticks_off()
+    right.set(xlabel="radius / reach of the poison", ylabel="Jensen gap / rise of the loss")
+    looks.log_axis(right, "x", tuple(first.radii / reach))
     right.set_title("training loss of the service's models", fontsize=10)
     for axis, tolerance in ((left, known.tolerance), (right, first.tolerance)):
         axis.axhline(tolerance, color="0.5", lw=1, ls="--", label="tolerance")
@@ -104,13 +103,10 @@ def success(table: pd.DataFrame, title: str, caption: str) -> Figure:
             axis.errorbar(row[name], [i], xerr=_bars(row, name), color=tint, marker=mark, capsize=3, ms=7)
     left.plot(table["before"], table.index, "|", color="black", ms=12, label="before the request")
     names = [f"{ATTACKS[a]} ({n:.0f})" for a, n in zip(table["attack"], table["size"], strict=True)]
-    left.set_yticks(table.index, names)
-    left.invert_yaxis()
+    looks.rows((left, right), names)
     left.set(xlabel="share of models that err on the target", xlim=(-0.02, 1.0))
     right.set(xlabel="change of the target's margin")
     right.axvline(0, color="0.7", lw=0.8)
-    for axis in (left, right):
-        axis.grid(axis="x", color="0.93")
     looks.legend(figure, left)
     return titled(figure, title, caption)
 
@@ -163,9 +159,7 @@ def exact(results: pd.DataFrame, table: pd.DataFrame, title: str, caption: str) 
             look = {"fmt": mark, "color": tint, "ms": 5, "capsize": 2, "label": told}
             axis.errorbar(its[column], place, xerr=_bars(its, column), **look)
         axis.set_xlabel(quantity)
-        axis.grid(axis="x", color="0.93")
-    axes[0].set_yticks(range(len(names)), [ATTACKS[a] for a in names])
-    axes[0].invert_yaxis()
+    looks.rows(axes, [ATTACKS[a] for a in names])
     axes[0].axvline(0, color="0.7", lw=0.8)
     for axis in axes[2:]:
         axis.sharex(axes[1])

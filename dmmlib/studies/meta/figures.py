@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dmmlib.analysis.looks import PALETTE, bars, legend, log_axis, titled
+from dmmlib.analysis.looks import PALETTE, bars, legend, log_axis, rows, titled
 from dmmlib.studies.meta.experiments import SYMBOLS
 
 REPLACED: dict[str, dict[str, Any]] = {
@@ -79,9 +79,7 @@ def slopes(table: pd.DataFrame, title: str, caption: str) -> Figure:
             axis.plot(part["bound's slope"], row, **bar)
         axis.axvline(0, color="0.8", lw=0.8, zorder=0)
         axis.set(title=f"replaced: {REPLACED[kind]['label']}", xlabel="log-log slope", xlim=(-3, 1.5))
-        axis.grid(axis="x", color="0.93")
-    axes[0].set_yticks(range(len(names)), names)
-    axes[0].invert_yaxis()
+    rows(axes, names)
     return _finished(figure, title, caption, {"slope of the bound": bar})
 
 

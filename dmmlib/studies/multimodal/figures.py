@@ -83,9 +83,7 @@ def distances(klom: pd.DataFrame, title: str, caption: str) -> Figure:
             e = here.loc[method]
             axis.errorbar(e["value"], y, xerr=looks.bars(e), fmt="o", color=colour(method), capsize=2, ms=5)
         axis.set(title=SET_NAMES[split], xlabel="KLoM, mean over questions")
-        axis.grid(axis="x", color="0.93")
-    axes[0, 0].set_yticks(range(len(OTHERS)), [label(m) for m in OTHERS])
-    axes[0, 0].invert_yaxis()
+    looks.rows(axes[0], [label(m) for m in OTHERS])
     return titled(figure, title, caption)
 
 
@@ -101,11 +99,9 @@ def unimodal(gaps: pd.DataFrame, title: str, caption: str) -> Figure:
             axis.errorbar(part["value"], y, xerr=looks.bars(part), label=_NAMES[method], capsize=2, **look[method])
         axis.axvline(0, color="0.6", lw=0.8, zorder=0)
         axis.set_title(SET_NAMES[split])
-        axis.grid(axis="x", color="0.93")
     words = "score after text minus after image + text:  ← text forgets more   ·   image + text forgets more →"
     figure.supxlabel(words, fontsize=10)
-    axes[0, 0].set_yticks(range(len(KINDS)), [f"{task},\nasked with {MODALITY[m]}" for task, m in KINDS])
-    axes[0, 0].invert_yaxis()
+    looks.rows(axes[0], [f"{task},\nasked with {MODALITY[m]}" for task, m in KINDS])
     looks.legend(figure, axes[0, 0], title="unlearned by")
     return titled(figure, title, caption)
 
