@@ -21,7 +21,7 @@ from dmmlib.app import status
 from dmmlib.data import Dataset
 from dmmlib.datamodels import BLOCK
 from dmmlib.errors import DataError, OptionError
-from dmmlib.execution import Execution, one_thread
+from dmmlib.execution import one_thread
 from dmmlib.jobs import jobs
 from dmmlib.presets import DataSection, Preset
 from dmmlib.registry import check_call
@@ -193,9 +193,10 @@ def measure(
 
     def train(n_models: int, examples: int, epochs: int) -> float:
         x, y = torch.randn(examples, *shape, device=device), torch.arange(examples, device=device) % n_classes
-        training = ensemble.Training(**preset.training.model_dump() | {"batch_size": examples, "lr": 1e-3})
-        start = time.perf_counter()
-        ensemble.timed_steps(module, x, y, training, Execution(n_models), epochs)
+        section = preset.training.model_dump() | {"epochs": epochs, "batch_size": examples, "lr": 1e-3}
+        masks, start = np.ones((n_models, examples), bool), time.perf_counter()
+        trained = ensemble.train(module, x, y, masks, range(n_models), ensemble.Training(**section))
+        next(iter(trained.params.values())).sum().item()  # waits for the device
         return time.perf_counter() - start
 
     batch, chunk = preset.training.batch_size, preset.ensembles.chunk
