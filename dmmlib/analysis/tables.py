@@ -85,6 +85,11 @@ def by_set(results: pd.DataFrame, statistic: str = "klom_p95", split: str = "for
     return table.rename(index=label).rename_axis(columns=None)
 
 
+def setting(value: Any) -> str:
+    """Write the value of an option."""
+    return value if isinstance(value, str) else f"{value:g}"
+
+
 def catalogue(methods: Iterable[str] | None = None) -> pd.DataFrame:
     """Describe methods (all of them if None) before they run: one line for each, in the order given.
 
@@ -94,7 +99,7 @@ def catalogue(methods: Iterable[str] | None = None) -> pd.DataFrame:
     for name in methods or unlearn.names():
         entry = unlearn.registered(name)
         grid = {option: values for option, values in entry.space.items() if len(values) > 1}
-        searched = "; ".join(f"{option} {', '.join(f'{v:g}' for v in values)}" for option, values in grid.items())
+        searched = "; ".join(f"{option} {', '.join(map(setting, values))}" for option, values in grid.items())
         rows[label(name)] = [entry.paper, entry.cost, searched or "nothing", entry.elsewhere or "not known"]
     columns = ["source", "cost", "searched", "elsewhere"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("method")
