@@ -5,6 +5,7 @@ Where more than seven methods share a plot, those that are `looks.prominent` are
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -161,7 +162,9 @@ def ablation(scores: pd.DataFrame, title: str, caption: str) -> Figure:
         look = {"color": looks.PALETTE[3], "marker": "o", "mfc": "white", "capsize": 3, "lw": 1.2}
         axis.errorbar(x, here["value"], yerr=looks.bars(here), **look)
         axis.plot(x[here["default"]], here["value"][here["default"]], "o", color=looks.PALETTE[3], ms=9, zorder=5)
-        axis.set_xticks(x, here["setting"].str.replace(", ", "\n"), fontsize=9 if len(here) < 5 else 8)
+        axis.set_xticks(
+            x, here["setting"].map(lambda words: textwrap.fill(words, 9)), fontsize=9 if len(here) < 5 else 8
+        )
         axis.set_title(option)
     axes[0, 0].set_ylim(bottom=0)  # all panels share it, so not before each has said what it needs
     return titled(figure, title, caption)
