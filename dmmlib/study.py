@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from dmmlib import attribution, datamodels, evaluation, forget_sets, keys, metrics, presets, tuning, unlearn
+from dmmlib.data import Dataset
 from dmmlib.errors import ForgetSetError, MethodError, PresetError
 from dmmlib.files import config_hash, kept, place, read_json, replacing, write_json, write_table
 from dmmlib.forget_sets import ForgetSet
@@ -66,7 +67,7 @@ class Study(Models):
         own = self.preset.attribution
         check_call(f"attributor {own.name!r}", attribution.get(own.name), None, **own.options)
         self.figures = Path(figures or place("figures"))
-        taken = self._check_preset()
+        taken = _checked(self.preset, self.data)
         self._own = forget_sets.load(Path(forget_set), self.data) if forget_set else None
         self._beside, self._attributors = beside, dict[str, datamodels.Attributor]()
         if beside and self._own is not None and self._own.name in taken:
@@ -74,38 +75,6 @@ class Study(Models):
                 f"The preset has a forget set {self._own.name!r} already; save yours under another name to study it "
                 "beside."
             )
-
-    def _check_preset(self) -> list[str]:
-        """The names of all forget sets; raises where they do not fit the data or one another."""
-        every = (*self.preset.forget_sets, *self.preset.tuning.forget_sets)
-        for part in every:
-            if part.size is not None and part.size >= self.data.n_train:
-                raise ForgetSetError(
-                    f"Forget set {part.name!r} asks for {part.size} of {self.data.n_train} training points; "
-                    "leave some to retain."
-                )
-            last = self.data.n_train - 1
-            for key, most in {"point": last, "component": last, "label": self.data.n_classes - 1}.items():
-                if (given := getattr(part, key)) > most:
-                    raise ForgetSetError(f"Forget set {part.name!r} has {key} {given}; give at most {most}.")
-            if part.kind == "class" and not (self.data.y_train == part.label).any():
-                raise ForgetSetError(f"Forget set {part.name!r}: none of the training points is of class {part.label}.")
-        for key in ("datamodels", "attribution"):
-            share = getattr(self.preset, key).fraction
-            if not 0 < round(share * self.data.n_train) < self.data.n_train:
-                raise PresetError(
-                    f"{key}.fraction={share} of {self.data.n_train} training points is none or all; give some between."
-                )
-        names = [part.name for part in every]
-        for what, given in (("forget sets", names), ("methods", self.preset.unlearning.methods)):
-            if len(set(given)) < len(given):
-                raise PresetError(f"Preset {self.preset.name!r} names two {what} alike: {', '.join(given)}.")
-        if self.preset.tuning.n_models > self.preset.ensembles.n_models:
-            raise PresetError(
-                f"tuning.n_models={self.preset.tuning.n_models} is more than ensembles.n_models="
-                f"{self.preset.ensembles.n_models}; lower it."
-            )
-        return names
 
     @property
     def methods(self) -> list[str]:
@@ -334,3 +303,35 @@ class Study(Models):
                 along = evaluation.trajectory(self.unlearned(method, forget_set), margins, splits)
                 rows += [(forget_set.name, method, *row) for row in along]
         return pd.DataFrame(rows, columns=["forget_set", "method", *evaluation.TRAJECTORY])
+
+
+def _checked(preset: presets.Preset, data: Dataset) -> list[str]:
+    """The names of all forget sets; raises where they do not fit the data or one another."""
+    every = (*preset.forget_sets, *preset.tuning.forget_sets)
+    for part in every:
+        if part.size is not None and part.size >= data.n_train:
+            raise ForgetSetError(
+                f"Forget set {part.name!r} asks for {part.size} of {data.n_train} training points; leave some to retain."
+            )
+        last = data.n_train - 1
+        for key, most in {"point": last, "component": last, "label": data.n_classes - 1}.items():
+            if (given := getattr(part, key)) > most:
+                raise ForgetSetError(f"Forget set {part.name!r} has {key} {given}; give at most {most}.")
+        if part.kind == "class" and not (data.y_train == part.label).any():
+            raise ForgetSetError(f"Forget set {part.name!r}: none of the training points is of class {part.label}.")
+    for key in ("datamodels", "attribution"):
+        share = getattr(preset, key).fraction
+        if not 0 < round(share * data.n_train) < data.n_train:
+            raise PresetError(
+                f"{key}.fraction={share} of {data.n_train} training points is none or all; give some between."
+            )
+    names = [part.name for part in every]
+    for what, given in (("forget sets", names), ("methods", preset.unlearning.methods)):
+        if len(set(given)) < len(given):
+            raise PresetError(f"Preset {preset.name!r} names two {what} alike: {', '.join(given)}.")
+    if preset.tuning.n_models > preset.ensembles.n_models:
+        raise PresetError(
+            f"tuning.n_models={preset.tuning.n_models} is more than ensembles.n_models="
+            f"{preset.ensembles.n_models}; lower it."
+        )
+    return names
