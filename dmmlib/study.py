@@ -307,24 +307,21 @@ class Study(Models):
 
 def _checked(preset: presets.Preset, data: Dataset) -> list[str]:
     """The names of all forget sets; raises where they do not fit the data or one another."""
-    every = (*preset.forget_sets, *preset.tuning.forget_sets)
+    every, n = (*preset.forget_sets, *preset.tuning.forget_sets), data.n_train
     for part in every:
-        if part.size is not None and part.size >= data.n_train:
+        if part.size is not None and part.size >= n:
             raise ForgetSetError(
-                f"Forget set {part.name!r} asks for {part.size} of {data.n_train} training points; leave some to retain."
+                f"Forget set {part.name!r} asks for {part.size} of {n} training points; leave some to retain."
             )
-        last = data.n_train - 1
-        for key, most in {"point": last, "component": last, "label": data.n_classes - 1}.items():
+        for key, most in {"point": n - 1, "component": n - 1, "label": data.n_classes - 1}.items():
             if (given := getattr(part, key)) > most:
                 raise ForgetSetError(f"Forget set {part.name!r} has {key} {given}; give at most {most}.")
         if part.kind == "class" and not (data.y_train == part.label).any():
             raise ForgetSetError(f"Forget set {part.name!r}: none of the training points is of class {part.label}.")
     for key in ("datamodels", "attribution"):
         share = getattr(preset, key).fraction
-        if not 0 < round(share * data.n_train) < data.n_train:
-            raise PresetError(
-                f"{key}.fraction={share} of {data.n_train} training points is none or all; give some between."
-            )
+        if not 0 < round(share * n) < n:
+            raise PresetError(f"{key}.fraction={share} of {n} training points is none or all; give some between.")
     names = [part.name for part in every]
     for what, given in (("forget sets", names), ("methods", preset.unlearning.methods)):
         if len(set(given)) < len(given):
