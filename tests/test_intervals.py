@@ -1,6 +1,7 @@
 """Intervals: correct where the answer is known, and they hold their estimate."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +20,16 @@ def test_means_have_students_intervals():
     assert logs.low * logs.high == pytest.approx(1)
     with pytest.raises(DataError, match=r"1 value.*at least 2"):
         intervals.mean_over(np.array([1.0]))
+
+
+def test_means_of_groups_have_students_intervals():
+    table = pd.DataFrame({"of": ["b", "b", "b", "a"], "score": [1.0, 2.0, 3.0, 4.0]})
+    found = intervals.means_over(table, ["of"], "score").set_index("of")
+    e = intervals.mean_over(np.array([1.0, 2.0, 3.0]))
+    assert found.loc["b"].tolist() == pytest.approx([e.value, e.low, e.high, 3])
+    assert list(found.index) == ["b", "a"]
+    assert found.loc["a", "value"] == 4
+    assert found.loc["a", ["low", "high"]].isna().all()
 
 
 def test_medians_are_resampled_and_normal_intervals_are_cut_off():

@@ -28,6 +28,18 @@ def mean_over(values: np.ndarray, log: bool = False) -> Estimate:
     return Estimate(*(float(np.exp(e)) for e in ends)) if log else Estimate(*ends)
 
 
+def means_over(table: pd.DataFrame, keys: Sequence[str], column: str = "value") -> pd.DataFrame:
+    """Compute the mean of a column for each combination of keys, with a t-interval over its rows; NaN does not count.
+
+    Returns:
+        Columns `keys`, value, low, high (NaN of one value), n.
+    """
+    found = table.groupby([*keys], sort=False)[column].agg(value="mean", error="sem", n="count")
+    error = found["error"] * t.ppf(0.975, found["n"] - 1)
+    found = found.assign(low=found["value"] - error, high=found["value"] + error)
+    return found[["value", "low", "high", "n"]].reset_index()
+
+
 def median_over(values: np.ndarray | pd.Series | Sequence[float], n_bootstrap: int = 2000, seed: int = 0) -> Estimate:
     """Compute the median with a percentile interval that resamples the values, one for each forget set."""
     values = np.asarray(values, float)

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student
 
 from dmmlib import metrics, unlearn
+from dmmlib.analysis.intervals import means_over
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.studies.adversary.experiments import Asked, Prepared, never_trained
 from dmmlib.studies.adversary.world import World, retrain, together
@@ -183,10 +183,8 @@ def klom_rows(
 
 def over_requests(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """Compute the mean of `klom_rows` over an attack's requests, with Student's 95 % interval."""
-    by = pd.DataFrame(rows).groupby(["attack", "method", "split"], sort=False)["value"]
-    table = by.agg(value="mean", n_requests="count", error="sem").reset_index()
-    table["error"] *= student.ppf(0.975, table["n_requests"] - 1)
-    return table.assign(low=(table["value"] - table["error"]).clip(lower=0), high=table["value"] + table["error"])
+    table = means_over(pd.DataFrame(rows), ["attack", "method", "split"])
+    return table.assign(low=table["low"].clip(lower=0)).rename(columns={"n": "n_requests"})
 
 
 def _with_many_models(world: World, prepared: Prepared) -> list[Asked]:

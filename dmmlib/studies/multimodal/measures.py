@@ -13,8 +13,8 @@ from functools import lru_cache
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 
+from dmmlib.analysis.intervals import means_over
 from dmmlib.ensemble import Ensemble
 from dmmlib.studies.multimodal.extra import require
 from dmmlib.studies.multimodal.world import World, instructed
@@ -80,11 +80,8 @@ def judged(world: World, logits: np.ndarray, questions: np.ndarray, said: torch.
 def over_people(scores: pd.DataFrame, column: str, by: Sequence[str]) -> pd.DataFrame:
     """Compute the mean of a column for each combination of the columns `by`, with a 95 % t-interval over "person".
 
-    A person's questions are no independent looks, so they are averaged first. NaN values do not count; there is no
-    interval for fewer than two people. The table has `by`, "value", "low", "high" and the number of "people".
+    A person's questions are no independent looks, so they are averaged first; columns as of `intervals.means_over`,
+    with "people" for n.
     """
-    means = scores.astype({column: float}).groupby([*by, "person"], sort=False)[column].mean()
-    found = means.groupby(level=list(by), sort=False).agg(value="mean", error="sem", n="count", people="size")
-    error = found["error"] * stats.t.ppf(0.975, found["n"] - 1)
-    found = found.assign(low=found["value"] - error, high=found["value"] + error)
-    return found[["value", "low", "high", "people"]].reset_index()
+    each = scores.astype({column: float}).groupby([*by, "person"], sort=False)[column].mean()
+    return means_over(each.reset_index(), by, column).rename(columns={"n": "people"})
