@@ -96,3 +96,18 @@ def test_moments_are_shares_of_the_cost(tiny):
     shares = stopping.shares(tiny)
     for _, track in shares.groupby(["method", "forget_set"]):
         np.testing.assert_allclose(track["moment"], track["cost"] / track["cost"].iloc[-1])
+
+
+def test_bars_find_ends_that_are_named_after_their_value():
+    table = pd.DataFrame({"change": [2.0], "change low": [1.0], "change high": [5.0], "value": [0.0], "low": [-1.0]})
+    assert looks.bars(table, "change").tolist() == [[1.0], [3.0]]
+    assert looks.bars(table.assign(high=2.0)).tolist() == [[1.0], [2.0]]
+
+
+def test_rows_are_named_from_the_top_and_lined():
+    figure, axes = plt.subplots(1, 2, sharey=True)
+    looks.rows(axes, ["first", "second"])
+    assert [tick.get_text() for tick in axes[0].get_yticklabels()] == ["first", "second"]
+    assert axes[0].yaxis_inverted()
+    assert all(line.get_visible() for axis in axes for line in axis.get_xgridlines())
+    plt.close(figure)

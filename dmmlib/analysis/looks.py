@@ -101,8 +101,12 @@ def grid(
 
 
 def bars(rows: pd.DataFrame | pd.Series, value: str = "value", low: str = "low", high: str = "high") -> np.ndarray:
-    """Return how far intervals reach below and above their values (2, n_rows), as matplotlib's error bars take it."""
+    """Return how far intervals reach below and above their values (2, n_rows), as matplotlib's error bars take it.
+
+    Ends that are named after their value ("change low", "change high") are found by it.
+    """
     here = pd.DataFrame(rows).T if isinstance(rows, pd.Series) else rows
+    low, high = (own if (own := f"{value} {end}") in here else end for end in (low, high))
     return np.stack([here[value] - here[low], here[high] - here[value]]).astype(float).clip(0)
 
 

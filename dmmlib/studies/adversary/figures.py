@@ -40,10 +40,6 @@ def _panels(n_rows: int, n_columns: int, width: float, height: float, **options:
     return plt.subplots(n_rows, n_columns, figsize=(width, height), layout="constrained", squeeze=False, **options)
 
 
-def _bars(table: pd.DataFrame, name: str) -> np.ndarray:
-    return looks.bars(table, name, f"{name} low", f"{name} high")
-
-
 def regions(known: Region, found: Mapping[str, Region], reach: float, title: str, caption: str) -> Figure:
     """Draw the gap against radius: left of a function that is convex up to radius 1, right of trained models' loss."""
     figure, ((left, right),) = _panels(1, 2, 10.5, 3.6)
@@ -100,7 +96,7 @@ def success(table: pd.DataFrame, title: str, caption: str) -> Figure:
     for i, attack in enumerate(table["attack"]):
         (tint, mark), row = LOOKS[attack], table[i : i + 1]
         for axis, name in ((left, "success"), (right, "change")):
-            axis.errorbar(row[name], [i], xerr=_bars(row, name), color=tint, marker=mark, capsize=3, ms=7)
+            axis.errorbar(row[name], [i], xerr=looks.bars(row, name), color=tint, marker=mark, capsize=3, ms=7)
     left.plot(table["before"], table.index, "|", color="black", ms=12, label="before the request")
     names = [f"{ATTACKS[a]} ({n:.0f})" for a, n in zip(table["attack"], table["size"], strict=True)]
     looks.rows((left, right), names)
@@ -157,7 +153,7 @@ def exact(results: pd.DataFrame, table: pd.DataFrame, title: str, caption: str) 
             its = part[part["method"] == method]
             place = [names.index(attack) + 0.2 * (i - 1) for attack in its["attack"]]
             look = {"fmt": mark, "color": tint, "ms": 5, "capsize": 2, "label": told}
-            axis.errorbar(its[column], place, xerr=_bars(its, column), **look)
+            axis.errorbar(its[column], place, xerr=looks.bars(its, column), **look)
         axis.set_xlabel(quantity)
     looks.rows(axes, [ATTACKS[a] for a in names])
     axes[0].axvline(0, color="0.7", lw=0.8)
@@ -178,7 +174,7 @@ def sweep(table: pd.DataFrame, title: str, caption: str) -> Figure:
             place = np.searchsorted(values, part["value"]) + 0.08 * (i - 0.5)
             for axis, key in zip(column, ("success", "change"), strict=True):
                 look = {"color": tint, "marker": mark, "capsize": 2, "label": ATTACKS[attack]}
-                axis.errorbar(place, part[key], _bars(part, key), **look)
+                axis.errorbar(place, part[key], looks.bars(part, key), **look)
                 axis.set_xticks(range(len(values)), [f"{v:g}" for v in values])
                 axis.grid(axis="y", color="0.93")
         column[1].axhline(0, color="0.6", lw=0.8)

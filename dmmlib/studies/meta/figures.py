@@ -139,11 +139,10 @@ def forgetting(table: pd.DataFrame, title: str, caption: str) -> Figure:
     kinds = {kind: REPLACED[kind] for kind in ("task", "adaptation", "meta")}
     for axis, looks in ((left, supports), (middle, kinds)):
         for name, look in looks.items():
-            reach = bars(table, name, f"{name} low", f"{name} high")
-            axis.errorbar(table["lam"], table[name], reach, capsize=2, **look)
+            axis.errorbar(table["lam"], table[name], bars(table, name), capsize=2, **look)
         _logarithmic(axis, table["lam"], "regularisation λ")
     for kind, shifts in {"task": ((-8, -14), (-40, 2)), "meta": ((-8, -14), (10, 2))}.items():
-        reach, look = bars(table, kind, f"{kind} low", f"{kind} high"), kinds[kind]
+        reach, look = bars(table, kind), kinds[kind]
         right.errorbar(table[kind], table["do nothing"], xerr=reach, capsize=2, **look)
         for (_, row), shift in zip(table.iloc[[0, -1]].iterrows(), shifts, strict=True):
             place = {"xytext": shift, "textcoords": "offset points", "fontsize": 8, "color": look["color"]}
