@@ -486,6 +486,7 @@ def test_klom_is_measured_of_every_attack_by_every_method(world: World, prepared
     assert set(klom["attack"]) == {"album", *prepared.asked}
     assert len(klom) == (len(prepared.asked) + 1) * len(options) * 3
     assert (klom["n_requests"] == SMALL.n_requests).all()
+    np.testing.assert_allclose(klom["value"] + klom["error"], klom["high"])
     assert ((klom["low"] <= klom["value"]) & (klom["value"] <= klom["high"])).all()
     value = klom.pivot_table(index="attack", columns=["method", "split"], values="value")
     cold = value.loc["never_trained"]

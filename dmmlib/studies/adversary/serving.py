@@ -184,7 +184,8 @@ def klom_rows(
 def over_requests(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """Compute the mean of `klom_rows` over an attack's requests, with Student's 95 % interval."""
     table = means_over(pd.DataFrame(rows), ["attack", "method", "split"])
-    return table.assign(low=table["low"].clip(lower=0)).rename(columns={"n": "n_requests"})
+    table["error"], table["low"] = table["high"] - table["value"], table["low"].clip(lower=0)
+    return table.rename(columns={"n": "n_requests"})
 
 
 def _with_many_models(world: World, prepared: Prepared) -> list[Asked]:
