@@ -38,17 +38,11 @@ def margins(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
             f"Logits have shape {logits.shape} and labels {labels.shape}; give numbers (n_models, n_points, "
             "n_classes >= 2) and (n_points,)."
         )
-    if labels.dtype.kind not in "iu":
-        raise DataError(f"Labels are {labels.dtype}; give integers.")
-    if len(labels) and (labels.min() < 0 or labels.max() >= logits.shape[2]):
-        raise DataError(
-            f"Labels go from {labels.min()} to {labels.max()}; logits have {logits.shape[2]} classes, "
-            f"so use labels 0 to {logits.shape[2] - 1}."
-        )
+    right = right_logits(logits, labels)
     others = logits.astype(logits.dtype if np.issubdtype(logits.dtype, np.floating) else np.float32)
     np.put_along_axis(others, np.broadcast_to(labels[:, None], (*logits.shape[:2], 1)), -np.inf, 2)
     wrong = torch.from_numpy(others).logsumexp(2).numpy()  # scipy's takes four times as long
-    return (right_logits(logits, labels) - wrong).astype(np.float32)
+    return (right - wrong).astype(np.float32)
 
 
 def margin_gauge(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -58,13 +52,18 @@ def margin_gauge(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     are log-probabilities given that the label is wrong. So what is linear in a training set is predicted of the
     margin itself, and not of raw logits whose logsumexp is then taken, which bends the prediction.
     """
-    return np.asarray(logits, np.float32) - (right_logits(logits, labels) - margins(logits, labels))[..., None]
+    return (logits - (right_logits(logits, labels) - margins(logits, labels))[..., None]).astype(np.float32)
 
 
 def right_logits(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The label's logit (..., n_points) of logits (..., n_points, n_classes): in the margin gauge, the margin."""
-    index = np.broadcast_to(np.asarray(labels)[:, None], (*logits.shape[:-1], 1))
-    return np.take_along_axis(np.asarray(logits), index, -1)[..., 0]
+    logits, labels = np.asarray(logits), np.asarray(labels)
+    if labels.dtype.kind not in "iu" or labels.shape != logits.shape[-2:-1]:
+        raise DataError(f"Labels are {labels.dtype}; give integers, one a point: {labels.shape} for {logits.shape}.")
+    if len(labels) and (labels.min() < 0 or labels.max() >= logits.shape[-1]):
+        raise DataError(f"Labels go from {labels.min()} to {labels.max()}; logits have {logits.shape[-1]} classes.")
+    index = np.broadcast_to(labels[:, None], (*logits.shape[:-1], 1))
+    return np.take_along_axis(logits, index, -1)[..., 0]
 
 
 def correct(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -285,7 +284,7 @@ def accuracy_gap(
     """Mean accuracy of unlearned models minus that of oracles on each split, with a 95 % interval over models."""
     gaps = {}
     for split, indices in splits.items():
-        u, o = (np.asarray(c)[:, indices].mean(1) for c in (correct_unlearned, correct_oracle))
+        u, o = (c[:, indices].mean(1) for c in checked(1 * correct_unlearned, 1 * correct_oracle, 2))
         value = float(u.mean() - o.mean())
         gaps[split] = Estimate.normal(value, np.sqrt(u.var(ddof=1) / len(u) + o.var(ddof=1) / len(o)))
     return gaps

@@ -200,6 +200,30 @@ def test_logits_and_labels_of_other_types_are_refused(logits, labels, message):
         metrics.margins(logits, labels)
 
 
+def test_the_gauge_of_large_logits_is_the_margin():
+    logits, labels = np.array([[[1e9 + 1, 1e9], [1e9, 1e9 + 3]]]), np.array([0, 0])
+    np.testing.assert_array_equal(metrics.margin_gauge(logits, labels), [[[1, 0], [-3, 0]]])
+
+
+@pytest.mark.parametrize("labels", [np.array([0, 1, -1]), np.array([0, 1, 3]), np.array([0]), np.array([0.0, 1, 2])])
+def test_labels_that_are_none_are_not_called_correct(labels):
+    with pytest.raises(DataError, match="Labels"):
+        metrics.correct(np.eye(3)[None], labels)
+
+
+@pytest.mark.parametrize(
+    ("unlearned", "oracle", "message"),
+    [
+        (np.ones((2, 5)), np.ones((2, 9)), "give both for the same points"),
+        (np.ones((1, 5)), np.ones((2, 5)), "n_models >= 2"),
+        (np.full((2, 5), np.nan), np.ones((2, 5)), "NaN"),
+    ],
+)
+def test_gaps_that_would_mean_nothing_are_refused(unlearned, oracle, message):
+    with pytest.raises(DataError, match=message):
+        metrics.accuracy_gap(unlearned, oracle, {"all": np.arange(5)})
+
+
 @pytest.mark.parametrize("odd", [np.full((4, 3), "a"), np.ones((4, 3), complex), np.float64(1), np.ones((4, 3), bool)])
 def test_margins_that_are_no_numbers_are_refused(odd):
     with pytest.raises(DataError, match="margins have shape"):
