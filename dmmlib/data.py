@@ -75,14 +75,12 @@ class Dataset:
 def _checked(part: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Points and labels as a `Dataset` holds them; arrays on disk stay there."""
     try:
-        x, y = np.asarray(x), np.asarray(y)
-    except ValueError as error:  # lists of different lengths
+        x, y = (np.asarray(np.ma.filled(v, np.nan) if np.ma.is_masked(v) else v) for v in (x, y))
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists, masked integers, tensors with a gradient
         raise DataError(f"x_{part} or y_{part} is no array ({error}); give lists of the same length.") from error
     if y.ndim != 1 or len(y) == 0 or y.shape != x.shape[:1]:
-        raise DataError(
-            f"x_{part} has shape {x.shape} and y_{part} has shape {y.shape}; "
-            "give as many labels as points, at least one, in one dimension."
-        )
+        given = f"x_{part} has shape {x.shape} and y_{part} has shape {y.shape}"
+        raise DataError(f"{given}; give as many labels as points, at least one, in one dimension.")
     if x.dtype == np.uint8:
         if x.ndim != 4:
             raise DataError(f"x_{part} has shape {x.shape}; give images as (n, height, width, channels).")
@@ -97,7 +95,8 @@ def _checked(part: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.nd
         raise DataError(f"x_{part} has shape {x.shape}; give points of at least one value, as (n, ...).")
     if not np.issubdtype(y.dtype, np.integer):
         raise DataError(f"y_{part} is {y.dtype}; give integer class labels.")
-    return np.ascontiguousarray(x), y.astype(np.int64)
+    on_disk = isinstance(x.base, np.memmap)  # all else may be changed by whoever gave it
+    return np.ascontiguousarray(x) if on_disk else np.array(x, order="C"), y.astype(np.int64)
 
 
 def _constants(name: str, given: Any, low: float, high: float, channels: int) -> tuple[float, ...]:
@@ -136,10 +135,8 @@ def from_arrays(
         raise DataError(f"The classes are {class_names!r:.100}; give at least two, each with a name of its own.")
     for part, y in (("train", y_train), ("val", y_val)):
         if y.min() < 0 or y.max() >= len(names):
-            raise DataError(
-                f"y_{part} holds labels from {y.min()} to {y.max()}, but there are {len(names)} classes; "
-                f"use labels 0 to {len(names) - 1}."
-            )
+            given = f"y_{part} holds labels from {y.min()} to {y.max()}"
+            raise DataError(f"{given}, but there are {len(names)} classes; use labels 0 to {len(names) - 1}.")
     channels = x_train.shape[-1]
     constants = _constants("mean", mean, -10, 10, channels), _constants("std", std, 1e-3, 1e3, channels)
     return Dataset(name, x_train, y_train, x_val, y_val, names, *constants)

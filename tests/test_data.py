@@ -74,6 +74,20 @@ def arrays(n=6, **changes):
     return kwargs | changes
 
 
+def test_a_data_set_does_not_change_with_the_arrays_it_was_made_of(tmp_path):
+    given = arrays()
+    made = data.from_arrays(**given)
+    before = made.x.copy(), made.y.copy()
+    for array in given.values():
+        array[:] = 0
+    np.testing.assert_array_equal(made.x, before[0])
+    np.testing.assert_array_equal(made.y, before[1])
+    np.save(tmp_path / "x.npy", before[0][:6])
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    again = data.from_arrays(**arrays(x_train=mapped))
+    assert np.shares_memory(again.x_train, mapped), "arrays on disk stay there"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -104,6 +118,9 @@ def arrays(n=6, **changes):
         ({"mean": ()}, "mean is"),
         ({"mean": "abc"}, "mean is 'abc'"),
         ({"mean": None}, "mean is None"),
+        ({"x_train": torch.ones(6, 4, requires_grad=True)}, "no array .*requires grad"),
+        ({"x_train": np.ma.masked_greater(np.ones((6, 4)), 0)}, "24 NaN or infinite"),
+        ({"y_train": np.ma.masked_equal(np.arange(6) % 3, 0)}, "no array .*fill"),
     ],
 )
 def test_arrays_that_cannot_be_used(changes, message):
