@@ -66,7 +66,7 @@ def observe(
         with torch.enable_grad():
             found = margins({k: v.detach().requires_grad_() for k, v in params.items()}, x, y)
             once = [(part, *seen[0]) for part, seen in calls.items() if len(seen) == 1 and seen[0][1].requires_grad]
-            gradients = torch.autograd.grad(found.sum(), [output for *_, output in once]) if once else ()
+            gradients = torch.autograd.grad(found.sum(), [z for *_, z in once], materialize_grads=True) if once else ()
     finally:
         for hook in hooks:
             hook.remove()

@@ -222,6 +222,10 @@ def _faults(modules: list[nn.Module], x: Tensor, n_classes: int, exactly: bool) 
     empty, params, buffers = stack(modules)
     if odd := {v.dtype for v in params.values()} - {torch.float32, torch.float64}:
         yield f"has weights of {odd.pop()}; keep them in float32 (training.precision is for less)"
+    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in modules[0].parameters()):
+        yield "has hooks on gradients of its weights, which stacked copies lose; put them into its forward pass"
+    if bare := [k for k, v in params.items() if not v.numel()]:
+        yield f"has no number in its weight {bare[0]}; make that layer wider"
     for training in (False, True):
         alone = []
         for seed, module in enumerate(modules):

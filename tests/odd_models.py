@@ -231,11 +231,23 @@ def conv(*norm):
     )
 
 
+class Detached(nn.Module):
+    """Its first layer stays as it was drawn."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(D, 8), nn.Linear(8, K)
+
+    def forward(self, x):
+        return self.last(self.first(x).relu().detach())
+
+
 ODD = {
     "tied": (Tied, table),
     "tied by use": (TiedByUse, table),
     "twice": (Twice, table),
     "frozen": (Frozen, table),
+    "detached": (Detached, table),
     "in place": (InPlace, table),
     "batch norm": (lambda: mlp(nn.BatchNorm1d(8), nn.ReLU()), table),
     "cumulative batch norm": (lambda: mlp(nn.BatchNorm1d(8, momentum=None), nn.ReLU()), table),
@@ -343,6 +355,12 @@ def renorms(module, x, z):
     return z
 
 
+def hooked():
+    model = mlp()
+    model[0].weight.register_hook(lambda g: 0 * g)
+    return model
+
+
 def frozen():
     return mlp().requires_grad_(False)
 
@@ -373,6 +391,8 @@ REFUSED = {
         "which others are in its batch",
     ),
     "no gradient": (of(lambda m, x, z: z.detach()), "no finite gradient"),
+    "hook on a weight": (hooked, "hooks on gradients of its weights"),
+    "no width": (lambda: mlp(nn.Dropout(0.1), hidden=0), "no number in its weight 0.weight"),
     "frozen whole": (frozen, "no parameter that requires gradients"),
     "shared": (lambda: ONE, "same object at every call"),
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, K)), "uninitialized parameter"),
