@@ -51,9 +51,8 @@ class Context:
                 "give one label for each point, training points first."
             )
         if self.models is not None and self.models.n_models > len(self.masks):
-            raise DataError(
-                f"{self.models.n_models} subset models have weights, only {len(self.masks)} masks; give each a mask."
-            )
+            n = self.models.n_models
+            raise DataError(f"{n} subset models have weights, only {len(self.masks)} masks; give each a mask.")
 
     @property
     def n_train(self) -> int:

@@ -240,9 +240,7 @@ class Gauged(Attributor):
 def check_varying(masks: np.ndarray) -> None:
     """Raise DataError if all masks are alike: nothing can be learnt of a point that all models saw, or none."""
     if len(masks) > 1 and (np.asarray(masks) == masks[0]).all():
-        raise DataError(
-            f"All {len(masks)} masks are alike, so nothing tells what a training point does; give random subsets."
-        )
+        raise DataError(f"All {len(masks)} masks are alike and tell nothing of a training point; give random subsets.")
 
 
 def lds(predicted: np.ndarray, actual: np.ndarray) -> np.ndarray:

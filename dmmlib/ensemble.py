@@ -278,9 +278,7 @@ def check_masks(masks: np.ndarray, n_train: int) -> None:
     if masks.dtype != bool or masks.ndim != 2 or masks.shape[1] != n_train:
         raise DataError(f"Masks are {masks.dtype} {masks.shape}; give booleans of shape (n_models, {n_train}).")
     if not masks.any(1).all():
-        raise DataError(
-            f"The mask of model {masks.any(1).argmin()} is empty; every model needs an example to train on."
-        )
+        raise DataError(f"The mask of model {masks.any(1).argmin()} is empty; every model needs an example.")
 
 
 def train(

@@ -63,7 +63,7 @@ class Study(Models):
         super().__init__(preset, overrides, runs=runs, progress=progress)
         for method in self.preset.unlearning.methods:
             unlearn.get(method)
-            attribution.get(method.partition("@")[2] or self.preset.attribution.name)
+            attribution.get(method.partition("@")[2] if "@" in method else self.preset.attribution.name)
         own = self.preset.attribution
         check_call(f"attributor {own.name!r}", attribution.get(own.name), None, **own.options)
         self.figures = Path(figures or place("figures"))
@@ -71,10 +71,8 @@ class Study(Models):
         self._own = forget_sets.load(Path(forget_set), self.data) if forget_set else None
         self._beside, self._attributors = beside, dict[str, datamodels.Attributor]()
         if beside and self._own is not None and self._own.name in taken:
-            raise ForgetSetError(
-                f"The preset has a forget set {self._own.name!r} already; save yours under another name to study it "
-                "beside."
-            )
+            had = f"The preset has a forget set {self._own.name!r} already"
+            raise ForgetSetError(f"{had}; save yours under another name to study it beside.")
 
     @property
     def methods(self) -> list[str]:
@@ -151,7 +149,8 @@ class Study(Models):
         if name not in self._attributors:
             options = self.preset.attribution.options if name == self.preset.attribution.name else {}
             self.progress(f"fit the attributor {name}", 0, 1)
-            self._attributors[name] = attribution.fit(name, self.context(), **options)
+            lent = dataclasses.replace(self.context(), masks=self.context().masks.copy())
+            self._attributors[name] = attribution.fit(name, lent, **options)
             self.progress(f"fit the attributor {name}", 1, 1)
         return self._attributors[name]
 
@@ -261,11 +260,12 @@ class Study(Models):
         path = self.runs / "store" / f"unlearned-{method}-{config_hash(config)}.npz"
 
         def result() -> Unlearned:
-            made = unlearn.get(method)(self.problem(forget_set, method), **setting)
+            problem, moved = self.problem(forget_set, method), self.x._version
+            made = unlearn.get(method)(problem, **setting)
+            if self.x._version != moved:
+                raise MethodError(f"{method} changed the points it was given; let it change a copy, and start anew.")
             if not np.isfinite(made.margins).all():
-                raise MethodError(
-                    f"{method} with {setting} gave NaN margins on {forget_set.name!r}; lower its learning rate."
-                )
+                raise MethodError(f"{method} with {setting} gave NaN margins on {forget_set.name!r}; lower its rate.")
             return made
 
         return kept(path, result, Unlearned.load, lambda path, made: made.save(path))
@@ -310,9 +310,7 @@ def _checked(preset: presets.Preset, data: Dataset) -> list[str]:
     every, n = (*preset.forget_sets, *preset.tuning.forget_sets), data.n_train
     for part in every:
         if part.size is not None and part.size >= n:
-            raise ForgetSetError(
-                f"Forget set {part.name!r} asks for {part.size} of {n} training points; leave some to retain."
-            )
+            raise ForgetSetError(f"Forget set {part.name!r} asks for {part.size} of {n} training points; leave some.")
         for key, most in {"point": n - 1, "component": n - 1, "label": data.n_classes - 1}.items():
             if (given := getattr(part, key)) > most:
                 raise ForgetSetError(f"Forget set {part.name!r} has {key} {given}; give at most {most}.")
@@ -326,9 +324,6 @@ def _checked(preset: presets.Preset, data: Dataset) -> list[str]:
     for what, given in (("forget sets", names), ("methods", preset.unlearning.methods)):
         if len(set(given)) < len(given):
             raise PresetError(f"Preset {preset.name!r} names two {what} alike: {', '.join(given)}.")
-    if preset.tuning.n_models > preset.ensembles.n_models:
-        raise PresetError(
-            f"tuning.n_models={preset.tuning.n_models} is more than ensembles.n_models="
-            f"{preset.ensembles.n_models}; lower it."
-        )
+    if (tuned := preset.tuning.n_models) > (most := preset.ensembles.n_models):
+        raise PresetError(f"tuning.n_models={tuned} is more than ensembles.n_models={most}; lower it.")
     return names

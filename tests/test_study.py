@@ -3,10 +3,11 @@
 import functools
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from dmmlib import data, execution, forget_sets, models, presets, registry, unlearn
+from dmmlib import attribution, data, execution, forget_sets, models, presets, registry, unlearn
 from dmmlib.app.status import trained
 from dmmlib.errors import DataError, DeviceError, DmmError, ForgetSetError, MethodError, PresetError, StoreError
 from dmmlib.files import read_json
@@ -194,9 +195,34 @@ def test_a_users_own_method_enters_the_table(tmp_path, tiny):
         unlearn.base.METHODS.remove("shrink")
 
 
+def test_what_a_study_lends_is_as_it_was(tmp_path):
+    """An attributor and a method that write into what they are given change nothing for the others, or are told."""
+    plain = study(tmp_path / "plain", {"unlearning.methods": ["dmm"]}).results()
+
+    @attribution.register("greedy one")
+    def greedy(context):
+        context.masks[:] = True
+
+    @unlearn.register("greedy two")
+    def zero(problem):
+        problem.x[:] = 0
+        return unlearn.Unlearned.from_logits(problem.original_logits, problem.labels, cost=0.0)
+
+    try:
+        own = study(tmp_path / "own", {"unlearning.methods": ["dmm"]})
+        own.attributor("greedy one")
+        pd.testing.assert_frame_equal(own.results(), plain)
+        with pytest.raises(MethodError, match="greedy two changed the points it was given"):
+            own.unlearned("greedy two", own.forget_sets()["random_6"])
+    finally:
+        attribution.ATTRIBUTORS.remove("greedy one")
+        unlearn.base.METHODS.remove("greedy two")
+
+
 @pytest.mark.parametrize(
     ("overrides", "error", "message"),
     [
+        ({"unlearning.methods": ["dmm@"]}, MethodError, "Unknown attributor ''"),
         ({"unlearning.methods": ["forgetmenot"]}, MethodError, "Unknown method 'forgetmenot'"),
         ({"model.name": "vgg"}, MethodError, "Unknown model 'vgg'"),
         ({"data.name": "imagenet"}, MethodError, "Unknown data set 'imagenet'"),
