@@ -276,7 +276,17 @@ def parse(text: str) -> Any:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > 20 or isinstance(event, yaml.AliasEvent):
             raise ValueError("aliases and deep nesting are not followed: write plain values")
-    return yaml.safe_load(text)
+    return yaml.load(text, _Loader)
+
+
+class _Loader(yaml.SafeLoader):
+    """Of two values of one key the second would count, without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        names = [key.value for key, _ in node.value if isinstance(key.value, str)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"the key {max(names, key=names.count)!r} is given twice; keep one")
+        return super().construct_mapping(node, deep)
 
 
 def _set(content: dict[str, Any], key: str, value: Any) -> None:

@@ -239,6 +239,8 @@ BOMB = "&a [x]" + "".join(f", &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip
         (f"{{hidden: {'[' * 100_000}}}", "deep nesting"),
         ("{hidden: 2001-01-01}", "lists and mappings"),
         ("{hidden: !!python/object/apply:os.getcwd []}", "cannot be read as YAML"),
+        ("{hidden: 32, hidden: 64}", "key 'hidden' is given twice"),
+        ("{hidden: 32}, name: linear", "key 'name' is given twice"),
     ],
 )
 def test_yaml_that_is_more_than_it_seems_ends_at_once(tmp_path, options, message):
