@@ -129,6 +129,13 @@ def test_bombs_and_other_files_are_named(tree, tmp_path, content, message):
         images.image_folder(tree, side=8, cache=tmp_path / "cache")
 
 
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("nowhere.png", path)])
+def test_what_is_named_as_an_image_and_is_no_file_is_said(tree, tmp_path, make):
+    make(tree / "train" / "n00000003" / "9.png")
+    with pytest.raises(DataError, match=r"9\.png is no file"):
+        images.image_folder(tree, side=8, cache=tmp_path / "cache")
+
+
 def test_more_than_eight_bits_are_refused(tree, tmp_path):
     Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(tree / "train" / "n00000003" / "9.png")
     with pytest.raises(DataError, match="more than 8 bits"):

@@ -69,9 +69,9 @@ def _files(root: Path, classes: Mapping[str, Sequence[str]]) -> list[tuple[Path,
         for folder in map(str, folders):
             here = [path for path in sorted((root / folder).glob("*")) if path.suffix.lower() in SUFFIXES]
             if not here:
-                raise DataError(
-                    f"{root / folder}, of class {name!r}, holds no images; complete it or correct the classes."
-                )
+                raise DataError(f"{root / folder}, of class {name!r}, holds no images; add some or mend the classes.")
+            if odd := [path for path in here if not path.is_file()]:
+                raise DataError(f"{odd[0]} is no file, but a folder, a pipe or a broken link; remove it.")
             files += [(path, label) for path in here]
     return files
 
