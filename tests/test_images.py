@@ -129,6 +129,12 @@ def test_bombs_and_other_files_are_named(tree, tmp_path, content, message):
         images.image_folder(tree, side=8, cache=tmp_path / "cache")
 
 
+def test_a_class_of_validation_alone_is_not_left_out(tree, tmp_path):
+    draw(tree / "val" / "n99" / "0.png", (0, 0, 0))
+    with pytest.raises(DataError, match="of class 'n99', holds no images"):
+        images.image_folder(tree, side=8, cache=tmp_path / "cache")
+
+
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("nowhere.png", path)])
 def test_what_is_named_as_an_image_and_is_no_file_is_said(tree, tmp_path, make):
     make(tree / "train" / "n00000003" / "9.png")

@@ -34,7 +34,7 @@ def image_folder(
 
     Args:
         root: the directory that holds `train` and `val`.
-        classes: class name -> the folders that it is made of; each folder of `train` is a class if None.
+        classes: class name -> the folders that it is made of; each folder of both is a class if None.
 
     Raises DataError for a directory of another layout, a folder that is missing or empty, or a damaged image.
     """
@@ -42,7 +42,7 @@ def image_folder(
     if missing := [part for part in parts if not (root / part).is_dir()]:
         raise DataError(f"{root} holds no directory {missing[0]!r}; give one with train/ and val/, a folder per class.")
     if classes is None:
-        classes = {path.name: [path.name] for path in sorted((root / "train").iterdir()) if path.is_dir()}
+        classes = {f: [f] for f in sorted({p.name for part in parts for p in (root / part).iterdir() if p.is_dir()})}
     if len(classes) < 2:
         raise DataError(f"{root} gives {len(classes)} classes; at least two are needed.")
     lists = list(classes.values()) if isinstance(classes, Mapping) else [None]
