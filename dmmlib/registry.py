@@ -118,7 +118,7 @@ def versions(*components: str) -> dict[str, int]:
     """Versions, as keys of stores hold them, of names in `VERSIONS` and of registered ones, e.g. "model mlp"."""
 
     def version(component: str) -> int:
-        kind, _, name = component.partition(" ")
-        return VERSIONS[component] if component in VERSIONS else REGISTRIES[kind].version(name)
+        kind = next((kind for kind in REGISTRIES if component.startswith(f"{kind} ")), "")
+        return VERSIONS[component] if component in VERSIONS else REGISTRIES[kind].version(component[len(kind) + 1 :])
 
     return {component: version(component) for component in components}
