@@ -58,3 +58,14 @@ def alive(pid: int) -> bool:
         return "Z" not in Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
     except (ProcessLookupError, FileNotFoundError):
         return False
+
+
+def damages(path, rng, n=200):
+    """Write a file n times with three bits flipped, and say when."""
+    whole = path.read_bytes()
+    for _ in range(n):
+        damaged = bytearray(whole)
+        for at in rng.integers(len(whole), size=3):
+            damaged[at] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        yield

@@ -15,7 +15,7 @@ import torch
 from dmmlib import data, models
 from dmmlib.errors import ChecksumError, DataError, MethodError, OptionError
 from dmmlib.zoo import datasets
-from tests.conftest import SHARED
+from tests.conftest import SHARED, damages
 
 
 def test_embedded_fashion_mnist_is_whole_and_balanced():
@@ -178,12 +178,7 @@ def test_archives_that_are_more_or_less_than_they_seem(tmp_path):
     with pytest.raises(DataError, match="not a zip file"):
         data.load((tmp_path / "b.npy").rename(tmp_path / "b.npz"))
     np.savez_compressed(path, **arrays())
-    whole = path.read_bytes()
-    for _ in range(200):
-        damaged = bytearray(whole)
-        for at in rng.integers(len(whole), size=3):
-            damaged[at] ^= 1 << rng.integers(8)
-        path.write_bytes(damaged)
+    for _ in damages(path, rng):
         with contextlib.suppress(DataError):
             data.load(path)
 

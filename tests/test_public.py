@@ -12,6 +12,7 @@ from dmmlib import metrics
 from dmmlib.app import public
 from dmmlib.datamodels import RidgeDatamodel
 from dmmlib.errors import DataError, ForgetSetError
+from tests.conftest import damages
 
 N_TRAIN, N_VAL, N = 60, 20, 12
 FORGET = np.array([41, 3, 17, 8])
@@ -111,12 +112,7 @@ def test_datamodels_of_other_content(tmp_path, name, odd):
 def test_damaged_datamodels_are_said_in_one_line(tmp_path):
     path, rng = tmp_path / "d.pt", np.random.default_rng(0)
     torch.save({"weight": torch.ones(4, 5), "bias": torch.ones(5), "lam": torch.ones(5)}, path)
-    whole = path.read_bytes()
-    for _ in range(200):
-        damaged = bytearray(whole)
-        for at in rng.integers(len(whole), size=3):
-            damaged[at] ^= 1 << rng.integers(8)
-        path.write_bytes(damaged)
+    for _ in damages(path, rng):
         with contextlib.suppress(DataError):
             public.datamodel_weights(path).effect([1])
 

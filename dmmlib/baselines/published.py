@@ -17,7 +17,7 @@ from dmmlib.ensemble import Loss
 from dmmlib.errors import DataError, OptionError
 from dmmlib.optim import Adam
 from dmmlib.unlearn.base import Phase, Problem, Unlearned, check_options, finetune, register
-from dmmlib.unlearn.matching import GEORGIEV, predicted_oracle
+from dmmlib.unlearn.matching import GEORGIEV, means_of_oracles, predicted_oracle
 
 RATIOS = {"1:3": (1, 3), "5:20": (5, 20)}  # how often an epoch sees F, and points of R for each of F
 DECAY = 0.95
@@ -41,10 +41,8 @@ def oracle_matching_adam(problem: Problem, *, n_oracles: int = 10, **options: An
     if problem.oracle_logits is None:
         raise DataError("oracle_matching_adam needs the logits of retrained models; give Problem(oracle_logits=...).")
     check_options(n_oracles=n_oracles, whole=True)
-    oracles, first = problem.oracle_logits, np.arange(problem.n_models)
-    n = min(n_oracles, len(oracles))
-    goal = np.asarray(sum(oracles[(first + j) % len(oracles)] for j in range(n)) / n, np.float32)
-    return fine_tune(problem, goal, **options)
+    n = min(n_oracles, len(problem.oracle_logits))
+    return fine_tune(problem, means_of_oracles(problem.oracle_logits, n, problem.n_models), **options)
 
 
 def squared_error(targets: np.ndarray, problem: Problem) -> Loss:

@@ -31,11 +31,7 @@ KINDS = (nn.Linear, nn.Conv2d)  # layers that need no explicit gradients
 
 
 class Jacobian:
-    """Gradients of one model's margins at some points.
-
-    Attributes:
-        margins: m (n,).
-        kernel: K (n, n), double.
+    """Gradients of one model's margins at some points: keeps `margins` m (n,) and `kernel` K (n, n), double.
 
     Args:
         module: the architecture, in evaluation mode.

@@ -87,12 +87,17 @@ def oracle_targets(problem: Problem, n_oracles: int | None = None, targets: str 
     n = len(oracles) if n_oracles is None else n_oracles
     if not 1 <= n <= len(oracles):
         raise DataError(f"n_oracles={n}, but there are {len(oracles)} oracles; use 1 to {len(oracles)}.")
-    first = np.arange(problem.n_models)
-    goal = np.asarray(sum(oracles[(first + j) % len(oracles)] for j in range(n)) / n, np.float32)
+    goal = means_of_oracles(oracles, n, problem.n_models)
     if targets == "shifted":
         own = margins(problem.original_logits, problem.labels)
         goal = goal + own - own.mean(0)
     return goal
+
+
+def means_of_oracles(oracles: np.ndarray, n: int, n_models: int) -> np.ndarray:
+    """Mean answers (n_models, ...) of n oracles for each model: of oracles i, i + 1, ... for model i."""
+    first = np.arange(n_models)
+    return np.asarray(sum(oracles[(first + j) % len(oracles)] for j in range(n)) / n, np.float32)
 
 
 def match(
