@@ -11,7 +11,7 @@ from dmmlib import metrics
 from dmmlib.metrics import Estimate
 from dmmlib.unlearn import Unlearned
 
-TRAJECTORY = ("split", "cost", "p95", "under", "over")
+TRAJECTORY = ("split", "cost", "p95", "gap", "under", "over")
 
 
 def evaluate(
@@ -25,14 +25,17 @@ def evaluate(
         splits: name -> positions of points.
 
     Returns:
-        One row per split and statistic (klom_mean, klom_p95, accuracy_gap, u_lira; cost on the split "all"): split,
-        statistic, value, low, high (a 95 % interval: over models, but for u_lira over points) and n_models.
+        One row per split and statistic (klom_mean, klom_p95, mean_gap, ks_share, ks_fdr, accuracy_gap, u_lira; cost on
+        the split "all"): split, statistic, value, low, high (a 95 % interval: over models, but for u_lira over points)
+        and n_models.
     """
     found: list[tuple[str, str, Estimate]] = []
     for split, statistics in metrics.klom_summary(result.margins, margins, splits).items():
         found += [(split, f"klom_{name}", estimate) for name, estimate in statistics.items()]
-    gaps = metrics.accuracy_gap(result.correct, correct, splits)
-    found += [(split, "accuracy_gap", estimate) for split, estimate in gaps.items()]
+    for split, statistics in metrics.gap_summary(result.margins, margins, splits).items():
+        found += [(split, name, estimate) for name, estimate in statistics.items()]
+    accuracy_gaps = metrics.accuracy_gap(result.correct, correct, splits)
+    found += [(split, "accuracy_gap", estimate) for split, estimate in accuracy_gaps.items()]
     for split, indices in splits.items():
         accuracy = metrics.u_lira(result.margins[:, indices], margins[:, indices])
         estimate = Estimate(value := float(accuracy.mean()), 0.0, 1.0)  # of one point, which has no spread
@@ -48,18 +51,17 @@ def evaluate(
 
 def trajectory(
     result: Unlearned, margins: np.ndarray, splits: Mapping[str, np.ndarray]
-) -> list[tuple[str, float, float, float, float]]:
+) -> list[tuple[str, float, float, float, float, float]]:
     """Follow a method's models along the way.
 
     Returns:
-        Rows of `TRAJECTORY`, one per moment and split: p95 is KLoM's 95th percentile; under and over are the shares of
-        points whose mean margin is more than one of the oracles' standard deviations above, or below, theirs.
+        Rows of `TRAJECTORY`, one per moment and split: p95 is KLoM's 95th percentile, gap the mean of |`metrics.gaps`|;
+        under and over are the shares of points whose gap is above 1, or below -1.
     """
-    rows, sd, mean = [], margins.std(0), margins.mean(0)
+    rows = []
     for cost, at in zip(result.costs, result.trajectory, strict=True):
-        values, gaps = metrics.klom(at, margins), at.mean(0) - mean
+        values, gaps = metrics.klom(at, margins), metrics.gaps(at, margins)
         for split, indices in splits.items():
-            p95 = float(np.percentile(values[indices], 95))
-            under, over = ((sign * gaps > sd)[indices].mean() for sign in (1, -1))
-            rows.append((split, float(cost), p95, under, over))
+            p95, here = float(np.percentile(values[indices], 95)), gaps[indices]
+            rows.append((split, float(cost), p95, float(np.abs(here).mean()), (here > 1).mean(), (here < -1).mean()))
     return rows

@@ -1,4 +1,4 @@
-"""How far unlearned models are from retrained ones: margins, KLoM and its bins, U-LiRA, accuracy gaps.
+"""How far unlearned models are from retrained ones: margins, KLoM and its bins, mean gaps, KS tests, U-LiRA, accuracy.
 
 KLoM (KL divergence of margins): Georgiev et al., "Attribute-to-Delete", ICLR 2025, section 3. Everywhere,
 models come first: logits are (n_models, n_points, n_classes), labels (n_points,), margins (n_models, n_points).
@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from scipy.special import kolmogorov
 
 from dmmlib.errors import DataError
 
@@ -22,6 +23,7 @@ CLIP = 100.0
 N_BINS = 20
 FLOOR = 1e-5
 BLOCK = 5000  # points whose histograms are counted together
+LEVEL = 0.05  # of a KS test at one point, and of false discoveries among all
 
 Convention = Literal["closed", "easydub"]
 
@@ -252,6 +254,84 @@ def klom_summary(
 
 
 # --- other measures ------------------------------------------------------------------------------------
+
+
+def gaps(unlearned: np.ndarray, oracle: np.ndarray) -> np.ndarray:
+    """Mean margin of unlearned models minus that of oracles at each point (n_points,), in the oracles' sd.
+
+    It is above 0 where a point is not yet forgotten and below where it is overshot. Unlike KLoM it does not saturate.
+
+    >>> gaps(np.array([[3.0], [5.0]]), np.array([[0.0], [2.0]])).round(2)
+    array([2.12])
+    """
+    unlearned, oracle = (m.astype(np.float64) for m in checked(unlearned, oracle, least=2))
+    return (unlearned.mean(0) - oracle.mean(0)) / np.maximum(oracle.std(0, ddof=1), 1e-6)
+
+
+def ks(unlearned: np.ndarray, oracle: np.ndarray) -> np.ndarray:
+    """The two-sample Kolmogorov-Smirnov statistic of the margins at each point: (n_points,), from 0 to 1."""
+    unlearned, oracle = checked(unlearned, oracle)
+    even = [np.full(len(m), 1 / len(m)) for m in (unlearned, oracle)]
+    return _ks(*_sorted(unlearned, oracle), *even)
+
+
+def _sorted(unlearned: np.ndarray, oracle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Order of all models at each point, and whether each is the last of those with its margin."""
+    both = np.concatenate([unlearned, oracle])
+    order = np.argsort(both, 0, kind="stable")
+    ranked = np.take_along_axis(both, order, 0)
+    return order, np.concatenate([ranked[1:] != ranked[:-1], np.ones((1, ranked.shape[1]), bool)])
+
+
+def _ks(order: np.ndarray, last_of_tie: np.ndarray, of_unlearned: np.ndarray, of_oracles: np.ndarray) -> np.ndarray:
+    """The statistic with a weight for each model; scipy's ks_2samp gives the same in thirty times the time."""
+    gap = np.cumsum(np.concatenate([of_unlearned, -of_oracles])[order], 0)
+    return np.abs(gap, out=gap).max(0, where=last_of_tie, initial=0.0)
+
+
+def ks_p_values(unlearned: np.ndarray, oracle: np.ndarray, statistic: np.ndarray | None = None) -> np.ndarray:
+    """P-values (n_points,) of two-sample KS tests (asymptotic); `statistic` is `ks` of both, where it is known."""
+    n, m = len(unlearned), len(oracle)
+    return kolmogorov(np.sqrt(n * m / (n + m)) * (ks(unlearned, oracle) if statistic is None else statistic))
+
+
+def _shares(p: np.ndarray) -> tuple[float, float]:
+    """Shares of tests that reject: each at `LEVEL`, and at a false discovery rate of it (Benjamini and Hochberg)."""
+    from scipy.stats import false_discovery_control
+
+    return float((p <= LEVEL).mean()), float((false_discovery_control(p) <= LEVEL).mean())
+
+
+def gap_summary(
+    unlearned: np.ndarray, oracle: np.ndarray, splits: Mapping[str, np.ndarray], n_bootstrap: int = 25, seed: int = 0
+) -> dict[str, dict[str, Estimate]]:
+    """What does not saturate, over each split's points: split -> {"mean_gap", "ks_share", "ks_fdr"} -> Estimate.
+
+    mean_gap is the mean of |`gaps`|; ks_share is the share of points at which a KS test of level .05 tells unlearned
+    models from oracles (.05 of models that are alike, at most); ks_fdr the share with the false discovery rate among
+    the split's points held at .05. Intervals are +- 1.96 standard errors over resampled models, as in `klom_summary`.
+
+    Raises:
+        DataError: as `klom`, and for fewer than two models of a kind.
+    """
+    unlearned, oracle = checked(unlearned, oracle, least=2)
+    sd, places, rng = np.maximum(oracle.std(0, ddof=1), 1e-6), _sorted(unlearned, oracle), np.random.default_rng(seed)
+    even = [np.full(len(m), 1 / len(m)) for m in (unlearned, oracle)]
+    draws = [even] + [[rng.multinomial(len(w), w) / len(w) for w in even] for _ in range(n_bootstrap)]
+    found: dict[str, list[tuple[float, ...]]] = {split: [] for split in splits}
+    for u, o in draws:
+        gap = np.abs(u @ unlearned - o @ oracle) / sd
+        p = ks_p_values(unlearned, oracle, _ks(*places, u, o))
+        for split, indices in splits.items():
+            found[split].append((float(gap[indices].mean()), *_shares(p[indices])))
+    names = ("mean_gap", "ks_share", "ks_fdr")
+    return {
+        split: {
+            name: Estimate.normal(values[0], np.std(values[1:], ddof=1), least=0.0)
+            for name, values in zip(names, zip(*rows, strict=True), strict=True)
+        }
+        for split, rows in found.items()
+    }
 
 
 def u_lira(unlearned: np.ndarray, oracle: np.ndarray) -> np.ndarray:

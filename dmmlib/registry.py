@@ -27,7 +27,8 @@ VERSIONS = {
     "metric margin": 1,  # metrics: margins and their gauge
     "metric klom": 1,
     "metric u_lira": 1,
-    "metric ks": 1,  # analysis.evaluators
+    "metric ks": 1,
+    "metric mean_gap": 1,
     "metric accuracy_gap": 1,
     "metric lds": 1,
     "ridge": 1,  # datamodels: ridge regression on masks
@@ -40,7 +41,7 @@ VERSIONS = {
     "gauss-newton": 1,  # unlearn.gauss_newton: the step of a model towards margins
     "matching": 2,  # unlearn.matching: batches, targets, steps
     "search": 1,  # tuning: settings that are drawn, and their score
-    "results": 1,  # evaluation: rows of the tables
+    "results": 2,  # evaluation: rows of the tables
 }
 """Of the components that are not registered by name: raise one when the numbers of that component change."""
 

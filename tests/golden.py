@@ -24,7 +24,6 @@ import numpy as np
 import torch
 
 from dmmlib import attribution, data, datamodels, ensemble, forget_sets, metrics, models, unlearn
-from dmmlib.analysis import evaluators
 from dmmlib.attributors import kernel, margins
 from dmmlib.baselines import whitening
 from dmmlib.execution import one_thread
@@ -483,8 +482,22 @@ def _(inputs: Inputs) -> Values:
 @component("metric ks")
 def _(inputs: Inputs) -> Values:
     u, o = _two_ensembles()
-    yield "mean", evaluators.ks(u, o).mean()
-    yield "mean with ties", evaluators.ks(np.round(u), np.round(o)).mean()
+    yield "mean", metrics.ks(u, o).mean()
+    yield "mean with ties", metrics.ks(np.round(u), np.round(o)).mean()
+    yield "mean p-value", metrics.ks_p_values(u, o).mean()
+    for split, found in metrics.gap_summary(u, o, SPLITS).items():
+        for name in ("ks_share", "ks_fdr"):
+            yield f"{name} over the {split} points", found[name].value
+            yield f"{name} over the {split} points: half of its interval", found[name].high - found[name].value
+
+
+@component("metric mean_gap")
+def _(inputs: Inputs) -> Values:
+    u, o = _two_ensembles()
+    yield "root mean square", rms(metrics.gaps(u, o))
+    for split, found in metrics.gap_summary(u, o, SPLITS).items():
+        yield f"mean over the {split} points", found["mean_gap"].value
+        yield f"mean over the {split} points: half of its interval", found["mean_gap"].high - found["mean_gap"].value
 
 
 @component("metric accuracy_gap")

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from dmmlib.analysis import looks, plots, stopping
+from dmmlib.analysis import intervals, looks, plots, stopping, tables
 
 METHODS = [*looks.METHODS, "dm_direct@ridge", "dmm@ridge"]
 
@@ -56,15 +56,16 @@ def test_prominent_are_references_matching_and_the_best_baseline():
 def crowded():
     rng = np.random.default_rng(0)
     kloms = {method: rng.exponential(1 + i, 30) for i, method in enumerate(METHODS)}
-    rows = [(m, s, split, "klom_p95", 5.0, 4.0, 6.0) for m in METHODS for s in "ab" for split in looks.SPLITS]
+    every = itertools.product(METHODS, "ab", looks.SPLITS, looks.HEADLINE)
+    rows = [(m, s, split, statistic, 5.0, 4.0, 6.0) for m, s, split, statistic in every]
     rows += [(m, s, "all", "cost", 0.1, 0.1, 0.1) for m in METHODS for s in "ab"]
     results = pd.DataFrame(rows, columns=["method", "forget_set", "split", "statistic", "value", "low", "high"])
     track = [(m, s, "forget", c, 7.0) for m in METHODS[2:] for s in "ab" for c in (0.05, 0.1)]
-    track = pd.DataFrame(track, columns=["method", "forget_set", "split", "cost", "p95"])
+    track = pd.DataFrame(track, columns=["method", "forget_set", "split", "cost", "gap"])
     sizes = [(m, n, 5.0, 4.0, 6.0, 3.0, 0.9, 0.8, 1.0) for m in METHODS for n in (10, 20)]
     columns = ["method", "n_models", "median", "low", "high", "threshold", "power", "power_low", "power_high"]
     yield plots.klom_distribution(kloms, "A finding in some words " * 4, "n")
-    yield plots.klom_against_cost(results, track, "A finding in some words " * 9, "n")
+    yield plots.gap_against_cost(results, track, "A finding in some words " * 9, "n")
     yield plots.power(pd.DataFrame(sizes, columns=columns), "A finding in some words " * 9, "n", ["dmm", "retrain"])
 
 
@@ -79,6 +80,30 @@ def test_seven_methods_are_in_colour_and_the_legend_is_beside_plot_and_title():
         assert not any(box.overlaps(axis.get_window_extent()) for axis in figure.axes)
         assert not any(box.overlaps(text.get_window_extent()) for text in figure.texts)
         plt.close(figure)
+
+
+def test_at_the_floor_is_said_by_the_sharpest_measure():
+    """Of two sets: `near` is told by nothing; `klom` by KLoM on one set; `shifted` by KS alone, on points that stay."""
+    rows = []
+    for method, forget_set, split, statistic in itertools.product(
+        ("retrain", "near", "klom", "shifted"), "ab", looks.SPLITS, (*looks.HEADLINE, "u_lira", "accuracy_gap")
+    ):
+        told = (method == "klom" and statistic == "klom_p95" and forget_set == "a" and split == "forget") or (
+            method == "shifted" and statistic == "ks_share" and split == "retain"
+        )
+        rows.append((forget_set, method, split, statistic, 0.9 if told else 0.3, 0.7 if told else 0.1, 0.5))
+    rows += [(s, m, "all", "cost", 0.1, 0.1, 0.1) for m in ("retrain", "near", "klom", "shifted") for s in "ab"]
+    results = pd.DataFrame(rows, columns=["forget_set", "method", "split", "statistic", "value", "low", "high"])
+    assert tables.at_the_floor(results).to_dict() == {"retrain": 2, "near": 2, "klom": 1, "shifted": 0}
+    assert tables.medians(results)["at the floor"].tolist() == ["2 of 2", "2 of 2", "1 of 2", "0 of 2"]
+    old = results[~results["statistic"].isin(["ks_share", "mean_gap"])]
+    assert tables.at_the_floor(old)["shifted"] == 2  # a run of an earlier version has no KS test
+
+
+def test_the_power_of_a_ks_test():
+    assert intervals.ks_power(100, 0.0) == pytest.approx(0.037, abs=0.01)  # its level at this N, as margins are finite
+    assert intervals.ks_power(20, 0.5) < 0.3 < 0.75 < intervals.ks_power(100, 0.5)
+    assert tables.powers(100) == "a shift of 0.25 sd in 28%, of 0.5 sd in 83%, of 1 sd in 100% of cases"
 
 
 def test_areas_of_sets_with_moments_of_their_own_are_interpolated():

@@ -114,9 +114,9 @@ def test_nothing_is_too_large():
     }
     assert not long
     assert not wide
-    assert lines("core") <= 5270  # which shall fall, to 4,700
+    assert lines("core") <= 5360  # which shall fall, to 4,700
     assert lines("studies") <= 8660  # which shall fall, to 8,500
-    assert lines() <= 21_230  # to 18,000
+    assert lines() <= 21_380  # to 18,000
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from hypothesis.extra.numpy import arrays
 from scipy.stats import ks_2samp
 
 from dmmlib import metrics
-from dmmlib.analysis import evaluators
 from dmmlib.errors import DataError
 from tests.conftest import SHARED
 
@@ -172,7 +171,38 @@ def test_u_lira_needs_models_for_both_halves():
 def test_ks_is_scipys():
     rng = np.random.default_rng(6)
     a, b = rng.integers(0, 5, (20, 8)), rng.integers(1, 6, (30, 8))
-    np.testing.assert_allclose(evaluators.ks(a, b), [ks_2samp(x, y).statistic for x, y in zip(a.T, b.T, strict=True)])
+    np.testing.assert_allclose(metrics.ks(a, b), [ks_2samp(x, y).statistic for x, y in zip(a.T, b.T, strict=True)])
+    a, b = rng.normal(size=(100, 40)), rng.normal(0.3, 1, size=(100, 40))
+    exact = [ks_2samp(x, y, method="exact").pvalue for x, y in zip(a.T, b.T, strict=True)]
+    np.testing.assert_allclose(metrics.ks_p_values(a, b), exact, atol=0.03)
+
+
+def test_gaps_are_differences_of_means_in_the_oracles_sd():
+    oracle = np.array([[0.0, 1.0], [2.0, 5.0]])
+    np.testing.assert_allclose(metrics.gaps(oracle + 2 * 2**0.5, oracle), [2.0, 1.0])
+
+
+def test_gap_and_ks_where_the_answer_is_known():
+    """Alike on half of the points and 1 sd apart on the other: a share of .05 at most there, and nearly all here."""
+    rng, halves = np.random.default_rng(7), {"alike": np.arange(500), "apart": np.arange(500, 1000)}
+    u, o = rng.normal(size=(2, 100, 1000))
+    u[:, 500:] += 1
+    found = metrics.gap_summary(u, o, halves)
+    alike, apart = found["alike"], found["apart"]
+    assert alike["mean_gap"].value == pytest.approx(np.sqrt(2 / 100) * np.sqrt(2 / np.pi), rel=0.1)
+    assert apart["mean_gap"].value == pytest.approx(1.0, abs=0.03)
+    assert alike["ks_share"].value <= 0.06
+    assert alike["ks_fdr"].value < 0.01
+    assert apart["ks_share"].value > 0.98
+    assert 0.98 < apart["ks_fdr"].value <= apart["ks_share"].value
+    assert all(e.low <= e.value <= e.high for parts in found.values() for e in parts.values())
+    far = metrics.gap_summary(u + 40, o, halves)["apart"]["mean_gap"].value
+    assert far == pytest.approx(41, rel=0.02)  # where KLoM has long been at its end
+
+
+def test_gaps_need_a_spread():
+    with pytest.raises(DataError, match="n_models >= 2"):
+        metrics.gap_summary(np.zeros((3, 2)), np.zeros((1, 2)), {"all": np.arange(2)})
 
 
 def test_accuracy_gap():

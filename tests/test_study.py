@@ -26,7 +26,7 @@ def test_results_are_complete_and_tidy(tiny):
     methods, sets = set(tiny.preset.unlearning.methods), {"random_6", "pc1"}
     assert set(table["method"]) == methods
     assert set(table["forget_set"]) == sets
-    per_pair = 3 * (2 + 1 + 1) + 1  # splits x (KLoM mean, p95, accuracy gap, U-LiRA), and the cost
+    per_pair = 3 * (2 + 3 + 1 + 1) + 1  # splits x (KLoM, gap and KS, accuracy gap, U-LiRA), and the cost
     assert len(table) == len(methods) * len(sets) * per_pair
     assert not table.duplicated(["forget_set", "method", "split", "statistic"]).any()
     assert (table["low"] <= table["value"]).all()

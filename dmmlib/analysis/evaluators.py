@@ -60,17 +60,6 @@ def membership_auc(members: np.ndarray, others: np.ndarray) -> np.ndarray:
     return np.asarray(u) / (members.shape[1] * others.shape[1])
 
 
-def ks(unlearned: np.ndarray, oracle: np.ndarray) -> np.ndarray:
-    """Compute the two-sample Kolmogorov-Smirnov statistic of the margins at each point: (n_points,) in [0, 1]."""
-    unlearned, oracle = metrics.checked(unlearned, oracle)
-    both = np.concatenate([unlearned, oracle])  # scipy's ks_2samp gives the same in thirty times the time
-    order = np.argsort(both, 0, kind="stable")
-    gap = np.cumsum(np.where(order < len(unlearned), 1 / len(unlearned), -1 / len(oracle)), 0)
-    ranked = np.take_along_axis(both, order, 0)
-    last_of_tie = np.concatenate([ranked[1:] != ranked[:-1], np.ones((1, ranked.shape[1]), bool)])
-    return np.abs(np.where(last_of_tie, gap, 0)).max(0)
-
-
 def distances(
     unlearned: Answers, oracle: Answers, forget: np.ndarray, n_train: int, n_bootstrap: int = 30
 ) -> dict[str, Estimate]:
@@ -90,7 +79,7 @@ def distances(
     found = {"klom_p95": summary["p95"], "klom_mean": summary["mean"]}
     rng = np.random.default_rng(0)
     draws = [(_within_halves(len(u), rng), _within_halves(len(o), rng)) for _ in range(n_bootstrap)]
-    for name, evaluator, least in (("u_lira", metrics.u_lira, 0.5), ("ks", ks, 0.0)):
+    for name, evaluator, least in (("u_lira", metrics.u_lira, 0.5), ("ks", metrics.ks, 0.0)):
         sampled = [max(least, evaluator(u[one], o[other]).mean()) for one, other in draws]
         value = max(least, float(evaluator(u, o).mean()))
         found[name] = Estimate.normal(value, np.std(sampled, ddof=1), least=0)

@@ -1,4 +1,4 @@
-"""Intervals of 95 %: Student's over draws, the bootstrap's over forget sets, Wilson's."""
+"""Intervals of 95 %: Student's over draws, the bootstrap's over forget sets, Wilson's; and the power of KS tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pandas as pd
 from scipy.stats import binomtest, norm, t
 
 from dmmlib.errors import DataError
-from dmmlib.metrics import Estimate
+from dmmlib.metrics import LEVEL, Estimate, ks_p_values
 
 Z = 1.96
 
@@ -52,3 +52,9 @@ def wilson(successes: int, n: int) -> Estimate:
     """Compute the share of successes in n trials, with Wilson's interval."""
     found = binomtest(successes, n).proportion_ci(2 * float(norm.cdf(Z)) - 1, "wilson")
     return Estimate(successes / n, float(found.low), float(found.high))
+
+
+def ks_power(n_models: int, shift: float, n_draws: int = 4000) -> float:
+    """Compute how often a KS test of level .05 tells n normal margins from n that are shifted, in sd; by simulation."""
+    margins = np.random.default_rng(0).normal(size=(2, n_models, n_draws)).astype(np.float32)
+    return float((ks_p_values(margins[0] + shift, margins[1]) <= LEVEL).mean())

@@ -15,6 +15,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 SPLITS = ("forget", "retain", "validation")
+STATISTICS = {
+    "mean_gap": "gap",
+    "ks_share": "KS",
+    "klom_p95": "KLoM",
+    "ks_fdr": "KS, FDR",
+    "klom_mean": "KLoM mean",
+    "u_lira": "U-LiRA",
+    "accuracy_gap": "accuracy gap",
+}
+AXES = {"mean_gap": "mean gap / oracle sd", "ks_share": "share of points told apart (KS)", "klom_p95": "KLoM, p95"}
+HEADLINE = ("mean_gap", "ks_share", "klom_p95")
 STOPS = {"end": "at its end", "common": "best common moment", "own": "each point's own moment"}
 PALETTE = sns.color_palette("colorblind", 10)
 METHODS: dict[str, tuple[str, tuple[float, float, float], str]] = {  # label, colour, marker

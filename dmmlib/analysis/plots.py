@@ -17,11 +17,11 @@ from matplotlib.figure import Figure
 
 from dmmlib.analysis import looks
 from dmmlib.analysis.claims import is_baseline
-from dmmlib.analysis.looks import SPLITS, STOPS, colour, label, png, style, titled
+from dmmlib.analysis.looks import AXES, SPLITS, STOPS, colour, label, png, style, titled
 from dmmlib.data import Dataset
 from dmmlib.metrics import Estimate
 
-__all__ = ["SPLITS", "colour", "label", "png", "style", "titled"]  # beside the figures
+__all__ = ["AXES", "SPLITS", "colour", "label", "png", "style", "titled"]  # beside the figures
 
 LINES = {"do_nothing": ":", "retrain": "-", "dm_direct": "--"}  # no model, or one known beforehand: a level
 OTHER = ((0.72, 0.72, 0.72), "other methods")  # how a method is drawn that is not `looks.prominent`
@@ -104,50 +104,72 @@ def class_counts(counts: pd.DataFrame, title: str, caption: str) -> Figure:
 # --- methods ---------------------------------------------------------------------------------------------
 
 
-def klom_against_cost(results: pd.DataFrame, trajectories: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Draw the main result: forget KLoM p95 against cost, a panel for each forget set, a line for each trajectory."""
+def gap_against_cost(results: pd.DataFrame, trajectories: pd.DataFrame, title: str, caption: str) -> Figure:
+    """Draw the main result: mean gap on F against cost, a panel for each forget set, a line for each trajectory."""
     names = list(results["forget_set"].unique())
-    figure, axes = looks.grid(len(names), 5, (2.5, 2.6), "cost / retraining", "forget KLoM, p95", sharex=True)
+    figure, axes = looks.grid(len(names), 5, (2.5, 2.6), "cost / retraining", AXES["mean_gap"], sharex=True)
     keys = ["forget_set", "method"]
-    p95 = results[(results["statistic"] == "klom_p95") & (results["split"] == "forget")].set_index(keys)
+    gap = results[(results["statistic"] == "mean_gap") & (results["split"] == "forget")].set_index(keys)
     cost = results[results["statistic"] == "cost"].set_index(keys)["value"]
     tracks = trajectories[trajectories["split"] == "forget"].groupby(keys)
     methods = [m for m in results["method"].unique() if m in trajectories["method"].unique()]
-    shown = looks.prominent(p95["value"].groupby("method").median().reindex([*methods, *LINES]).dropna())
+    shown = looks.prominent(gap["value"].groupby("method").median().reindex([*methods, *LINES]).dropna())
     for axis, name in zip(axes.flat, names, strict=False):
-        nothing = p95["value"].get((name, "do_nothing"))
+        nothing = gap["value"].get((name, "do_nothing"))
         for method, ls in LINES.items():
-            if (name, method) in p95.index:
-                axis.axhline(p95.loc[(name, method), "value"], color=colour(method), ls=ls, lw=1.5, label=label(method))
+            if (name, method) in gap.index:
+                axis.axhline(gap.loc[(name, method), "value"], color=colour(method), ls=ls, lw=1.5, label=label(method))
         for method in sorted(methods, key=shown.__contains__):  # those in colour last, on top
-            track, end = tracks.get_group((name, method)), p95.loc[(name, method)]
+            track, end = tracks.get_group((name, method)), gap.loc[(name, method)]
             tint, name_of = (colour(method), label(method)) if method in shown else OTHER
             look = {"color": tint, "marker": looks.marker(method), "ms": 6, "capsize": 2, "ls": ""}
-            axis.plot([0.0, *track["cost"]], [nothing, *track["p95"]], color=tint, lw=1.3, alpha=0.9)
+            axis.plot([0.0, *track["cost"]], [nothing, *track["gap"]], color=tint, lw=1.3, alpha=0.9)
             axis.errorbar(cost[(name, method)], end["value"], yerr=looks.bars(end), label=name_of, **look)
         axis.set_title(name)
-        looks.log_axis(axis, "y", (0.5, 1, 2, 5, 10), (0.25, 14))  # an interval may reach down to 0
+        looks.log_axis(axis, "y", (0.1, 0.2, 0.5, 1, 2, 5, 10, 20))
     looks.legend(figure, axes.flat[0])
     return titled(figure, title, caption)
 
 
-def klom_by_method(results: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Draw KLoM's 95th percentile of every method on every forget set, one panel for each split."""
-    p95 = results[results["statistic"] == "klom_p95"]
+def by_method(results: pd.DataFrame, statistic: str, title: str, caption: str) -> Figure:
+    """Draw a statistic of `looks.AXES` of every method on every forget set, one panel for each split."""
+    here = results[results["statistic"] == statistic]
     methods, n_sets = list(results["method"].unique()), results["forget_set"].nunique()
     offsets = np.linspace(-0.28, 0.28, n_sets) if n_sets > 1 else np.zeros(1)
     figure, axes = plt.subplots(1, 3, figsize=(12.5, 0.42 * len(methods) + 1.6), sharey=True, layout="constrained")
     for axis, split in zip(axes, SPLITS, strict=True):
         for row, method in enumerate(methods):
-            here = p95[(p95["split"] == split) & (p95["method"] == method)]
+            rows = here[(here["split"] == split) & (here["method"] == method)]
             look = {"color": colour(method), "fmt": "o", "ms": 3.5, "lw": 1}
-            axis.errorbar(here["value"], row + offsets, xerr=looks.bars(here), **look)
-            axis.plot(here["value"].median(), row, "|", color="black", ms=16, mew=2)
+            axis.errorbar(rows["value"], row + offsets, xerr=looks.bars(rows), **look)
+            axis.plot(rows["value"].median(), row, "|", color="black", ms=16, mew=2)
         axis.set_yticks(range(len(methods)), [label(m) for m in methods])
-        axis.set(title=split, xlabel="KLoM, p95")
-        looks.log_axis(axis, "x", (0.5, 1, 2, 5, 10))
+        axis.set(title=split, xlabel=AXES[statistic])
+        if statistic != "ks_share":
+            looks.log_axis(axis, "x", (0.1, 0.2, 0.5, 1, 2, 5, 10, 20))
         axis.grid(axis="x", color="0.9")
     axes[0].invert_yaxis()
+    return titled(figure, title, caption)
+
+
+def measures(results: pd.DataFrame, title: str, caption: str) -> Figure:
+    """Draw medians over forget sets of what is measured, one panel for each of `looks.HEADLINE`, a mark for a split."""
+    middle = results.groupby(["method", "statistic", "split"], sort=False)["value"].median()
+    methods = list(results["method"].unique())
+    figure, axes = plt.subplots(1, 3, figsize=(11.5, 0.3 * len(methods) + 1.6), layout="constrained", sharey=True)
+    marks = dict(zip(SPLITS, (("o", looks.PALETTE[3]), ("s", "0.55"), ("D", looks.PALETTE[0])), strict=True))
+    for axis, statistic in zip(axes, looks.HEADLINE, strict=True):
+        for split, (mark, tint) in marks.items():
+            values = [middle[m, statistic, split] for m in methods]
+            axis.plot(values, range(len(methods)), mark, color=tint, ms=6, label=split, alpha=0.9)
+            axis.axvline(middle["retrain", statistic, split], color=tint, lw=0.8, ls=":")
+        axis.set(xlabel=AXES[statistic])
+        if statistic != "ks_share":
+            looks.log_axis(axis, "x", (0.1, 0.2, 0.5, 1, 2, 5, 10, 20))
+    looks.rows(axes, [label(m) for m in methods])
+    for axis in axes:
+        axis.grid(axis="y", color="0.93")
+    looks.legend(figure, axes[0])
     return titled(figure, title, caption)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from dmmlib.analysis import claims, tables
-from dmmlib.analysis.plots import label
+from dmmlib.analysis.looks import STATISTICS, label
 from dmmlib.errors import PresetError
 from dmmlib.files import place, read_json, read_table, write_bytes, write_json
 
@@ -31,7 +31,6 @@ RECORD = "run.json"
 PACKAGES = ("dmmlib", "torch", "numpy", "scipy", "scikit-learn", "pandas", "zarr")
 KEY = ["forget_set", "method", "split", "statistic"]
 SHOWN_OTHERWISE = ("results", "trajectories")
-TITLES = {"klom_p95": "KLoM p95", "klom_mean": "KLoM mean", "accuracy_gap": "Accuracy gap", "u_lira": "U-LiRA"}
 
 
 def record(study: Study, directory: Path) -> Path:
@@ -187,7 +186,7 @@ def html(run: Run) -> str:
         over = f"{n_sets} forget set{'s' * (n_sets > 1)}, N = {n_models} models of each kind"
         medians = tables.medians(results).reset_index()
         shown.append(Table("Medians over forget sets", medians, f"{over}. Cost is in retrainings.", open=True))
-        for statistic, title in TITLES.items():
+        for statistic, title in STATISTICS.items():
             if (results["statistic"] == statistic).any():
                 frame = tables.main_table(results, statistic).reset_index()
                 shown.append(Table(title, frame, f"{over}; 95 % intervals."))
