@@ -22,8 +22,8 @@ import pandas as pd
 
 from dmmlib import data, forget_sets, metrics, unlearn
 from dmmlib.forget_sets import ForgetSet
+from dmmlib.matching.match import oracle_targets
 from dmmlib.study import Study
-from dmmlib.unlearn.matching import oracle_targets
 
 RESULTS = Path(__file__).parent / "results"
 N = 60  # models of each kind

@@ -38,8 +38,8 @@ VERSIONS = {
     "whitening": 1,  # baselines.whitening: coordinates that fine-tuning may step in
     "attribution gradients": 1,  # attributors.kernel: kernels of gradients
     "calibration": 1,  # attributors.margins: the scale of an attributor
-    "gauss-newton": 1,  # unlearn.gauss_newton: the step of a model towards margins
-    "matching": 2,  # unlearn.matching: batches, targets, steps
+    "gauss-newton": 1,  # matching.gauss_newton: the step of a model towards margins
+    "matching": 2,  # matching.match: batches, targets, steps
     "search": 1,  # tuning: settings that are drawn, and their score
     "results": 2,  # evaluation: rows of the tables
 }

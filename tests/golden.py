@@ -27,12 +27,12 @@ from dmmlib import attribution, data, datamodels, ensemble, forget_sets, metrics
 from dmmlib.attributors import kernel, margins
 from dmmlib.baselines import whitening
 from dmmlib.execution import one_thread
+from dmmlib.matching import match as matching
+from dmmlib.matching.gauss_newton import Jacobian
 from dmmlib.optim import SGD, Adam
 from dmmlib.progress import silent
 from dmmlib.registry import versions
 from dmmlib.study import Study
-from dmmlib.unlearn import matching
-from dmmlib.unlearn.gauss_newton import Jacobian
 
 TABLE = Path(__file__).with_name("golden.csv")
 COLUMNS = ["component", "version", "quantity", "value"]

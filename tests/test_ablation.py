@@ -7,7 +7,7 @@ from dmmlib import metrics, unlearn
 from dmmlib.analysis import ablation, plots
 from dmmlib.analysis.ablation import variant
 from dmmlib.errors import OptionError
-from dmmlib.unlearn.matching import predicted_oracle
+from dmmlib.matching.match import predicted_oracle
 
 
 @pytest.fixture(scope="module")

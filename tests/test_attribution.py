@@ -16,13 +16,13 @@ from dmmlib import data as datasets
 from dmmlib.analysis.side_by_side import compare
 from dmmlib.attribution import Context
 from dmmlib.attributors.bayesian import covariance, fit
+from dmmlib.attributors.gradients import margin
 from dmmlib.attributors.kernel import EASY, Kernel, gradient_kernel, gram, hardness, kernel, kernel_response
 from dmmlib.attributors.lasso import Solver
 from dmmlib.attributors.linearised import FLAT, LinearisedResponse, compressed, linearised_response
 from dmmlib.attributors.margins import calibrated
 from dmmlib.datamodels import Attributor, lds, retrained
 from dmmlib.errors import DataError, ForgetSetError, MethodError, OptionError
-from dmmlib.gradients import margin
 
 
 class Conv(nn.Module):

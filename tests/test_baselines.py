@@ -12,6 +12,7 @@ from dmmlib.analysis import tables
 from dmmlib.baselines import bad_teacher, dampening, fresh, gradient, last_layers, newton, relabel
 from dmmlib.ensemble import Ensemble, Training
 from dmmlib.errors import MethodError, OptionError
+from dmmlib.matching import match
 from dmmlib.unlearn import Problem, base
 
 N_MODELS, N_TRAIN = 6, 120
@@ -472,7 +473,7 @@ def test_newton_step_lowers_f_more_than_r(problem, before):
 
 @pytest.mark.parametrize("k", [1, 2, 5, None])
 def test_shifted_targets_are_original_plus_mean_difference(problem, k):
-    shifted, plain = (unlearn.matching.oracle_targets(problem, k, targets) for targets in ("shifted", "oracle"))
+    shifted, plain = (match.oracle_targets(problem, k, targets) for targets in ("shifted", "oracle"))
     own, oracles = (metrics.margins(z, problem.labels) for z in (problem.original_logits, problem.oracle_logits))
     teachers = np.stack([oracles[[(i + j) % N_MODELS for j in range(k or N_MODELS)]].mean(0) for i in range(N_MODELS)])
     np.testing.assert_allclose(plain, teachers, atol=1e-4)

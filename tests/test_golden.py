@@ -24,10 +24,11 @@ from dmmlib import (
 from dmmlib.analysis import evaluators
 from dmmlib.attributors import bayesian, kernel, lasso, linearised, margins
 from dmmlib.baselines import dampening, newton, whitening
+from dmmlib.matching import gauss_newton
+from dmmlib.matching import match as matching
 from dmmlib.optim import SGD, Adam
 from dmmlib.trainer import Trainer
 from dmmlib.unlearn import base as unlearning
-from dmmlib.unlearn import gauss_newton, matching
 from tests import golden
 
 EXTRAS = {"trak", "tracin", "ekfac", "logra"}  # attributors of an optional library

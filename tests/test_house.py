@@ -20,7 +20,7 @@ import dmmlib
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "dmmlib"
-ROOMS = ("zoo", "baselines", "attributors", "analysis", "studies", "widgets", "app")
+ROOMS = ("zoo", "attributors", "matching", "baselines", "analysis", "studies", "widgets", "app")
 FILES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(LIBRARY.rglob("*.py"))}
 
 
@@ -114,9 +114,9 @@ def test_nothing_is_too_large():
     }
     assert not long
     assert not wide
-    assert lines("core") <= 5360  # which shall fall, to 4,700
+    assert lines("core") <= 4940  # which shall fall, to 4,700
     assert lines("studies") <= 8660  # which shall fall, to 8,500
-    assert lines() <= 21_380  # to 18,000
+    assert lines() <= 21_370  # to 18,000
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_nothing_is_too_large():
     [
         ("dmmlib", (), 1),
         ("dmmlib.presets", ROOMS, 10),
-        ("dmmlib.study", ("studies", "widgets", "app", "baselines", "analysis"), 40),
+        ("dmmlib.study", ("studies", "widgets", "app", "baselines", "analysis", "matching"), 40),
     ],
 )
 def test_an_import_loads_only_what_it_needs(module, refused, most):

@@ -10,12 +10,12 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from dmmlib import attribution, datamodels, ensemble, models, stacking, train, unlearn
+from dmmlib.attributors.gradients import margin
 from dmmlib.attributors.kernel import gram
 from dmmlib.baselines.dampening import importance
 from dmmlib.baselines.gradient import mean_gradient
 from dmmlib.errors import DataError, ModelError
 from dmmlib.execution import Execution
-from dmmlib.gradients import margin
 from dmmlib.metrics import margin_gauge
 from dmmlib.models import fingerprint
 from dmmlib.progress import silent

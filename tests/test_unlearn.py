@@ -6,12 +6,13 @@ import torch
 from torch import nn
 
 from dmmlib import data, ensemble, metrics, models, unlearn
+from dmmlib.attributors.gradients import margin
 from dmmlib.datamodels import Attributor
 from dmmlib.ensemble import Training
 from dmmlib.errors import DataError, ForgetSetError, MethodError
-from dmmlib.gradients import margin
-from dmmlib.unlearn import Problem, gauss_newton
-from dmmlib.unlearn.gauss_newton import Jacobian
+from dmmlib.matching import gauss_newton, match
+from dmmlib.matching.gauss_newton import Jacobian
+from dmmlib.unlearn import Problem
 
 N_TRAIN, FORGET = 150, np.array([3, 30, 77, 100, 149])
 TUNED = ["gd", "ga", "ga_gd", "scrub"]
@@ -123,7 +124,7 @@ def test_scrub_moves_away_from_its_teacher_on_f_and_stays_near_it_on_r(problem, 
 
 def test_matching_reaches_its_targets(problem):
     """Within a few hundredths of where its targets have moved F, and R with it."""
-    targets = unlearn.matching.oracle_targets(problem)
+    targets = match.oracle_targets(problem)
     start = metrics.margins(problem.original_logits, problem.labels)
     result = unlearn.get("oracle_matching")(problem, cost=0.5)
     left, asked = result.margins - targets, start - targets

@@ -20,11 +20,11 @@ from dmmlib.baselines.whitening import Whitening
 from dmmlib.errors import OptionError
 from dmmlib.files import config_hash, kept, read_json, write_json
 from dmmlib.forget_sets import ForgetSet
+from dmmlib.matching.match import dmm, match, predicted_oracle
 from dmmlib.metrics import Estimate
 from dmmlib.optim import Adam
 from dmmlib.study import Study
 from dmmlib.unlearn.base import Phase, Problem, Unlearned, draw_batches, finetune
-from dmmlib.unlearn.matching import dmm, match, predicted_oracle
 
 GRID: dict[str, tuple[Any, ...]] = {
     "cost": (0.01, 0.02, 0.03, 0.05, 0.1),

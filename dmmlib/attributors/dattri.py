@@ -30,9 +30,9 @@ from torch.utils.data import DataLoader, StackDataset, Subset, TensorDataset
 
 from dmmlib import stacking
 from dmmlib.attribution import Context, register
+from dmmlib.attributors.gradients import margin
 from dmmlib.attributors.margins import MarginDatamodel, calibrated
 from dmmlib.errors import DataError, MethodError
-from dmmlib.gradients import margin
 
 Weights = dict[str, Tensor]
 Of = Callable[[Tensor, Tensor], Tensor]  # values of points (n,), or their mean, from logits (n, n_classes) and labels

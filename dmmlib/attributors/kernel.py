@@ -38,10 +38,10 @@ from torch import Tensor, nn
 
 from dmmlib import stacking
 from dmmlib.attribution import Context, register
+from dmmlib.attributors.gradients import explicit, margins_of, observe, separable
 from dmmlib.attributors.margins import MarginDatamodel, calibrated
 from dmmlib.ensemble import Ensemble
 from dmmlib.errors import DataError
-from dmmlib.gradients import explicit, margins_of, observe, separable
 
 FEATURES = 20_000  # weights with explicit gradients, beyond which these are projected
 EASY = 0.01  # of the mean: below it a point's hardness does not fall

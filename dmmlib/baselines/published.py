@@ -1,4 +1,4 @@
-"""Matching as its authors published it: Adam on the squared error of logits, for a comparison with `unlearn.matching`.
+"""Matching as its authors published it: Adam on the squared error of logits, for a comparison with `matching`.
 
 Georgiev et al., ICLR 2025, and RoyRin/data-unlearning-bench: an epoch sees F some times and as many points of R for
 each of F, drawn anew; five epochs of batches of 512, at a rate that falls by .95 per epoch.
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from dmmlib.ensemble import Loss
 from dmmlib.errors import DataError, OptionError
+from dmmlib.matching.match import GEORGIEV, means_of_oracles, predicted_oracle
 from dmmlib.optim import Adam
 from dmmlib.unlearn.base import Phase, Problem, Unlearned, check_options, finetune, register
-from dmmlib.unlearn.matching import GEORGIEV, means_of_oracles, predicted_oracle
 
 RATIOS = {"1:3": (1, 3), "5:20": (5, 20)}  # how often an epoch sees F, and points of R for each of F
 DECAY = 0.95

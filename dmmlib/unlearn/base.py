@@ -123,9 +123,7 @@ class Registered:
     attributed: bool = False  # whether it needs the problem's attributor; presets then also know `name@attributor`
 
 
-METHODS: Registry[Registered] = Registry(
-    "method", "dmmlib.unlearn.reference", "dmmlib.baselines", "dmmlib.unlearn.matching"
-)
+METHODS: Registry[Registered] = Registry("method", "dmmlib.unlearn.reference", "dmmlib.baselines", "dmmlib.matching")
 
 
 def register(

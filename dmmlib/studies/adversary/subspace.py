@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.func import functional_call, jvp, vmap
 from torch.nn.functional import cross_entropy, one_hot
 
+from dmmlib.attributors.gradients import explicit, margin, margins_of
 from dmmlib.ensemble import Ensemble
 from dmmlib.errors import OptionError
-from dmmlib.gradients import explicit, margin, margins_of
 from dmmlib.optim import Tensors
 
 

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from dmmlib.errors import DataError, OptionError
+from dmmlib.matching.gauss_newton import Jacobian, separable_weights
 from dmmlib.metrics import margins
 from dmmlib.unlearn.base import Problem, Unlearned, check_options, collect, draw_batches, moments, register
-from dmmlib.unlearn.gauss_newton import Jacobian, separable_weights
 
 GEORGIEV = "Georgiev et al., ICLR 2025"
 published = partial(register, elsewhere="RoyRin/data-unlearning-bench")

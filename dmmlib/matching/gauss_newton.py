@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from dmmlib import stacking
+from dmmlib.attributors.gradients import Layer, explicit, margins_of, observe, separable
 from dmmlib.ensemble import Ensemble
-from dmmlib.gradients import Layer, explicit, margins_of, observe, separable
 from dmmlib.optim import Tensors
 
 DAMPING = 0.03  # of A, relative to its mean diagonal
