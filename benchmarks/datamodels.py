@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from dmmlib import metrics
-from dmmlib.datamodels import BLOCK, RidgeDatamodel, principal_loadings
+from dmmlib.datamodels import BLOCK, RidgeDatamodel
 from dmmlib.store import Outputs, Store
 from dmmlib.widgets.preview import N_ORIGINALS, Previewer
 
@@ -130,11 +130,6 @@ def memory(use: str, n: int = 2_000, m: int = 4_000, n_val: int = 500, n_classes
             RidgeDatamodel.fit(masks, outputs, 0.1).effects([[0], [1, 2]])
         elif use == "own weights":
             RidgeDatamodel.fit(masks, outputs, 0.1, own_share=0.3).effects([[0], [1, 2]])
-        elif use == "loadings":
-            margins = np.empty((m, n), np.float32)
-            for i in range(0, m, 100):
-                margins[i : i + 100] = metrics.right_logits(outputs[i : i + 100][:, :n], labels[:n])
-            principal_loadings(RidgeDatamodel.fit(masks, outputs, 0.1), margins, 2)
         block = BLOCK * shape[0] * n_classes * 4 / 2**20
         factor = (m * n + 2 * n * n) * 4 / 2**20
         peak = peak_mb() - before
@@ -162,7 +157,7 @@ def main() -> None:
     if not arguments.only_memory:
         alone("KLoM of 100 x 60,000 margins", klom)
     if not arguments.only_klom:
-        for use in ("whole", "ridge", "own weights", "loadings"):
+        for use in ("whole", "ridge", "own weights"):
             alone(f"memory, n = 2,000, M = 4,000, {use}", memory, use)
     if arguments.only_klom or arguments.only_memory:
         out.write_text(json.dumps(report, indent=1), encoding="utf-8")

@@ -87,6 +87,11 @@ Fit = Callable[..., Attributor]
 
 ATTRIBUTORS: Registry[Fit] = Registry("attributor", "dmmlib.attributors")
 
+Loadings = Callable[[Ensemble, Tensor, Tensor, int], np.ndarray]
+"""Of models, points (n, ...), their labels (n,) and k: loadings (n, k) of points on k directions in which they act."""
+
+LOADINGS: Registry[Loadings] = Registry("loadings", "dmmlib.attributors")
+
 
 def register(name: str, version: int = 1) -> Callable[[Fit], Fit]:
     """Register a function of a `Context` and options; raise its `version` when its predictions change."""

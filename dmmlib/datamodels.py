@@ -33,7 +33,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator, svds
 from scipy.special import logsumexp
 from scipy.stats import rankdata
 from torch import Tensor
@@ -304,29 +303,3 @@ def choose_lambda(
         predicted = RidgeDatamodel.fit(masks, outputs, lam, device).predict(held_out_masks)
         scores[lam] = float(lds(right_logits(predicted, labels), actual).mean())
     return max(scores, key=lambda lam: scores[lam]), scores
-
-
-def principal_loadings(model: RidgeDatamodel, train_margins: np.ndarray, n_components: int) -> np.ndarray:
-    """Loadings (n_train, n_components) of training points on principal components of the train x train datamodel.
-
-    Row j of that matrix is how every training point acts on the margin of point j, so a component is a
-    direction over training points *as influences*: points with large loadings act together. The matrix is
-    used through its products only and never built. Components have length 1; the sign, which PCA leaves open, is
-    such that the largest loading in absolute value is positive. `train_margins` are the margins (M, n_train) of the
-    subset models on the training points.
-    """
-    n, y, mean = model.n_train, train_margins, train_margins.mean(1)  # the mean centres the matrix's rows
-
-    def rows(d: np.ndarray) -> np.ndarray:
-        v = model.weights(d.reshape(1, -1))[:, 0]
-        return y.T @ v - mean @ v
-
-    def columns(r: np.ndarray) -> np.ndarray:
-        r = r.reshape(-1).astype(np.float32)
-        return model.adjoint((y @ r - mean * r.sum())[None])[0]
-
-    operator = LinearOperator((n, n), matvec=rows, rmatvec=columns, dtype=np.float32)
-    start = np.random.default_rng(0).normal(size=n).astype(np.float32)
-    _, s, vt = svds(operator, k=n_components, v0=start, solver="arpack")
-    loadings = vt[np.argsort(-s)].T
-    return loadings * np.sign(np.take_along_axis(loadings, np.abs(loadings).argmax(0)[None], 0))

@@ -14,6 +14,7 @@ from dmmlib.forget_sets import ForgetSet
 from dmmlib.store import Outputs
 from dmmlib.trainer import ModelSet, Trainer, once
 
+N_LOADINGS = 5  # originals whose gradients forget sets are chosen by
 N_GAUGE = 20  # originals that a ridge datamodel's change of logits is turned into one of margins at
 
 
@@ -131,11 +132,14 @@ class Models(Trainer):
 
     @once
     def loadings(self) -> np.ndarray:
-        """Loadings (n_train, k) on the principal components of the train x train datamodel matrix."""
+        """Loadings (n_train, k) on the principal components of training points' gradients, at a few originals.
+
+        No subset model has a part in them, so that sets which are chosen by them favour no attributor.
+        """
         every = (*self.preset.forget_sets, *self.preset.tuning.forget_sets)
         wanted = max((p.component for p in every if p.kind in ("pc", "pc_both")), default=2)
-        margins = self.subset_margins(slice(self.data.n_train))
-        return datamodels.principal_loadings(self.plain_datamodel(), margins, max(wanted, 2))
+        n, few = self.data.n_train, self.originals()[:N_LOADINGS]
+        return attribution.LOADINGS["gradients"](few, self.x[:n], self.y[:n], max(wanted, 2))
 
     def subset_margins(self, points: Any = ...) -> np.ndarray:
         """Margins (M, n) of the subset models on some points, all by default."""

@@ -33,7 +33,7 @@ VERSIONS = {
     "metric lds": 1,
     "ridge": 1,  # datamodels: ridge regression on masks
     "predicted oracle": 1,  # datamodels: a predicted change added to a model's own logits
-    "forget sets": 1,  # how forget sets are chosen
+    "forget sets": 2,  # how forget sets are chosen
     "finetune": 1,  # unlearn.base: the loop that all methods share
     "whitening": 1,  # baselines.whitening: coordinates that fine-tuning may step in
     "attribution gradients": 1,  # attributors.kernel: kernels of gradients

@@ -158,20 +158,21 @@ class Study(Models):
 
     @once
     def forget_sets(self) -> dict[str, ForgetSet]:
-        """The reported forget sets by name; also saved as JSON in the run's directory."""
+        """The reported forget sets by name, which share no point; also saved as JSON in the run's directory."""
         own = {} if self._own is None else {self._own.name: self._own}
         sections = () if own and not self._beside else self.preset.forget_sets
-        return self._make_forget_sets(sections, exclude=None) | own
+        return self._make_forget_sets(sections) | own
 
     @once
     def tuning_sets(self) -> dict[str, ForgetSet]:
         """Forget sets for the search of hyperparameters: they share no point with the reported ones."""
         reported = np.unique(np.concatenate([f.indices for f in self.forget_sets().values()]))
-        return self._make_forget_sets(self.preset.tuning.forget_sets, exclude=reported)
+        return self._make_forget_sets(self.preset.tuning.forget_sets, reported)
 
     def _make_forget_sets(
-        self, sections: Iterable[presets.ForgetSetSection], exclude: np.ndarray | None
+        self, sections: Iterable[presets.ForgetSetSection], exclude: np.ndarray | None = None
     ) -> dict[str, ForgetSet]:
+        """Choose sets in their order, none with a point of an earlier one or of `exclude`."""
         made = {}
         for part in sections:
             rng = np.random.default_rng(self.seeds(f"forget:{part.name}", 1)[0])
@@ -188,6 +189,7 @@ class Study(Models):
             how = part.model_dump(exclude={"name"})
             made[part.name] = forget_sets.make(part.name, indices, self.data, preset=self.preset.name, **how)
             made[part.name].save(self.directory / "forget_sets" / f"{part.name}.json")
+            exclude = indices if exclude is None else np.concatenate([exclude, indices])
         return made
 
     # --- unlearning ------------------------------------------------------------------------------------

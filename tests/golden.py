@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from dmmlib import attribution, data, datamodels, ensemble, forget_sets, metrics, models, unlearn
-from dmmlib.attributors import kernel, margins
+from dmmlib.attributors import gradients, kernel, margins
 from dmmlib.baselines import whitening
 from dmmlib.execution import one_thread
 from dmmlib.matching import match as matching
@@ -536,9 +536,6 @@ def _(inputs: Inputs) -> Values:
     yield "penalty chosen by the LDS", best
     yield "LDS of the chosen penalty", scores[best]
     model = datamodels.RidgeDatamodel.fit(masks, outputs, 0.05)
-    loadings = datamodels.principal_loadings(model, metrics.right_logits(outputs[:, :24], labels[:24]), 2)
-    yield "loadings on the first component, in order", in_order(loadings[:, 0])
-    yield "loadings on the second component, in order", in_order(loadings[:, 1])
     gauged = datamodels.Gauged(model, fixed(5, 30, 3, seed=6).astype(np.float32), labels)
     yield "raw logits: root mean square effect in the margin gauge", rms(gauged.effect(forget))
     yield "raw logits: root mean square prediction", rms(gauged.retrained(gauged.logits, forget, gauged.labels))
@@ -635,6 +632,13 @@ def _(inputs: Inputs) -> Values:
         yield f"{words}: mean of the diagonal", k.diagonal().mean()
         yield f"{words}: sum of products", k.sum()
         yield f"{words}: norm of products", k.norm()
+
+
+@component("loadings gradients", "engine")
+def _(inputs: Inputs) -> Values:
+    loadings = gradients.principal_loadings(inputs.originals, inputs.x[:N], torch.from_numpy(inputs.y[:N]), 2)
+    yield "on the first component, in order", in_order(loadings[:, 0])
+    yield "on the second component, in order", in_order(loadings[:, 1])
 
 
 def _linear_context(inputs: Inputs) -> attribution.Context:

@@ -15,6 +15,7 @@ from dmmlib import attribution, ensemble, forget_sets, metrics, models
 from dmmlib import data as datasets
 from dmmlib.analysis.side_by_side import compare
 from dmmlib.attribution import Context
+from dmmlib.attributors import gradients
 from dmmlib.attributors.bayesian import covariance, fit
 from dmmlib.attributors.gradients import margin
 from dmmlib.attributors.kernel import EASY, Kernel, gradient_kernel, gram, hardness, kernel, kernel_response
@@ -738,3 +739,30 @@ def test_logra_refuses_what_it_has_no_gradients_of():
     for options in ({"rank": 0}, {"damping": 0}):
         with pytest.raises(DataError, match="at least 1, and a share"):
             attribution.fit("logra", problem(FACTORIES["mlp"]), **options)
+
+
+@pytest.mark.parametrize("architecture", ["mlp", "convolution"])
+def test_principal_loadings_equal_those_of_the_explicit_kernel(architecture):
+    """In a network of linear layers, of all its weights; where there is none, of explicit gradients."""
+    x = torch.randn(20, 1, 2, 3, generator=torch.Generator().manual_seed(0))
+    factory = {
+        "mlp": lambda: nn.Sequential(nn.Flatten(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)),
+        "convolution": lambda: nn.Sequential(nn.Conv2d(1, 3, (2, 3)), nn.Flatten()),
+    }[architecture]
+    models, y = ensemble.initialise(factory, [1, 2, 3]), torch.arange(20) % 3
+    found = gradients.principal_loadings(models, x, y, 2)
+    rows = []
+    for i in range(3):
+        one = factory()
+        one.load_state_dict({k: v[i] for k, v in models.params.items()})
+        for point, label in zip(x, y, strict=True):
+            z = one(point[None])[0]
+            others = torch.cat([z[:label], z[label + 1 :]])
+            grads = torch.autograd.grad(z[label] - others.logsumexp(0), list(one.parameters()))
+            rows.append(torch.cat([g.flatten() for g in grads]))
+    g = torch.stack(rows).reshape(3, 20, -1).numpy()
+    k = np.einsum("mip,mjp->ij", g, g)
+    centred = k - k.mean(0) - k.mean(1)[:, None] + k.mean()
+    vectors = np.linalg.eigh(centred)[1][:, :-3:-1]
+    expected = vectors * np.sign(np.take_along_axis(vectors, np.abs(vectors).argmax(0)[None], 0))
+    np.testing.assert_allclose(found, expected, atol=2e-3)

@@ -115,20 +115,6 @@ def test_lds_is_a_mean_of_spearman_correlations():
     assert 0 < e.low < e.value < e.high < 1
 
 
-@pytest.mark.parametrize("m", [8, 200])
-def test_principal_loadings_equal_those_of_the_explicit_matrix(m):
-    masks, outputs, _ = subsets(m, points=12, noise=1.0)
-    labels = np.arange(12) % 3
-    y = metrics.margins(outputs, labels)
-    model = RidgeDatamodel.fit(masks, outputs, 0.1)
-    w = explicit(masks, y[..., None], 0.1)[..., 0].T  # (target, train)
-    vt = np.linalg.svd(w - w.mean(0))[2]
-    found = datamodels.principal_loadings(model, y, 2)
-    for k in range(2):
-        expected = vt[k] * np.sign(vt[k][np.abs(vt[k]).argmax()])
-        np.testing.assert_allclose(found[:, k], expected, atol=2e-3)
-
-
 def test_bad_input():
     masks, outputs, _ = subsets(20)
     with pytest.raises(DataError, match="20 masks but outputs of 19 models"):

@@ -79,7 +79,7 @@ def thumbnails(data: Dataset, rows: Mapping[str, np.ndarray], title: str, captio
 def components(
     loadings: np.ndarray, labels: np.ndarray, class_names: Sequence[str], title: str, caption: str
 ) -> Figure:
-    """Draw loadings of training points on the first two principal components of the datamodel matrix, by class."""
+    """Draw loadings of training points on the first two principal components of their gradients, by class."""
     figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
     names = np.array(class_names)[labels]
     order: dict[str, Any] = {"hue_order": class_names, "style_order": class_names, "palette": "colorblind"}

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.func import grad
 from torch.nn import functional as F
 
 from dmmlib import stacking
+from dmmlib.attribution import LOADINGS
+from dmmlib.ensemble import Ensemble
 from dmmlib.optim import Tensors
 
 POINTS = 100  # explicit gradients at a time
@@ -126,3 +130,40 @@ def explicit(params: Tensors, names: Sequence[str], margins: Margins, x: Tensor,
 def margins_of(module: nn.Module, buffers: Tensors) -> Margins:
     """Make the function of weights, points and labels that gives a module's margins (n,)."""
     return lambda params, x, y: margin(stacking.one(module, params, buffers, x.clone())[0], y)
+
+
+def principal_loadings(models: Ensemble, x: Tensor, y: Tensor, n_components: int) -> np.ndarray:
+    """Loadings (n, n_components) of points (n, ...) on the principal components of their gradients of margins.
+
+    To first order a point acts on another's margin by the inner product of their gradients, so that points with large
+    loadings act together. Gradients are those in the weights of fully connected layers, where they are products (in
+    all weights, where a module has no such layer), averaged as a kernel over models, which is used through its products
+    only. Components have length 1 and the sign by which the largest loading in absolute value is positive.
+    """
+    parts: list[tuple[Tensor, Tensor]] = []  # of gradients d u^T: u (n, d_in) and d (n, d_out)
+    n, module = len(x), stacking.copied(models.module).eval()
+    for params, buffers in map(models.state_of, range(models.n_models)):
+        margins = margins_of(module, buffers)
+        known = separable(module, params, margins, x, y, nn.Linear)
+        blocks = [
+            observe(module, params, margins, *some, (nn.Linear,), known)[1]
+            for some in zip(x.split(POINTS), y.split(POINTS), strict=True)
+        ]
+        for layers in zip(*blocks, strict=True):
+            parts.append((torch.cat([z.rows[:, 0] for z in layers]), torch.cat([z.d[:, 0] for z in layers])))
+        if not known:
+            features = torch.cat(list(explicit(params, list(params), margins, x, y)))
+            parts.append((features, torch.ones_like(features[:, :1])))
+
+    def products(v: np.ndarray) -> np.ndarray:
+        centred = torch.from_numpy(v.reshape(-1, 1) - v.mean()).to(parts[0][0])
+        out = sum((((u @ (u.T @ (centred * d))) * d).sum(1) for u, d in parts), torch.zeros(n, device=x.device))
+        return np.asarray((out - out.mean()).cpu() / models.n_models)
+
+    start = np.random.default_rng(0).normal(size=n).astype(np.float32)
+    values, loadings = eigsh(LinearOperator((n, n), matvec=products, dtype=np.float32), n_components, v0=start)
+    loadings = loadings[:, np.argsort(-values)]
+    return loadings * np.sign(np.take_along_axis(loadings, np.abs(loadings).argmax(0)[None], 0))
+
+
+LOADINGS.add("gradients", principal_loadings)
