@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
@@ -39,6 +39,7 @@ class Dataset:
     class_names: tuple[str, ...]
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.25,)
+    ids: np.ndarray | None = None  # how the training points are called elsewhere, text (n_train,), such as file names
 
     @property
     def n_train(self) -> int:
@@ -121,8 +122,12 @@ def from_arrays(
     class_names: tuple[str, ...] | None = None,
     mean: tuple[float, ...] = (0.5,),
     std: tuple[float, ...] = (0.25,),
+    ids: Sequence[object] | np.ndarray | None = None,
 ) -> Dataset:
-    """Make a `Dataset` of a user's own arrays; DataError for shapes, values or labels that cannot be used."""
+    """Make a `Dataset` of a user's own arrays; DataError for shapes, values, labels or ids that cannot be used.
+
+    `ids` name the training points (n_train,), each by its own: `forget_ids.read` finds them by these names.
+    """
     x_train, y_train = _checked("train", x_train, y_train)
     x_val, y_val = _checked("val", x_val, y_val)
     if x_train.shape[1:] != x_val.shape[1:] or x_train.dtype != x_val.dtype:
@@ -139,7 +144,11 @@ def from_arrays(
             raise DataError(f"{given}, but there are {len(names)} classes; use labels 0 to {len(names) - 1}.")
     channels = x_train.shape[-1]
     constants = _constants("mean", mean, -10, 10, channels), _constants("std", std, 1e-3, 1e3, channels)
-    return Dataset(name, x_train, y_train, x_val, y_val, names, *constants)
+    known = None if ids is None else np.array([str(i) for i in ids])
+    if known is not None and not len(set(known)) == len(known) == len(x_train):
+        given = f"{len(known)} ids were given, {len(set(known))} of them different"
+        raise DataError(f"{given}, for {len(x_train)} training points; give each point one of its own.")
+    return Dataset(name, x_train, y_train, x_val, y_val, names, *constants, known)
 
 
 # --- loaders -------------------------------------------------------------------------------------------
@@ -161,7 +170,7 @@ def load(name: str, n_train: int | None = None, n_val: int | None = None, seed: 
 
     Args:
         name: a registered name, or the path of an .npz file that holds x_train, y_train and x_val, y_val (or
-            x_test, y_test).
+            x_test, y_test), and perhaps class_names and ids (n_train,).
         n_train, n_val: how many points to draw without replacement; all if None.
         options: passed to the loader, e.g. `path=` for cifar10.
 
@@ -177,10 +186,12 @@ def load(name: str, n_train: int | None = None, n_val: int | None = None, seed: 
     if not isinstance(seed, Integral) or seed < 0:
         raise DataError(f"seed={seed!r} was asked for; use a whole number from 0.")
     rng = np.random.default_rng(int(seed))
-    arrays = []
+    arrays, ids = [], full.ids
     for part, x, y, n in (("train", full.x_train, full.y_train, n_train), ("val", full.x_val, full.y_val, n_val)):
         if n is not None and not (isinstance(n, Integral) and 0 < n <= len(x)):
             raise DataError(f"n_{part}={n!r} was asked of {name!r}, which has {len(x)}; ask for 1 to {len(x)}.")
         keep = np.sort(rng.permutation(len(x))[:n])
         arrays += [x, y] if len(keep) == len(x) else [x[keep], y[keep]]  # arrays on disk stay there
-    return from_arrays(*arrays, name=full.name, class_names=full.class_names, mean=full.mean, std=full.std)
+        ids = ids[keep] if part == "train" and ids is not None else ids
+    looks = {"class_names": full.class_names, "mean": full.mean, "std": full.std}
+    return from_arrays(*arrays, name=full.name, **looks, ids=ids)

@@ -39,6 +39,8 @@ def tree(tmp_path):
 def test_each_image_lies_under_its_label(tree, tmp_path):
     classes = {"first": ["n00000000", "n00000001"], "last": ["n00000033"]}
     d = images.image_folder(tree, classes, side=16, cache=tmp_path / "cache")
+    assert all(name.startswith("train/") for name in d.ids)
+    assert len(d.ids) == d.n_train
     assert (d.x_train.shape, d.x_val.shape) == ((9, 16, 16, 3), (3, 16, 16, 3))
     assert d.y_train.tolist() == [0] * 6 + [1] * 3
     assert d.class_names == ("first", "last")

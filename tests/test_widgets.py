@@ -29,7 +29,7 @@ from dmmlib.widgets import preview as previews
 from dmmlib.widgets.batch import Trial
 from dmmlib.widgets.chooser import influences
 from dmmlib.widgets.preview import Previewer
-from dmmlib.widgets.selection import Selection, memorisation, read_indices, shown
+from dmmlib.widgets.selection import Selection, memorisation, shown
 from dmmlib.widgets.views import Message, Scatter
 from tests.conftest import TINY
 
@@ -133,46 +133,9 @@ def test_memorisation_is_what_seeing_a_point_adds(monkeypatch):
     assert memorisation(masks, outputs, np.ones(4, int)).tolist() == [1.0, 0.0, 0.0, 0.5]
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("3, 14 15", [3, 14, 15]), ("[1,2]\n3", [1, 2, 3]), ("7;8", [7, 8])],
-)
-def test_indices_are_read_in_any_separators(tiny, text, expected):
-    assert read_indices(text, tiny.data).tolist() == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("3, four", "'four'; give indices"),
-        ("3.5", "'3.5'"),
-        ("  ", "is empty"),
-        ("5, 120", "120 is no training image"),
-        ("-1", "-1 is no training image"),
-        ("{bad", "no JSON"),
-        ('{"name": "x"}', "lacks data_sha256, indices"),
-        ('{"indices": [[1, 2], [3]]}', r"\[1, 2\] among its indices; .* flat list"),
-        ('{"indices": [1, 2.5]}', "2.5 among its indices; give whole numbers"),
-        ('{"indices": [true]}', "True among its indices"),
-        ('{"indices": 3}', "indices = 3; give a list"),
-        ('{"indices": [3], "made_by": "me"}', "made_by = 'me'; give a mapping"),
-        ('{"indices": [3], "data_sha256": 5}', "data_sha256 = 5; give text"),
-        ('{"indices": [3], "data_sha256": "beef", "name": "x"}', "made for data beef"),
-    ],
-)
-def test_what_cannot_be_read_as_indices_is_said(tiny, text, message):
-    with pytest.raises(ForgetSetError, match=message):
-        read_indices(text, tiny.data)
-
-
 def test_a_selection_refuses_what_is_no_whole_number():
     with pytest.raises(ForgetSetError, match="float64; give whole numbers"):
         Selection(10).add([1.5])
-
-
-def test_how_a_saved_set_was_made_does_not_get_in_the_way(tiny):
-    content = {"name": "x", "indices": [2, 1], "data_sha256": tiny.data.sha256, "made_by": {"name": "y", "data": 1}}
-    assert read_indices(json.dumps(content), tiny.data).tolist() == [1, 2]
 
 
 # --- preview ---------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from dmmlib.files import home, load_json, read_table, write_bytes
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.progress import PROGRESS_FILE
 from dmmlib.study import Study
-from dmmlib.widgets.selection import Selection, read_indices
+from dmmlib.widgets.selection import Selection
 from dmmlib.widgets.views import Message, labelled, row, text
 
 PATIENCE = 5.0  # seconds that a cancelled run is given to end by itself
@@ -71,8 +71,8 @@ class Saving(w.VBox):
 
     def _is_another(self, path: Path, chosen: ForgetSet) -> bool:
         try:
-            return not np.array_equal(read_indices(path.read_text(encoding="utf-8"), self._study.data), chosen.indices)
-        except (OSError, ValueError):  # damaged, or of other data: another set all the same
+            return not np.array_equal(forget_sets.load(path, self._study.data).indices, chosen.indices)
+        except (DmmError, OSError, ValueError):  # damaged, or of other data: another set all the same
             return path.exists()
 
     def _overwrite(self) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit
 
-from dmmlib import forget_sets, metrics
+from dmmlib import forget_ids, forget_sets, metrics
 from dmmlib.analysis import plots
 from dmmlib.datamodels import Indices
 from dmmlib.errors import DmmError, ForgetSetError
@@ -20,7 +20,7 @@ from dmmlib.forget_sets import ForgetSet
 from dmmlib.study import Study
 from dmmlib.widgets import preview as previews
 from dmmlib.widgets.batch import Saving, Trial
-from dmmlib.widgets.selection import Known, Selection, memorisation, read_indices, shown
+from dmmlib.widgets.selection import Known, Selection, memorisation, shown
 from dmmlib.widgets.views import Gallery, Message, Scatter, labelled, row, text
 
 N_CHANGES = 24  # changed answers shown
@@ -203,13 +203,13 @@ class Look(w.VBox):
         self._selection.add(forget_sets.random(self._study.data, self.k.value, rng, self._selection.indices))
 
     def _paste(self) -> None:
-        self._selection.add(read_indices(self.paste.value, self._study.data))
+        self._selection.add(forget_ids.read(self.paste.value, self._study.data))
         self.paste.value = ""
 
     def _uploaded(self, change: Any) -> None:
         for file in change["new"]:
             content = bytes(file["content"]).decode("utf-8", errors="replace")
-            self._selection.add(read_indices(content, self._study.data, file["name"]))
+            self._selection.add(forget_ids.read(content, self._study.data, file["name"]))
 
     def refresh(self) -> None:
         """Show what is chosen and which image is current."""

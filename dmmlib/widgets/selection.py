@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
 
-from dmmlib import forget_sets, metrics
-from dmmlib.data import Dataset
+from dmmlib import metrics
 from dmmlib.datamodels import BLOCK, Indices
-from dmmlib.errors import ForgetSetError
+from dmmlib.forget_ids import in_range
 
 Known = Mapping[str, np.ndarray]  # measure -> values (n_points,), training points first; NaN where it has none
 
@@ -68,47 +65,6 @@ class Selection:
         self.mask = mask
         for listener in self.on_change:
             listener()
-
-
-def in_range(indices: Indices, n_train: int) -> np.ndarray:
-    """Return the indices as int64; raises ForgetSetError for the first that is no training point's."""
-    given = np.asarray(indices).reshape(-1)
-    if len(given) and not np.issubdtype(given.dtype, np.integer):
-        raise ForgetSetError(f"Indices were given as {given.dtype}; give whole numbers from 0 to {n_train - 1}.")
-    outside = given[(given < 0) | (given >= n_train)]
-    if len(outside):
-        raise ForgetSetError(f"{outside[0]} is no training image; only those can be forgotten: use 0 to {n_train - 1}.")
-    return given.astype(np.int64)
-
-
-def read_indices(text: str, data: Dataset, source: str = "The text") -> np.ndarray:
-    """Read indices that a user pastes or uploads: numbers in any separators, or a saved forget set's JSON.
-
-    Raises ForgetSetError for anything but whole numbers, an index out of range, or a set made for other data.
-    """
-    if text.lstrip().startswith("{"):
-        try:
-            content = json.loads(text)
-        except ValueError as error:
-            raise ForgetSetError(f"{source} is no JSON ({error}); give a saved forget set or numbers.") from error
-        _check_form(content, source)
-        return forget_sets.parse(content | {"made_by": {}}, data, source).indices
-    words = [word for word in re.split(r"[\s,;\[\]()]+", text) if word]
-    wrong = [word for word in words if not re.fullmatch(r"-?\d{1,18}", word)]
-    if wrong or not words:
-        given = f"holds {wrong[0]!r}" if wrong else "is empty"
-        raise ForgetSetError(f"{source} {given}; give indices such as 3, 14, 15.")
-    return in_range(np.array(words, np.int64), data.n_train)
-
-
-def _check_form(saved: dict[str, Any], source: str) -> None:
-    forms = {"indices": (list, "a list of whole numbers"), "data_sha256": (str, "text"), "made_by": (dict, "a mapping")}
-    for key, (kind, expected) in forms.items():
-        if not isinstance(saved.get(key, kind()), kind):
-            raise ForgetSetError(f"{source} has {key} = {saved[key]!r:.80}; give {expected}, as ForgetSet.save does.")
-    for index in saved.get("indices", ()):
-        if type(index) is not int:
-            raise ForgetSetError(f"{source} has {index!r:.80} among its indices; give whole numbers in one flat list.")
 
 
 def memorisation(masks: np.ndarray, outputs: Any, labels: np.ndarray) -> np.ndarray:

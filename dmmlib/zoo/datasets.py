@@ -75,8 +75,8 @@ def from_npz(
         )
     if class_names is None and "class_names" in arrays:
         class_names = tuple(str(c) for c in arrays["class_names"].ravel())
-    points = (arrays[key] for key in keys)
-    return from_arrays(*points, name=name or path.stem, class_names=class_names, mean=mean, std=std)
+    points, ids = (arrays[key] for key in keys), arrays.get("ids")
+    return from_arrays(*points, name=name or path.stem, class_names=class_names, mean=mean, std=std, ids=ids)
 
 
 @register("digits")
