@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
@@ -40,6 +40,7 @@ class Dataset:
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.25,)
     ids: np.ndarray | None = None  # how the training points are called elsewhere, text (n_train,), such as file names
+    probes: Mapping[str, np.ndarray] = field(default_factory=dict)  # validation points that are asked about apart
 
     @property
     def n_train(self) -> int:
@@ -123,10 +124,12 @@ def from_arrays(
     mean: tuple[float, ...] = (0.5,),
     std: tuple[float, ...] = (0.25,),
     ids: Sequence[object] | np.ndarray | None = None,
+    probes: Mapping[str, np.ndarray] | None = None,
 ) -> Dataset:
     """Make a `Dataset` of a user's own arrays; DataError for shapes, values, labels or ids that cannot be used.
 
-    `ids` name the training points (n_train,), each by its own: `forget_ids.read` finds them by these names.
+    `ids` name the training points (n_train,), each by its own: `forget_ids.read` finds them by these names. `probes`
+    are positions in `x_val`, by name, of points that tables list apart and do not count among validation points.
     """
     x_train, y_train = _checked("train", x_train, y_train)
     x_val, y_val = _checked("val", x_val, y_val)
@@ -148,13 +151,19 @@ def from_arrays(
     if known is not None and not len(set(known)) == len(known) == len(x_train):
         given = f"{len(known)} ids were given, {len(set(known))} of them different"
         raise DataError(f"{given}, for {len(x_train)} training points; give each point one of its own.")
-    return Dataset(name, x_train, y_train, x_val, y_val, names, *constants, known)
+    asked = {str(key): np.asarray(value) for key, value in (probes or {}).items()}
+    every = np.concatenate([*asked.values(), np.empty(0, int)])
+    if every.dtype.kind not in "iu" or not ((every >= 0) & (every < len(x_val))).all() or len(every) >= len(x_val):
+        raise DataError(
+            f"probes hold {len(every)} positions; give some, not all, of 0 to {len(x_val) - 1}, as integers."
+        )
+    return Dataset(name, x_train, y_train, x_val, y_val, names, *constants, known, asked)
 
 
 # --- loaders -------------------------------------------------------------------------------------------
 
 Loader = Callable[..., Dataset]
-DATASETS: Registry[Loader] = Registry("data set", "dmmlib.zoo.datasets", "dmmlib.app.images")
+DATASETS: Registry[Loader] = Registry("data set", "dmmlib.zoo.datasets", "dmmlib.zoo.requests", "dmmlib.app.images")
 
 
 def register(name: str, version: int = 1) -> Callable[[Loader], Loader]:
@@ -186,12 +195,13 @@ def load(name: str, n_train: int | None = None, n_val: int | None = None, seed: 
     if not isinstance(seed, Integral) or seed < 0:
         raise DataError(f"seed={seed!r} was asked for; use a whole number from 0.")
     rng = np.random.default_rng(int(seed))
-    arrays, ids = [], full.ids
+    arrays, ids, probes = [], full.ids, full.probes
     for part, x, y, n in (("train", full.x_train, full.y_train, n_train), ("val", full.x_val, full.y_val, n_val)):
         if n is not None and not (isinstance(n, Integral) and 0 < n <= len(x)):
             raise DataError(f"n_{part}={n!r} was asked of {name!r}, which has {len(x)}; ask for 1 to {len(x)}.")
         keep = np.sort(rng.permutation(len(x))[:n])
         arrays += [x, y] if len(keep) == len(x) else [x[keep], y[keep]]  # arrays on disk stay there
         ids = ids[keep] if part == "train" and ids is not None else ids
+        probes = {k: np.flatnonzero(np.isin(keep, v)) for k, v in probes.items()} if part == "val" else probes
     looks = {"class_names": full.class_names, "mean": full.mean, "std": full.std}
-    return from_arrays(*arrays, name=full.name, **looks, ids=ids)
+    return from_arrays(*arrays, name=full.name, **looks, ids=ids, probes=probes)

@@ -25,15 +25,19 @@ def evaluate(
         splits: name -> positions of points.
 
     Returns:
-        One row per split and statistic (klom_mean, klom_p95, mean_gap, ks_share, ks_fdr, accuracy_gap, u_lira; cost on
-        the split "all"): split, statistic, value, low, high (a 95 % interval: over models, but for u_lira over points)
-        and n_models.
+        One row per split and statistic (klom_mean, klom_p95, mean_gap, ks_share, ks_fdr, accuracy, accuracy_gap,
+        u_lira; cost on the split "all"): split, statistic, value, low, high (a 95 % interval: over models, but for
+        u_lira over points) and n_models.
     """
     found: list[tuple[str, str, Estimate]] = []
     for split, statistics in metrics.klom_summary(result.margins, margins, splits).items():
         found += [(split, f"klom_{name}", estimate) for name, estimate in statistics.items()]
     for split, statistics in metrics.gap_summary(result.margins, margins, splits).items():
         found += [(split, name, estimate) for name, estimate in statistics.items()]
+    for split, indices in splits.items():
+        share = result.correct[:, indices].mean(1)
+        error = share.std(ddof=1) / np.sqrt(len(share)) if len(share) > 1 else 0.0
+        found.append((split, "accuracy", Estimate.normal(float(share.mean()), error, least=0.0)))
     accuracy_gaps = metrics.accuracy_gap(result.correct, correct, splits)
     found += [(split, "accuracy_gap", estimate) for split, estimate in accuracy_gaps.items()]
     for split, indices in splits.items():

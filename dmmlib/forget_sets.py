@@ -14,6 +14,8 @@ from dmmlib.data import Dataset
 from dmmlib.errors import ForgetSetError
 from dmmlib.files import check_name, load_json, write_bytes
 
+SPLITS = ("forget", "retain", "validation")  # of all points, by a forget set
+
 
 def check_forget_indices(forget: Sequence[int] | np.ndarray, n_train: int) -> np.ndarray:
     """Forget indices as int64; raises ForgetSetError unless they are some but not all points, each given once."""
@@ -140,6 +142,18 @@ def nearest(features: np.ndarray, point: int, size: int, exclude: np.ndarray | N
     distances = ((features - features[point]) ** 2).sum(1)
     distances[point] = -1
     return highest(-distances, size, exclude)
+
+
+def of_ids(
+    data: Dataset, start: str, size: int | None, rng: np.random.Generator, exclude: np.ndarray | None = None
+) -> np.ndarray:
+    """The training points whose ids begin so, all or `size` at random, none of them in `exclude`."""
+    members = np.flatnonzero(np.char.startswith(data.ids, start)) if data.ids is not None else np.empty(0, int)
+    known = "has no ids" if data.ids is None else f"has ids such as {str(data.ids[0])!r}"
+    if not len(members):
+        raise ForgetSetError(f"No id of a training point begins with {start!r}; {data.name} {known}.")
+    pool = _pool(members, size or 1, exclude, f"ids that begin with {start!r}, without points that other sets hold,")
+    return pool if size is None else rng.choice(pool, size, replace=False)
 
 
 def class_share(

@@ -146,16 +146,19 @@ class AttributionSection(Section):
 
 class ForgetSetSection(Section):
     name: FileName
-    kind: Literal["random", "pc", "pc_both", "nearest", "class"]
+    kind: Literal["random", "pc", "pc_both", "nearest", "class", "ids"]
     size: PositiveInt | None = None
     component: PositiveInt = 1
     point: NonNegativeInt = 0
     label: NonNegativeInt = 0
     share: float = Field(default=0.5, gt=0, le=1)
+    ids: str | None = None  # how the ids of the points begin that kind "ids" takes, all or `size` of them
 
     @model_validator(mode="after")
     def _sized(self) -> ForgetSetSection:
-        if (self.size is None) != (self.kind == "class"):
+        if (self.kind == "ids") != (self.ids is not None):
+            raise ValueError(f"ids is {self.ids!r} for kind {self.kind!r}; kind 'ids' has them, and no other")
+        if self.kind != "ids" and (self.size is None) != (self.kind == "class"):
             raise ValueError(f"size is {self.size} for kind {self.kind!r}; a class has a share, other kinds a size")
         return self
 

@@ -181,6 +181,8 @@ class Study(Models):
                 indices = forget_sets.random(self.data, size, rng, exclude)
             elif part.kind == "nearest":
                 indices = forget_sets.nearest(self.features[: self.data.n_train], part.point, size, exclude)
+            elif part.kind == "ids":
+                indices = forget_sets.of_ids(self.data, part.ids or "", part.size, rng, exclude)
             elif part.kind == "class":
                 indices = forget_sets.class_share(self.data, part.label, part.share, rng, exclude)
             else:
@@ -238,7 +240,8 @@ class Study(Models):
             for name, forget_set in sets.items():
                 oracles = metrics.margins(self.oracles(forget_set)[:n], self.data.y)
                 problem = self.problem(forget_set, problem_of, tuning=True)
-                yield tuning.Trial(name, problem, oracles, forget_set.splits(self.data.n_train, self.data.n_val))
+                splits = self.splits(forget_set)
+                yield tuning.Trial(name, problem, oracles, {split: splits[split] for split in forget_sets.SPLITS})
 
         def search() -> list[dict[Any, Any]]:
             return tuning.search(name, method, settings, trials(), self.progress).to_dict("records")
@@ -272,6 +275,14 @@ class Study(Models):
 
         return kept(path, result, Unlearned.load, lambda path, made: made.save(path))
 
+    def splits(self, forget_set: ForgetSet) -> dict[str, np.ndarray]:
+        """Positions of forget, retain and validation points; then, by name, of the data's probes, if it has any."""
+        n, probes = self.data.n_train, self.data.probes
+        splits = forget_set.splits(n, self.data.n_val)
+        apart = {name: n + positions for name, positions in probes.items()}
+        splits["validation"] = np.setdiff1d(splits["validation"], np.concatenate([[-1], *apart.values()]))
+        return splits | apart
+
     # --- results ---------------------------------------------------------------------------------------
 
     def train_oracles(self) -> None:
@@ -280,8 +291,9 @@ class Study(Models):
 
     def evaluate(self, method: str, forget_set: ForgetSet) -> list[dict[str, Any]]:
         """Rows of the tidy table: the statistics of a method on a forget set, with intervals; see `evaluation`."""
-        splits = forget_set.splits(self.data.n_train, self.data.n_val)
-        rows = evaluation.evaluate(self.unlearned(method, forget_set), *self.reference(forget_set), splits)
+        rows = evaluation.evaluate(
+            self.unlearned(method, forget_set), *self.reference(forget_set), self.splits(forget_set)
+        )
         return [{"forget_set": forget_set.name, "size": len(forget_set), "method": method, **row} for row in rows]
 
     def results(self) -> pd.DataFrame:
@@ -300,7 +312,7 @@ class Study(Models):
         rows = []
         for forget_set in self.forget_sets().values():
             margins, _ = self.reference(forget_set)
-            splits = forget_set.splits(self.data.n_train, self.data.n_val)
+            splits = self.splits(forget_set)
             for method in self.methods:
                 along = evaluation.trajectory(self.unlearned(method, forget_set), margins, splits)
                 rows += [(forget_set.name, method, *row) for row in along]
@@ -318,6 +330,8 @@ def _checked(preset: presets.Preset, data: Dataset) -> list[str]:
                 raise ForgetSetError(f"Forget set {part.name!r} has {key} {given}; give at most {most}.")
         if part.kind == "class" and not (data.y_train == part.label).any():
             raise ForgetSetError(f"Forget set {part.name!r}: none of the training points is of class {part.label}.")
+        if part.kind == "ids":
+            forget_sets.of_ids(data, part.ids or "", part.size, np.random.default_rng(0))
     for key in ("datamodels", "attribution"):
         share = getattr(preset, key).fraction
         if not 0 < round(share * n) < n:

@@ -235,3 +235,43 @@ def test_a_download_that_fails_is_one_sentence(monkeypatch, error):
     monkeypatch.setattr("pooch.retrieve", fails)
     with pytest.raises(DataError, match=r"cannot be fetched to .* set data\.path"):
         data.load("cifar10")
+
+
+def test_requests_are_in_the_data_and_known_by_id():
+    d, again = (data.load("requests") for _ in range(2))
+    assert d.sha256 == again.sha256
+    kinds = np.array([name.partition("/")[0] for name in d.ids])
+    assert dict(zip(*np.unique(kinds, return_counts=True), strict=True)) == {
+        "copied": 50, "copy": 50, "mislabelled": 200, "outlier": 60, "plain": 1580, "trigger": 60,
+    }  # fmt: skip
+    x = {kind: d.x_train[kinds == kind] for kind in np.unique(kinds)}
+    np.testing.assert_array_equal(x["copy"], np.roll(x["copied"], 1, axis=2))
+    assert (x["trigger"][:, -4:, -4:] == 255).all()
+    assert (d.y_train[kinds == "trigger"] == 0).all()
+    true, trigger, copies = (d.probes[name] for name in ("true label", "trigger", "copies"))
+    np.testing.assert_array_equal(d.x_val[true], x["mislabelled"])
+    assert (d.y_val[true] != d.y_train[kinds == "mislabelled"]).all()
+    assert (d.y_val[trigger] == 0).all()
+    assert (d.x_val[trigger][:, -4:, -4:] == 255).all()
+    np.testing.assert_array_equal(d.x_val[copies], x["copy"])
+    assert min(map(min, d.probes.values())) == 500
+
+
+def test_requests_of_a_base_that_is_too_small():
+    with pytest.raises(DataError, match=r"2000 training images with 370 to delete.*'digits'.*1297 and 500"):
+        data.load("requests", base="digits")
+
+
+def test_probes_follow_a_draw_and_must_be_validation_points():
+    x, y = np.zeros((10, 2, 2, 1), np.uint8), np.arange(10) % 2
+    with pytest.raises(DataError, match=r"1 positions.*0 to 9"):
+        data.from_arrays(x, y, x, y, probes={"odd": np.array([10])})
+    data.register("probed")(
+        lambda: data.from_arrays(x, y, x, np.arange(10), class_names=tuple("abcdefghij"), probes={"last": [8, 9]})
+    )
+    try:
+        drawn = data.load("probed", n_val=8, seed=3)
+    finally:
+        data.DATASETS.remove("probed")
+    assert set(drawn.y_val[drawn.probes["last"]]) == {8, 9} & set(drawn.y_val)
+    assert len(drawn.probes["last"]) > 0

@@ -150,3 +150,16 @@ def test_what_a_file_says_of_its_making_is_kept(digits, tmp_path):
     content = {"name": "mine", "indices": [1, 2], "data_sha256": digits.sha256, "made_by": how}
     (tmp_path / "f.json").write_text(json.dumps(content))
     assert forget_sets.load(tmp_path / "f.json", digits).made_by == how
+
+
+def test_points_by_how_their_ids_begin():
+    x, y = np.zeros((5, 2), np.float32), np.arange(5) % 2
+    named = data.from_arrays(x, y, x, y, ids=["ann/1", "bob/1", "ann/2", "ann/3", "anna/1"])
+    rng = np.random.default_rng(0)
+    assert forget_sets.of_ids(named, "ann/", None, rng).tolist() == [0, 2, 3]
+    assert forget_sets.of_ids(named, "ann/", None, rng, np.array([2])).tolist() == [0, 3]
+    assert set(forget_sets.of_ids(named, "ann/", 2, rng, np.array([2]))) == {0, 3}
+    with pytest.raises(ForgetSetError, match=r"begins with 'cyd/'.*ids such as 'ann/1'"):
+        forget_sets.of_ids(named, "cyd/", None, rng)
+    with pytest.raises(ForgetSetError, match=r"begins with 'ann/'.*has no ids"):
+        forget_sets.of_ids(data.from_arrays(x, y, x, y), "ann/", None, rng)

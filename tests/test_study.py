@@ -26,7 +26,7 @@ def test_results_are_complete_and_tidy(tiny):
     methods, sets = set(tiny.preset.unlearning.methods), {"random_6", "pc1"}
     assert set(table["method"]) == methods
     assert set(table["forget_set"]) == sets
-    per_pair = 3 * (2 + 3 + 1 + 1) + 1  # splits x (KLoM, gap and KS, accuracy gap, U-LiRA), and the cost
+    per_pair = 3 * (2 + 3 + 2 + 1) + 1  # splits x (KLoM, gap and KS, accuracy and its gap, U-LiRA), and the cost
     assert len(table) == len(methods) * len(sets) * per_pair
     assert not table.duplicated(["forget_set", "method", "split", "statistic"]).any()
     assert (table["low"] <= table["value"]).all()
@@ -397,3 +397,35 @@ def test_a_forget_set_of_one_point_has_intervals(tmp_path):
     attack = table[(table["split"] == "forget") & (table["statistic"] == "u_lira")]
     assert set(attack["low"]) == {0.0}
     assert set(attack["high"]) == {1.0}
+
+
+def test_probes_are_listed_apart_from_validation_points(tmp_path):
+    """And sets are chosen by ids, of which the preset says how they begin."""
+    base = data.load("digits", 60, 30)
+    ids = [f"{'odd' if label % 2 else 'even'}/{i}" for i, label in enumerate(base.y_train)]
+    data.register("probed")(
+        lambda: data.from_arrays(
+            *(base.x_train, base.y_train, base.x_val, base.y_val), class_names=base.class_names, ids=ids,
+            probes={"last ten": np.arange(20, 30)},
+        )
+    )  # fmt: skip
+    try:
+        given = {"data": {"name": "probed", "n_train": None, "n_val": None}, "unlearning.methods": ["do_nothing"]}
+        sets = [{"name": "odd", "kind": "ids", "ids": "odd/", "size": 5}]
+        one = study(tmp_path, given | {"forget_sets": sets})
+        made = one.forget_sets()["odd"]
+        assert len(made) == 5
+        assert (base.y_train[made.indices] % 2 == 1).all()
+        splits = one.splits(made)
+        assert splits["validation"].tolist() == list(range(60, 80))
+        assert splits["last ten"].tolist() == list(range(80, 90))
+        table = one.results().set_index(["method", "split", "statistic"])["value"]
+        correct = one.unlearned("do_nothing", made).correct
+        assert table["do_nothing", "last ten", "accuracy"] == pytest.approx(correct[:, 80:].mean())
+        assert table["do_nothing", "validation", "accuracy"] == pytest.approx(correct[:, 60:80].mean())
+        with pytest.raises(ForgetSetError, match="begins with 'red/'"):
+            study(tmp_path, given | {"forget_sets": [{"name": "red", "kind": "ids", "ids": "red/"}]})
+    finally:
+        data.DATASETS.remove("probed")
+    with pytest.raises(PresetError, match="ids is None"):
+        study(tmp_path, {"forget_sets": [{"name": "red", "kind": "ids"}]})

@@ -14,7 +14,9 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-SPLITS = ("forget", "retain", "validation")
+from dmmlib import forget_sets
+
+SPLITS = forget_sets.SPLITS
 STATISTICS = {
     "mean_gap": "gap",
     "ks_share": "KS",
@@ -22,6 +24,7 @@ STATISTICS = {
     "ks_fdr": "KS, FDR",
     "klom_mean": "KLoM mean",
     "u_lira": "U-LiRA",
+    "accuracy": "accuracy",
     "accuracy_gap": "accuracy gap",
 }
 AXES = {"mean_gap": "mean gap / oracle sd", "ks_share": "share of points told apart (KS)", "klom_p95": "KLoM, p95"}

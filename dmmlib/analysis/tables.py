@@ -112,6 +112,24 @@ def by_set(results: pd.DataFrame, statistic: str = "klom_p95", split: str = "for
     return table.rename(index=label).rename_axis(columns=None)
 
 
+def requests(results: pd.DataFrame) -> pd.DataFrame:
+    """Lay out what was asked for and what came of it, of a run whose data has probes, such as the preset `requests`.
+
+    Returns:
+        Rows (forget set, method), columns the mean gap and the KS share on forget, retain and validation points, then
+        the accuracy on each probe that answers the set's request: what a requester of that set looks at.
+    """
+    keys = ["forget_set", "method"]
+    wide = results.pivot_table(index=keys, columns=["statistic", "split"], values="value", sort=False)
+    columns = {
+        f"{split} {STATISTICS[name]}": wide[name, split] for name in ("mean_gap", "ks_share") for split in SPLITS
+    }
+    for probe in (split for split in results["split"].unique() if split not in (*SPLITS, "all")):
+        columns[f"{probe}: share"] = wide["accuracy", probe]
+    table = pd.DataFrame(columns).rename(index=label, level="method")
+    return table.rename_axis(index={"forget_set": "forget set"})
+
+
 def setting(value: Any) -> str:
     """Write the value of an option."""
     return value if isinstance(value, str) else f"{value:g}"
