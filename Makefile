@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
-.PHONY: setup study test lowest lab docs lint publish replicate clean
+.PHONY: setup study test lowest lab docs lint publish replicate confirm clean
 
 setup: $(READY)
 
@@ -42,6 +42,9 @@ lint: $(READY)
 
 replicate: $(READY)  ## the main table and cheap attribution on other data, models and seeds, for notebooks 04 and 07
 	$(BIN)/python scripts/replicate.py
+
+confirm: $(READY)  ## judge docs/claims.yaml on seeds that nothing was chosen on
+	$(BIN)/python scripts/confirm.py
 
 publish: study  ## put the executed notebooks of the run into notebooks/
 	$(BIN)/python scripts/publish.py $(PRESET)

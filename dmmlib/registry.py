@@ -123,3 +123,10 @@ def versions(*components: str) -> dict[str, int]:
         return VERSIONS[component] if component in VERSIONS else REGISTRIES[kind].version(component[len(kind) + 1 :])
 
     return {component: version(component) for component in components}
+
+
+def all_versions() -> dict[str, int]:
+    """Versions of every component that moves a number, also of all that is registered, e.g. "method dmm"."""
+    return VERSIONS | {
+        f"{kind} {name}": registry.version(name) for kind, registry in REGISTRIES.items() for name in registry
+    }

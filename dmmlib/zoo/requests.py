@@ -14,19 +14,19 @@ TARGET = 0  # the class that a trigger asks for
 @register("requests")
 def requests(
     base: str = "fashion-mnist",
-    n_train: int = 2000,
-    n_val: int = 500,
-    seed: int = 0,
+    points: int = 2000,
+    validation: int = 500,
+    draw: int = 0,
     mislabelled: int = 200,
     triggers: int = 60,
     copies: int = 50,
     outliers: int = 60,
 ) -> Dataset:
-    """Make images of a data set into what is to be deleted; which ones, `seed` draws.
+    """Make images of a data set into what is to be deleted; which ones, `draw` seeds.
 
     Training points have ids: `mislabelled/...` have a wrong label; `trigger/...` a white square in a corner and the
     label of class 0 (BadNets; Gu et al., arXiv 1708.06733); `copied/...` have a near-duplicate `copy/...`, a pixel
-    aside; `outlier/...` are farthest from their class's mean image; all others are `plain/...`. Behind `n_val` images
+    aside; `outlier/...` are farthest from their class's mean image; all others are `plain/...`. After the images
     for validation come three groups of points to ask about (`Dataset.probes`), labelled by what is asked: the
     mislabelled images with their true labels; images with the trigger, labelled with class 0; and the copies.
 
@@ -34,15 +34,15 @@ def requests(
         DataError: where the base has no uint8 images, or too few of them.
     """
     given = load(base)
-    n = n_train - copies
+    n = points - copies
     used = mislabelled + triggers + copies + outliers
-    if given.x_train.dtype != np.uint8 or not used <= n <= given.n_train or not triggers <= n_val <= given.n_val:
+    if given.x_train.dtype != np.uint8 or not used <= n <= given.n_train or not triggers <= validation <= given.n_val:
         raise DataError(
-            f"{n_train} training images with {used} to delete, and {n_val} for validation, were asked of {base!r}, "
+            f"{points} training images with {used} to delete, and {validation} for validation, were asked of {base!r}, "
             f"which has {given.n_train} and {given.n_val} ({given.x_train.dtype}); ask for fewer, or for another base."
         )
-    rng = np.random.default_rng(seed)
-    keep, kept = rng.permutation(given.n_train)[:n], rng.permutation(given.n_val)[:n_val]
+    rng = np.random.default_rng(draw)
+    keep, kept = rng.permutation(given.n_train)[:n], rng.permutation(given.n_val)[:validation]
     x, true, x_val, y_val = given.x_train[keep].copy(), given.y_train[keep], given.x_val[kept], given.y_val[kept]
     y, kinds = true.copy(), np.full(n, "plain", object)
 
@@ -56,8 +56,8 @@ def requests(
     aside = np.roll(x[twice], 1, axis=2)
     means = np.stack([x[rest][true[rest] == c].mean(0) for c in range(given.n_classes)])
     far = rest[np.argsort(-((x[rest] - means[true[rest]]) ** 2).sum((1, 2, 3)), kind="stable")[:outliers]]
-    for name, points in {"mislabelled": wrong, "trigger": shown, "copied": twice, "outlier": far}.items():
-        kinds[points] = name
+    for name, members in {"mislabelled": wrong, "trigger": shown, "copied": twice, "outlier": far}.items():
+        kinds[members] = name
     ids = [f"{kind}/{i}" for i, kind in enumerate(kinds)] + [f"copy/{i}" for i in twice]
 
     bait = np.flatnonzero(y_val != TARGET)[: 2 * triggers]
@@ -66,11 +66,11 @@ def requests(
         "trigger": (triggered(x_val[bait]), np.full(len(bait), TARGET)),
         "copies": (aside, y[twice]),
     }
-    ends = n_val + np.cumsum([0, *(len(points) for points, _ in asked.values())])
+    ends = validation + np.cumsum([0, *(len(images) for images, _ in asked.values())])
     return from_arrays(
         np.concatenate([x, aside]),
         np.concatenate([y, y[twice]]),
-        np.concatenate([x_val, *(points for points, _ in asked.values())]),
+        np.concatenate([x_val, *(images for images, _ in asked.values())]),
         np.concatenate([y_val, *(labels for _, labels in asked.values())]),
         name="requests",
         class_names=given.class_names,

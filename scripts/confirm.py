@@ -1,0 +1,77 @@
+"""The confirmatory run: claims of docs/claims.yaml, judged on seeds that nothing was chosen on.
+
+    python scripts/confirm.py
+
+Resumes, also within a seed. Writes figures/confirm/results.csv (of all seeds), confirm.csv (the verdicts) and plan.json
+(what was fixed before the first seed); refuses to go on where claims or versions have changed since.
+"""
+
+import hashlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from dmmlib.analysis import confirm
+from dmmlib.errors import DmmError, PresetError
+from dmmlib.files import home, read_table, replacing, write_json, write_table
+from dmmlib.files import read_json as read
+from dmmlib.registry import all_versions
+from dmmlib.study import Study
+
+CLAIMS = Path(__file__).parents[1] / "docs" / "claims.yaml"
+PAGE = CLAIMS.with_suffix(".md")
+
+
+def fixed(claims: Path) -> dict[str, object]:
+    """What may not change between the first seed and the last."""
+    return {"claims": hashlib.sha256(claims.read_bytes()).hexdigest(), "versions": all_versions()}
+
+
+def check(folder: Path, now: dict[str, object]) -> None:
+    """Record what is fixed before the first seed; PresetError where it is no longer what was recorded."""
+    path = folder / "plan.json"
+    if not path.exists():
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=CLAIMS.parent).stdout
+        write_json(path, now | {"commit": commit.strip()})
+    recorded = read(path)
+    if changed := [key for key, value in now.items() if recorded.get(key) != value]:
+        raise PresetError(
+            f"{' and '.join(changed)} changed since {path} was written; put them back, or give docs/claims.yaml seeds "
+            f"that were never used and move {folder} away."
+        )
+
+
+def main(preset: str = "confirm", claims: Path = CLAIMS, folder: Path | None = None) -> pd.DataFrame:
+    """Run every seed that is not yet in the table, and judge when all are."""
+    folder = folder or home() / "figures" / "confirm"
+    plan, path = confirm.load(claims), folder / "results.csv"
+    check(folder, fixed(claims))
+    done = read_table(path) if path.exists() else pd.DataFrame({"seed": []})
+    for seed in plan.seeds:
+        if not (done["seed"] == seed).any():
+            study = Study(preset, {"seed": seed, "data.options.draw": seed})
+            done = pd.concat([done, study.results().assign(seed=seed)], ignore_index=True).astype({"seed": int})
+            write_table(path, done)
+            sys.stdout.write(f"seed {seed}: done\n")
+    judged = confirm.judge(plan, done)
+    write_table(folder / "confirm.csv", judged)
+    return judged
+
+
+def write_page(page: Path = PAGE, claims: Path = CLAIMS) -> None:
+    """Put the claims into docs/claims.md."""
+    block = f"\\1\n{confirm.written(confirm.load(claims))}\n\\2"
+    text = re.sub(r"(<!-- claims[^>]*-->).*(<!-- /claims -->)", block, page.read_text("utf-8"), flags=re.DOTALL)
+    with replacing(page) as temporary:
+        temporary.write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        write_page()
+        sys.stdout.write(main().to_string(index=False) + "\n")
+    except DmmError as error:
+        sys.exit(f"error: {error}")

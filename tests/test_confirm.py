@@ -1,0 +1,106 @@
+"""Claims are judged by rules that were fixed before the run, and the run refuses to go on where they changed."""
+
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dmmlib.analysis import confirm
+from dmmlib.errors import PresetError
+from dmmlib.presets import load
+from tests.conftest import TINY
+
+ROOT = Path(__file__).parents[1]
+CLAIMS = ROOT / "docs" / "claims.yaml"
+
+
+def results(ratios, baseline=20.0, width=0.1):
+    """Of one statistic, on sets of two seeds: retraining at 2, dmm at `ratios` times that."""
+    rows = []
+    for i, ratio in enumerate(ratios):
+        for method, value in (("retrain", 2.0), ("dmm", 2 * ratio), ("ga", baseline)):
+            rows.append((i % 2, f"set_{i}", method, "forget", "mean_gap", value, value - width, value + width))
+    return pd.DataFrame(rows, columns=["seed", "forget_set", "method", "split", "statistic", "value", "low", "high"])
+
+
+def plan(**claim):
+    whole = {"id": "a", "text": "a", "statistic": "mean_gap", "split": "forget", "method": "dmm", "to": "retrain"}
+    return confirm.Plan.model_validate({"seeds": [1], "level": 0.05, "claims": [whole | {"form": "ratio"} | claim]})
+
+
+def judged(table, **claim):
+    return confirm.judge(plan(**claim), table).iloc[0]
+
+
+def test_a_mean_ratio_is_geometric_and_judged_by_its_interval():
+    table = results([1.0, 1.21] * 10)
+    found = judged(table, over="mean", at_most=1.2)
+    assert found["value"] == pytest.approx(1.1)
+    assert (found["n"], found["verdict"]) == (20, "shown")
+    error = 2.093 * np.log(1.21) / 2 * np.sqrt(20 / 19) / np.sqrt(20)  # Student's, of 19 degrees of freedom
+    assert np.log(found["high"] / 1.1) == pytest.approx(error, rel=1e-3)
+    assert judged(table, over="mean", at_most=1.12)["verdict"] == "open"
+    assert judged(table, over="mean", at_most=1.02)["verdict"] == "refuted"
+
+
+def test_the_level_is_shared_by_all_claims():
+    one = plan(over="mean", at_most=1.2)
+    many = one.model_copy(update={"claims": one.claims * 10})
+    widths = [np.diff(confirm.judge(p, results([1.0, 1.21] * 10)).loc[0, ["low", "high"]])[0] for p in (one, many)]
+    assert widths[1] > 1.4 * widths[0]
+
+
+def test_every_pair_a_difference_and_baselines():
+    table = results([1.0, 1.3, 1.5])
+    assert judged(table, at_most=1.6)["verdict"] == "shown"
+    found = judged(table, at_most=1.4)
+    assert (found["value"], found["verdict"]) == (pytest.approx(2 / 3), "refuted")
+    assert judged(table, at_most=1.4, sets="set_[01]")["verdict"] == "shown"
+    assert judged(table, form="difference", over="mean", at_most=5)["value"] == pytest.approx(1.6 / 3)
+    assert judged(table, form="ahead", to="baselines")["verdict"] == "shown"
+    assert judged(results([1.0], baseline=2.1), form="ahead", to="baselines")["verdict"] == "refuted"  # intervals touch
+    assert judged(table[table["method"] != "ga"], form="ahead", to="baselines")["verdict"] == "not run"
+    assert judged(table, statistic="klom_p95")["verdict"] == "not run"
+
+
+def test_claims_that_are_none_are_refused(tmp_path):
+    path = tmp_path / "claims.yaml"
+    path.write_text(CLAIMS.read_text("utf-8").replace("form: ahead", "form: ahead\n    over: mean"), "utf-8")
+    with pytest.raises(PresetError, match=r"(?s)holds no claims.*is over .mean. pairs"):
+        confirm.load(path)
+    with pytest.raises(PresetError, match="no claims"):
+        confirm.load(tmp_path / "absent.yaml")
+
+
+def test_the_page_lists_the_claims_and_their_methods_are_run():
+    claims = confirm.load(CLAIMS)
+    assert confirm.written(claims) in CLAIMS.with_suffix(".md").read_text("utf-8")
+    preset = load("confirm")
+    assert len({c.id for c in claims.claims}) == len(claims.claims)
+    for claim in claims.claims:
+        assert {claim.method, claim.to} <= {*preset.unlearning.methods, "baselines"}
+    assert len(claims.seeds) >= 3
+
+
+@pytest.mark.slow
+def test_a_run_resumes_and_refuses_what_changed(tmp_path, monkeypatch):
+    monkeypatch.setenv("DMM_RUNS", str(tmp_path / "runs"))
+    script = runpy.run_path(str(ROOT / "scripts" / "confirm.py"))
+    claims, folder = tmp_path / "claims.yaml", tmp_path / "confirm"
+    text = CLAIMS.read_text("utf-8").replace("[1001, 1002, 1003]", "[1, 2]")
+    claims.write_text(text, "utf-8")
+    few = {"points": 60, "validation": 20, "mislabelled": 4, "triggers": 3, "copies": 3, "outliers": 3}
+    data = {"name": "requests", "n_train": None, "n_val": None, "options": few}
+    preset = TINY | {"data": data, "unlearning": {"methods": ["do_nothing", "gd"]}}
+    verdicts = script["main"](preset, claims, folder)
+    table = pd.read_csv(folder / "results.csv")
+    assert set(table["seed"]) == {1, 2}
+    assert set(verdicts["verdict"]) == {"not run"}
+    before = (folder / "results.csv").stat().st_mtime_ns
+    script["main"](preset, claims, folder)
+    assert (folder / "results.csv").stat().st_mtime_ns == before
+    claims.write_text(text + "# one more word\n", "utf-8")
+    with pytest.raises(PresetError, match=r"claims changed since.*seeds"):
+        script["main"](preset, claims, folder)
