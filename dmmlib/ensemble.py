@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -323,10 +324,12 @@ def train_and(
     seeds: Sequence[int],
     training: Training,
     execution: Execution | None = None,
+    until: float = 1.0,
 ) -> dict[str, np.ndarray]:
     """Train as `train` does, and keep of each chunk of models only some arrays (n_models, ...).
 
-    They are made where a chunk is trained, so that little has to be sent where that is another process.
+    They are made where a chunk is trained, so that little has to be sent where that is another process. `until` is the
+    share of all steps after which models are left as they then are.
     """
     check_masks(masks, len(x))
     if len(seeds) != len(masks):
@@ -344,7 +347,7 @@ def train_and(
         descend(
             models,
             x,
-            batches,
+            islice(batches, round(until * n_steps)),
             classification(y),
             training.optimizer,
             training.optimizer.start(models.params),

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from dmmlib import unlearn
 from dmmlib.presets import Preset
+
+REWOUND = 0.75  # share of the originals' training at which their weights are kept, for methods that rewind to it
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,7 @@ class Job:
     size: int  # how many points each is trained on
     sets: Mapping[str, int]  # name of each model set -> how many models it has; an oracle set's goes on with a hash
     weights: bool = True  # whether weights are kept, too
+    until: float = 1.0  # the share of their training after which they are kept
 
     @property
     def n_models(self) -> int:
@@ -26,6 +30,8 @@ def jobs(preset: Preset, n_train: int, n_classes: int) -> Iterator[Job]:
     """All models that a preset's main story trains, on data of that size."""
     n, d, t, a = preset.ensembles.n_models, preset.datamodels, preset.tuning, preset.attribution
     yield Job("originals", n_train, {"originals": n})
+    if any(unlearn.registered(method).rewinds for method in preset.unlearning.methods):
+        yield Job("originals, to rewind to", n_train, {"originals": n}, until=REWOUND)
     yield Job("subset models", round(d.fraction * n_train), {"subsets": d.n_subsets + d.n_held_out}, False)
     yield Job("attribution models", round(a.fraction * n_train), {"attribution": a.n_subsets})
     for parts, n_floor, kind in ((preset.forget_sets, n, ""), (t.forget_sets, t.n_models, "tuning: ")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +12,7 @@ from dmmlib import attribution, datamodels, metrics
 from dmmlib.ensemble import Ensemble
 from dmmlib.files import short
 from dmmlib.forget_sets import ForgetSet
+from dmmlib.jobs import REWOUND
 from dmmlib.store import Outputs
 from dmmlib.trainer import ModelSet, Trainer, once
 
@@ -32,6 +34,11 @@ class Models(Trainer):
     def originals(self) -> Ensemble:
         """N models trained on S."""
         return self.models(self._original_set)
+
+    @once
+    def earlier(self) -> tuple[float, Ensemble]:
+        """A share of the originals' training, and the same models as they were then: trained once more, until there."""
+        return REWOUND, self.models(dataclasses.replace(self._original_set, until=REWOUND))
 
     @once
     def original_logits(self) -> np.ndarray:

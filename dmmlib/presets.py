@@ -174,7 +174,7 @@ class ClusterSection(Section):
 class TuningSection(Section):
     forget_sets: Some[ForgetSetSection]
     n_models: int = Field(default=50, ge=4)
-    budget: PositiveInt = 8  # settings tried of each method
+    budget: PositiveInt | None = None  # settings tried of each method, drawn from its grid; null for all of them
 
 
 class UnlearningSection(Section):

@@ -7,7 +7,7 @@ Properties only read; what may train, fit or write is a method. Everything resum
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -202,6 +202,7 @@ class Study(Models):
         It has an attributor where the method takes one: that which its name says after @, or the preset's.
         """
         attributed = method and unlearn.registered(method).attributed
+        share, then = self.earlier() if method and unlearn.registered(method).rewinds else (0.0, None)
         n = self.preset.tuning.n_models if tuning else self.preset.ensembles.n_models
         return Problem(
             originals=self.originals()[:n],
@@ -213,6 +214,7 @@ class Study(Models):
             training=self.training,
             attributor=self.attributor(method.partition("@")[2]) if attributed else None,
             oracle_logits=self.oracles(forget_set, floor=True, n=n),
+            earlier=None if then is None else (share, then[:n]),
             checkpoints=0 if tuning else self.preset.unlearning.checkpoints,
             seed=self.seeds(f"unlearn:{forget_set.name}", 1)[0],
             execution=self.fine_tuning(),
@@ -236,22 +238,25 @@ class Study(Models):
         config |= keys.searched(self.preset, self.identity, settings, sets, n)
         path = self.runs / "store" / f"search-{name}-{config_hash(config)}.json"
 
-        def trials() -> Iterator[tuning.Trial]:
-            for name, forget_set in sets.items():
-                oracles = metrics.margins(self.oracles(forget_set)[:n], self.data.y)
-                problem = self.problem(forget_set, problem_of, tuning=True)
-                splits = self.splits(forget_set)
-                yield tuning.Trial(name, problem, oracles, {split: splits[split] for split in forget_sets.SPLITS})
+        def trial(name: str, forget_set: ForgetSet) -> tuning.Trial:
+            oracles = metrics.margins(self.oracles(forget_set)[:n], self.data.y)
+            problem = self.problem(forget_set, problem_of, tuning=True)
+            splits = self.splits(forget_set)
+            return tuning.Trial(name, problem, oracles, {split: splits[split] for split in forget_sets.SPLITS})
 
         def search() -> list[dict[Any, Any]]:
-            return tuning.search(name, method, settings, trials(), self.progress).to_dict("records")
+            trials, halve = [trial(*named) for named in sets.items()], bool(problem_of)
+            return tuning.search(name, method, settings, trials, self.progress, halve).to_dict("records")
 
         return pd.DataFrame(kept(path, search, read_json, write_json))
 
     def tuned(self, method: str) -> dict[str, Any]:
-        """The best setting of a method on the tuning sets ({} if it has none to choose)."""
+        """The best setting of a method on the tuning sets ({} if it has none to choose), and where it is to `stop`."""
         settings = unlearn.configurations(method, self.preset.tuning.budget, self.preset.seed)
-        return settings[0] if len(settings) == 1 else settings[int(self.search(method)["setting"].iloc[0])]
+        if len(settings) == 1:
+            return settings[0]
+        best = self.search(method).iloc[0]
+        return settings[int(best["setting"])] | ({"stop": float(best["stop"])} if best["stop"] < 1 else {})
 
     def key_of(self, method: str, setting: dict[str, Any], forget_set: ForgetSet) -> dict[str, Any]:
         """All that the result of a method with a setting on a forget set depends on."""
@@ -266,7 +271,8 @@ class Study(Models):
 
         def result() -> Unlearned:
             problem, moved = self.problem(forget_set, method), self.x._version
-            made = unlearn.get(method)(problem, **setting)
+            options = {k: v for k, v in setting.items() if k != "stop"}
+            made = unlearn.get(method)(dataclasses.replace(problem, stop=setting.get("stop", 1.0)), **options)
             if self.x._version != moved:
                 raise MethodError(f"{method} changed the points it was given; let it change a copy, and start anew.")
             if not np.isfinite(made.margins).all():

@@ -54,6 +54,7 @@ class ModelSet:
     name: str  # e.g. "originals", or "oracles:<forget set>:<hash>"
     masks: np.ndarray  # which training points each model sees, bool (n_models, n_train)
     keep_models: bool = False  # keep the weights as well as the outputs
+    until: float = 1.0  # the share of their training after which they are kept
 
     @cached_property
     def digest(self) -> str:
@@ -244,6 +245,8 @@ class Trainer:
     def _place(self, model_set: ModelSet) -> tuple[str, dict[str, Any]]:
         """Where a model set's store is, and the configuration that it belongs to."""
         config = {**self.identity, "set": model_set.name, "masks": model_set.digest}
+        if model_set.until < 1:
+            config["until"] = model_set.until
         return f"{self.root}/{model_set.name.split(':')[0]}-{config_hash(config)}.zarr", config
 
     def store(self, model_set: ModelSet) -> Store:
@@ -283,9 +286,9 @@ class Trainer:
         done = total - sum(len(stores[i].models(shard)) for i, shard in tasks)
         self.progress(task, done, total)
 
-        def arguments(task: tuple[int, int]) -> tuple[np.ndarray, list[int], bool]:
-            i, rows = task[0], stores[task[0]].models(task[1])
-            return model_sets[i].masks[rows], seeds[i][rows.start : rows.stop], model_sets[i].keep_models
+        def arguments(task: tuple[int, int]) -> tuple[np.ndarray, list[int], bool, float]:
+            of, rows = model_sets[task[0]], stores[task[0]].models(task[1])
+            return of.masks[rows], seeds[task[0]][rows.start : rows.stop], of.keep_models, of.until
 
         here = self.preset.scheduler == "local"
         trained = ((task, self.train_shard(*arguments(task))) for task in tasks)
@@ -304,14 +307,17 @@ class Trainer:
     def _workers(self) -> Workers:
         return WORKERS["dask"](self)
 
-    def train_shard(self, masks: np.ndarray, seeds: Sequence[int], keep_models: bool) -> dict[str, np.ndarray]:
+    def train_shard(
+        self, masks: np.ndarray, seeds: Sequence[int], keep_models: bool, until: float = 1.0
+    ) -> dict[str, np.ndarray]:
         """Train models with these masks and seeds: what a store keeps of them, logits, masks, perhaps weights."""
         x, n = self.x, self.data.n_train
 
         def keep(trained: ensemble.Ensemble) -> dict[str, np.ndarray]:
             return {"logits": trained.logits(x).numpy(), **(trained.state() if keep_models else {})}
 
-        kept = ensemble.train_and(keep, self.module, x[:n], self.y[:n], masks, seeds, self.training, self.execution())
+        how = self.training, self.execution()
+        kept = ensemble.train_and(keep, self.module, x[:n], self.y[:n], masks, seeds, *how, until=until)
         return {**kept, "masks": masks}
 
     def read(self, model_set: ModelSet, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,12 @@ import pandas as pd
 
 from dmmlib import metrics
 from dmmlib.progress import Progress, silent
-from dmmlib.unlearn import Method, Problem
+from dmmlib.unlearn import Method, Problem, Registered
+
+STOPS = 4  # moments of a run at which it may stop: after 1/4, 2/4, ... of its steps
+RUNGS = (12, 4, 1)  # what the tuning models are divided by: all settings are tried on few models, the best on all
+KEPT = 4  # of so many settings one survives a rung
+AT_LEAST = (4, 2)  # models on a rung, and settings that survive it
 
 
 @dataclass(frozen=True)
@@ -27,40 +34,86 @@ class Trial:
 def score(unlearned: np.ndarray, oracles: np.ndarray, splits: Mapping[str, np.ndarray]) -> dict[str, float]:
     """KLoM's 95th percentile on each split, and as "score" their mean, which a search minimises.
 
+    With few models the percentile jumps; "mean", that of mean KLoM over splits, then says more of what it will be.
+
     Args:
         unlearned, oracles: margins (n_models, n_points); where unlearned ones diverged, KLoM is at its maximum.
         splits: name -> positions of points.
     """
-    found = {}
+    found, means = dict[str, float](), list[float]()
     for name, indices in splits.items():
         values = np.full(len(indices), -np.log(metrics.FLOOR))
         if np.isfinite(unlearned[:, indices]).all():
             values = metrics.klom(unlearned[:, indices], oracles[:, indices])
         found[name] = float(np.percentile(values, 95))
-    return found | {"score": float(np.mean(list(found.values())))}
+        means.append(float(values.mean()))
+    return found | {"score": float(np.mean(list(found.values()))), "mean": float(np.mean(means))}
+
+
+def rungs(n_models: int, n_settings: int) -> list[tuple[int, int]]:
+    """How many models each rung of a search has, and how many settings are tried on them."""
+    models = sorted({max(min(AT_LEAST[0], n_models), n_models // part) for part in RUNGS})
+    few = min(AT_LEAST[1], n_settings)
+    return [(n, max(few, math.ceil(n_settings / KEPT**i))) for i, n in enumerate(models)]
 
 
 def search(
     name: str,
     method: Method,
     settings: Sequence[dict[str, Any]],
-    trials: Iterable[Trial],
+    trials: Sequence[Trial],
     progress: Progress = silent,
+    halve: bool = True,
 ) -> pd.DataFrame:
-    """Try every setting of a method on every tuning set.
+    """Try every setting of a method on every tuning set: on few models, and what has the least mean KLoM on more.
+
+    Successive halving (Jamieson and Talwalkar, AISTATS 2016) with the same models for all settings; not if `halve` is
+    False. A method that records a trajectory is judged at each of its moments, so that all are stopped early alike.
 
     Returns:
-        One row per setting and set, the best setting first: setting (its number), forget_set, cost, the options,
-        and `score` of the result; mean_score is the mean over sets, which decides.
+        One row per setting, stop and set, those that got furthest first, and of these the best: setting (its number),
+        stop (share of its steps), n_models (of its last rung), forget_set, cost, the options, `score` of the result,
+        and spent (on the setting and the set over all `rungs`, in retrainings). mean_score is the mean over sets, which
+        decides.
     """
-    rows = []
-    for trial in trials:
-        for i, setting in enumerate(settings):
-            progress(f"search {name} on {trial.name}", i, len(settings))
-            result = method(trial.problem, **setting)
-            measured = score(result.margins, trial.oracles, trial.splits)
-            rows.append({"setting": i, "forget_set": trial.name, "cost": result.cost, **setting, **measured})
-        progress(f"search {name} on {trial.name}", len(settings), len(settings))
-    table = pd.DataFrame(rows)
-    table["mean_score"] = table.groupby("setting")["score"].transform("mean")
-    return table.sort_values(["mean_score", "setting", "forget_set"], ignore_index=True)
+    n = trials[0].problem.n_models
+    left, spent, rows = list(range(len(settings))), dict[tuple[int, str], float](), dict[int, list[dict[str, Any]]]()
+    for n_models, n_settings in rungs(n, len(settings)) if halve else [(n, len(settings))]:
+        left = sorted(left, key=lambda i: (_best(rows[i]) if i in rows else 0.0, i))[:n_settings]
+        tried = [(trial, i) for trial in trials for i in left]
+        rows |= {i: [] for i in left}
+        for done, (trial, i) in enumerate(tried):
+            progress(f"search {name} on {n_models} models", done, len(tried))
+            result = method(few(trial.problem, n_models), **settings[i])
+            spent[i, trial.name] = spent.get((i, trial.name), 0.0) + n_models * result.cost
+            about = {"setting": i, "n_models": n_models, "forget_set": trial.name, "spent": spent[i, trial.name]}
+            moments = len(result.trajectory)
+            for k in range(1, STOPS + 1) if moments > 1 else [STOPS]:
+                at = max(1, round(k * moments / STOPS)) - 1
+                margins = result.margins if k == STOPS else result.trajectory[at]
+                cost = result.cost if k == STOPS else float(result.costs[at])
+                measured = score(margins, trial.oracles, trial.splits)
+                rows[i].append(about | {"stop": k / STOPS, "cost": cost} | settings[i] | measured)
+        progress(f"search {name} on {n_models} models", len(tried), len(tried))
+    table = pd.DataFrame([row for tries in rows.values() for row in tries])
+    table["mean_score"] = table.groupby(["setting", "stop"])["score"].transform("mean")
+    order = ["n_models", "mean_score", "setting", "stop", "forget_set"]
+    return table.sort_values(order, ascending=[False, True, True, True, True], ignore_index=True)
+
+
+def few(problem: Problem, n: int) -> Problem:
+    """The problem of the first n models, with a trajectory of `STOPS` moments."""
+    earlier = None if problem.earlier is None else (problem.earlier[0], problem.earlier[1][:n])
+    originals, logits = problem.originals[:n], problem.original_logits[:n]
+    return dataclasses.replace(problem, originals=originals, original_logits=logits, earlier=earlier, checkpoints=STOPS)
+
+
+def edges(method: Registered, chosen: Mapping[str, Any]) -> list[str]:
+    """Options with a chosen value at an end of their grid, unless nothing lies beyond it (`Registered.limits`)."""
+    grids = {k: v for k, v in method.space.items() if len(v) > 1 and not isinstance(v[0], (bool, str))}
+    return [k for k, v in grids.items() if chosen[k] in (min(v), max(v)) and chosen[k] not in method.limits.get(k, ())]
+
+
+def _best(rows: Sequence[Mapping[str, Any]]) -> float:
+    """The lowest mean KLoM of a setting over its stops."""
+    return float(pd.DataFrame(rows).groupby("stop")["mean"].mean().min())

@@ -756,6 +756,7 @@ METHODS = {
     "ga": Run({"epochs": 3.0, "lr": 1e-2}, TUNED),
     "ga_gd": Run({"ascent_epochs": 3.0, "descent_epochs": 1.0, "lr": 1e-2}, TUNED),
     "neggrad_plus": Run({"epochs": 1.0, "lr": 3e-2, "beta": 0.9}, TUNED),
+    "ga_gd_turns": Run({"epochs": 2, "ascent_epochs": 1, "lr": 1e-2, "whitened": True}, (*TUNED, "whitening")),
     "scrub": Run({"epochs": 3, "max_epochs": 2, "lr": 3e-2, "alpha": 0.1}, TUNED),
     "random_labels": Run({"epochs": 1, "lr": 3e-2}, TUNED),
     "salun": Run({"epochs": 3, "lr": 1e-2, "share": 0.3}, TUNED),
@@ -763,6 +764,10 @@ METHODS = {
     "l1_sparse": Run({"epochs": 1.0, "lr": 3e-2, "gamma": 3e-4}, TUNED),
     "cf_k": Run({"epochs": 1.0, "lr": 1e-1, "k": 1}, TUNED),
     "eu_k": Run({"epochs": 3.0, "lr": 1e-1, "k": 1}, (*TUNED, "method cf_k")),
+    "msg": Run({"epochs": 2.0, "lr": 3e-2, "share": 0.3}, TUNED),
+    "ct": Run({"epochs": 2.0, "lr": 3e-2}, TUNED),
+    "short_retrain": Run({"epochs": 2.0, "scale": 1.0}, (*TUNED, "schedule")),
+    "rewind": Run({"scale": 1.0}, (*TUNED, "schedule")),
     "ssd": Run({"alpha": 5.0, "strength": 1.0}),
     "newton": Run({"damping": 1e-2, "iterations": 5, "cost": 0.25}, ("seeds",)),
     "oracle_matching": Run({"cost": 0.1}, ("matching",)),
@@ -777,10 +782,15 @@ def _method(name: str, setting: dict[str, Any], inputs: Inputs) -> Values:
     asked = inputs.problem
     if "attributor bayesian" in above(f"method {name}"):
         asked = unlearn.Problem(**{**vars(asked), "attributor": inputs.bayesian})
+    if name == "rewind":
+        asked = unlearn.Problem(**{**vars(asked), "earlier": (0.75, inputs.originals)})
+    if name == "ct":
+        convnets = fresh(architecture("convnet", inputs.images.shape[1:], width=4), 4)
+        asked = problem(convnets, inputs.images, inputs.y, FORGET, n_train=N)
     result = unlearn.get(name)(asked, **setting)
     yield "mean margin on F", result.margins[:, FORGET].mean()
     yield "standard deviation of margins on R", result.margins[:, RETAIN].std()
-    if name != "do_nothing":
+    if name not in ("do_nothing", "ct"):
         yield from _change(inputs, result)
     yield "cost", result.cost
 

@@ -9,17 +9,33 @@ from torch.nn import functional as F
 
 from dmmlib import data, ensemble, metrics, models, unlearn
 from dmmlib.analysis import tables
-from dmmlib.baselines import bad_teacher, dampening, fresh, gradient, last_layers, newton, relabel
+from dmmlib.baselines import (
+    bad_teacher,
+    dampening,
+    fresh,
+    gradient,
+    last_layers,
+    newton,
+    relabel,
+    reset,
+    scrub,
+    whitening,
+)
 from dmmlib.ensemble import Ensemble, Training
-from dmmlib.errors import MethodError, OptionError
+from dmmlib.errors import DataError, MethodError, OptionError
 from dmmlib.matching import match
 from dmmlib.unlearn import Problem, base
 
 N_MODELS, N_TRAIN = 6, 120
 FORGET = np.array([1, 20, 33, 50, 64, 90])
 FINE_TUNED = ["neggrad_plus", "random_labels", "salun", "bad_teacher", "l1_sparse", "cf_k", "eu_k"]
+FINE_TUNED += ["ga_gd_turns", "msg", "short_retrain", "rewind"]
 BASELINES = [*FINE_TUNED, "ssd", "newton"]
 STRONG = {  # settings under which this small problem shows a method's direction
+    "ga_gd_turns": {"epochs": 3, "ascent_epochs": 2, "lr": 1e-2, "batch_size": 30},
+    "msg": {"epochs": 3.0, "lr": 3e-2, "share": 0.3, "batch_size": 30},
+    "short_retrain": {"epochs": 5.0},
+    "rewind": {"scale": 0.5},
     "neggrad_plus": {"epochs": 3.0, "lr": 3e-2, "beta": 0.5, "batch_size": 30},
     "random_labels": {"epochs": 3, "lr": 3e-2, "batch_size": 30},
     "salun": {"epochs": 3, "lr": 3e-2, "batch_size": 30, "share": 0.3},
@@ -42,6 +58,8 @@ def a_problem(model, n_models=N_MODELS, n_train=N_TRAIN, forget=FORGET, training
         return models.build(model, tuple(x.shape[1:]), 10, **options)
 
     masks = np.ones((n_models, n_train), bool)
+    given = factory, x[:n_train], y[:n_train], masks, range(n_models), training
+    half = ensemble.train_and(Ensemble.state, *given, until=0.6)
     originals = ensemble.train(factory, x[:n_train], y[:n_train], masks, range(n_models), training)
     masks[:, forget] = False
     oracles = ensemble.train(factory, x[:n_train], y[:n_train], masks, range(50, 50 + n_models), training)
@@ -49,6 +67,7 @@ def a_problem(model, n_models=N_MODELS, n_train=N_TRAIN, forget=FORGET, training
         originals=originals,
         original_logits=originals.logits(x).numpy(),
         oracle_logits=oracles.logits(x).numpy(),
+        earlier=(0.6, Ensemble.from_state(factory(), half)),
         x=x,
         y=y,
         n_train=n_train,
@@ -93,6 +112,7 @@ def some(problem, models):
         originals=problem.originals[models],
         original_logits=problem.original_logits[models],
         oracle_logits=problem.oracle_logits[models],
+        earlier=(problem.earlier[0], problem.earlier[1][models]),
     )
 
 
@@ -127,6 +147,10 @@ def test_trajectories_end_where_the_method_ends(problem, name):
 def test_costs_count_every_pass(problem):
     n_retain, n_forget, retraining = 114, 6, 15 * 114
     expected = {
+        "ga_gd_turns": 3 * n_retain + 2 * n_forget,
+        "msg": 3 * n_retain + 2 * n_forget,
+        "short_retrain": 5 * n_retain,
+        "rewind": 6 * n_retain,
         "neggrad_plus": 3 * (n_retain + 4 * n_forget),  # four steps a pass, each with all of F
         "random_labels": 3 * (n_retain + n_forget),
         "salun": 3 * (n_retain + n_forget) + n_forget,
@@ -151,9 +175,10 @@ def test_convolutions_and_batch_norm(problem):
     small = dataclasses.replace(
         problem, originals=originals, original_logits=logits, x=x, y=y, n_train=40, forget=FORGET[:3]
     )
+    small = dataclasses.replace(small, earlier=(0.6, originals))
     start = metrics.margins(logits, small.labels)
-    for name in BASELINES:
-        result = unlearn.get(name)(small, **STRONG[name])
+    for name in [*BASELINES, "ct"]:
+        result = unlearn.get(name)(small, **STRONG.get(name, {}))
         assert np.isfinite(result.margins).all(), name
         assert (np.abs(result.margins - start).max(1) > 1e-4).all(), name
 
@@ -190,9 +215,81 @@ def test_catalogue_says_where_each_method_comes_from():
     assert table.index[2] == "NegGrad+"
     assert (table[["source", "cost", "searched", "elsewhere"]] != "").all(axis=None)
     assert table.loc["SSD", "searched"].startswith("alpha ")
-    for name in BASELINES:
-        grid = unlearn.configurations(name, budget=10)
-        assert len(grid) == 10, "every method is tuned with the laptop preset's budget"
+
+
+# --- in part, by turns, whitened -----------------------------------------------------------------------
+
+
+def test_a_rewind_to_the_start_is_retraining_and_ends_like_it(problem):
+    epochs = problem.training.epochs
+    whole = unlearn.get("short_retrain")(problem, epochs=float(epochs))
+    start = dataclasses.replace(problem, earlier=(0.0, fresh.fresh(problem)))
+    np.testing.assert_allclose(unlearn.get("rewind")(start).margins, whole.margins, atol=1e-5)
+    assert whole.cost == unlearn.get("rewind")(start).cost == 1
+    oracles = metrics.margins(problem.oracle_logits, problem.labels)
+    gap = np.abs(whole.margins.mean(0) - oracles.mean(0)) / oracles.std(0)
+    assert gap[FORGET].mean() < 1.5, "six models of the same kind"
+    with pytest.raises(DataError, match="earlier"):
+        unlearn.get("rewind")(dataclasses.replace(problem, earlier=None))
+
+
+def test_turns_of_one_epoch_are_ascent_and_then_descent(problem):
+    turns = unlearn.get("ga_gd_turns")(problem, epochs=1, ascent_epochs=1, lr=1e-2)
+    after = unlearn.get("ga_gd")(problem, ascent_epochs=1.0, descent_epochs=1.0, lr=1e-2)
+    np.testing.assert_array_equal(turns.margins, after.margins)
+
+
+def test_msg_draws_the_weights_with_small_gradients_anew(problem, end):
+    small = reset.small_gradients(problem, 0.3)
+    assert set(small) == {"0.weight", "2.weight"}
+    sample = np.random.default_rng([problem.seed, 3]).choice(problem.retain, len(FORGET), replace=False)
+    on_r, on_f = (gradient.mean_gradient(problem, problem.originals, points) for points in (sample, FORGET))
+    unlearn.get("msg")(problem, **STRONG["msg"] | {"lr": 1e-9})
+    after, drawn, before = end(), fresh.fresh(problem).params, problem.originals.params
+    for name, at in small.items():
+        assert (at.flatten(1).sum(1) == round(0.3 * at[0].numel())).all()
+        sizes = (on_r[name] - on_f[name]).abs()
+        assert (torch.where(at, sizes, 0).flatten(1).amax(1) <= torch.where(at, 1e9, sizes).flatten(1).amin(1)).all()
+        torch.testing.assert_close(after[name], torch.where(at, drawn[name], before[name]), rtol=0, atol=1e-6)
+
+
+def test_ct_transposes_kernels_and_needs_some(problem, end):
+    images = a_problem("convnet", 2, 40, FORGET[:3], Training(epochs=2, batch_size=20, lr=0.05), width=4)
+    unlearn.get("ct")(images, lr=1e-9)
+    for name, kernel in images.originals.params.items():
+        expected = kernel.transpose(3, 4) if kernel.ndim == 5 else kernel
+        torch.testing.assert_close(end()[name], expected, rtol=0, atol=1e-6)
+    with pytest.raises(MethodError, match="has none"):
+        unlearn.get("ct")(problem)
+
+
+def test_scrub_lowers_its_rate_and_rewinds_each_model(problem, monkeypatch):
+    rates, descend = [], base.descend
+    monkeypatch.setattr(base, "descend", lambda *a, rate, **k: rates.append(rate(0)) or descend(*a, rate=rate, **k))
+    options = {"epochs": 5, "max_epochs": 2, "lr": 0.3, "batch_size": 30, "forget_batch_size": 2}
+    plain = unlearn.get("scrub")(problem, **options)
+    np.testing.assert_allclose(rates[:7], np.array([0.3] * 5 + [0.03] * 2), rtol=1e-6)  # two epochs have two phases
+    rewound = unlearn.get("scrub")(problem, **options, rewind=True)
+    weights = scrub.like_forget(problem)
+    assert weights.sum() == pytest.approx(1)
+    aim = plain.correct[:, N_TRAIN:] @ weights
+    far, near = (np.abs(r.correct[:, FORGET].mean(1) - aim) for r in (plain, rewound))
+    assert (near <= far + 1e-6).all()
+    assert len(rewound.trajectory) == 1, "what is on the way is not where a run ends that is stopped there"
+
+
+def test_a_whitened_step_is_preconditioned_by_the_inputs_second_moment(linear):
+    asked = dataclasses.replace(linear, training=Training(epochs=1, batch_size=N_TRAIN, lr=0.1))
+    moved = unlearn.get("gd")(asked, epochs=1.0, lr=0.05, batch_size=N_TRAIN, whitened=True)
+    assert moved.cost == pytest.approx(2), "the points on which inputs are measured are counted"
+    slope = gradient.mean_gradient(asked, asked.originals, asked.retain)
+    x = asked.x[asked.retain]
+    moment = x.T @ x / len(x)
+    moment = moment + whitening.DAMPING * moment.diagonal().mean() * torch.eye(len(moment))
+    params = asked.originals.params
+    weight = params["weight"] - 0.05 * slope["weight"] @ torch.linalg.inv(moment)
+    logits = torch.einsum("nd,mcd->mnc", asked.x, weight) + (params["bias"] - 0.05 * slope["bias"])[:, None]
+    np.testing.assert_allclose(moved.margins, metrics.margins(logits.numpy(), asked.labels), atol=2e-3)
 
 
 # --- gradients and labels ------------------------------------------------------------------------------

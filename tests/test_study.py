@@ -57,8 +57,8 @@ def test_hyperparameters_are_searched_with_one_budget_and_kept(tiny):
     for method in ("gd", "ga", "ga_gd", "scrub"):
         table = tiny.search(method)
         assert table["setting"].nunique() == tiny.preset.tuning.budget
-        best = table.groupby("setting")["score"].mean().idxmin()
-        assert tiny.tuned(method) == unlearn.configurations(method, 2, 0)[best]
+        best, stop = table.groupby(["setting", "stop"])["score"].mean().idxmin()
+        assert {"stop": 1.0} | tiny.tuned(method) == unlearn.configurations(method, 2, 0)[best] | {"stop": stop}
 
 
 def test_matching_has_nothing_to_search(tiny, monkeypatch):

@@ -1,5 +1,7 @@
 """Every method changes its model, in the direction it promises, at the cost it reports."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from dmmlib.ensemble import Training
 from dmmlib.errors import DataError, ForgetSetError, MethodError
 from dmmlib.matching import gauss_newton, match
 from dmmlib.matching.gauss_newton import Jacobian
+from dmmlib.optim import SGD
 from dmmlib.unlearn import Problem
 
 N_TRAIN, FORGET = 150, np.array([3, 30, 77, 100, 149])
@@ -209,6 +212,18 @@ def test_a_small_step_moves_margins_as_it_says(make):
     torch.testing.assert_close(change, wanted, rtol=0.02, atol=1e-7)
 
 
+def test_each_model_is_rewound_to_the_phase_that_is_chosen(problem):
+    batches = unlearn.passes(problem, problem.retain, 3.0, 25)
+    phases = [unlearn.Phase(batches[i : i + 6], unlearn.descent(problem)) for i in (0, 6, 12)]
+
+    def run(stop=1.0, **options):
+        return unlearn.finetune(dataclasses.replace(problem, stop=stop), phases, SGD(0.1), **options).margins
+
+    rewound = run(rewind=lambda logits: np.arange(logits.shape[1]) % len(logits))
+    for k in range(3):
+        np.testing.assert_allclose(rewound[k::3], run((k + 1) / 3)[k::3], atol=1e-5)
+
+
 def test_dm_direct_is_original_plus_effect(problem):
     result = unlearn.get("dm_direct")(problem)
     change = metrics.right_logits(problem.attributor.change, problem.labels)
@@ -249,10 +264,10 @@ def test_a_users_own_method_and_unknown_names(problem):
         unlearn.get("halve")
 
 
-def test_settings_are_drawn_without_repeats_and_with_one_budget():
+def test_settings_are_the_whole_grid_or_drawn_without_repeats():
     for name in TUNED:
         settings = unlearn.configurations(name, budget=8)
-        assert len(settings) == 8
+        assert len(settings) == 8 <= len(unlearn.configurations(name))
         assert all(settings.count(s) == 1 for s in settings)
         assert settings == unlearn.configurations(name, budget=8)
     assert unlearn.configurations("do_nothing", budget=8) == [{}]

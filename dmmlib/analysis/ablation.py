@@ -16,7 +16,7 @@ import pandas as pd
 
 from dmmlib import metrics, unlearn
 from dmmlib.baselines.published import squared_error
-from dmmlib.baselines.whitening import Whitening
+from dmmlib.baselines.whitening import N_SEEN, finetune_in
 from dmmlib.errors import OptionError
 from dmmlib.files import config_hash, kept, read_json, write_json
 from dmmlib.forget_sets import ForgetSet
@@ -24,7 +24,7 @@ from dmmlib.matching.match import dmm, match, predicted_oracle
 from dmmlib.metrics import Estimate
 from dmmlib.optim import Adam
 from dmmlib.study import Study
-from dmmlib.unlearn.base import Phase, Problem, Unlearned, draw_batches, finetune
+from dmmlib.unlearn.base import Phase, Problem, Unlearned, draw_batches
 
 GRID: dict[str, tuple[Any, ...]] = {
     "cost": (0.01, 0.02, 0.03, 0.05, 0.1),
@@ -44,7 +44,6 @@ COLUMNS = ["forget_set", "split", "value", "low", "high", "cost", "n_models"]
 # --- what DMM could be -----------------------------------------------------------------------------------
 
 
-N_WHITEN, DAMPING = 500, 0.03  # retained points on which inputs of layers are measured, at most; see `Whitening`
 OPTIMIZERS = ("gauss-newton", "whitened adam", "adam")
 
 
@@ -65,18 +64,12 @@ def variant(
         raise OptionError(f"Option optimizer={optimizer!r} was given; use one of {known}.")
     if optimizer == "gauss-newton":
         return dmm(problem, cost=cost, steps=steps, farthest=farthest)
-    seen, moved = 0, problem
-    if optimizer == "whitened adam":
-        seen = max(1, min(N_WHITEN, len(problem.retain), round(cost * problem.retraining / 8)))
-        points = np.stack([rng.permutation(problem.retain)[:seen] for rng in problem.rngs(2)])
-        whitening = Whitening(problem.x, points, DAMPING, problem.originals.module)
-        originals = whitening.enter(problem.originals, np.arange(problem.n_models))
-        moved = dataclasses.replace(problem, originals=originals)
+    whitened = optimizer == "whitened adam"
+    seen = max(1, min(N_SEEN, len(problem.retain), round(cost * problem.retraining / 8))) if whitened else 0
     n_steps = max(1, round((cost * problem.retraining - seen) / 20))
     parts = [draw_batches(problem, pool, n_steps, n) for pool, n in ((problem.forget, 8), (problem.retain, 12))]
     phase = Phase(list(np.concatenate(parts, axis=2)), squared_error(predicted_oracle(problem), problem))
-    weights = list(problem.originals.params)  # and no whitener
-    return finetune(moved, [phase], Adam(lr), rate=lambda share: lr * (1 - share), only=weights, spent=seen)
+    return finetune_in(whitened, problem, [phase], Adam(lr), seen, rate=lambda share: lr * (1 - share))
 
 
 DEFAULTS: dict[str, Any] = {**(match.__kwdefaults__ or {}), "optimizer": "gauss-newton"}

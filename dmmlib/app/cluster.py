@@ -172,9 +172,9 @@ class Dask:
             self._progress("wait for a worker", 1, 1)
         futures = {}
         for task in tasks:
-            masks, seeds, keep = arguments(task)
+            masks, seeds, *how = arguments(task)
             packed = np.packbits(masks, axis=1)  # an eighth of the bytes
-            futures[self.client.submit(train_shard, self._preset, self._own, packed, seeds, keep, pure=False)] = task
+            futures[self.client.submit(train_shard, self._preset, self._own, packed, seeds, *how, pure=False)] = task
         try:
             for future in as_completed(futures, loop=self.client.loop):
                 yield futures.pop(future), future.result()
@@ -208,7 +208,7 @@ def _registered(trainer: Trainer) -> bytes:
         ) from error
 
 
-def train_shard(preset: str, own: bytes, packed: np.ndarray, seeds: list[int], keep_models: bool) -> Arrays:
+def train_shard(preset: str, own: bytes, packed: np.ndarray, seeds: list[int], *how: Any) -> Arrays:
     """`Trainer.train_shard` in a worker, for a preset as JSON, what is registered for it, and masks as bits."""
     from distributed import get_worker
 
@@ -216,7 +216,7 @@ def train_shard(preset: str, own: bytes, packed: np.ndarray, seeds: list[int], k
         torch.set_num_threads(get_worker().state.nthreads)  # of this one of the worker's threads
         trainer = _trainer(preset, own)
         masks = np.unpackbits(packed, axis=1, count=trainer.data.n_train).astype(bool)
-        return trainer.train_shard(masks, seeds, keep_models)
+        return trainer.train_shard(masks, seeds, *how)
 
 
 @functools.lru_cache(maxsize=2)

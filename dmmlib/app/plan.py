@@ -16,7 +16,7 @@ import torch
 from platformdirs import user_cache_dir
 from tqdm import tqdm
 
-from dmmlib import ensemble, models, unlearn
+from dmmlib import ensemble, models, tuning, unlearn
 from dmmlib.app import status
 from dmmlib.data import Dataset
 from dmmlib.datamodels import BLOCK
@@ -103,7 +103,7 @@ def plan(preset: Preset, runs: Path | None = None) -> Plan:
     asked = [*jobs(preset, data.n_train, data.n_classes), *experiments.jobs(preset, data.n_train)]
     known = pd.DataFrame([(job.what, job.n_models, 0, job.n_models) for job in asked], columns=COLUMNS[:-1])
     known = status.trained(study, asked)[COLUMNS[:-1]] if study else known
-    known["gradients"] = known["missing"] * [float(preset.training.epochs * job.size) for job in asked]
+    known["gradients"] = known["missing"] * [preset.training.epochs * job.size * job.until for job in asked]
     try:
         built = module()
     except Exception as error:  # whatever a factory objects to
@@ -171,7 +171,8 @@ def _unlearning(preset: Preset, n_train: int) -> float:
     for method in preset.unlearning.methods:
         costs = [cost(s) for s in unlearn.configurations(method, preset.tuning.budget, preset.seed)]
         if len(costs) > 1:
-            total += sum(costs) * preset.tuning.n_models * len(preset.tuning.forget_sets)
+            searched = sum(n * k for n, k in tuning.rungs(preset.tuning.n_models, len(costs)))
+            total += float(np.mean(costs)) * searched * len(preset.tuning.forget_sets)
         total += float(np.mean(costs)) * preset.ensembles.n_models * len(preset.forget_sets)
     return total * preset.training.epochs * n_train
 

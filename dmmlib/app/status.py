@@ -52,7 +52,7 @@ def trained(study: Study, asked: Sequence[Job] | None = None) -> pd.DataFrame:
     for job in asked:
         done = damaged = 0
         for name, n in job.sets.items():
-            of_set = [store for store in there if _holds(store, name, n, job.size)]
+            of_set = [store for store in there if _holds(store, name, n, job)]
             for store in sorted(of_set, key=lambda store: len(store.missing()))[:1]:  # the fullest
                 bad = store.count(store.damaged())
                 damaged += bad
@@ -61,14 +61,16 @@ def trained(study: Study, asked: Sequence[Job] | None = None) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["models", "planned", "done", "missing", "damaged"])
 
 
-def _holds(store: Store, name: str, n: int, size: int) -> bool:
-    """Whether some of a model set lie in a store: n models of `size` points, whose name a hash may follow."""
+def _holds(store: Store, name: str, n: int, job: Job) -> bool:
+    """Whether some of a job's model set lie in a store: n models, whose name a hash may follow."""
     found, done = store.config["set"], set(range(store.n_shards)).difference(store.missing())
-    if not done or store.n_models != n or (found != name and (":" not in name or found.rpartition(":")[0] != name)):
+    if not done or store.config.get("until", 1.0) != job.until:
+        return False
+    if store.n_models != n or (found != name and (":" not in name or found.rpartition(":")[0] != name)):
         return False
     first = store.models(min(done)).start
     with suppress(DamageError):
-        return int(store.read("masks", first, first + 1).sum()) == size
+        return int(store.read("masks", first, first + 1).sum()) == job.size
     return True
 
 

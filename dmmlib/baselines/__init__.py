@@ -2,5 +2,5 @@
 
 # Methods are listed in this order.
 from dmmlib.baselines import gradient  # noqa: I001
-from dmmlib.baselines import bad_teacher, dampening, last_layers, newton, relabel, scrub, sparse
+from dmmlib.baselines import bad_teacher, dampening, last_layers, newton, relabel, reset, restart, scrub, sparse
 from dmmlib.baselines import published

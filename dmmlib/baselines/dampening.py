@@ -91,7 +91,8 @@ def dampen(params: Tensors, forget: Tensors, everything: Tensors, alpha: float, 
 
 @register(
     "ssd",
-    space={"alpha": [2.0, 5.0, 10.0, 25.0, 50.0], "strength": [0.3, 1.0, 2.0]},
+    space={"alpha": [1.0, 2.0, 5.0, 10.0, 25.0, 50.0, 100.0], "strength": [0.01, 0.03, 0.1, 0.3, 1.0, 2.0]},
+    limits={"strength": [0.01]},  # selected weights are all but 0
     paper="SSD; Foster et al., AAAI 2024",
     cost="n_F + n_S",
     elsewhere="if-loops/selective-synaptic-dampening, pedroandreou/supreme-unlearning",

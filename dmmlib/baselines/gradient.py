@@ -1,6 +1,7 @@
-"""Gradient baselines: descent on R, ascent on F, one after the other, and both at once.
+"""Gradient baselines: descent on R, ascent on F, one after the other, by turns, and both at once.
 
-SGD with momentum 0.9 at a constant rate, no weight decay.
+SGD with momentum 0.9 at a constant rate, no weight decay; if `whitened`, in coordinates in which the inputs of each
+layer are white, as Gauss-Newton matching steps in, so that a comparison with it is of targets, not of optimizers.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmmlib.ensemble import Ensemble, cross_entropy
+from dmmlib.baselines.whitening import finetune_in
+from dmmlib.ensemble import Ensemble, Loss, cross_entropy
 from dmmlib.optim import SGD, Tensors
 from dmmlib.unlearn.base import (
     Phase,
@@ -20,7 +22,6 @@ from dmmlib.unlearn.base import (
     check_options,
     descent,
     draw_batches,
-    finetune,
     passes,
     register,
 )
@@ -56,62 +57,122 @@ def like(params: Tensors, rows: Tensor) -> Tensors:
     return {name: part.reshape(p.shape) for (name, p), part in zip(params.items(), parts, strict=True)}
 
 
-EPOCHS = {"ascent_epochs": [1.0, 3.0, 5.0], "descent_epochs": [1.0, 3.0, 5.0]}
+EITHER = [False, True]
 
 
 @register(
     "gd",
-    space={"epochs": [1.0, 3.0, 6.0], "lr": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1], "batch_size": [64]},
+    space={"epochs": [4.0], "lr": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1], "whitened": EITHER},
     paper="fine-tuning on R; Warnecke et al., NDSS 2023, Golatkar et al., CVPR 2020",
     cost="epochs n_R",
     elsewhere="OPTML-Group/Unlearn-Sparse, xcadet/deepunlearn",
 )
-def gd(problem: Problem, *, epochs: float = 3.0, lr: float = 1e-2, batch_size: int = 64) -> Unlearned:
+def gd(
+    problem: Problem, *, epochs: float = 3.0, lr: float = 1e-2, batch_size: int = 64, whitened: bool = False
+) -> Unlearned:
     """Gradient descent on R: train on, without F."""
     phase = Phase(passes(problem, problem.retain, epochs, batch_size), descent(problem))
-    return finetune(problem, [phase], SGD(lr))
+    return finetune_in(whitened, problem, [phase], SGD(lr))
 
 
 @register(
     "ga",
-    space={"epochs": [1.0, 3.0, 5.0, 10.0], "lr": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2], "batch_size": [64]},
+    space={"epochs": [10.0], "lr": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1], "whitened": EITHER},
     paper="NegGrad; Golatkar et al., CVPR 2020, Thudi et al., EuroS&P 2022",
     cost="epochs n_F",
     elsewhere="OPTML-Group/Unlearn-Sparse, xcadet/deepunlearn",
 )
-def ga(problem: Problem, *, epochs: float = 5.0, lr: float = 1e-3, batch_size: int = 64) -> Unlearned:
+def ga(
+    problem: Problem, *, epochs: float = 5.0, lr: float = 1e-3, batch_size: int = 64, whitened: bool = False
+) -> Unlearned:
     """Gradient ascent on F: raise the loss of what is to be forgotten."""
     phase = Phase(passes(problem, problem.forget, epochs, batch_size), descent(problem, sign=-1.0))
-    return finetune(problem, [phase], SGD(lr))
+    return finetune_in(whitened, problem, [phase], SGD(lr))
 
 
 @register(
     "ga_gd",
-    space=EPOCHS | {"lr": [3e-4, 1e-3, 3e-3, 1e-2], "batch_size": [64]},
+    space={
+        "ascent_epochs": [1.0, 3.0, 10.0, 30.0],
+        "descent_epochs": [4.0],
+        "lr": [3e-3, 1e-2, 3e-2],
+        "whitened": EITHER,
+    },
     paper="GA then GD; baseline of Georgiev et al., ICLR 2025",
     cost="ascent_epochs n_F + descent_epochs n_R",
     elsewhere="easydub/EasyDUB-code",
 )
 def ga_gd(
-    problem: Problem, *, ascent_epochs: float = 3.0, descent_epochs: float = 3.0, lr: float = 1e-3, batch_size: int = 64
+    problem: Problem,
+    *,
+    ascent_epochs: float = 3.0,
+    descent_epochs: float = 3.0,
+    lr: float = 1e-3,
+    batch_size: int = 64,
+    whitened: bool = False,
 ) -> Unlearned:
     """Gradient ascent on F, then descent on R, with one optimizer."""
     phases = [
         Phase(passes(problem, problem.forget, ascent_epochs, batch_size), descent(problem, sign=-1.0)),
         Phase(passes(problem, problem.retain, descent_epochs, batch_size), descent(problem)),
     ]
-    return finetune(problem, phases, SGD(lr))
+    return finetune_in(whitened, problem, phases, SGD(lr))
+
+
+@register(
+    "ga_gd_turns",
+    space={"epochs": [4], "ascent_epochs": [1, 2, 4], "lr": [3e-3, 1e-2, 3e-2, 1e-1], "whitened": EITHER},
+    limits={"ascent_epochs": [1, 4]},
+    paper="GA and GD by turns; public benchmark of Georgiev et al., ICLR 2025",
+    cost="ascent_epochs n_F + epochs n_R",
+    elsewhere="RoyRin/data-unlearning-bench",
+)
+def ga_gd_turns(
+    problem: Problem,
+    *,
+    epochs: int = 4,
+    ascent_epochs: int = 3,
+    lr: float = 1e-3,
+    batch_size: int = 64,
+    forget_batch_size: int = 64,
+    whitened: bool = False,
+) -> Unlearned:
+    """Each of the first `ascent_epochs` epochs ascends on F; every epoch then descends on R: `ascent_descent` there."""
+    phases = turns(
+        problem, (epochs, ascent_epochs), (batch_size, forget_batch_size), descent(problem, -1.0), descent(problem)
+    )
+    return finetune_in(whitened, problem, phases, SGD(lr))
+
+
+def turns(
+    problem: Problem, epochs: tuple[int, int], batch_sizes: tuple[int, int], ascend: Loss, descend: Loss
+) -> list[Phase]:
+    """Epochs on R, before each of the first of which comes one on F; of numbers and batch sizes that of R is first."""
+    check_options(whole=True, epochs=epochs[0], ascent_epochs=epochs[1])
+    pools = zip((problem.retain, problem.forget), epochs, batch_sizes, strict=True)
+    retain, forget = (by_epoch(passes(problem, pool, n, size), n) for pool, n, size in pools)
+    phases = list[Phase]()
+    for epoch in range(epochs[0]):
+        phases += [Phase(forget[epoch], ascend)] if epoch < epochs[1] else []
+        phases.append(Phase(retain[epoch], descend))
+    return phases
 
 
 @register(
     "neggrad_plus",
-    space={"epochs": [1.0, 3.0], "lr": [1e-2, 3e-2, 1e-1], "beta": [0.9, 0.95, 0.99]},
+    space={"epochs": [3.0], "lr": [3e-3, 1e-2, 3e-2], "beta": [0.8, 0.9, 0.95], "whitened": EITHER},
     paper="NegGrad+; Kurmanji et al., NeurIPS 2023",
     cost="epochs n_R (1 + min(batch_size, n_F) / batch_size)",
     elsewhere="meghdadk/SCRUB, xcadet/deepunlearn",
 )
 def neggrad_plus(
-    problem: Problem, *, epochs: float = 3.0, lr: float = 1e-2, beta: float = 0.95, batch_size: int = 64
+    problem: Problem,
+    *,
+    epochs: float = 3.0,
+    lr: float = 1e-2,
+    beta: float = 0.95,
+    batch_size: int = 64,
+    whitened: bool = False,
 ) -> Unlearned:
     """Descent on R and ascent on F in every step: beta L(R) - (1 - beta) L(F).
 
@@ -131,4 +192,4 @@ def neggrad_plus(
         return beta * cross_entropy(logits[:, :-n_forget], labels[:, :-n_forget]) - (1 - beta) * ascent
 
     batches = [np.concatenate(both, axis=1) for both in zip(retain, forget, strict=True)]
-    return finetune(problem, [Phase(batches, loss)], SGD(lr))
+    return finetune_in(whitened, problem, [Phase(batches, loss)], SGD(lr))

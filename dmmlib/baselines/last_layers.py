@@ -49,7 +49,7 @@ def last_layers(models: Ensemble, k: int, x: Tensor) -> set[str]:
 
 @register(
     "cf_k",
-    space={"epochs": [1.0, 3.0, 6.0], "lr": [3e-3, 1e-2, 3e-2, 1e-1, 3e-1], "k": [1]},
+    space={"epochs": [4.0], "lr": [3e-3, 1e-2, 3e-2, 1e-1, 3e-1], "k": [1]},
     paper=f"CF-k; {PAPER}",
     cost="epochs n_R",
     elsewhere=ELSEWHERE,
@@ -68,7 +68,7 @@ def cf_k(problem: Problem, *, k: int = 1, epochs: float = 3.0, lr: float = 3e-2,
 
 @register(
     "eu_k",
-    space={"epochs": [3.0, 6.0, 10.0], "lr": [3e-2, 5e-2, 7e-2, 1e-1], "k": [1]},
+    space={"epochs": [5.0], "lr": [1e-2, 3e-2, 5e-2, 1e-1, 2e-1], "k": [1]},
     paper=f"EU-k; {PAPER}",
     cost="epochs n_R",
     elsewhere=ELSEWHERE,

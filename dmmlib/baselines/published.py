@@ -24,6 +24,7 @@ DECAY = 0.95
 published = partial(
     register,
     space={"lr": [1e-4, 5e-4], "ratio": list(RATIOS)},
+    limits={"lr": [1e-4, 5e-4]},  # as published, nothing else
     paper=f"as published; {GEORGIEV}",
     elsewhere="RoyRin/data-unlearning-bench",
 )

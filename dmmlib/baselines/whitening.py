@@ -1,4 +1,4 @@
-"""Coordinates in which the inputs of each layer are white; the ablation of DMM lets Adam take its steps there.
+"""Coordinates in which the inputs of each layer are white, for baselines and the ablation of DMM to take steps in.
 
 A layer W h becomes V (A^(-1/2) h) with V = W A^(1/2) and A = E[h h^T] + damping E[|h|^2] / d I, the second moment of
 its d inputs, or input channels, over points (and places). Gradient descent on V is descent on W preconditioned by
@@ -9,8 +9,11 @@ A^(-1): the input's side of K-FAC (Martens and Grosse, ICML 2015), which does mo
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +21,27 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dmmlib.ensemble import Ensemble
-from dmmlib.optim import Tensors
+from dmmlib.optim import Optimizer, Tensors
+from dmmlib.unlearn.base import Phase, Problem, Unlearned, finetune
 
 WHITENER = "whitener"
+N_SEEN, DAMPING = 500, 0.03  # points of R on which inputs are measured, at most; see `Whitening`
+
+
+def finetune_in(
+    whitened: bool, problem: Problem, phases: Sequence[Phase], optimizer: Optimizer, seen: int = N_SEEN, **options: Any
+) -> Unlearned:
+    """`finetune`, in whitened coordinates if asked for; these take a forward pass of `seen` points of R, counted whole.
+
+    `options` are those of `finetune`.
+    """
+    if not whitened:
+        return finetune(problem, phases, optimizer, **options)
+    points = np.stack([rng.permutation(problem.retain)[:seen] for rng in problem.rngs(2)])
+    whitening = Whitening(problem.x, points, DAMPING, problem.originals.module)
+    moved = dataclasses.replace(problem, originals=whitening.enter(problem.originals, np.arange(problem.n_models)))
+    options = {"only": list(problem.originals.params), "spent": points.shape[1]} | options
+    return finetune(moved, phases, optimizer, **options)
 
 
 @dataclass(frozen=True)

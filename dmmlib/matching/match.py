@@ -18,7 +18,7 @@ import torch
 from dmmlib.errors import DataError, OptionError
 from dmmlib.matching.gauss_newton import Jacobian, separable_weights
 from dmmlib.metrics import margins
-from dmmlib.unlearn.base import Problem, Unlearned, check_options, collect, draw_batches, moments, register
+from dmmlib.unlearn.base import Problem, Unlearned, check_options, collect, draw_batches, moments, register, taken
 
 GEORGIEV = "Georgiev et al., ICLR 2025"
 published = partial(register, elsewhere="RoyRin/data-unlearning-bench")
@@ -129,22 +129,23 @@ def match(
     from_retain = min(len(problem.retain), size - from_forget)
     forgotten = draw_batches(problem, problem.forget, n_steps, from_forget)
     batches = np.concatenate([forgotten, draw_batches(problem, problem.retain, n_steps, from_retain)], axis=2)
+    batches = batches[: taken(problem, n_steps)]
     ridge = torch.tensor([RIDGE_FORGET] * from_forget + [RIDGE_RETAIN] * from_retain, device=x.device)
-    recorded = moments(problem, n_steps)[:-1]
+    recorded = moments(problem, len(batches))[:-1]
 
     def move(members: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         models, trajectory = originals[members.tolist()].clone(), list[np.ndarray]()
         models.module.eval()
-        for taken, batch in enumerate(batches[:, members], 1):
+        for step, batch in enumerate(batches[:, members], 1):
             for i, (member, points) in enumerate(zip(members, torch.from_numpy(batch).to(x.device), strict=True)):
                 params, buffers = models.state_of(i)
                 seen = Jacobian(models.module, params, buffers, x[points], y[points], from_retain, known)
                 far = (goal[member, points] - seen.margins).clamp(-farthest, farthest)
-                for name, step in seen.solve(far, ridge).items():
-                    params[name] += step
-            if taken in recorded:
+                for name, moved in seen.solve(far, ridge).items():
+                    params[name] += moved
+            if step in recorded:
                 trajectory.append(margins(models.logits(x).numpy(), problem.labels))
         return models.logits(x).numpy(), trajectory
 
     parts = problem.execution.run(move, problem.execution.split(np.arange(problem.n_models)))
-    return collect(problem, parts, batches.shape[2] * np.arange(1, n_steps + 1))
+    return collect(problem, parts, batches.shape[2] * np.arange(1, len(batches) + 1))

@@ -12,6 +12,7 @@ from dmmlib.unlearn.base import (
     Method,
     Phase,
     Problem,
+    Registered,
     Unlearned,
     check_options,
     configurations,

@@ -45,11 +45,14 @@ class Problem:
     training: Training  # how the originals were trained; costs are relative to retraining with it
     attributor: Attributor | None = None  # predicts retraining without F, for methods registered as `attributed`
     oracle_logits: np.ndarray | None = None  # of models retrained without F that no result is measured against
+    earlier: tuple[float, Ensemble] | None = None  # a share of their training, and the originals as they were then
     checkpoints: int = 0  # at how many moments to record the trajectory
+    stop: float = 1.0  # the share of a method's steps after which to stop
     seed: int = 0  # of batches and samples
     execution: Execution = field(default_factory=Execution)  # changes speed and memory only
 
     def __post_init__(self) -> None:
+        check_options(stop=self.stop, high=1.0)
         object.__setattr__(self, "forget", check_forget_indices(self.forget, self.n_train))
         expected = (self.originals.n_models, len(self.x))
         if self.original_logits.shape[:2] != expected:
@@ -117,10 +120,12 @@ class Registered:
 
     run: Method
     space: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # grid on which hyperparameters are searched
+    limits: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # ends of that grid beyond which nothing lies
     paper: str = ""  # who proposed it
     cost: str = ""  # sample gradients per model, as a formula of options and of the sizes n_S, n_F, n_R
     elsewhere: str = ""  # public code that implements it
     attributed: bool = False  # whether it needs the problem's attributor; presets then also know `name@attributor`
+    rewinds: bool = False  # whether it needs the originals as they were earlier in their training
 
 
 METHODS: Registry[Registered] = Registry("method", "dmmlib.unlearn.reference", "dmmlib.baselines", "dmmlib.matching")
@@ -164,8 +169,8 @@ def registered(name: str) -> Registered:
     return found
 
 
-def configurations(name: str, budget: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Draw `budget` settings without replacement from a method's grid, at most all; without a grid, one empty one."""
+def configurations(name: str, budget: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
+    """List all settings of a method's grid, or draw `budget` without replacement; without a grid, one empty one."""
     space = registered(name).space
     grid = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
     keep = np.random.default_rng(seed).permutation(len(grid))[:budget]
@@ -222,17 +227,24 @@ def finetune(
     only: Collection[str] | None = None,
     masks: Tensors | None = None,
     spent: int = 0,
+    rewind: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Unlearned:
     """Fine-tune all originals through the phases, in order and with one optimizer; record their margins on the way.
+
+    It ends after the share `problem.stop` of all steps.
 
     Args:
         rate: learning rate after a share, in [0, 1), of all steps; the optimizer's own if None.
         only: names of the parameters to move, the others being frozen; all if None.
         masks: name -> (N, ...), what gradients are multiplied with, if given.
         spent: sample gradients per model that were spent before, to be counted in the cost.
+        rewind: chooses, of logits (n_phases, n_models, n_points, n_classes) after each phase, one phase for each model
+            (n_models,), where it is to end; the last one if None.
     """
     gradients = spent + np.cumsum([batch.shape[1] for phase in phases for batch in phase.batches])
-    n_steps, checkpoints = len(gradients), moments(problem, len(gradients))
+    n_steps = len(gradients)
+    gradients = gradients[: taken(problem, n_steps)]
+    checkpoints = moments(problem, len(gradients))
 
     # What follows may run in another process, so it refers to what it needs, not to the whole problem.
     originals, x, labels, precision = problem.originals, problem.x, problem.labels, problem.training.precision
@@ -241,7 +253,7 @@ def finetune(
     def tune_chunk(members: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         models = originals[members.tolist()].clone()
         state = optimizer.start({k: v for k, v in models.params.items() if k in moving})
-        trajectory: list[np.ndarray] = []
+        trajectory, ends = list[np.ndarray](), list[np.ndarray]()
 
         def run(phase: Phase, before: int) -> None:
             def record(taken: int) -> None:
@@ -251,7 +263,7 @@ def finetune(
             descend(
                 models,
                 x,
-                (batch[members] for batch in phase.batches),
+                (batch[members] for batch in phase.batches[: max(0, len(gradients) - before)]),
                 phase.loss,
                 optimizer,
                 state,
@@ -268,10 +280,20 @@ def finetune(
         for phase in phases:
             run(phase, before)
             before += len(phase.batches)
+            if rewind is not None:
+                ends.append(models.logits(x).numpy())
+        if rewind is not None:
+            found = np.stack(ends)
+            return found[rewind(found), np.arange(len(members))], trajectory
         return models.logits(x).numpy(), trajectory
 
     chunks = problem.execution.split(np.arange(problem.n_models))
     return collect(problem, problem.execution.run(tune_chunk, chunks), gradients)
+
+
+def taken(problem: Problem, n_steps: int) -> int:
+    """How many of a method's steps are taken before it is to stop."""
+    return max(1, round(problem.stop * n_steps))
 
 
 def moments(problem: Problem, n_steps: int) -> np.ndarray:
