@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dmmlib import tuning, unlearn
+from dmmlib.analysis import tables
 from dmmlib.errors import OptionError
 from dmmlib.unlearn import Registered, Unlearned
 
@@ -71,6 +72,16 @@ def test_chosen_stops_are_what_is_unlearned_with(tiny, monkeypatch):
     monkeypatch.setattr(type(tiny), "tuned", lambda self, method: {"epochs": 5.0, "lr": 0.01, "stop": 0.25})
     forget_set = tiny.forget_sets()["random_6"]
     assert tiny.unlearned("gd", forget_set).cost == pytest.approx(0.25, abs=0.1)
+
+
+def test_a_table_says_what_was_found_and_what_it_took(tiny):
+    table = tables.searches(tiny, ["do_nothing", "gd", "dmm"]).set_index("method")
+    assert list(table.index) == ["GD on R"], "the others have nothing to search"
+    row, best = table.loc["GD on R"], tiny.search("gd").iloc[0]
+    assert row["score"] == best["mean_score"] <= row["median score of those tried"]
+    assert f"lr = {best['lr']:g}" in row["chosen"]
+    whole = 4 / tiny.training.epochs  # epochs
+    assert row["retrainings"] == pytest.approx(whole * sum(n * k for n, k in tuning.rungs(8, 2)), rel=0.2)
 
 
 def test_an_end_of_a_grid_is_an_edge_unless_nothing_lies_beyond():

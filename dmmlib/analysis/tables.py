@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dmmlib import unlearn
+from dmmlib import tuning, unlearn
 from dmmlib.analysis.claims import is_baseline
 from dmmlib.analysis.intervals import ks_power, mean_over
 from dmmlib.analysis.looks import HEADLINE, SPLITS, STATISTICS, label
@@ -132,7 +132,7 @@ def requests(results: pd.DataFrame) -> pd.DataFrame:
 
 def setting(value: Any) -> str:
     """Write the value of an option."""
-    return value if isinstance(value, str) else f"{value:g}"
+    return str(value) if isinstance(value, (str, bool)) else f"{value:g}"
 
 
 def catalogue(methods: Iterable[str] | None = None) -> pd.DataFrame:
@@ -148,6 +148,26 @@ def catalogue(methods: Iterable[str] | None = None) -> pd.DataFrame:
         rows[label(name)] = [entry.paper, entry.cost, searched or "nothing", entry.elsewhere or "not known"]
     columns = ["source", "cost", "searched", "elsewhere"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("method")
+
+
+def searches(study: Study, methods: Iterable[str]) -> pd.DataFrame:
+    """Say what was found for each method that has something to search: one line for each.
+
+    Columns method, chosen (options, and the share of steps after which it stops), score (see `tuning.score`), median
+    score of those tried (on as many models as each got to), tried (settings), retrainings (what the search spent, in
+    sample gradients), and edge: options chosen at an end of their grid that could be widened.
+    """
+    rows = []
+    for name in methods:
+        if len(unlearn.configurations(name, study.preset.tuning.budget)) > 1:
+            found, chosen = study.search(name), study.tuned(name)
+            scores = found.groupby("setting")["mean_score"].min()
+            spent = found.drop_duplicates(["setting", "forget_set"])["spent"].sum()
+            written = ", ".join(f"{option} = {setting(value)}" for option, value in chosen.items())
+            edge = ", ".join(tuning.edges(unlearn.registered(name), chosen))
+            rows.append((label(name), written, found["mean_score"].iloc[0], scores.median(), len(scores), spent, edge))
+    columns = ["method", "chosen", "score", "median score of those tried", "tried", "retrainings", "edge"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def powers(n_models: int) -> str:
