@@ -16,8 +16,8 @@ from dmmlib.progress import Progress, silent
 from dmmlib.unlearn import Method, Problem, Registered
 
 STOPS = 4  # moments of a run at which it may stop: after 1/4, 2/4, ... of its steps
-RUNGS = (12, 4, 1)  # what the tuning models are divided by: all settings are tried on few models, the best on all
-KEPT = 4  # of so many settings one survives a rung
+RUNGS = (12, 1)  # what the tuning models are divided by: all settings are tried on few models, the best on all
+KEPT = 8  # of so many settings one survives a rung
 AT_LEAST = (4, 2)  # models on a rung, and settings that survive it
 
 
