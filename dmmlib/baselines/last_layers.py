@@ -68,7 +68,7 @@ def cf_k(problem: Problem, *, k: int = 1, epochs: float = 3.0, lr: float = 3e-2,
 
 @register(
     "eu_k",
-    space={"epochs": [5.0], "lr": [1e-2, 3e-2, 5e-2, 1e-1, 2e-1], "k": [1]},
+    space={"epochs": [5.0], "lr": [3e-2, 1e-1, 2e-1, 4e-1, 8e-1], "k": [1]},
     paper=f"EU-k; {PAPER}",
     cost="epochs n_R",
     elsewhere=ELSEWHERE,

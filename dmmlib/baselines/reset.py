@@ -38,7 +38,7 @@ def small_gradients(problem: Problem, share: float) -> Tensors:
 
 @register(
     "msg",
-    space={"epochs": [4.0], "lr": [1e-2, 3e-2, 1e-1], "share": [0.03, 0.1, 0.3, 0.5]},
+    space={"epochs": [4.0], "lr": [3e-2, 1e-1, 3e-1], "share": [0.003, 0.01, 0.03, 0.1, 0.3]},
     paper="MSG; Cadet et al., arXiv 2410.01276",
     cost="epochs n_R + 2 n_F",
     elsewhere="xcadet/deepunlearn (kgltop2)",
