@@ -8,6 +8,7 @@ import re
 import time
 from pathlib import Path
 
+import ipywidgets
 import numpy as np
 import pandas as pd
 import pytest
@@ -27,9 +28,9 @@ from dmmlib.study import Study
 from dmmlib.widgets import Chooser, Results, views
 from dmmlib.widgets import preview as previews
 from dmmlib.widgets.batch import Trial
-from dmmlib.widgets.chooser import influences
+from dmmlib.widgets.measures import distances, loadings, memorisation, single_effects
 from dmmlib.widgets.preview import Previewer
-from dmmlib.widgets.selection import Selection, memorisation, shown
+from dmmlib.widgets.selection import Selection, shown
 from dmmlib.widgets.views import Message, Scatter
 from tests.conftest import TINY
 
@@ -63,11 +64,23 @@ def chooser(shared):
         path.unlink()
 
 
+def parts(widget):
+    """A widget and all that it is made of."""
+    yield widget
+    for child in getattr(widget, "children", ()):
+        yield from parts(child)
+
+
 def html_of(widget):
     """All the markup that a widget shows."""
-    children = getattr(widget, "children", ())
-    value = getattr(widget, "value", "")
-    return "".join([value if type(widget).__name__ in ("HTML", "Message") else "", *map(html_of, children)])
+    return "".join(part.value for part in parts(widget) if isinstance(part, ipywidgets.HTML))
+
+
+def said(chooser):
+    """The error that is shown, wherever that is; there is never more than one."""
+    values = [part.value for part in parts(chooser) if isinstance(part, Message) and part.value]
+    assert len(values) <= 1
+    return "".join(values)
 
 
 # --- selection -------------------------------------------------------------------------------------------
@@ -96,6 +109,13 @@ def test_undo_takes_back_every_change_one_by_one(steps):
         assert set(selection.indices.tolist()) == expected
         selection.undo()
     assert not selection.past
+    for expected in seen:
+        assert set(selection.indices.tolist()) == expected
+        selection.redo()
+    assert not selection.future
+    selection.undo()
+    selection.toggle(7)
+    assert not selection.future, "another change ends what could be made again"
 
 
 def test_a_selection_tells_of_changes_and_only_of_them():
@@ -129,7 +149,7 @@ def test_memorisation_is_what_seeing_a_point_adds(monkeypatch):
     masks = np.array([[1, 1, 0, 1], [1, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]], bool)
     correct = np.array([[1, 1, 1, 1], [1, 1, 1, 0], [0, 1, 1, 0], [0, 1, 1, 0]])
     outputs = np.stack([1 - correct, correct], 2)[:, [0, 1, 2, 3, 3]]  # and one validation point
-    monkeypatch.setattr("dmmlib.widgets.selection.BLOCK", 3)
+    monkeypatch.setattr("dmmlib.widgets.measures.BLOCK", 3)
     assert memorisation(masks, outputs, np.ones(4, int)).tolist() == [1.0, 0.0, 0.0, 0.5]
 
 
@@ -271,6 +291,8 @@ def test_trust_ends_where_predictions_were_measured_to_fail():
 
 
 def test_the_error_is_measured_against_retrained_models(tiny):
+    (tuning,) = tiny.tuning_sets().values()
+    tiny.oracles(tuning)
     measured = previews.measure(tiny, shares=(0.05, 0.5), n_oracles=8)
     assert measured["|F|"].is_monotonic_increasing
     assert {"random 6", "random 60", "tune"} <= set(measured["set"])
@@ -369,12 +391,12 @@ def test_filters_reach_gallery_and_scatter(chooser):
 def test_images_that_hold_the_current_image_up(chooser):
     picks = chooser.look.picks
     picks["most helpful"].click()
-    assert "No image is current" in chooser.message.value
+    assert "No image is current" in said(chooser)
     chooser.look.gallery.focus = 3
     assert chooser.look.scatter.focus == 3
     chooser.look.k.value = 4
     picks["most helpful"].click()
-    scores = influences(chooser.study, 3)
+    scores = chooser.effects[:, 3]
     helpful = set(chooser.selection.indices.tolist())
     assert len(helpful) == 4
     assert 3 not in helpful
@@ -390,13 +412,52 @@ def test_images_that_hold_the_current_image_up(chooser):
     assert len(chooser.selection) == 8
 
 
-def test_influences_are_the_datamodels_weights(tiny):
-    """The row of the datamodel matrix is the effect of each single point on a linear function of the outputs."""
-    logits = tiny.subsets()[1]
-    margins = metrics.margins(logits[:][:, [3]], tiny.data.y[[3]])
-    model = tiny.plain_datamodel()
-    expected = (margins.T @ model.weights(np.eye(120, dtype=np.float32)))[0]
-    np.testing.assert_allclose(influences(tiny, 3), expected, atol=1e-4)
+def test_what_each_point_does_is_its_effect_alone(tiny, chooser):
+    effects = single_effects(tiny)
+    assert effects.shape == (120, 160)
+    alone = metrics.right_logits(tiny.attributor().effect([7]), tiny.data.y)
+    np.testing.assert_allclose(effects[7], -alone, atol=1e-5)
+    matrix = effects[:, :120].T.astype(float)  # row j: how all points act on the margin of point j
+    first = np.linalg.svd(matrix - matrix.mean(0))[2][0]
+    assert abs(first @ loadings(effects[:, :120])[:, 0]) == pytest.approx(1, abs=1e-4)
+    np.testing.assert_array_equal(chooser.known["PC 1"][:120], loadings(effects[:, :120])[:, 0])
+
+
+def test_finds_start_with_what_is_odd(tiny):
+    features = np.array([[0.0], [0.1], [5.0], [5.0], [90.0], [5.2]])
+    nearest, apart = distances(features, 5)
+    assert nearest.argsort(kind="stable")[:2].tolist() == [2, 3], "duplicates"
+    assert nearest[5] == pytest.approx(0.2), "a validation point, to the nearest training point"
+    assert apart[:5].argmax() == 4, "an outlier"
+
+
+def test_a_wrong_label_is_found_from_models_that_have_not_seen_it(tiny, tmp_path):
+    y = tiny.data.y_train.copy()
+    wrong = np.array([3, 30, 77])
+    y[wrong] = (y[wrong] + 5) % 10
+    path = tmp_path / "wrong.npz"
+    np.savez(path, x_train=tiny.data.x_train, y_train=y, x_val=tiny.data.x_val, y_val=tiny.data.y_val)
+    found = Chooser(
+        Study(
+            TINY | {"data": {"name": str(path), "n_train": 120, "n_val": 40}}, runs=tmp_path / "runs", progress=silent
+        ),
+        trust=False,
+    )
+    found.look.sort.label = "likely mislabelled first"
+    assert set(np.frombuffer(found.look.gallery.order, np.int32)[:6]) >= set(wrong)
+
+
+def test_a_chooser_asks_for_no_thousands_of_subset_models(tmp_path, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("the subset models of ridge were asked for")
+
+    for name in ("subsets", "held_out", "loadings", "forget_sets", "tuning_sets"):
+        monkeypatch.setattr(Study, name, never)
+    made = Chooser(Study(TINY, runs=tmp_path / "runs", progress=silent))
+    made.selection.add([1, 2])
+    made.refresh()
+    assert made.preview.size == 2
+    assert len(made.measured) == 4
 
 
 def test_saved_sets_are_those_of_code(chooser):
@@ -422,10 +483,10 @@ def test_another_set_is_overwritten_only_when_told_to(chooser):
     assert chooser.saving.save() == chooser.saving.save(), "the same set again is no question"
     chooser.selection.replace([5])
     chooser.saving.button.click()
-    assert "another forget set &#x27;mine&#x27; already; overwrite it?" in chooser.message.value
+    assert "another forget set &#x27;mine&#x27; already; overwrite it?" in said(chooser)
     assert chooser.saving.confirm.layout.display == ""
     chooser.saving.keep.click()
-    assert chooser.message.value == ""
+    assert said(chooser) == ""
     assert saved(chooser) == [1, 2]
     with pytest.raises(ForgetSetError, match="overwrite it"):
         chooser.saving.save()
@@ -451,7 +512,7 @@ def test_what_cannot_be_saved_is_said_and_stays_chosen(chooser, name, indices, m
     chooser.selection.replace(list(indices))
     chooser.saving.name.value = name
     chooser.saving.button.click()
-    assert message in chooser.message.value
+    assert message in said(chooser)
     assert chooser.saving.saved is None
     assert len(chooser.selection) == len(indices)
 
@@ -468,22 +529,49 @@ def test_paste_and_upload(chooser):
     assert chooser.selection.indices.tolist() == [3, 14, 15]
     upload(chooser, "x.json", json.dumps({"name": "x", "indices": [1, 2], "data_sha256": chooser.study.data.sha256}))
     assert chooser.selection.indices.tolist() == [1, 2, 3, 14, 15]
+    chooser.look.way.value = "replaces"
+    upload(chooser, "mine.csv", "id,label\n8,1\n9,0\n")
+    assert chooser.selection.indices.tolist() == [8, 9], "as the person says"
+    say(chooser, kind="dropped", name="dropped", text='{"ids": ["a.png"]}')
+    assert "dropped holds &#x27;a.png&#x27;, which names nothing here" in said(chooser)
+    assert chooser.selection.indices.tolist() == [8, 9]
+
+
+def test_all_that_is_shown_and_a_class_of_the_legend(chooser):
+    say(chooser, kind="legend", group=3)
+    assert chooser.look.label.value == chooser.look.scatter.only == 3
+    order = np.frombuffer(chooser.look.gallery.order, np.int32).tolist()
+    say(chooser, kind="take", indices=order)
+    assert chooser.selection.indices.tolist() == sorted(order)
+    say(chooser, kind="undo")
+    say(chooser, kind="redo")
+    assert len(chooser.selection) == len(order)
+    say(chooser, kind="legend", group=3)
+    assert chooser.look.label.value == -1
+    chooser.look.part.value = "chosen"
+    assert np.frombuffer(chooser.look.scatter.shown, np.uint8).nonzero()[0].tolist() == sorted(order)
+
+
+def test_the_colour_of_what_is_chosen_is_no_classs(chooser):
+    styles = Path(views.__file__).with_name("widgets.css").read_text()
+    (chosen,) = re.findall(r"--dmm-chosen: var\(--jp-ui-font-color1, (#\w+)\)", styles)
+    assert chosen not in chooser.look.scatter.colours
 
 
 def test_bad_indices_and_foreign_sets_are_said_in_the_widget(chooser):
     chooser.selection.replace([1])
     chooser.look.paste.value = "5, 4000"
     chooser.look.include.click()
-    assert "4000 is no training image" in chooser.message.value
+    assert "4000 is no training image" in said(chooser)
     say(chooser, kind="toggle", index=130)
-    assert "130 is no training image" in chooser.message.value
+    assert "130 is no training image" in said(chooser)
     path = chooser.study.directory / "forget_sets" / "foreign.json"
     forget_sets.ForgetSet("foreign", np.array([1]), {}, "0" * 64).save(path)
     upload(chooser, "foreign.json", path.read_text())
-    assert "foreign.json was made for data 000000000000" in chooser.message.value
+    assert "foreign.json was made for data 000000000000" in said(chooser)
     upload(chooser, EVIL, '{"indices": [[1], [2, 3]]}')
-    assert "[1] among its indices" in chooser.message.value
-    assert EVIL not in chooser.message.value
+    assert "[1] among its indices" in said(chooser)
+    assert EVIL not in said(chooser)
     assert chooser.selection.indices.tolist() == [1]
     chooser.saving.name.value = "foreign"
     with pytest.raises(ForgetSetError, match="overwrite it"):
@@ -516,7 +604,7 @@ def test_a_directory_that_cannot_be_written_is_said(chooser, monkeypatch):
     chooser.selection.replace([3])
     chooser.saving.button.click()
     chooser.saving.overwrite.click()
-    assert "cannot be written (Permission denied)" in chooser.message.value
+    assert "cannot be written (Permission denied)" in said(chooser)
     assert chooser.saving.saved.read_bytes() == kept
     assert chooser.selection.indices.tolist() == [3]
 
@@ -659,7 +747,7 @@ def test_a_run_on_the_smoke_preset_can_be_cancelled(chooser):
     trial.run()
     assert trial.progress.layout.display == ""
     wait(trial, until=lambda: ": " in trial.line.value)
-    assert ": " in trial.line.value, f"progress is shown: {chooser.message.value}"
+    assert ": " in trial.line.value, f"progress is shown: {said(chooser)}"
     with pytest.raises(DmmError, match="run is under way"):
         trial.run()
     trial.cancel.click()

@@ -46,7 +46,7 @@ class Saving(w.VBox):
         self.overwrite = message.button("Overwrite", self._overwrite, "Replace the other set", button_style="danger")
         self.keep = message.button("Keep the other", self.ask_nothing, "Save nothing")
         self.confirm, self.command = row(self.overwrite, self.keep), w.HTML()
-        super().__init__([row(self.name, self.button, self.confirm, kind="footer"), self.command])
+        super().__init__([row(self.name, self.button, self.confirm, message, kind="footer"), self.command])
         self.ask_nothing()
 
     def ask_nothing(self) -> None:
@@ -119,7 +119,7 @@ class Trial(w.VBox):
         self.cancel = message.button("Cancel", self.end, "End the run; what is trained is kept", icon="stop")
         self.bar, self.line, self.outcome = w.FloatProgress(max=1), w.HTML(), w.HTML()
         self.progress = row(self.bar, self.line, self.cancel)
-        super().__init__([row(self.button, self.progress), self.outcome])
+        super().__init__([row(self.button, self.progress, message), self.outcome])
         self.progress.layout.display = "none"
 
     def run(self) -> None:

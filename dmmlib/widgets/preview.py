@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from scipy.special import softmax
 
 from dmmlib import forget_sets, metrics, unlearn
 from dmmlib.datamodels import Attributor, Indices, retrained
+from dmmlib.errors import DmmError
 from dmmlib.forget_sets import ForgetSet, check_forget_indices
 from dmmlib.study import Study
 
@@ -138,11 +140,20 @@ def uncertainty(preview: Preview) -> str:
 # --- how far to trust it --------------------------------------------------------------------------------
 
 
+def saved_sets(study: Study) -> list[ForgetSet]:
+    """Read the forget sets in the run's directory, but for those that cannot be read or are of other data."""
+    found = []
+    for path in sorted((study.directory / "forget_sets").glob("*.json")):
+        with suppress(DmmError):
+            found.append(forget_sets.load(path, study.data))
+    return found
+
+
 def measure(study: Study, shares: Sequence[float] = SHARES, n_oracles: int = N_ORACLES) -> pd.DataFrame:
     """Measure the attributor's error on random sets from small to half of S, and on sets whose oracles are there.
 
     The random sets' oracles are trained once and kept; they choose nothing and are no reported forget sets.
-    A random set is the easy case, since effects partly cancel; the tuning sets hold points that act together.
+    A random set is the easy case, since effects partly cancel; saved sets hold points that act together.
 
     Returns:
         A row per set, by size: its name and size; "true change" and "error" (predicted minus true), root mean squares
@@ -153,9 +164,9 @@ def measure(study: Study, shares: Sequence[float] = SHARES, n_oracles: int = N_O
     for size in (max(1, round(share * data.n_train)) for share in shares):
         rng = np.random.default_rng(study.seeds(f"trust:{size}", 1)[0])
         few[f"random {size:,}"] = forget_sets.make(f"trust_{size}", forget_sets.random(data, size, rng), data)
-    reported = {name: f for name, f in study.forget_sets().items() if study.has_oracles(f)}
+    saved = {f.name: f for f in saved_sets(study) if study.has_oracles(f)}
     originals, rows = metrics.margins(study.original_logits(), data.y), []
-    for name, f in (study.tuning_sets() | few | reported).items():
+    for name, f in (few | saved).items():
         oracles = metrics.margins(study.oracles(f, n=n_oracles if name in few else None), data.y)
         true = (oracles.mean(0) - originals.mean(0))[f.indices]
         noise = sum(m.var(0, ddof=1) / len(m) for m in (oracles, originals))[f.indices]

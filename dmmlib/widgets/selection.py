@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from dmmlib import metrics
-from dmmlib.datamodels import BLOCK, Indices
+from dmmlib.datamodels import Indices
 from dmmlib.forget_ids import in_range
 
 Known = Mapping[str, np.ndarray]  # measure -> values (n_points,), training points first; NaN where it has none
@@ -17,13 +16,15 @@ Known = Mapping[str, np.ndarray]  # measure -> values (n_points,), training poin
 class Selection:
     """Training points chosen to be forgotten. Every change can be undone and is told to the functions in `on_change`.
 
-    `mask` says which points are chosen, bool (n_train,); a change puts another in its place, and the old one on `past`.
+    `mask` says which points are chosen, bool (n_train,); a change puts another in its place, and the old one on `past`,
+    as `undo` puts it on `future`.
     """
 
     def __init__(self, n_train: int, indices: Indices = ()) -> None:
         self.mask = np.zeros(n_train, bool)
         self.mask[in_range(indices, n_train)] = True
         self.past: list[np.ndarray] = []
+        self.future: list[np.ndarray] = []
         self.on_change: list[Callable[[], None]] = []
 
     def __len__(self) -> int:
@@ -52,37 +53,27 @@ class Selection:
     def undo(self) -> None:
         """Take the last change back; nothing happens if there is none."""
         if self.past:
+            self.future.append(self.mask)
             self._put(self.past.pop())
+
+    def redo(self) -> None:
+        """Make the change again that was taken back last; nothing happens if there is none."""
+        if self.future:
+            self.past.append(self.mask)
+            self._put(self.future.pop())
 
     def _change(self, start: np.ndarray, indices: Indices, value: bool) -> None:
         chosen = start.copy()
         chosen[in_range(indices, len(chosen))] = value
         if not np.array_equal(chosen, self.mask):
             self.past.append(self.mask)
+            self.future.clear()
             self._put(chosen)
 
     def _put(self, mask: np.ndarray) -> None:
         self.mask = mask
         for listener in self.on_change:
             listener()
-
-
-def memorisation(masks: np.ndarray, outputs: Any, labels: np.ndarray) -> np.ndarray:
-    """Return by how much more often each point is answered correctly if it was trained on (Feldman, STOC 2020).
-
-    Args:
-        masks: training sets of models of random subsets, bool (n_models, n_train).
-        outputs: their logits (n_models, n_points, n_classes), training points first; read some models at a time.
-        labels: of the training points (n_train,), as is the answer; it is 0 where all models saw the point, or none.
-    """
-    n_models, n_train = masks.shape
-    seen, hits = masks.sum(0), np.zeros((2, n_train), int)  # with the point, and without
-    for first in range(0, n_models, BLOCK):
-        rows = slice(first, first + BLOCK)
-        correct = metrics.correct(outputs[rows][:, :n_train], labels)
-        hits += [(correct & masks[rows]).sum(0), (correct & ~masks[rows]).sum(0)]
-    shares = hits / np.maximum([seen, n_models - seen], 1)
-    return np.where((seen > 0) & (seen < n_models), shares[0] - shares[1], 0.0)
 
 
 def shown(

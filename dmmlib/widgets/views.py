@@ -21,17 +21,36 @@ Hear = Mapping[str, Callable[..., None]]
 
 
 class Message(w.HTML):
-    """Shows, in one line, an error that was raised on purpose; nothing is lost by it."""
+    """Shows, in one line, an error that was raised on purpose; nothing is lost by it.
+
+    Messages `beside` one another are emptied together, so that only the last error is shown.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._all: list[Message] = [self]
+
+    def beside(self) -> Message:
+        """Make another, for other buttons."""
+        other = Message()
+        self._all.append(other)
+        other._all = self._all
+        return other
+
+    def say(self, markup: str) -> None:
+        """Show it."""
+        self.value = markup
 
     def guarded(self, do: Callable[..., Any]) -> Callable[..., None]:
         """Return `do` with its errors said here instead of raised."""
 
         def guarded(*arguments: Any, **named: Any) -> None:
+            for message in self._all:
+                message.say("")
             try:
-                self.value = ""
                 do(*arguments, **named)
             except (DmmError, OSError) as error:
-                self.value = text("notice", str(error), role="alert")
+                self.say(text("notice", str(error), role="alert"))
 
         return guarded
 
@@ -66,7 +85,8 @@ class View(anywidget.AnyWidget):
     Args:
         images: uint8 (n_points, height, width, channels); of anything else no pictures are shown.
         caption: title and detail of a point; drawn as text, never as markup.
-        hear: answers to the browser's toggle(index), lasso(indices, remove), undo() and, after a pause, settled().
+        hear: answers to the browser's toggle(index), take(indices), lasso(indices, remove), undo(), redo(),
+            legend(group), dropped(name, text) and, after a pause, settled().
     """
 
     _esm, _css = (Path(__file__).with_name(name) for name in ("widgets.js", "widgets.css"))
@@ -122,7 +142,10 @@ class Gallery(View):
 
 
 class Scatter(View):
-    """Training points in a plane; a click toggles one, a lasso takes many (with Alt: leaves them out)."""
+    """Training points in a plane; a click toggles one, a lasso takes many (with Alt: leaves them out).
+
+    The wheel zooms where the plane has the focus or with Ctrl, and dragging with Shift moves it.
+    """
 
     kind = t.Unicode("scatter").tag(sync=True)
     xy = t.Bytes().tag(sync=True)  # float32 (n_train, 2), in [0, 1]
@@ -130,6 +153,7 @@ class Scatter(View):
     shown = t.Bytes().tag(sync=True)  # uint8 (n_train,): passes the filters
     names = t.List(t.Unicode()).tag(sync=True)  # of the classes
     colours = t.List(t.Unicode()).tag(sync=True)  # of the classes
+    only = t.Int(-1).tag(sync=True)  # the class that alone is shown
     axes = t.List(t.Unicode()).tag(sync=True)
 
     def __init__(self, data: Dataset, caption: Caption, hear: Hear | None = None) -> None:

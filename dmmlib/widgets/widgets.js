@@ -88,16 +88,28 @@ function paint(canvas, image, grey) {
   context.putImageData(image, 0, 0);
 }
 
-// Keys typed in the widget are the widget's: JupyterLab's own shortcuts (dd deletes a cell) skip marked elements.
-function guardKeys(el) {
-  const guard = (event) => (event.target.dataset.lmSuppressShortcuts = "true");
-  el.addEventListener("focusin", guard);
-  requestAnimationFrame(() => el.closest(".dmm-widget")?.addEventListener("focusin", guard)); // its plain controls too
+// Keys typed in the widget are the widget's: JupyterLab's own shortcuts (dd deletes a cell) skip marked elements. One
+// listener marks whatever comes to have the focus, so it does not matter when a widget is drawn or moved.
+const OURS = ".dmm-widget, .dmm-gallery, .dmm-scatter, .dmm-histograms";
+document.dmmGuard ??= document.addEventListener(
+  "focusin",
+  (event) => event.target.closest?.(OURS) && (event.target.dataset.lmSuppressShortcuts = "true"),
+  true,
+) ?? true;
+
+// Call `ready` once with the widget that a view is part of, or with the view; which may come to its place late.
+function placed(el, ready) {
+  const seen = new ResizeObserver(() => {
+    if (!el.isConnected) return;
+    seen.disconnect();
+    ready(el.closest(".dmm-widget") ?? el);
+  });
+  seen.observe(el);
+  return () => seen.disconnect();
 }
 
 // ipywidgets leaves the handles of its range sliders without a name for screen readers, whenever it comes to draw them.
-function nameHandles(el) {
-  let root;
+function nameHandles(root) {
   const name = () => {
     for (const handle of root.querySelectorAll(".noUi-handle:not([aria-label])")) {
       const label = handle.closest(".widget-hslider")?.querySelector(".widget-label")?.textContent;
@@ -106,13 +118,47 @@ function nameHandles(el) {
     }
   };
   const drawn = new MutationObserver(name);
-  requestAnimationFrame(() => {
-    root = el.closest(".dmm-widget");
-    if (!root) return;
-    name();
-    drawn.observe(root, { childList: true, subtree: true });
-  });
+  name();
+  drawn.observe(root, { childList: true, subtree: true });
   return () => drawn.disconnect();
+}
+
+// Lists that are dropped on the widget are read here; of folders and of other files only the names are sent.
+const LISTS = /\.(json|csv|tsv|txt)$/i;
+function acceptDrops(model, root) {
+  const over = (event) => {
+    if (![...event.dataTransfer.types].includes("Files")) return;
+    event.preventDefault();
+    event.stopPropagation();
+    root.classList.toggle("dmm-dropping", event.type === "dragover");
+  };
+  const names = async (entry) => {
+    if (entry.isFile) return [entry.fullPath.slice(1)];
+    const reader = entry.createReader();
+    const found = [];
+    for (;;) {
+      const more = await new Promise((done, failed) => reader.readEntries(done, failed));
+      if (!more.length) return found;
+      for (const inner of more) found.push(...(await names(inner)));
+    }
+  };
+  const drop = async (event) => {
+    over(event);
+    const files = [...event.dataTransfer.files];
+    const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean);
+    const others = [];
+    for (const file of files.filter((f) => LISTS.test(f.name))) {
+      model.send({ kind: "dropped", name: file.name, text: await file.text() });
+    }
+    for (const entry of entries.filter((e) => !LISTS.test(e.name))) others.push(...(await names(entry)));
+    if (!entries.length) others.push(...files.map((f) => f.name).filter((name) => !LISTS.test(name)));
+    if (!others.length) return;
+    const name = others.length === 1 ? others[0] : `What was dropped (${others.length} files)`;
+    model.send({ kind: "dropped", name, text: JSON.stringify({ ids: others }) });
+  };
+  const handlers = { dragover: over, dragleave: over, drop };
+  Object.entries(handlers).forEach(([event, handler]) => root.addEventListener(event, handler));
+  return () => Object.entries(handlers).forEach(([event, handler]) => root.removeEventListener(event, handler));
 }
 
 // A sentence once the kernel has gone, with what was chosen, so that it can be pasted into a new widget.
@@ -134,7 +180,12 @@ function watchKernel(model, el, chosen) {
   return () => model.off("comm_live_update", check);
 }
 
-const undoes = (event) => (event.ctrlKey || event.metaKey) && !event.shiftKey && event.key.toLowerCase() === "z";
+// "undo" and "redo" for the keys that mean it.
+function history(event) {
+  if (!event.ctrlKey && !event.metaKey) return "";
+  const key = event.key.toLowerCase();
+  return key === "y" || (key === "z" && event.shiftKey) ? "redo" : key === "z" ? "undo" : "";
+}
 const chosenIndices = (mask) => [...mask.keys()].filter((i) => mask[i]);
 
 // --- gallery ---------------------------------------------------------------------------------------------------
@@ -146,7 +197,6 @@ function gallery({ model, el }) {
   const spoken = node("div", { class: "dmm-spoken", role: "status" }); // for screen readers
   el.classList.add("dmm-gallery");
   el.append(viewport, spoken);
-  guardKeys(el);
 
   let order, chosen;
   let columns = 1;
@@ -170,9 +220,13 @@ function gallery({ model, el }) {
     element.style.width = `${width - 4}px`;
     element.style.top = `${Math.floor(position / columns) * HEIGHT}px`;
     element.addEventListener("click", (event) => {
+      const from = order.indexOf(model.get("focus"));
       focus(order[position]);
-      if (selectable && !event.shiftKey) toggle(order[position]);
+      if (!selectable) return;
+      if (!event.shiftKey) toggle(order[position]);
+      else if (from >= 0) take(order.slice(Math.min(from, position), Math.max(from, position) + 1));
     });
+    element.addEventListener("mousedown", (event) => event.shiftKey && event.preventDefault()); // selects no text
     spacer.append(element);
     return element;
   }
@@ -259,6 +313,14 @@ function gallery({ model, el }) {
     model.send({ kind: "toggle", index });
   }
 
+  function take(points) {
+    const indices = [...points].filter((index) => index < chosen.length);
+    if (indices.some((index) => !chosen[index])) outdated(true);
+    indices.forEach((index) => (chosen[index] = 1));
+    draw();
+    model.send({ kind: "take", indices });
+  }
+
   function reveal() {
     const row = Math.floor(Math.max(0, order.indexOf(model.get("focus"))) / columns);
     const top = row * HEIGHT;
@@ -283,8 +345,10 @@ function gallery({ model, el }) {
       draw();
     } else if ((event.key === " " || event.key === "Enter") && at >= 0) {
       if (selectable) toggle(order[at]);
-    } else if (undoes(event)) {
-      model.send({ kind: "undo" });
+    } else if (selectable && event.key.toLowerCase() === "a" && (event.ctrlKey || event.metaKey)) {
+      take(order);
+    } else if (history(event)) {
+      model.send({ kind: history(event) });
     } else return;
     event.preventDefault();
     event.stopPropagation();
@@ -303,9 +367,14 @@ function gallery({ model, el }) {
   if (selectable) {
     model.on("change:chosen", settle);
     model.on("change:outdated", judge);
-    requestAnimationFrame(judge); // once it has its place in the widget
   }
-  const unname = nameHandles(el);
+  const undo = [
+    placed(el, (root) => {
+      if (!selectable) return;
+      judge();
+      undo.push(nameHandles(root), acceptDrops(model, root));
+    }),
+  ];
   const unwatch = watchKernel(model, el, () => (selectable ? chosenIndices(chosen) : []));
 
   const resized = new ResizeObserver(layout);
@@ -318,7 +387,7 @@ function gallery({ model, el }) {
     resized.disconnect();
     clearTimeout(pause);
     images.stop();
-    unname();
+    undo.forEach((off) => off());
     unwatch();
     Object.entries(handlers).forEach(([event, handler]) => model.off(event, handler));
     model.off("change:chosen", settle);
@@ -330,12 +399,17 @@ function gallery({ model, el }) {
 
 function scatter({ model, el }) {
   const MARGIN = { left: 14, right: 14, top: 12, bottom: 26 };
+  const WHOLE = { x: 0, y: 0, zoom: 1 }; // the corner of what is seen, and how many times larger it is drawn
   const canvas = node("canvas", { class: "dmm-plane", tabindex: 0, role: "img" });
   const tip = node("div", { class: "dmm-tip", hidden: "" }, node("canvas"), node("span"));
   const legend = node("div", { class: "dmm-legend" });
   el.classList.add("dmm-scatter");
-  el.append(node("div", { class: "dmm-stage" }, canvas, tip), legend);
-  guardKeys(el);
+  const zooms = [["+", "Zoom in", 1.5], ["−", "Zoom out", 1 / 1.5], ["⤢", "Show all", 0]].map(([sign, name, by]) => {
+    const button = node("button", { type: "button", title: name, "aria-label": name }, sign);
+    button.addEventListener("click", () => zoom(by));
+    return button;
+  });
+  el.append(node("div", { class: "dmm-stage" }, canvas, node("div", { class: "dmm-zooms" }, ...zooms), tip), legend);
 
   const context = canvas.getContext("2d");
   const images = thumbnails(model, () => hovered >= 0 && point(hovered));
@@ -344,10 +418,30 @@ function scatter({ model, el }) {
   let hovered = -1;
   let frame = 0;
 
+  let view = WHOLE;
+  let moving = null; // where a drag that moves the plane was last
+
+  const plane = () => [canvas.clientWidth - MARGIN.left - MARGIN.right, canvas.clientHeight - MARGIN.top - MARGIN.bottom];
   const place = (i) => [
-    MARGIN.left + xy[2 * i] * (canvas.clientWidth - MARGIN.left - MARGIN.right),
-    MARGIN.top + (1 - xy[2 * i + 1]) * (canvas.clientHeight - MARGIN.top - MARGIN.bottom),
+    MARGIN.left + (xy[2 * i] - view.x) * view.zoom * plane()[0],
+    MARGIN.top + (1 - xy[2 * i + 1] - view.y) * view.zoom * plane()[1],
   ];
+
+  function look(x, y, zoom) {
+    const last = 1 - 1 / zoom;
+    view = { x: Math.min(Math.max(x, 0), last), y: Math.min(Math.max(y, 0), last), zoom };
+    point(-1);
+    redraw();
+  }
+
+  // Zoom by a factor, 0 for all of it, around a point of the canvas that stays where it is.
+  function zoom(by, [x, y] = [canvas.clientWidth / 2, canvas.clientHeight / 2]) {
+    const zoom = by ? Math.min(Math.max(view.zoom * by, 1), 60) : 1;
+    const [across, down] = [(x - MARGIN.left) / plane()[0], (y - MARGIN.top) / plane()[1]];
+    look(view.x + across / view.zoom - across / zoom, view.y + down / view.zoom - down / zoom, zoom);
+  }
+
+  const move = (dx, dy) => look(view.x - dx / plane()[0] / view.zoom, view.y - dy / plane()[1] / view.zoom, view.zoom);
 
   function read() {
     xy = typed(model.get("xy"), Float32Array);
@@ -360,8 +454,11 @@ function scatter({ model, el }) {
       ...model.get("names").map((name, g) => {
         const dot = node("i", { class: "dmm-dot" });
         dot.style.background = model.get("colours")[g];
-        const item = node("span", {}, dot, name, node("b", {}, String(counts[g])));
+        const title = "Show this class alone, or all again";
+        const item = node("button", { type: "button", title }, dot, name, node("b", {}, String(counts[g])));
         item.classList.toggle("dmm-none", !counts[g]);
+        item.setAttribute("aria-pressed", model.get("only") === g);
+        item.addEventListener("click", () => model.send({ kind: "legend", group: g }));
         return item;
       }),
     );
@@ -379,14 +476,14 @@ function scatter({ model, el }) {
   function draw() {
     const scale = window.devicePixelRatio || 1;
     const [width, height] = [canvas.clientWidth, canvas.clientHeight];
-    if (!width) return setTimeout(redraw, 200); // hidden, as for a moment when the theme changes
+    if (!width) return; // hidden; it is drawn when it has a size again
     canvas.width = width * scale;
     canvas.height = height * scale;
     context.setTransform(scale, 0, 0, scale, 0, 0);
     const style = getComputedStyle(el);
     const ink = style.getPropertyValue("--jp-ui-font-color1") || "black";
     const faint = style.getPropertyValue("--jp-ui-font-color2") || "grey";
-    const accent = style.getPropertyValue("--dmm-accent");
+    const ground = style.getPropertyValue("--jp-layout-color1") || "white";
     const colours = model.get("colours");
     const disc = (i, radius) => {
       context.beginPath();
@@ -404,10 +501,10 @@ function scatter({ model, el }) {
     context.globalAlpha = 1;
     for (let i = 0; i < chosen.length; i++) {
       if (!chosen[i]) continue;
-      context.fillStyle = accent;
-      context.strokeStyle = ink;
+      context.fillStyle = ink; // which is no class's
+      context.strokeStyle = ground;
       context.lineWidth = 1.4;
-      disc(i, 4.6);
+      disc(i, 5);
       context.fill();
       context.stroke();
     }
@@ -422,7 +519,7 @@ function scatter({ model, el }) {
     context.font = `11px ${style.getPropertyValue("--jp-ui-font-family") || "sans-serif"}`;
     const [across, up] = model.get("axes");
     context.textAlign = "right";
-    context.fillText(`${across} →`, width - 6, height - 8);
+    context.fillText(`${across} →${view.zoom > 1 ? ` ×${view.zoom.toFixed(1)}` : ""}`, width - 6, height - 8);
     context.textAlign = "left";
     context.fillText(`↑ ${up}`, 6, 13);
     if (path.length > 1) {
@@ -430,7 +527,7 @@ function scatter({ model, el }) {
       path.forEach(([x, y], k) => (k ? context.lineTo(x, y) : context.moveTo(x, y)));
       context.closePath();
       context.globalAlpha = 0.14;
-      context.fillStyle = accent;
+      context.fillStyle = ink;
       context.fill();
       context.globalAlpha = 1;
       context.strokeStyle = ink;
@@ -481,22 +578,27 @@ function scatter({ model, el }) {
   canvas.addEventListener("pointerdown", (event) => {
     if (event.button) return;
     canvas.setPointerCapture(event.pointerId);
-    path = [position(event)];
+    if (event.shiftKey) moving = position(event);
+    else path = [position(event)];
     point(-1);
   });
   canvas.addEventListener("pointermove", (event) => {
     const at = position(event);
-    if (path.length) {
+    if (moving) {
+      move(at[0] - moving[0], at[1] - moving[1]);
+      moving = at;
+    } else if (path.length) {
       path.push(at);
       redraw();
     } else point(nearest(...at, 9));
   });
   canvas.addEventListener("pointerleave", () => point(-1));
   canvas.addEventListener("pointercancel", () => {
-    path = [];
+    [path, moving] = [[], null];
     redraw();
   });
   canvas.addEventListener("pointerup", (event) => {
+    moving = null;
     if (!path.length) return;
     const [xs, ys] = [path.map((p) => p[0]), path.map((p) => p[1])];
     const extent = Math.max(...xs) - Math.min(...xs) + Math.max(...ys) - Math.min(...ys);
@@ -514,15 +616,28 @@ function scatter({ model, el }) {
     path = [];
     redraw();
   });
+  canvas.addEventListener("dblclick", () => zoom(0));
+  canvas.addEventListener("wheel", (event) => {
+    if (document.activeElement !== canvas && !event.ctrlKey && !event.metaKey) return; // it scrolls the page
+    event.preventDefault();
+    zoom(Math.exp(-event.deltaY / 400), position(event));
+  });
   canvas.addEventListener("keydown", (event) => {
-    if (!undoes(event)) return;
+    const moves = { ArrowLeft: [40, 0], ArrowRight: [-40, 0], ArrowUp: [0, 40], ArrowDown: [0, -40] };
+    const zooms = { "+": 1.5, "=": 1.5, "-": 1 / 1.5, 0: 0 };
+    if (history(event)) model.send({ kind: history(event) });
+    else if (event.ctrlKey || event.metaKey) return;
+    else if (event.key in moves) move(...moves[event.key]);
+    else if (event.key in zooms) zoom(zooms[event.key]);
+    else return;
     event.preventDefault();
     event.stopPropagation();
-    model.send({ kind: "undo" });
   });
 
   const events = ["change:xy", "change:shown", "change:chosen", "change:label"];
   events.forEach((event) => model.on(event, read));
+  const whole = () => (view = WHOLE);
+  model.on("change:axes", whole);
   model.on("change:focus", redraw);
   const resized = new ResizeObserver(redraw);
   resized.observe(canvas);
@@ -535,6 +650,7 @@ function scatter({ model, el }) {
     images.stop();
     cancelAnimationFrame(frame);
     events.forEach((event) => model.off(event, read));
+    model.off("change:axes", whole);
     model.off("change:focus", redraw);
   };
 }
