@@ -626,7 +626,7 @@ def test_no_text_from_data_becomes_markup(tiny, shared, monkeypatch):
     chooser.saving.name.value = EVIL
     chooser.saving.button.click()
     shown.append(html_of(chooser))
-    monkeypatch.setattr(plots, "label", lambda method: EVIL if method == "dmm" else method)
+    monkeypatch.setattr(plots, "label", lambda method: EVIL)
     shown.append(html_of(Results(tiny, tiny.forget_sets()["random_6"])))
     for markup in shown:
         assert "&lt;img src=x onerror=alert(1)&gt;" in markup
@@ -674,11 +674,21 @@ def test_results_lead_from_a_number_to_its_image(tiny):
     expected = metrics.klom(tiny.unlearned("dmm", f).margins, tiny.reference(f)[0])
     assert results.ranked().tolist() == f.indices[np.argsort(-expected[f.indices], kind="stable")].tolist()
     assert results.gallery.focus == results.ranked()[0]
-    before = results.histogram.value
+    sent = np.split(np.frombuffer(results.histograms.values, np.float32), np.cumsum(results.histograms.counts)[:-1])
+    point = results.gallery.focus
+    np.testing.assert_allclose(sent[0], tiny.reference(f)[0][:, point], rtol=1e-6)
+    dmm = 1 + results.histograms.names.index("DMM")
+    np.testing.assert_allclose(sent[dmm], tiny.unlearned("dmm", f).margins[:, point], rtol=1e-6)
+    order = ["do nothing", *(plots.label(m) for m in tiny.preset.unlearning.methods[2:])]
+    assert results.histograms.names == order, "in the preset's order, wherever one clicks"
+    assert [name for name, _ in results.histograms.way] == ["original", "retrained", "predicted", "DMM"]
+    assert [k for _, k in results.histograms.way] == [1, 0, 1 + order.index("DM-direct"), dmm]
     results.split.value = "validation"
     assert np.frombuffer(results.gallery.order, np.int32).min() >= 120
-    assert results.histogram.value != before
-    assert 'alt="KLoM: do nothing' in results.histogram.value
+    assert results.histograms.names == order
+    assert results.gallery.focus != point
+    assert f"#{results.gallery.focus} " in results.title.value
+    assert "DMM" in results.histograms.label
 
 
 # --- from eye to batch -----------------------------------------------------------------------------------

@@ -70,7 +70,8 @@ class Consequences(w.VBox):
         warning = previews.warning(self.measured, preview.size)
         cost = previews.cost(self._study, preview.size)
         lines = (previews.uncertainty(preview), previews.beyond_usual(self._usual, preview), cost)
-        self.notes.value = "".join(text("quiet", line, "p") for line in lines if line)
+        said = "".join(text("quiet", line, "p") for line in lines if line)
+        self.notes.value = f"<details><summary>How sure, how unusual, at what cost</summary>{said}</details>"
         return f'<div class="dmm-outcome">{shown}{text("notice", warning, role="note") if warning else ""}</div>'
 
     def _change(self, point: int) -> tuple[str, str]:

@@ -203,8 +203,9 @@ def cost(study: Study, size: int) -> str:
         study.preset.training.epochs * (study.data.n_train - size),
         unlearn.registered("dmm").space["cost"],
     )
-    low, high = (f"{share * retraining:,.0f}" for share in (min(shares), max(shares)))
+    ends = sorted({min(shares), max(shares)})
+    gradients, parts = (" to ".join(f"{x * s:{form}}" for s in ends) for x, form in ((retraining, ",.0f"), (1, ".0%")))
     return (
-        f"Unlearning with DMM: {low} to {high} sample gradients per model, {min(shares):.0%} to {max(shares):.0%} of "
-        f"a retraining. Checking it: 2 × {study.preset.ensembles.n_models} retrainings, once for this set."
+        f"Unlearning with DMM: {gradients} sample gradients per model, {parts} of a retraining. "
+        f"Checking it: 2 × {study.preset.ensembles.n_models} retrainings, once for this set."
     )

@@ -1,9 +1,8 @@
-"""From a bad number to the image behind it: the points of a finished run, sorted by KLoM."""
+"""From a bad number to the image behind it: the points of a finished run, sorted by KLoM, and their margins."""
 
 from __future__ import annotations
 
 import base64
-import html
 from typing import Any
 
 import ipywidgets as w
@@ -13,11 +12,14 @@ from dmmlib import metrics
 from dmmlib.analysis import plots
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.study import Study
-from dmmlib.widgets.views import Gallery, labelled, row
+from dmmlib.widgets.views import Gallery, Histograms, labelled, row, text
 
 
 class Results(w.VBox):
     """A gallery of a forget set's points, worst KLoM first, and the current point's margins over models.
+
+    The point's way stands first: the originals, models retrained without the forget set, what was predicted for them,
+    and the unlearned models; then every method against retraining, in the preset's order.
 
     Args:
         study: with the set's results; what is not there yet is computed.
@@ -37,8 +39,8 @@ class Results(w.VBox):
         self.split = labelled(w.Dropdown, "Points", options=plots.SPLITS)
         self.order = labelled(w.Dropdown, "Sort", options=[("worst first", True), ("best first", False)])
         self.gallery = Gallery(study.data.x, self._caption, rows=2, selectable=False)
-        self.histogram = w.HTML()
-        super().__init__([row(self.method, self.split, self.order), self.gallery, self.histogram])
+        self.title, self.histograms = w.HTML(), Histograms()
+        super().__init__([row(self.method, self.split, self.order), self.gallery, self.title, self.histograms])
         self.add_class("dmm-widget")
         for control in (self.method, self.split, self.order):
             control.observe(self._sort, names="value")
@@ -65,23 +67,30 @@ class Results(w.VBox):
         self._draw()
 
     def _draw(self, _: object = None) -> None:
-        image = base64.b64encode(self.picture()).decode()
-        kloms = ", ".join(f"{plots.label(m)} {values[self.gallery.focus]:.1f}" for m, values in self.kloms.items())
-        source, alt = f"data:image/png;base64,{image}", html.escape(f"KLoM: {kloms}")
-        self.histogram.value = f'<img class="dmm-figure" src="{source}" alt="{alt}">'
+        point, here = self.gallery.focus, {m: margins[:, self.gallery.focus] for m, margins in self._margins.items()}
+        kloms = {m: float(values[point]) for m, values in self.kloms.items()}
+        own = [m for m in ("dm_direct", self.method.value) if m in here and m != "do_nothing"]
+        names = {"do_nothing": "original", "retrain": "retrained", "dm_direct": "predicted"}
+        way = [(names.get(m, plots.label(m)), m) for m in ("do_nothing", "retrain", *dict.fromkeys(own))]
+        self.histograms.show(self._oracles[:, point], here, kloms, way)
+        self.title.value = text("heading", self._title(), "h4")
+
+    def _title(self) -> str:
+        point, data = self.gallery.focus, self.study.data
+        nearest = min((m for m in self.kloms if m != "do_nothing"), key=lambda m: self.kloms[m][point])
+        return f"#{point} {data.class_names[data.y[point]]}: {plots.label(nearest)} comes nearest to retraining"
 
     def picture(self) -> bytes:
         """Draw the current point's margins over oracles, originals and, in a panel each, methods: a PNG."""
-        data, point, n = self.study.data, self.gallery.focus, len(self._oracles)
-        here = {m: margins[:, point] for m, margins in self._margins.items()}
-        ranked = sorted(here, key=lambda m: self.kloms[m][point])
-        panels = []
-        for m in ("do_nothing", *(m for m in ranked if m != "do_nothing")):
-            groups = {"retrain": self._oracles[:, point], "do_nothing": here["do_nothing"], m: here[m]}
-            panels.append((f"{plots.label(m)}: KLoM {self.kloms[m][point]:.1f}", groups))
-        title = f"#{point} {data.class_names[data.y[point]]}: {plots.label(ranked[0])} comes nearest to retraining"
+        point, n = self.gallery.focus, len(self._oracles)
+        groups = {"retrain": self._oracles[:, point], "do_nothing": self._margins["do_nothing"][:, point]}
+        panels = [
+            (f"{plots.label(m)}: KLoM {self.kloms[m][point]:.1f}", groups | {m: margins[:, point]})
+            for m, margins in self._margins.items()
+        ]
         about = f"margins over N = {n} models of each kind; filled: oracles, grey line: originals."
-        return plots.png(plots.margin_histograms(panels, title, f"{self.forget_set.name}; {about}"), dpi=80)
+        return plots.png(plots.margin_histograms(panels, self._title(), f"{self.forget_set.name}; {about}"), dpi=80)
 
-    def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
-        return {**super()._repr_mimebundle_(**options), "image/png": base64.b64encode(self.picture()).decode()}
+    def _repr_mimebundle_(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        still = {"image/png": base64.b64encode(self.picture()).decode()}
+        return {**super()._repr_mimebundle_(**options), **still}, {"image/png": {"alt": self.histograms.label}}

@@ -1,9 +1,9 @@
-"""What the widgets are made of: plain controls, and the gallery and scatter that widgets.js draws in the browser."""
+"""What the widgets are made of: plain controls, and the gallery, scatter and histograms that a browser draws."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import ipywidgets as w
 import numpy as np
 import seaborn as sns
 import traitlets as t
+from matplotlib.colors import to_hex
 
+from dmmlib.analysis.looks import colour, label
 from dmmlib.data import Dataset
 from dmmlib.errors import DmmError
 
@@ -171,6 +173,41 @@ class Scatter(View):
             self.xy = np.stack([_spread(x), _spread(y)], 1).astype(np.float32).tobytes()
             self.axes = list(names)
             self.label = f"Scatter of {len(x)} training images by {names[0]} and {names[1]}. {keyboard}"
+
+
+class Histograms(anywidget.AnyWidget):
+    """Margins of one point over models: its way in rows, then a panel for each method against retraining."""
+
+    _esm, _css = View._esm, View._css
+    kind = t.Unicode("histograms").tag(sync=True)
+    values = t.Bytes().tag(sync=True)  # float32: margins of oracles, then of each method, one after the other
+    counts = t.List(t.Int()).tag(sync=True)  # how many of each
+    names = t.List(t.Unicode()).tag(sync=True)  # of the methods
+    colours = t.List(t.Unicode()).tag(sync=True)  # of the methods
+    kloms = t.List(t.Float()).tag(sync=True)  # of the methods
+    way = t.List(t.List()).tag(sync=True)  # name and group of each row; group 0 are the oracles
+    label = t.Unicode().tag(sync=True)  # for screen readers
+
+    def show(
+        self,
+        oracles: np.ndarray,
+        margins: Mapping[str, np.ndarray],
+        kloms: Mapping[str, float],
+        way: Sequence[tuple[str, str]],
+    ) -> None:
+        """Show a point's margins (n_models,) over oracles and each method's models, and the methods' KLoM there.
+
+        `way` holds the rows: a name, and "retrain" or a method.
+        """
+        groups, order = [oracles, *margins.values()], ["retrain", *margins]
+        with self.hold_sync():
+            self.counts = list(map(len, groups))
+            self.names, self.colours = [label(m) for m in margins], [to_hex(colour(m)) for m in margins]
+            self.kloms, self.way = [kloms[m] for m in margins], [[name, order.index(m)] for name, m in way]
+            means = ", ".join(f"{name} {groups[order.index(m)].mean():.1f}" for name, m in way)
+            said = ", ".join(f"{label(m)} {kloms[m]:.1f}" for m in margins)
+            self.label = f"Mean margins: {means}. KLoM: {said}"
+            self.values = np.concatenate(groups).astype(np.float32).tobytes()
 
 
 def _spread(values: np.ndarray) -> np.ndarray:

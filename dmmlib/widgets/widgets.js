@@ -1,4 +1,4 @@
-// The two views of dmmlib.widgets: a virtualised gallery and a scatter with a lasso. Python holds the state; a view
+// The views of dmmlib.widgets: a virtualised gallery, a scatter with a lasso, and histograms of a point. Python holds the state; a view
 // shows it and says what the user did. Only images that are seen are asked for, and each once.
 
 const HEIGHT = 102; // of a tile
@@ -293,6 +293,7 @@ function gallery({ model, el }) {
   }
 
   function focus(index) {
+    if (index !== model.get("focus")) el.dispatchEvent(new Event("dmm-focus", { bubbles: true }));
     model.set("focus", index);
     model.save_changes();
   }
@@ -655,4 +656,82 @@ function scatter({ model, el }) {
   };
 }
 
-export default { render: (props) => ({ gallery, scatter })[props.model.get("kind")](props) };
+// --- histograms ------------------------------------------------------------------------------------------------
+
+const BINS = 28;
+const drawn = (name, attributes = {}, ...children) => {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  element.append(...children);
+  return element;
+};
+
+function histograms({ model, el }) {
+  const path = node("div", { class: "dmm-way" });
+  const panels = node("div", { class: "dmm-panels" });
+  el.classList.add("dmm-histograms");
+  el.setAttribute("role", "img");
+  const key = "Grey: retrained models. Dashed: originals. In colour: each method, with its KLoM.";
+  el.append(path, node("p", { class: "dmm-quiet" }, key), panels);
+
+  function draw() {
+    el.setAttribute("aria-label", model.get("label"));
+    const all = typed(model.get("values"), Float32Array);
+    const groups = [];
+    let from = 0;
+    for (const count of model.get("counts")) groups.push(all.subarray(from, (from += count)));
+    const sorted = Float32Array.from(all).sort();
+    const [low, high] = [sorted[Math.floor(0.002 * sorted.length)], sorted[Math.ceil(0.998 * sorted.length) - 1]];
+    const bin = (value) => Math.min(BINS - 1, Math.max(0, Math.floor(((value - low) / (high - low || 1)) * BINS)));
+    const heights = groups.map((values) => {
+      const counts = new Array(BINS).fill(0);
+      values.forEach((value) => counts[bin(value)]++);
+      return counts.map((count) => count / values.length);
+    });
+    const [names, colours, kloms] = ["names", "colours", "kloms"].map((name) => model.get(name));
+    const originals = heights[1];
+    // The outline of a histogram in a box of 100 x 30.
+    const outline = (shares, most) =>
+      "M0,30" + shares.map((s, k) => `V${30 - (28 * s) / most}H${((k + 1) * 100) / BINS}`).join("") + "V30";
+    const box = (...paths) => drawn("svg", { viewBox: "0 0 100 31", preserveAspectRatio: "none", "aria-hidden": true }, ...paths);
+    const line = (shares, most, colour, more = {}) =>
+      drawn("path", { d: outline(shares, most), fill: "none", stroke: colour, "stroke-width": 2, "vector-effect": "non-scaling-stroke", ...more });
+    const filled = (shares, most, colour) => drawn("path", { d: outline(shares, most), fill: colour });
+
+    path.replaceChildren(
+      ...model.get("way").map(([name, group]) => {
+        const colour = group ? colours[group - 1] : "var(--dmm-quiet)";
+        const mean = groups[group].reduce((sum, value) => sum + value, 0) / groups[group].length;
+        const row = box(filled(heights[group], Math.max(...heights[group]), colour));
+        return node("div", {}, node("span", {}, name), row, node("span", {}, `margin ${mean.toFixed(1)}`));
+      }),
+    );
+    panels.replaceChildren(
+      ...names.map((name, k) => {
+        const shares = heights[k + 1];
+        const most = Math.max(...heights[0], ...originals, ...shares);
+        const head = node("span", {}, name, node("b", {}, kloms[k].toFixed(1)));
+        const dashed = line(originals, most, "var(--dmm-quiet)", { "stroke-dasharray": "3 3", "stroke-width": 1.2 });
+        return node("div", {}, head, box(filled(heights[0], most, "var(--dmm-line)"), dashed, line(shares, most, colours[k])));
+      }),
+    );
+    el.setAttribute("aria-busy", false);
+  }
+
+  // From the click on until the new point's margins are there, what is shown is another's: said at once.
+  const busy = () => el.setAttribute("aria-busy", true);
+  let root;
+  const unplace = placed(el, (found) => {
+    root = found;
+    root.addEventListener("dmm-focus", busy);
+  });
+  model.on("change:values", draw);
+  if (model.get("counts").length) draw();
+  return () => {
+    unplace();
+    root?.removeEventListener("dmm-focus", busy);
+    model.off("change:values", draw);
+  };
+}
+
+export default { render: (props) => ({ gallery, scatter, histograms })[props.model.get("kind")](props) };
