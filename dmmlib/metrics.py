@@ -200,7 +200,8 @@ class Estimate:
         return cls(value, max(least, value - 1.96 * float(error)), value + 1.96 * float(error))
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        value, low, high = (f"{v:.2f}" for v in (self.value, self.low, self.high))
+        return value if low == high else f"{value} [{low}, {high}]"
 
 
 STATISTICS: dict[str, Callable[[np.ndarray], float]] = {

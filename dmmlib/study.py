@@ -68,10 +68,10 @@ class Study(Models):
         check_call(f"attributor {own.name!r}", attribution.get(own.name), None, **own.options)
         self.figures = Path(figures or place("figures"))
         taken = _checked(self.preset, self.data)
-        self._own = forget_sets.load(Path(forget_set), self.data) if forget_set else None
+        self.own = forget_sets.load(Path(forget_set), self.data) if forget_set else None
         self._beside, self._attributors = beside, dict[str, datamodels.Attributor]()
-        if beside and self._own is not None and self._own.name in taken:
-            had = f"The preset has a forget set {self._own.name!r} already"
+        if beside and self.own is not None and self.own.name in taken:
+            had = f"The preset has a forget set {self.own.name!r} already"
             raise ForgetSetError(f"{had}; save yours under another name to study it beside.")
 
     @property
@@ -90,9 +90,9 @@ class Study(Models):
     @property
     def output(self) -> Path:
         """Where this run's notebooks and tables lie; with a forget set of one's own apart from the preset's."""
-        if self._own is None:
+        if self.own is None:
             return self.directory
-        return self.directory / f"forget_set-{self._own.name}{'-beside' if self._beside else ''}"
+        return self.directory / f"forget_set-{self.own.name}{'-beside' if self._beside else ''}"
 
     def save_table(self, table: pd.DataFrame, name: str) -> Path:
         """Write a table to the run's directory as CSV, atomically; see `files.write_table`."""
@@ -103,8 +103,12 @@ class Study(Models):
     def save_figure(self, figure: Figure, name: str) -> Path:
         """Write a figure to figures/<preset>/<name>.png; see `output` for a forget set of one's own."""
         path = self.figures / self.output.relative_to(self.runs) / f"{name}.png"
+        about = {
+            "Software": None,
+            "Description": str(figure.get_label()).encode("latin-1", "replace").decode("latin-1"),
+        }
         with replacing(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+            figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight", metadata=about)
         return path
 
     def show(self, figure: Figure, name: str) -> Image:
@@ -114,7 +118,7 @@ class Study(Models):
 
         path = self.save_figure(figure, name)
         plt.close(figure)
-        return Image(data=path.read_bytes())
+        return Image(data=path.read_bytes(), alt=str(figure.get_label()) or name)
 
     # --- attributors -----------------------------------------------------------------------------------
 
@@ -159,7 +163,7 @@ class Study(Models):
     @once
     def forget_sets(self) -> dict[str, ForgetSet]:
         """The reported forget sets by name, which share no point; also saved as JSON in the run's directory."""
-        own = {} if self._own is None else {self._own.name: self._own}
+        own = {} if self.own is None else {self.own.name: self.own}
         sections = () if own and not self._beside else self.preset.forget_sets
         return self._make_forget_sets(sections) | own
 

@@ -175,6 +175,15 @@ def screenshot(page, widget, name):
     return float(grey.mean())
 
 
+def narrow(page, widget, name):
+    """The same at 900 pixels, where nothing is cut off."""
+    size = page.viewport_size
+    page.set_viewport_size({"width": 900, "height": 900})
+    screenshot(page, widget, name)
+    assert widget.evaluate("element => element.scrollWidth <= element.clientWidth")
+    page.set_viewport_size(size)
+
+
 def expect_drawn(page):
     """More than 1 % of the scatter's pixels hold ink."""
     page.wait_for_function("""() => {
@@ -235,6 +244,35 @@ def test_choose_by_eye_preview_save_and_unlearn(page, url, place):
     expect_chosen(widget, 6)
     assert n_cells(page) == cells, "typing in the widget deletes no cell"
 
+    # a range, everything that is shown, and what was taken back made again
+    tiles.nth(6).click()
+    tiles.nth(9).click(modifiers=["Shift"])
+    for position in (6, 7, 8, 9):
+        expect(tiles.nth(position)).to_have_attribute("aria-selected", "true")
+    gallery.focus()
+    page.keyboard.press("Control+a")
+    expect_chosen(widget, 400)
+    page.keyboard.press("Control+z")
+    page.keyboard.press("Control+Shift+z")
+    expect_chosen(widget, 400)
+    page.keyboard.press("Control+z")
+    expect(widget.locator(".dmm-header b")).not_to_have_text("400")
+
+    # the plane: closer, moved, whole again; a class of the legend alone
+    plane, seen = widget.locator(".dmm-plane"), "element => element.toDataURL()"
+    whole = plane.evaluate(seen)
+    plane.focus()
+    for key in ("+", "ArrowLeft", "0"):
+        page.keyboard.press(key)
+        page.wait_for_function("([before, whole]) => (document.querySelector('.dmm-plane').toDataURL() === before)"
+                               " === whole", arg=[whole, key == "0"])  # fmt: skip
+    bags = widget.locator(".dmm-legend").get_by_role("button", name="bag")
+    bags.click()
+    expect(bags).to_have_attribute("aria-pressed", "true")
+    expect(widget.get_by_role("button", name="Include all")).not_to_have_text("Include all 400 shown")
+    bags.click()
+    expect(widget.get_by_role("button", name="Include all")).to_have_text("Include all 400 shown")
+
     # filter, then a lasso around everything: only what passes the filter is taken
     widget.get_by_label("Class").select_option("shirt")
     take = widget.get_by_role("button", name="Include all")
@@ -265,13 +303,31 @@ def test_choose_by_eye_preview_save_and_unlearn(page, url, place):
     expect(widget.get_by_role("alert")).to_contain_text("all 400 training points")
 
     # what is wrong is said; what is right is previewed and saved
-    widget.get_by_label("Indices").fill("3, 4000")
-    widget.get_by_role("button", name="Include", exact=True).click()
-    expect(widget.get_by_role("alert")).to_contain_text("4000 is no training image")
+    widget.get_by_label("List").fill("3, 4000")
+    include = widget.get_by_role("button", name="Include", exact=True)
+    include.click()
+    alert = widget.get_by_role("alert")
+    expect(alert).to_contain_text("4000 is no training image")
+    assert abs(alert.bounding_box()["y"] - include.bounding_box()["y"]) < 120, "beside its button"
     widget.get_by_role("button", name="Clear").click()
     expect_chosen(widget, 0)
-    widget.get_by_label("Indices").fill("3, 14, 15, 92")
+    widget.get_by_label("List").fill("3, 14, 15, 92")
     widget.get_by_role("button", name="Include", exact=True).click()
+    expect_chosen(widget, 4)
+
+    # a list of ids with labels, dropped on the images, takes the place of the choice; an upload adds
+    widget.get_by_role("button", name="replaces").click()
+    page.evaluate("""() => {
+        const data = new DataTransfer();
+        data.items.add(new File(["id,label\\n92,1\\n14,2\\n"], "request.csv"));
+        const drop = new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true});
+        document.querySelector(".dmm-tile").dispatchEvent(drop);
+    }""")
+    expect_chosen(widget, 2)
+    widget.get_by_role("button", name="adds").click()
+    with page.expect_file_chooser() as asked:
+        widget.get_by_role("button", name="Upload").click()
+    asked.value.set_files([{"name": "more.csv", "mimeType": "text/csv", "buffer": b"index,file\n3,a.png\n15,b.png\n"}])
     expect_chosen(widget, 4)
     gallery.locator("[aria-selected=false]").nth(5).click()
     expect_chosen(widget, 5)
@@ -286,12 +342,35 @@ def test_choose_by_eye_preview_save_and_unlearn(page, url, place):
     assert {3, 14, 15, 92} <= set(saved.indices.tolist())
 
     expect_drawn(page)
+    for width, height in ((1440, 900), (900, 900)):  # the consequences beside the images, not below the fold
+        page.set_viewport_size({"width": width, "height": height})
+        screenshot(page, widget, f"03_{width}")
+        table = outcome.locator("table").bounding_box()
+        assert table["y"] + table["height"] < height
+        assert abs(table["y"] - gallery.bounding_box()["y"]) < 300
+        assert widget.evaluate("element => element.scrollWidth <= element.clientWidth")
+    page.set_viewport_size({"width": 1280, "height": 1400})
     light = screenshot(page, widget, "03_light")
     theme(page, "Dark")
     expect_drawn(page)
     dark = screenshot(page, widget, "03_dark")
     assert light - dark > 0.4
     theme(page, "Light")
+
+    # saved, and opened again on the running kernel: keys that are typed in a plain control delete no cell
+    page.evaluate("jupyterapp.commands.execute('docmanager:save')")
+    page.wait_for_function("!jupyterapp.shell.currentWidget.context.model.dirty")
+    page.goto(page.url)
+    page.wait_for_function("window.jupyterapp?.shell?.currentWidget?.context?.isReady")
+    expect(tiles.first.locator(".dmm-title")).not_to_be_empty()
+    expect_chosen(widget, 15)
+    for control in ("Class", "Sort"):
+        widget.get_by_label(control).focus()
+        for key in "ddx":
+            page.keyboard.press(key)
+    assert n_cells(page) == cells
+    widget.get_by_label("Class").select_option("all classes")
+    widget.get_by_label("Sort").select_option("memorisation, high to low")
 
     # another set of that name is asked about
     widget.get_by_role("button", name="Undo").click()
@@ -336,12 +415,17 @@ def test_notebook_05_leads_to_the_image_behind_a_number(page, url):
     widget = page.locator(".dmm-widget")
     options = widget.get_by_role("listbox").get_by_role("option")
     expect(options.first).to_be_visible()
-    figure = widget.locator("img.dmm-figure")
-    first = figure.get_attribute("src")
+    figure = widget.locator(".dmm-histograms")
+    expect(figure).to_have_attribute("aria-label", re.compile("DMM"))
+    first, names = figure.get_attribute("aria-label"), figure.locator(".dmm-panels").inner_text()
     options.nth(3).click()
-    expect(figure).not_to_have_attribute("src", first)
-    expect(figure).to_have_attribute("alt", re.compile("DMM"))
+    expect(figure).not_to_have_attribute("aria-label", first)
+    expect(figure).to_have_attribute("aria-busy", "false")
+    methods = [re.sub(r"[\d.]+", "", text) for text in (names, figure.locator(".dmm-panels").inner_text())]
+    assert methods[0] == methods[1], "panels stay where they are"
+    assert figure.locator(".dmm-way span").all_inner_texts()[::2] == ["original", "retrained", "predicted", "DMM"]
     screenshot(page, widget, "05_results")
+    narrow(page, widget, "05_narrow")
     shut_down(page)
 
 
@@ -369,7 +453,7 @@ def test_a_class_beyond_256_has_its_colour_and_a_name_stays_text(page):
     coloured = np.array(page.evaluate(DRAW, [source, state]))
     assert len(coloured) > 5, "a dot, where all other classes are black"
     np.testing.assert_allclose(np.median(coloured[:, :3], 0), [0xDC, 0x14, 0x3C], atol=3)
-    expect(page.locator(".dmm-legend > span")).to_have_count(300)
+    expect(page.locator(".dmm-legend > button")).to_have_count(300)
     assert page.locator("img").count() == 0
     assert names[0] in page.locator(".dmm-legend").inner_text()
 

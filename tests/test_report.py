@@ -1,5 +1,6 @@
 """Claims follow from the tables alone; a page shows them and loads nothing; two runs are told apart honestly."""
 
+import dataclasses
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -7,11 +8,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib import image
+from matplotlib.figure import Figure
 
-from dmmlib.analysis import claims, evidence
+from dmmlib import forget_sets
+from dmmlib.analysis import claims, evidence, plots, verdict
 from dmmlib.app import report
 from dmmlib.errors import PresetError, StoreError
 from dmmlib.files import write_json
+from dmmlib.progress import silent
+from dmmlib.study import Study
+from tests.conftest import TINY
 
 ROOT = Path(__file__).parents[1]
 SETS = ["one", "two", "three", "four"]
@@ -209,7 +216,7 @@ def test_a_page_is_whole_and_loads_nothing(tiny, tmp_path):
     page = report.html(run)
     parsed = Page(page)
     assert parsed.stack == []
-    assert all(link.startswith(("data:image/png;base64,", "#")) for link in parsed.links)
+    assert all(link.startswith(("data:image/webp;base64,", "#")) for link in parsed.links)
     assert not re.search(r"https?://|@import|url\(", page)
     text = " ".join(parsed.text)
     assert tiny.data.sha256 in text
@@ -218,6 +225,72 @@ def test_a_page_is_whole_and_loads_nothing(tiny, tmp_path):
     assert "datamodels.n_subsets" in text
     best = table[(table["method"] == "dmm") & (table["statistic"] == "klom_p95") & (table["split"] == "forget")]
     assert all(f"{v:.2f} [" in text for v in best["value"])
+
+
+@pytest.mark.parametrize(
+    ("klom", "answer", "words"),
+    [
+        ({"dmm": 0.75}, "yes", "Yes, as far as N = 20 models of each kind can tell: DMM can't be told"),
+        ({"dmm": 2.0}, "mostly", "Mostly: DMM went 86% of the way"),
+        ({"dmm": 5.0}, "in part", "In part: DMM went 54% of the way"),
+        ({"dmm": 9.0}, "no", "No: DMM went 11% of the way"),
+        ({"dmm": 11.0}, "no", "DMM came no nearer"),
+        ({"do_nothing": 0.75, "dmm": 0.75}, "nothing to forget", "There was nothing to forget"),
+    ],
+)
+def test_the_answer_follows_from_the_table(klom, answer, words):
+    table = results(GOOD | klom)
+    found = verdict.judge(table, "one")
+    assert found.answer == answer
+    assert words in found.headline
+    assert f"is {(GOOD | klom)['dmm']:.2f} [" in found.forgotten
+    assert "0.70 for retraining against itself" in found.forgotten
+    assert "10% of a retraining" in found.price
+    assert ("were disturbed" in found.paid) == (answer not in ("yes", "nothing to forget"))
+
+
+def test_an_attacker_who_can_tell_counts():
+    table = results(GOOD | {"dmm": 0.7}, {"dmm": 0.7})
+    assert verdict.judge(table, "one").answer == "mostly"
+    assert verdict.method_of(results({"do_nothing": 1, "retrain": 1, "oracle_matching": 1, "gd": 1})) == "gd"
+
+
+def test_a_set_of_ones_own_is_answered_first(tiny, tmp_path):
+    path = tmp_path / "mine.json"
+    forget_sets.make("mine", [2, 7, 11, 13, 40], tiny.data).save(path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "store").symlink_to(tiny.runs / "store")
+    study = Study(TINY, forget_set=path, runs=tmp_path / "runs", figures=tmp_path / "figures", progress=silent)
+    results = study.results()
+    study.save_table(results, "results.csv")
+    plain = plots.titled(Figure(), "Nine of ten forgot", "Points of a set")
+    study.save_figure(plain, "04_what")
+    report.record(study, study.output)
+    folder = tmp_path / "figures" / study.output.relative_to(study.runs)
+    run = report.open_run(study.output)
+    page = report.html(dataclasses.replace(run, figures=sorted(folder.glob("*.png"))))
+    text = " ".join(Page(page).text)
+    found = verdict.judge(results, "mine")
+    for sentence in (found.headline, found.forgotten, found.paid, found.price):
+        assert sentence in text
+    assert text.index(found.headline) < text.index("Medians over forget sets")
+    assert "What the paper claims" not in text
+    assert "✗ refuted" not in text
+    counts = np.bincount(tiny.data.y_train[[2, 7, 11, 13, 40]], minlength=10)
+    assert f'alt="The images to be forgotten: {counts.max()} {counts.argmax()}' in page
+    assert 'alt="Nine of ten forgot. Points of a set"' in page
+
+
+def test_a_page_stays_small_and_shows_no_interval_of_no_width(tiny, tmp_path):
+    rng = np.random.default_rng(0)
+    noise = tmp_path / "04_noise.png"
+    image.imsave(noise, rng.random((1500, 2000, 3)))
+    table = pd.DataFrame(rng.normal(size=(5000, 6)))
+    run = report.Run("large", tmp_path, {"results": results(GOOD, half=0), "many": table}, {}, [noise])
+    page = report.html(run)
+    assert len(page) < 1_500_000
+    assert "The first 150 of 5,000 rows" in page
+    assert not re.search(r"(\d+\.\d+) \[\1, \1\]", page)
 
 
 def test_trajectories_share_points_out(tiny):

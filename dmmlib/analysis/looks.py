@@ -166,7 +166,8 @@ def legend(figure: Figure, *axes: Axes, **options: Any) -> None:
 
 
 def titled(figure: Figure, title: str, caption: str) -> Figure:
-    """Put a title above and a caption below the axes, both wrapped to the figure's width."""
+    """Put a title above and a caption below the axes, wrapped to the figure's width; both are its alternative text."""
+    figure.set_label(f"{title}. {caption}")
     width = figure.get_figwidth()
     figure.suptitle(textwrap.fill(title, int(9 * width)), x=0.01, ha="left", y=1.02, va="bottom", fontweight="bold")
     figure.text(0.01, -0.01, textwrap.fill(caption, int(15 * width)), ha="left", va="top", fontsize=9, color="0.35")

@@ -22,13 +22,14 @@ def main_table(results: pd.DataFrame, statistic: str = "klom_p95") -> pd.DataFra
     """Write a statistic of `Study.results` with its interval on forget, retain and validation points, and the cost.
 
     Returns:
-        Rows (forget set, method), columns forget, retain, validation, cost: text.
+        Rows (forget set, method), columns forget, retain, validation, cost: text. An interval of no width is left out.
     """
     keys = ["forget_set", "method"]
     here = results[results["statistic"] == statistic]
     digits = 3 if statistic in ("accuracy_gap", "ks_share", "ks_fdr") else 2
     ends = here[["value", "low", "high"]].map(f"{{:.{digits}f}}".format)
-    here = here.assign(text=ends["value"] + " [" + ends["low"] + ", " + ends["high"] + "]")
+    interval = (" [" + ends["low"] + ", " + ends["high"] + "]").where(ends["low"] != ends["high"], "")
+    here = here.assign(text=ends["value"] + interval)
     table = here.pivot_table(index=keys, columns="split", values="text", aggfunc="first", sort=False)[list(SPLITS)]
     table["cost"] = results[results["statistic"] == "cost"].set_index(keys)["value"].map("{:.3f}".format)
     table = table.rename(index=label, level="method").rename_axis(columns=None)

@@ -7,6 +7,8 @@ the data); its figures lie under figures/<run>, or beside the tables.
 from __future__ import annotations
 
 import base64
+import io
+import math
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +21,7 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from dmmlib.analysis import claims, tables
+from dmmlib.analysis import claims, tables, verdict
 from dmmlib.analysis.looks import STATISTICS, label
 from dmmlib.errors import PresetError
 from dmmlib.files import place, read_json, read_table, write_bytes, write_json
@@ -27,7 +29,9 @@ from dmmlib.files import place, read_json, read_table, write_bytes, write_json
 if TYPE_CHECKING:
     from dmmlib.study import Study
 
-RECORD = "run.json"
+RECORD, IMAGES = "run.json", "forget_set.webp"
+MOST_ROWS, WIDEST = 150, 1100  # of a table that is shown; of a figure, in pixels
+N_IMAGES = 50  # of a set of one's own that are shown
 PACKAGES = ("dmmlib", "torch", "numpy", "scipy", "scikit-learn", "pandas", "zarr")
 KEY = ["forget_set", "method", "split", "statistic"]
 SHOWN_OTHERWISE = ("results", "trajectories")
@@ -42,8 +46,35 @@ def record(study: Study, directory: Path) -> Path:
         "device": study.device.type,
         "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in PACKAGES}},
     }
+    if study.own is not None:
+        content["forget_set"] = {"name": study.own.name, "size": len(study.own), "images": _seen(study)}
+        if study.data.x_train.dtype == np.uint8:
+            write_bytes(directory / IMAGES, _mosaic(study.data.x_train[study.own.indices[:N_IMAGES]]))
     write_json(directory / RECORD, content)
     return directory / RECORD
+
+
+def _seen(study: Study) -> str:
+    """What the images of a set of one's own are, in words."""
+    assert study.own is not None
+    counts = np.bincount(study.data.y_train[study.own.indices], minlength=study.data.n_classes)
+    kinds = [f"{counts[c]} {study.data.class_names[c]}" for c in np.argsort(-counts, kind="stable") if counts[c]]
+    first = f"; the first {N_IMAGES} are shown" if len(study.own) > N_IMAGES else ""
+    return f"{', '.join(kinds)}{first}"
+
+
+def _mosaic(images: np.ndarray) -> bytes:
+    """Images (n, height, width, channels) side by side, enlarged to about 64 pixels: a WebP."""
+    from PIL import Image
+
+    columns, (n, height, width, channels) = min(10, len(images)), images.shape
+    page = np.full((math.ceil(n / columns), columns, height + 2, width + 2, 3), 255, np.uint8)
+    for k, image in enumerate(images):
+        page[k // columns, k % columns, 1:-1, 1:-1] = image if channels == 3 else image.mean(-1, keepdims=True)
+    flat = page.transpose(0, 2, 1, 3, 4).reshape(len(page) * (height + 2), -1, 3)
+    scale, buffer = max(1, round(64 / height)), io.BytesIO()
+    Image.fromarray(flat.repeat(scale, 0).repeat(scale, 1)).save(buffer, "WEBP", quality=80)
+    return buffer.getvalue()
 
 
 @dataclass(frozen=True)
@@ -170,7 +201,7 @@ class Table(NamedTuple):
 
 
 def html(run: Run) -> str:
-    """Write the page of a run."""
+    """Write the page of a run; of one's own forget set it says whether it was forgotten, not what a paper claims."""
     results, data, settings = run.tables.get("results"), run.record.get("data"), run.settings
     summary, shown, n_models = {}, list[Table](), 0
     if data:
@@ -190,11 +221,26 @@ def html(run: Run) -> str:
             if (results["statistic"] == statistic).any():
                 frame = tables.main_table(results, statistic).reset_index()
                 shown.append(Table(title, frame, f"{over}; 95 % intervals."))
-    shown += [Table(f"{name}.csv", table) for name, table in run.tables.items() if name not in SHOWN_OTHERWISE]
-    judged = claims.judge(run.tables)
+    for name, table in run.tables.items():
+        if name not in SHOWN_OTHERWISE:
+            caption = f"The first {MOST_ROWS} of {len(table):,} rows; the file holds all." * (len(table) > MOST_ROWS)
+            shown.append(Table(f"{name}.csv", table[:MOST_ROWS], caption))
+    own, images = run.record.get("forget_set"), run.directory / IMAGES
+    judged = [] if own else claims.judge(run.tables)
+    sets = [] if results is None else [s for s in results["forget_set"].unique() if not own or s == own["name"]]
+    try:
+        answers = [] if results is None else [verdict.judge(results, s) for s in sets]
+    except KeyError:  # a run of which not all is there
+        answers = []
     return _page(
         "report.html",
-        title=run.name,
+        title=own["name"] if own else run.name,
+        own=own,
+        images=_embedded(images.read_bytes(), "webp") if own and images.is_file() else "",
+        answers=answers,
+        answered=[(a, n) for a in get_args(verdict.Answer) if (n := sum(v.answer == a for v in answers))],
+        rule=verdict.RULE,
+        method=label(answers[0].method) if answers else "",
         summary=summary,
         claims=judged,
         counts=[(v, n) for v in get_args(claims.Verdict) if (n := sum(c.verdict == v for c in judged))],
@@ -255,6 +301,19 @@ def _cell(value: Any) -> str:
 
 
 def _figure(path: Path) -> dict[str, str]:
+    """A figure as WebP, a third of the PNG; its text is what the figure says of itself."""
+    from PIL import Image
+
     stage, _, name = path.stem.partition("_")
-    source = base64.b64encode(path.read_bytes()).decode()
-    return {"stage": stage, "name": name.replace("_", " "), "source": f"data:image/png;base64,{source}"}
+    buffer = io.BytesIO()
+    with Image.open(path) as image:
+        words = str(getattr(image, "text", {}).get("Description", ""))
+        drawn = image.convert("RGB")
+        drawn.thumbnail((WIDEST, WIDEST))
+        drawn.save(buffer, "WEBP", quality=50, method=4)
+    name = name.replace("_", " ")
+    return {"stage": stage, "name": name, "alt": words or name, "source": _embedded(buffer.getvalue(), "webp")}
+
+
+def _embedded(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
