@@ -29,8 +29,8 @@ lowest:  ## what reads, stores and commands, on the lowest versions that pyproje
 	  tests/test_files.py tests/test_forget_sets.py tests/test_metrics.py tests/test_plan.py tests/test_report.py tests/test_cli.py \
 	  --deselect tests/test_store.py::test_a_disk_that_gives_back_something_else  # which reaches into a later zarr
 
-lab: $(READY)  ## explore in JupyterLab
-	$(BIN)/jupyter lab notebooks
+lab: $(READY)  ## explore in JupyterLab: notebooks/, and executed ones under runs/
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
 
 docs: $(READY)  ## the API pages, from docstrings, into docs/api
 	$(BIN)/python scripts/api.py

@@ -2,9 +2,12 @@
 
 import dataclasses
 import datetime
+import html
 import json
 import os
 import re
+import shlex
+import shutil
 import time
 from pathlib import Path
 
@@ -15,9 +18,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from IPython.core.formatters import MimeBundleFormatter
+from typer.testing import CliRunner
 
 from dmmlib import forget_sets, metrics, presets
-from dmmlib.analysis import plots
+from dmmlib.analysis import plots, verdict
+from dmmlib.app import cli
 from dmmlib.attributors.kernel import KernelResponse, gradient_kernel
 from dmmlib.attributors.margins import MarginDatamodel
 from dmmlib.datamodels import Attributor
@@ -473,6 +478,24 @@ def test_saved_sets_are_those_of_code(chooser):
     assert again.preset == chooser.study.preset
 
 
+def test_the_command_works_wherever_it_is_pasted(chooser, tmp_path, monkeypatch):
+    chooser.selection.replace([3, 14, 15])
+    chooser.saving.name.value = "pasted"
+    chooser.saving.save()
+    command = html.unescape(re.search("<code>(.*?)</code>", chooser.saving.command.value)[1])
+    program, *arguments = shlex.split(command)
+    assert shutil.which(program), "a program that the shell finds"
+    given = []
+    monkeypatch.setattr("dmmlib.app.batch.run", lambda notebooks, out, parameters, *_, **__: given.append(parameters))
+    monkeypatch.chdir(tmp_path)
+    arguments = arguments[arguments.index("run") :]
+    told = CliRunner().invoke(cli.app, arguments)
+    assert told.exit_code == 0, told.output
+    assert Path(given[0]["forget_set"]) == chooser.saving.saved.resolve()
+    assert str(chooser.study.runs) in told.output
+    assert not list(tmp_path.glob("runs")), "nothing is begun in the folder where it was pasted"
+
+
 def saved(chooser):
     return forget_sets.load(chooser.saving.saved, chooser.study.data).indices.tolist()
 
@@ -774,13 +797,21 @@ def test_a_run_that_ends_well_shows_every_method(tiny, tmp_path, command):
     name = presets.load("smoke", {f"data.{key}": value for key, value in TINY["data"].items()}).name
     path = study.runs / name / "forget_set-mine" / "results.csv"
     path.parent.mkdir(parents=True)
-    tiny.results().query("forget_set == 'random_6'").to_csv(path, index=False)
+    mine = forget_sets.make("mine", tiny.forget_sets()["random_6"].indices, tiny.data)
+    mine.save(tmp_path / "mine.json")
+    results = tiny.results().query("forget_set == 'random_6'").assign(forget_set="mine")
+    results.to_csv(path, index=False)
     heard, message = [], Message()
     trial = Trial(study, message, lambda: tmp_path / "mine.json", lambda: heard.append("ended"))
     trial.run()
     wait(trial)
     assert message.value == ""
     assert heard == ["ended"]
-    assert "N = 8 small models" in trial.outcome.value
-    for method in study.preset.unlearning.methods:
-        assert f"<th>{plots.label(method)}</th>" in trial.outcome.value
+    shown = html.unescape(trial.outcome.value)
+    assert shown.index(verdict.judge(results, "mine").headline) < shown.index("<table"), "a verdict, then numbers"
+    assert "N = 8 small models" in shown
+    assert np.frombuffer(trial.images.order, np.int32).tolist() == mine.indices.tolist()
+    rows = re.findall("<th>(.*?)</th>\n      <td>([0-9.]+)", shown)
+    assert {name for name, _ in rows} == {plots.label(m) for m in study.methods}
+    values = [float(value) for _, value in rows]
+    assert values == sorted(values), "best first"

@@ -6,6 +6,8 @@ import html
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,17 +20,19 @@ from pathlib import Path
 
 import ipywidgets as w
 import numpy as np
+import pandas as pd
 import yaml
 
 from dmmlib import forget_sets, presets
-from dmmlib.analysis import tables
+from dmmlib.analysis import tables, verdict
+from dmmlib.analysis.looks import label
 from dmmlib.errors import DmmError, ForgetSetError, StoreError
-from dmmlib.files import home, load_json, read_table, write_bytes
+from dmmlib.files import OWN, load_json, read_table, write_bytes
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.progress import PROGRESS_FILE
 from dmmlib.study import Study
 from dmmlib.widgets.selection import Selection
-from dmmlib.widgets.views import Message, labelled, row, text
+from dmmlib.widgets.views import Gallery, Message, labelled, row, text
 
 PATIENCE = 5.0  # seconds that a cancelled run is given to end by itself
 
@@ -82,15 +86,23 @@ class Saving(w.VBox):
     def _write(self, chosen: ForgetSet, path: Path) -> Path:
         chosen.save(path)
         self.saved = path
-        command = html.escape(f"dmm run {self._preset()} --stage 04 --forget-set {_typed(path)}")
-        notebook = html.escape(f"forget_set = {str(_typed(path, of='notebooks'))!r}")
+        command, path_there = html.escape(self._typed(path)), html.escape(f"forget_set = {str(path.resolve())!r}")
         self.command.value = (
-            f'<div class="dmm-saved" role="status">Saved {len(chosen):,} images. Unlearn them with '
+            f'<div class="dmm-saved" role="status">Saved {len(chosen):,} images. Unlearn them, from any folder, with '
             f"<code>{command}</code> (add <code>--beside</code> to keep the preset’s own sets), or in notebooks "
-            f"04 and 05 with <code>{notebook}</code></div>"
+            f"04 and 05 with <code>{path_there}</code></div>"
         )
         self._on_save()
         return path
+
+    def _typed(self, path: Path) -> str:
+        """The command that unlearns a set, which works wherever it is pasted."""
+        beside = Path(sys.executable).with_name("dmm")
+        here = [str(beside)] if beside.exists() else [sys.executable, "-m", "dmmlib.app.cli"]
+        words = ["dmm"] if shutil.which("dmm") else here
+        runs = self._study.runs.resolve()
+        words += ["run", self._preset(), "--stage", "04", "--forget-set", str(path.resolve())]
+        return shlex.join(words if runs == OWN / "runs" else [*words, "--runs", str(runs)])
 
     def _preset(self) -> str:
         """How `dmm run` finds this study's preset: by name, or in a file that is written for it."""
@@ -100,13 +112,7 @@ class Saving(w.VBox):
             return ours.name
         path = self._study.directory / "preset.yaml"
         write_bytes(path, yaml.safe_dump({"preset": ours.model_dump(mode="json")}).encode())
-        return str(_typed(path))
-
-
-def _typed(path: Path, of: str = ".") -> Path:
-    """A path as it is typed at home or in a folder of it; absolute where it is elsewhere."""
-    path = path.resolve()
-    return Path(os.path.relpath(path, home() / of)) if path.is_relative_to(home()) else path
+        return str(path.resolve())
 
 
 class Trial(w.VBox):
@@ -118,9 +124,13 @@ class Trial(w.VBox):
         self.button = message.button("Try on smoke preset", self.run, "Save; unlearn with small models", icon="play")
         self.cancel = message.button("Cancel", self.end, "End the run; what is trained is kept", icon="stop")
         self.bar, self.line, self.outcome = w.FloatProgress(max=1), w.HTML(), w.HTML()
+        self.images = Gallery(study.data.x, self._caption, rows=1, selectable=False, label="To be forgotten")
         self.progress = row(self.bar, self.line, self.cancel)
-        super().__init__([row(self.button, self.progress, message), self.outcome])
-        self.progress.layout.display = "none"
+        super().__init__([row(self.button, self.progress, message), self.outcome, self.images])
+        self.progress.layout.display = self.images.layout.display = "none"
+
+    def _caption(self, point: int) -> tuple[str, str]:
+        return self._study.data.class_names[self._study.data.y[point]], f"#{point}"
 
     def run(self) -> None:
         """Save, then unlearn the choice in the background; raises DmmError if a run is under way."""
@@ -144,7 +154,7 @@ class Trial(w.VBox):
         self.progress.layout.display = ""
 
         def watch() -> None:
-            self._watch(log, table)
+            self._watch(log, table, path)
             self.button.disabled = False
 
         threading.Thread(target=watch, daemon=True).start()
@@ -157,7 +167,7 @@ class Trial(w.VBox):
         last_resort.daemon = True
         last_resort.start()
 
-    def _follow(self, log: Path, table: Path) -> None:
+    def _follow(self, log: Path, table: Path, path: Path) -> None:
         while self._process.poll() is None:
             time.sleep(0.3)
             with suppress(StoreError):  # nothing said yet, or caught half-written
@@ -172,16 +182,20 @@ class Trial(w.VBox):
         elif self._process.returncode:
             raise DmmError(f"The run failed: {said.splitlines()[-1] if said else self._process.returncode}")
         else:
-            self.outcome.value = _results(table)
+            self.outcome.value = _results(read_table(table), path.stem)
+            self.images.set_order(forget_sets.load(path, self._study.data).indices)
+            self.images.layout.display = ""
             self._on_end()
 
 
-def _results(path: Path) -> str:
-    """KLoM and cost of each method, from a finished run's table, in HTML."""
-    results = read_table(path)
-    table = tables.main_table(results).droplevel("forget set").to_html(border=0, index_names=False)
-    first_look = f"N = {results['n_models'].max():.0f} small models of each kind: a first look, not a result."
+def _results(results: pd.DataFrame, name: str) -> str:
+    """The verdict on a finished run's set, and KLoM and cost of each method, best first, in HTML."""
+    judged, n = verdict.judge(results, name), results["n_models"].max()
+    said = "".join(text("quiet", line, "p") for line in (judged.forgotten, judged.paid, judged.price))
+    order = results[(results["statistic"] == "klom_p95") & (results["split"] == "forget")].sort_values("value")
+    table = tables.main_table(results).droplevel("forget set").loc[[label(m) for m in order["method"]]]
     return (
-        '<div class="dmm-saved dmm-outcome" role="status"><b>Smoke run done.</b> KLoM, 95th percentile with its 95 % '
-        f"interval, {first_look}{table}</div>"
+        f'<div class="dmm-saved dmm-outcome" role="status"><b>Smoke run done. {html.escape(judged.headline)}</b>{said}'
+        f"<details><summary>Every method; N = {n:.0f} small models of each kind, a first look</summary>"
+        f"{table.to_html(border=0, index_names=False)}</details></div>"
     )
