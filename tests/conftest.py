@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmmlib.progress import silent
 from dmmlib.study import Study
@@ -49,6 +50,20 @@ def device() -> torch.device:
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+
+
+class Watched(TorchDispatchMode):
+    """Notes, of all that torch does, numbers that Python reads off tensors, and layouts that convolutions are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.channels_last = 0, list[bool]()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.read += function is torch.ops.aten._local_scalar_dense.default
+        if function is torch.ops.aten.convolution.default:
+            self.channels_last.append(args[0].is_contiguous(memory_format=torch.channels_last))
+        return function(*args, **(kwargs or {}))
 
 
 def alive(pid: int) -> bool:

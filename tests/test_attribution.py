@@ -1,5 +1,7 @@
 """Attribution methods equal their explicit definitions on small cases, and share one protocol."""
 
+import json
+import subprocess
 import sys
 from dataclasses import dataclass, replace
 
@@ -11,6 +13,7 @@ from scipy.special import expit
 from sklearn import linear_model
 from torch import nn
 
+from benchmarks import gpu_study
 from dmmlib import attribution, ensemble, forget_sets, metrics, models
 from dmmlib import data as datasets
 from dmmlib.analysis.side_by_side import compare
@@ -116,6 +119,73 @@ def test_many_gradients_are_projected(monkeypatch):
     close = gram(context.models, 0, context.x[:n], context.y[:n]).numpy()
     assert not np.allclose(close, exact, rtol=1e-5)
     assert np.abs(close - exact).max() < 0.1 * np.diag(exact).mean()
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_sketched_gradients_keep_inner_products_in_expectation(name):
+    context = problem(FACTORIES[name])
+    phi = jacobians(context, 0)
+    exact, unit = phi @ phi.T, np.square(phi).sum(1).mean()
+    found = [gram(context.models, 0, context.x, context.y, seed, project=16).numpy() for seed in range(60)]
+    spread = unit * (2 / 16) ** 0.5  # of one sketch, at most about
+    assert np.abs(np.mean(found, 0) - exact).max() < 4.5 * spread / 60**0.5
+    many = gram(context.models, 0, context.x, context.y, project=4096).numpy()
+    assert np.abs(many - exact).max() < 0.1 * unit
+
+
+def test_a_sketch_is_the_same_in_blocks_of_any_size(monkeypatch):
+    context = problem(FACTORIES["conv"])
+    whole = gram(context.models, 0, context.x, context.y, project=32)
+    monkeypatch.setattr("dmmlib.attributors.kernel.BLOCK", {context.x.device.type: 1})
+    torch.testing.assert_close(gram(context.models, 0, context.x, context.y, project=32), whole)
+
+
+MEASURE = """
+import resource, sys, torch
+from dmmlib import ensemble, models
+from dmmlib.attributors import gradients, kernel
+from dmmlib.matching.gauss_newton import Jacobian, separable_weights
+torch.set_num_threads(1)
+torch.manual_seed(0)
+what, n = sys.argv[1], int(sys.argv[2])
+x, y = torch.randn(32, 3, 32, 32), torch.arange(32) % 10
+stacked = ensemble.initialise(lambda: models.build("resnet9", (3, 32, 32), 10, width=64), [0])
+gradients.POINTS, kernel.BLOCK = 8, {"cpu": 20_000_000}  # points, and numbers that eight of these take
+(params, buffers), (known, others) = stacked.state_of(0), separable_weights(stacked, x, y)
+assert others == 2688, "of batch norm"
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+if what == "gram":
+    found = kernel.gram(stacked, 0, x[:n], y[:n], project=8192)
+else:
+    seen = Jacobian(stacked.module.eval(), params, buffers, x[:n], y[:n], n // 2, known)
+    found = seen.kernel
+    assert all(v.isfinite().all() for v in seen.solve(torch.ones(n), torch.full((n,), 0.01)).values())
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, found.diagonal()[:8].tolist())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is measured as Linux reports it")
+@pytest.mark.parametrize(("what", "most"), [("gram", 4e6), ("jacobian", 15e6)])
+def test_gradients_of_a_full_resnet_fit_into_bounded_memory(what, most):
+    """ResNet-9 of width 64 on 32 x 32 images: 2.3 million weights, whose gradients take 9 MB for each point.
+
+    A kernel sees eight points at a time. A Gauss-Newton step sees all of its points, of which there are few: it keeps
+    what layers are given and their outputs' gradients, but not a gradient of any weight.
+    """
+    peaks, diagonals = [], []
+    for n in ("8", "32"):
+        command = [sys.executable, "-c", MEASURE, what, n]
+        peak, _, diagonal = subprocess.run(command, capture_output=True, text=True, check=True).stdout.partition(" ")
+        peaks.append(float(peak))
+        diagonals.append(json.loads(diagonal))
+    assert peaks[1] < 1e9
+    assert (peaks[1] - peaks[0]) / 24 < most
+    assert min(diagonals[1]) > 0
+    if what == "gram":
+        np.testing.assert_allclose(diagonals[0], diagonals[1], rtol=1e-2)
+    else:
+        assert peaks[1] / 32 < 2 * gpu_study.A_POINT, "the docs count with that"
 
 
 @pytest.mark.parametrize("name", FACTORIES)

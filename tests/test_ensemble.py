@@ -26,7 +26,7 @@ from dmmlib.ensemble import Ensemble, Training
 from dmmlib.errors import DataError, DeviceError, MethodError, SchedulerError
 from dmmlib.execution import Execution, can_compile, candidates, compiled, measure
 from dmmlib.optim import SGD, Adam
-from tests.conftest import SHARED, alive, needs_cuda
+from tests.conftest import SHARED, Watched, alive, needs_cuda
 
 TRAINING = Training(epochs=3, batch_size=16, lr=0.05)
 
@@ -369,6 +369,24 @@ def test_measuring_leaves_out_what_a_gpus_memory_does_not_hold():
         measure([Execution(4), Execution(32)], steps)
 
 
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_no_training_step_waits_for_a_device(chunk):
+    """A number that is read off a device makes Python wait for it; the rate, the only one read, is on the CPU."""
+    x, y = torch.randn(40, 3, 16, 16).contiguous(memory_format=torch.channels_last), torch.arange(40) % 10
+    read = []
+    for epochs in (1, 3):
+        training = Training(epochs=epochs, batch_size=20)
+        with Watched() as seen:
+            ensemble.train(
+                lambda: models.build("resnet9", (3, 16, 16), 10, width=2),
+                x, y, np.ones((chunk, 40), bool), range(chunk), training, Execution(chunk),
+            )  # fmt: skip
+        read.append(seen.read)
+    assert read[1] - read[0] == training.steps(40) - training.steps(40) // 3
+    if chunk == 1:
+        assert all(seen.channels_last[-8 * 4 :]), "alone, a model keeps the layout in which convolutions are fastest"
+
+
 def test_what_a_preset_settles_is_not_tried():
     cpu = torch.device("cpu")
     assert {e.chunk for e in candidates(cpu, chunk=7)} == {7}
@@ -376,6 +394,9 @@ def test_what_a_preset_settles_is_not_tried():
     assert all(e.compile for e in candidates(cpu, compile=True))
     assert not any(e.processes for e in candidates(cpu)), "little work must not wait for processes to start"
     both = {e.processes for e in candidates(cpu, many=True)}
+    assert {1, 32} < {e.chunk for e in candidates(torch.device("cuda"))}, (
+        "alone or together: a GPU tells which is faster"
+    )
     assert both == ({False, True} if torch.get_num_threads() > 1 else {False}), "which is faster is measured"
 
 

@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from dmmlib import attribution, datamodels, ensemble, models, stacking, train, unlearn
-from dmmlib.attributors.gradients import margin
+from dmmlib.attributors.gradients import margin, margins_of, separable
 from dmmlib.attributors.kernel import gram
 from dmmlib.baselines.dampening import importance
 from dmmlib.baselines.gradient import mean_gradient
@@ -330,3 +330,26 @@ def test_every_model_has_a_key(name):
     before = x.clone()
     assert fingerprint(make, x) == fingerprint(make, x)
     assert torch.equal(x, before)
+
+
+def test_gradients_are_alike_though_rounding_moves_a_few_kinks():
+    right = torch.randn(100, 100, generator=torch.Generator().manual_seed(0))
+    moved = right.clone()
+    moved[3, 3] += 1  # one unit of many on the other side of a ReLU
+    assert stacking.alike(moved, right)
+    assert not stacking.close(moved, right)
+    assert not stacking.alike(1.05 * right, right)
+    masked = torch.tensor([0.0, -torch.inf, torch.nan])
+    assert stacking.alike(masked, masked)
+    assert not stacking.alike(masked, torch.zeros(3))
+    assert not stacking.alike(torch.tensor(3), torch.tensor(4)), "counters, as of batches, are numbers too"
+
+
+def test_a_full_resnet_is_known_to_be_a_matter_of_products():
+    """Whatever the points: at these sizes rounding always moves some unit."""
+    module = models.build("resnet9", (3, 32, 32), 10, width=16).eval()
+    params, buffers = dict(module.named_parameters()), dict(module.named_buffers())
+    for seed in range(3):
+        x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+        found = separable(module, params, margins_of(module, buffers), x, torch.tensor([0, 1]), nn.Conv2d, nn.Linear)
+        assert len(found) == 9

@@ -1,6 +1,7 @@
 """Every method changes its model, in the direction it promises, at the cost it reports."""
 
 import dataclasses
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from dmmlib.matching import gauss_newton, match
 from dmmlib.matching.gauss_newton import Jacobian
 from dmmlib.optim import SGD
 from dmmlib.unlearn import Problem
+from tests.conftest import Watched
 
 N_TRAIN, FORGET = 150, np.array([3, 30, 77, 100, 149])
 TUNED = ["gd", "ga", "ga_gd", "scrub"]
@@ -117,6 +119,20 @@ def test_costs_are_sample_gradients_over_those_of_retraining(problem):
 def test_ascent_lowers_the_margins_of_the_forget_set(problem, before):
     after = unlearn.get("ga")(problem, epochs=5.0, lr=3e-2).margins
     assert after[:, FORGET].mean() < before[:, FORGET].mean() - 0.1
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_no_step_of_fine_tuning_waits_for_a_device(problem, name):
+    read, steps = [], []
+    few = replace(problem, checkpoints=0)
+    longer = {"gd": "epochs", "ga": "epochs", "ga_gd": "descent_epochs", "scrub": "epochs"}[name]
+    unlearn.get(name)(few)  # what is found out once
+    for epochs in (3, 5):
+        with Watched() as seen:
+            unlearn.get(name)(few, **{longer: epochs})
+        read.append(seen.read)
+        steps.append(epochs * -(-len(problem.forget if name == "ga" else problem.retain) // 64))
+    assert read[1] - read[0] == steps[1] - steps[0], "of each step the rate is read, which is on the CPU"
 
 
 def test_scrub_moves_away_from_its_teacher_on_f_and_stays_near_it_on_r(problem, before):
@@ -222,6 +238,22 @@ def test_each_model_is_rewound_to_the_phase_that_is_chosen(problem):
     rewound = run(rewind=lambda logits: np.arange(logits.shape[1]) % len(logits))
     for k in range(3):
         np.testing.assert_allclose(rewound[k::3], run((k + 1) / 3)[k::3], atol=1e-5)
+
+
+def test_convolutions_are_taken_a_block_of_outputs_at_a_time(monkeypatch):
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(16, 10)
+    )
+    module, x, y = module.double().eval(), torch.randn(9, 3, 4, 4, dtype=torch.double), torch.arange(9) % 10
+    params = {k: v.detach() for k, v in module.named_parameters()}
+    found = []
+    for numbers in (10**8, 1):
+        monkeypatch.setattr("dmmlib.attributors.gradients.FLOATS", numbers)
+        seen = Jacobian(module, params, {}, x, y, 5)
+        found.append([seen.kernel, *seen.solve(torch.ones(9), torch.full((9,), 0.1)).values()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_dm_direct_is_original_plus_effect(problem):

@@ -105,7 +105,12 @@ class BayesianDatamodel(Attributor):
 
 @register("bayesian")
 def bayesian(
-    context: Context, lam: float = LAM, delta: float = 1.0, n_models: int | None = 20, rank: int = RANK
+    context: Context,
+    lam: float = LAM,
+    delta: float = 1.0,
+    n_models: int | None = 20,
+    rank: int = RANK,
+    project: int | None = None,
 ) -> BayesianDatamodel:
     """Fit the posterior to all subset models of the context, around `linearised_response`.
 
@@ -116,7 +121,7 @@ def bayesian(
         raise DataError(f"delta={delta} was given; use a share above 0 and at most 1, such as 1.")
     if len(context.masks) < 3:
         raise DataError(f"{len(context.masks)} subset models were given; a Bayesian datamodel takes at least 3.")
-    return fit(context, linearised_response(context, lam, n_models, rank), delta)
+    return fit(context, linearised_response(context, lam, n_models, rank, project), delta)
 
 
 def fit(context: Context, response: Response | np.ndarray, delta: float = 1.0) -> BayesianDatamodel:

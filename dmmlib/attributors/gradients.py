@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ from dmmlib.attribution import LOADINGS
 from dmmlib.ensemble import Ensemble
 from dmmlib.optim import Tensors
 
-POINTS = 100  # explicit gradients at a time
+POINTS = 100  # whose gradients are taken at a time; on a GPU five times as many
+FLOATS = 100_000_000  # numbers in one block of gradients, about
 
 Margins = Callable[[Tensors, Tensor, Tensor], Tensor]  # of one model, from its weights, points and labels
 
@@ -35,13 +37,26 @@ class Layer:
     With several places, as in a convolution, the gradient in the weight is the sum of d u^T over them.
     """
 
+    part: nn.Module
     parameters: tuple[str, ...]  # names of the weight and, where it moves, of the bias
-    rows: Tensor  # inputs u, with a 1 for the bias (n, places, d_in)
+    inputs: Tensor  # as the layer takes them (n, ...)
     d: Tensor  # gradients of each point's margin at the outputs (n, places, d_out)
 
+    @property
+    def rows(self) -> Tensor:
+        """Inputs u, with a 1 for the bias (n, places, d_in); made anew, as a 3 x 3 filter's are nine times `inputs`."""
+        rows = _unfolded(self.part, self.inputs)
+        return torch.cat([rows, torch.ones_like(rows[..., :1])], -1) if len(self.parameters) == 2 else rows
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Yield gradients of margins (n, block, d_in) in the weight and, last, in the bias, for some outputs a time."""
+        rows = self.rows
+        for d in self.d.split(max(1, FLOATS // (len(rows) * rows.shape[2])), 2):
+            yield torch.einsum("ipo,ipd->iod", d, rows)
+
     def products(self) -> Tensor:
-        """Gradients of margins (n, d_out, d_in) in the weight and, last, in the bias."""
-        return torch.einsum("ipo,ipd->iod", self.d, self.rows)
+        """The same for all outputs (n, d_out, d_in)."""
+        return torch.cat(list(self.blocks()), 1)
 
 
 def observe(
@@ -76,24 +91,26 @@ def observe(
             hook.remove()
     layers = []
     for (part, inputs, _), d in zip(once, gradients, strict=True):
-        rows = _unfolded(part, inputs)
-        if rows is not None and len(inputs) == len(x):
-            names = [name for name in (f"{parts[part]}weight", f"{parts[part]}bias") if name in params]
-            rows = torch.cat([rows, torch.ones_like(rows[..., :1])], -1) if len(names) == 2 else rows
-            layers.append(Layer(tuple(names), rows, d[:, None] if d.ndim == 2 else d.flatten(2).mT))
+        if _multiplies(part, inputs) and len(inputs) == len(x):
+            names = tuple(name for name in (f"{parts[part]}weight", f"{parts[part]}bias") if name in params)
+            layers.append(Layer(part, names, inputs, d[:, None] if d.ndim == 2 else d.flatten(2).mT))
     return found.detach(), layers
 
 
-def _unfolded(part: nn.Module, inputs: Tensor) -> Tensor | None:
-    """Inputs (n, places, d_in) of a layer as its weight multiplies them; None where they are not known to be such."""
-    if isinstance(part, nn.Linear) and inputs.ndim == 2:
+def _multiplies(part: nn.Module, inputs: Tensor) -> bool:
+    """Whether `_unfolded` knows what a layer's weight multiplies."""
+    if isinstance(part, nn.Linear):
+        return inputs.ndim == 2
+    plain = isinstance(part, nn.Conv2d) and part.groups == 1 and part.padding_mode == "zeros" and part.padding != "same"
+    return plain and inputs.ndim == 4
+
+
+def _unfolded(part: nn.Module, inputs: Tensor) -> Tensor:
+    """Inputs (n, places, d_in) of a layer as its weight multiplies them."""
+    if not isinstance(part, nn.Conv2d):
         return inputs[:, None]
-    if isinstance(part, nn.Conv2d) and inputs.ndim == 4 and part.groups == 1 and part.padding_mode == "zeros":
-        if part.padding == "same":
-            return None
-        padding = 0 if part.padding == "valid" else part.padding
-        return F.unfold(inputs, part.kernel_size, part.dilation, padding, part.stride).mT  # type: ignore[arg-type]
-    return None
+    padding: Any = 0 if part.padding == "valid" else part.padding
+    return F.unfold(inputs, part.kernel_size, part.dilation, padding, part.stride).mT
 
 
 def separable(
@@ -108,7 +125,7 @@ def separable(
         true = torch.cat(list(explicit(few[0], layer.parameters, *few[1:])))
         shape = (2, len(layer.d[0, 0]), -1)
         parts = [part.reshape(shape) for part in true.split([params[k].numel() for k in layer.parameters], 1)]
-        if stacking.close(layer.products(), torch.cat(parts, -1)):
+        if stacking.alike(layer.products(), torch.cat(parts, -1)):
             found.add(layer.parameters[0])
     return found
 
@@ -121,7 +138,7 @@ def explicit(params: Tensors, names: Sequence[str], margins: Margins, x: Tensor,
         return margins(chosen | rest, point[None], label[None])[0]
 
     n_weights = sum(v.numel() for v in chosen.values())
-    block = POINTS if n_weights <= 1_000_000 else max(1, 100_000_000 // n_weights)
+    block = max(1, min(POINTS * (5 if x.is_cuda else 1), FLOATS // max(1, n_weights)))
     for points, labels in zip(x.split(block), y.split(block), strict=True):
         per_point = stacking.each(grad(one), (None, 0, 0), chosen, points, labels)
         yield torch.cat([per_point[k].reshape(len(points), -1) for k in names], 1)

@@ -35,15 +35,17 @@ import numpy as np
 import torch
 from scipy.special import expit
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dmmlib import stacking
 from dmmlib.attribution import Context, register
-from dmmlib.attributors.gradients import explicit, margins_of, observe, separable
+from dmmlib.attributors.gradients import Layer, explicit, margins_of, observe, separable
 from dmmlib.attributors.margins import MarginDatamodel, calibrated
 from dmmlib.ensemble import Ensemble
 from dmmlib.errors import DataError
 
 FEATURES = 20_000  # weights with explicit gradients, beyond which these are projected
+BLOCK = {"cpu": 2**27, "cuda": 2**31}  # numbers held for a block of points whose gradients are sketched
 EASY = 0.01  # of the mean: below it a point's hardness does not fall
 MASKS = 100  # subsets that residuals are solved with; each costs an inverse of what it leaves out
 
@@ -58,31 +60,79 @@ def _project(gradients: Tensor, seed: int, n_features: int = 4096, block: int = 
     return total / n_features**0.5
 
 
+class Sketch:
+    """A sparse random projection of gradients, block by block of weights, summed into `n_features` features.
+
+    Each weight goes to one feature with a random sign, as many weights to each (CountSketch; Charikar et al., ICALP
+    2002; Weinberger et al., "Feature hashing for large scale multitask learning", ICML 2009). Inner products g.g' are
+    kept in expectation, up to at most about |g| |g'| sqrt(2 / n_features), at the cost of reading the gradients once.
+    """
+
+    def __init__(self, n_features: int, seed: int, device: torch.device) -> None:
+        self._n_features, self._generator = n_features, torch.Generator(device).manual_seed(seed)
+        self._drawn: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, name: str, gradients: Tensor) -> Tensor:
+        """Features (n, n_features) of gradients (n, n_weights); the same projection for the same name."""
+        n, g = gradients.shape[1], self._generator
+        size = -(-n // self._n_features) * self._n_features
+        if name not in self._drawn:
+            signs = torch.randint(0, 2, (n,), generator=g, device=g.device) * 2.0 - 1.0
+            self._drawn[name] = signs, torch.randperm(size, generator=g, device=g.device)
+        signs, order = self._drawn[name]
+        return F.pad(gradients * signs, (0, size - n))[:, order].unflatten(1, (-1, self._n_features)).sum(1)
+
+
 @torch.no_grad()
-def gram(models: Ensemble, i: int, x: Tensor, y: Tensor, seed: int = 0) -> Tensor:
+def gram(models: Ensemble, i: int, x: Tensor, y: Tensor, seed: int = 0, project: int | None = None) -> Tensor:
     """K (n, n): inner products of gradients of the margins of points (n, ...) in the weights of model i.
 
     Args:
         models: an ensemble; evaluated as at test time (batch norm with its running statistics).
         i: which of its models.
         x, y: points and their labels (n,).
-        seed: of the random projection of gradients that are not outer products, where they are more than 20,000.
+        seed: of random projections.
+        project: how many features the gradients of convolutions and all other weights than those of layers that are
+            linear on vectors are projected on, by a `Sketch`. With None they are taken explicitly, and projected by
+            dense signs where they are more than 20,000: exact for small models, and out of reach for large ones.
+
+    Takes 4 n (3 n + project) bytes and, with `project`, about 1 GB for a block of points on a CPU, 8 GB on a GPU.
+    Raises DataError for a number of features that is not positive.
     """
+    if project is not None and project < 1:
+        raise DataError(f"project={project} was given; give a number of features, such as 8192, or null.")
     module, (params, buffers) = stacking.copied(models.module).eval(), models.state_of(i)
-    margins = margins_of(module, buffers)
-    known = separable(module, params, margins, x, y, nn.Linear)
-    layers = observe(module, params, margins, x, y, (nn.Linear,), known)[1]
-    k = next(iter(params.values())).new_zeros(len(x), len(x))
-    for layer in layers:
-        u, d = layer.rows[:, 0], layer.d[:, 0]
-        k += (u @ u.T) * (d @ d.T)
-    covered = {name for layer in layers for name in layer.parameters}
-    others = [name for name in params if name not in covered]
-    if others:
+    margins, kinds = margins_of(module, buffers), (nn.Linear,) if project is None else (nn.Linear, nn.Conv2d)
+    known = separable(module, params, margins, x, y, *kinds)
+    few = observe(module, params, margins, x[:2], y[:2], kinds, known)[1]
+    sketch, vectors = Sketch(project or 1, seed, x.device), dict[str, list[Layer]]()
+    features = next(iter(params.values())).new_zeros(len(x), project or 0)
+    block = len(x) if project is None else max(1, BLOCK[x.device.type] // _floats(few))
+    for points, labels, sums in zip(*(z.split(block) for z in (x, y, features)), strict=True):
+        for layer in observe(module, params, margins, points, labels, kinds, known)[1]:
+            if layer.d.shape[1] == 1:
+                vectors.setdefault(layer.parameters[0], []).append(layer)
+            else:
+                sums += sketch(layer.parameters[0], layer.products().flatten(1))
+    covered = {name for layer in few for name in layer.parameters}
+    if others := [name for name in params if name not in covered]:
         blocks = explicit(params, others, margins, x, y)
-        features = torch.cat([_project(z, seed) if z.shape[1] > FEATURES else z for z in blocks])
-        k += features @ features.T
+        if project is None:
+            features = torch.cat([_project(z, seed) if z.shape[1] > FEATURES else z for z in blocks])
+        else:
+            features += torch.cat([sketch("", z) for z in blocks])
+    k = features @ features.T
+    for layers in vectors.values():
+        u, d = (torch.cat(z) for z in zip(*((layer.rows[:, 0], layer.d[:, 0]) for layer in layers), strict=True))
+        k += (u @ u.T) * (d @ d.T)
     return k.float()
+
+
+def _floats(layers: list[Layer]) -> int:
+    """Numbers that a block holds for each point: what layers keep, and thrice the gradients of the largest."""
+    kept = [layer.inputs[0].numel() + layer.d[0].numel() for layer in layers]
+    largest = [layer.rows[0].numel() + 3 * layer.d.shape[2] * layer.rows.shape[2] for layer in layers]
+    return sum(kept) + max(largest, default=1)
 
 
 @dataclass(frozen=True)
@@ -127,7 +177,14 @@ def hardness(margins: np.ndarray) -> np.ndarray:
 
 
 def gradient_kernel(
-    models: Ensemble, x: Tensor, y: Tensor, n_train: int, lam: float, hardness: np.ndarray | None = None, seed: int = 0
+    models: Ensemble,
+    x: Tensor,
+    y: Tensor,
+    n_train: int,
+    lam: float,
+    hardness: np.ndarray | None = None,
+    seed: int = 0,
+    project: int | None = None,
 ) -> Kernel:
     """Average the kernel over models, where gradients are taken.
 
@@ -137,12 +194,13 @@ def gradient_kernel(
         x, y: all points (n_points, ...), training points first, and their labels.
         lam: penalty, relative to the kernel's mean diagonal.
         hardness: h (n_train,), by which a point's penalty is divided; 1 by default, which is TRAK's.
+        seed, project: as `gram` takes them.
     """
     transfer = torch.zeros(n_train, len(x), device=x.device)
     inverse = torch.zeros(n_train, n_train, device=x.device)
     h = torch.ones(n_train) if hardness is None else torch.from_numpy(np.asarray(hardness, np.float32))
     for i in range(models.n_models):
-        k = gram(models, i, x, y, seed)[:n_train]
+        k = gram(models, i, x, y, seed, project)[:n_train]
         a = k[:, :n_train].clone()
         unit = a.diagonal().mean()
         a.diagonal().add_(lam * unit / h.to(x.device))
@@ -184,8 +242,12 @@ class KernelResponse:
         return float(np.sqrt(max(0.0, r @ self.kernel.transfer[np.ix_(forget, forget)] @ (h * r))))
 
 
-def kernel_response(context: Context, lam: float = 0.1, n_models: int | None = None) -> KernelResponse:
+def kernel_response(
+    context: Context, lam: float = 0.1, n_models: int | None = None, project: int | None = None
+) -> KernelResponse:
     """Take the kernel at the weights of a context's first `n_models` subset models, and measure the residuals.
+
+    For models of a million weights give `project`, a number of features; see `gram`.
 
     Raises:
         DataError: for a penalty (relative to the kernel's mean diagonal) that is not positive, or no weights.
@@ -194,14 +256,16 @@ def kernel_response(context: Context, lam: float = 0.1, n_models: int | None = N
         raise DataError(f"The kernel's penalty is {lam}; give a positive number, such as 0.1.")
     n, models = context.n_train, context.subset_models()[:n_models]
     margins = context.margins[:, :n]
-    kernel = gradient_kernel(models, context.x, context.y, n, lam, hardness(margins), context.seed)
+    kernel = gradient_kernel(models, context.x, context.y, n, lam, hardness(margins), context.seed, project)
     return KernelResponse(kernel, kernel.measured(margins, context.masks))
 
 
 @register("kernel")
-def kernel(context: Context, lam: float = 0.1, n_models: int | None = None) -> MarginDatamodel:
+def kernel(
+    context: Context, lam: float = 0.1, n_models: int | None = None, project: int | None = None
+) -> MarginDatamodel:
     """Fit `kernel_response`, and its scale on the margins of the context's subset models."""
-    return calibrated(context, kernel_response(context, lam, n_models))
+    return calibrated(context, kernel_response(context, lam, n_models, project))
 
 
 def measured_residuals(margins: np.ndarray, masks: np.ndarray, own: np.ndarray) -> np.ndarray:

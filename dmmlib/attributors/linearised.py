@@ -199,13 +199,19 @@ def compressed(kernel: Tensor, n_train: int, rank: int, seed: int = 0) -> Tensor
 
 
 def linearised_response(
-    context: Context, lam: float = LAM, n_models: int | None = 20, rank: int = RANK, first: int = 0
+    context: Context,
+    lam: float = LAM,
+    n_models: int | None = 20,
+    rank: int = RANK,
+    project: int | None = None,
+    first: int = 0,
 ) -> LinearisedResponse:
     """Linearise the first n_models subset models of a context (all if None), in 4 n_models n_points rank bytes.
 
     Args:
         lam: penalty on the linearised weights, relative to the kernel's mean diagonal.
         rank: directions that features are compressed to.
+        project: features that gradients are projected on before; needed for models of a million weights, see `gram`.
         first: of the models; those before it are left out.
 
     Raises DataError for a penalty, rank or number of models that is not positive, or a context without weights.
@@ -217,7 +223,7 @@ def linearised_response(
     models, n, found = context.subset_models()[:n_models], context.n_train, list[Linearised]()
     margins = context.margins[: models.n_models, :n]
     for i in range(first, models.n_models):
-        kernel = gram(models, i, context.x, context.y, context.seed)[:n]
+        kernel = gram(models, i, context.x, context.y, context.seed, project)[:n]
         features, penalty = compressed(kernel, n, rank, context.seed), lam * float(kernel.diagonal().mean()) / n
         if i % 2:
             initial = torch.from_numpy(margins[i]).to(features)
@@ -231,6 +237,8 @@ def linearised_response(
 
 
 @register("linearised", version=2)
-def linearised(context: Context, lam: float = LAM, n_models: int | None = 20, rank: int = RANK) -> MarginDatamodel:
+def linearised(
+    context: Context, lam: float = LAM, n_models: int | None = 20, rank: int = RANK, project: int | None = None
+) -> MarginDatamodel:
     """Fit `linearised_response`, scaled to the margins of the context's subset models."""
-    return calibrated(context, linearised_response(context, lam, n_models, rank))
+    return calibrated(context, linearised_response(context, lam, n_models, rank, project))

@@ -54,7 +54,7 @@ class Jacobian:
         margins = margins_of(module, buffers)
         known = separable(module, params, margins, x, y, *KINDS) if known is None else known
         self.margins, layers = observe(module, params, margins, x, y, KINDS, known)
-        self._parts = [(_Vectors if layer.rows.shape[1] == 1 else _Places)(layer, usual) for layer in layers]
+        self._parts = [(_Vectors if layer.d.shape[1] == 1 else _Places)(layer, usual) for layer in layers]
         self.kernel = sum((part.kernel for part in self._parts), x.new_zeros(len(x), len(x), dtype=torch.double))
         covered = {name for layer in layers for name in layer.parameters}
         self._params, self._others = params, [name for name in params if name not in covered]
@@ -117,18 +117,20 @@ class _Vectors:
 
 
 class _Places:
-    """A convolution: gradients g (n, d_out, d_in) are sums over places, kept in coordinates in which A is I."""
+    """A convolution: gradients g (n, d_out, d_in) are sums over places, of which only a block is ever held."""
 
     def __init__(self, layer: Layer, usual: int) -> None:
         seen = layer.rows[-usual:].flatten(0, 1)
         moment = seen.T @ seen / len(seen)
         moment.diagonal().add_(_damping(moment.diagonal().mean()))
-        self.layer, self._root, products = layer, torch.linalg.cholesky(moment), layer.products()
-        white = torch.linalg.solve_triangular(self._root.T, products.flatten(0, 1), upper=True, left=False)
-        self._white = white.reshape(products.shape)
-        self.kernel = (self._white.flatten(1) @ self._white.flatten(1).T).double()
+        self.layer, self._root = layer, torch.linalg.cholesky(moment)
+        self.kernel = layer.d.new_zeros(len(layer.d), len(layer.d), dtype=torch.double)
+        for block in layer.blocks():  # g L^-T: in these coordinates A = L L^T is I
+            white = torch.linalg.solve_triangular(self._root.T, block.flatten(0, 1), upper=True, left=False)
+            white = white.reshape(len(block), -1)
+            self.kernel += (white @ white.T).double()
 
     def step(self, a: Tensor) -> Tensor:
         """Sum of a_i g_i A^-1 (d_out, d_in)."""
-        moved = torch.einsum("i,iod->od", a.to(self._white), self._white)
-        return torch.linalg.solve_triangular(self._root, moved, upper=False, left=False)
+        moved = (a.to(self.layer.d)[:, None, None] * self.layer.d).flatten(0, 1).T @ self.layer.rows.flatten(0, 1)
+        return torch.cholesky_solve(moved.T, self._root).T
