@@ -179,6 +179,7 @@ class TuningSection(Section):
 
 class UnlearningSection(Section):
     methods: Some[str] = METHODS
+    settings: dict[str, Options] = {}  # method -> its options; those of other methods are searched on the tuning sets
     checkpoints: NonNegativeInt = 8
 
 

@@ -64,6 +64,8 @@ class Study(Models):
         for method in self.preset.unlearning.methods:
             unlearn.get(method)
             attribution.get(method.partition("@")[2] if "@" in method else self.preset.attribution.name)
+        for method, options in self.preset.unlearning.settings.items():
+            unlearn.check_setting(method, options)
         own = self.preset.attribution
         check_call(f"attributor {own.name!r}", attribution.get(own.name), None, **own.options)
         self.figures = Path(figures or place("figures"))
@@ -255,7 +257,9 @@ class Study(Models):
         return pd.DataFrame(kept(path, search, read_json, write_json))
 
     def tuned(self, method: str) -> dict[str, Any]:
-        """The best setting of a method on the tuning sets ({} if it has none to choose), and where it is to `stop`."""
+        """The preset's setting of a method, or the best on the tuning sets ({} if it has none), and where it is to `stop`."""
+        if method in self.preset.unlearning.settings:
+            return dict(self.preset.unlearning.settings[method])
         settings = unlearn.configurations(method, self.preset.tuning.budget, self.preset.seed)
         if len(settings) == 1:
             return settings[0]

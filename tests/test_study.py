@@ -9,7 +9,16 @@ import torch
 
 from dmmlib import attribution, data, execution, forget_sets, models, presets, registry, unlearn
 from dmmlib.app.status import trained
-from dmmlib.errors import DataError, DeviceError, DmmError, ForgetSetError, MethodError, PresetError, StoreError
+from dmmlib.errors import (
+    DataError,
+    DeviceError,
+    DmmError,
+    ForgetSetError,
+    MethodError,
+    OptionError,
+    PresetError,
+    StoreError,
+)
 from dmmlib.files import read_json
 from dmmlib.progress import Reporter, describe, silent
 from dmmlib.study import Study
@@ -59,6 +68,16 @@ def test_hyperparameters_are_searched_with_one_budget_and_kept(tiny):
         assert table["setting"].nunique() == tiny.preset.tuning.budget
         best, stop = table.groupby(["setting", "stop"])["score"].mean().idxmin()
         assert {"stop": 1.0} | tiny.tuned(method) == unlearn.configurations(method, 2, 0)[best] | {"stop": stop}
+
+
+def test_settings_that_a_preset_gives_are_not_searched(tmp_path):
+    given = {"gd": {"epochs": 1.0, "lr": 0.05}, "dmm": {"cost": 0.2}}
+    own = study(tmp_path, {"unlearning.settings": given})
+    assert [own.tuned(method) for method in given] == list(given.values())
+    assert not list((tmp_path / "runs" / "store").glob("search-*"))
+    for wrong in ({"gd": {"rate": 1}}, {"dmm": {"lr": 1}}):
+        with pytest.raises(OptionError, match="no option"):
+            study(tmp_path, {"unlearning.settings": wrong})
 
 
 def test_matching_has_nothing_to_search(tiny, monkeypatch):

@@ -169,7 +169,9 @@ def _unlearning(preset: Preset, n_train: int) -> float:
 
     total = 0.0
     for method in preset.unlearning.methods:
-        costs = [cost(s) for s in unlearn.configurations(method, preset.tuning.budget, preset.seed)]
+        given = preset.unlearning.settings.get(method)
+        tried = unlearn.configurations(method, preset.tuning.budget, preset.seed) if given is None else [given]
+        costs = [cost(setting) for setting in tried]
         if len(costs) > 1:
             searched = sum(n * k for n, k in tuning.rungs(preset.tuning.n_models, len(costs)))
             total += float(np.mean(costs)) * searched * len(preset.tuning.forget_sets)

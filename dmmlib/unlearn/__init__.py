@@ -15,6 +15,7 @@ from dmmlib.unlearn.base import (
     Registered,
     Unlearned,
     check_options,
+    check_setting,
     configurations,
     descent,
     draw_batches,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -175,6 +176,14 @@ def configurations(name: str, budget: int | None = None, seed: int = 0) -> list[
     grid = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
     keep = np.random.default_rng(seed).permutation(len(grid))[:budget]
     return [grid[i] for i in sorted(keep)]
+
+
+def check_setting(name: str, options: Mapping[str, Any]) -> None:
+    """Raise OptionError for options of a method that neither its signature nor its space has, before anything runs."""
+    found, own = registered(name), inspect.signature(get(name)).parameters.values()
+    known = sorted({*found.space, *(p.name for p in own if p.kind is p.KEYWORD_ONLY)})
+    if unknown := sorted(options.keys() - set(known)):
+        raise OptionError(f"Method {name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}.")
 
 
 def check_options(low: float = 0.0, high: float = math.inf, *, whole: bool = False, **options: float) -> None:
