@@ -2,8 +2,7 @@
 
     python scripts/replicate.py [SEED ...] [--pair PAIR]
 
-Appends to figures/laptop/04_replication.csv and 07_replication.csv what is not in them yet; and writes
-07_more_ridge.csv, where it is missing: the laptop preset's ridge with 6,000 subset models.
+Appends to figures/laptop/04_replication.csv and 07_replication.csv what is not in them yet.
 """
 
 import argparse
@@ -15,10 +14,9 @@ import pandas as pd
 
 from dmmlib.analysis.tables import klom_p95
 from dmmlib.files import home, replacing
-from dmmlib.studies.cheap.experiments import PAIRS, more_ridge, replicate
+from dmmlib.studies.cheap.experiments import PAIRS, replicate
 from dmmlib.study import Study
 
-MORE = 6000
 TABLES: dict[str, Callable[[Study], pd.DataFrame]] = {
     "07_replication.csv": replicate,
     "04_replication.csv": lambda study: klom_p95(study.results()),
@@ -46,17 +44,9 @@ def main(seeds: list[int], pairs: list[str], folder: Path = LAPTOP) -> None:
                 sys.stdout.write(f"{name}, {pair}, seed {seed}: done\n")
 
 
-def more(path: Path = LAPTOP / "07_more_ridge.csv") -> None:
-    """Ridge with `MORE` subset models on the laptop preset, where there is no table of it."""
-    if not path.exists():
-        with replacing(path) as temporary:
-            more_ridge(Study("laptop"), MORE).to_csv(temporary, index=False, float_format="%.6g")
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--pair", choices=PAIRS, action="append")
     given = parser.parse_args()
     main(given.seeds, given.pair or list(PAIRS))
-    more()

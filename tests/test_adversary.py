@@ -12,19 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmmlib import data, metrics, models, presets
+from dmmlib.ensemble import Ensemble
 from dmmlib.errors import DataError, ForgetSetError, OptionError, PresetError
-from dmmlib.studies.adversary import convex, crafting, defence, experiments, geometry, service, serving, sweep
-from dmmlib.studies.adversary.geometry import jensen_gap, stable_region
+from dmmlib.studies.adversary import crafting, defence, experiments, geometry, service, serving, sweep
 from dmmlib.studies.adversary.settings import AdversarySettings
 from dmmlib.studies.adversary.subspace import Metric, Subspace, gradients
 from dmmlib.studies.adversary.world import World, mlp, retrain, sites
-from dmmlib.studies.exact.chains import delete
 
 SMALL = AdversarySettings(
     n=120, share=0.1, hidden=8, epochs=5, n_targets=5, n_tuning=3, n_models=4, n_known=2, n_candidates=40, k=3,
-    dampings=(0.3, 30.0), angles=(0.0,), craft_steps=3, radii=(1.0, 4.0), n_polyhedra=10, shares=(0.1,), epsilons=(0,),
-    ks=(2,), sizes=(4,), n_subsets=30, camouflage_subsets=6, n_klom=4, n_requests=2, sequence=2, n_honest=12,
-    convex_steps=20, convex_batch=20, convex_side=3, convex_k=2,
+    dampings=(0.3, 30.0), angles=(0.0,), craft_steps=3, shares=(0.1,), epsilons=(0,),
+    ks=(2,), sizes=(4,), n_subsets=30, camouflage_subsets=6, n_compared=4, n_requests=2, n_honest=12,
 )  # fmt: skip
 
 
@@ -53,34 +51,6 @@ def prepared(world: World) -> experiments.Prepared:
     return experiments.prepare(world)
 
 
-# --- stable region -------------------------------------------------------------------------------------
-
-
-def well(sigma: float):
-    """1 - exp(-||z||^2 / 2 sigma^2): its radial curvature changes sign at ||z|| = sigma, the others stay positive."""
-    return lambda z: 1 - np.exp(-((z / sigma) ** 2).sum(1) / 2)
-
-
-@pytest.mark.parametrize(("k", "sigma"), [(1, 1.0), (2, 3.0), (4, 0.5)])
-def test_known_convex_radius_is_found(k: int, sigma: float) -> None:
-    radii = sigma * np.arange(0.5, 3.01, 0.25)
-    found = stable_region(well(sigma), k, radii, 1e-3, 5000, np.random.default_rng(0))
-    assert sigma <= found.radius <= 1.5 * sigma
-    assert (found.gaps[radii <= sigma] <= 1e-12).all(), "no violation where there is none"
-
-
-def test_a_convex_function_is_stable_everywhere_and_a_concave_one_nowhere() -> None:
-    rng = np.random.default_rng(0)
-    for sign, radius in ((1, 8.0), (-1, 0.0)):
-        found = stable_region(lambda z, sign=sign: sign * (z**2).sum(1), 3, [1.0, 8.0], 1e-6, 500, rng)
-        assert found.radius == radius
-
-
-def test_jensen_gap_of_a_linear_function_is_zero() -> None:
-    gap = jensen_gap(lambda z: z @ np.array([1.0, -2.0, 0.5]), 3, 2.0, 200, np.random.default_rng(0))
-    assert abs(gap) < 1e-12
-
-
 # --- simplex -------------------------------------------------------------------------------------------
 
 
@@ -92,18 +62,6 @@ def test_the_simplex_is_regular_inscribed_and_cancels(k: int) -> None:
     np.testing.assert_allclose(v.sum(0), 0, atol=1e-9)
     edges = np.linalg.norm(v[:, None] - v[None], axis=2)[~np.eye(k + 1, dtype=bool)]
     np.testing.assert_allclose(edges, np.sqrt(2 * (k + 1) / k))
-
-
-def test_volume_share_is_known_in_low_dimensions() -> None:
-    assert geometry.volume_share(1) == pytest.approx(1)
-    assert geometry.volume_share(2) == pytest.approx(3 * np.sqrt(3) / (4 * np.pi))
-    assert geometry.volume_share(3) == pytest.approx(8 / (9 * np.sqrt(3)) / (4 * np.pi / 3))
-
-
-@pytest.mark.parametrize("k", [2, 3, 5])
-def test_sampled_share_agrees_with_the_closed_form(k: int) -> None:
-    share, error = geometry.sampled_share(k, 40_000, np.random.default_rng(k))
-    assert abs(share - geometry.volume_share(k)) < 4 * error
 
 
 @given(st.integers(1, 12), st.integers(0, 2**31))
@@ -174,13 +132,20 @@ def test_coordinates_are_products_of_gradients_and_directions(world: World, subs
     np.testing.assert_allclose(of_loss, -p[0][:, None] * single.of_margins(x, y), rtol=1e-3, atol=1e-4)
 
 
+def displaced(subspace: Subspace, z: np.ndarray) -> Ensemble:
+    """The first model, displaced by each row of z (n, k)."""
+    (params, buffers), moves = subspace.models.state_of(0), torch.from_numpy(z).float()
+    params = {k: params[k] + torch.tensordot(moves, w[:, 0], dims=1) for k, w in subspace.directions.items()}
+    return Ensemble(subspace.models.module, params, {k: b.expand(len(z), *b.shape) for k, b in buffers.items()})
+
+
 def test_margins_move_by_the_product_of_coordinates(world: World, subspace: Subspace) -> None:
     x, y = world.of_targets(world.targets[:4])
     single = replace(
         subspace, models=subspace.models[:1], directions={k: d[:, :1] for k, d in subspace.directions.items()}
     )
     z = 1e-3 * np.eye(SMALL.k)
-    moved = metrics.margins(single.displaced(z, 0).logits(x).numpy(), y.numpy())
+    moved = metrics.margins(displaced(single, z).logits(x).numpy(), y.numpy())
     still = metrics.margins(single.models.logits(x).numpy(), y.numpy())
     np.testing.assert_allclose((moved - still) / 1e-3, single.of_margins(x, y).T, rtol=0.05, atol=0.05)
 
@@ -240,11 +205,10 @@ def test_prepared_images_are_what_models_take(name: str) -> None:
         ({"epsilon": 300}, "epsilon"),
         ({"epsilons": [-1]}, "epsilons"),
         ({"n_models": 1}, "n_models"),
-        ({"radii": [2.0, 1.0]}, "increasing"),
         ({"sizes": [25]}, "half is 25"),
         ({"sizes": []}, "sizes"),
         ({"ks": [301]}, "n_candidates"),
-        ({"sequence": 51}, "n_targets"),
+        ({"n_requests": 51}, "n_targets"),
         ({"seed": -1}, "seed"),
     ],
 )
@@ -291,17 +255,6 @@ def test_a_fixed_target_deletes_one_whole_group() -> None:
         assert len(deleted) == 5
         assert len(np.unique(made.group[deleted])) == 1
         assert (made.coordinates[deleted] * target < 0).all()
-
-
-def test_a_second_request_leaves_the_first_ones_points() -> None:
-    made, left = ideal(2, 30), np.ones(30, bool)
-    first = crafting.delete_groups(made, np.array([1.0, 0.0]), 6, left)
-    left[first] = False
-    second = crafting.delete_groups(made, np.array([0.0, 1.0]), 6, left)
-    assert len(first) == len(second) == 6
-    assert len(np.intersect1d(first, second)) == 0
-    with pytest.raises(OptionError, match="19 points"):
-        crafting.delete_groups(made, np.array([1.0, 0.0]), 19, left & (np.arange(30) > 11))
 
 
 def test_most_harmful_deletes_what_holds_the_target_up() -> None:
@@ -462,36 +415,31 @@ def test_an_album_is_of_one_class_and_honest(world: World) -> None:
     assert len(np.unique(world.data.y_train[album])) == 1
 
 
-def test_sequence_sweep_limits_and_klom_have_their_rows(world: World, prepared: experiments.Prepared) -> None:
-    sequence = sweep.sequence(world, prepared)
-    assert set(sequence["place"]) == {1, 2}
-    assert (sequence.groupby("place")["deleted"].first().diff().dropna() > 0).all()
+def test_the_sweep_asks_every_target_of_every_case(world: World, prepared: experiments.Prepared) -> None:
     table = sweep.sweep(world, prepared)
     assert (table.groupby(["attack", "varies", "value"])["target"].nunique() == len(world.targets)).all()
     swept = serving.summary(table, ["attack", "varies", "value"]).set_index(["attack", "varies", "value"])
-    ddpa = {"share", "bound", "k", "points deleted", "class known", "plan"}
-    assert set(swept.loc["ddpa_clean"].index.get_level_values(0)) == ddpa
-    for attack in ("ddpa_dirty", "camouflage", "honest_gradient"):
+    assert set(swept.loc["ddpa_clean"].index.get_level_values(0)) == {"share", "bound", "k", "points deleted"}
+    for attack in sweep.ATTACKS:
         assert swept.loc[(attack, "points deleted", 4), "size"] == 4
         assert swept.loc[(attack, "points deleted", SMALL.half), "size"] == SMALL.half
-    limits = sweep.limits(world, prepared, pd.Series(-1.0, index=list(prepared.asked))).set_index("attack")
-    assert limits.loc["camouflage", "expected"] == pytest.approx(-1)
-    assert (limits.loc[["ddpa_clean", "ddpa_dirty"], "gradient held"] <= 1 + 1e-4).all()
-    assert (limits.loc[["ddpa_clean", "ddpa_dirty"], "pulls along the target"] < SMALL.half).all()
+        after = prepared.asked[attack].retrained[np.arange(len(world.targets)), :, SMALL.n + world.targets]
+        right = metrics.correct(after.swapaxes(0, 1), world.data.y_val[world.targets])
+        assert swept.loc[(attack, "points deleted", SMALL.half), "success"] == pytest.approx(1 - right.mean())
 
 
-def test_klom_is_measured_of_every_attack_by_every_method(world: World, prepared: experiments.Prepared) -> None:
+def test_distances_are_measured_of_every_attack_by_every_method(world: World, prepared: experiments.Prepared) -> None:
     options = {"do_nothing": {}, "retrain": {}, "ga": {"epochs": 3.0, "lr": 1e-2}, "dm_direct": {}}
-    klom = serving.klom(world, prepared, options)
-    assert set(klom["attack"]) == {"album", *prepared.asked}
-    assert len(klom) == (len(prepared.asked) + 1) * len(options) * 3
-    assert (klom["n_requests"] == SMALL.n_requests).all()
-    np.testing.assert_allclose(klom["value"] + klom["error"], klom["high"])
-    assert ((klom["low"] <= klom["value"]) & (klom["value"] <= klom["high"])).all()
-    value = klom.pivot_table(index="attack", columns=["method", "split"], values="value")
-    cold = value.loc["never_trained"]
-    assert cold["dm_direct"].equals(cold["do_nothing"]), "a datamodel has no column for such a point"
-    trained = value.drop(index="never_trained")
+    table = serving.distances(world, prepared, options)
+    assert set(table["attack"]) == {"album", *prepared.asked}
+    assert len(table) == (len(prepared.asked) + 1) * len(options) * 3 * 2
+    assert (table["n"] == SMALL.n_requests).all()
+    assert ((table["low"] <= table["value"]) & (table["value"] <= table["high"])).all()
+    here = table[table["statistic"] == "mean_gap"]
+    gaps = here.pivot_table(index="attack", columns=["method", "split"], values="value")
+    cold = gaps.loc["never_trained"]
+    np.testing.assert_allclose(cold["dm_direct"], cold["do_nothing"], rtol=1e-3, err_msg="it has no column for them")
+    trained = gaps.drop(index="never_trained")
     assert (trained["do_nothing"]["forget"] > trained["retrain"]["forget"]).mean() > 0.5
 
 
@@ -504,35 +452,3 @@ def test_interval_covers_the_mean_of_its_table() -> None:
     assert e.low < e.value < e.high
     two_ways = np.sqrt(values.mean(1).var() / 40 + values.mean(0).var() / 5)
     assert two_ways < (e.high - e.low) / 2 / 1.96 < 2 * two_ways
-
-
-@pytest.fixture(scope="module")
-def convex_attacks(digits: data.Dataset) -> list[convex.Attack]:
-    return convex.prepare(digits, SMALL)
-
-
-def test_exact_deletion_meets_every_attack_on_points_that_were_trained_on(convex_attacks: list[convex.Attack]) -> None:
-    table = convex.study(convex_attacks, SMALL)
-    assert set(table["attack"]) == set(experiments.ATTACKS) - {"never_trained"}
-    assert set(table["method"]) == {"do_nothing", "retrain", "tv_stable"}
-    assert table.groupby(["attack", "method"]).size().eq(SMALL.n_targets * SMALL.n_models).all()
-    assert (table.loc[table["method"] == "tv_stable", "cost"] <= 1).all()
-    assert table["size"].eq(SMALL.n * SMALL.share // 2).all()
-
-
-def test_klom_of_exact_deletion_is_that_of_retraining(convex_attacks: list[convex.Attack]) -> None:
-    table = convex.klom(convex_attacks, SMALL.model_copy(update={"convex_n_klom": 100, "n_requests": 3}))
-    assert set(table["attack"]) == set(experiments.ATTACKS) - {"never_trained"}
-    assert (table["n_requests"] == 3).all()
-    value = table.groupby(["method", "split"])["value"].mean()
-    for split in ("retain", "validation"):
-        floor = value["retrain", split]
-        assert value["tv_stable", split] == pytest.approx(floor, rel=0.15)
-        assert value["do_nothing", split] > 1.3 * floor
-
-
-def test_exact_deletion_refuses_what_was_never_trained_on(convex_attacks: list[convex.Attack]) -> None:
-    attack = convex_attacks[0]
-    originals = convex.learned(attack, SMALL, 2, np.random.default_rng(0))
-    with pytest.raises(ForgetSetError, match="outside"):
-        delete(attack.train, originals, attack.train.n, np.random.default_rng(0))

@@ -7,44 +7,32 @@ import itertools
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from scipy.stats import multivariate_normal
 
 from dmmlib import metrics, presets
 from dmmlib.analysis import tables
 from dmmlib.analysis.intervals import mean_over
 from dmmlib.analysis.looks import SPLITS
 from dmmlib.analysis.side_by_side import FLOOR, best, over_sets, side_by_side, tuned_ridge, wide
-from dmmlib.attribution import Context
 from dmmlib.attributors import bayesian
-from dmmlib.attributors.bayesian import RHOS, covariance
-from dmmlib.attributors.linearised import LinearisedResponse, linearised_response
-from dmmlib.attributors.margins import Linear
+from dmmlib.attributors.linearised import linearised_response
 from dmmlib.datamodels import RidgeDatamodel
 from dmmlib.datamodels import lds as lds_of
-from dmmlib.errors import DataError, PresetError
+from dmmlib.errors import PresetError
 from dmmlib.files import home
-from dmmlib.metrics import Estimate
 from dmmlib.progress import silent
 from dmmlib.studies.cheap import ablation, experiments
-from dmmlib.studies.cheap.ablation import antithetic_masks, clustered_masks, posterior
-from dmmlib.studies.cheap.evaluator import Evaluator, leaving_out
+from dmmlib.studies.cheap.evaluator import Evaluator
 from dmmlib.studies.cheap.settings import CheapSettings
 from dmmlib.study import Study
-from dmmlib.trainer import ModelSet
 from tests.conftest import TINY
-from tests.test_attribution import FACTORIES, problem
+from tests.test_attribution import Nothing as _registered_as_nothing  # noqa: F401
 
 CHEAP = {
     "sizes": [10, 30, 60],
     "n_draws": 2,
     "n_kernel": 3,
-    "n_ablation": 2,
     "linearised": [1],
-    "n_clusters": 5,
-    "penalties": [0.1],
     "fractions": [0.5],
-    "ranks": [20],
 }
 
 
@@ -59,89 +47,6 @@ def study(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cache(study):
     return experiments.Cache(study)
-
-
-def prior(w0):
-    """A linear prior mean that is free of noise."""
-    return Linear(w0).change
-
-
-def test_the_posterior_taken_apart_is_the_bayesian_datamodels():
-    context = problem(FACTORIES["mlp"], m=30)
-    w0 = np.random.default_rng(0).normal(size=(10, 14)).astype(np.float32)
-    model = bayesian.fit(context, w0, 0.3)
-    predict = posterior(context, prior(w0), covariance(w0, 0.3))
-    for forget in ([0], [2, 5, 7]):
-        effect = metrics.right_logits(model.effect(forget), context.labels)
-        np.testing.assert_allclose(leaving_out(predict, 10)([forget])[0], effect, rtol=1e-3, atol=1e-4)
-
-
-def parts_of_a_regression(seed=0, n=8, m=25, n_points=11):
-    rng = np.random.default_rng(seed)
-    masks = np.stack([np.isin(np.arange(n), rng.permutation(n)[:5]) for _ in range(m)])
-    w0 = rng.normal(size=(n, n_points))
-    y = (masks - masks.mean(0)) @ (w0 + 0.3 * rng.normal(size=w0.shape)) + 0.2 * rng.normal(size=(m, n_points))
-    return masks, y, w0, covariance(w0, 0.5)
-
-
-def of_margins(masks, y):
-    """A context of one class, whose logits are margins."""
-    n_points = y.shape[1]
-    return Context(torch.zeros(n_points, 1), torch.zeros(n_points, dtype=torch.long), masks, y[:, :, None])
-
-
-def weights_of(predict, n=8):
-    """What each training point adds (n, n_points)."""
-    return predict(np.eye(n)) - predict(np.zeros((1, n)))
-
-
-def log_evidence(a, y, c, rho):
-    """Of one margin, its variance profiled out; the mean is projected out of everything."""
-    m = len(a)
-    basis = np.linalg.svd(np.eye(m) - 1 / m)[0][:, : m - 1]
-    z, r = basis.T @ y, basis.T @ (rho * a @ c @ a.T + np.eye(m)) @ basis
-    sigma2 = z @ np.linalg.solve(r, z) / len(z)
-    return multivariate_normal.logpdf(z, cov=sigma2 * r)
-
-
-@pytest.mark.parametrize("each", [False, True])
-def test_without_mean_and_own_weights_it_is_gaussian_process_regression_at_the_best_evidence(each):
-    masks, y, w0, c = parts_of_a_regression()
-    found = weights_of(posterior(of_margins(masks, y), prior(w0), c, mean=False, own=False, each=each))
-    a, centred = masks - masks.mean(0), y - y.mean(0)
-    scores = np.array([[log_evidence(a, column, c, rho) for column in centred.T] for rho in RHOS])
-    rhos = RHOS[scores.argmax(0)] if each else np.full(y.shape[1], RHOS[scores.sum(1).argmax()])
-    for k, rho in enumerate(rhos):
-        explicit = rho * c @ a.T @ np.linalg.solve(rho * a @ c @ a.T + np.eye(len(a)), centred[:, k])
-        np.testing.assert_allclose(found[:, k], explicit, rtol=1e-5, atol=1e-7)
-
-
-def test_a_true_prior_mean_is_found_and_helps():
-    masks, y, w0, c = parts_of_a_regression(m=12)
-    with_mean, without = (weights_of(posterior(of_margins(masks, y), prior(w0), c, mean=on)) for on in (True, False))
-    assert np.abs(with_mean - w0).mean() < np.abs(without - w0).mean()
-
-
-def test_antithetic_masks_come_with_their_complements():
-    masks = np.random.default_rng(0).random((6, 20)) < 0.5
-    pairs = antithetic_masks(masks)
-    assert pairs.shape == masks.shape
-    np.testing.assert_array_equal(pairs[::2], masks[:3])
-    np.testing.assert_array_equal(pairs[1::2], ~masks[:3])
-
-
-def test_clustered_masks_hold_what_is_alike_together_and_are_of_exact_size():
-    rng = np.random.default_rng(0)
-    cluster = np.repeat(np.arange(4), 10)
-    alike = np.eye(4)[cluster] @ rng.normal(size=(4, 30)) + 0.01 * rng.normal(size=(40, 30))
-    masks = clustered_masks(alike, 300, 0.75, 4, seed=1)
-    assert (masks.sum(1) == 30).all()
-    r = np.corrcoef(masks.T.astype(float))
-    same = cluster[:, None] == cluster
-    np.fill_diagonal(r, np.nan)
-    assert np.nanmean(r[same]) > np.nanmean(r[~same]) + 0.2
-    with pytest.raises(DataError, match=r"n_clusters=41 .* 40"):
-        clustered_masks(alike, 3, 0.75, 41, 0)
 
 
 def test_a_pool_goes_on_where_the_presets_models_end(study):
@@ -168,21 +73,10 @@ def test_models_are_linearised_once_for_every_number_of_them(study, cache):
     context = experiments.pool(study, 0, 30)
     two, three = cache("draw 0", context, 2), cache("draw 0", context, 3)
     assert three.models[:2] == two.models
-    assert cache("draw 0", context, 2) is two
+    assert cache("draw 0", context, 2).models == two.models
     assert cache("draw 0", context, 99).models == three.models, "there are no more"
     direct = linearised_response(context, n_models=3)
     np.testing.assert_allclose(three.change(context.masks)[0], direct.change(context.masks)[0], atol=1e-3)
-
-
-def test_a_remembered_response_predicts_the_same_masks_once(study, cache, monkeypatch):
-    context = experiments.pool(study, 0, 30)
-    remembered = cache("draw 0", context, 1)
-    first = remembered.change(context.masks)
-    again = LinearisedResponse(remembered.models).change(~context.masks)
-    for found, expected in zip(remembered.change(~context.masks), again, strict=True):
-        np.testing.assert_array_equal(found, expected)
-    monkeypatch.setattr(LinearisedResponse, "change", None)
-    assert remembered.change(context.masks) is first
 
 
 def test_the_curve_measures_what_the_study_does(study, cache):
@@ -228,23 +122,32 @@ def test_ridge_has_the_setting_of_the_lowest_score_on_the_tuning_sets(study):
 
 def test_the_ablation_tries_each_change_in_every_draw(study, cache):
     table = ablation.ablate(study, cache)
-    variants = ablation.variants(study)
-    assert len(table) == len(variants) * 2 * 4
+    fitted = {name: model for _, name, model in ablation.variants(study, cache, 0)}
+    assert len(table) == len(fitted) * 2 * 4
     against = ablation.against_default(table)
     default = against[against["group"] == "default"].set_index("split")
     assert (default.loc[list(SPLITS), "ratio"] == 1).all()
     assert default.loc["lds", "ratio"] == 0
-    no_mean = against.query("name == 'covariance only: no mean' and split == 'lds'")
     rows = table.query("split == 'lds'").pivot(index="draw", columns="name", values="value")
-    gap = rows["covariance only: no mean"] - rows[variants[0].name]
-    assert no_mean["ratio"].iloc[0] == pytest.approx(gap.mean())
+    gap = rows["subset models alone"] - rows[table["name"].iloc[0]]
+    found = against.query("name == 'subset models alone' and split == 'lds'")["ratio"].iloc[0]
+    assert found == pytest.approx(gap.mean())
 
 
-def test_gauges_end_in_the_same_margins_where_effects_vanish(study):
-    table = ablation.gauges(study)
-    assert set(table["gauge"]) == {"raw logits", "margin gauge"}
-    assert np.isfinite(table["value"]).all()
-    assert len(table) == 2 * 2 * len(study.tuning_sets()) * 3
+def test_variants_change_what_they_say(study, cache):
+    fitted = {name: model for _, name, model in ablation.variants(study, cache, 0)}
+    default, alone, added = (
+        fitted[name] for name in (next(iter(fitted)), "subset models alone", "effects of points add up")
+    )
+    assert alone.scale == 0
+    np.testing.assert_array_equal(alone.covariance, default.covariance)
+    one, other, both = (added.prior.effects([f])[0] for f in ([2], [7], [2, 7]))
+    np.testing.assert_allclose(one + other, both, atol=1e-5)
+    starts = [
+        fitted[f"all {start}"].prior.response.models for start in ("retrained from nothing", "from their own margins")
+    ]
+    assert [[model.pull.any().item() for model in models] for models in starts] == [[False, False], [True]]
+    assert len(fitted["1 of them"].prior.response.models) == 1
 
 
 def test_uncertainty_says_what_its_columns_say(study):
@@ -259,17 +162,6 @@ def test_uncertainty_says_what_its_columns_say(study):
     assert sets.loc[("pc1", "forget"), "kind"] == "group"
     slope = np.linalg.lstsq(part[["predicted"]], part["true"])[0][0]
     assert sets.loc[("pc1", "forget"), "slope"] == pytest.approx(slope)
-
-
-def test_fine_tuned_methods_are_measured_as_the_study_does(study):
-    table = experiments.fine_tuned(study, ["dmm"])
-    f = study.forget_sets()["pc1"]
-    rows = pd.DataFrame(study.evaluate("dmm", f))
-    mine = table[table["forget_set"] == "pc1"].set_index("split")["value"]
-    theirs = rows[rows["statistic"] == "klom_p95"].set_index("split")["value"]
-    for split in SPLITS:
-        assert mine[split] == pytest.approx(theirs[split], rel=1e-5)
-    assert mine["all"] == rows[rows["statistic"] == "cost"]["value"].iloc[0]
 
 
 def test_costs_break_even_where_the_totals_cross(study):
@@ -302,18 +194,6 @@ def test_ratios_are_geometric_means_over_sets_and_t_intervals_over_seeds():
     assert seeds["n"].tolist() == [2, 2]
 
 
-def test_ratio_over_sets_takes_the_mean_of_draws_first():
-    rows = [
-        ("a", 1, d, f, "forget", "klom_p95", v) for f, vs in (("x", (1, 3)), ("y", (4, 4))) for d, v in enumerate(vs)
-    ]
-    rows += [("b", 2, 0, f, "forget", "klom_p95", 2.0) for f in "xy"]
-    table = pd.DataFrame(rows, columns=["attributor", "n_models", "draw", "forget_set", "split", "statistic", "value"])
-    e = experiments.ratio_over_sets(table, ("a", 1), ("b", 2), ["x", "y"], "forget")
-    assert isinstance(e, Estimate)
-    assert e.value == 1.5
-    assert (e.low, e.high) == (1, 2)
-
-
 def test_replication_goes_on_where_its_table_ends(study, tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("replicate_script", home() / "scripts" / "replicate.py")
     script = importlib.util.module_from_spec(spec)
@@ -333,27 +213,6 @@ def test_replication_goes_on_where_its_table_ends(study, tmp_path, monkeypatch):
     assert len(rows) == 2 * (3 * 2 * 3 + 2)
     ratios = experiments.over_seeds(experiments.ratios(rows))
     assert set(ratios["kind"]) == {"random", "group", "every"}
-
-
-def test_ridge_may_have_more_models_than_the_preset(study):
-    section = study.preset.datamodels
-    size, m = section.n_subsets + 20, section.n_subsets
-    table = experiments.more_ridge(study, size)
-    assert (table["n_models"] == size).all()
-    masks = study.random_masks("masks:more", 20, section.fraction)
-    assert not any((masks[:, None] == study.subsets()[0][None]).all(2).ravel())
-    logits = np.concatenate([study.subsets(raw=True)[1], study.outputs(ModelSet("subsets:more", masks), raw=True)])
-    reported = Evaluator.reported(study)
-    possible = []
-    for lam in section.lambdas:
-        model = RidgeDatamodel.fit(np.concatenate([study.subsets()[0], masks]), logits, lam)
-        assert len(logits) == m + 20
-        moved = {
-            name: metrics.margins(study.original_logits() + model.effect(f.indices), study.data.y)
-            for name, f in study.forget_sets().items()
-        }
-        possible.append([row["value"] for row in reported.rows(moved.__getitem__)])
-    assert any(np.allclose(table["value"], values, rtol=1e-3) for values in possible)
 
 
 def test_the_main_table_over_seeds():
@@ -395,8 +254,8 @@ def test_replicated_pairs_are_presets(pair, tmp_path):
 
 @pytest.mark.parametrize(
     "given",
-    [{"size": [3]}, {"sizes": []}, {"sizes": [2]}, {"n_draws": 1}, {"fractions": [1.0]}, {"penalties": [0]},
-     {"ranks": [0]}, {"linearised": [0]}, {"n_kernel": 0}],
+    [{"size": [3]}, {"sizes": []}, {"sizes": [2]}, {"n_draws": 1}, {"fractions": [1.0]},
+     {"linearised": [0]}, {"n_kernel": 1}],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_refused(given):
     with pytest.raises(ValueError, match=next(iter(given))):

@@ -156,14 +156,7 @@ def _choose(scores: np.ndarray, pulls: np.ndarray, size: int) -> tuple[np.ndarra
     return chosen, label[np.arange(size) % len(order), chosen].astype(np.int64)
 
 
-def wanted(target: np.ndarray) -> np.ndarray:
-    """Return the direction d (k,), of length 1, for the coordinates (k,) of the target's margin."""
-    return -target / max(float(np.linalg.norm(target)), 1e-12)
-
-
-def delete_groups(
-    poison: Poison, target: np.ndarray, size: int | None = None, left: np.ndarray | None = None
-) -> np.ndarray:
+def delete_groups(poison: Poison, target: np.ndarray, size: int | None = None) -> np.ndarray:
     """Return positions in the poison that DDPA asks to delete for a target.
 
     Args:
@@ -171,13 +164,11 @@ def delete_groups(
         target: coordinates (k,) of the target's margin.
         size: points to delete, by default as many as the convex combination says; raises OptionError where the attacker
             has fewer.
-        left: which points are still there, bool (p,); all by default.
     """
-    there = np.ones(len(poison), bool) if left is None else left
-    if size is not None and not 1 <= size <= there.sum():
-        raise OptionError(f"{size} points to delete were asked for, but the attacker has {there.sum()}; ask for fewer.")
-    shares = farthest(poison.vertices, wanted(target))
-    members = [np.flatnonzero(there & (poison.group == i)) for i in range(len(shares))]
+    if size is not None and not 1 <= size <= len(poison):
+        raise OptionError(f"{size} points to delete were asked for, but the attacker has {len(poison)}; ask for fewer.")
+    shares = farthest(poison.vertices, -target)  # the margin falls fastest against its gradient
+    members = [np.flatnonzero(poison.group == i) for i in range(len(shares))]
     available = np.array([len(m) for m in members])
     exact = (1 - shares / shares.max()) * available
     counts = apportion(exact, round(exact.sum()) if size is None else size, available)

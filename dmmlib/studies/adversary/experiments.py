@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 from scipy.special import expit
-from torch import Tensor
 
 from dmmlib import attribution, metrics
 from dmmlib.attributors.bayesian import fit
@@ -16,9 +15,7 @@ from dmmlib.attributors.kernel import gradient_kernel, kernel_response
 from dmmlib.attributors.margins import calibrated
 from dmmlib.datamodels import Attributor, Indices
 from dmmlib.studies.adversary.crafting import Poison, delete_groups, most_harmful
-from dmmlib.studies.adversary.geometry import Region, sampled_share, stable_region, volume_share
 from dmmlib.studies.adversary.service import COMPONENTS, Monitor
-from dmmlib.studies.adversary.settings import AdversarySettings
 from dmmlib.studies.adversary.subspace import Subspace
 from dmmlib.studies.adversary.world import Site, World, retrain, sites, together, with_poison
 
@@ -33,30 +30,6 @@ ATTACKS = {
     "honest_gradient": "honest points, gradients",
     "never_trained": "never trained (unchecked)",
 }
-
-
-def regions(world: World, subspace: Subspace, reach: float) -> dict[str, Region]:
-    """Find stable regions of two models' training loss, along the subspace and along directions of highest curvature.
-
-    Radii are in multiples of how far the poison reaches, lengths those of the subspace's own metric.
-    """
-    s, known = world.s, world.known
-    sharp = Subspace.of(known, known.x, known.y, subspace.k)
-    cases = [(f"towards targets, model {i + 1}", subspace, i) for i in range(min(2, known.models.n_models))]
-    cases += [("highest curvature, model 1", sharp, 0)]
-    found = {}
-    for name, space, model in cases:
-        loss, rng = space.loss(known.x, known.y, model), np.random.default_rng([s.seed, 2, model])
-        found[name] = stable_region(loss, space.k, reach * np.array(s.radii), s.tolerance, s.n_polyhedra, rng)
-    return found
-
-
-def covered(s: AdversarySettings) -> pd.DataFrame:
-    """Compute the volume of the regular simplex over its ball's for each dimension: in closed form, and by sampling."""
-    rng = np.random.default_rng([s.seed, 3])
-    sampled = [sampled_share(k, s.volume_samples, rng) for k in s.volume_ks]
-    table = pd.DataFrame(sampled, columns=["sampled", "error"])
-    return table.assign(k=s.volume_ks, theory=[volume_share(k) for k in s.volume_ks], error=1.96 * table.error)
 
 
 @dataclass(frozen=True)
@@ -239,15 +212,12 @@ def camouflage(world: World) -> tuple[Asked, list[Poison], pd.DataFrame]:
 
 def hidden(world: World) -> tuple[list[Poison], list[np.ndarray]]:
     """Craft camouflaged poison for each target, and the request that uncovers it."""
-    found = [on_a_line(world, *world.of_targets(t), False, t) for t in world.targets[:, None]]
-    return [poison for poison, _ in found], [forget for _, (forget,) in found]
-
-
-def on_a_line(world: World, x: Tensor, y: Tensor, dirty: bool, targets: np.ndarray) -> tuple[Poison, list[np.ndarray]]:
-    """Craft poison along the direction in which the gradients of some points agree most, and requests for targets."""
-    line = Subspace.of(world.known, x, y, 1)
-    poison = world.craft(line, dirty, angle=0.0)
-    return poison, ddpa(world, poison, line, targets)
+    poisons, requests = [], []
+    for target in world.targets[:, None]:
+        line = Subspace.of(world.known, *world.of_targets(target), 1)
+        poisons.append(world.craft(line, dirty=False, angle=0.0))
+        requests += ddpa(world, poisons[-1], line, target)
+    return poisons, requests
 
 
 def never_trained(world: World, honest: Site, camouflaged: Asked, n_models: int) -> Asked:

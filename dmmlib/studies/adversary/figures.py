@@ -15,17 +15,10 @@ from sklearn.metrics import roc_curve
 
 from dmmlib.analysis import looks
 from dmmlib.analysis.looks import PALETTE, label, titled
-from dmmlib.metrics import FLOOR
 from dmmlib.studies.adversary.crafting import Poison
 from dmmlib.studies.adversary.experiments import ATTACKS
-from dmmlib.studies.adversary.geometry import Region
 
 LOOKS = {a: (PALETTE[i], mark) for a, i, mark in zip(ATTACKS, (0, 3, 9, 6, 7, 1, 2, 4, 5), "os<>vD^PX", strict=True)}
-EXACT = {
-    "retrain": (PALETTE[0], "o", "retrained"),
-    "tv_stable": (PALETTE[1], "D", "TV-stable deletion"),
-    "do_nothing": ("0.45", "v", "nothing done"),
-}
 SPLITS = {"forget": "deleted points", "retain": "points that stay", "validation": "validation points"}
 QUANTITIES = {
     "share": "attacker's share of S",
@@ -38,39 +31,6 @@ QUANTITIES = {
 def _panels(n_rows: int, n_columns: int, width: float, height: float, **options: Any) -> tuple[Figure, np.ndarray]:
     """Panels (n_rows, n_columns) on a figure of that size in inches."""
     return plt.subplots(n_rows, n_columns, figsize=(width, height), layout="constrained", squeeze=False, **options)
-
-
-def regions(known: Region, found: Mapping[str, Region], reach: float, title: str, caption: str) -> Figure:
-    """Draw the gap against radius: left of a function that is convex up to radius 1, right of trained models' loss."""
-    figure, ((left, right),) = _panels(1, 2, 10.5, 3.6)
-    left.plot(known.radii, known.gaps, color=PALETTE[0], marker="o", label="largest gap found")
-    left.axvline(1, color="black", lw=1, ls=":", label="convex up to here")
-    left.set(xlabel="radius / the known convex radius", ylabel="Jensen gap / rise of the function")
-    left.set_title("1 − exp(−‖z‖²/2)", fontsize=10)
-    for i, (name, region) in enumerate(found.items()):
-        right.plot(region.radii / reach, region.gaps, color=PALETTE[i + 1], marker="so^D"[i % 4], label=name)
-    first = next(iter(found.values()))
-    right.axvline(1, color="black", lw=1, ls=":", label="reach of the poison")
-    right.set(xlabel="radius / reach of the poison", ylabel="Jensen gap / rise of the loss")
-    looks.log_axis(right, "x", tuple(first.radii / reach))
-    right.set_title("training loss of the service's models", fontsize=10)
-    for axis, tolerance in ((left, known.tolerance), (right, first.tolerance)):
-        axis.axhline(tolerance, color="0.5", lw=1, ls="--", label="tolerance")
-        axis.grid(color="0.93")
-    looks.legend(figure, left, right)
-    return titled(figure, title, caption)
-
-
-def covered(table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Draw share of the ball that the regular simplex covers, in closed form and by sampling."""
-    figure, ((axis,),) = _panels(1, 1, 6.5, 3.6)
-    axis.plot(table["k"], table["theory"], color="black", lw=1.2, label="closed form")
-    k, sampled, error = table.loc[table["sampled"] > 0, ["k", "sampled", "error"]].to_numpy().T
-    axis.errorbar(k, sampled, error, color=PALETTE[3], fmt="o", capsize=3, label="sampled, 95 % interval")
-    axis.set(yscale="log", xlabel="dimension k of the subspace", ylabel="simplex / ball, volume", xticks=table["k"])
-    axis.grid(color="0.93")
-    looks.legend(figure, axis)
-    return titled(figure, title, caption)
 
 
 def poison(poisons: Mapping[str, Poison], names: Sequence[str], title: str, caption: str, n: int = 10) -> Figure:
@@ -130,36 +90,14 @@ def methods(table: pd.DataFrame, title: str, caption: str) -> Figure:
     return titled(figure, title, caption)
 
 
-def klom(table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Draw KLoM of each attack's requests after each method, a panel for each split; numbers: the deleted points."""
+def distances(table: pd.DataFrame, title: str, caption: str) -> Figure:
+    """Draw mean gaps of `serving.distances` after each attack and method, a panel for each split."""
+    table = table[table["statistic"] == "mean_gap"]
     figure, axes = _panels(len(SPLITS), 1, 10.5, 0.36 * table["attack"].nunique() * len(SPLITS) + 2.2, sharex=True)
-    limits = {"vmin": table["value"].min(), "vmax": -np.log(FLOOR)}
     for axis, (split, name) in zip(axes[:, 0], SPLITS.items(), strict=True):
         values = _grid(table[table["split"] == split], "value")
-        _heatmap(axis, values, "KLoM, p95", annot=split == "forget", fmt=".1f", annot_kws={"fontsize": 9}, **limits)
+        _heatmap(axis, values, "mean gap, sd", annot=split == "forget", fmt=".1f", vmin=0, vmax=table["value"].max())
         axis.set_title(name, fontsize=10)
-    return titled(figure, title, caption)
-
-
-def exact(results: pd.DataFrame, table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Draw change of targets' margins (summary of `convex.study`) and KLoM: served exactly, retrained, not served."""
-    table = table.rename(columns={"value": "KLoM", "low": "KLoM low", "high": "KLoM high"})
-    panels = [("change of the target's margin", results[results["method"] != "do_nothing"], "change")]
-    panels += [(f"KLoM, p95: {name}", table[table["split"] == split], "KLoM") for split, name in SPLITS.items()]
-    names = list(results["attack"].unique())
-    figure, (axes,) = _panels(1, len(panels), 12.5, 0.38 * len(names) + 1.8, sharey=True)
-    for axis, (quantity, part, column) in zip(axes, panels, strict=True):
-        for i, (method, (tint, mark, told)) in enumerate(EXACT.items()):
-            its = part[part["method"] == method]
-            place = [names.index(attack) + 0.2 * (i - 1) for attack in its["attack"]]
-            look = {"fmt": mark, "color": tint, "ms": 5, "capsize": 2, "label": told}
-            axis.errorbar(its[column], place, xerr=looks.bars(its, column), **look)
-        axis.set_xlabel(quantity)
-    looks.rows(axes, [ATTACKS[a] for a in names])
-    axes[0].axvline(0, color="0.7", lw=0.8)
-    for axis in axes[2:]:
-        axis.sharex(axes[1])
-    looks.legend(figure, axes[-1])
     return titled(figure, title, caption)
 
 

@@ -33,8 +33,6 @@ OPTIONS: dict[str, list[Setting]] = {
 }
 """Settings tried of each method, on honest requests of the attack's size."""
 
-Answers = tuple[np.ndarray, np.ndarray]  # margins, and whether answers are correct, both (n_models, n_points)
-
 
 def solve(
     world: World, asked: Asked, options: Iterable[tuple[str, Setting]]
@@ -93,16 +91,6 @@ def _albums(world: World, stream: int) -> list[np.ndarray]:
     return [world.album(world.s.n, rng) for _ in range(world.s.n_requests)]
 
 
-def columns(after: Answers, before: Answers, target: int, others: np.ndarray) -> dict[str, np.ndarray]:
-    """Return errors and margins at a target, and accuracies on other points (n_models,), after and before a request."""
-    found = {}
-    for when, (margins, correct) in (("", after), (" before", before)):
-        found[f"error{when}"] = ~correct[:, target]
-        found[f"margin{when}"] = margins[:, target]
-        found[f"accuracy{when}"] = correct[:, others].mean(1)
-    return found
-
-
 def serve(world: World, asked: Asked, options: Mapping[str, Setting]) -> pd.DataFrame:
     """Record what each model answers after each method has served each request.
 
@@ -114,9 +102,13 @@ def serve(world: World, asked: Asked, options: Mapping[str, Setting]) -> pd.Data
     tables = []
     for t, method, _, result in solve(world, asked, options.items()):
         n, target = asked.site(t).data.n_train, int(world.targets[t])
-        told = columns((result.margins, result.correct), before[t % len(before)], n + target, n + others)
-        names = {"attack": asked.attack, "method": method, "target": target, "size": len(asked.requests[t])}
-        tables.append(pd.DataFrame(names | {"model": np.arange(len(result.margins)), "cost": result.cost} | told))
+        told = {"attack": asked.attack, "method": method, "target": target, "size": len(asked.requests[t])}
+        told |= {"model": np.arange(len(result.margins)), "cost": result.cost}
+        answers = {"": (result.margins, result.correct), " before": before[t % len(before)]}
+        for when, (margins, correct) in answers.items():
+            told |= {f"error{when}": ~correct[:, n + target], f"margin{when}": margins[:, n + target]}
+            told[f"accuracy{when}"] = correct[:, n + others].mean(1)
+        tables.append(pd.DataFrame(told))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -144,7 +136,7 @@ def summary(served: pd.DataFrame, by: Sequence[str] = ("attack", "method")) -> p
     if "accuracy" in served:
         served["lost"] = served["accuracy"] - served["accuracy before"]
         estimated["lost"] = "lost"
-    means = [c for c in ("accuracy", "accuracy before", "size", "cost", "balance") if c in served]
+    means = [c for c in ("accuracy", "size", "cost") if c in served]
     rows = []
     for key, part in served.groupby(list(by), sort=False):
         row: dict[str, Any] = dict(zip(by, key, strict=True)) | {"n_targets": part["target"].nunique()}
@@ -155,42 +147,34 @@ def summary(served: pd.DataFrame, by: Sequence[str] = ("attack", "method")) -> p
     return pd.DataFrame(rows)
 
 
-def klom(world: World, prepared: Prepared, options: Mapping[str, Setting]) -> pd.DataFrame:
-    """Compute KLoM's p95 of the served requests for each attack, method and split: the mean over several requests.
+def distances(world: World, prepared: Prepared, options: Mapping[str, Setting]) -> pd.DataFrame:
+    """Measure how far each attack's first few requests leave each method from retraining, on each split.
 
-    Each is served from `n_klom` originals and compared with as many retrained models; as many others are what oracle
-    matching aims at, and the floor. The 95 % interval is Student's t over requests, whose spread holds the models'.
-    "album" is the honest request for images alike.
+    Each is served from `n_compared` originals and compared with as many retrained models; as many others are what
+    oracle matching aims at, and the floor. So few models fill KLoM's bins too sparsely (its floor is high), so the
+    measures are those of `metrics.gap_summary`. "album" is the honest request for images alike.
+
+    Returns:
+        Columns attack, method, split, statistic ("mean_gap", "ks_share"), then value, low, high (mean over requests
+        with Student's 95 % interval, whose spread holds the models') and n.
     """
-    rows, n = list[dict[str, Any]](), world.s.n_klom
+    rows, n = list[dict[str, Any]](), world.s.n_compared
     for asked in _with_many_models(world, prepared):
         served = replace(asked, retrained=asked.retrained[:, :n])
         for t, method, _, result in solve(world, served, options.items()):
             data = asked.site(t).data
             splits = ForgetSet("", asked.requests[t]).splits(data.n_train, data.n_val)
             aim = metrics.margins(asked.retrained[t][n:], data.y)
-            rows += klom_rows({"attack": asked.attack, "method": method}, result.margins, aim, splits)
-    return over_requests(rows)
-
-
-def klom_rows(
-    names: dict[str, Any], unlearned: np.ndarray, oracle: np.ndarray, splits: Mapping[str, np.ndarray]
-) -> list[dict[str, Any]]:
-    """Compute KLoM's p95 of margins (n_models, n_points) on each split."""
-    points = metrics.klom(unlearned, oracle)
-    return [names | {"split": name, "value": np.percentile(points[i], 95)} for name, i in splits.items()]
-
-
-def over_requests(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Compute the mean of `klom_rows` over an attack's requests, with Student's 95 % interval."""
-    table = means_over(pd.DataFrame(rows), ["attack", "method", "split"])
-    table["error"], table["low"] = table["high"] - table["value"], table["low"].clip(lower=0)
-    return table.rename(columns={"n": "n_requests"})
+            for split, found in metrics.gap_summary(result.margins, aim, splits, n_bootstrap=2).items():
+                told = {"attack": asked.attack, "method": method, "split": split}
+                rows += [told | {"statistic": name, "value": found[name].value} for name in ("mean_gap", "ks_share")]
+    table = means_over(pd.DataFrame(rows), ["attack", "method", "split", "statistic"])
+    return table.assign(low=table["low"].clip(lower=0))
 
 
 def _with_many_models(world: World, prepared: Prepared) -> list[Asked]:
-    """An honest request's and each attack's first few requests, with `n_klom` originals and twice as many retrained."""
-    n, every, first = world.s.n_klom, prepared.asked, slice(world.s.n_requests)
+    """An honest request's and each attack's first few, with `n_compared` originals and twice as many retrained."""
+    n, every, first = world.s.n_compared, prepared.asked, slice(world.s.n_requests)
     few = [replace(every["honest_datamodel"], attack="album", requests=_albums(world, 10))]
     few += [replace(asked, requests=asked.requests[first]) for name, asked in every.items() if name != "never_trained"]
     few = [replace(asked, sites=asked.sites[first]) for asked in few]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Annotated, TypeVar
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from dmmlib.presets import Section, Side, study
+from dmmlib.presets import Section, study
 
 V = TypeVar("V")
 Some = Annotated[tuple[V, ...], Field(min_length=1)]
@@ -43,31 +42,14 @@ class AdversarySettings(Section):
     craft_steps: PositiveInt = 10  # steps of signed ascent on pixels
     n_targets: Several = 50  # targets that results are reported on
     n_tuning: PositiveInt = 40  # other targets, on which the attacker's settings are chosen
-    sequence: PositiveInt = 3  # targets asked for one after another from the same poison
-    # the stable region and the simplex
-    radii: Some[PositiveFloat] = (1.0, 64.0, 4096.0, 262144.0)  # in multiples of the attack's reach, increasing
-    tolerance: PositiveFloat = 0.05  # of convexity
-    n_polyhedra: PositiveInt = 40  # drawn at each radius
-    volume_ks: Some[PositiveInt] = (1, 2, 3, 4, 5, 6, 8)  # dimensions at which the simplex's volume is sampled
-    volume_samples: PositiveInt = 200_000
     # what the attack depends on: values tried in place of those above, one at a time
     shares: tuple[Share, ...] = (0.02, 0.2)
     epsilons: tuple[Bound, ...] = (0, 96)
     ks: tuple[PositiveInt, ...] = (3, 18)
     sizes: Some[PositiveInt] = (6, 12)  # points deleted, fewer than half of the attacker's
-    # KLoM
-    n_klom: PositiveInt = 20  # originals, retrained models, and others for the floor
+    # distances from retraining
+    n_compared: PositiveInt = 20  # originals, retrained models, and others for the floor
     n_requests: Several = 5  # requests of each attack there, and honest ones on which methods' settings are chosen
-    # the noisy SGD that is unlearned exactly
-    positive: Some[NonNegativeInt] = (0, 1, 2, 3, 4)  # classes labelled +1
-    convex_side: Side = 5  # pixels a side
-    convex_steps: PositiveInt = 100
-    convex_batch: PositiveInt = 100
-    convex_lr: PositiveFloat = 2.0
-    convex_noise: PositiveFloat = 0.05
-    convex_radius: PositiveFloat = 10.0
-    convex_k: PositiveInt = 9  # dimension of the subspace
-    convex_n_klom: PositiveInt = 100  # as `n_klom`: a chain costs little
     seed: NonNegativeInt = 0
 
     @property
@@ -77,12 +59,10 @@ class AdversarySettings(Section):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> AdversarySettings:
-        if any(a >= b for a, b in pairwise(self.radii)):
-            raise ValueError(f"radii are {self.radii}; give increasing numbers")
         if max(self.sizes) >= self.half:
             raise ValueError(f"sizes go up to {max(self.sizes)}, but the attacker's half is {self.half}; use fewer")
-        if max(self.k, self.convex_k, *self.ks) > self.n_candidates:
+        if max(self.k, *self.ks) > self.n_candidates:
             raise ValueError(f"n_candidates={self.n_candidates} span fewer directions than k asks for; use more")
-        if max(self.sequence, self.n_requests) > self.n_targets:
-            raise ValueError(f"n_targets={self.n_targets} is below sequence or n_requests; use at least as many")
+        if self.n_requests > self.n_targets:
+            raise ValueError(f"n_targets={self.n_targets} is below n_requests={self.n_requests}; use at least as many")
         return self

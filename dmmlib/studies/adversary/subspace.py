@@ -17,14 +17,14 @@ training points themselves as candidates they are the directions of highest curv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call, jvp, vmap
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import one_hot
 
 from dmmlib.attributors.gradients import explicit, margin, margins_of
 from dmmlib.ensemble import Ensemble
@@ -78,10 +78,6 @@ class Metric:
         for i in range(self.models.n_models):
             g = gradients(self.models, i, x, y)
             yield g, self.solve(i, g)
-
-    def energy(self, x: Tensor, y: Tensor) -> np.ndarray:
-        """Compute squared lengths (m,) of the gradients of points' margins, phi . A^-1 phi, mean over models."""
-        return torch.stack([(g * step).sum(1) for g, step in self.solved(x, y)]).mean(0).cpu().numpy()
 
     def influence(self, x: Tensor, y: Tensor) -> np.ndarray:
         """Predict the change of margins of points (m, ...) on deletion of each training point: (m, n).
@@ -153,23 +149,3 @@ class Subspace:
         label = one_hot(y, logits.shape[-1]).to(logits)
         others = logits.masked_fill(label.bool(), -torch.inf).softmax(-1)
         return ((label - others) * along).sum(-1).mean(1).T.cpu().numpy()
-
-    def displaced(self, z: np.ndarray, model: int) -> Ensemble:
-        """Displace model number `model` by each row of z (n, k): n models."""
-        moves = torch.from_numpy(np.asarray(z, np.float32)).to(self.models.device)
-        params, buffers = self.models.state_of(model)
-        return Ensemble(
-            self.models.module,
-            {name: params[name] + torch.tensordot(moves, w[:, model], dims=1) for name, w in self.directions.items()},
-            {name: b.expand(len(z), *b.shape) for name, b in buffers.items()},
-        )
-
-    def loss(self, x: Tensor, y: Tensor, model: int) -> Callable[[np.ndarray], np.ndarray]:
-        """Compute the mean cross-entropy on points (n, ...) of the model displaced by z, as a function of z (m, k)."""
-
-        def at(z: np.ndarray) -> np.ndarray:
-            logits = self.displaced(z, model).logits(x)
-            losses = cross_entropy(logits.flatten(0, 1), y.cpu().repeat(len(logits)), reduction="none")
-            return losses.view(len(logits), -1).double().mean(1).numpy()
-
-        return lambda z: np.concatenate([at(z[first : first + 100]) for first in range(0, len(z), 100)])

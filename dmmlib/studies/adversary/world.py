@@ -182,11 +182,6 @@ class Site:
         """The attacker's images and labels."""
         return self.data.x_train[self.own], self.data.y_train[self.own]
 
-    @property
-    def accuracy(self) -> float:
-        """Of the originals on V."""
-        return float(metrics.correct(self.logits[:, self.data.n_train :], self.data.y_val).mean())
-
     def outcomes(self, targets: np.ndarray, retrained: np.ndarray) -> pd.DataFrame:
         """Return error, margin and its change of retrained models at their targets; "before": the originals' means.
 

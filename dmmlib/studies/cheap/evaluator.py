@@ -9,16 +9,13 @@ from typing import Any
 import numpy as np
 
 from dmmlib import metrics
-from dmmlib.attributors.bayesian import BayesianDatamodel
-from dmmlib.datamodels import RidgeDatamodel, lds_estimate
-from dmmlib.forget_sets import ForgetSet, indicator
+from dmmlib.datamodels import Attributor, lds_estimate
+from dmmlib.forget_sets import ForgetSet
 from dmmlib.study import Study
 
 Rows = list[dict[str, Any]]
-Effects = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray] | np.ndarray]
-"""From the indices of each forget set to the predicted change of margins (n_points,), or (n, n_points), for each."""
-Predict = Callable[[np.ndarray], np.ndarray]
-"""From masks (k, n_train) to the margins (k, n_points) of models trained on them, up to a constant."""
+Effects = Callable[[Sequence[np.ndarray]], np.ndarray]
+"""From the indices of each forget set to the predicted change of margins (n_points,) for each."""
 
 
 @dataclass(frozen=True)
@@ -66,24 +63,19 @@ class Evaluator:
         """Compute the mean of `klom` over forget sets and splits, by which settings are chosen, the lowest first."""
         return float(np.mean([row["value"] for row in self.klom(effects)]))
 
-    def lds(self, model: RidgeDatamodel | BayesianDatamodel) -> dict[str, Any]:
+    def lds(self, model: Attributor) -> dict[str, Any]:
         """Compute the LDS of predicted margins on held-out subsets that chose nothing, as a row like those of KLoM."""
         masks, actual = held_out_margins(self.study)
         e = lds_estimate(label_logits(self.study, model.predict(masks)), actual)
         return {"forget_set": "every", "split": "all", "statistic": "lds"} | asdict(e)
 
-    def gauged(self, model: RidgeDatamodel | BayesianDatamodel) -> Effects:
+    def gauged(self, model: Attributor) -> Effects:
         """Predict changes by a datamodel of logits in the margin gauge, or by one of margins alone."""
         return lambda sets: label_logits(self.study, model.effects(sets))
 
-    def judged(self, model: RidgeDatamodel | BayesianDatamodel, ranker: RidgeDatamodel | None = None) -> Rows:
+    def judged(self, model: Attributor, ranker: Attributor | None = None) -> Rows:
         """Compute `klom` of a model that `gauged` takes, and its `lds`, or that of another."""
         return [*self.klom(self.gauged(model)), self.lds(ranker or model)]
-
-    def bending(self, model: RidgeDatamodel) -> Effects:
-        """Predict changes (n, n_points) by a datamodel of raw logits, which is added to each original's own."""
-        y, before = self.study.data.y, self.study.original_logits()[: len(self.before)]
-        return lambda sets: [metrics.margins(before + change, y) - self.before for change in model.effects(sets)]
 
 
 def label_logits(study: Study, logits: np.ndarray) -> np.ndarray:
@@ -97,9 +89,3 @@ def held_out_margins(study: Study, chosen: bool = False) -> tuple[np.ndarray, np
     rows = slice(None, half) if chosen else slice(half, None)
     masks, outputs = study.held_out()
     return masks[rows], label_logits(study, outputs[rows])
-
-
-def leaving_out(predict: Predict, n_train: int) -> Effects:
-    """Subtract predictions for the mask of everything from those without each set."""
-    everything = np.ones((1, n_train), bool)
-    return lambda sets: predict(np.stack([indicator(f, n_train) for f in sets]) == 0) - predict(everything)

@@ -5,9 +5,9 @@ Intervals are over forget sets, draws of subset models, or seeds, as each functi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,8 @@ from dmmlib.analysis.intervals import mean_over, median_over
 from dmmlib.attribution import Context
 from dmmlib.attributors import bayesian
 from dmmlib.attributors.bayesian import BayesianDatamodel
-from dmmlib.attributors.linearised import LAM, RANK, Linearised, LinearisedResponse, linearised_response
-from dmmlib.datamodels import RidgeDatamodel, lds
+from dmmlib.attributors.linearised import Linearised, LinearisedResponse, linearised_response
+from dmmlib.datamodels import Attributor, RidgeDatamodel, lds
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.jobs import Job
 from dmmlib.metrics import Estimate
@@ -50,10 +50,9 @@ def jobs(preset: Preset, n_train: int) -> Iterator[Job]:
     every, repeats = max(sizes(preset)), range(len(draws(preset, m)))
     if every > m:
         yield Job("stage 07: more of attribution", round(fraction * n_train), {"attribution:more": every - m})
-    designs = {f"{f:g}": (m, f) for f in cheap.fractions} | {"antithetic": (m // 2 * 2, 0.5)}
-    for name, (n, share) in {**designs, "twice": (m, fraction), "clustered": (m, fraction)}.items():
-        sets = {f"attribution:{name}:{draw}": n for draw in repeats}
-        yield Job(f"stage 07: ablation, {name}", round(share * n_train), sets)
+    for share in cheap.fractions:
+        sets = {f"attribution:{share:g}:{draw}": m for draw in repeats}
+        yield Job(f"stage 07: ablation, subsets of {share:.0%}", round(share * n_train), sets)
 
 
 def pool(study: Study, start: int, stop: int) -> Context:
@@ -75,37 +74,22 @@ def pool(study: Study, start: int, stop: int) -> Context:
     return replace(own, masks=masks, outputs=outputs, models=models)
 
 
-class Remembered(LinearisedResponse):
-    """Linearised models that predict the same masks once."""
-
-    @cached_property
-    def _known(self) -> dict[bytes, tuple[np.ndarray, np.ndarray]]:
-        return {}
-
-    def change(self, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        key = np.packbits(np.asarray(masks, bool)).tobytes()
-        if key not in self._known:
-            self._known[key] = super().change(masks)
-        return self._known[key]
-
-
 class Cache:
     """Linearised models of contexts, each made once."""
 
     def __init__(self, study: Study) -> None:
         self._progress = study.progress
-        self._models: dict[tuple[str, float, int], tuple[Linearised, ...]] = {}
-        self._responses: dict[tuple[str, float, int, int], Remembered] = {}
+        self._models: dict[str, tuple[Linearised, ...]] = {}
 
-    def __call__(self, name: str, context: Context, k: int, lam: float = LAM, rank: int = RANK) -> Remembered:
+    def __call__(self, name: str, context: Context, k: int) -> LinearisedResponse:
         """The response of the first k models, or all if they are fewer, of the context that is known by this name."""
-        models, known = context.subset_models()[:k], self._models.get((name, lam, rank), ())
+        models, known = context.subset_models()[:k], self._models.get(name, ())
         if len(known) < models.n_models:
             self._progress(f"linearised models ({name})", len(known), k)
-            more = linearised_response(replace(context, models=models), lam, None, rank, first=len(known))
-            known = self._models[name, lam, rank] = known + more.models
+            more = linearised_response(replace(context, models=models), n_models=None, first=len(known))
+            known = self._models[name] = known + more.models
             self._progress(f"linearised models ({name})", k, k)
-        return self._responses.setdefault((name, lam, rank, k), Remembered(known[:k]))
+        return LinearisedResponse(known[:k])
 
 
 def ridge(study: Study, size: int, evaluator: Evaluator) -> Rows:
@@ -126,22 +110,6 @@ def ridge(study: Study, size: int, evaluator: Evaluator) -> Rows:
         study.progress(f"ridge on {size} models", i, len(grid))
     model, ranker = fit(**grid[np.argmin(scores)]), fit(lam=grid[np.argmax(ranks)]["lam"])
     return evaluator.judged(model, ranker)
-
-
-def more_ridge(study: Study, size: int) -> pd.DataFrame:
-    """Fit ridge to raw logits of more subset models than the preset has: penalty as in `ridge`, on the tuning sets.
-
-    Returns:
-        Columns n_models, forget_set, split, statistic, value: p95 KLoM of DM-direct on the reported forget sets.
-    """
-    section = study.preset.datamodels
-    more = ModelSet("subsets:more", study.random_masks("masks:more", size - section.n_subsets, section.fraction))
-    masks, known = study.subsets(raw=True)
-    masks, logits = np.concatenate([masks, more.masks]), np.concatenate([known[:], study.outputs(more, raw=True)[:]])
-    tuning, reported = Evaluator.tuning(study), Evaluator.reported(study)
-    models = (RidgeDatamodel.fit(masks, logits, lam, study.device) for lam in section.lambdas)
-    model = min(models, key=lambda model: tuning.score(tuning.bending(model)))
-    return pd.DataFrame(reported.klom(reported.bending(model))).assign(n_models=size)
 
 
 def curve(study: Study, cache: Cache) -> pd.DataFrame:
@@ -175,18 +143,6 @@ def curve(study: Study, cache: Cache) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)[columns]
 
 
-def fine_tuned(study: Study, methods: Sequence[str]) -> pd.DataFrame:
-    """Compute p95 KLoM and cost of methods (as `attributor`) as the study tunes them, for each forget set and split."""
-    evaluator, parts = Evaluator.reported(study), []
-    for method in methods:
-        results = {name: study.unlearned(method, f) for name, f in evaluator.sets.items()}
-        klom = evaluator.rows({name: result.margins for name, result in results.items()}.__getitem__)
-        cost = [(name, "all", "cost", result.cost) for name, result in results.items()]
-        rows = [*map(dict.values, klom), *cost]
-        parts.append(pd.DataFrame(rows, columns=list(klom[0])).assign(attributor=method, n_models=0, draw=0))
-    return pd.concat(parts, ignore_index=True)
-
-
 def summary(table: pd.DataFrame) -> pd.DataFrame:
     """Summarise `curve` by medians over forget sets (of each set's mean over draws) and 95 % intervals over sets.
 
@@ -204,18 +160,17 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*keys, "value", "low", "high", "n_draws"])
 
 
-def ratio_over_sets(
-    table: pd.DataFrame, one: tuple[str, int], other: tuple[str, int], sets: Sequence[str], split: str
-) -> Estimate:
-    """Take the median over forget sets of p95 KLoM of one (attributor, n_models) over another's (mean over draws)."""
-    shown = table[(table["statistic"] == "klom_p95") & (table["split"] == split)]
-    means = shown.groupby(["attributor", "n_models", "forget_set"])["value"].mean()
-    return median_over(means[one][list(sets)] / means[other][list(sets)])
-
-
 def kind_of(forget_set: ForgetSet) -> str:
     """Return whether a forget set is "random", or a "group" of points that belong together."""
     return "random" if forget_set.made_by.get("kind") == "random" else "group"
+
+
+def by_set(study: Study, model: Attributor) -> pd.Series:
+    """Compute p95 KLoM of DM-direct on the reported forget sets, indexed by forget_set, kind and split."""
+    evaluator = Evaluator.reported(study)
+    found = pd.DataFrame(evaluator.klom(evaluator.gauged(model)))
+    found["kind"] = found["forget_set"].map({name: kind_of(f) for name, f in evaluator.sets.items()})
+    return found.set_index(["forget_set", "kind", "split"])["value"]
 
 
 def uncertainty(study: Study, model: BayesianDatamodel, level: float = 0.95) -> pd.DataFrame:

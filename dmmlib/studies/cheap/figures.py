@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import StrMethodFormatter
 
 from dmmlib.analysis.looks import PALETTE, SPLITS, bars, grid, label, legend, log_axis, titled
 
@@ -18,19 +13,6 @@ LOOKS = {"bayesian": ("Bayesian", PALETTE[3], "o"), "ridge": ("ridge, margin gau
 LINES = {"do nothing": ("do nothing", "0.35", ":"), "floor": ("retraining again (floor)", "black", "-"),
          "true mean shift": ("true mean shift", "0.55", "--")}  # fmt: skip
 TINTS = {"forget": PALETTE[3], "retain": "0.6", "validation": PALETTE[0]}
-KINDS = {"random": ("o", -0.15), "group": ("D", 0.15)}  # of forget sets: marker, and where it stands beside a split
-
-
-def _places(axes: Sequence[Axes]) -> Iterator[tuple[float, str, str, str]]:
-    """The place, split, kind and marker of every split and kind of forget set; the axes are labelled with splits."""
-    for axis in axes:
-        axis.set_xticks(range(len(SPLITS)), SPLITS)
-    return ((j + shift, split, kind, m) for j, split in enumerate(SPLITS) for kind, (m, shift) in KINDS.items())
-
-
-def _explain_kinds(axis: Axes, group: str) -> None:
-    for (mark, _), name in zip(KINDS.values(), ("random forget set", group), strict=True):
-        axis.plot([], [], mark, color="0.3", label=name)
 
 
 def curve(table: pd.DataFrame, title: str, caption: str) -> Figure:
@@ -87,81 +69,21 @@ def ablation(table: pd.DataFrame, title: str, caption: str) -> Figure:
     return titled(figure, title, caption)
 
 
-def uncertainty(points: pd.DataFrame, sets: pd.DataFrame, title: str, caption: str, n_bins: int = 8) -> Figure:
-    """Draw error against predicted sd, coverage of each forget set, and what groups do beyond the sum of their points.
+def groups(points: pd.DataFrame, title: str, caption: str) -> Figure:
+    """Draw predicted against true change of the margins of forgotten points, from `experiments.uncertainty`.
 
-    Args:
-        points: `experiments.uncertainty`; sets: `experiments.calibration`.
+    A panel for each kind of forget set; its column "attributor" has what is drawn.
     """
-    figure, ((error, coverage, slope),) = grid(3, 3, (4.2, 3.6), sharey=False)
-    expected, square = np.hypot(points["sd"], points["se"]), (points["true"] - points["predicted"]) ** 2
-    points = points.assign(expected=expected, square=square)
-    for split in SPLITS:
-        part = points[points["split"] == split]
-        bins = pd.qcut(part["expected"], min(n_bins, len(part)), duplicates="drop")
-        mean = part.groupby(bins, observed=True)[["expected", "square"]].mean()
-        error.plot(mean["expected"], np.sqrt(mean["square"]), color=TINTS[split], marker="o", ms=4, label=split)
-    ends = np.array(error.get_xlim())
-    error.plot(ends, ends, color="black", lw=0.8, ls="--", zorder=0)
-    error.set(xlabel="expected error: √(sd² + se²)", ylabel="root mean square error", title="error in bins of its size")
-    for place, split, kind, mark in _places((coverage, slope)):
-        part = sets[(sets["split"] == split) & (sets["kind"] == kind)]
-        x = place + (np.linspace(-0.06, 0.06, len(part)) if len(part) > 1 else np.zeros(len(part)))
-        for axis, column in ((coverage, "coverage"), (slope, "slope")):
-            axis.plot(x, part[column], color=TINTS[split], ls="", marker=mark, ms=5)
-    for axis, level in ((coverage, 0.95), (slope, 1.0)):
-        axis.axhline(level, color="black", lw=0.8, ls="--", zorder=0)
-    coverage.set(ylim=(0, 1.03), ylabel="share of points", title="inside the 95 % interval")
-    slope.set(ylabel="slope of true on predicted", title="above 1: the effect is understated")
-    _explain_kinds(slope, "group of alike points")
-    legend(figure, error, slope)
-    return titled(figure, title, caption)
-
-
-def replication(table: pd.DataFrame, each: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Draw Bayesian over ridge for each pair of data and model, kind of forget set and split, with every seed.
-
-    Args:
-        table: `experiments.over_seeds`; each: `experiments.ratios`.
-    """
-    pairs = list(dict.fromkeys(table["pair"]))
-    widths = [*[1.0] * len(pairs), 0.6]
-    figure, (axes,) = grid(len(widths), len(widths), (3.5, 3.4), sharey=False, width_ratios=widths)
-    low, high = each.loc[each["split"] != "all", "value"].agg(["min", "max"])
-    for axis, pair in zip(axes, pairs, strict=False):
-        for place, split, kind, mark in _places([axis]):
-            dots, part = (t[(t["pair"] == pair) & (t["split"] == split) & (t["kind"] == kind)] for t in (each, table))
-            axis.plot(np.full(len(dots), place + 0.1), dots["value"], ".", color="0.55", ms=5)
-            look = {"fmt": mark, "color": TINTS[split], "capsize": 3}
-            axis.errorbar(np.full(len(part), place), part["value"], bars(part), **look)
-        axis.axhline(1, color="black", lw=0.8)
-        axis.axhline(1.25, color="black", lw=0.8, ls=":")
-        log_axis(axis, "y", (0.25, 0.33, 0.5, 0.7, 1, 1.25, 2, 3), (min(0.5, 0.9 * low), max(1.5, 1.1 * high)))
-        axis.set_title(pair)
-    axes[0].set_ylabel("p95 KLoM, Bayesian / ridge")
-    rank = table[table["split"] == "all"].set_index("pair").loc[pairs]
-    axes[-1].errorbar(range(len(pairs)), rank["value"], bars(rank), fmt="o", color="black", capsize=3)
-    axes[-1].axhline(0, color="black", lw=0.8)
-    axes[-1].set_xticks(range(len(pairs)), [p.replace(", ", ",\n") for p in pairs], fontsize=8)
-    axes[-1].set(ylabel="LDS, Bayesian − ridge", title="rank of effects", xlim=(-0.5, len(pairs) - 0.5))
-    _explain_kinds(axes[0], "principal component")
+    shown = points[points["split"] == "forget"]
+    figure, (axes,) = grid(2, 2, (4.6, 4.0), "true change of the mean margin", "predicted", sharex=True)
+    ends = np.array([shown[["predicted", "true"]].min().min(), shown[["predicted", "true"]].max().max()])
+    for axis, kind in zip(axes, ("random", "group"), strict=True):
+        for name, tint, mark in zip(shown["attributor"].unique(), ("0.6", PALETTE[3]), "x.", strict=True):
+            part = shown[(shown["kind"] == kind) & (shown["attributor"] == name)]
+            axis.plot(part["true"], part["predicted"], mark, color=tint, ms=4, label=name)
+        axis.plot(ends, ends, color="black", lw=0.8, zorder=0)
+        axis.set_title("points drawn at random" if kind == "random" else "points that belong together")
     legend(figure, axes[0])
-    return titled(figure, title, caption)
-
-
-def totals(table: pd.DataFrame, requests: Sequence[int], title: str, caption: str) -> Figure:
-    """Draw total cost against the number of requests, from `experiments.costs`."""
-    figure, axis = plt.subplots(figsize=(6.8, 4.0), layout="constrained")
-    looks = {"retrain": "black", "ridge": PALETTE[0], "Bayesian": PALETTE[3]}
-    k = np.asarray(requests, float)
-    for way, once, request in table[["way", "once", "request"]].itertuples(index=False):
-        look = {"color": looks[way.split(",")[0]], "ls": "--" if "DMM" in way else "-"}
-        axis.plot(k, once + request * k, label=way, **look)
-    axis.set(xscale="log", yscale="log", xlabel="requests", ylabel="retrainings' worth of gradients")
-    for each in (axis.xaxis, axis.yaxis):
-        each.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axis.grid(color="0.93")
-    legend(figure, axis)
     return titled(figure, title, caption)
 
 
