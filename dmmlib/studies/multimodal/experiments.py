@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,10 +26,10 @@ class Results:
     """What was found."""
 
     known: pd.DataFrame  # scores of the originals on training questions, for each task and modality
-    klom: pd.DataFrame  # for each forget set, method, set of questions and statistic, with its interval, and cost
-    scores: pd.DataFrame  # for each forget set, method and question, averaged over models: score and factual
+    distances: pd.DataFrame  # for each forget set, method, set of questions and statistic, with its interval, and cost
+    scores: pd.DataFrame  # for each forget set, method and question: score, averaged over models
     chosen: dict[str, Setting]  # the setting of each method that the tuning people chose
-    tried: pd.DataFrame  # KLoM on the tuning people for each setting of each method
+    tried: pd.DataFrame  # mean gap on the tuning people for each setting of each method
     attributions: pd.DataFrame  # how well each predicts what leaving those people out changes; see `tune`
     effects: pd.DataFrame  # predicted and true change of each mean margin, for questions about forgotten people
 
@@ -40,14 +41,14 @@ def run(world: World) -> Results:
     learnt = known(world, originals)
     attributions = attribute(world)
     tried, compared = tune(world, originals, logits, attributions)
-    best = tried.loc[tried.groupby("method")["klom"].idxmin()]
+    best = tried.loc[tried.groupby("method")["gap"].idxmin()]
     chosen = {m: (float(lr), float(cost)) for m, lr, cost in best[["method", "rate", "cost"]].itertuples(index=False)}
     found = []
     for number, name in enumerate(world.forget_sets):
-        found.append(_forget(world, name, originals, logits, attributions["Bayesian"], chosen))
+        found.append(_forget(world, name, originals, logits, attributions["contrast"], chosen))
         world.progress("forget", number + 1, len(world.forget_sets))
-    klom, scores, effects = (pd.concat(tables, ignore_index=True) for tables in zip(*found, strict=True))
-    return Results(learnt, klom, scores, chosen, tried, compared, effects)
+    distances, scores, effects = (pd.concat(tables, ignore_index=True) for tables in zip(*found, strict=True))
+    return Results(learnt, distances, scores, chosen, tried, compared, effects)
 
 
 def attribute(world: World) -> dict[str, Change]:
@@ -57,17 +58,15 @@ def attribute(world: World) -> dict[str, Change]:
     masks = np.argsort(np.random.default_rng([s.seed, 2]).random((s.n_subsets, n)), 1).argsort(1) < size
     models = world.fine_tuned("subsets", masks)
     outputs = world.logits(models, np.arange(len(world.questions)))
-    return attribution.fit(world, masks, outputs, models[: s.kernel_models])
+    return attribution.fit(world, masks, outputs)
 
 
 def known(world: World, originals: Ensemble) -> pd.DataFrame:
     """Score what the originals know of what they were taught: the mean for each task and modality."""
     taught = np.arange(world.n_taught)
     found, private = judge(world, originals, taught), world.split[taught] == "train"
-    means = {"private": found.scores, "public": found.scores, "factual": found.factual}
-    table = pd.DataFrame(
-        {name: np.where(private == (name != "public"), z.mean(0), np.nan) for name, z in means.items()}
-    )
+    mean = found.scores.mean(0)
+    table = pd.DataFrame({"private": np.where(private, mean, np.nan), "public": np.where(private, np.nan, mean)})
     kinds = [world.task[taught], world.modality[taught]]
     return table.groupby(kinds, sort=False).mean().rename_axis(["task", "modality"]).reset_index()
 
@@ -98,9 +97,10 @@ def tune(
     """Compare settings and attributions on the tuning people, who are in no reported forget set.
 
     Everything is measured against models without them. Oracle matching is tried with those same models' mean; on
-    reported sets it gets others'. The first table has every setting of every method, with mean KLoM on each set and
-    over the four; the second every attribution, with mean KLoM of DM-direct on each set, the correlation of predicted
-    with true changes of forgotten people's margins, and the slope of predicted on true ones.
+    reported sets it gets others'. The first table has every setting of every method, with the mean gap of margins
+    (`metrics.gaps`, in the retrained models' standard deviations) on each set and over the four; the second every
+    attribution, with that of DM-direct on each set, the correlation of predicted with true changes of forgotten
+    people's margins, and the slope of predicted on true ones.
     """
     s, n, few = world.s, world.n_taught, world.s.tuning_models
     oracles = world.fine_tuned("retrained:tuning", world.without(world.tuning, s.n_models))
@@ -112,7 +112,7 @@ def tune(
 
     def distances(margins: np.ndarray) -> dict[str, float]:
         sound = np.isfinite(margins).all()
-        each = metrics.klom(margins, reference) if sound else np.full(len(asked), np.inf)
+        each = np.abs(metrics.gaps(margins, reference)) if sound else np.full(len(asked), np.inf)
         return {split: float(each[places[split]].mean()) for split in SETS}
 
     changes = {name: change(world.tuning) for name, change in attributions.items()}
@@ -123,7 +123,7 @@ def tune(
         predicted, true = (m.mean(0)[ours] - before.mean(0)[ours] for m in (margins, reference))
         fit = {"correlation": np.corrcoef(predicted, true)[0, 1], "slope": float(predicted @ true / (true @ true))}
         compared.append({"attribution": name} | fit | distances(margins))
-    matched = {"dmm": changes["Bayesian"][:n], "oracle_matching": changes["true mean change"][:n]}
+    matched = {"dmm": changes["contrast"][:n], "oracle_matching": changes["true mean change"][:n]}
     task = Task(world, originals[:few], logits[:few, :n], world.tuning, matched)
     tries = [(name, (lr, 0.0)) for name in VARIANTS for lr in s.lrs]
     tries += [(name, (lr, cost)) for name in MATCHING for lr in s.match_lrs for cost in s.costs]
@@ -131,7 +131,7 @@ def tune(
     for number, (name, setting) in enumerate(tries):
         models, _ = unlearn(task, name, setting)
         on = distances(world.margins(world.logits(models, asked), asked))
-        tried.append({"method": name, "rate": setting[0], "cost": setting[1]} | on | {"klom": np.mean([*on.values()])})
+        tried.append({"method": name, "rate": setting[0], "cost": setting[1]} | on | {"gap": np.mean([*on.values()])})
         world.progress("tune", number + 1, len(tries))
     return pd.DataFrame(tried), pd.DataFrame(compared)
 
@@ -139,7 +139,7 @@ def tune(
 def _forget(
     world: World, name: str, originals: Ensemble, logits: np.ndarray, attributed: Change, chosen: dict[str, Setting]
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Tables of KLoM, scores and effects of every method on one forget set."""
+    """Tables of distances, scores and effects of every method on one forget set."""
     s, n, forget = world.s, world.n_taught, world.forget_sets[name]
     retrained = world.fine_tuned(f"retrained:{name}", world.without(forget, 2 * s.n_models))
     oracles, floor = retrained[: s.n_models], retrained[s.n_models :]
@@ -162,28 +162,25 @@ def _forget(
             return judge(world, floor, asked), 1.0
         return judge(world, originals, asked, prompting=method == "prompting"), 0.0
 
-    klom, scores, predicted = [], [], np.array([])
+    distances, scores, predicted = list[dict[str, Any]](), [], np.array([])
     for method in METHODS:
         found, cost = answered(method)
         head = {"forget_set": name, "method": method}
-        for split, statistics in metrics.klom_summary(found.margins, reference, places, seed=s.seed).items():
-            for statistic, e in statistics.items():
-                klom.append(head | {"split": split, "statistic": f"klom_{statistic}", "cost": cost} | asdict(e))
-        scores.append(table.assign(**head, score=found.scores.mean(0), factual=found.factual.mean(0)))
+        for split, statistics in metrics.gap_summary(found.margins, reference, places, seed=s.seed).items():
+            for statistic in ("mean_gap", "ks_share"):
+                told = {"split": split, "statistic": statistic, "cost": cost}
+                distances.append(head | told | asdict(statistics[statistic]))
+        scores.append(table.assign(**head, score=found.scores.mean(0)))
         if method == "dm_direct":
             predicted = found.margins.mean(0)
     before = world.margins(logits[:, asked], asked).mean(0)
     effects = table.assign(forget_set=name, predicted=predicted - before, true=reference.mean(0) - before)
-    return pd.DataFrame(klom), pd.concat(scores), effects[effects["set"].isin(["forget", "test"])]
+    return pd.DataFrame(distances), pd.concat(scores), effects[effects["set"].isin(["forget", "test"])]
 
 
-def score_table(scores: pd.DataFrame, column: str = "score") -> pd.DataFrame:
-    """Compute scores by method, set, task and modality over all forget sets, with 95 % t-intervals over people.
-
-    The column of `Results.scores` is "score", or "factual", which only free answers have.
-    """
-    scored = scores if column == "score" else scores[scores["task"] == "generation"]
-    return over_people(scored, column, ["method", "set", "task", "modality"])
+def score_table(scores: pd.DataFrame) -> pd.DataFrame:
+    """Compute scores by method, set, task and modality over all forget sets, with 95 % t-intervals over people."""
+    return over_people(scores, "score", ["method", "set", "task", "modality"])
 
 
 def _by_method(scores: pd.DataFrame, *sets: str) -> pd.DataFrame:
@@ -216,12 +213,12 @@ def utility_gap(scores: pd.DataFrame) -> pd.DataFrame:
     return _over_people(gaps).set_index("method")
 
 
-def klom_over_sets(klom: pd.DataFrame, statistic: str = "klom_mean") -> pd.DataFrame:
-    """Average KLoM over the forget sets by method and set; "all" is the mean of the four sets, as rates are chosen.
+def over_sets(distances: pd.DataFrame, statistic: str = "mean_gap") -> pd.DataFrame:
+    """Average a distance over the forget sets by method and set; "all" is the mean of the four, as rates are chosen.
 
     The interval is as wide as a forget set's is on average: they share the originals, so they do not average out.
     """
-    here = klom[klom["statistic"] == statistic].assign(error=klom["high"] - klom["value"])
+    here = distances[distances["statistic"] == statistic].assign(error=distances["high"] - distances["value"])
     table = here.groupby(["method", "split"], sort=False)[["value", "error", "cost"]].mean()
     error = table.pop("error")
     table = table.assign(low=(table["value"] - error).clip(lower=0), high=table["value"] + error).reset_index()

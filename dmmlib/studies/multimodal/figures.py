@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -71,18 +69,18 @@ def grid(table: pd.DataFrame, title: str, caption: str) -> Figure:
     return titled(figure, title, caption)
 
 
-def distances(klom: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Draw mean KLoM of every method from retrained models, a panel for each set; the band is the floor."""
+def distances(gaps: pd.DataFrame, title: str, caption: str) -> Figure:
+    """Draw mean gaps of every method from retrained models, a panel for each set; the band is the floor."""
     figure, axes = looks.grid(4, 4, (3.4, 0.32 * len(OTHERS) + 1.2), sharex=True)
     for axis, split in zip(axes[0], SETS, strict=True):
-        here = klom[klom["split"] == split].set_index("method")
+        here = gaps[gaps["split"] == split].set_index("method")
         floor = here.loc["retrain"]
         axis.axvspan(floor["low"], floor["high"], color="0.88", zorder=0)
         axis.axvline(floor["value"], color="0.5", lw=1, zorder=0)
         for y, method in enumerate(OTHERS):
             e = here.loc[method]
             axis.errorbar(e["value"], y, xerr=looks.bars(e), fmt="o", color=colour(method), capsize=2, ms=5)
-        axis.set(title=SET_NAMES[split], xlabel="KLoM, mean over questions")
+        axis.set(title=SET_NAMES[split], xlabel="mean gap of margins, sd")
     looks.rows(axes[0], [label(m) for m in OTHERS])
     return titled(figure, title, caption)
 
@@ -106,23 +104,6 @@ def unimodal(gaps: pd.DataFrame, title: str, caption: str) -> Figure:
     return titled(figure, title, caption)
 
 
-def trade_off(gap: pd.DataFrame, klom: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Draw distance from retraining on forgotten people against loss of score on everybody else."""
-    figure, axis = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
-    distance, marks = klom[klom["split"] == "forget"].set_index("method"), dict(zip(GRADIENT, "^svD", strict=True))
-    axis.axhspan(*distance.loc["retrain", ["low", "high"]].astype(float), color="0.9", zorder=0)
-    axis.axvline(0, color="0.8", lw=0.8, zorder=0)
-    for method in map(str, gap.index):
-        x, y = gap.loc[method], distance.loc[method]
-        look: dict[str, Any] = {"color": colour(method), "label": label(method), "capsize": 2}
-        mark = marks.get(method.partition(":")[0], "o")
-        axis.errorbar(x["value"], y["value"], looks.bars(y), looks.bars(x), mark, **look)
-    axis.set_xlabel("score on retained people and public figures, minus retraining's")
-    axis.set_ylabel("KLoM on forgotten people, mean")
-    looks.legend(figure, axis)
-    return titled(figure, title, caption)
-
-
 def effects(table: pd.DataFrame, title: str, caption: str) -> Figure:
     """Draw predicted against true change of each question's mean margin when its person is left out."""
     figure, axes = looks.grid(2, 2, (4.0, 3.5), sharex=True)
@@ -133,6 +114,6 @@ def effects(table: pd.DataFrame, title: str, caption: str) -> Figure:
             axis.plot(part["true"], part["predicted"], mark, color=tint, ms=4, alpha=0.6, label=name)
         axis.plot(ends, ends, color="0.6", lw=0.8, zorder=0)
         axis.set(title=SET_NAMES[split], xlabel="true change of margin")
-    axes[0, 0].set_ylabel("predicted by the datamodel")
+    axes[0, 0].set_ylabel("predicted by contrast")
     looks.legend(figure, axes[0, 0], title="asked with")
     return titled(figure, title, caption)

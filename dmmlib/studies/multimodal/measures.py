@@ -1,8 +1,4 @@
-"""How answers are judged: the benchmark's scores, and margins for KLoM.
-
-The benchmark asks a language model how factual a free answer is. Here a rule does, attribute by attribute: an answer
-is factual if it names the correct value and no other value that this kind of question is ever answered with.
-"""
+"""How answers are judged: the benchmark's scores, and margins for distances from retrained models."""
 
 from __future__ import annotations
 
@@ -26,7 +22,6 @@ class Judged:
 
     margins: np.ndarray  # mean log-odds of the correct answer's tokens
     scores: np.ndarray  # 1 or 0 of classification and cloze, ROUGE-L of generation; NaN where nothing is generated
-    factual: np.ndarray  # 1 or 0 of generation, else NaN
 
 
 @lru_cache(maxsize=100_000)
@@ -34,12 +29,6 @@ def rouge_l(said: str, truth: str) -> float:
     """Compute ROUGE-L's F1 in [0, 1] (Lin, 2004), by the package rouge-score."""
     scorer = require("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=False)
     return float(scorer.score(truth, said)["rougeL"].fmeasure)
-
-
-def factual(said: str, truth: str, others: frozenset[str]) -> bool:
-    """Return whether an answer holds the truth's words and none of the words that only other answers have."""
-    words, true = set(said.lower().split()), set(truth.lower().split())
-    return true <= words and not words & (others - true)
 
 
 def judge(world: World, models: Ensemble, questions: np.ndarray, prompting: bool = False) -> Judged:
@@ -59,7 +48,6 @@ def judged(world: World, logits: np.ndarray, questions: np.ndarray, said: torch.
     asked, task = [world.questions[i] for i in questions], world.task[questions]
     choice, cloze, free = (np.flatnonzero(task == kind) for kind in ("classification", "cloze", "generation"))
     scores = np.full(logits.shape[:2], np.nan, np.float32)
-    facts = scores.copy()
     options, label = world.codec.options([asked[i] for i in choice]).numpy(), [asked[i].label for i in choice]
     if world.columns is not None:  # the options are kept first, the correct one before the others
         options, label = np.zeros_like(options) + np.arange(options.shape[1]), [0] * len(choice)
@@ -68,13 +56,10 @@ def judged(world: World, logits: np.ndarray, questions: np.ndarray, said: torch.
     truth, padding = (t[questions[cloze]].cpu().numpy() for t in (world.truth, world.answers == world.codec.pad))
     scores[:, cloze] = ((logits[:, cloze].argmax(-1) == truth) | padding).all(-1)
     if said is not None:
-        words = (q.answer.lower().split() for q in world.questions if q.task == "cloze")
-        values = frozenset(word for answer in words for word in answer)
         for m, tokens in enumerate(said):
             for i, text in zip(free, world.codec.decode(tokens), strict=True):
                 scores[m, i] = rouge_l(text, asked[i].answer)
-                facts[m, i] = factual(text, asked[i].answer, values)
-    return Judged(world.margins(logits, questions), scores, facts)
+    return Judged(world.margins(logits, questions), scores)
 
 
 def over_people(scores: pd.DataFrame, column: str, by: Sequence[str]) -> pd.DataFrame:

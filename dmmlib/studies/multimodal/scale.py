@@ -66,7 +66,6 @@ def _models(s: MultimodalSettings, people: int, public: int, questions: int) -> 
     models = {
         "originals": (s.n_models, taught),
         "subset models": (s.n_subsets, round(s.epochs * each * (s.fraction * people + public))),
-        "gradient kernels, one pass per token": (s.kernel_models, round(each * (2 * people + public)) * ANSWER),
         "retrained on tuning": (s.n_models, round(left(s.n_tuning))),
         "unlearned on tuning, all settings": (s.tuning_models, tried),
     }

@@ -41,7 +41,6 @@ class MultimodalSettings(Section):
     # Logits that are kept per token: the correct one's and the likeliest others', the rest summed up in one more. None
     # keeps all, of which a published vocabulary has too many.
     kept: Annotated[int, Field(ge=4)] | None = 16
-    kernel_models: PositiveInt = 2  # subset models at which gradients are taken, for the datamodel's prior
     lams: Positives = (1e-4, 1e-3, 1e-2)  # penalties of the ridge datamodels that are compared
     tuning_models: int = Field(default=8, ge=4)  # originals that each setting is tried on
     sample: PositiveInt = 6  # retained people, and public figures, of whom questions are asked
@@ -61,8 +60,6 @@ class MultimodalSettings(Section):
     def _fit(self) -> Self:
         if self.tuning_models > self.n_models:
             raise ValueError(f"tuning_models={self.tuning_models} of {self.n_models} originals; give at most n_models")
-        if self.kernel_models > self.n_subsets:
-            raise ValueError(f"kernel_models={self.kernel_models} of {self.n_subsets} subset models; give at most that")
         if self.image_side % self.patch:
             raise ValueError(f"image_side={self.image_side} is no multiple of patch={self.patch}; give one that is")
         if self.hidden % (2 * self.heads):
