@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from dmmlib import data, forget_ids, forget_sets
+from dmmlib import data, forget_sets
 from dmmlib.errors import DataError, ForgetSetError
+from dmmlib.widgets import forget_ids
 
 FILES = ["train/bag/0001.png", "train/bag/0002.png", "train/ankle boot/0001.png", "train/ankle boot/77.png"]
 

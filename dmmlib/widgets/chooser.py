@@ -10,12 +10,13 @@ from typing import Any
 import ipywidgets as w
 import numpy as np
 
-from dmmlib import forget_ids, forget_sets
+from dmmlib import forget_sets
 from dmmlib.analysis import plots
 from dmmlib.datamodels import Indices
 from dmmlib.errors import ForgetSetError
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.study import Study
+from dmmlib.widgets import forget_ids
 from dmmlib.widgets import preview as previews
 from dmmlib.widgets.batch import Saving, Trial
 from dmmlib.widgets.consequences import Consequences

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from dmmlib.datamodels import Indices
-from dmmlib.forget_ids import in_range
+from dmmlib.widgets.forget_ids import in_range
 
 Known = Mapping[str, np.ndarray]  # measure -> values (n_points,), training points first; NaN where it has none
 
