@@ -128,8 +128,8 @@ def from_arrays(
 ) -> Dataset:
     """Make a `Dataset` of a user's own arrays; DataError for shapes, values, labels or ids that cannot be used.
 
-    `ids` name the training points (n_train,), each by its own: `widgets.forget_ids.read` finds them by these names. `probes`
-    are positions in `x_val`, by name, of points that tables list apart and do not count among validation points.
+    `ids` name the training points (n_train,), each by its own: `widgets.forget_ids.read` finds them by these names.
+    `probes` are positions in `x_val`, by name, of points that tables list apart and do not count among validation ones.
     """
     x_train, y_train = _checked("train", x_train, y_train)
     x_val, y_val = _checked("val", x_val, y_val)

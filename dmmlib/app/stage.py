@@ -168,7 +168,7 @@ def _scrub(path: Path) -> None:
     notebook.metadata.pop("papermill", None)
     notebook.metadata.get("language_info", {}).pop("version", None)
     for cell in notebook.cells:
-        injected = "injected-parameters" in cell.metadata.get("tags", [])
-        for name in ("papermill", "execution", *(() if injected else ("collapsed", "jupyter"))):
+        folded = {"injected-parameters", "hide-input"} & set(cell.metadata.get("tags", []))
+        for name in ("papermill", "execution", *(() if folded else ("collapsed", "jupyter"))):
             cell.metadata.pop(name, None)
     nbformat.write(notebook, path)
