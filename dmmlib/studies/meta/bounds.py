@@ -20,19 +20,13 @@ model visited, mu its curvature (lambda + mu > 0), and kappa = 1 for prox, 1 - (
    gives E[transfer risk - empirical risk] = E[l(u(A(S^(1)), D_1^(1)), z_11) - l(u(A(S), D_1), z_11)], hence
    |gap| <= beta: no further term.
 
-Drawing tasks or examples with replacement leaves 1 to 6 true in expectation over the draws for convex losses, as
-every recursion is linear and a replaced one is met with probability 1/m, 1/n. A robust loss is the maximum of convex
-losses: convex with G taken at norm 1 + eps, so prox keeps its bounds; it is not smooth, so descent needs 7.
-
-7. *Descent without smoothness.* g, g' being subgradients at the same data, a step obeys
-   ||(1 - eta lambda) D - eta (g - g')||^2 <= ((1 - eta lambda)^2 - 2 eta (1 - eta lambda) mu) ||D||^2 + 4 eta^2 G^2,
-   plus eta lambda ||w - w'||, plus 2 G eta / n. The recursion is evaluated numerically; it does not vanish as n and m
-   grow, as known for non-smooth convex losses and gradient descent (Bassily, Feldman, Guzman, Talwar, NeurIPS 2020).
+Drawing tasks with replacement leaves 1 to 6 true in expectation over the draws for convex losses, as every recursion is
+linear and a replaced one is met with probability 1/m.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from dmmlib.studies.meta.learner import strong_convexity
 from dmmlib.studies.meta.tasks import Case
@@ -49,14 +43,11 @@ class Bounds:
     case: Case
     lipschitz: float  # G
     curvature: float  # mu
-    smooth: bool  # whether gradients are Lipschitz
 
     @classmethod
     def of(cls, case: Case, radius: float) -> Bounds:
-        """Take G and mu of the loss on the ball of that radius, for x of norm at most 1 and the learner's adversary."""
-        loss, eps = case.learner.loss, case.learner.eps
-        smooth = loss.smoothness < float("inf") and eps == 0
-        return cls(case, loss.lipschitz(radius, eps), loss.curvature * (1 + eps) ** 2, smooth)
+        """Take G and mu of the loss on the ball of that radius, for x of norm at most 1."""
+        return cls(case, case.learner.loss.lipschitz(radius), case.learner.loss.curvature)
 
     @property
     def kappa(self) -> float:
@@ -71,14 +62,7 @@ class Bounds:
         at, example = self.case.learner, 2 * self.lipschitz / self.case.n if replaced else 0.0
         if at.inner == "prox":
             return (at.lam * apart + example) / strong_convexity(at.lam, self.curvature)
-        if self.smooth and self.curvature >= 0:
-            return apart + self.kappa * example / at.lam
-        eta, distance = at.inner_step, apart
-        keep = 1 - eta * at.lam
-        for _ in range(at.inner_steps):
-            stretched = (keep**2 - 2 * eta * keep * self.curvature) * distance**2 + 4 * (eta * self.lipschitz) ** 2
-            distance = stretched**0.5 + eta * at.lam * apart + eta * example
-        return distance
+        return apart + self.kappa * example / at.lam
 
     def learned(self, whole_task: bool) -> float:
         """Bound how far apart two meta-models are whose samples differ in one task, or in one example of one task."""
@@ -96,7 +80,3 @@ class Bounds:
         task, example = self.learned(whole_task=True), self.learned(whole_task=False)
         far = {"task": (task, False), "example": (example, False), "adaptation": (0.0, True), "meta": (task, True)}
         return {kind: self.lipschitz * self.adapted(*far[kind]) for kind in KINDS}
-
-    def as_if_met(self) -> Bounds:
-        """Compute the bounds for convex smooth losses and allowed steps (kappa = 1), whether or not that is so."""
-        return replace(self, curvature=0.0, smooth=True, case=self.case.changed(inner="prox"))

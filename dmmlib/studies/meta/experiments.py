@@ -15,7 +15,7 @@ from dmmlib.data import Dataset
 from dmmlib.metrics import Estimate
 from dmmlib.studies.meta import forgetting
 from dmmlib.studies.meta.bounds import KINDS, Bounds
-from dmmlib.studies.meta.learner import LOGISTIC, PHASE, SQUARED, Learner, Loss, largest_norm
+from dmmlib.studies.meta.learner import LOGISTIC, PHASE, SQUARED, Learner, largest_norm
 from dmmlib.studies.meta.settings import MetaSettings
 from dmmlib.studies.meta.tasks import Case, images, synthetic
 
@@ -46,8 +46,8 @@ def measure(case: Case, s: MetaSettings, seed: int) -> pd.DataFrame:
 
     Returns:
         A row for each kind of replacement (`bounds.KINDS`): `each`, the largest change over probes for each
-        meta-sample (repeats,); `measured`, `low` and `high`, their mean and 95 % interval; `bound`, NaN for an
-        unchecked learner, with G on the ball that held every model; `radius` of that ball. Raises as `Learner.check`.
+        meta-sample (repeats,); `measured`, `low` and `high`, their mean and 95 % interval; `bound`, with G on
+        the ball that held every model; `radius` of that ball. Raises as `Learner.check`.
     """
     learner, m, n, repeats, probes = case.learner, case.m, case.n, s.repeats, s.probes
     learner.check()
@@ -74,7 +74,7 @@ def measure(case: Case, s: MetaSettings, seed: int) -> pd.DataFrame:
     runs = sample[:, None, :, :n].repeat(1, 1 + 2 * probes, 1, 1, 1)
     runs[rows, 1 + columns, task] = other
     runs[rows, 1 + probes + columns, task, place] = adverse(sample[rows, task, n])
-    seeds = s.seeds if learner.tasks_per_step or learner.examples_per_step else 1
+    seeds = s.seeds if learner.tasks_per_step else 1
     w, visited = learner.learn(runs[..., :-1], runs[..., -1], case.start.expand(seeds, 1, 1, -1), rng, shared=True)
     base, task_w, example_w = w.split([1, probes, probes], 2)
 
@@ -82,20 +82,19 @@ def measure(case: Case, s: MetaSettings, seed: int) -> pd.DataFrame:
     support, changed, queries = new[:, :, :n], new[:, :, :n].clone(), new[:, :, n + 1 :]
     changed[rows, columns, place] = adverse(new[:, :, n])
     queries = torch.cat([queries, adverse(queries, slice(None))], 2)
-    state, radii = rng.get_state(), [visited]
+    radii = [visited]
 
     def losses(which: Tensor, z: Tensor) -> Tensor:
-        rng.set_state(state)  # the same examples are drawn for both of a pair
-        u = learner.adapt(which.expand(seeds, repeats, probes, -1), z[..., :-1], z[..., -1], rng)
+        u = learner.adapt(which.expand(seeds, repeats, probes, -1), z[..., :-1], z[..., -1])
         radii.append(largest_norm(u))
-        return learner.loss.at(u, queries[..., :-1], queries[..., -1], learner.eps).mean(0)
+        return learner.loss.at(u, queries[..., :-1], queries[..., -1]).mean(0)
 
     before = losses(base, support)
     after = [losses(task_w, support), losses(example_w, support), losses(base, changed), losses(task_w, changed)]
     each = [(new - before).abs().amax((1, 2)).numpy() for new in after]
     table = pd.DataFrame([mean_over(v) for v in each], pd.Index(KINDS, name="kind")).clip(lower=0)
-    bound = {} if learner.unchecked else Bounds.of(case, max(radii)).changes()
-    table["bound"], table["radius"], table["each"] = table.index.map(bound), max(radii), pd.Series(each, table.index)
+    bound = table.index.map(Bounds.of(case, max(radii)).changes())
+    table["bound"], table["radius"], table["each"] = bound, max(radii), pd.Series(each, table.index)
     return table.rename(columns={"value": "measured"})
 
 
@@ -109,11 +108,11 @@ def gap(case: Case, s: MetaSettings, seed: int, radius: float = 0.0) -> dict[str
     learner, n, rng = case.learner, case.n, torch.Generator().manual_seed(seed)
     x, y = case.draw((s.gap_repeats, case.m), n, rng)
     w, visited = learner.learn(x, y, case.start, rng)
-    own = learner.adapt(w[:, None], x, y, rng=rng)
-    empirical = learner.loss.at(own, x, y, learner.eps).mean((1, 2))
+    own = learner.adapt(w[:, None], x, y)
+    empirical = learner.loss.at(own, x, y).mean((1, 2))
     new_x, new_y = case.draw((s.gap_repeats, s.gap_tasks), n + s.queries, rng)
-    u = learner.adapt(w[:, None], new_x[:, :, :n], new_y[:, :, :n], rng=rng)
-    transfer = learner.loss.at(u, new_x[:, :, n:], new_y[:, :, n:], learner.eps).mean((1, 2))
+    u = learner.adapt(w[:, None], new_x[:, :, :n], new_y[:, :, :n])
+    transfer = learner.loss.at(u, new_x[:, :, n:], new_y[:, :, n:]).mean((1, 2))
     mean = mean_over((transfer - empirical).numpy())
     bound = Bounds.of(case, max(radius, visited, largest_norm(u))).changes()["meta"]
     return {"transfer": float(transfer.mean()), "gap": mean.value, "low": mean.low, "high": mean.high, "bound": bound}
@@ -168,16 +167,6 @@ def slopes(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def stochastic(s: MetaSettings) -> pd.DataFrame:
-    """Measure the expected change of loss with full gradients, and with random tasks, examples, or both."""
-    task, example = {"tasks_per_step": 1}, {"examples_per_step": 1}
-    variants = {"all tasks, all examples": {}, "one task per step": task, "one example per step": example}
-    variants["one task, one example"] = task | example
-    descent = cases(s)[0].changed(inner="gd")
-    tables = [measure(descent.changed(**some), s, s.seed).assign(variant=name) for name, some in variants.items()]
-    return pd.concat(tables).reset_index()
-
-
 def gaps(data: Dataset, s: MetaSettings, measured: pd.DataFrame) -> pd.DataFrame:
     """Measure transfer minus empirical risk against m, n and lambda, beside the stability that `sweeps` measured."""
     known = {case.name: case for case in families(data, s) if case.learner.loss is not PHASE}
@@ -187,48 +176,6 @@ def gaps(data: Dataset, s: MetaSettings, measured: pd.DataFrame) -> pd.DataFrame
         case = known[row["tasks"]].changed(**{row["varies"]: row["value"]})
         rows.append(row | gap(case, s, s.seed + 1, row["radius"]))
     return pd.DataFrame(rows).rename(columns={"measured": "stability"})
-
-
-def robust(s: MetaSettings) -> pd.DataFrame:
-    """Measure robust meta-learning against the adversary's norm: stability, gap and risk."""
-    logistic, _, phase = cases(s)
-    descent = phase.changed(inner="gd", inner_step=min(s.inner_step, 0.1))
-    rows = []
-    for name, base in {"logistic regression, prox": logistic, "phase retrieval, gd, PGD": descent}.items():
-        for eps in s.epsilons:
-            case = base.changed(eps=eps)
-            found = measure(case, s, s.seed + 2).loc["meta"].to_dict()
-            risks = gap(case, s, s.seed + 1, found["radius"])
-            rows.append({"case": name, "eps": eps, "stability": found["measured"]} | risks)
-    return pd.DataFrame(rows)
-
-
-def broken(s: MetaSettings) -> pd.DataFrame:
-    """Measure stability where an assumption does not hold, beside the bound as if it did.
-
-    One example of the new task is replaced. "step": task-level steps eta from allowed to beyond 2 / lambda.
-    "Lipschitz": adverse labels of linear regression of size B, which G does not know of. "convexity": phase
-    retrieval adapted by gradient descent with lambda far below its modulus, from next to its saddle point, against n.
-    """
-    logistic, linear, phase = (case.changed(inner="gd") for case in cases(s))
-    saddle = replace(phase, start=torch.full((s.dim,), 1e-3, dtype=torch.float64))
-    saddle = saddle.changed(lam=0.1, inner_step=0.2, inner_steps=50)
-    cases_ = [
-        ("step", v, logistic.changed(inner_step=v / s.lam, inner_steps=20, unchecked=True)) for v in s.broken_etas
-    ]
-    cases_ += [("Lipschitz", v, linear.changed(loss=_with_labels(v))) for v in s.broken_labels]
-    cases_ += [("convexity", n, saddle.changed(n=n)) for n in s.broken_ns]
-    tables = []
-    for name, value, case in cases_:
-        bound = Bounds.of(case, 1.0).as_if_met().changes()["adaptation"]
-        found = measure(case, s, s.seed + 3).loc[["adaptation"]]
-        tables.append(found.assign(case=name, tasks=case.name, value=value, bound=bound))
-    return pd.concat(tables, ignore_index=True)
-
-
-def _with_labels(size: float) -> Loss:
-    """The squared loss with adverse labels of that size."""
-    return replace(SQUARED, flip=lambda y: -size * torch.sign(y))
 
 
 def assumptions(data: Dataset, s: MetaSettings) -> pd.DataFrame:
@@ -255,7 +202,7 @@ def assumptions(data: Dataset, s: MetaSettings) -> pd.DataFrame:
                 "G holds": "everywhere" if at.loss is LOGISTIC else f"for ‖u‖ ≤ {radius:.2f}, as visited",
                 "convex: lowest curvature": float(curvature.min()),
                 "assumed": bounds.curvature,
-                "smooth": "yes" if bounds.smooth else "no",
+                "smooth": "yes" if at.loss is not PHASE else "no",
                 "λ + μ > 0": at.lam + bounds.curvature,
                 "γλ ≤ 1": at.step * at.lam,
             }

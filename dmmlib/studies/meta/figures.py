@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dmmlib.analysis.looks import PALETTE, bars, legend, log_axis, rows, titled
+from dmmlib.analysis.looks import PALETTE, bars, log_axis, rows, titled
 from dmmlib.studies.meta.experiments import SYMBOLS
 
 REPLACED: dict[str, dict[str, Any]] = {
@@ -93,38 +93,6 @@ def gaps(table: pd.DataFrame, title: str, caption: str) -> Figure:
             axis.plot(part["value"], part["bound"], color=tint, ls="--", lw=1.2)
         _logarithmic(axis, here["value"], SYMBOLS[name])
     return _finished(figure, title, caption, {"measured stability": {}, "its bound": {"ls": "--"}})
-
-
-def robust(table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Draw stability and bound against the adversary's norm (left), and robust transfer risk (right)."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.6), layout="constrained")
-    for (case, part), tint, mark in zip(table.groupby("case", sort=False), PALETTE, "os", strict=False):
-        shown = part[part["stability"] > 1e-6]
-        left.plot(shown["eps"], shown["stability"], color=tint, marker=mark, label=f"{case}: stability")
-        left.plot(part["eps"], part["bound"], color=tint, ls="--", lw=1.2, label=f"{case}: bound")
-        right.plot(part["eps"], part["transfer"] / part["transfer"].iloc[0], color=tint, marker=mark)
-    left.set(yscale="log", xlabel="adversary ε (data have norm 1)", ylabel=_CHANGE)
-    right.set(xlabel="adversary ε", ylabel="robust transfer risk / that at ε = 0")
-    legend(figure, left)
-    return titled(figure, title, caption)
-
-
-def broken(table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Draw measured stability against the bound as if it held, a panel for each broken assumption; failures in red."""
-    quantities = {
-        "step": "task-step ηλ (allowed: ≤ 1 / (1 + β/λ))",
-        "Lipschitz": "size of adverse labels (assumed: ≤ 1)",
-        "convexity": "examples n (λ below the modulus)",
-    }
-    figure, panels = _panels(table, "case", 12.5 / 3, _CHANGE)
-    for axis, case, part in panels:
-        fails = part["low"] > part["bound"]
-        axis.plot(part["value"], part["bound"], color="0.25", ls="--", label="bound, if the assumption held")
-        _measured(axis, part[~fails], "measured", color=PALETTE[0], fmt="o", label="measured, below it")
-        _measured(axis, part[fails], "measured", color=PALETTE[3], fmt="X", label="measured, above it")
-        _logarithmic(axis, part["value"][np.log(part["value"]).diff().fillna(1) > 0.25], quantities[case])
-        axis.set_title(f"{part['tasks'].iloc[0]}: {case}")
-    return _finished(figure, title, caption, {})
 
 
 def forgetting(table: pd.DataFrame, title: str, caption: str) -> Figure:

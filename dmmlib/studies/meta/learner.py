@@ -10,8 +10,8 @@ Meta level, over m tasks, T steps (lambda (w - u) is the gradient of the Moreau 
     w <- w - gamma lambda (w - mean_j u(w, D_j))
 
 That is the prox meta-learning of Wang and Arora ("On the Stability and Generalization of Meta-Learning", NeurIPS
-2024) with its two task-level algorithms, last iterate. Stochastic: a step sees some tasks, a task-level gradient some
-examples. Robust: L_D is the worst case within eps of each example. Any leading dimensions are independent runs.
+2024) with its two task-level algorithms, last iterate. Stochastic: a step sees some of the tasks. Any leading
+dimensions are independent runs.
 
 A loss l(s, y) is one of a score s = x . u. Everywhere u is (..., d), x is (..., n, d) with norms of at most 1, and y is
 (..., n); all are float64. Each loss knows what a bound needs: its Lipschitz constant on a ball, its smoothness, and its
@@ -27,7 +27,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, softplus
+from torch.nn.functional import softplus
 
 from dmmlib.errors import DataError, PresetError
 
@@ -43,23 +43,18 @@ class Loss:
     name: str  # what figures and errors call a model with it
     value: Pointwise  # l
     slope: Pointwise  # its derivative in s (a subgradient where there is a kink)
-    steepest: Callable[[float], float]  # (largest |s|) -> largest |slope| among scores up to it, for admissible labels
+    lipschitz: Callable[[float], float]  # radius -> G, which bounds gradients for ||u|| <= radius, ||x|| <= 1
     smoothness: float  # largest second derivative in s, infinite where l has a kink
     curvature: float = 0.0  # lowest second derivative in s, in the sense of weak convexity
     flip: Callable[[Tensor], Tensor] = torch.neg  # a label as far from y as it can be, for adverse replacements
 
-    def lipschitz(self, radius: float, eps: float = 0.0) -> float:
-        """Return G, which bounds the gradient's norm for ||u|| <= radius, ||x|| <= 1 and an adversary of norm eps."""
-        return self.steepest(radius * (1 + eps)) * (1 + eps)
-
-    def gradient(self, u: Tensor, x: Tensor, y: Tensor, eps: float = 0.0) -> Tensor:
-        """Compute the mean gradient (..., d) over the examples, taken at the adversary's answer (Danskin's theorem)."""
-        x = attacked(self, u, x, y, eps)
+    def gradient(self, u: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """Compute the mean gradient (..., d) over the examples."""
         return (self.slope(scores(u, x), y)[..., None, :] @ x)[..., 0, :] / x.shape[-2]
 
-    def at(self, u: Tensor, x: Tensor, y: Tensor, eps: float = 0.0) -> Tensor:
-        """Compute the loss of each example (..., n), the worst within eps of it."""
-        return self.value(scores(u, attacked(self, u, x, y, eps)), y)
+    def at(self, u: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """Compute the loss of each example (..., n)."""
+        return self.value(scores(u, x), y)
 
 
 def scores(u: Tensor, x: Tensor) -> Tensor:
@@ -67,59 +62,25 @@ def scores(u: Tensor, x: Tensor) -> Tensor:
     return (x @ u[..., None])[..., 0]
 
 
-def attacked(loss: Loss, u: Tensor, x: Tensor, y: Tensor, eps: float) -> Tensor:
-    """Move each example within eps (Euclidean) of x to where the loss is highest.
-
-    For a convex loss this is x + eps sign(slope) u / ||u||, so that the robust logistic loss is
-    softplus(-(y s - eps ||u||)) and the robust squared loss (|s - y| + eps ||u||)^2 / 2. Otherwise `pgd` looks for it.
-    """
-    if eps == 0:
-        return x
-    if loss.curvature < 0:
-        return pgd(loss, u, x, y, eps)
-    sign = torch.where(loss.slope(scores(u, x), y) >= 0, 1.0, -1.0).to(x)
-    return x + eps * sign[..., None] * normalize(u, dim=-1)[..., None, :]
-
-
-def pgd(loss: Loss, u: Tensor, x: Tensor, y: Tensor, eps: float, n_steps: int = 15) -> Tensor:
-    """Ascend on the loss in x + delta, ||delta|| <= eps, by projected gradients; returns the best example met.
-
-    It starts from both ends along u and from beside x, as the loss may have several maxima. Steps go along the
-    normalised gradient; the first has length eps / 2, each further one 0.7 times the length before.
-    """
-    unit = normalize(u, dim=-1)[..., None, :]
-    best, worst = x, loss.value(scores(u, x), y)
-    for begin in (-1.0, 0.01, 1.0):
-        delta = begin * eps * unit + torch.zeros_like(x)
-        for k in range(n_steps):
-            s = scores(u, x + delta)
-            found = loss.value(s, y)
-            best = torch.where((found > worst)[..., None], x + delta, best)
-            worst = torch.maximum(found, worst)
-            delta = delta + eps / 2 * 0.7**k * torch.sign(loss.slope(s, y))[..., None] * unit
-            delta = delta * (eps / torch.linalg.vector_norm(delta, dim=-1, keepdim=True).clamp(min=eps))
-    return best
-
-
 SQUARED = Loss(
     "linear regression",
     value=lambda s, y: (s - y) ** 2 / 2,
     slope=lambda s, y: s - y,
-    steepest=lambda s: s + 1,  # |y| <= 1
+    lipschitz=lambda s: s + 1,  # |y| <= 1
     smoothness=1.0,
 )
 LOGISTIC = Loss(
     "logistic regression",
     value=lambda s, y: softplus(-y * s),
     slope=lambda s, y: -y * torch.sigmoid(-y * s),
-    steepest=lambda s: 1.0,
+    lipschitz=lambda s: 1.0,
     smoothness=0.25,
 )
 PHASE = Loss(  # robust phase retrieval: measurements y of (x . u)^2, in [0, 1], some of them wrong
     "phase retrieval",
     value=lambda s, y: (s**2 - y).abs(),
     slope=lambda s, y: 2 * s * torch.sign(s**2 - y),
-    steepest=lambda s: 2 * s,
+    lipschitz=lambda s: 2 * s,
     smoothness=math.inf,
     curvature=-2.0,
     flip=lambda y: 1 - y,
@@ -137,30 +98,20 @@ class Learner:
     inner: Literal["prox", "gd"] = "prox"  # the task-level algorithm
     inner_step: float = 0.5  # eta of "gd"
     inner_steps: int = 5  # its K
-    eps: float = 0.0  # norm of the adversary
     tasks_per_step: int | None = None  # drawn with replacement for each meta-step; all of them if None
-    examples_per_step: int | None = None  # drawn with replacement for each gradient of "gd"; all of them if None
-    unchecked: bool = False  # run with steps that are known to be unstable, to see what happens
 
     def check(self) -> None:
-        """Raise PresetError for steps beyond stability, or a loss whose prox has no unique solution or no solver."""
+        """Raise PresetError for steps beyond stability, or a loss that the task-level algorithm is not for."""
         prox = self.inner == "prox"
-        if not 0 <= self.eps < 1:
-            raise PresetError(f"The adversary has eps={self.eps:g}, but the data have norm 1; give 0 <= eps < 1.")
-        if prox and self.examples_per_step is not None:
-            raise PresetError("examples_per_step is for inner='gd'; prox uses all examples, so leave it out.")
-        if prox and self.eps and self.loss is not LOGISTIC:
-            raise PresetError(f"Robust {self.loss.name} has no prox solver here; use inner='gd'.")
         if prox:
             strong_convexity(self.lam, self.loss.curvature)
-        if self.unchecked:
-            return
+        elif math.isinf(self.loss.smoothness):
+            raise PresetError(f"The loss of {self.loss.name} is not smooth, so descent has no bound; use inner='prox'.")
         if self.step * self.lam > 1:
             raise PresetError(
                 f"Meta-level steps are unstable (gamma lambda = {self.step * self.lam:g} > 1); lower step."
             )
-        smooth = 0.0 if math.isinf(self.loss.smoothness) else self.loss.smoothness * (1 + self.eps) ** 2
-        limit = 1 / (self.lam + smooth)
+        limit = 1 / (self.lam + self.loss.smoothness)
         if not prox and self.inner_step > limit:
             raise PresetError(f"Task-level steps eta={self.inner_step:g} are unstable; give inner_step <= {limit:.4g}.")
 
@@ -198,17 +149,15 @@ class Learner:
                 chosen = chosen.reshape(*drawn, -1).expand(*lead, -1)
                 tasks = _take(every[0], chosen, 2), _take(every[1], chosen, 1)
             begin = w[..., None, :]
-            adapted = scores(begin, tasks[0]) + tasks[1] if closed_form else self.adapt(begin, *tasks, rng, shared)
+            adapted = scores(begin, tasks[0]) + tasks[1] if closed_form else self.adapt(begin, *tasks)
             w = w - self.step * self.lam * (w - adapted.mean(-2))
             radius = max(radius, largest_norm(adapted), largest_norm(w))
         if not torch.isfinite(w).all():
             raise DataError("A meta-training diverged (NaN); lower step or inner_step.")
         return w, radius
 
-    def adapt(self, w: Tensor, x: Tensor, y: Tensor, rng: Rng = None, shared: bool = False) -> Tensor:
+    def adapt(self, w: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """Adapt meta-models w (..., d) to tasks x (..., n, d), y (..., n): models u (..., d).
-
-        Random examples are drawn as in `learn`.
 
         Raises PresetError or DataError if prox has no one answer with this lambda, or its solver does not converge.
         """
@@ -218,14 +167,10 @@ class Learner:
             if self.loss is SQUARED:
                 matrix, offset = affine(self.lam, x, y)
                 return scores(w, matrix) + offset
-            return _newton(self.lam, self.eps, w, x, y) if self.loss is LOGISTIC else _dual(self.lam, w, x, y)
-        u, part = w, (x, y)
+            return _newton(self.lam, w, x, y) if self.loss is LOGISTIC else _dual(self.lam, w, x, y)
+        u = w
         for _ in range(self.inner_steps):
-            if self.examples_per_step is not None:
-                draws = (*lead[:-2], 1, lead[-1]) if shared else lead
-                chosen = torch.randint(x.shape[-2], (*draws, self.examples_per_step), generator=rng).expand(*lead, -1)
-                part = _take(x, chosen, 1), _take(y, chosen, 0)
-            u = u - self.inner_step * (self.loss.gradient(u, *part, self.eps) + self.lam * (u - w))
+            u = u - self.inner_step * (self.loss.gradient(u, x, y) + self.lam * (u - w))
         return u
 
 
@@ -258,38 +203,21 @@ def affine(lam: float, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return solved[..., :-1], solved[..., -1]
 
 
-def _newton(lam: float, eps: float, w: Tensor, x: Tensor, y: Tensor, n_steps: int = 60) -> Tensor:
-    """Prox of the (robust) logistic loss by damped Newton steps.
-
-    With an adversary the loss has a kink at u = 0, and only there. 0 is the answer iff the gradient's part that does
-    not come from the adversary, y x / 2 on average + lam w, is no longer than eps / 2; elsewhere that is a direction
-    of descent from 0, and Newton starts where it is below the kink, so that it never meets it.
-    """
+def _newton(lam: float, w: Tensor, x: Tensor, y: Tensor, n_steps: int = 60) -> Tensor:
+    """Prox of the logistic loss by damped Newton steps."""
     n, eye = x.shape[-2], torch.eye(x.shape[-1], dtype=x.dtype)
 
     def objective(v: Tensor) -> Tensor:
-        return LOGISTIC.at(v, x, y, eps).mean(-1) + lam / 2 * ((v - w) ** 2).sum(-1)
+        return LOGISTIC.at(v, x, y).mean(-1) + lam / 2 * ((v - w) ** 2).sum(-1)
 
-    u, stuck = w, torch.zeros(w.shape[:-1], dtype=torch.bool)
-    if eps:
-        u = (y[..., None] * x).mean(-2) / 2 + lam * w
-        stuck = torch.linalg.vector_norm(u, dim=-1) <= eps / 2 + 1e-9
-        at_kink = objective(torch.zeros_like(w))
-        while bool((outside := (objective(u) >= at_kink) & ~stuck).any()):
-            u = torch.where(outside[..., None], u / 2, u)
-    value = objective(u)
+    u, value = w, objective(w)
     for _ in range(n_steps):
-        moved = attacked(LOGISTIC, u, x, y, eps)
-        wrong = torch.sigmoid(-y * scores(u, moved))
-        gradient = scores(-y * wrong, moved.mT) / n + lam * (u - w)
-        left = torch.linalg.vector_norm(gradient, dim=-1).masked_fill(stuck, 0)
-        if bool((left < 1e-9).all()):
-            return u.masked_fill(stuck[..., None], 0)
-        hessian = moved.mT @ ((wrong * (1 - wrong))[..., None] * moved) / n + lam * eye
-        if eps:
-            norm = torch.linalg.vector_norm(u, dim=-1).clamp(min=1e-12)[..., None, None]
-            unit = u[..., None] / norm
-            hessian = hessian + wrong.mean(-1)[..., None, None] * eps / norm * (eye - unit @ unit.mT)
+        wrong = torch.sigmoid(-y * scores(u, x))
+        gradient = scores(-y * wrong, x.mT) / n + lam * (u - w)
+        left = largest_norm(gradient)
+        if left < 1e-9:
+            return u
+        hessian = x.mT @ ((wrong * (1 - wrong))[..., None] * x) / n + lam * eye
         towards = torch.linalg.solve(hessian, gradient)
         length = torch.ones_like(value)
         for _ in range(20):
@@ -300,9 +228,9 @@ def _newton(lam: float, eps: float, w: Tensor, x: Tensor, y: Tensor, n_steps: in
                 break
             length = torch.where(worse, length / 2, length)
         u, value = torch.where(worse[..., None], u, trial), torch.minimum(new, value)
-    if float(left.max()) > 1e-6:
-        raise DataError(f"Newton's method left a gradient of {float(left.max()):.2g} after {n_steps} steps; raise lam.")
-    return u.masked_fill(stuck[..., None], 0)
+    if left > 1e-6:
+        raise DataError(f"Newton's method left a gradient of {left:.2g} after {n_steps} steps; raise lam.")
+    return u
 
 
 def _dual(lam: float, w: Tensor, x: Tensor, y: Tensor, n_steps: int = 150) -> Tensor:

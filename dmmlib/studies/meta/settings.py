@@ -45,11 +45,6 @@ class MetaSettings(Section):
     seeds: PositiveInt = 16  # runs that a stochastic learner's loss is averaged over
     gap_repeats: Several = 100  # meta-samples of transfer risk minus empirical risk
     gap_tasks: PositiveInt = 50  # fresh tasks for each of them
-    epsilons: Some[Annotated[float, Field(ge=0, lt=1)]] = (0.0, 0.1, 0.2, 0.4, 0.8)  # adversary; the data have norm 1
-    # Sweeps in which an assumption is broken
-    broken_ns: Sweep[Several] = (8, 32, 128)
-    broken_labels: Some[PositiveFloat] = (1.0, 2.0, 5.0, 10.0, 20.0)
-    broken_etas: Some[PositiveFloat] = (0.25, 0.5, 1.0, 1.5, 2.0, 2.25, 2.5, 3.0)  # in units of 1 / lambda
     # Forgetting a task
     side: Side = 5  # pooled images are side x side
     tasks: Several = 18  # class pairs to train on; the other pairs are validation tasks
