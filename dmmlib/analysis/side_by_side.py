@@ -114,7 +114,7 @@ def side_by_side(
 
     def run(label: str, name: str, options: Mapping[str, Any], context: Context) -> pd.DataFrame:
         study.progress(f"attributor {label}", 0, 1)
-        options = (tuned_ridge(study, context) if name == "ridge" else {}) | dict(options)
+        options = (tuned_ridge(study, context.masks, context.margins) if name == "ridge" else {}) | dict(options)
         context = replace(context, original_logits=before)
         table = compare({label: (name, options)}, context, (masks[half:], outputs[half:]), oracles, methods)
         study.progress(f"attributor {label}", 1, 1)
@@ -133,19 +133,20 @@ def side_by_side(
     return pd.concat(parts, ignore_index=True), missing
 
 
-def tuned_ridge(study: Study, context: Context) -> dict[str, float]:
-    """Choose ridge's penalty, and its share on own weights, by DM-direct's p95 KLoM on the tuning sets."""
+def tuned_ridge(study: Study, masks: np.ndarray, margins: np.ndarray) -> dict[str, float]:
+    """Choose ridge's penalty, and its share on own weights, by DM-direct's p95 KLoM on the tuning sets.
+
+    Masks (M, n_train) and margins (M, n_points) are those of the subset models that it is fitted to.
+    """
     y, n = study.data.y, study.preset.tuning.n_models
     before = metrics.margins(study.original_logits()[:n], y)
     sets = [(f, metrics.margins(study.oracles(f)[:n], y)) for f in study.tuning_sets().values()]
 
     def mean_score(setting: dict[str, float]) -> float:
-        model = RidgeDatamodel.fit(context.masks, context.outputs, device=context.device, **setting)
-        found = [
-            score(before + metrics.right_logits(model.effect(f.indices), y), oracle, _splits(study, f))
-            for f, oracle in sets
-        ]
-        return float(np.mean([scores["score"] for scores in found]))
+        model = RidgeDatamodel.fit(masks, margins[:, :, None], device=study.device, **setting)
+        answers = [before + change[:, 0] for change in model.effects([f.indices for f, _ in sets])]
+        found = zip(answers, sets, strict=True)
+        return float(np.mean([score(z, oracle, _splits(study, f))["score"] for z, (f, oracle) in found]))
 
     return min(study.preset.datamodels.grid, key=mean_score)
 

@@ -59,10 +59,6 @@ class Evaluator:
         changes = dict(zip(self.sets, effects([f.indices for f in self.sets.values()]), strict=True))
         return self.rows(lambda name: self.before + changes[name])
 
-    def score(self, effects: Effects) -> float:
-        """Compute the mean of `klom` over forget sets and splits, by which settings are chosen, the lowest first."""
-        return float(np.mean([row["value"] for row in self.klom(effects)]))
-
     def lds(self, model: Attributor) -> dict[str, Any]:
         """Compute the LDS of predicted margins on held-out subsets that chose nothing, as a row like those of KLoM."""
         masks, actual = held_out_margins(self.study)

@@ -5,9 +5,8 @@ Intervals are over forget sets, draws of subset models, or seeds, as each functi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import astuple, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,16 +15,17 @@ from scipy.stats import norm
 
 from dmmlib import metrics
 from dmmlib.analysis.intervals import mean_over, median_over
+from dmmlib.analysis.side_by_side import tuned_ridge
 from dmmlib.attribution import Context
 from dmmlib.attributors import bayesian
 from dmmlib.attributors.bayesian import BayesianDatamodel
 from dmmlib.attributors.linearised import Linearised, LinearisedResponse, linearised_response
-from dmmlib.datamodels import Attributor, RidgeDatamodel, lds
+from dmmlib.datamodels import Attributor, RidgeDatamodel
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.jobs import Job
 from dmmlib.metrics import Estimate
 from dmmlib.presets import Preset
-from dmmlib.studies.cheap.evaluator import Evaluator, Rows, held_out_margins, label_logits
+from dmmlib.studies.cheap.evaluator import Evaluator, Rows, label_logits
 from dmmlib.study import Study
 from dmmlib.trainer import ModelSet
 
@@ -95,21 +95,17 @@ class Cache:
 def ridge(study: Study, size: int, evaluator: Evaluator) -> Rows:
     """Compute p95 KLoM and LDS of ridge on margins with the first `size` subset models of halves.
 
-    Penalty and share of it on own weights are those of the lowest score on the tuning sets. The LDS is that of the
-    penalty that has the best LDS on the first half of the held-out subsets, reported on the second.
+    Penalty and share of it on own weights are those of `tuned_ridge`. The LDS is that of the penalty that has the best
+    LDS on the first half of the held-out subsets, reported on the second.
     """
-    (masks, outputs), grid = study.subsets(), study.preset.datamodels.grid
-    margins, tuning = label_logits(study, outputs[:size])[:, :, None], Evaluator.tuning(study)
-    fit: Callable[..., RidgeDatamodel] = partial(RidgeDatamodel.fit, masks[:size], margins, device=study.device)
-    (held_out, actual), scores, ranks = held_out_margins(study, chosen=True), list[float](), list[float]()
-    for i, setting in enumerate(grid, 1):
-        model = fit(**setting)
-        scores.append(tuning.score(tuning.gauged(model)))
-        rank = lds(label_logits(study, model.predict(held_out)), actual).mean() if setting["own_share"] == 1 else -1
-        ranks.append(float(rank))
-        study.progress(f"ridge on {size} models", i, len(grid))
-    model, ranker = fit(**grid[np.argmin(scores)]), fit(lam=grid[np.argmax(ranks)]["lam"])
-    return evaluator.judged(model, ranker)
+    masks, outputs = study.subsets()
+    masks, margins = masks[:size], label_logits(study, outputs[:size])
+    study.progress(f"ridge on {size} models", 0, 1)
+    setting = tuned_ridge(study, masks, margins)
+    model = RidgeDatamodel.fit(masks, margins[:, :, None], device=study.device, **setting)
+    rows = evaluator.judged(model, study.datamodel_of(size)[0])
+    study.progress(f"ridge on {size} models", 1, 1)
+    return rows
 
 
 def curve(study: Study, cache: Cache) -> pd.DataFrame:
