@@ -257,7 +257,7 @@ class Study(Models):
         return pd.DataFrame(kept(path, search, read_json, write_json))
 
     def tuned(self, method: str) -> dict[str, Any]:
-        """A method's setting in the preset, or the best on the tuning sets ({} if it has none) and where it is to `stop`."""
+        """The preset's setting of a method, or the best on the tuning sets and where to `stop`; {} if it has none."""
         if method in self.preset.unlearning.settings:
             return dict(self.preset.unlearning.settings[method])
         settings = unlearn.configurations(method, self.preset.tuning.budget, self.preset.seed)
