@@ -69,6 +69,14 @@ class Models(Trainer):
         logits = self.oracles(forget_set)
         return metrics.margins(logits, self.data.y), metrics.correct(logits, self.data.y)
 
+    def splits(self, forget_set: ForgetSet) -> dict[str, np.ndarray]:
+        """Positions of forget, retain and validation points; then, by name, of the data's probes, if it has any."""
+        n, probes = self.data.n_train, self.data.probes
+        splits = forget_set.splits(n, self.data.n_val)
+        apart = {name: n + positions for name, positions in probes.items()}
+        splits["validation"] = np.setdiff1d(splits["validation"], np.concatenate([[-1], *apart.values()]))
+        return splits | apart
+
     # --- ridge datamodels ------------------------------------------------------------------------------
 
     @cached_property

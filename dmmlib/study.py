@@ -289,14 +289,6 @@ class Study(Models):
 
         return kept(path, result, Unlearned.load, lambda path, made: made.save(path))
 
-    def splits(self, forget_set: ForgetSet) -> dict[str, np.ndarray]:
-        """Positions of forget, retain and validation points; then, by name, of the data's probes, if it has any."""
-        n, probes = self.data.n_train, self.data.probes
-        splits = forget_set.splits(n, self.data.n_val)
-        apart = {name: n + positions for name, positions in probes.items()}
-        splits["validation"] = np.setdiff1d(splits["validation"], np.concatenate([[-1], *apart.values()]))
-        return splits | apart
-
     # --- results ---------------------------------------------------------------------------------------
 
     def train_oracles(self) -> None:
