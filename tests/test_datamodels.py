@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dmmlib import datamodels, metrics
+from dmmlib.analysis import evidence
 from dmmlib.datamodels import RidgeDatamodel
 from dmmlib.errors import DataError, ForgetSetError
 
@@ -137,3 +138,14 @@ def test_bad_input():
 def test_masks_that_are_all_alike_are_refused():
     with pytest.raises(DataError, match="alike"):
         RidgeDatamodel.fit(np.ones((5, 4), bool), np.zeros((5, 4, 2), np.float32), 0.1)
+
+
+def test_the_ceiling_is_what_the_mean_of_a_training_set_reaches():
+    """Means vary by 1, models within a set by 2: a predictor that knows the means correlates with models by sqrt(1/3)."""
+    rng = np.random.default_rng(0)
+    means = rng.normal(size=(300, 1, 20))
+    margins = means + np.sqrt(2) * rng.normal(size=(300, 6, 20))
+    reached = [np.corrcoef(means[:, 0, j], margins[:, 0, j])[0, 1] for j in range(20)]
+    assert evidence.ceiling(margins).mean() == pytest.approx(np.sqrt(1 / 3), abs=0.02)
+    assert np.mean(reached) == pytest.approx(np.sqrt(1 / 3), abs=0.03)
+    assert (evidence.ceiling(rng.normal(size=(12, 8, 500))) < 0.5).mean() > 0.9  # masks that change nothing

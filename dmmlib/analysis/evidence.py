@@ -12,6 +12,7 @@ import pandas as pd
 from dmmlib import datamodels, metrics
 from dmmlib.metrics import Estimate
 from dmmlib.study import Study
+from dmmlib.trainer import ModelSet
 
 COLUMNS = ["n_subsets", "forget_set", "split", "statistic", "value", "low", "high"]
 
@@ -68,6 +69,28 @@ def agreement(
     draws = [scores(*(rng.multinomial(len(p), p) / len(p) for p in even)) for _ in range(n_bootstrap)]
     ends = zip(scores(*even), np.std(draws, axis=0, ddof=1), strict=True)
     return dict(zip(("correlation", "slope"), (Estimate.normal(value, error) for value, error in ends), strict=True))
+
+
+def ceiling(margins: np.ndarray) -> np.ndarray:
+    """Estimate the LDS (n_points,) of a predictor that knows the mean margin of each training set: what noise leaves.
+
+    With variances B of means between masks and W of models within one, the correlation of a mean with a single model is
+    sqrt(B / (B + W)); B is what the means of `margins` (n_masks, n_seeds, n_points) vary by beyond W / n_seeds.
+
+    >>> rng = np.random.default_rng(0)
+    >>> float(ceiling(rng.normal(size=(400, 1, 1)) + 0.5 * rng.normal(size=(400, 8, 1)))[0].round(2))  # sqrt(1 / 1.25)
+    0.89
+    """
+    within = margins.var(1, ddof=1).mean(0)
+    between = np.clip(margins.mean(1).var(0, ddof=1) - within / margins.shape[1], 0, None)
+    return np.sqrt(between / np.maximum(between + within, 1e-12))
+
+
+def repeated(study: Study, n_masks: int = 12, n_seeds: int = 8) -> np.ndarray:
+    """Train models of several seeds on held-out training sets: margins (n_masks, n_seeds, n_points)."""
+    masks = study.held_out()[0][-n_masks:]
+    outputs = study.outputs(ModelSet("ceiling", np.repeat(masks, n_seeds, axis=0)))[:]
+    return metrics.right_logits(outputs, study.data.y).reshape(len(masks), n_seeds, -1)
 
 
 OWN = ("laptop", "smoke", "digits", "cifar10", "cifar10-images", "living17", "replicate")

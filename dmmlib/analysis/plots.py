@@ -30,12 +30,19 @@ OTHER = ((0.72, 0.72, 0.72), "other methods")  # how a method is drawn that is n
 # --- datamodels and forget sets --------------------------------------------------------------------------
 
 
-def lds_curve(sizes: Sequence[int], scores: Mapping[str, Sequence[Estimate]], title: str, caption: str) -> Figure:
-    """Draw LDS against the number of subset models, one line for each split."""
+def lds_curve(
+    sizes: Sequence[int],
+    scores: Mapping[str, Sequence[Estimate]],
+    ceilings: Mapping[str, float],
+    title: str,
+    caption: str,
+) -> Figure:
+    """Draw LDS against the number of subset models, one line for each split, below what noise lets it reach."""
     figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
     for (name, estimates), mark in zip(scores.items(), "os^", strict=False):
         rows = pd.DataFrame(estimates)
-        axis.errorbar(sizes, rows["value"], yerr=looks.bars(rows), marker=mark, capsize=3, label=name)
+        (line, *_) = axis.errorbar(sizes, rows["value"], yerr=looks.bars(rows), marker=mark, capsize=3, label=name)
+        axis.axhline(ceilings[name], color=line.get_color(), ls=":", label=f"ceiling, {name}")
     looks.log_axis(axis, "x", tuple(sizes))
     axis.set_xticklabels([f"{size:,}" for size in sizes])
     axis.set(xlabel="subset models M", ylabel="LDS (Spearman, mean over points)")
