@@ -141,7 +141,7 @@ def test_masks_that_are_all_alike_are_refused():
 
 
 def test_the_ceiling_is_what_the_mean_of_a_training_set_reaches():
-    """Means vary by 1, models within a set by 2: a predictor that knows the means correlates with models by sqrt(1/3)."""
+    """Means vary by 1, models within a set by 2: who knows the means correlates with models by sqrt(1 / 3)."""
     rng = np.random.default_rng(0)
     means = rng.normal(size=(300, 1, 20))
     margins = means + np.sqrt(2) * rng.normal(size=(300, 6, 20))
