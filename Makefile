@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
-.PHONY: setup study test lowest lab docs lint publish replicate confirm clean
+.PHONY: setup study test lowest lab docs lint publish replicate confirm book clean
 
 setup: $(READY)
 
@@ -34,6 +34,9 @@ lab: $(READY)  ## explore in JupyterLab: notebooks/, and executed ones under run
 
 docs: $(READY)  ## the API pages, from docstrings, into docs/api
 	$(BIN)/python scripts/api.py
+
+book: $(READY)  ## notebooks, docs and API pages as a static site, into build/book; a warning is an error
+	$(BIN)/python scripts/book.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -9,11 +9,11 @@ import pdoc.render
 import dmmlib
 
 
-def main(folder: Path) -> None:
-    """Write the pages into a folder."""
+def main(folder: Path, math: bool = True) -> None:
+    """Write the pages into a folder; formulas are drawn by a script from elsewhere, or stay as they are typed."""
     for name in dmmlib.__all__:
         getattr(dmmlib, name)  # names are loaded when they are first used, and pdoc looks at those that are there
-    pdoc.render.configure(docformat="google", math=True, footer_text=f"dmmlib {dmmlib.__version__}")
+    pdoc.render.configure(docformat="google", math=math, footer_text=f"dmmlib {dmmlib.__version__}")
     pdoc.pdoc("dmmlib", output_directory=folder)
 
 

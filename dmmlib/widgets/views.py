@@ -157,6 +157,7 @@ class Scatter(View):
     colours = t.List(t.Unicode()).tag(sync=True)  # of the classes
     only = t.Int(-1).tag(sync=True)  # the class that alone is shown
     axes = t.List(t.Unicode()).tag(sync=True)
+    selectable = t.Bool(True).tag(sync=True)  # the legend counts what is chosen
 
     def __init__(self, data: Dataset, caption: Caption, hear: Hear | None = None) -> None:
         palette = "colorblind" if data.n_classes <= 10 else "husl"  # which has no end

@@ -456,8 +456,9 @@ function scatter({ model, el }) {
         const dot = node("i", { class: "dmm-dot" });
         dot.style.background = model.get("colours")[g];
         const title = "Show this class alone, or all again";
-        const item = node("button", { type: "button", title }, dot, name, node("b", {}, String(counts[g])));
-        item.classList.toggle("dmm-none", !counts[g]);
+        const count = model.get("selectable") ? [node("b", {}, String(counts[g]))] : [];
+        const item = node("button", { type: "button", title }, dot, name, ...count);
+        item.classList.toggle("dmm-none", count.length && !counts[g]);
         item.setAttribute("aria-pressed", model.get("only") === g);
         item.addEventListener("click", () => model.send({ kind: "legend", group: g }));
         return item;
