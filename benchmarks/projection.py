@@ -20,6 +20,7 @@ import pandas as pd
 
 from dmmlib import attribution, datamodels
 from dmmlib.attributors import kernel
+from dmmlib.files import write_bytes
 from dmmlib.study import Study
 
 RESULTS = Path(__file__).parent / "results"
@@ -65,10 +66,13 @@ def main() -> None:
     parser.add_argument("seeds", nargs="+", type=int)
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     asked = parser.parse_args()
-    table = pd.DataFrame([row for seed in asked.seeds for row in rows(seed, asked.runs)])
-    table["lds ratio"] = table["lds"] / table.groupby("seed")["lds"].transform("first")
-    lines = ",\n".join(json.dumps(row) for row in table.to_dict("records"))
-    (RESULTS / "projection.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    found = list[dict[str, Any]]()
+    for row in (row for seed in asked.seeds for row in rows(seed, asked.runs)):
+        found.append(row)
+        table = pd.DataFrame(found)
+        table["lds ratio"] = table["lds"] / table.groupby("seed")["lds"].transform("first")
+        lines = ",\n".join(json.dumps(row) for row in table.round(5).to_dict("records"))
+        write_bytes(RESULTS / "projection.json", f"[\n{lines}\n]\n".replace("NaN", "null").encode())
     print(table.to_string(index=False, float_format="{:.4f}".format))
 
 
