@@ -175,11 +175,6 @@ class RidgeDatamodel(Attributor):
         a, d = self._masks, self._columns(directions)
         return ((self._solve(a @ d) if self._few else a @ self._solve(d)) / len(a)).cpu().numpy()
 
-    def adjoint(self, u: np.ndarray) -> np.ndarray:
-        """Apply the transpose of `weights`: (k, n_train) for u (k, M)."""
-        a, v = self._masks, self._columns(u)
-        return ((a.T @ self._solve(v) if self._few else self._solve(a.T @ v)) / len(a)).T.cpu().numpy()
-
     def _inverse(self, directions: np.ndarray) -> np.ndarray:
         """(A^T A / M + lambda I)^-1 d for each row d of (k, n_train)."""
         a, d = self._masks, self._columns(directions)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -107,11 +106,6 @@ class Models(Trainer):
         lam, scores = datamodels.choose_lambda(*few, held_out, truth, self.data.y, lambdas, self.device)
         return datamodels.RidgeDatamodel.fit(*few, lam, self.device), scores
 
-    @once
-    def plain_datamodel(self) -> datamodels.RidgeDatamodel:
-        """Plain ridge on all M subset models, lambda chosen by LDS: what forget sets are selected with."""
-        return self.datamodel_of(self.preset.datamodels.n_subsets)[0]
-
     def ridge(self, lam: float, own_share: float) -> datamodels.Gauged:
         """The paper's kind of datamodel: of raw logits, and added to them."""
         model = datamodels.RidgeDatamodel.fit(*self.subsets(raw=True), lam, self.device, own_share)
@@ -155,14 +149,6 @@ class Models(Trainer):
         wanted = max((p.component for p in every if p.kind in ("pc", "pc_both")), default=2)
         n, few = self.data.n_train, self.originals()[:N_LOADINGS]
         return attribution.LOADINGS["gradients"](few, self.x[:n], self.y[:n], max(wanted, 2))
-
-    def subset_margins(self, points: Any = ...) -> np.ndarray:
-        """Margins (M, n) of the subset models on some points, all by default."""
-        outputs, labels = self.subsets()[1], self.data.y[points]
-        found = np.empty((len(outputs), len(labels)), np.float32)
-        for i in range(0, len(outputs), outputs.step):
-            found[i : i + outputs.step] = metrics.right_logits(outputs[i : i + outputs.step][:, points], labels)
-        return found
 
     def n_subsets_of(self, name: str) -> int:
         """How many subset models an attributor is fitted to."""
