@@ -39,8 +39,7 @@ def main(target: Path) -> int:
     api.main(EXTRA / "api", math=False)
     (EXTRA / "index.html").write_text(
         '<!doctype html><meta charset="utf-8"><title>Can a trained model forget?</title>'
-        '<meta http-equiv="refresh" content="0; url=docs/index.html">'
-        '<a href="docs/index.html">Can a trained model forget?</a>\n'
+        '<meta http-equiv="refresh" content="0; url=docs/index.html"><a href="docs/index.html">To the book</a>'
     )
     shutil.rmtree(target, ignore_errors=True)
     return sphinx(

@@ -3,7 +3,7 @@
     python scripts/publish.py laptop
 
 Executed notebooks go over those in notebooks/ (with their own default parameters), the run's tables and record
-beside the figures, and the main tables into the README.
+beside the figures with what the book's page "Explore" shows, and the main tables into the README.
 """
 
 import re
@@ -13,6 +13,9 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).parent))
+import explore
 
 from dmmlib.analysis import tables
 
@@ -57,6 +60,7 @@ def main(preset: str) -> int:
     ):  # for `dmm report`
         if (run / name).exists():
             shutil.copy(run / name, ROOT / "figures" / preset / name)
+    explore.main(preset, ROOT / "figures" / preset / "explore.json")
     readme = ROOT / "README.md"
     block = f"\\1\n{tables.readme(pd.read_csv(run / 'results.csv'))}\n\\2"
     text = re.sub(r"(<!-- results[^>]*-->).*(<!-- /results -->)", block, readme.read_text(), flags=re.DOTALL)

@@ -6,6 +6,7 @@ Screenshots stay in `screenshots/`. Without Chromium these tests are skipped; wi
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -456,6 +457,53 @@ def test_a_class_beyond_256_has_its_colour_and_a_name_stays_text(page):
     expect(page.locator(".dmm-legend > button")).to_have_count(300)
     assert page.locator("img").count() == 0
     assert names[0] in page.locator(".dmm-legend").inner_text()
+
+
+def test_the_book_is_read_and_explored_without_a_kernel(page, tmp_path):
+    if importlib.util.find_spec("sphinx") is None:
+        missing = "Sphinx is not installed; `pip install -e '.[dev]'` for the book's test."
+        (pytest.fail if os.environ.get("DMM_REQUIRE_BROWSER") else pytest.skip)(missing)
+    command = [sys.executable, str(ROOT / "scripts" / "book.py"), str(tmp_path / "book")]
+    built = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT
+    )
+    assert built.returncode == 0, built.stderr  # no page is missing, no link broken: a warning is an error
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.set_viewport_size({"width": 1440, "height": 1000})
+    page.goto((tmp_path / "book" / "index.html").as_uri())
+    expect(page.get_by_role("heading", level=1)).to_contain_text("Can a trained model forget?")
+    assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0 && image.alt)")
+    page.get_by_role("link", name="04 · DMM versus baselines").first.click()
+    expect(page.get_by_role("heading", name="Finding")).to_be_visible()
+    assert page.locator("math").count() > 5, "formulas"
+    assert page.locator("img").count() > 3, "outputs"
+    assert page.locator("details.hide").count() > 10, "code is folded"
+    page.screenshot(path=SCREENSHOTS / "book_04.png")
+
+    page.get_by_role("link", name="Explore the laptop run").first.click()
+    explored = json.loads((ROOT / "figures" / "laptop" / "explore.json").read_text())
+    here = explored["sets"][1]
+    page.get_by_label("Forget set").select_option(here["name"])
+    tiles, drawn = page.get_by_role("option"), page.locator(".dmm-histograms")
+    expect(tiles.first.locator(".dmm-title")).not_to_be_empty()
+    worst = max(here["kloms"][explored["first"]][: here["splits"][0]])
+    expect(tiles.first.locator(".dmm-detail")).to_contain_text(f"· {worst:.1f}")
+    expect(drawn.locator(".dmm-panels > div")).to_have_count(len(explored["methods"]))
+    before = drawn.get_attribute("aria-label")
+    tiles.nth(2).click()
+    expect(drawn).not_to_have_attribute("aria-label", before)
+    page.get_by_label("KLoM of").select_option("GA on F")
+    worst = max(here["kloms"][explored["methods"].index("GA on F")][: here["splits"][0]])
+    expect(tiles.first.locator(".dmm-detail")).to_contain_text(f"· {worst:.1f}")
+    page.get_by_label("Points").select_option("validation")
+    expect(page.get_by_role("listbox")).to_have_attribute("aria-label", re.compile("^30 validation images"))
+    expect_drawn(page)
+    page.screenshot(path=SCREENSHOTS / "book_explore.png")
+    page.set_viewport_size({"width": 900, "height": 900})
+    assert page.evaluate("document.documentElement.scrollWidth <= 900")
+    page.screenshot(path=SCREENSHOTS / "book_explore_900.png")
+    assert all(url.startswith(("file:", "data:")) for url in asked), "nothing comes from elsewhere"
 
 
 TEN_THOUSAND = """

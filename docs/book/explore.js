@@ -52,6 +52,8 @@
     const [methodLabel, methodSelect] = chooser("KLoM of", data.methods);
     const [splitLabel, splitSelect] = chooser("Points", SPLITS);
     methodSelect.value = data.first;
+    const worst = data.sets.map((set) => Math.max(...set.kloms[data.first].slice(0, set.splits[0])));
+    setSelect.value = worst.indexOf(Math.max(...worst)); // where there is most to see
     const title = document.createElement("h3");
     title.setAttribute("role", "status");
     const places = ["gallery", "scatter", "histograms"].map(() => document.createElement("div"));
