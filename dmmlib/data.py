@@ -74,6 +74,12 @@ class Dataset:
         return digest.hexdigest()
 
 
+def huge(numbers: list[Any]) -> list[int | str]:
+    """Those that no int64 holds, which numpy takes for other than integers."""
+    large = [n for n in numbers if isinstance(n, (int, float)) and abs(n) >= 2**63]
+    return [n if isinstance(n, int) else f"{n:.0f}" for n in large]
+
+
 def _checked(part: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Points and labels as a `Dataset` holds them; arrays on disk stay there."""
     try:
@@ -95,6 +101,8 @@ def _checked(part: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.nd
             raise DataError(f"x_{part} holds {bad} NaN or infinite values in float32; remove or replace them.")
     if x.ndim < 2 or x.size == 0:
         raise DataError(f"x_{part} has shape {x.shape}; give points of at least one value, as (n, ...).")
+    if large := huge(y.tolist()):
+        raise DataError(f"y_{part} holds the label {large[0]}; use labels from 0 to one less than there are classes.")
     if not np.issubdtype(y.dtype, np.integer):
         raise DataError(f"y_{part} is {y.dtype}; give integer class labels.")
     on_disk = isinstance(x.base, np.memmap)  # all else may be changed by whoever gave it

@@ -107,9 +107,25 @@ def write_bytes(path: Path, content: bytes) -> None:
 def load_json(path: Path) -> Any:
     """Read JSON that people may have written; raises StoreError if the file is missing or no JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return parse_json(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise StoreError(f"{path} cannot be read as JSON ({error}); restore or delete it.") from error
+
+
+def parse_json(text: str) -> Any:
+    """JSON that people may have written; ValueError for a key given twice, whose first value would be lost."""
+
+    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        check_once([key for key, _ in pairs])
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=mapping)
+
+
+def check_once(keys: list[str]) -> None:
+    """Raise ValueError for a key that is given twice."""
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"the key {max(keys, key=keys.count)!r} is given twice; keep one")
 
 
 # --- what the library keeps for itself: with a hash of the content and of the file's name, checked when read ---

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dmmlib.data import Dataset
+from dmmlib.data import Dataset, huge
 from dmmlib.errors import ForgetSetError
 from dmmlib.files import check_name, load_json, write_bytes
 
@@ -27,9 +27,10 @@ def check_forget_indices(forget: Sequence[int] | np.ndarray, n_train: int) -> np
         raise ForgetSetError(f"Forget indices have shape {indices.shape}; give one list of integers.")
     if len(indices) == 0:
         raise ForgetSetError("The forget set is empty; give at least one index of a training point.")
-    if not np.issubdtype(indices.dtype, np.integer):
+    outside = huge(indices.tolist())
+    if not outside and not np.issubdtype(indices.dtype, np.integer):
         raise ForgetSetError(f"Forget indices are {indices.dtype}; give integers from 0 to {n_train - 1}.")
-    if len(outside := indices[(indices < 0) | (indices >= n_train)]):
+    if outside := outside or indices[(indices < 0) | (indices >= n_train)].tolist():
         raise ForgetSetError(
             f"Forget index {outside[0]} is outside the training set of {n_train} points; use 0 to {n_train - 1}."
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dmmlib import unlearn
+from dmmlib import attribution, fingerprint, unlearn
 from dmmlib.data import Dataset
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.presets import Preset
@@ -49,12 +49,18 @@ def attributed(preset: Preset, method: str, tuning_sets: Callable[[], Mapping[st
     section = preset.attribution.model_dump(mode="json") | {"name": name}
     if name != preset.attribution.name:
         section["options"] = {}
-    return {"attribution": section, "versions of attributor": versions(*ATTRIBUTION, f"attributor {name}")}
+    return {"attribution": section, "versions of attributor": attributor(name)}
+
+
+def attributor(name: str) -> dict[str, Any]:
+    """What an attributor depends on through its code."""
+    return versions(*ATTRIBUTION, f"attributor {name}") | fingerprint.of_own(attribution.get(name))
 
 
 def method(name: str) -> dict[str, Any]:
     """What a method's result depends on through its code."""
-    return {"method": name, "versions of method": versions(*UNLEARNING, f"method {name.partition('@')[0]}")}
+    own = fingerprint.of_own(unlearn.get(name))
+    return {"method": name, "versions of method": versions(*UNLEARNING, f"method {name.partition('@')[0]}") | own}
 
 
 def searched(

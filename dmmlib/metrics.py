@@ -7,6 +7,7 @@ models come first: logits are (n_models, n_points, n_classes), labels (n_points,
 from __future__ import annotations
 
 import os
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -72,6 +73,16 @@ def correct(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Whether the largest logit is the label's: bool (n_models, n_points), False where logits are NaN."""
     logits = np.asarray(logits)
     return (logits.argmax(2) == np.asarray(labels)) & ~np.isnan(right_logits(logits, labels))
+
+
+def positions(splits: Mapping[str, np.ndarray], n_points: int) -> dict[str, np.ndarray]:
+    """Splits as arrays; DataError unless each holds some positions of points, 0 to n_points - 1."""
+    found = {name: np.asarray(indices) for name, indices in splits.items()}
+    for name, at in found.items():
+        if at.ndim != 1 or len(at) == 0 or at.dtype.kind not in "iu" or at.min() < 0 or at.max() >= n_points:
+            given = "is empty" if at.size == 0 else f"holds {reprlib.repr(at.ravel().tolist())}"
+            raise DataError(f"Split {name!r} {given}; give positions of points, 0 to {n_points - 1}, at least one.")
+    return found
 
 
 # --- KLoM ----------------------------------------------------------------------------------------------
@@ -218,7 +229,13 @@ def klom_draws(
     Both sets of models are resampled with replacement. A resample has fewer distinct models, so its KLoM is
     biased upwards: its spread is a standard error, its level is no estimate. Draws with the same numbers of models
     and the same seed resample alike, so that differences of two methods can be taken draw by draw.
+
+    Raises DataError for fewer than two draws, which have no spread.
     """
+    if not isinstance(n_bootstrap, Integral) or n_bootstrap < 2:
+        raise DataError(
+            f"n_bootstrap={n_bootstrap!r} draws were asked for; use at least 2, as they are to have a spread."
+        )
     u, o, _, low, high = _ranges(*checked(unlearned, oracle))
     numbers = [_bins(m, low, high, N_BINS) for m in (u, o)]
     hot = [(of[..., None] == np.arange(N_BINS)).astype(np.float32).reshape(len(of), -1) for of in numbers]
@@ -242,6 +259,7 @@ def klom_summary(
     The interval is the estimate +- 1.96 standard errors of `klom_draws`, whose percentiles would be biased. Points
     are not resampled: they are the population that is asked about. Splits are indices of points.
     """
+    splits = positions(splits, np.asarray(oracle).shape[-1])
     point, resampled = klom_draws(unlearned, oracle, n_bootstrap, seed)
 
     def estimate(statistic: Callable[[np.ndarray], float], indices: np.ndarray) -> Estimate:
@@ -345,6 +363,10 @@ def u_lira(unlearned: np.ndarray, oracle: np.ndarray) -> np.ndarray:
     unlearned, oracle = (m.astype(np.float64) for m in checked(unlearned, oracle, least=4))
     huge = np.maximum(1, np.maximum(np.abs(unlearned).max(0), np.abs(oracle).max(0)) / 1e100)  # squares would overflow
     unlearned, oracle = unlearned / huge, oracle / huge
+    low = np.minimum(unlearned.min(0), oracle.min(0))
+    range_ = np.maximum(unlearned.max(0), oracle.max(0)) - low
+    narrow = (range_ > 0) & (range_ < 1e-3)  # the least deviation would hide it
+    unlearned, oracle = (np.where(narrow, (m - low) / np.where(narrow, range_, 1), m) for m in (unlearned, oracle))
 
     def log_density(m: np.ndarray, fitted: np.ndarray) -> np.ndarray:
         scale = fitted.std(0, ddof=1) + 1e-6
@@ -364,7 +386,7 @@ def accuracy_gap(
 ) -> dict[str, Estimate]:
     """Mean accuracy of unlearned models minus that of oracles on each split, with a 95 % interval over models."""
     gaps = {}
-    for split, indices in splits.items():
+    for split, indices in positions(splits, np.asarray(correct_oracle).shape[-1]).items():
         u, o = (c[:, indices].mean(1) for c in checked(1 * correct_unlearned, 1 * correct_oracle, 2))
         value = float(u.mean() - o.mean())
         gaps[split] = Estimate.normal(value, np.sqrt(u.var(ddof=1) / len(u) + o.var(ddof=1) / len(o)))

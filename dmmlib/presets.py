@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from dmmlib.errors import MethodError, PresetError
-from dmmlib.files import check_name, resource, short
+from dmmlib.files import check_name, check_once, resource, short
 from dmmlib.registry import Registry, did_you_mean
 
 PRESETS_DIR = resource("presets")
@@ -34,6 +34,11 @@ Some = Annotated[tuple[T, ...], Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Side = Annotated[int, Field(ge=1, le=64)]  # of an image that is averaged over, in pixels
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+AMBIGUOUS = re.compile(
+    r"(?i)yes|no|on|off|<<|=|\d{4}-\d\d?-\d\d?.*"
+    r"|[+-]?(0[\d_]+|0[bx][\da-f_]+|[1-9][\d_]*(:[0-5]?\d)+|\d[\d_]*(:[0-5]?\d)+\.[\d_]*)"
+)
+"""What YAML 1.1 takes for truths, octal or sexagesimal numbers, dates and merged keys, YAML 1.2 and people for others."""
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 MOST = {int: 1e9, float: 1e30}  # of any number in a preset
 
@@ -274,12 +279,19 @@ def _read(preset: str) -> dict[str, Any]:
 
 
 def parse(text: str) -> Any:
-    """Plain values from YAML; ValueError for aliases, a few lines of which can stand for more than memory holds."""
+    """Plain values from YAML; ValueError for aliases, a few lines of which can stand for more than memory holds.
+
+    Raises PresetError for what is read in two ways (`AMBIGUOUS`) and not in quotes.
+    """
     depth = 0
     for event in yaml.parse(text):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > 20 or isinstance(event, yaml.AliasEvent):
             raise ValueError("aliases and deep nesting are not followed: write plain values")
+        if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and AMBIGUOUS.fullmatch(event.value):
+            raise PresetError(
+                f"{event.value} can be read in two ways; write true or false, or a decimal number, or text in quotes"
+            )
     return yaml.load(text, _Loader)
 
 
@@ -287,9 +299,7 @@ class _Loader(yaml.SafeLoader):
     """Of two values of one key the second would count, without a word."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        names = [key.value for key, _ in node.value if isinstance(key.value, str)]
-        if len(set(names)) < len(names):
-            raise ValueError(f"the key {max(names, key=names.count)!r} is given twice; keep one")
+        check_once([key.value for key, _ in node.value if isinstance(key.value, str)])
         return super().construct_mapping(node, deep)
 
 

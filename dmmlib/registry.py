@@ -1,7 +1,8 @@
 """What presets call by name, and the versions of all that computes.
 
 A store's key holds names, settings and versions, never source: whoever changes a component so that its numbers
-change raises its version, and what was computed before is then computed anew. `tests/golden.csv` says when.
+change raises its version, and what was computed before is then computed anew. `tests/golden.csv` says when. Users need
+not: of a method or attributor of theirs a key holds a `fingerprint`, too, of a model its answers.
 """
 
 from __future__ import annotations

@@ -152,13 +152,13 @@ class Study(Models):
         name = name or self.preset.attribution.name
         if name == "ridge":
             return self.datamodel()
-        if name not in self._attributors:
+        if (key := str(keys.attributor(name))) not in self._attributors:
             options = self.preset.attribution.options if name == self.preset.attribution.name else {}
             self.progress(f"fit the attributor {name}", 0, 1)
             lent = dataclasses.replace(self.context(), masks=self.context().masks.copy())
-            self._attributors[name] = attribution.fit(name, lent, **options)
+            self._attributors[key] = attribution.fit(name, lent, **options)
             self.progress(f"fit the attributor {name}", 1, 1)
-        return self._attributors[name]
+        return self._attributors[key]
 
     # --- forget sets -----------------------------------------------------------------------------------
 

@@ -41,7 +41,7 @@ def score(unlearned: np.ndarray, oracles: np.ndarray, splits: Mapping[str, np.nd
         splits: name -> positions of points.
     """
     found, means = dict[str, float](), list[float]()
-    for name, indices in splits.items():
+    for name, indices in metrics.positions(splits, oracles.shape[1]).items():
         values = np.full(len(indices), -np.log(metrics.FLOOR))
         if np.isfinite(unlearned[:, indices]).all():
             values = metrics.klom(unlearned[:, indices], oracles[:, indices])

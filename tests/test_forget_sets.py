@@ -22,6 +22,9 @@ def digits():
         ([1, 2, 2], "index 2 is given 2 times"),
         ([-1], "index -1 is outside the training set of 100 points; use 0 to 99"),
         ([100], "index 100 is outside"),
+        ([1, 2**63], "index 9223372036854775808 is outside"),
+        ([1, -(2**70)], "index -1180591620717411303424 is outside"),
+        ([float("nan"), 1], "float64; give integers"),
         ([0.5], "float64; give integers"),
         (list(range(100)), "is all 100 training points"),
         ([[1, 2]], r"shape \(1, 2\); give one list"),
@@ -46,6 +49,14 @@ def test_round_trip_and_other_data(digits, tmp_path):
         forget_sets.load(tmp_path / "f.json", data.load("digits", 99, 20))
     (tmp_path / "f.json").write_text("{")
     with pytest.raises(StoreError, match="cannot be read as JSON"):
+        forget_sets.load(tmp_path / "f.json", digits)
+    (tmp_path / "f.json").write_text('{"name": "a", "indices": [1], "made_by": {"x": 1, "x": 2}, "indices": [2]}')
+    with pytest.raises(StoreError, match="the key 'x' is given twice; keep one"):
+        forget_sets.load(tmp_path / "f.json", digits)
+    (tmp_path / "f.json").write_text(
+        f'{{"name": "a", "indices": [1], "data_sha256": "{digits.sha256}", "indices": [2]}}'
+    )
+    with pytest.raises(StoreError, match="the key 'indices' is given twice"):
         forget_sets.load(tmp_path / "f.json", digits)
     (tmp_path / "f.json").write_text(json.dumps([1, 2]))
     with pytest.raises(ForgetSetError, match="lacks data_sha256, indices, name"):
@@ -120,7 +131,7 @@ def test_names_that_can(digits, name, tmp_path):
         ({"made_by": []}, r"has made_by \[\]; give a mapping"),
         ({"made_by": 0}, "has made_by 0; give a mapping"),
         ({"indices": [[], []]}, "one list"),
-        ({"indices": [10**30]}, "object; give integers"),
+        ({"indices": [10**30]}, "index 1000000000000000000000000000000 is outside"),
         ({"name": "a" * 101}, "no name for a file"),
         ({"indices": [[1], [2, 3]]}, "different lengths"),
         ({"indices": [[1, 2]]}, "one list"),

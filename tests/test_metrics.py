@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import ks_2samp
 
-from dmmlib import metrics
+from dmmlib import metrics, tuning
 from dmmlib.errors import DataError
 from tests.conftest import SHARED
 
@@ -152,7 +152,7 @@ def test_u_lira_is_at_chance_on_equals_and_sure_of_opposites():
     assert metrics.u_lira(a + 10, b).mean() > 0.99
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1, 1e200])
+@pytest.mark.parametrize("scale", [1e-30, 1e-7, 1e-3, 1, 1e200])
 def test_u_lira_of_identical_and_of_disjoint_samples(scale):
     sample = np.random.default_rng(5).normal(1, 0.1, size=(8, 3)) * scale
     np.testing.assert_allclose(metrics.u_lira(sample, sample), 0.5)
@@ -161,6 +161,32 @@ def test_u_lira_of_identical_and_of_disjoint_samples(scale):
     constant = np.full((4, 3), scale)
     np.testing.assert_allclose(metrics.u_lira(constant, constant), 0.5)
     np.testing.assert_allclose(metrics.u_lira(constant, 2 * constant), 1)
+
+
+def test_u_lira_depends_on_no_scale_or_offset():
+    a, b = np.random.default_rng(6).normal(size=(2, 20, 30)) + np.array([[[0.0]], [[1.0]]])
+    right = metrics.u_lira(a, b)
+    assert 0.6 < right.mean() < 0.8
+    for scale, offset in ((1e-5, 0.0), (1e-8, 1e-7), (1e-12, 0.0), (1e5, 3.0)):
+        np.testing.assert_allclose(metrics.u_lira(a * scale + offset, b * scale + offset), right)
+
+
+@pytest.mark.parametrize("n", [1, 0, -1, 2.5, None])
+def test_an_interval_needs_two_draws(n):
+    with pytest.raises(DataError, match="n_bootstrap=.*at least 2"):
+        metrics.klom_summary(np.zeros((4, 2)), np.zeros((4, 2)), {"all": np.arange(2)}, n_bootstrap=n)
+
+
+@pytest.mark.parametrize("at", [[], [2], [-1], [0.5], [[0]], [True]])
+def test_splits_hold_positions_of_points(at):
+    m, correct = np.zeros((4, 2)), np.ones((4, 2), bool)
+    for measure in (
+        lambda splits: metrics.klom_summary(m, m, splits),
+        lambda splits: metrics.accuracy_gap(correct, correct, splits),
+        lambda splits: tuning.score(m, m, splits),
+    ):
+        with pytest.raises(DataError, match=r"Split 'odd' .*positions of points, 0 to 1"):
+            measure({"odd": np.array(at)})
 
 
 def test_u_lira_needs_models_for_both_halves():

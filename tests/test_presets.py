@@ -237,7 +237,13 @@ BOMB = "&a [x]" + "".join(f", &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip
         (f"{{hidden: [{BOMB}]}}", "aliases .*are not followed"),
         ("&a {hidden: *a}", "aliases .*are not followed"),
         (f"{{hidden: {'[' * 100_000}}}", "deep nesting"),
-        ("{hidden: 2001-01-01}", "lists and mappings"),
+        ("{hidden: 2001-01-01}", "2001-01-01 can be read in two ways"),
+        ("{hidden: 1:30}", "1:30 can be read in two ways; write true or false, or a decimal number, or text in quotes"),
+        ("{hidden: 010}", "010 can be read in two ways"),
+        ("{hidden: 0o17, on: 1}", "on can be read in two ways"),
+        ("{hidden: 0x10}", "0x10 can be read in two ways"),
+        ("{hidden: [1, No]}", "No can be read in two ways"),
+        ("{<<: {hidden: 32}}", "<< can be read in two ways"),
         ("{hidden: !!python/object/apply:os.getcwd []}", "cannot be read as YAML"),
         ("{hidden: 32, hidden: 64}", "key 'hidden' is given twice"),
         ("{hidden: 32}, name: linear", "key 'name' is given twice"),
@@ -251,6 +257,16 @@ def test_yaml_that_is_more_than_it_seems_ends_at_once(tmp_path, options, message
         presets.load(str(path))
     assert "\n" not in str(error.value)
     assert time.perf_counter() - start < 5
+
+
+def test_what_can_be_read_in_one_way_is_read_so():
+    text = (
+        """{a: "no", b: '010', c: 10, d: 1_000, e: 0.5, f: true, n: 1, y: -3, g: 01:30:00, h: null, i: "1:30", j: .5}"""
+    )
+    assert presets.parse(text) == {
+        "a": "no", "b": "010", "c": 10, "d": 1000, "e": 0.5, "f": True, "n": 1, "y": -3, "g": "01:30:00", "h": None,
+        "i": "1:30", "j": 0.5,
+    }  # fmt: skip
 
 
 def test_numbers_that_yaml_leaves_as_text_are_numbers():

@@ -220,6 +220,8 @@ def _parse(settings: list[str] | None) -> dict[str, Any]:
             raise PresetError(f"--set got {setting!r}; give key=value, such as datamodels.n_subsets=500.")
         try:
             parsed[key] = presets.parse(value)
+        except PresetError as error:
+            raise PresetError(f"--set {key}: {error}.") from None
         except (yaml.YAMLError, ValueError):
             parsed[key] = value
     return parsed

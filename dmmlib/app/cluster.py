@@ -8,6 +8,7 @@ worker trains one shard at a time, with all its threads.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib
 import importlib.util
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -78,12 +80,23 @@ def connect(trainer: Trainer) -> Dask:
         elif scheduler == "cluster":
             address = _start(trainer.preset.cluster, trainer.runs)
     try:
+        if isinstance(address, str):
+            with ThreadPoolExecutor() as beside:  # the loop that a notebook runs in
+                beside.submit(asyncio.run, _answer(address)).result()
         client = distributed.Client(address, timeout="20s", set_as_default=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # each kind of address has errors of its own
         raise SchedulerError(
             f"No Dask scheduler answers at {scheduler!r} ({error}); start one with `dask scheduler`, or use 'local'."
         ) from error
     return Dask(client, trainer)
+
+
+async def _answer(address: str) -> None:
+    """Wait for somebody to answer: a client that could not be made would wait, and complain, when Python ends."""
+    from distributed import Security
+    from distributed.comm import connect
+
+    await (await connect(address, timeout=20, **Security().get_connection_args("client"))).close()
 
 
 def check(section: ClusterSection) -> None:

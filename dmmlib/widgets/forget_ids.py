@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections import defaultdict
 from functools import lru_cache
@@ -14,6 +13,7 @@ import numpy as np
 from dmmlib import forget_sets
 from dmmlib.data import Dataset
 from dmmlib.errors import ForgetSetError
+from dmmlib.files import parse_json
 
 POSITIONS = ("index", "indices", "idx", "position")
 NAMES = ("id", "ids", "file", "files", "filename", "file_name", "path", "name", "image", "image_id")
@@ -71,7 +71,7 @@ def _column(header: list[str], data: Dataset) -> int | None:
 
 def _of_json(text: str, data: Dataset, source: str) -> np.ndarray:
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except (ValueError, RecursionError) as error:
         raise ForgetSetError(f"{source} is no JSON ({error}); give a saved forget set or numbers.") from error
     if isinstance(content, dict) and set(content) <= {"ids", "name"} and "ids" in content:
