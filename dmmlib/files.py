@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import unicodedata
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -54,12 +55,32 @@ def place(name: str) -> Path:
 
 
 def check_name(name: object, error: type[Exception]) -> str:
-    """A name that can be a file's: letters, digits, spaces and _ + - . but not only dots; raises `error` for others."""
-    if not isinstance(name, str) or not re.fullmatch(r"[\w+. -]{1,100}", name) or not name.strip(". "):
-        raise error(
-            f"{name!r} is no name for a file; use letters, digits, spaces and _ + - . only, and more than dots."
-        )
+    """A name that can be a file's on any disk: of letters, digits, spaces and _ + - . ; raises `error` for others."""
+    if not isinstance(name, str) or not re.fullmatch(r"[\w+. -]{1,100}", name) or name.strip(" ").rstrip(".") != name:
+        raise error(f"{name!r} is no name for a file; use letters, digits and _ + - . with spaces only between them.")
+    if re.fullmatch(r"(?i)(con|prn|aux|nul|(com|lpt)\d)(\..*)?", name):
+        raise error(f"{name!r} is no name for a file, but of a device on Windows; choose another.")
     return name
+
+
+def check_folder(path: Path) -> None:
+    """Raise StoreError where a file stands in the place of a folder, or of one that it is in."""
+    path = Path(path).absolute()
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not there.is_dir():
+        raise StoreError(f"{path} cannot be a folder, as {there} is a file; choose another place.")
+
+
+def folded(name: str) -> str:
+    """A name as disks see it that tell apart neither case nor ways to write an accent."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def check_alone(path: Path, error: type[Exception]) -> None:
+    """Raise `error` where another's name differs by case alone: many disks take both for one."""
+    others = os.listdir(path.parent) if path.parent.is_dir() else []
+    if twins := [name for name in others if name != path.name and folded(name) == folded(path.name)]:
+        raise error(f"{path} is on many disks the same as {twins[0]}, which is there; choose another name.")
 
 
 def short(content: bytes) -> str:

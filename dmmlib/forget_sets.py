@@ -12,7 +12,7 @@ import numpy as np
 
 from dmmlib.data import Dataset, huge
 from dmmlib.errors import ForgetSetError
-from dmmlib.files import check_name, load_json, write_bytes
+from dmmlib.files import check_alone, check_name, load_json, write_bytes
 
 SPLITS = ("forget", "retain", "validation")  # of all points, by a forget set
 
@@ -76,7 +76,8 @@ class ForgetSet:
         return ~np.isin(np.arange(n_train), self.indices)
 
     def save(self, path: Path) -> None:
-        """Write as JSON, atomically."""
+        """Write as JSON, atomically; ForgetSetError where another set's file has that name in other case."""
+        check_alone(Path(path), ForgetSetError)
         write_bytes(path, (json.dumps({**vars(self), "indices": self.indices.tolist()}, indent=1) + "\n").encode())
 
 

@@ -38,7 +38,7 @@ AMBIGUOUS = re.compile(
     r"(?i)yes|no|on|off|<<|=|\d{4}-\d\d?-\d\d?.*"
     r"|[+-]?(0[\d_]+|0[bx][\da-f_]+|[1-9][\d_]*(:[0-5]?\d)+|\d[\d_]*(:[0-5]?\d)+\.[\d_]*)"
 )
-"""What YAML 1.1 takes for truths, octal or sexagesimal numbers, dates and merged keys, YAML 1.2 and people for others."""
+"""What YAML 1.1 takes for truths, octal or sexagesimal numbers, dates and merged keys, and people for others."""
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 MOST = {int: 1e9, float: 1e30}  # of any number in a preset
 
@@ -132,7 +132,16 @@ class DatamodelsSection(Section):
     n_held_out: int = Field(default=200, ge=8)  # half to choose lambda, half to report the LDS
     lambdas: Some[PositiveFloat] = (0.02, 0.05, 0.1, 0.2, 0.5)
     own_shares: Some[Share] = (1.0, 0.3, 0.1)
-    sizes: Some[PositiveInt] = (250, 500, 1000, 2000, 4000)  # of M, for the LDS curve
+    sizes: Some[PositiveInt] = (250, 500, 1000, 2000, 4000)  # of M, for the LDS curve; by default those that are there
+
+    @model_validator(mode="after")
+    def _of_what_is_there(self) -> DatamodelsSection:
+        fitting = tuple(size for size in self.sizes if size <= self.n_subsets)
+        if "sizes" not in self.model_fields_set:
+            object.__setattr__(self, "sizes", fitting or (self.n_subsets,))
+        elif len(fitting) < len(self.sizes):
+            raise ValueError(f"sizes asks for {max(self.sizes)} of {self.n_subsets} subset models; set both")
+        return self
 
     @property
     def grid(self) -> list[dict[str, float]]:
@@ -231,7 +240,7 @@ def load(preset: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | 
 
     Args:
         preset: a name in presets/, the path of a YAML file, or the content below its key `preset`.
-        overrides: dotted key -> value, e.g. {"datamodels.n_subsets": 500}; the preset's name then gets
+        overrides: dotted key -> value, e.g. {"ensembles.n_models": 50}; the preset's name then gets
             these as a suffix, so that runs are kept apart.
 
     Raises:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeVar, cast
 
 from dmmlib.errors import MethodError, OptionError
+from dmmlib.files import check_name
 
 F = TypeVar("F")
 T = TypeVar("T")
@@ -68,8 +69,8 @@ class Registry(Generic[T]):
         REGISTRIES[kind] = self
 
     def add(self, name: str, entry: T, version: int = 1) -> None:
-        """Register an entry; one of the same name is replaced."""
-        self._entries[name] = entry, version
+        """Register an entry; one of the same name is replaced. Raises MethodError for a name that is no file's."""
+        self._entries[check_name(name, MethodError)] = entry, version
 
     def register(self, name: str, version: int = 1, entry_of: Callable[[F], T] | None = None) -> Callable[[F], F]:
         """Register what is decorated, or the entry that is made of it."""

@@ -17,7 +17,7 @@ import pandas as pd
 from dmmlib import attribution, datamodels, evaluation, forget_sets, keys, metrics, presets, tuning, unlearn
 from dmmlib.data import Dataset
 from dmmlib.errors import ForgetSetError, MethodError, PresetError
-from dmmlib.files import config_hash, kept, place, read_json, replacing, write_json, write_table
+from dmmlib.files import check_alone, config_hash, folded, kept, place, read_json, replacing, write_json, write_table
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.prediction import Models
 from dmmlib.progress import Progress
@@ -72,7 +72,9 @@ class Study(Models):
         taken = _checked(self.preset, self.data)
         self.own = forget_sets.load(Path(forget_set), self.data) if forget_set else None
         self._beside, self._attributors = beside, dict[str, datamodels.Attributor]()
-        if beside and self.own is not None and self.own.name in taken:
+        check_alone(self.directory, PresetError)
+        check_alone(self.output, ForgetSetError)
+        if beside and self.own is not None and folded(self.own.name) in map(folded, taken):
             had = f"The preset has a forget set {self.own.name!r} already"
             raise ForgetSetError(f"{had}; save yours under another name to study it beside.")
 
@@ -344,7 +346,7 @@ def _checked(preset: presets.Preset, data: Dataset) -> list[str]:
             raise PresetError(f"{key}.fraction={share} of {n} training points is none or all; give some between.")
     names = [part.name for part in every]
     for what, given in (("forget sets", names), ("methods", preset.unlearning.methods)):
-        if len(set(given)) < len(given):
+        if len(set(map(folded, given))) < len(given):
             raise PresetError(f"Preset {preset.name!r} names two {what} alike: {', '.join(given)}.")
     if (tuned := preset.tuning.n_models) > (most := preset.ensembles.n_models):
         raise PresetError(f"tuning.n_models={tuned} is more than ensembles.n_models={most}; lower it.")

@@ -23,7 +23,7 @@ from dmmlib import data as datasets
 from dmmlib import ensemble, execution, keys, models, presets, stacking
 from dmmlib.errors import DamageError, ModelError, StoreError
 from dmmlib.execution import Execution
-from dmmlib.files import config_hash, place, short
+from dmmlib.files import check_folder, config_hash, place, short
 from dmmlib.jobs import Job, jobs
 from dmmlib.metrics import margin_gauge
 from dmmlib.progress import Progress, Reporter
@@ -102,7 +102,9 @@ class Trainer:
         self.progress = progress or Reporter()
         self._spec = models.get(self.preset.model.name)
         with reaching(self.root):
-            url_to_fs(self.root)
+            files, where = url_to_fs(self.root)
+        for folder in (self.runs, *([Path(where)] if "file" in files.protocol else [])):
+            check_folder(folder)
         check_call(f"model {self.preset.model.name!r}", self._spec.factory, 0, 0, **self.preset.model.options)
         section = self.preset.data
         options = section.options | ({"path": section.path} if section.path else {})

@@ -309,6 +309,9 @@ def test_what_cannot_be_reached_is_said_at_once(tmp_path):
         study(tmp_path, scheduler="nonsense")
     with pytest.raises(SchedulerError, match="No Dask scheduler"):
         _ = study(tmp_path, scheduler="nonsense:1").subsets()
+    for odd, reason in (("http://127.0.0.1:9", "unknown address scheme 'http'"), ("127.0.0.1:x", "int")):
+        with pytest.raises(SchedulerError, match=f"No Dask scheduler .*{reason}"):
+            _ = study(tmp_path, scheduler=odd).subsets()
     with pytest.raises(PresetError, match="give a class"):
         _ = study(tmp_path, **{"scheduler": "cluster", "cluster.type": "os.system"}).subsets()
     with pytest.raises(SchedulerError, match="cannot be started"):

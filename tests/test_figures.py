@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
+from matplotlib.cbook import is_math_text
 
 from dmmlib.analysis import intervals, looks, plots, stopping, tables
 
@@ -136,3 +137,19 @@ def test_rows_are_named_from_the_top_and_lined():
     assert axes[0].yaxis_inverted()
     assert all(line.get_visible() for axis in axes for line in axis.get_xgridlines())
     plt.close(figure)
+
+
+def test_dollars_and_underscores_of_users_are_text():
+    names, rng = ("a $x^2$ b", "_cat", "\\$5", "x_$"), np.random.default_rng(0)
+    figure = plots.components(rng.normal(size=(40, 2)), np.arange(40) % 4, names, "of $a_b$", "with $\\frac$")
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    shown = [*(t.get_text() for t in legend.get_texts()), figure.get_suptitle(), figure.texts[-1].get_text()]
+    assert not any(map(is_math_text, shown))
+    text = [words.replace(r"\$", "$") for words in shown]  # as matplotlib does with what is no formula
+    assert text == ["a $x^2$ b", " _cat", r"\$5", "x_$", "of $a_b$", r"with $\frac$"]
+    counts = pd.DataFrame([[1, 2]], index=["set"], columns=["$a$", "_b"])
+    plots.class_counts(counts, "", "").draw_without_rendering()
+    panels = [("#1 $\\x$ class", {"retrain": rng.normal(size=9), "dmm": rng.normal(size=9)})]
+    plots.margin_histograms(panels, "", "").draw_without_rendering()
+    plt.close("all")

@@ -110,11 +110,25 @@ def test_nearest_and_class_share(digits):
         forget_sets.nearest(features, 100, 5)
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "a\\b", "a\n", "a:b", " ", 5, None])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "../a", "a\\b", "a\n", "a:b", " ", "a.", "a ", " a", "NUL", "com1.x", 5, None]
+)
 def test_names_that_cannot_be_files(digits, name):
-    with pytest.raises(ForgetSetError, match=r"is no name for a file; use letters") as error:
+    with pytest.raises(ForgetSetError, match=r"is no name for a file") as error:
         forget_sets.make(name, [1], digits)
     assert "\n" not in str(error.value)
+
+
+def test_a_file_takes_no_place_of_another_case(digits, tmp_path):
+    """As many disks tell apart neither case nor the two ways to write an umlaut."""
+    forget_sets.make("mine", [1], digits).save(tmp_path / "mine.json")
+    forget_sets.make("mine", [2], digits).save(tmp_path / "mine.json")
+    with pytest.raises(ForgetSetError, match=r"Mine.json is on many disks the same as mine.json"):
+        forget_sets.make("Mine", [3], digits).save(tmp_path / "Mine.json")
+    forget_sets.make("\u00e4", [1], digits).save(tmp_path / "\u00e4.json")
+    with pytest.raises(ForgetSetError, match="the same as"):
+        forget_sets.make("\u00e4", [1], digits).save(tmp_path / "a\u0308.json")
+    assert forget_sets.load(tmp_path / "mine.json", digits).indices.tolist() == [2]
 
 
 @pytest.mark.parametrize("name", ["a", "pc1_top-5", "5 of v1.0+more", "ä"])

@@ -173,7 +173,7 @@ def test_u_lira_depends_on_no_scale_or_offset():
 
 @pytest.mark.parametrize("n", [1, 0, -1, 2.5, None])
 def test_an_interval_needs_two_draws(n):
-    with pytest.raises(DataError, match="n_bootstrap=.*at least 2"):
+    with pytest.raises(DataError, match=r"n_bootstrap=.*at least 2"):
         metrics.klom_summary(np.zeros((4, 2)), np.zeros((4, 2)), {"all": np.arange(2)}, n_bootstrap=n)
 
 

@@ -56,6 +56,8 @@ def test_cifar10_is_the_papers_setting():
         ({"training.weight_decay": -1}, "greater than or equal to 0"),
         ({"datamodels.lambdas": []}, "at least 1 item"),
         ({"datamodels.sizes": [0]}, "key 'datamodels.sizes.0'"),
+        ({"datamodels.sizes": [100, 601]}, "sizes asks for 601 of 600 subset models; set both"),
+        ({"datamodels.n_subsets": 500}, "sizes asks for 600 of 500 subset models"),
         ({"unlearning.methods": []}, "at least 1 item"),
         ({"forget_sets": []}, "at least 1 item"),
         (
@@ -101,7 +103,7 @@ def test_mistakes_are_named(overrides, message):
 
 
 def test_overrides_are_part_of_the_name_but_the_device_is_not():
-    assert presets.load("smoke", {"datamodels.n_subsets": 300}).name == "smoke+datamodels.n_subsets-300"
+    assert presets.load("smoke", {"ensembles.n_models": 30}).name == "smoke+ensembles.n_models-30"
     names = [
         presets.load("smoke", changed).name
         for changed in (
@@ -113,6 +115,11 @@ def test_overrides_are_part_of_the_name_but_the_device_is_not():
     assert len(set(names)) == len(names), "no run takes another's place"
     assert max(map(len, names)) <= 80
     assert presets.load("smoke", {"device": "cpu"}).name == "smoke"
+
+
+@pytest.mark.parametrize(("n", "sizes"), [(20_000, (250, 500, 1000, 2000, 4000)), (600, (250, 500)), (100, (100,))])
+def test_the_curve_has_sizes_that_there_are(n, sizes):
+    assert presets.DatamodelsSection(n_subsets=n).sizes == sizes
 
 
 def test_unknown_and_broken_files(tmp_path):
@@ -260,12 +267,10 @@ def test_yaml_that_is_more_than_it_seems_ends_at_once(tmp_path, options, message
 
 
 def test_what_can_be_read_in_one_way_is_read_so():
-    text = (
-        """{a: "no", b: '010', c: 10, d: 1_000, e: 0.5, f: true, n: 1, y: -3, g: 01:30:00, h: null, i: "1:30", j: .5}"""
-    )
+    text = """{a: "no", b: '010', c: 10, d: 1_000, e: 0.5, f: true, n: 1, y: -3, g: 01:30:00, h: null, i: "1:30"}"""
     assert presets.parse(text) == {
         "a": "no", "b": "010", "c": 10, "d": 1000, "e": 0.5, "f": True, "n": 1, "y": -3, "g": "01:30:00", "h": None,
-        "i": "1:30", "j": 0.5,
+        "i": "1:30",
     }  # fmt: skip
 
 

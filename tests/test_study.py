@@ -248,6 +248,7 @@ def test_what_a_study_lends_is_as_it_was(tmp_path):
         ({"data.n_train": 5000}, DataError, "n_train=5000 was asked of 'digits', which has 1297"),
         ({"forget_sets": [{"name": "all", "kind": "random", "size": 120}]}, ForgetSetError, "120 of 120"),
         ({"forget_sets": [{"name": "tune", "kind": "random", "size": 2}]}, PresetError, "two forget sets alike"),
+        ({"forget_sets": [{"name": "Tune", "kind": "random", "size": 2}]}, PresetError, "two forget sets alike"),
         ({"tuning.n_models": 9}, PresetError, "tuning.n_models=9 is more than ensembles.n_models=8"),
     ],
 )
@@ -407,6 +408,16 @@ def test_what_does_not_fit_is_said_before_anything_is_trained(tmp_path, changes,
     with pytest.raises(DmmError, match=message):
         Study(TINY, fewer | changes, runs=tmp_path, progress=silent)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_in_the_place_of_a_folder_is_said(tmp_path):
+    (tmp_path / "plain").touch()
+    for places in ({"runs": tmp_path / "plain"}, {"overrides": {"store": str(tmp_path / "plain" / "in" / "it")}}):
+        with pytest.raises(StoreError, match=r"cannot be a folder, as .*plain is a file; choose another place"):
+            Study(TINY, progress=silent, **{"runs": tmp_path} | places)
+    (tmp_path / "Tiny").mkdir()
+    with pytest.raises(PresetError, match="the same as Tiny, which is there"):
+        Study(TINY, runs=tmp_path, progress=silent)
 
 
 def test_a_forget_set_of_one_point_has_intervals(tmp_path):

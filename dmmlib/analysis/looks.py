@@ -165,10 +165,19 @@ def legend(figure: Figure, *axes: Axes, **options: Any) -> None:
     figure.legend(listed.values(), listed, loc="outside right center", **{"fontsize": 10, **options})
 
 
-def titled(figure: Figure, title: str, caption: str) -> Figure:
-    """Put a title above and a caption below the axes, wrapped to the figure's width; both are its alternative text."""
+def plain(text: str) -> str:
+    """Escape what matplotlib takes for more than text: mathematics between dollars, and labels of no legend."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def titled(figure: Figure, title: str, caption: str, formulas: bool = False) -> Figure:
+    """Put a title above and a caption below the axes, wrapped to the figure's width; both are its alternative text.
+
+    Dollars mark formulas only where `formulas` says so.
+    """
     figure.set_label(f"{title}. {caption}")
     width = figure.get_figwidth()
+    title, caption = (title, caption) if formulas else (plain(title), plain(caption))
     figure.suptitle(textwrap.fill(title, int(9 * width)), x=0.01, ha="left", y=1.02, va="bottom", fontweight="bold")
     figure.text(0.01, -0.01, textwrap.fill(caption, int(15 * width)), ha="left", va="top", fontsize=9, color="0.35")
     return figure

@@ -65,7 +65,7 @@ def predicted_vs_true(
         every = np.concatenate([np.concatenate(pair) for pair in splits.values()])
         ends = [every.min(), max(0.0, every.max())]
         axis.plot(ends, ends, color="black", lw=0.8, ls="--", zorder=0)
-        axis.set_title(f"{name}: correlation on F {np.corrcoef(*splits['forget'])[0, 1]:.2f}")
+        axis.set_title(looks.plain(name) + f": correlation on F {np.corrcoef(*splits['forget'])[0, 1]:.2f}")
     looks.legend(figure, axes[0, 0], markerscale=1.5)
     return titled(figure, title, caption)
 
@@ -79,7 +79,7 @@ def thumbnails(data: Dataset, rows: Mapping[str, np.ndarray], title: str, captio
         for axis, image in zip(row, data.x_train[indices[:14]], strict=False):
             axis.imshow(looks.picture(image), cmap="gray_r")  # which colours leave aside
         place = {"transform": row[0].transAxes, "ha": "right", "va": "center", "fontsize": 9}
-        row[0].text(-0.25, 0.5, f"{name} ({len(indices)})", **place)
+        row[0].text(-0.25, 0.5, looks.plain(f"{name} ({len(indices)})"), **place)
     return titled(figure, title, caption)
 
 
@@ -88,8 +88,9 @@ def components(
 ) -> Figure:
     """Draw loadings of training points on the first two principal components of their gradients, by class."""
     figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
-    names = np.array(class_names)[labels]
-    order: dict[str, Any] = {"hue_order": class_names, "style_order": class_names, "palette": "colorblind"}
+    classes = [looks.plain(name) for name in class_names]
+    names = np.array(classes)[labels]
+    order: dict[str, Any] = {"hue_order": classes, "style_order": classes, "palette": "colorblind"}
     sns.scatterplot(
         x=loadings[:, 0], y=loadings[:, 1], hue=names, style=names, **order, alpha=0.75, lw=0, s=18, ax=axis
     )
@@ -102,6 +103,7 @@ def components(
 def class_counts(counts: pd.DataFrame, title: str, caption: str) -> Figure:
     """Draw how many points of each class (columns) each forget set (rows) holds."""
     figure, axis = plt.subplots(figsize=(8, 0.36 * len(counts) + 1.2), layout="constrained")
+    counts = counts.rename(index=looks.plain, columns=looks.plain)
     sns.heatmap(counts, annot=True, fmt="d", cmap="crest", cbar=False, ax=axis, linewidths=0.5)
     axis.set(xlabel="", ylabel="")
     axis.tick_params(axis="x", rotation=30)
@@ -132,7 +134,7 @@ def gap_against_cost(results: pd.DataFrame, trajectories: pd.DataFrame, title: s
             look = {"color": tint, "marker": looks.marker(method), "ms": 6, "capsize": 2, "ls": ""}
             axis.plot([0.0, *track["cost"]], [nothing, *track["gap"]], color=tint, lw=1.3, alpha=0.9)
             axis.errorbar(cost[(name, method)], end["value"], yerr=looks.bars(end), label=name_of, **look)
-        axis.set_title(name)
+        axis.set_title(looks.plain(name))
         looks.log_axis(axis, "y", (0.1, 0.2, 0.5, 1, 2, 5, 10, 20))
     looks.legend(figure, axes.flat[0])
     return titled(figure, title, caption)
@@ -234,7 +236,7 @@ def margin_histograms(points: Sequence[tuple[str, Mapping[str, np.ndarray]]], ti
             if method == "retrain":
                 look = {"histtype": "stepfilled", "color": (0.7, 0.7, 0.7), "alpha": 0.8, "label": "oracles"}
             axis.hist(values, bins, density=True, lw=1.6, **look)
-        axis.set_title(name, fontsize=9)
+        axis.set_title(looks.plain(name), fontsize=9)
         axis.set_yticks([])
         axis.spines["left"].set_visible(False)
     looks.legend(figure, axes.flat[0])

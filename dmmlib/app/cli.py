@@ -217,7 +217,7 @@ def _parse(settings: list[str] | None) -> dict[str, Any]:
     for setting in settings or []:
         key, separator, value = setting.partition("=")
         if not separator or not key:
-            raise PresetError(f"--set got {setting!r}; give key=value, such as datamodels.n_subsets=500.")
+            raise PresetError(f"--set got {setting!r}; give key=value, such as ensembles.n_models=50.")
         try:
             parsed[key] = presets.parse(value)
         except PresetError as error:

@@ -27,7 +27,7 @@ from dmmlib import forget_sets, presets
 from dmmlib.analysis import tables, verdict
 from dmmlib.analysis.looks import label
 from dmmlib.errors import DmmError, ForgetSetError, StoreError
-from dmmlib.files import OWN, load_json, read_table, write_bytes
+from dmmlib.files import OWN, folded, load_json, read_table, write_bytes
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.progress import PROGRESS_FILE
 from dmmlib.study import Study
@@ -64,7 +64,7 @@ class Saving(w.VBox):
         if not re.fullmatch(r"[\w+-][\w+.-]{0,49}", name):  # it becomes a path
             raise ForgetSetError(f"{name!r:.60} is no name for a forget set; give up to 50 letters, digits, _ or -.")
         chosen = forget_sets.make(name, self._selection.indices, self._study.data, kind="chosen", preset=preset.name)
-        if name in (part.name for part in (*preset.forget_sets, *preset.tuning.forget_sets)):
+        if folded(name) in (folded(part.name) for part in (*preset.forget_sets, *preset.tuning.forget_sets)):
             raise ForgetSetError(f"{name!r} is a forget set of the preset itself; save yours under another name.")
         path = self._study.directory / "forget_sets" / f"{name}.json"
         if self._is_another(path, chosen):

@@ -60,7 +60,7 @@ def _finished(figure: Figure, axes: np.ndarray, x: str, y: str, title: str, capt
         ax.set_ylabel(ax.get_ylabel() or y)
     if axes[0, 0].get_legend_handles_labels()[0]:
         legend(figure, *axes.flat)
-    return titled(figure, title, caption)
+    return titled(figure, title, caption, formulas=True)
 
 
 def _step_axis(ax: Axes, steps: np.ndarray) -> None:
