@@ -13,7 +13,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from dmmlib import presets
+from dmmlib import presets, progress
 from dmmlib.app import batch
 from dmmlib.errors import DmmError, StoreError
 from dmmlib.registry import VERSIONS
@@ -92,6 +92,23 @@ def test_two_at_a_time_after_what_they_need_and_the_wide_alone(write, tmp_path):
     nbformat.write(notebook, silent)
     (tmp_path / "out" / ".11_note.json").write_text("[]")
     assert again() == {"01", "03", "05", "11"}, "what is no longer there, or whole, is made again"
+
+
+@pytest.mark.slow
+def test_a_log_is_never_silent_for_long(write, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "FIRST", 0.2)
+    monkeypatch.setattr(progress, "EVERY", 1.0)
+    told = "import os; open(os.environ['DMM_PROGRESS_FILE'], 'w').write('{\"line\": \"train: 3 / 9\"}'); time.sleep(3)"
+    notebooks, ends = write({"01": told, "11": "time.sleep(2)"}), []
+    start = time.monotonic()
+    batch.run(notebooks, tmp_path / "out", {"place": str(tmp_path)}, lambda *said: ends.append(said))
+    lines, seconds = capsys.readouterr().err.splitlines(), time.monotonic() - start
+    assert seconds / 3 < len(lines) + len(ends) <= seconds + 3, "about one a second"
+    shares = [int(line.partition("%")[0]) for line in lines]
+    assert shares == sorted(shares)
+    assert shares[0] < 50 <= shares[-1]
+    assert any(line.endswith("| 01: train: 3 / 9") for line in lines)
+    assert "of 2 stages, about" in lines[-1], "once a stage has ended, its pace tells the time that is left"
 
 
 def keys(write, tmp_path):

@@ -1,13 +1,15 @@
 """A study computes once, resumes, keeps what is done, and refuses what makes no sense."""
 
 import functools
+import re
+import time
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from dmmlib import attribution, data, execution, forget_sets, models, presets, registry, unlearn
+from dmmlib import attribution, data, execution, forget_sets, models, presets, progress, registry, unlearn
 from dmmlib.app.status import trained
 from dmmlib.errors import (
     DataError,
@@ -277,6 +279,25 @@ def test_progress_reports():
     assert describe("train", 5, 10, 10.0) == "train: 5 / 10 · 0.5/s · 10 s left"
     assert describe("train", 5, 10, 4.0, since=3) == "train: 5 / 10 · 0.5/s · 10 s left"
     assert describe("train", 4200, 4200, 240.0) == "train: 4,200 in 4 min"
+
+
+def test_work_is_told_of_and_idleness_is_not(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "FIRST", 0.3)
+    monkeypatch.setattr(progress, "EVERY", 0.7)
+    library = {"__name__": "dmmlib.a_study", "time": time}
+    exec("def measure(): time.sleep(2.5)", library)
+    reporter = Reporter()
+    reporter("train", 0, 9)
+    library["measure"]()
+    reporter("train", 9, 9)
+    library["measure"]()
+    lines = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"train: 0 / 9 · [123] s so far", lines[1])
+    assert "train: 9 in 3 s" in lines
+    assert re.fullmatch(r"a_study.measure: [12] s so far", lines[-1])
+    assert 5 <= len(lines) <= 9
+    time.sleep(1.5)
+    assert capsys.readouterr().err == "", "nothing of the library is at work"
 
 
 def test_progress_file(tmp_path, monkeypatch):

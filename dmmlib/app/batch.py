@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,15 @@ from dmmlib.app.stage import Execution
 from dmmlib.errors import DmmError, StoreError
 from dmmlib.files import config_hash, load_json, read_json, resource, short, write_json
 from dmmlib.presets import PLACES
-from dmmlib.progress import PROGRESS_FILE
+from dmmlib.progress import PROGRESS_FILE, Pulse, duration
 from dmmlib.registry import REGISTRIES, VERSIONS
 
 NOTEBOOKS = resource("notebooks")
 NEEDS = {"03": ("02",), "04": ("02",), "05": ("04",), "07": ("04",)}
 """Whose work a stage takes up; the others stand alone."""
-ORDER = ("02", "04", "07", "09", "08", "05", "03", "10", "06", "01")
-"""What is begun first where several stages could be: the main results, then what takes long."""
+ORDER = {"02": 1861, "04": 953, "07": 754, "09": 600, "08": 500, "05": 94, "03": 131, "10": 258, "06": 99, "01": 40}
+"""What is begun first where several stages could be: the main results, then what takes long; and seconds that each took
+of the laptop preset on two cores, which tell how much of a run is done until one has run here."""
 
 Say = Callable[[str, bool], None]
 """Told a line about a stage, and whether something was done."""
@@ -94,6 +95,13 @@ class _Stage:
             return record["key"] == self.key and all(self._hash(n) == h for n, h in record["files"].items())
         except (StoreError, OSError, LookupError, TypeError, AttributeError):
             return False
+
+    def expected(self) -> tuple[float, bool]:
+        """Seconds that it takes, and whether that is because it took them here."""
+        try:
+            return float(read_json(self.record)["seconds"]), True
+        except (StoreError, OSError, LookupError, TypeError, ValueError):
+            return float(ORDER.get(self.notebook.name[:2], 60)), False
 
     def keep(self, error: str, began: float, say: Say) -> None:
         """Put what was executed where it belongs, and say so; raises DmmError if there was an error."""
@@ -160,10 +168,12 @@ def run(
     running: dict[str, tuple[Execution, float]] = {}
     failed: DmmError | None = None
     bar = tqdm(bar_format="{desc}", leave=False, disable=None)  # silent where it is no terminal
+    share = _Share({number: stage.expected() for number, stage in todo.items()}, at_once, wide)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder, bar:
+        with tempfile.TemporaryDirectory() as folder, bar, ExitStack() as stack:
             (told := Path(folder, "told")).mkdir()
+            pulse = stack.enter_context(Pulse(lambda: f"{share} | {_said(told)}" if bar.disable else ""))
             while running or (waiting and failed is None):
                 while failed is None and len(running) < at_once and (number := _next(waiting, running, wide)):
                     waiting.remove(number)
@@ -173,13 +183,16 @@ def run(
                         given["OMP_NUM_THREADS"] = str(threads // 2)
                     stage, outcome = todo[number], Path(folder, number)
                     running[number] = Execution(stage.notebook, stage.part, parameters, given, outcome), time.time()
+                    share.began(number)
                 time.sleep(0.2)
-                bar.set_description_str(_said(told))
+                bar.set_description_str(f"{share} | {_said(told)}")
                 for number in [n for n, (execution, _) in running.items() if not execution.running()]:
                     execution, began = running.pop(number)
                     (told / number).unlink(missing_ok=True)
                     try:
                         todo[number].keep(execution.error(), began, say)
+                        share.ended(number)
+                        pulse.said()
                     except DmmError as error:
                         if failed:
                             say(str(error), False)
@@ -199,6 +212,35 @@ def run(
                     stage.part.unlink()
     if failed is not None:
         raise failed
+
+
+class _Share:
+    """How much of all stages is done, by what each is expected to take, and how long the others will."""
+
+    def __init__(self, expected: Mapping[str, tuple[float, bool]], at_once: int, wide: Collection[str]) -> None:
+        self._seconds = {number: seconds for number, (seconds, _) in expected.items()}
+        self._known = {number for number, (_, known) in expected.items() if known}
+        self._at_once, self._wide = at_once, wide
+        self._begun, self._took = dict[str, float](), dict[str, float]()
+
+    def began(self, number: str) -> None:
+        self._begun[number] = time.time()
+
+    def ended(self, number: str) -> None:
+        self._took[number] = time.time() - self._begun[number]
+
+    def __str__(self) -> str:
+        guessed = [n for n in self._took if n not in self._known]
+        pace = sum(self._took[n] for n in guessed) / sum(self._seconds[n] for n in guessed) if guessed else 1.0
+        whole = left = alone = 0.0
+        for number, seconds in self._seconds.items():
+            seconds *= 1 if number in self._known else pace
+            spent = self._took.get(number, time.time() - self._begun.get(number, time.time()))
+            rest = 0.0 if number in self._took else max(seconds - spent, seconds / 20)
+            whole, left, alone = whole + spent + rest, left + rest, alone + rest * (number in self._wide)
+        done = f"{1 - left / whole:.0%} of {len(self._seconds)} stages" if whole else "all done"
+        sure = guessed or self._known  # of other presets than laptop, the table tells shares, not seconds
+        return done + (f", about {duration(alone + (left - alone) / self._at_once)} left" if sure else "")
 
 
 @contextmanager
@@ -226,4 +268,4 @@ def _said(folder: Path) -> str:
     for file in sorted(folder.iterdir()):
         with suppress(OSError, ValueError):  # caught half-written
             lines.append(f"{file.name}: {json.loads(file.read_text(encoding='utf-8'))['line']}")
-    return " | ".join(lines)
+    return " | ".join(lines) or "starting"

@@ -16,6 +16,7 @@ from dmmlib import presets
 from dmmlib.app import batch
 from dmmlib.errors import DmmError, PresetError, StoreError
 from dmmlib.files import LAID_OUT, resource
+from dmmlib.progress import Pulse, silent
 
 TRAINING = ("02", "04")  # stages that keep every core busy by themselves
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -125,13 +126,16 @@ def run(
     wanted = [number.zfill(2) for number in stage or known]
     if unknown := set(wanted).difference(known):
         raise PresetError(f"Unknown stage {min(unknown)!r}; use one of {', '.join(known)}.")
-    import torch  # only once the arguments have been read
-
-    from dmmlib.app.report import record
-    from dmmlib.study import Study
-
     own = str(forget_set.resolve()) if forget_set else None
-    study = Study(preset, overrides, forget_set=own, beside=beside, runs=runs)  # says what can be wrong
+    with Pulse(lambda: "reading the preset, data and what is trained"):
+        import torch  # only once the arguments have been read
+
+        from dmmlib.app.report import record
+        from dmmlib.study import Study
+
+        study = Study(
+            preset, overrides, forget_set=own, beside=beside, runs=runs, progress=silent
+        )  # says what is wrong
     if not trust_preset:
         _ask(preset, study.preset, overrides)
     content = study.preset.model_dump(mode="json")
@@ -162,13 +166,13 @@ def status(
     repair: Annotated[bool, typer.Option(help="Remove what is damaged, so that a run makes it anew.")] = False,
 ) -> None:
     """Show what is trained, missing and damaged; trains nothing."""
-    from dmmlib.app.status import damage, trained
-    from dmmlib.progress import silent
-    from dmmlib.study import Study
-
     overrides = _parse(set_) | ({"store": store} if store else {})
-    study = Study(preset, overrides, runs=runs, progress=silent)
-    table, wrong = trained(study), damage(study, repair)
+    with Pulse(lambda: "reading what is trained"):
+        from dmmlib.app.status import damage, trained
+        from dmmlib.study import Study
+
+        study = Study(preset, overrides, runs=runs, progress=silent)
+        table, wrong = trained(study), damage(study, repair)
     typer.echo(table.to_string(index=False))
     done, planned, damaged = (int(table[column].sum()) for column in ("done", "planned", "damaged"))
     typer.echo(f"{done:,} of {planned:,} models trained, {damaged:,} damaged")
@@ -247,9 +251,11 @@ def _say(line: str, done: bool) -> None:
 
 def _dry_run(preset: str, overrides: dict[str, Any], runs: Path | None) -> None:
     loaded = presets.load(preset, overrides)
-    from dmmlib.app import plan
+    with Pulse(lambda: "reading what is trained, and counting"):
+        from dmmlib.app import plan
 
-    typer.echo(plan.plan(loaded, runs))
+        said = str(plan.plan(loaded, runs))
+    typer.echo(said)
     if loaded.studies["multimodal"].checkpoint is not None:
         from dmmlib.studies.multimodal.scale import scale
 

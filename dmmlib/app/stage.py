@@ -24,6 +24,7 @@ from typing import IO, Any, NoReturn
 
 from dmmlib.errors import PresetError
 from dmmlib.files import write_bytes
+from dmmlib.progress import PULSE
 
 KNOWN = ("preset", "overrides", "forget_set", "beside")  # what `batch` gives every notebook, whether it has it or not
 GRACE = 10.0  # seconds that an interrupted stage has to end its kernel
@@ -171,4 +172,6 @@ def _scrub(path: Path) -> None:
         folded = {"injected-parameters", "hide-input"} & set(cell.metadata.get("tags", []))
         for name in ("papermill", "execution", *(() if folded else ("collapsed", "jupyter"))):
             cell.metadata.pop(name, None)
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if not output.get("metadata", {}).get(PULSE)]
     nbformat.write(notebook, path)
