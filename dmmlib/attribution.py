@@ -9,8 +9,11 @@ some of their weights, and the originals. One of your own registers by name:
 
 from __future__ import annotations
 
+import importlib
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ from torch import Tensor
 from dmmlib.datamodels import Attributor, check_varying
 from dmmlib.ensemble import Ensemble, check_masks
 from dmmlib.errors import DataError
+from dmmlib.files import read_arrays, write_arrays
 from dmmlib.metrics import right_logits
 from dmmlib.registry import Registry
 
@@ -82,6 +86,9 @@ class Context:
         return self.models
 
 
+LARGEST = 2**30  # bytes of an attributor that is kept on disk
+OURS = "dmmlib.attributors."  # whose classes a kept attributor may be made of
+
 Fit = Callable[..., Attributor]
 """Fits an attributor to a context, with options by keyword."""
 
@@ -111,3 +118,54 @@ def get(name: str) -> Fit:
 def fit(name: str, context: Context, **options: Any) -> Attributor:
     """Fit the method of that name; raises MethodError if there is none."""
     return get(name)(context, **options)
+
+
+# --- kept on disk ----------------------------------------------------------------------------------------
+
+
+def save(path: Path, attributor: Attributor) -> None:
+    """Write an attributor for `load`, if it is made of the library's parts, arrays and numbers, and not too large."""
+    arrays: dict[str, np.ndarray] = {}
+    try:
+        tree = json.dumps(_taken_apart(attributor, arrays))
+    except TypeError:  # it holds something else, and is fitted again when it is needed
+        return
+    if sum(array.nbytes for array in arrays.values()) <= LARGEST:
+        write_arrays(path, {**arrays, "tree": np.array(tree)})
+
+
+def load(path: Path, device: torch.device) -> Attributor:
+    """Read what `save` wrote, its tensors to a device; raises StoreError, if it is damaged DamageError."""
+    arrays = read_arrays(path)
+    made: Attributor = _put_together(json.loads(str(arrays.pop("tree"))), arrays, device)
+    return made
+
+
+def _taken_apart(value: Any, arrays: dict[str, np.ndarray]) -> Any:
+    """A value as JSON, with names in the place of arrays; TypeError for anything that is no part of an attributor."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, tuple):
+        return [_taken_apart(part, arrays) for part in value]
+    if isinstance(value, (np.ndarray, Tensor)):
+        name = f"{'tensor' if isinstance(value, Tensor) else 'array'}{len(arrays)}"
+        arrays[name] = value.cpu().numpy() if isinstance(value, Tensor) else value
+        return name
+    if not is_dataclass(value) or not type(value).__module__.startswith(OURS):
+        raise TypeError(f"{type(value).__name__} is no part of a kept attributor.")
+    parts = {field.name: _taken_apart(getattr(value, field.name), arrays) for field in fields(value)}
+    return {"of": f"{type(value).__module__}:{type(value).__qualname__}", "parts": parts}
+
+
+def _put_together(tree: Any, arrays: dict[str, np.ndarray], device: torch.device) -> Any:
+    if isinstance(tree, list):
+        return tuple(_put_together(part, arrays, device) for part in tree)
+    if isinstance(tree, str):
+        return torch.from_numpy(arrays[tree]).to(device) if tree.startswith("tensor") else arrays[tree]
+    if not isinstance(tree, dict):
+        return tree
+    module, _, name = tree["of"].partition(":")
+    made = getattr(importlib.import_module(module), name) if module.startswith(OURS) else None
+    if not is_dataclass(made):
+        raise DataError(f"{tree['of']} is no part of an attributor; remove its file.")
+    return made(**{name: _put_together(part, arrays, device) for name, part in tree["parts"].items()})  # type: ignore[operator]

@@ -231,7 +231,6 @@ def fastest(
         )
     if len(options) == 1:
         return options[0]
-    key = config | machine(device) | {"options": [asdict(option) for option in options]}
 
     def rates() -> list[dict[str, Any]]:
         progress("measure how to train fastest", 0, 1)
@@ -239,8 +238,14 @@ def fastest(
         progress("measure how to train fastest", 1, 1)
         return [asdict(o) | {"model_steps_per_second": round(rate, 1)} for o, rate in measured.items()]
 
-    found = kept(folder / f"execution-{config_hash(key)}.json", rates, read_json, write_json)
+    found = kept(place_of_rates(options, device, config, folder), rates, read_json, write_json)
     return Execution(**max(found, key=lambda row: row.pop("model_steps_per_second")))
+
+
+def place_of_rates(options: Sequence[Execution], device: torch.device, config: dict[str, Any], folder: Path) -> Path:
+    """Where `fastest` keeps the rates of some executions on this machine."""
+    key = config | machine(device) | {"options": [asdict(option) for option in options]}
+    return folder / f"execution-{config_hash(key)}.json"
 
 
 def measure(tried: Sequence[Execution], steps: Callable[[Execution, int], None]) -> dict[Execution, float]:

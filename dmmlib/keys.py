@@ -46,15 +46,16 @@ def attributed(preset: Preset, method: str, tuning_sets: Callable[[], Mapping[st
     if name == "ridge":
         tuned = {"tuning sets": _indices(tuning_sets()), "tuned at": preset.tuning.n_models}
         return {"datamodels": ridge(preset), **tuned, **versions("search", "metric klom")}
+    return fitted(preset, name)
+
+
+def fitted(preset: Preset, name: str) -> dict[str, Any]:
+    """What an attributor, other than ridge, depends on besides the models."""
     section = preset.attribution.model_dump(mode="json") | {"name": name}
     if name != preset.attribution.name:
         section["options"] = {}
-    return {"attribution": section, "versions of attributor": attributor(name)}
-
-
-def attributor(name: str) -> dict[str, Any]:
-    """What an attributor depends on through its code."""
-    return versions(*ATTRIBUTION, f"attributor {name}") | fingerprint.of_own(attribution.get(name))
+    own = fingerprint.of_own(attribution.get(name))
+    return {"attribution": section, "versions of attributor": versions(*ATTRIBUTION, f"attributor {name}") | own}
 
 
 def method(name: str) -> dict[str, Any]:

@@ -59,6 +59,11 @@ class Models(Trainer):
         """
         return self.read(self._oracle_set(forget_set, floor, n), "logits")
 
+    def untrained_oracles(self, forget_set: ForgetSet) -> int:
+        """How many of a forget set's oracles, those of the floor included, are not trained."""
+        sets = [self._oracle_set(forget_set, floor) for floor in (False, True)]
+        return sum(len(one.masks) for one in sets if not self.is_trained(one))
+
     def has_oracles(self, forget_set: ForgetSet) -> bool:
         """Whether the oracles that a forget set's results are measured against are all trained."""
         return self.is_trained(self._oracle_set(forget_set))

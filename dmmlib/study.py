@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import pandas as pd
 
 from dmmlib import attribution, datamodels, evaluation, forget_sets, keys, metrics, presets, tuning, unlearn
 from dmmlib.data import Dataset
-from dmmlib.errors import ForgetSetError, MethodError, PresetError
+from dmmlib.errors import ForgetSetError, MethodError, PresetError, StoreError
 from dmmlib.files import check_alone, config_hash, folded, kept, place, read_json, replacing, write_json, write_table
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.prediction import Models
@@ -147,18 +148,24 @@ class Study(Models):
         return self.ridge(float(best["lam"]), float(best["own_share"]))
 
     def attributor(self, name: str = "") -> datamodels.Attributor:
-        """An attributor, fitted once; the preset's own, which DM-direct, DMM and the widget predict with, by default.
+        """An attributor, fitted once and kept on disk; by default what DM-direct, DMM and the widget use.
 
         Ridge has the many subset models of `datamodels`, others those of `context`.
         """
         name = name or self.preset.attribution.name
         if name == "ridge":
             return self.datamodel()
-        if (key := str(keys.attributor(name))) not in self._attributors:
-            options = self.preset.attribution.options if name == self.preset.attribution.name else {}
+        config = keys.fitted(self.preset, name) | {"models": self.identity, "n_models": self.preset.ensembles.n_models}
+        key = config_hash(config)
+        if key not in self._attributors:
+            path = self.runs / "store" / f"attributor-{name}-{key}.npz"
+            with suppress(StoreError):
+                self._attributors[key] = attribution.load(path, self.device)
+        if key not in self._attributors:
             self.progress(f"fit the attributor {name}", 0, 1)
             lent = dataclasses.replace(self.context(), masks=self.context().masks.copy())
-            self._attributors[key] = attribution.fit(name, lent, **options)
+            self._attributors[key] = attribution.fit(name, lent, **config["attribution"]["options"])
+            attribution.save(path, self._attributors[key])
             self.progress(f"fit the attributor {name}", 1, 1)
         return self._attributors[key]
 
@@ -173,8 +180,12 @@ class Study(Models):
 
     @once
     def tuning_sets(self) -> dict[str, ForgetSet]:
-        """Forget sets for the search of hyperparameters: they share no point with the reported ones."""
-        reported = np.unique(np.concatenate([f.indices for f in self.forget_sets().values()]))
+        """Forget sets for the search of hyperparameters: they share no point with the preset's own.
+
+        They do not depend on a forget set of one's own, so that what was found on them serves every request.
+        """
+        standard = self.forget_sets() if self.own is None else self._make_forget_sets(self.preset.forget_sets)
+        reported = np.unique(np.concatenate([f.indices for f in standard.values()]))
         return self._make_forget_sets(self.preset.tuning.forget_sets, reported)
 
     def _make_forget_sets(

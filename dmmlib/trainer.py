@@ -23,7 +23,7 @@ from dmmlib import data as datasets
 from dmmlib import ensemble, execution, keys, models, presets, stacking
 from dmmlib.errors import DamageError, ModelError, StoreError
 from dmmlib.execution import Execution
-from dmmlib.files import check_folder, config_hash, place, short
+from dmmlib.files import check_folder, config_hash, place, read_json, short
 from dmmlib.jobs import Job, jobs
 from dmmlib.metrics import margin_gauge
 from dmmlib.progress import Progress, Reporter
@@ -189,7 +189,16 @@ class Trainer:
         """Whether so many steps are planned that processes and compiling pay, which take time to start."""
         return sum(job.n_models * self.training.steps(job.size) for job in self.jobs()) >= MANY_STEPS
 
-    def _fastest(self, many: bool) -> Execution:
+    def rates(self) -> dict[Execution, float]:
+        """Model-steps per second that were measured for training here before; none where that never was needed."""
+        try:
+            rows = read_json(execution.place_of_rates(*self._ways(self.trains_much), self.runs / "store"))
+        except StoreError:
+            return {}
+        return {Execution(**row): rate for row in rows if (rate := row.pop("model_steps_per_second"))}
+
+    def _ways(self, many: bool) -> tuple[tuple[Execution, ...], torch.device, dict[str, Any]]:
+        """Ways to train or, with few steps, to unlearn here, and what their rates depend on."""
         section, training = self.preset.ensembles, self.training
         chunk = None if section.chunk == "auto" else section.chunk
         allowed = (None if many else False) if section.compile == "auto" else section.compile
@@ -201,6 +210,10 @@ class Trainer:
             "batch": training.batch_size,
             "precision": training.precision,
         }
+        return options, self.device, config
+
+    def _fastest(self, many: bool) -> Execution:
+        (options, device, config), training = self._ways(many), self.training
         x = self.x[: self.data.n_train]
 
         def steps(way: Execution, n: int) -> None:
@@ -211,7 +224,7 @@ class Trainer:
             if x.device.type == "cuda":
                 torch.cuda.synchronize()
 
-        return execution.fastest(options, self.device, steps, config, self.runs / "store", self.progress)
+        return execution.fastest(options, device, steps, config, self.runs / "store", self.progress)
 
     # --- seeds and masks -------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from dmmlib import progress
+from dmmlib import forget_sets, presets, progress
 from dmmlib.app import batch, cli, report
 from dmmlib.progress import silent
 from dmmlib.study import Study
@@ -133,7 +133,7 @@ def test_a_failing_notebook_keeps_what_was_done(dmm, tiny_file, tmp_path, monkey
         (["run", "smoke", "--forget-set", "nowhere.json"], "cannot be read as JSON"),
         (["run", "smoke", "--device", "tpu"], "given 'tpu'"),
         (["run", "labtop", "--dry-run"], "Unknown preset 'labtop'"),
-        (["run", "smoke", "--dry-run", "--forget-set", "mine.json"], "leave --forget-set out"),
+        (["run", "smoke", "--dry-run", "--forget-set", "nowhere.json"], "cannot be read as JSON"),
         (["run", "cifar10", "--dry-run", "--set", "data.path=nowhere"], "nowhere does not exist; correct data.path"),
         (["run", "smoke", "--store", "no://where"], "no://where cannot be reached (Protocol not known"),
         (["run", "smoke", "--dry-run", "--store", "no://where"], "cannot be reached"),
@@ -157,6 +157,36 @@ def test_mistakes_get_one_clear_line_and_leave_nothing(dmm, tmp_path, monkeypatc
     assert message in result.output
     assert len(result.output.strip().splitlines()) == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_request_is_answered_with_what_it_needs(dmm, tiny_file, tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(batch, "run", lambda notebooks, out, given, *a, **k: begun.append((notebooks, given)))
+    data = Study(str(tiny_file), progress=silent).data
+    mine = tmp_path / "mine.json"
+    forget_sets.make("mine", [3, 5], data).save(mine)
+
+    def asked(*arguments):
+        said = dmm("run", tiny_file, "--forget-set", mine, *arguments)
+        assert said.exit_code == 0, said.output
+        (notebooks, given) = begun.pop()
+        return said.output, [path.name[:2] for path in notebooks], given["preset"]["unlearning"]["methods"]
+
+    said, stages, methods = asked()
+    assert "mine: 16 models retrained without it, to measure against, are yet to be trained" in said
+    assert (stages, methods) == (["04"], ["do_nothing", "retrain", "dm_direct", "dmm"])
+    study = Study(str(tiny_file), {"unlearning.methods": methods}, forget_set=mine, progress=silent)
+    assert not study.results().empty
+    assert "yet to be trained" not in asked()[0]
+    assert {path.name.partition("-")[0] for path in study.runs.glob("store/*.zarr")} == {
+        "originals", "attribution", "oracles", "floor"
+    }, "nothing else is trained for a request"  # fmt: skip
+    assert asked("--stage", "05", "--set", "unlearning.methods=[gd]")[1:] == (["05"], ["gd"])
+    assert asked("--beside")[1:] == (list(batch.stages()), list(presets.METHODS))
+    planned = dmm("run", tiny_file, "--forget-set", mine, "--dry-run").output
+    assert "oracles and floor, mine" in planned
+    rows = {line.split("  ")[1].strip() for line in planned.splitlines() if line.startswith("  ")}
+    assert not any("tuning" in row or "random_6" in row or "stage 07" in row for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A study computes once, resumes, keeps what is done, and refuses what makes no sense."""
 
 import functools
+import json
 import re
 import time
 
@@ -9,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from dmmlib import attribution, data, execution, forget_sets, models, presets, progress, registry, unlearn
+from dmmlib import attribution, data, datamodels, execution, forget_sets, models, presets, progress, registry, unlearn
 from dmmlib.app.status import trained
 from dmmlib.errors import (
     DataError,
@@ -21,11 +22,11 @@ from dmmlib.errors import (
     PresetError,
     StoreError,
 )
-from dmmlib.files import read_json
+from dmmlib.files import read_arrays, read_json, write_arrays
 from dmmlib.progress import Reporter, describe, silent
 from dmmlib.study import Study
 from dmmlib.trainer import Trainer
-from tests.conftest import TINY
+from tests.conftest import TINY, damages
 
 
 def study(tmp_path, overrides=None, **kwargs):
@@ -385,6 +386,52 @@ def test_constants_of_normalisation_are_part_of_the_key(tmp_path):
     finally:
         data.DATASETS.remove("own")
     assert np.abs(logits[0] - logits[1]).max() > 0.1
+
+
+def test_what_a_request_needs_is_kept(tiny, tmp_path, monkeypatch):
+    """Neither tuning sets nor the attributor depend on what is asked to be forgotten."""
+    tuned = tiny.tuning_sets()["tune"].indices
+    forget_sets.make("asked", tuned[:3], tiny.data).save(tmp_path / "asked.json")
+    first = {name: tiny.attributor(name).effect(tuned) for name in ("bayesian", "linearised", "kernel")}
+    monkeypatch.setattr(attribution, "fit", lambda *a, **k: pytest.fail("fitted again"))
+    asked = Study(TINY, runs=tiny.runs, forget_set=tmp_path / "asked.json", progress=silent)
+    assert list(asked.forget_sets()) == ["asked"]
+    assert np.array_equal(asked.tuning_sets()["tune"].indices, tuned)
+    for name, effect in first.items():
+        kept = asked.attributor(name)
+        assert np.array_equal(kept.effect(tuned), effect)
+        assert kept.leverage(tuned) == tiny.attributor(name).leverage(tuned)
+    assert np.array_equal(asked.attributor().sd(tuned), tiny.attributor().sd(tuned))
+
+
+def test_a_damaged_attributor_is_fitted_again(tiny, tmp_path):
+    own, effect = study(tmp_path), tiny.attributor("kernel").effect([1])
+    assert np.array_equal(own.attributor("kernel").effect([1]), effect)
+    (path,) = (tmp_path / "runs" / "store").glob("attributor-kernel-*.npz")
+    for _ in damages(path, np.random.default_rng(0), 5):
+        again = study(tmp_path)
+        assert np.array_equal(again.attributor("kernel").effect([1]), effect)
+    made = dict(read_arrays(path))
+    for of in ("os:system", "dmmlib.attributors.bayesian:fit", "dmmlib.attributors..os:getcwd"):
+        write_arrays(path, made | {"tree": np.array(json.dumps({"of": of, "parts": {}}))})
+        with pytest.raises((DataError, ImportError)):
+            attribution.load(path, own.device)
+
+
+def test_a_users_attributor_that_cannot_be_kept_is_fitted_anew(tmp_path):
+    class Constant(datamodels.Attributor):
+        def effects(self, sets):
+            return np.ones((len(sets), 160, 10), np.float32)
+
+        def predict(self, masks):
+            return np.ones((len(masks), 160, 10), np.float32)
+
+    try:
+        attribution.register("constant")(lambda context: Constant())
+        assert study(tmp_path).attributor("constant").effect([1]).mean() == 1
+        assert not list((tmp_path / "runs" / "store").glob("attributor-*"))
+    finally:
+        attribution.ATTRIBUTORS.remove("constant")
 
 
 def test_tuning_sets_of_a_class_share_no_point_with_reported_ones(tmp_path):

@@ -16,9 +16,11 @@ from dmmlib import presets
 from dmmlib.app import batch
 from dmmlib.errors import DmmError, PresetError, StoreError
 from dmmlib.files import LAID_OUT, resource
-from dmmlib.progress import Pulse, silent
+from dmmlib.progress import Pulse, duration, silent
 
 TRAINING = ("02", "04")  # stages that keep every core busy by themselves
+REQUEST_STAGE, REQUEST = "04", ["do_nothing", "retrain", "dm_direct", "dmm"]
+"""What a forget set of one's own is studied with, unless more is asked for."""
 HELP = {"help_option_names": ["-h", "--help"]}
 
 
@@ -97,7 +99,11 @@ def run(
     stage: Annotated[list[str] | None, typer.Option(help="Only this stage, e.g. 04; may be repeated.")] = None,
     set_: Settings = None,
     forget_set: Annotated[
-        Path | None, typer.Option(help="The JSON file of a forget set to study instead of the preset's.")
+        Path | None,
+        typer.Option(
+            help="The JSON file of a forget set to study instead of the preset's: in stage 04, with DMM, doing nothing "
+            "and retraining, unless --stage or --set unlearning.methods=[...] asks for more."
+        ),
     ] = None,
     beside: Annotated[bool, typer.Option(help="Study that set beside the preset's, not in their place.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "",
@@ -118,12 +124,10 @@ def run(
     places = {"device": device, "scheduler": scheduler, "store": store}
     overrides = _parse(set_) | {key: value for key, value in places.items() if value}
     if dry_run:
-        if forget_set:
-            raise PresetError("--dry-run plans the preset's own forget sets; leave --forget-set out.")
-        _dry_run(preset, overrides, runs)
+        _dry_run(_asked(preset, overrides, forget_set, beside), runs, forget_set, beside)
         return
     known = batch.stages()
-    wanted = [number.zfill(2) for number in stage or known]
+    wanted = [number.zfill(2) for number in stage or ([REQUEST_STAGE] if forget_set and not beside else known)]
     if unknown := set(wanted).difference(known):
         raise PresetError(f"Unknown stage {min(unknown)!r}; use one of {', '.join(known)}.")
     own = str(forget_set.resolve()) if forget_set else None
@@ -133,12 +137,13 @@ def run(
         from dmmlib.app.report import record
         from dmmlib.study import Study
 
-        study = Study(
-            preset, overrides, forget_set=own, beside=beside, runs=runs, progress=silent
-        )  # says what is wrong
+        asked = _asked(preset, overrides, forget_set, beside).model_dump(mode="json")
+        study = Study(asked, forget_set=own, beside=beside, runs=runs, progress=silent)  # says what is wrong
     if not trust_preset:
         _ask(preset, study.preset, overrides)
     content = study.preset.model_dump(mode="json")
+    if own and (price := _price(study)):
+        typer.echo(price)
     record(study, study.output)
     notebooks, figures = study.output / "notebooks", study.figures / study.output.relative_to(study.runs)
     batch.run(
@@ -231,6 +236,24 @@ def _parse(settings: list[str] | None) -> dict[str, Any]:
     return parsed
 
 
+def _asked(preset: str, overrides: dict[str, Any], forget_set: Path | None, beside: bool) -> presets.Preset:
+    """The preset, which a forget set of one's own is studied with, by few methods unless more are asked for."""
+    content = presets.load(preset, overrides).model_dump(mode="json")
+    if forget_set and not beside and "unlearning.methods" not in overrides:
+        content["unlearning"]["methods"] = REQUEST
+    return presets.load(content)
+
+
+def _price(study: Any) -> str:
+    """Say what training the oracles of a forget set of one's own takes, which nothing but them needs."""
+    asked = study.own
+    if not (n := study.untrained_oracles(asked)):
+        return ""
+    steps, rate = n * study.training.steps(study.data.n_train - len(asked)), max(study.rates().values(), default=0)
+    seconds = f", about {duration(steps / rate)}" if rate else ""
+    return f"{asked.name}: {n} models retrained without it, to measure against, are yet to be trained{seconds}"
+
+
 def _ask(given: str, preset: presets.Preset, overrides: dict[str, Any]) -> None:
     """Raise PresetError where a file that is not in presets/ says on which cluster to run: that runs its code."""
     elsewhere = given.endswith((".yaml", ".yml")) and Path(given).resolve().parent != presets.PRESETS_DIR.resolve()
@@ -249,12 +272,11 @@ def _say(line: str, done: bool) -> None:
         typer.secho(line, fg=typer.colors.GREEN if done else typer.colors.BRIGHT_BLACK)
 
 
-def _dry_run(preset: str, overrides: dict[str, Any], runs: Path | None) -> None:
-    loaded = presets.load(preset, overrides)
+def _dry_run(loaded: presets.Preset, runs: Path | None, forget_set: Path | None, beside: bool) -> None:
     with Pulse(lambda: "reading what is trained, and counting"):
         from dmmlib.app import plan
 
-        said = str(plan.plan(loaded, runs))
+        said = str(plan.plan(loaded, runs, forget_set, beside))
     typer.echo(said)
     if loaded.studies["multimodal"].checkpoint is not None:
         from dmmlib.studies.multimodal.scale import scale

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,10 @@ from dmmlib.data import Dataset
 from dmmlib.datamodels import BLOCK
 from dmmlib.errors import DataError, OptionError
 from dmmlib.execution import one_thread
-from dmmlib.jobs import jobs
+from dmmlib.forget_sets import ForgetSet
+from dmmlib.jobs import Job, jobs
 from dmmlib.presets import DataSection, Preset
+from dmmlib.progress import silent
 from dmmlib.registry import check_call
 from dmmlib.studies.cheap import experiments
 from dmmlib.study import Study
@@ -36,10 +38,17 @@ COLUMNS = ["models", "planned", "done", "missing", "gradients"]
 class Rate(NamedTuple):
     """Sample gradients per second of some models that take steps together, each with `batch` examples."""
 
-    per_second: float
+    per_second: float  # of one core's time, or of a GPU's
     n_models: int
     batch: int
     device: str
+    cores: int = 1
+    gain: float = 1.0  # of the fastest way to train here, as it was measured, over plain steps
+
+    @property
+    def in_all(self) -> float:
+        """With all cores, in the fastest way."""
+        return self.per_second * self.cores * self.gain
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ class Plan:
     @property
     def hours(self) -> float:
         """Training of what is missing, at the measured rate."""
-        return float(self.models["gradients"].sum()) / self.rate.per_second / 3600
+        return float(self.models["gradients"].sum()) / self.rate.in_all / 3600
 
     def __str__(self) -> str:
         p, d, r = self.preset, self.data, self.rate
@@ -75,10 +84,11 @@ class Plan:
                 f"{p.name}: {p.data.name}, {d.n_train:,} training and {d.n_val:,} validation points, "
                 f"{p.model.name} with {self.n_parameters:,} parameters{where}",
                 *(f"  {line}" for line in table.splitlines()),
-                f"  rate: {r.per_second:,.0f} sample gradients/s, measured just now on this machine ({r.device}; "
-                f"{r.n_models} model{'s' * (r.n_models > 1)} with {r.batch} examples a plain step)",
+                f"  rate: {r.in_all:,.0f} sample gradients/s: {r.per_second:,.0f} measured just now on this machine "
+                f"({r.device} time; {r.n_models} model{'s' * (r.n_models > 1)} with {r.batch} examples a plain step), "
+                f"times {r.cores} core{'s' * (r.cores > 1)}, times {r.gain:.2g} as training here was found to gain",
                 f"  time: {_duration(self.hours)} to train what is missing, about "
-                f"{_duration(self.unlearning / r.per_second / 3600)} more to search hyperparameters and to unlearn",
+                f"{_duration(self.unlearning / r.in_all / 3600)} more to search hyperparameters and to unlearn",
                 f"  memory: about {_bytes(max(self.memory.values()))} at the peak; {_sizes(self.memory)}",
                 f"  disk: {_bytes(sum(self.disk.values()))} when complete; {_sizes(self.disk)}",
                 "  not counted: fitting datamodels, KLoM, and the small models of stages 01 and 06 (minutes).",
@@ -86,21 +96,28 @@ class Plan:
         )
 
 
-def plan(preset: Preset, runs: Path | None = None) -> Plan:
+def plan(preset: Preset, runs: Path | None = None, forget_set: Path | None = None, beside: bool = False) -> Plan:
     """Plan a run, given what is in the stores. Trains and writes nothing; raises what a run of the preset would.
 
     Raises DataError also where a data set is absent whose size is not known.
+
+    Args:
+        runs, forget_set, beside: see `Study`.
     """
     for method in preset.unlearning.methods:
         unlearn.get(method)
     device = models.resolve_device(preset.device)
-    study = Study(preset.model_dump(), runs=runs) if _on_disk(preset.data) else None
+    here = _on_disk(preset.data) or forget_set is not None  # which names its data
+    study = (
+        Study(preset.model_dump(), forget_set=forget_set, beside=beside, runs=runs, progress=silent) if here else None
+    )
     data = study.data if study else _stand_in(preset.data)
     spec = models.get(preset.model.name)
     check_call(f"model {preset.model.name!r}", spec.factory, 0, 0, **preset.model.options)
     shape = tuple(spec.prepare(data, np.array(data.x_train[:2])).shape[1:])
     module = partial(spec.factory, shape, data.n_classes, **preset.model.options)
-    asked = [*jobs(preset, data.n_train, data.n_classes), *experiments.jobs(preset, data.n_train)]
+    own = [study.own] if study and study.own else []
+    asked = list(_asked(preset, data, own, beside))
     known = pd.DataFrame([(job.what, job.n_models, 0, job.n_models) for job in asked], columns=COLUMNS[:-1])
     known = status.trained(study, asked)[COLUMNS[:-1]] if study else known
     known["gradients"] = known["missing"] * [preset.training.epochs * job.size * job.until for job in asked]
@@ -113,17 +130,22 @@ def plan(preset: Preset, runs: Path | None = None) -> Plan:
     weights = 4.0 * (n_parameters + sum(b.numel() for b in built.buffers()))
     n, n_points = preset.ensembles.n_models, data.n_train + data.n_val
     points, outputs = 4.0 * n_points * math.prod(shape), 4.0 * n_points * data.n_classes  # of one model
-    n_results = n * n_points * len(preset.forget_sets) * len(preset.unlearning.methods)
+    rates = study.rates() if study else {}
     n_subsets = preset.datamodels.n_subsets
     factor = data.n_train * n_subsets + 2 * min(n_subsets, data.n_train) ** 2  # centred masks, Gram matrix and factor
     n_together = 32 if preset.ensembles.chunk == "auto" else preset.ensembles.chunk
+    n_sets = len(preset.forget_sets) * (beside or not own) + len(own)
+    n_results = n * n_points * n_sets * len(preset.unlearning.methods)
+    rate = measure(module, shape, data.n_classes, preset, device)
+    plain = [r for way, r in rates.items() if not way.compile and not way.processes]
+    gain = max(rates.values()) / max(plain) if plain else 1.0
     return Plan(
         preset,
         data,
         study is not None,
         n_parameters,
         known,
-        _unlearning(preset, data.n_train),
+        _unlearning(preset, data.n_train, n_sets),
         disk={
             "outputs of models": sum(job.n_models for job in asked) * (outputs + data.n_train),
             "weights": sum(job.n_models for job in asked if job.weights) * weights,
@@ -134,8 +156,27 @@ def plan(preset: Preset, runs: Path | None = None) -> Plan:
             "unlearning": points + (3 * weights + outputs) * n,
             "ridge": 1.2 * outputs * min(BLOCK, n_subsets) + 4.0 * factor,
         },
-        rate=measure(module, shape, data.n_classes, preset, device),
+        rate=rate._replace(cores=1 if device.type == "cuda" else torch.get_num_threads(), gain=gain),
     )
+
+
+def _asked(preset: Preset, data: Dataset, own: list[ForgetSet], beside: bool) -> Iterator[Job]:
+    """What a run trains: for a forget set of one's own only what its methods need."""
+    known, n = list(jobs(preset, data.n_train, data.n_classes)), preset.ensembles.n_models
+    attributors = [m.partition("@")[2] or preset.attribution.name for m in preset.unlearning.methods]
+    if own and not beside and "ridge" not in attributors and not _searched(preset):
+        known = [job for job in known if {"originals", "attribution"}.intersection(job.sets)]
+    yield from known
+    for forget in own:
+        sets = {f"oracles:{forget.name}": n, f"floor:{forget.name}": n}
+        yield Job(f"oracles and floor, {forget.name}", data.n_train - len(forget), sets, False)
+    if beside or not own:
+        yield from experiments.jobs(preset, data.n_train)
+
+
+def _searched(preset: Preset) -> bool:
+    """Whether hyperparameters of a method are searched for."""
+    return any(len(unlearn.configurations(m, preset.tuning.budget)) > 1 for m in preset.unlearning.methods)
 
 
 def _on_disk(section: DataSection) -> bool:
@@ -160,7 +201,7 @@ def _stand_in(section: DataSection) -> Dataset:
     return Dataset(section.name, *train, *val, tuple(map(str, range(n_classes))), (0.5,) * shape[2], (0.25,) * shape[2])
 
 
-def _unlearning(preset: Preset, n_train: int) -> float:
+def _unlearning(preset: Preset, n_train: int, n_sets: int) -> float:
     """Sample gradients of search and unlearning, at most: epochs count as passes over S, though many are over F."""
 
     def cost(setting: Mapping[str, Any]) -> float:
@@ -175,7 +216,7 @@ def _unlearning(preset: Preset, n_train: int) -> float:
         if len(costs) > 1:
             searched = sum(n * k for n, k in tuning.rungs(preset.tuning.n_models, len(costs)))
             total += float(np.mean(costs)) * searched * len(preset.tuning.forget_sets)
-        total += float(np.mean(costs)) * preset.ensembles.n_models * len(preset.forget_sets)
+        total += float(np.mean(costs)) * preset.ensembles.n_models * n_sets
     return total * preset.training.epochs * n_train
 
 
@@ -190,25 +231,26 @@ def measure(
     """Time plain training steps on random points, of as many models and examples as fit the budget in seconds.
 
     It grows from one model and few examples towards the preset's batch and 32 models at a time; what would take longer
-    than the budget is not tried. So it errs on the slow side: larger steps, cores and compilation gain. It takes one
-    thread, as a worker does: several threads wait for one another, so their rate depends on the machine's other work.
+    than the budget is not tried. It takes one thread, as a worker does, and on a CPU its processor time, so that the
+    machine's other work does not count.
     """
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
 
     def train(n_models: int, examples: int, epochs: int) -> float:
         x, y = torch.randn(examples, *shape, device=device), torch.arange(examples, device=device) % n_classes
         section = preset.training.model_dump() | {"epochs": epochs, "batch_size": examples, "lr": 1e-3}
-        masks, start = np.ones((n_models, examples), bool), time.perf_counter()
+        masks, start = np.ones((n_models, examples), bool), clock()
         trained = ensemble.train(module, x, y, masks, range(n_models), ensemble.Training(**section))
         next(iter(trained.params.values())).sum().item()  # waits for the device
-        return time.perf_counter() - start
+        return clock() - start
 
     batch, chunk = preset.training.batch_size, preset.ensembles.chunk
     most = 32 if chunk == "auto" else min(chunk, 32)
     sizes = [(1, min(batch, 8)), *((min(k, most), batch) for k in (1, 4, 16, 32))]
-    best, start = Rate(0.0, 1, 1, device.type), time.perf_counter()
+    best, start = Rate(0.0, 1, 1, device.type), clock()
     with one_thread():
         for n_models, examples in dict.fromkeys(sizes):
-            left = budget - (time.perf_counter() - start)
+            left = budget - (clock() - start)
             if best.per_second and 5 * n_models * examples / best.per_second > left:
                 break
             _, one, three = (train(n_models, examples, epochs) for epochs in (1, 1, 3))  # the first warms up
