@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,12 +42,20 @@ class Commands(TyperGroup):
             raise typer.Exit(130) from None
 
 
-app = typer.Typer(
-    cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, context_settings=HELP
-)
+app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, context_settings=HELP)
 
-Name = Annotated[str, typer.Argument(metavar="PRESET", help="A name in presets/, or the path of a YAML file.")]
-Ran = Annotated[str, typer.Argument(metavar="PRESET", help="A preset that was run, or the directory of a run.")]
+
+def _presets(incomplete: str) -> list[str]:
+    return [name for name in presets.names() if name.startswith(incomplete)]
+
+
+def _stages(incomplete: str) -> list[tuple[str, str]]:
+    return [(number, path.stem[3:]) for number, path in batch.stages().items() if number.startswith(incomplete)]
+
+
+Named = partial(typer.Argument, metavar="PRESET", autocompletion=_presets)
+Name = Annotated[str, Named(help="A name in presets/, or the path of a YAML file.")]
+Ran = Annotated[str, Named(help="A preset that was run, or the directory of a run.")]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Replace a number, e.g. ensembles.n_models=50; may be repeated."),
@@ -96,7 +105,9 @@ def init(folder: Annotated[Path, typer.Argument(help="Where; it is made if it do
 @app.command()
 def run(
     preset: Name,
-    stage: Annotated[list[str] | None, typer.Option(help="Only this stage, e.g. 04; may be repeated.")] = None,
+    stage: Annotated[
+        list[str] | None, typer.Option(help="Only this stage, e.g. 4; may be repeated.", autocompletion=_stages)
+    ] = None,
     set_: Settings = None,
     forget_set: Annotated[
         Path | None,
