@@ -236,7 +236,7 @@ class _Share:
         for number, seconds in self._seconds.items():
             seconds *= 1 if number in self._known else pace
             spent = self._took.get(number, time.time() - self._begun.get(number, time.time()))
-            rest = 0.0 if number in self._took else max(seconds - spent, seconds / 20)
+            rest = 0.0 if number in self._took else max(seconds - spent, spent / 10)
             whole, left, alone = whole + spent + rest, left + rest, alone + rest * (number in self._wide)
         done = f"{1 - left / whole:.0%} of {len(self._seconds)} stages" if whole else "all done"
         sure = guessed or self._known  # of other presets than laptop, the table tells shares, not seconds
