@@ -62,7 +62,9 @@ def main(preset: str) -> int:
             shutil.copy(run / name, ROOT / "figures" / preset / name)
     explore.main(preset, ROOT / "figures" / preset / "explore.json")
     readme = ROOT / "README.md"
-    block = f"\\1\n{tables.readme(pd.read_csv(run / 'results.csv'))}\n\\2"
+    results = pd.read_csv(run / "results.csv")
+    (ROOT / "docs" / "results.md").write_text(tables.by_sets(results), encoding="utf-8")
+    block = f"\\1\n{tables.readme(results)}\n\\2"
     text = re.sub(r"(<!-- results[^>]*-->).*(<!-- /results -->)", block, readme.read_text(), flags=re.DOTALL)
     readme.write_text(text)
     sys.stdout.write(f"{len(executed)} notebooks, results.csv and the README's tables are those of {preset!r}.\n")

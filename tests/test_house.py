@@ -1,6 +1,6 @@
 """How the library is built: a core that knows nobody, rooms that stand on it, no circles, nothing too large.
 
-`python -m tests.test_house` prints the figure that the README shows.
+`python -m tests.test_house` prints the figure that docs/house.md shows.
 """
 
 import ast
@@ -134,9 +134,9 @@ def test_an_import_loads_only_what_it_needs(module, refused, most):
     assert not {room(m) for m in loaded} & set(refused)
 
 
-def test_the_readme_shows_the_house_as_it_is():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert figure() in readme, f"run `python -m tests.test_house` and paste it:\n{figure()}"
+def test_the_docs_show_the_house_as_it_is():
+    shown = (ROOT / "docs" / "house.md").read_text(encoding="utf-8")
+    assert figure() in shown, f"run `python -m tests.test_house` and paste it:\n{figure()}"
 
 
 @pytest.mark.parametrize("name", dmmlib.__all__)

@@ -19,14 +19,17 @@ def test_the_tables_are_those_of_the_published_run():
     results = pd.read_csv(ROOT / "figures" / "laptop" / "results.csv")
     block = re.search(r"<!-- results[^>]*-->\n(.*)\n<!-- /results -->", README, re.DOTALL)[1]
     assert block == tables.readme(results)
+    assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == tables.by_sets(results)
+    assert len(README.splitlines()) <= 120
     assert set(results["method"]) >= {"do_nothing", "retrain", "gd", "ga", "ga_gd", "scrub", "dm_direct", "dmm"}
     assert results["forget_set"].nunique() == 10
 
 
 def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 @pytest.fixture
@@ -44,10 +47,12 @@ def test_every_python_block_runs_in_order(tmp_path, monkeypatch, registries):
     """In one namespace, as a reader would who pastes them one after the other."""
     monkeypatch.setenv("DMM_RUNS", str(tmp_path))
     namespace = {"__name__": "readme"}
-    blocks = list(re.finditer(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE))
-    for block in blocks:
-        line = README[: block.start(1)].count("\n")
-        exec(compile("\n" * line + block[1], "README.md", "exec"), namespace)  # errors name README.md's line
+    for page in (ROOT / "README.md", ROOT / "docs" / "your_own.md"):
+        text = page.read_text(encoding="utf-8")
+        for block in re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+            line = text[: block.start(1)].count("\n")
+            exec(compile("\n" * line + block[1], page.name, "exec"), namespace)  # errors name the page's line
+    assert namespace["effects"].shape == (500, 10)
     assert set(namespace["table"]["method"]) == {"do_nothing", "retrain", "dmm", "dmm@means", "last_layer"}
     assert {"last_layer"} <= set(unlearn.names())
 
