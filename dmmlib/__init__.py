@@ -26,6 +26,9 @@ _HOMES = {
     "Problem": "unlearn.base:Problem",
     "register": "unlearn.base:register",
     "Study": "study:Study",
+    "Recipe": "own.recipe:Recipe",
+    "prepare": "own.prepare:prepare",
+    "forget": "own.forget:forget",
 }
 __all__ = list(_HOMES)
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from dmmlib.data import Dataset
 from dmmlib.errors import DeviceError
 from dmmlib.files import short
+from dmmlib.loops import Loop
 from dmmlib.registry import Registry
 from dmmlib.stacking import drawing
 
@@ -61,14 +62,17 @@ class ModelSpec:
 
     factory: Factory
     prepare: Prepare  # the fixed, parameter-free part of the model, applied once to all points
+    loop: Loop | None = None  # how it is trained, if not by the preset's `training`
 
 
 MODELS: Registry[ModelSpec] = Registry("model", "dmmlib.zoo.architectures")
 
 
-def register(name: str, prepare: Prepare = normalise, version: int = 1) -> Callable[[Factory], Factory]:
+def register(
+    name: str, prepare: Prepare = normalise, version: int = 1, loop: Loop | None = None
+) -> Callable[[Factory], Factory]:
     """Make presets find a model factory by name."""
-    return MODELS.register(name, version, lambda factory: ModelSpec(factory, prepare))
+    return MODELS.register(name, version, lambda factory: ModelSpec(factory, prepare, loop))
 
 
 def get(name: str) -> ModelSpec:

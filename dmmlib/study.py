@@ -284,8 +284,8 @@ class Study(Models):
         attributed = keys.attributed(self.preset, method, self.tuning_sets)
         return keys.unlearned(self.preset, self.identity, method, setting, forget_set) | attributed
 
-    def unlearned(self, method: str, forget_set: ForgetSet) -> Unlearned:
-        """The result of a method, tuned, on a forget set; kept on disk."""
+    def unlearned(self, method: str, forget_set: ForgetSet, models: bool = False) -> Unlearned:
+        """The result of a method, tuned, on a forget set; kept on disk, but for its `models`, made anew if asked."""
         setting = self.tuned(method)
         config = self.key_of(method, setting, forget_set)
         path = self.runs / "store" / f"unlearned-{method}-{config_hash(config)}.npz"
@@ -300,7 +300,7 @@ class Study(Models):
                 raise MethodError(f"{method} with {setting} gave NaN margins on {forget_set.name!r}; lower its rate.")
             return made
 
-        return kept(path, result, Unlearned.load, lambda path, made: made.save(path))
+        return result() if models else kept(path, result, Unlearned.load, lambda path, made: made.save(path))
 
     # --- results ---------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from fsspec.core import url_to_fs
 from torch import Tensor
 
 from dmmlib import data as datasets
-from dmmlib import ensemble, execution, keys, models, presets, stacking
+from dmmlib import ensemble, execution, keys, loops, models, presets, stacking
 from dmmlib.errors import DamageError, ModelError, StoreError
 from dmmlib.execution import Execution
 from dmmlib.files import check_folder, config_hash, place, read_json, short
@@ -248,6 +248,8 @@ class Trainer:
         """What every trained model depends on besides its mask and seed."""
         own = not self._spec.factory.__module__.startswith("dmmlib.")
         answers = {"answers": models.fingerprint(self.module, self._few)} if own else {}
+        if self._spec.loop is not None:
+            answers["loop"] = loops.fingerprint(self._spec.loop)
         if (dtype := torch.get_default_dtype()) != torch.float32:
             answers["weights"] = str(dtype)
         return {**keys.trained(self.preset, self.data), **answers, "seed": self.preset.seed}
@@ -305,9 +307,7 @@ class Trainer:
             of, rows = model_sets[task[0]], stores[task[0]].models(task[1])
             return of.masks[rows], seeds[task[0]][rows.start : rows.stop], of.keep_models, of.until
 
-        here = self.preset.scheduler == "local"
-        trained = ((task, self.train_shard(*arguments(task))) for task in tasks)
-        for (i, shard), arrays in trained if here else self._workers.map(arguments, tasks):
+        for (i, shard), arrays in self.trained(arguments, tasks):
             if not np.isfinite(arrays["logits"]).all():
                 raise StoreError(
                     f"Models of {model_sets[i].name!r} diverged (NaN logits in shard {shard}); lower training.lr. "
@@ -318,6 +318,15 @@ class Trainer:
             self.progress(task, done, total)
         return stores
 
+    def trained(self, arguments: Callable[[T], tuple[Any, ...]], tasks: Sequence[T]) -> Iterator[tuple[T, Any]]:
+        """Train shards, here one by one or on workers: pairs of a task and what `train_shard` returns for it."""
+        if self.preset.scheduler != "local":
+            return self._workers.map(arguments, tasks)
+        if self._spec.loop is None:
+            return ((task, self.train_shard(*arguments(task))) for task in tasks)
+        work = partial(loops.train_shard, self._spec.loop, self.module, self.x, self.y)
+        return zip(tasks, loops.execution(self.device).run(work, [arguments(task) for task in tasks]), strict=True)
+
     @cached_property
     def _workers(self) -> Workers:
         return WORKERS["dask"](self)
@@ -327,6 +336,8 @@ class Trainer:
     ) -> dict[str, np.ndarray]:
         """Train models with these masks and seeds: what a store keeps of them, logits, masks, perhaps weights."""
         x, n = self.x, self.data.n_train
+        if self._spec.loop is not None:
+            return loops.train_shard(self._spec.loop, self.module, x, self.y, (masks, seeds, keep_models))
 
         def keep(trained: ensemble.Ensemble) -> dict[str, np.ndarray]:
             return {"logits": trained.logits(x).numpy(), **(trained.state() if keep_models else {})}

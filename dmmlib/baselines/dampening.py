@@ -109,4 +109,5 @@ def ssd(problem: Problem, *, alpha: float = 10.0, strength: float = 1.0) -> Unle
     models = problem.originals
     dampened = Ensemble(models.module, dampen(models.params, forget, everything, alpha, strength), models.buffers)
     cost = (problem.n_train + len(problem.forget)) / problem.retraining
-    return Unlearned.from_logits(dampened.logits(problem.x).numpy(), problem.labels, cost, one_step=True)
+    logits = dampened.logits(problem.x).numpy()
+    return Unlearned.from_logits(logits, problem.labels, cost, one_step=True, models=dampened)

@@ -107,5 +107,6 @@ def newton(problem: Problem, *, damping: float = 1e-3, iterations: int = 10, cos
     step = like(models.params, torch.cat(steps))
     moved = {name: p + step[name] for name, p in models.params.items()}
     spent = (len(problem.forget) + 2 * iterations * size) / problem.retraining
-    logits = Ensemble(models.module, moved, models.buffers).logits(problem.x)
-    return Unlearned.from_logits(logits.numpy(), problem.labels, spent, one_step=True)
+    stepped = Ensemble(models.module, moved, models.buffers)
+    logits = stepped.logits(problem.x).numpy()
+    return Unlearned.from_logits(logits, problem.labels, spent, one_step=True, models=stepped)

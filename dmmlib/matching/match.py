@@ -18,7 +18,17 @@ import torch
 from dmmlib.errors import DataError, OptionError
 from dmmlib.matching.gauss_newton import Jacobian, separable_weights
 from dmmlib.metrics import margins
-from dmmlib.unlearn.base import Problem, Unlearned, check_options, collect, draw_batches, moments, register, taken
+from dmmlib.unlearn.base import (
+    Moved,
+    Problem,
+    Unlearned,
+    check_options,
+    collect,
+    draw_batches,
+    moments,
+    register,
+    taken,
+)
 
 GEORGIEV = "Georgiev et al., ICLR 2025"
 published = partial(register, elsewhere="RoyRin/data-unlearning-bench")
@@ -133,7 +143,7 @@ def match(
     ridge = torch.tensor([RIDGE_FORGET] * from_forget + [RIDGE_RETAIN] * from_retain, device=x.device)
     recorded = moments(problem, len(batches))[:-1]
 
-    def move(members: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    def move(members: np.ndarray) -> Moved:
         models, trajectory = originals[members.tolist()].clone(), list[np.ndarray]()
         models.module.eval()
         for step, batch in enumerate(batches[:, members], 1):
@@ -145,7 +155,7 @@ def match(
                     params[name] += moved
             if step in recorded:
                 trajectory.append(margins(models.logits(x).numpy(), problem.labels))
-        return models.logits(x).numpy(), trajectory
+        return models.logits(x).numpy(), trajectory, models.state()
 
     parts = problem.execution.run(move, problem.execution.split(np.arange(problem.n_models)))
     return collect(problem, parts, batches.shape[2] * np.arange(1, len(batches) + 1))

@@ -94,16 +94,24 @@ class Unlearned:
     cost: float  # sample gradients per model, relative to one retraining
     costs: np.ndarray  # the same at each checkpoint of the trajectory (n_checkpoints,), increasing
     trajectory: np.ndarray  # margins at each checkpoint (n_checkpoints, N, n_points)
+    models: Ensemble | None = None  # the unlearned models, where a method makes some; not saved
 
     @classmethod
-    def from_logits(cls, logits: np.ndarray, labels: np.ndarray, cost: float, one_step: bool = False) -> Unlearned:
+    def from_logits(
+        cls,
+        logits: np.ndarray,
+        labels: np.ndarray,
+        cost: float,
+        one_step: bool = False,
+        models: Ensemble | None = None,
+    ) -> Unlearned:
         """Make a result of logits (N, n_points, n_classes), with a trajectory of no step or of one."""
         m = margins(logits, labels)
-        return cls(m, correct(logits, labels), cost, np.full(int(one_step), cost), m[None][: int(one_step)])
+        return cls(m, correct(logits, labels), cost, np.full(int(one_step), cost), m[None][: int(one_step)], models)
 
     def save(self, path: Path) -> None:
         """Write as .npz; see `files.write_arrays`."""
-        write_arrays(path, {f.name: getattr(self, f.name) for f in fields(self)})
+        write_arrays(path, {f.name: getattr(self, f.name) for f in fields(self) if f.name != "models"})
 
     @classmethod
     def load(cls, path: Path) -> Unlearned:
@@ -259,10 +267,10 @@ def finetune(
     originals, x, labels, precision = problem.originals, problem.x, problem.labels, problem.training.precision
     compile, moving = problem.execution.compile, list(originals.params) if only is None else list(only)
 
-    def tune_chunk(members: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    def tune_chunk(members: np.ndarray) -> Moved:
         models = originals[members.tolist()].clone()
         state = optimizer.start({k: v for k, v in models.params.items() if k in moving})
-        trajectory, ends = list[np.ndarray](), list[np.ndarray]()
+        trajectory, ends = list[np.ndarray](), list[tuple[np.ndarray, dict[str, np.ndarray]]]()
 
         def run(phase: Phase, before: int) -> None:
             def record(taken: int) -> None:
@@ -290,11 +298,12 @@ def finetune(
             run(phase, before)
             before += len(phase.batches)
             if rewind is not None:
-                ends.append(models.logits(x).numpy())
-        if rewind is not None:
-            found = np.stack(ends)
-            return found[rewind(found), np.arange(len(members))], trajectory
-        return models.logits(x).numpy(), trajectory
+                ends.append((models.logits(x).numpy(), models.state()))
+        if rewind is None:
+            return models.logits(x).numpy(), trajectory, models.state()
+        logits, states = np.stack([end for end, _ in ends]), [state for _, state in ends]
+        chosen = rewind(logits), np.arange(len(members))
+        return logits[chosen], trajectory, {k: np.stack([state[k] for state in states])[chosen] for k in states[0]}
 
     chunks = problem.execution.split(np.arange(problem.n_models))
     return collect(problem, problem.execution.run(tune_chunk, chunks), gradients)
@@ -310,12 +319,17 @@ def moments(problem: Problem, n_steps: int) -> np.ndarray:
     return np.unique(np.linspace(0, n_steps, problem.checkpoints + 1).round().astype(int))[1:]
 
 
-def collect(problem: Problem, parts: Iterable[tuple[np.ndarray, list[np.ndarray]]], gradients: np.ndarray) -> Unlearned:
-    """Make a result of chunks of models: their logits at the end, and their margins at each moment before it.
+Moved = tuple[np.ndarray, list[np.ndarray], dict[str, np.ndarray]]
+"""Of a chunk of models: their logits at the end, their margins at each moment before it, and their state."""
+
+
+def collect(problem: Problem, parts: Iterable[Moved], gradients: np.ndarray) -> Unlearned:
+    """Make a result of chunks of models.
 
     `gradients` (n_steps,) are the sample gradients per model that were spent after each step.
     """
-    logits, trajectories = zip(*parts, strict=True)
+    logits, trajectories, states = zip(*parts, strict=True)
+    state = {name: np.concatenate([part[name] for part in states]) for name in states[0]}
     final = np.concatenate(logits)
     end, at = margins(final, problem.labels), moments(problem, len(gradients))
     moved = [np.concatenate(moment) for moment in zip(*trajectories, strict=True)] + [end] * (len(at) > 0)
@@ -325,4 +339,5 @@ def collect(problem: Problem, parts: Iterable[tuple[np.ndarray, list[np.ndarray]
         int(gradients[-1]) / problem.retraining,
         gradients[at - 1] / problem.retraining,
         np.stack(moved) if moved else np.zeros((0, *final.shape[:2]), np.float32),
+        Ensemble.from_state(problem.originals.module, state, problem.x.device),
     )

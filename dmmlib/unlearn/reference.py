@@ -9,7 +9,7 @@ from dmmlib.unlearn.base import Problem, Unlearned, register
 @register("do_nothing", paper="the original, unchanged", cost="none")
 def do_nothing(problem: Problem) -> Unlearned:
     """The originals as they are: the ceiling of KLoM, at no cost."""
-    return Unlearned.from_logits(problem.original_logits, problem.labels, cost=0.0)
+    return Unlearned.from_logits(problem.original_logits, problem.labels, cost=0.0, models=problem.originals)
 
 
 @register("retrain", paper="retraining on R: what unlearning is to equal", cost="training epochs n_R")

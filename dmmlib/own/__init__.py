@@ -1,0 +1,1 @@
+"""Model in, model out: forget from a model of one's own, and know whether it worked."""

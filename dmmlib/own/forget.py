@@ -1,0 +1,192 @@
+"""Answer a request: move a model of one's own to what it would answer had it never seen some points."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from dmmlib import unlearn
+from dmmlib.datamodels import Attributor, Indices
+from dmmlib.ensemble import initialise
+from dmmlib.errors import ForgetSetError, MethodError, ModelError
+from dmmlib.matching.match import LARGEST, predicted_oracle
+from dmmlib.metrics import correct, margins
+from dmmlib.own import audit as audits
+from dmmlib.own import record
+from dmmlib.own.prepare import Prepared
+from dmmlib.own.requests import resolve
+from dmmlib.own.weights import Model, loaded, with_weights
+from dmmlib.stacking import copied
+from dmmlib.study import Study
+
+STEPS, STEP = 4, 100  # of matching, and how many points each sees at least
+FAR = 0.05  # of points, or four standard deviations, by which accuracies may differ from the recipe's without a warning
+
+
+@dataclass(frozen=True)
+class Result:
+    """An unlearned model, and what was predicted of it."""
+
+    model: nn.Module  # of the same class, unlearned
+    original: nn.Module  # as it was given
+    prepared: Prepared | Study = field(repr=False)
+    name: str  # of the request
+    method: str
+    forget: np.ndarray  # points of this request, indices of training points
+    forgotten: np.ndarray  # these and those of earlier requests
+    before: np.ndarray  # logits (n_points, n_classes), training points first, as it was given
+    after: np.ndarray  # and unlearned
+    predicted: np.ndarray  # margins (n_points,) of the model, had it never seen the points
+    sd: np.ndarray | None  # their standard deviation, as far as the attributor knows it
+    cost: float  # sample gradients, relative to one retraining
+
+    def margins(self, when: str = "after") -> np.ndarray:
+        """Margins (n_points,) "before" or "after"."""
+        return margins(getattr(self, when)[None], self.prepared.data.y)[0]
+
+    def audit(self, retrained: Sequence[Model] = (), *, relearn: bool = True) -> audits.Audit:
+        """Judge whether it worked; see `audit.audit`."""
+        return audits.audit(self, retrained, relearn=relearn)
+
+    def save(self, folder: str | Path, audit: audits.Audit | None = None) -> Path:
+        """Write model.safetensors and record.json to a folder; StoreError if it cannot be written."""
+        return record.save(self, folder, audit)
+
+    def report(self, path: str | Path, audit: audits.Audit | None = None) -> Path:
+        """Write a page to read, with an audit, which is made if None."""
+        return record.report(self, path, audit or self.audit())
+
+
+class Later(Attributor):
+    """What leaving points out does to a model that others have left already."""
+
+    def __init__(self, of: Attributor, gone: np.ndarray) -> None:
+        self._of, self._gone = of, gone
+
+    def effects(self, forget_sets: Any) -> np.ndarray:
+        together = [np.union1d(forget, self._gone) for forget in forget_sets]
+        return self._of.effects(together) - self._of.effect(self._gone)
+
+    def predict(self, masks: np.ndarray) -> np.ndarray:
+        return self._of.predict(masks)
+
+    def sd(self, forget: Indices) -> np.ndarray | None:
+        return self._of.sd(np.union1d(forget, self._gone))
+
+
+def forget(
+    model: Model,
+    forget: Any,
+    prepared: Prepared | Study,
+    *,
+    method: str = "dmm",
+    name: str | None = None,
+    after: Result | None = None,
+    **options: Any,
+) -> Result:
+    """Make a model forget training points; the model that is given stays as it is.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> x, y = torch.randn(60, 40), torch.arange(60) % 2
+    >>> def fit(model, x, y, seed):
+    ...     optimizer = torch.optim.Adam(model.parameters(), 0.05)
+    ...     for _ in range(30):
+    ...         optimizer.zero_grad()
+    ...         nn.functional.cross_entropy(model(x), y).backward()
+    ...         optimizer.step()
+    ...     return model
+    >>> recipe = Recipe(lambda: nn.Linear(40, 2), (x[:50], y[:50], x[50:], y[50:]), fit)
+    >>> model = fit(recipe.model(), x[:50], y[:50], seed=0)
+    >>> with TemporaryDirectory() as folder:
+    ...     result = forget(model, [3, 7], prepare(recipe, models=10, folder=folder))
+    >>> bool((result.margins("before") > result.margins("after"))[[3, 7]].all())
+    True
+
+    Args:
+        model: a module that the recipe trained on all points, its state, or a .safetensors or .pt file of that; of a
+            later request the result's model.
+        forget: ids or indices, a file of them, a folder, or a class; see `requests.resolve`.
+        prepared: what `prepare` made, or a `Study`, whose originals can be given.
+        method: a registered method that makes models, with its options.
+        name: of the request, on which chance depends; its file's, or "request".
+        after: the result of the request before this one.
+
+    Raises ForgetSetError, ModelError, StoreError, MethodError: one line each, before anything is computed.
+    """
+    indices, called = resolve(forget, prepared.data)
+    gone = np.empty(0, np.int64) if after is None else after.forgotten
+    if len(again := np.intersect1d(indices, gone)):
+        raise ForgetSetError(f"Point {again[0]} was forgotten by an earlier request; leave it out.")
+    original = loaded(model, prepared)
+    registered = unlearn.registered(method)
+    alone = initialise(lambda: original, [0], prepared.device)
+    before = alone.logits(prepared.x).numpy()
+    if not np.isfinite(before).all():
+        raise ModelError("The model answers NaN or infinity; give one whose training went well.")
+    attributor, called = prepared.attributor(), name or called
+    problem = unlearn.Problem(
+        alone,
+        before,
+        prepared.x,
+        prepared.y,
+        prepared.data.n_train,
+        np.union1d(indices, gone),
+        prepared.training,
+        Later(attributor, gone) if len(gone) else attributor,
+        seed=prepared.seeds(f"unlearn:{called}", 1)[0],
+    )
+    if after is None:
+        _compare(before[0], prepared)
+    made = registered.run(problem, **(_usual(method, problem, prepared) | options))
+    if made.models is None:
+        raise MethodError(f"{method} makes no models; use one that does, such as dmm.")
+    if not np.isfinite(made.margins).all():
+        raise MethodError(f"{method} with {options} gave NaN answers; lower its rate. The model is as it was.")
+    given = model if isinstance(model, nn.Module) else original
+    return Result(
+        with_weights(copied(given), made.models),
+        given,
+        prepared,
+        called,
+        method,
+        indices,
+        problem.forget,
+        before[0],
+        made.models.logits(prepared.x).numpy()[0],
+        margins(predicted_oracle(problem), prepared.data.y)[0],
+        (problem.attributor or attributor).sd(problem.forget),
+        made.cost,
+    )
+
+
+def _usual(method: str, problem: unlearn.Problem, prepared: Prepared | Study) -> dict[str, Any]:
+    """Options of a method where none are given: a study's; else each step of matching sees all of F, and R as well."""
+    if isinstance(prepared, Study):
+        return prepared.tuned(method)
+    if method.partition("@")[0] != "dmm":
+        return {}
+    size = min(LARGEST, problem.n_train, max(2 * len(problem.forget), STEP))
+    return {"cost": max(0.03, STEPS * size / problem.retraining)}
+
+
+def _compare(logits: np.ndarray, prepared: Prepared | Study) -> None:
+    """Warn where a model (n_points, n_classes) is right about much more or fewer points than models of its recipe."""
+    context, n, y = prepared.context(), prepared.data.n_train, prepared.data.y
+    right, expected = correct(logits[None], y)[0], correct(np.asarray(context.outputs[: len(context.masks)]), y)
+    seen = np.array([row[:n][mask].mean() for row, mask in zip(expected, context.masks, strict=True)])
+    for what, own, others in (
+        ("training", right[:n].mean(), seen),
+        ("validation", right[n:].mean(), expected[:, n:].mean(1)),
+    ):
+        if abs(own - others.mean()) > max(FAR, 4 * others.std()):
+            warnings.warn(
+                f"The model answers {own:.1%} of {what} points correctly, models of its recipe {others.mean():.1%} +- "
+                f"{others.std():.1%}: it was made of other data or in another way, so predictions may not hold for it.",
+                stacklevel=3,
+            )

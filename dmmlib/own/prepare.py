@@ -1,0 +1,216 @@
+"""Prepare for requests, once: train the subset models of a recipe, and fit the attributor to them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import fields, is_dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dmmlib import attribution, ensemble, keys, loops, metrics
+from dmmlib.attributors.bayesian import BayesianDatamodel
+from dmmlib.attributors.linearised import RANK, Linearised, LinearisedResponse
+from dmmlib.attributors.margins import MarginDatamodel
+from dmmlib.datamodels import Attributor
+from dmmlib.ensemble import Training
+from dmmlib.errors import DataError, ModelError
+from dmmlib.files import config_hash, kept, read_arrays, read_json, write_arrays, write_json
+from dmmlib.jobs import Job
+from dmmlib.own.recipe import Recipe
+from dmmlib.prediction import Models
+from dmmlib.progress import Progress, duration
+from dmmlib.registry import versions
+from dmmlib.trainer import ModelSet, once
+
+LINEARISED = 20  # models whose weights the attributor takes; of the others outputs are enough
+TRIAL = 128  # points of the models that a loop is tried on
+SAVED = {kind.__name__: kind for kind in (BayesianDatamodel, MarginDatamodel, LinearisedResponse, Linearised)}
+SEEN = 3.0  # standard errors by which answers to points that were trained on must differ from those to others
+
+
+class Prepared(Models):
+    """A recipe's subset models, and the attributor that is fitted to them; made by `prepare`.
+
+    Args:
+        recipe: how models are made.
+        models: how many subset models, at least 10.
+        folder: where all is kept.
+        progress: hook that is told of progress.
+    """
+
+    def __init__(
+        self, recipe: Recipe, models: int = 100, folder: str | Path = "prepared", *, progress: Progress | None = None
+    ) -> None:
+        self.recipe = recipe
+        super().__init__(recipe.preset(models), runs=folder, progress=progress)
+
+    # --- what is trained ---------------------------------------------------------------------------------
+
+    @cached_property
+    def sets(self) -> list[ModelSet]:
+        """The subset models: some whose weights are kept, and the others."""
+        section = self.preset.attribution
+        masks = self.random_masks("attribution masks", section.n_subsets, section.fraction)
+        named = (("attribution", masks[:LINEARISED], True), ("attribution_outputs", masks[LINEARISED:], False))
+        return [ModelSet(name, some, keep) for name, some, keep in named if len(some)]
+
+    def jobs(self) -> list[Job]:
+        """All models that are trained."""
+        section = self.preset.attribution
+        return [Job("subset models", round(section.fraction * self.data.n_train), {"attribution": section.n_subsets})]
+
+    @property
+    def training(self) -> Training:
+        """How models are trained; of a loop only how many epochs it takes, which costs are relative to."""
+        return super().training if self.recipe.loop is None else Training(epochs=self.trial["epochs"], weight_decay=0.0)
+
+    @cached_property
+    def trial(self) -> dict[str, Any]:
+        """What training two models on few points shows: epochs, and seconds for each point; kept on disk.
+
+        Raises ModelError where a loop fails, returns no model, or answers the same whatever it is trained on.
+        """
+        path = self.runs / "store" / f"trial-{config_hash(self.identity)}.json"
+        return kept(path, self._try, read_json, write_json)
+
+    def _try(self) -> dict[str, Any]:
+        n, start, seen, answers = min(TRIAL, self.data.n_train // 2), time.perf_counter(), [0], list[Tensor]()
+        order = np.random.default_rng(self.preset.seed).permutation(self.data.n_train)
+        for half in (order[:n], order[n : 2 * n]):
+            points = torch.from_numpy(half).to(self.device)
+            trained = self._tried(self.x[points], self.y[points], seen)
+            answers.append(trained.logits(self.x[: 2 * TRIAL]))
+        seconds = time.perf_counter() - start
+        if not all(z.isfinite().all() for z in answers):
+            raise ModelError(f"Models trained on {n} points answer NaN or infinity; lower the learning rate.")
+        if torch.equal(*answers):
+            raise ModelError("The train function answers the same whatever it is given; train on its x and y alone.")
+        return {"epochs": max(1, round(sum(seen) / (2 * n))), "seconds": seconds / (2 * n)}
+
+    def _tried(self, x: Tensor, y: Tensor, seen: list[int]) -> ensemble.Ensemble:
+        """A model trained on a few points; how many it sees at a time is noted, over all epochs."""
+        if (loop := self.recipe.loop) is None:
+            seen.append(self.training.epochs * len(x))
+            masks = np.ones((1, len(x)), bool)
+            return ensemble.train(self.module, x, y, masks, [self.preset.seed], self.training)
+
+        def make() -> nn.Module:
+            model = self.module()
+            model.register_forward_pre_hook(lambda part, x: seen.append(len(x[0]) if part.training else 0))
+            return model
+
+        model = loops.trained(loop, make, x, y, self.preset.seed)
+        return ensemble.initialise(lambda: model, [0], self.device)
+
+    def missing(self) -> int:
+        """How many models are yet to be trained."""
+        stores = map(self.store, self.sets)
+        return sum(store.count(store.missing()) for store in stores)
+
+    def price(self) -> str:
+        """Say in a line what is to be trained, how long that takes at a rate measured on few points, and its disk."""
+        n, size, workers = self.missing(), self.jobs()[0].size, loops.execution(self.device).workers
+        weights = sum(v.numel() for v in self.module().state_dict().values())
+        numbers = self.preset.attribution.n_subsets * len(self.x) * self.data.n_classes + LINEARISED * weights
+        numbers += LINEARISED * len(self.x) * RANK + 2 * self.data.n_train**2  # the attributor's
+        done, seconds = self.preset.attribution.n_subsets - n, self.trial["seconds"] * size * n / workers
+        return (
+            f"{n} models to train on {size:,} points each ({done} are there), about {duration(seconds)} with {workers} "
+            f"process{'es' * (workers > 1)}; {4e-6 * numbers:,.0f} MB on disk in {self.runs}"
+        )
+
+    # --- what is fitted ----------------------------------------------------------------------------------
+
+    @once
+    def context(self) -> attribution.Context:
+        """What attributors are fitted to; trains what is missing."""
+        _ = self.trial  # which finds what is wrong early
+        self.train(*self.sets)
+        masks = np.concatenate([part.masks for part in self.sets])
+        outputs = np.concatenate([self.outputs(part)[:] for part in self.sets])
+        gap, error = seen_gap(metrics.right_logits(outputs, self.data.y)[:, : self.data.n_train], masks)
+        if gap < SEEN * error:
+            raise ModelError(
+                f"Margins of points that models were trained on are {gap:.3f} +- {error:.3f} above those of points "
+                "left out, no more than chance: the train function ignores its x and y, or memorises nothing."
+            )
+        return attribution.Context(self.x, self.y, masks, outputs, self.models(self.sets[0]), seed=self.preset.seed)
+
+    @once
+    def attributor(self) -> Attributor:
+        """The attributor, fitted once and kept on disk."""
+        config = {**self.identity, "masks": [part.digest for part in self.sets], **versions(*keys.ATTRIBUTION)}
+        config |= versions("attributor bayesian")
+
+        def fit() -> dict[str, np.ndarray]:
+            self.progress("fit the attributor", 0, 1)
+            packed = dict[str, np.ndarray]()
+            pack(attribution.fit("bayesian", self.context()), "", packed)
+            self.progress("fit the attributor", 1, 1)
+            return packed
+
+        path = self.runs / "store" / f"attributor-{config_hash(config)}.npz"
+        found: Attributor = unpack("", kept(path, fit, read_arrays, write_arrays), self.device)
+        return found
+
+
+def pack(value: Any, name: str, into: dict[str, np.ndarray]) -> None:
+    """Put arrays, tensors, numbers, and tuples and `SAVED` dataclasses of them into a dictionary of arrays."""
+    if is_dataclass(value):
+        into[f"{name}:kind"] = np.array(type(value).__name__)
+        for part in fields(value):
+            pack(getattr(value, part.name), f"{name}.{part.name}", into)
+    elif isinstance(value, tuple):
+        into[f"{name}:size"] = np.array(len(value))
+        for i, part in enumerate(value):
+            pack(part, f"{name}.{i}", into)
+    else:
+        into[f"{name}:tensor" if isinstance(value, Tensor) else name] = np.asarray(torch.as_tensor(value).cpu())
+
+
+def unpack(name: str, arrays: dict[str, np.ndarray], device: torch.device) -> Any:
+    """Make again what `pack` put under a name."""
+    if f"{name}:kind" in arrays:
+        kind = SAVED[str(arrays[f"{name}:kind"])]
+        return kind(**{part.name: unpack(f"{name}.{part.name}", arrays, device) for part in fields(kind)})
+    if f"{name}:size" in arrays:
+        return tuple(unpack(f"{name}.{i}", arrays, device) for i in range(int(arrays[f"{name}:size"])))
+    if f"{name}:tensor" in arrays:
+        return torch.from_numpy(arrays[f"{name}:tensor"]).to(device)
+    return arrays[name] if arrays[name].ndim else arrays[name].item()
+
+
+def seen_gap(answers: np.ndarray, masks: np.ndarray) -> tuple[float, float]:
+    """By how much margins (M, n_train) of points in a model's mask exceed those of others, and its standard error."""
+    centred = answers - answers.mean(0)
+    gaps = (centred * masks).sum(1) / masks.sum(1) - (centred * ~masks).sum(1) / (~masks).sum(1)
+    return float(gaps.mean()), float(gaps.std(ddof=1) / np.sqrt(len(gaps)))
+
+
+def prepare(
+    recipe: Recipe, models: int = 100, folder: str | Path = "prepared", *, progress: Progress | None = None
+) -> Prepared:
+    """Train a recipe's subset models and fit the attributor; what is on disk already is taken up.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> x, y = torch.randn(60, 40), torch.arange(60) % 2
+    >>> recipe = Recipe(lambda: nn.Linear(40, 2), (x[:50], y[:50], x[50:], y[50:]), Training(lr=0.5))
+    >>> with TemporaryDirectory() as folder:
+    ...     prepared = prepare(recipe, models=10, folder=folder)
+    >>> prepared.attributor().effect([3, 7]).shape
+    (60, 2)
+
+    Raises:
+        DataError, ModelError: for data, a module or a train function that cannot be used, before much is trained.
+        StoreError: where models diverge, or outputs cannot be written; finished models are kept.
+    """
+    if models < 10:
+        raise DataError(f"{models} subset models were asked for; the attributor takes at least 10, better 100.")
+    prepared = Prepared(recipe, models, folder, progress=progress)
+    prepared.attributor()
+    return prepared

@@ -1,0 +1,182 @@
+"""What a user brings: a module, data in whatever form they have it, and how models are trained."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from dmmlib import data as datasets
+from dmmlib import models
+from dmmlib.data import Dataset, from_arrays
+from dmmlib.ensemble import Training
+from dmmlib.errors import DataError, DmmError, ModelError
+from dmmlib.loops import Loop
+
+NAME = "recipe"  # under which its data and model are registered, for presets
+TABLES: dict[str, Callable[..., pd.DataFrame]] = {".csv": pd.read_csv, ".parquet": pd.read_parquet}
+VALIDATION = 5  # one of so many rows of a table validates, where no column says which
+FORMS = "a Dataset, four arrays, two torch data sets, a mapping for `from_arrays`, or a path"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How models of one's own are made.
+
+    >>> x, y = torch.randn(40, 4), torch.arange(40) % 2
+    >>> Recipe(lambda: nn.Linear(4, 2), (x[:30], y[:30], x[30:], y[30:]), Training(epochs=2)).dataset.n_train
+    30
+
+    Args:
+        model: makes a fresh module, which takes points (n, ...) to logits (n, n_classes).
+        data: a `Dataset`; arrays (x_train, y_train, x_val, y_val); two torch data sets (train, validation), read once
+            and in order; a mapping of arguments for `data.from_arrays`, such as ids; a registered name; or the path of
+            an .npz, of a folder with train/<class>/ and val/<class>/ of images, or of a .csv or .parquet table with a
+            column `label`, perhaps `id` and `split` (train, val), and features in all others.
+        train: a `Training`, or a function train(model, x, y, seed) that returns the trained model.
+        prepare: what turns the data's points into what the module takes, by default `models.normalise`: images become
+            normalised (n, channels, height, width), all else stays as it is.
+        seed: of the subset models.
+        device: auto, cpu or cuda.
+    """
+
+    model: Callable[[], nn.Module]
+    data: Any
+    train: Training | Loop = Training()  # noqa: RUF009 (it is frozen)
+    prepare: models.Prepare = models.normalise
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model, nn.Module) or not callable(self.model):
+            raise ModelError(f"model is a {type(self.model).__name__}; give what makes a fresh one, such as its class.")
+        if not isinstance(self.train, Training) and not callable(self.train):
+            given = type(self.train).__name__
+            raise ModelError(f"train is a {given}; give a Training, or a function train(model, x, y, seed) -> model.")
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The data as arrays; DataError, in one line, for what cannot be used."""
+        return dataset(self.data)
+
+    @property
+    def loop(self) -> Loop | None:
+        """The function that trains, if it is the user's own."""
+        return None if isinstance(self.train, Training) else self.train
+
+    def preset(self, n_subsets: int) -> dict[str, Any]:
+        """Register data and model, and give the preset by which `Trainer` finds them."""
+
+        def load() -> Dataset:
+            return self.dataset
+
+        def make(shape: tuple[int, ...], n_classes: int) -> nn.Module:
+            return self.model()
+
+        load.__module__ = make.__module__ = NAME  # not the library's: keys take what it answers, workers are sent it
+        datasets.DATASETS.add(NAME, load)
+        models.MODELS.add(NAME, models.ModelSpec(make, self.prepare, self.loop))
+        unused = {"name": "unused", "kind": "random", "size": 1}  # a preset has forget sets
+        return {
+            "name": NAME,
+            "seed": self.seed,
+            "device": self.device,
+            "data": {"name": NAME, "n_train": None, "n_val": None},
+            "model": {"name": NAME},
+            "training": asdict(self.train) if isinstance(self.train, Training) else {},
+            "ensembles": {"shard": 1 if self.loop else 10},
+            "attribution": {"n_subsets": n_subsets},
+            "forget_sets": [unused],
+            "tuning": {"forget_sets": [unused | {"name": "tuning"}]},
+        }
+
+
+def load(path: Path) -> Recipe:
+    """Run a Python file and give its `recipe`; raises ModelError, in one line, if it has none."""
+    folder = str(Path(path).resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        found = runpy.run_path(str(path), run_name=NAME).get("recipe")
+    except (DmmError, OSError):
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ModelError(f"{path} fails ({said}); mend it.") from error
+    finally:
+        sys.path.remove(folder)
+    if not isinstance(found, Recipe):
+        raise ModelError(f"{path} defines no `recipe`; let it say `recipe = dmmlib.Recipe(model=..., data=...)`.")
+    return found
+
+
+def dataset(given: Any) -> Dataset:
+    """Data in any of the forms that `Recipe` takes."""
+    if isinstance(given, Dataset):
+        return given
+    if isinstance(given, Mapping):
+        try:
+            return from_arrays(**given)
+        except TypeError as error:
+            raise DataError(
+                f"data has keys {', '.join(map(str, given))} ({error}); give those of from_arrays."
+            ) from None
+    if isinstance(given, (str, Path)):
+        return _at(Path(given))
+    if isinstance(given, (tuple, list)) and len(given) == 4:
+        return from_arrays(*given)
+    if isinstance(given, (tuple, list)) and len(given) == 2 and all(hasattr(part, "__getitem__") for part in given):
+        (x, y), (x_val, y_val) = (_read(part) for part in given)
+        return from_arrays(x, y, x_val, y_val, class_names=tuple(getattr(given[0], "classes", ())) or None)
+    raise DataError(f"data is a {type(given).__name__}; give {FORMS}.")
+
+
+def _at(path: Path) -> Dataset:
+    if path.is_dir():
+        return datasets.load("images", path=path)
+    if path.suffix in TABLES and path.is_file():
+        return _table(path)
+    if path.suffix == ".npz" or (not path.exists() and str(path) in datasets.DATASETS):
+        return datasets.load(str(path))
+    raise DataError(f"{path} is no folder, .npz, .csv or .parquet, nor a data set's name; give {FORMS}.")
+
+
+def _read(part: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Points and labels of a torch data set."""
+    try:
+        items = [part[i] for i in range(len(part))]
+        return np.stack([np.asarray(x) for x, _ in items]), np.array([int(y) for _, y in items])
+    except Exception as error:  # whatever a data set, its transforms or its shapes raise
+        said = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise DataError(
+            f"A torch data set cannot be read as points and labels ({said}); let items be (x, y)."
+        ) from error
+
+
+def _table(path: Path) -> Dataset:
+    try:
+        table = TABLES[path.suffix](path)
+    except Exception as error:  # pandas and pyarrow raise a dozen kinds, or are not there
+        raise DataError(f"{path} cannot be read ({' '.join(str(error).split()):.200}).") from error
+    if "label" not in table:
+        raise DataError(f"{path} has columns {', '.join(map(str, table.columns))}; call that of the classes `label`.")
+    names, features = (
+        sorted(table["label"].dropna().unique()),
+        table.drop(columns=["label", "id", "split"], errors="ignore"),
+    )
+    if odd := [name for name in features if not pd.api.types.is_numeric_dtype(features[name])]:
+        raise DataError(f"Column {odd[0]!r} of {path} holds {features[odd[0]].dtype}; give numbers, or drop it.")
+    if bad := int(table["label"].isna().sum()):
+        raise DataError(f"{path} has {bad} rows without a label; give each one, or drop them.")
+    held_out = table["split"] == "val" if "split" in table else np.arange(len(table)) % VALIDATION == VALIDATION - 1
+    x, y = features.to_numpy(np.float32), table["label"].map({name: i for i, name in enumerate(names)}).to_numpy()
+    ids: Sequence[str] = table["id"][~held_out].astype(str).tolist() if "id" in table else ()
+    options: dict[str, Any] = {"name": path.stem, "class_names": tuple(map(str, names)), "ids": ids}
+    return from_arrays(x[~held_out], y[~held_out], x[held_out], y[held_out], **options)

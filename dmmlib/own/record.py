@@ -1,0 +1,119 @@
+"""What is left of a request: the unlearned weights, a record of what was done, a page to read. Never the data."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from jinja2 import Environment
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from dmmlib.analysis import looks
+from dmmlib.files import config_hash, write_bytes
+
+if TYPE_CHECKING:
+    from dmmlib.own.audit import Audit
+    from dmmlib.own.forget import Result
+
+SCHEMA = 1  # docs/record.schema.json
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Request {{ name }}</title>
+<style>body{font:16px/1.5 sans-serif;max-width:50rem;margin:2rem auto;padding:0 1rem}
+pre{white-space:pre-wrap;background:#f4f4f4;padding:1rem}img{max-width:100%}</style>
+<h1>Request “{{ name }}”: {{ "forgotten" if audit.forgotten else "not forgotten" }}</h1>
+<p>{{ n }} of {{ n_train }} points ({{ total }} with earlier requests), by {{ method }}, for {{ cost }} of a
+retraining.</p>
+<pre>{{ audit }}</pre>
+<img alt="{{ alt }}" src="data:image/png;base64,{{ png }}">
+<h2>Record</h2><pre>{{ record }}</pre></html>
+"""
+
+
+def sha256(state: Mapping[str, Tensor]) -> str:
+    """Hash a model's state: names, types, shapes and numbers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        array = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {array.dtype} {tuple(array.shape)} ".encode())
+        digest.update(array.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def record(result: Result, audit: Audit | None = None) -> dict[str, Any]:
+    """What was asked, when, of which data and model, by which method and versions, and how it went."""
+    prepared = result.prepared
+    return {
+        "schema": SCHEMA,
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "request": {
+            "name": result.name,
+            "points": result.forget.tolist(),
+            "forgotten before": np.setdiff1d(result.forgotten, result.forget).tolist(),
+        },
+        "data": {"sha256": prepared.data.sha256, "training points": prepared.data.n_train},
+        "recipe": config_hash(prepared.identity),
+        "subset models": prepared.preset.attribution.n_subsets,
+        "model": {"before": sha256(result.original.state_dict()), "after": sha256(result.model.state_dict())},
+        "method": {"name": result.method, "cost": result.cost},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("dmmlib", "torch", "numpy")},
+        },
+        "audit": None if audit is None else audit.as_dict(),
+    }
+
+
+def save(result: Result, folder: str | Path, audit: Audit | None = None) -> Path:
+    """Write the unlearned weights as model.safetensors and the record as record.json, each whole or not at all."""
+    from safetensors.torch import save as packed
+
+    folder = Path(folder)
+    state = {name: v.detach().cpu().contiguous().clone() for name, v in result.model.state_dict().items()}
+    write_bytes(folder / "model.safetensors", packed(state))
+    content = json.dumps(record(result, audit), indent=1)
+    write_bytes(folder / "record.json", content.encode() + b"\n")
+    return folder
+
+
+def report(result: Result, path: str | Path, audit: Audit) -> Path:
+    """Write a page to read, self-contained, with the audit, a figure and the record."""
+    page = Environment(autoescape=True).from_string(PAGE)
+    html = page.render(
+        name=result.name,
+        audit=audit,
+        n=len(result.forget),
+        total=len(result.forgotten),
+        n_train=f"{result.prepared.data.n_train:,}",
+        method=looks.label(result.method),
+        cost=f"{result.cost:.3f}",
+        alt="Margins of the forgotten points before and after, against those predicted of a retrained model",
+        png=base64.b64encode(looks.png(figure(result))).decode(),
+        record=json.dumps(record(result, audit), indent=1),
+    )
+    write_bytes(Path(path), html.encode())
+    return Path(path)
+
+
+def figure(result: Result) -> Figure:
+    """Draw margins before and after against predicted ones, for F and for validation points."""
+    figure, axes = looks.grid(2, 2, (4.6, 3.6), "margin predicted of a retrained model", "margin of the model")
+    n, shown = result.prepared.data.n_train, {"forgotten points": result.forgotten}
+    shown["validation points"] = np.arange(n, len(result.predicted))
+    for axis, (what, points) in zip(axes[0], shown.items(), strict=True):
+        target = result.predicted[points]
+        for when, colour in (("before", "0.6"), ("after", looks.colour("dmm"))):
+            axis.plot(target, result.margins(when)[points], "o", ms=4, alpha=0.6, color=colour, label=when)
+        axis.axline((float(target.mean()),) * 2, slope=1, color="0.3", lw=1)
+        axis.set_title(f"{len(points)} {what}")
+    looks.legend(figure, *axes[0])
+    plt.close(figure)
+    return figure

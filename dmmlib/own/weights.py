@@ -1,0 +1,63 @@
+"""Weights of a model of one's own: from a module, its state, or a file, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dmmlib.ensemble import Ensemble
+from dmmlib.errors import ModelError, StoreError
+from dmmlib.trainer import Trainer
+
+Model = nn.Module | Mapping[str, Tensor] | str | Path
+
+
+def loaded(model: Model, trainer: Trainer) -> nn.Module:
+    """The recipe's module, in evaluation mode, with the weights of a model, its state, or a file of that.
+
+    Raises ModelError if they do not fit, StoreError if the file cannot be read.
+    """
+    state = model if isinstance(model, Mapping) else _read(Path(model)) if isinstance(model, (str, Path)) else None
+    if state is None:
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"model is a {type(model).__name__}; give a module, its state, or a file of that.")
+        state = model.state_dict()
+    own = trainer.module().to(trainer.device)
+    try:
+        own.load_state_dict(dict(state))
+    except (RuntimeError, TypeError, AttributeError) as error:
+        said = " ".join(str(error).split())
+        raise ModelError(f"The weights do not fit the recipe's module ({said:.300}); give those of its own.") from error
+    return own.eval()
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise StoreError(f"{path} does not exist; give a .safetensors or .pt file of a model's state.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        said = " ".join(str(error).split())
+        raise StoreError(f"{path} cannot be read as a model's state ({said:.200}); save model.state_dict().") from error
+    except Exception as error:  # torch's unpickler refuses objects by an error of pickle's
+        raise StoreError(f"{path} holds more than weights; save model.state_dict(), best as .safetensors.") from error
+    if not isinstance(found, Mapping):
+        raise StoreError(f"{path} holds a {type(found).__name__}; save model.state_dict().")
+    return found
+
+
+def with_weights(model: nn.Module, moved: Ensemble) -> nn.Module:
+    """The module with the weights of the only model of an ensemble, in evaluation mode."""
+    params, buffers = moved.state_of(0)
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            tensor.copy_((params | buffers)[name])
+    return model.eval()

@@ -1,0 +1,363 @@
+"""Models of one's own: prepared, unlearned, audited; what cannot be used is refused in one sentence."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional as F
+
+import dmmlib
+from dmmlib import data as datasets
+from dmmlib.ensemble import Training, train
+from dmmlib.errors import DataError, ForgetSetError, ModelError, StoreError
+from dmmlib.own import recipe as recipes
+from dmmlib.own.prepare import Prepared
+from dmmlib.own.recipe import Recipe
+from dmmlib.own.requests import resolve
+from dmmlib.progress import silent
+
+N, N_VAL, K = 90, 40, 3
+
+
+def points(shape, seed=0, noise=1.0):
+    """Classes that overlap, so that single points are memorised."""
+    rng = np.random.default_rng(seed)
+    y = np.arange(N + N_VAL) % K
+    x = rng.normal(size=(K, *shape))[y] + noise * rng.normal(size=(N + N_VAL, *shape))
+    return x.astype(np.float32), y
+
+
+def split(x, y):
+    return x[:N], y[:N], x[N:], y[N:]
+
+
+def tabular():
+    return nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Dropout(0.1), nn.Linear(24, K))
+
+
+class ResNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = (
+            nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
+            nn.Linear(8, K),
+        )
+        self.block = nn.Sequential(
+            nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)
+        )
+
+    def forward(self, x):
+        h = self.stem(x)
+        return self.head(F.relu(h + self.block(h)).mean((2, 3)))
+
+
+class Transformer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.place = nn.Embedding(12, 16), nn.Parameter(0.1 * torch.randn(6, 16))
+        self.layer, self.head = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), nn.Linear(16, K)
+
+    def forward(self, tokens):
+        return self.head(self.layer(self.embed(tokens) + self.place).mean(1))
+
+
+def loop(model, x, y, seed):
+    """AdamW, a schedule, noise as augmentation, any batch order."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(12):
+        for batch in torch.randperm(len(x), generator=generator).split(30):
+            given = x[batch] + 0.05 * torch.randn(x[batch].shape) if x.is_floating_point() else x[batch]
+            loss = F.cross_entropy(model(given), y[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        schedule.step()
+    return model
+
+
+def tokens():
+    rng = np.random.default_rng(1)
+    y = np.arange(N + N_VAL) % K
+    own = rng.random((N + N_VAL, 6)) < 0.35
+    return np.where(own, 4 * y[:, None], 0) + rng.integers(0, 4, (N + N_VAL, 6)), y
+
+
+def images():
+    x, y = points((8, 8, 3), noise=3.0)
+    return (127 + 12 * x).clip(0, 255).astype(np.uint8), y
+
+
+KINDS = {
+    "tabular mlp": (tabular, lambda: split(*points((8,))), loop),
+    "resnet": (ResNet, lambda: split(*images()), loop),
+    "transformer": (Transformer, lambda: split(*tokens()), loop),
+    "engine": (tabular, lambda: split(*points((8,))), Training(epochs=12, batch_size=30, lr=0.1)),
+}
+
+
+def original(recipe, seed=77, keep=None):
+    """A model as its user has it: trained on all points, or on some."""
+    prepared = Prepared(recipe, 10, "unused", progress=silent)
+    mask = np.ones(N, bool) if keep is None else keep
+    x, y = prepared.x[:N][mask], prepared.y[:N][mask]
+    model = recipe.model()
+    torch.manual_seed(seed)
+    if recipe.loop:
+        return recipe.loop(recipe.model(), x, y, seed).eval()
+    trained = train(recipe.model, x, y, np.ones((1, len(x)), bool), [seed], recipe.train)
+    model.load_state_dict({k: v[0] for k, v in (trained.params | trained.buffers).items()})
+    return model.eval()
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def kind(request, tmp_path_factory):
+    make, given, how = KINDS[request.param]
+    recipe = Recipe(make, given(), how)
+    folder = tmp_path_factory.mktemp("own")
+    return recipe, dmmlib.prepare(recipe, 30, folder, progress=silent), original(recipe), folder
+
+
+FORGET = np.arange(0, 30, 2)
+
+
+def test_a_model_forgets_and_stays_of_its_class(kind):
+    _, prepared, model, _ = kind
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    result = dmmlib.forget(model, FORGET, prepared)
+    assert type(result.model) is type(model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "the model that is given stays"
+    with torch.no_grad():
+        answers = result.model(prepared.x).numpy()
+    np.testing.assert_allclose(answers, result.after, rtol=1e-4, atol=1e-4)
+    start, end = result.margins("before")[FORGET], result.margins()[FORGET]
+    assert result.predicted[FORGET].mean() < start.mean(), "a model that never saw points answers them less well"
+    assert np.abs(end - result.predicted[FORGET]).mean() < 0.5 * np.abs(start - result.predicted[FORGET]).mean()
+    assert 0 < result.cost < 0.5
+
+
+def test_an_audit_tells_untouched_unlearned_and_retrained_apart(kind):
+    _, prepared, model, _ = kind
+    result = dmmlib.forget(model, FORGET, prepared)
+    found = result.audit()
+    untouched = replace(result, model=model, after=result.before).audit(relearn=False)
+    assert untouched.remainder > found.remainder
+    assert found.attack["after"]["auc"] < found.attack["before"]["auc"]
+    assert found.attack["before"]["auc"] == untouched.attack["after"]["auc"]
+    assert set(found.relearning) == {"model", "others"}
+    assert 0 <= found.quality["after"]["validation"]["ece"] <= 1
+    assert "weights still hold" in str(found)
+
+
+def test_preparing_again_trains_nothing(kind, monkeypatch):
+    recipe, prepared, model, folder = kind
+    monkeypatch.setattr(Prepared, "trained", lambda *_: pytest.fail("it trains again"))
+    again = dmmlib.prepare(recipe, 30, folder, progress=silent)
+    assert again.missing() == 0
+    np.testing.assert_array_equal(
+        dmmlib.forget(model, FORGET, again).after, dmmlib.forget(model, FORGET, prepared).after
+    )
+
+
+# --- what people bring ---------------------------------------------------------------------------------
+
+
+class Listed(torch.utils.data.Dataset):
+    classes = ("a", "b", "c")
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return self.x[i], int(self.y[i])
+
+
+def test_data_go_in_as_people_have_them(tmp_path):
+    x, y = points((8,))
+    plain = recipes.dataset(split(x, y))
+    listed = recipes.dataset((Listed(torch.from_numpy(x[:N]), y[:N]), Listed(torch.from_numpy(x[N:]), y[N:])))
+    np.testing.assert_array_equal(listed.x_train, plain.x_train)
+    assert listed.class_names == ("a", "b", "c")
+    table = pd.DataFrame(x, columns=[f"f{i}" for i in range(8)]).assign(label=np.array(["u", "v", "w"])[y])
+    table["split"], table["id"] = ["train"] * N + ["val"] * N_VAL, [f"p{i}" for i in range(N + N_VAL)]
+    table.to_csv(tmp_path / "t.csv", index=False)
+    table.to_parquet(tmp_path / "t.parquet")
+    for name in ("t.csv", "t.parquet"):
+        read = recipes.dataset(tmp_path / name)
+        np.testing.assert_allclose(read.x_train, plain.x_train, rtol=1e-6)
+        assert read.ids[:2] == ("p0", "p1")
+        assert read.class_names == ("u", "v", "w")
+    np.savez(tmp_path / "t.npz", x_train=x[:N], y_train=y[:N], x_val=x[N:], y_val=y[N:])
+    assert recipes.dataset(tmp_path / "t.npz").sha256 == plain.sha256
+    assert recipes.dataset("digits").n_classes == 10
+    assert recipes.dataset({"x_train": x[:N], "y_train": y[:N], "x_val": x[N:], "y_val": y[N:]}).n_train == N
+    assert recipes.dataset(split(*tokens())).x_train.dtype == np.int64
+
+
+def test_a_folder_of_images_has_their_names_as_ids(tmp_path, monkeypatch):
+    from PIL import Image
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(3):
+                pixels = rng.integers(0, 255, (40, 40, 3), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / part / name / f"{name}{i}.png")
+    data = recipes.dataset(tmp_path)
+    assert data.ids == ("cat/cat0.png", "cat/cat1.png", "cat/cat2.png", "dog/dog0.png", "dog/dog1.png", "dog/dog2.png")
+    assert resolve(["dog1.png", "cat/cat0.png"], data)[0].tolist() == [0, 4]
+    folder = tmp_path / "asked"
+    folder.mkdir()
+    (folder / "cat2.png").write_bytes(b"")
+    assert resolve(folder, data)[0].tolist() == [2]
+    assert resolve("dog", data)[0].tolist() == [3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (3, "data is a int; give a Dataset"),
+        ("nowhere.parquet", "nowhere.parquet is no folder"),
+        ({"x_train": 1, "labels": 2}, "labels .*from_arrays"),
+        ((Listed(torch.zeros(4, 2), "abcd"), Listed(torch.zeros(4, 2), "abcd")), "cannot be read as points and labels"),
+        ((np.zeros((4, 2)), [0, 1, 2, 9], np.zeros((2, 2)), [0, 99]), "labels from 0 to 99, but there are 10"),
+    ],
+)
+def test_data_that_cannot_be_used(given, message):
+    with pytest.raises(DataError, match=message):
+        recipes.dataset(given)
+
+
+# --- which points --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def named():
+    x, y = points((8,))
+    return datasets.from_arrays(*split(x, y), ids=[f"img/{i:03}.png" for i in range(N)], class_names=("u", "v", "w"))
+
+
+def test_requests_are_read_from_files_names_and_classes(named, tmp_path):
+    for name, text in {
+        "a.csv": "who,file\nx,img/003.png\ny,img/007.png\n",
+        "b.csv": "003.png\n007.png\n",
+        "c.txt": "img/003.png\n\nimg/007.png\n",
+        "d.json": '["003.png", 7]',
+        "e.json": '{"name": "asked", "ids": ["003.png", "007.png"]}',
+    }.items():
+        (tmp_path / name).write_text(text)
+        indices, called = resolve(tmp_path / name, named)
+        assert indices.tolist() == [3, 7]
+        assert called == ("asked" if name == "e.json" else name[0])
+    assert resolve([7, 3], named)[0].tolist() == [3, 7]
+    assert resolve(torch.tensor([7, 3]), named)[0].tolist() == [3, 7]
+    assert resolve("img/003.png", named)[0].tolist() == [3]
+    assert resolve("v", named)[0].tolist() == list(range(1, N, 3))
+
+
+def test_unknown_ids_and_duplicates_are_named_with_their_line(named, tmp_path):
+    path = tmp_path / "ids.csv"
+    path.write_text("id\n003.png\n999.png\n003.png\n")
+    with pytest.raises(ForgetSetError, match=r"line 3: '999.png' is no training point; .*line 4: .*line 2 already"):
+        resolve(path, named)
+    with pytest.raises(ForgetSetError, match="place 2: '90' is no training point"):
+        resolve([0, N], named)
+    with pytest.raises(ForgetSetError, match=r"1.5"):
+        resolve([1.5], named)
+    with pytest.raises(ForgetSetError, match=r"no file, folder, class or id.* Did you mean"):
+        resolve("img/0033.png", named)
+    with pytest.raises(ForgetSetError, match="and 3 more"):
+        resolve([f"none{i}" for i in range(8)], named)
+
+
+# --- what cannot be used -------------------------------------------------------------------------------
+
+
+def of(train=loop, model=tabular, data=None):
+    return Recipe(model, data or split(*points((8,))), train)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: of(train=lambda model, x, y, seed: None), "returns a NoneType; return the trained model"),
+        (lambda: of(train=lambda model, x, y: model), "The train function fails .*takes 3 positional"),
+        (lambda: of(train=lambda model, x, y, seed: nn.Linear(8, 3)), "another model than it was given"),
+        (lambda: of(train=lambda model, x, y, seed: model), "answers the same whatever it is given"),
+        (lambda: of(model=lambda: nn.Linear(8, 4)), r"answers \(4, 4\) for 4 points; give logits \(4, 3\)"),
+        (lambda: of(model=tabular()), "give what makes a fresh one"),
+        (lambda: of(train=3), "give a Training, or a function"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_much_is(make, message, tmp_path):
+    with pytest.raises(ModelError, match=message):
+        dmmlib.prepare(make(), 10, tmp_path, progress=silent)
+    assert not list(tmp_path.rglob("attribution*"))
+
+
+def test_a_loop_that_trains_on_other_points_is_found_out(tmp_path):
+    x, y = (torch.from_numpy(v[:N]) for v in points((8,)))
+
+    def ignoring(model, _x, _y, seed):
+        return loop(model, x, y, seed + int(_y.sum()))
+
+    with pytest.raises(ModelError, match="no more than chance: the train function ignores"):
+        dmmlib.prepare(of(ignoring), 12, tmp_path, progress=silent)
+
+
+def test_finished_models_are_kept_where_one_diverges(tmp_path):
+    def diverging(model, x, y, seed):
+        bad = len(x) > 50 and seed == prepared.seeds("attribution", 5)[4]
+        return nn.Sequential.apply(
+            model, lambda part: part.weight.data.fill_(torch.nan) if bad and hasattr(part, "weight") else None
+        )
+
+    def both(model, x, y, seed):
+        return diverging(loop(model, x, y, seed), x, y, seed)
+
+    prepared = Prepared(of(both), 10, tmp_path, progress=silent)
+    with pytest.raises(StoreError, match=r"diverged .*Finished shards are kept"):
+        prepared.attributor()
+    assert prepared.missing() == 6
+
+
+def test_a_model_that_does_not_fit_is_refused(kind, tmp_path):
+    _, prepared, model, _ = kind
+    save_file({"wrong": torch.zeros(2)}, tmp_path / "wrong.safetensors")
+    torch.save(model, tmp_path / "whole.pt")
+    (tmp_path / "text.safetensors").write_text("hello")
+    for given, error, message in (
+        (nn.Linear(3, 3), ModelError, "do not fit the recipe's module"),
+        (tmp_path / "wrong.safetensors", ModelError, "do not fit"),
+        (tmp_path / "none.pt", StoreError, "does not exist"),
+        (tmp_path / "whole.pt", StoreError, "more than weights"),
+        (tmp_path / "text.safetensors", StoreError, "cannot be read as a model's state"),
+        (5, ModelError, "model is a int"),
+    ):
+        with pytest.raises(error, match=message):
+            dmmlib.forget(given, FORGET, prepared)
+
+
+def test_a_model_of_another_recipe_is_warned_of(kind):
+    recipe, prepared, _, _ = kind
+    with pytest.warns(UserWarning, match="points correctly, models of its recipe"):
+        dmmlib.forget(recipe.model().eval(), FORGET, prepared)
+
+
+def test_files_of_weights_give_what_the_module_gives(kind, tmp_path):
+    _, prepared, model, _ = kind
+    save_file({k: v.clone() for k, v in model.state_dict().items()}, tmp_path / "m.safetensors")
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    expected = dmmlib.forget(model, FORGET, prepared).after
+    for given in (tmp_path / "m.safetensors", str(tmp_path / "m.pt"), model.state_dict()):
+        np.testing.assert_array_equal(dmmlib.forget(given, FORGET, prepared).after, expected)
