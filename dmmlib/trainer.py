@@ -278,11 +278,18 @@ class Trainer:
             arrays |= {name: (array.shape[1:], str(array.dtype)) for name, array in state.items()}
         return Store.open(place, config, len(model_set.masks), arrays, self.preset.ensembles.shard)
 
-    def is_trained(self, model_set: ModelSet) -> bool:
-        """Whether all models of a set are trained; makes no store."""
+    def left(self, model_set: ModelSet) -> int:
+        """Count the models of a set that are yet to be trained; makes no store."""
         with reaching(self.root):
             files, path = url_to_fs(self._place(model_set)[0])
-            return bool(files.exists(path)) and not self.store(model_set).missing()
+            if not files.exists(path):
+                return len(model_set.masks)
+            store = self.store(model_set)
+            return store.count(store.missing())
+
+    def is_trained(self, model_set: ModelSet) -> bool:
+        """Whether all models of a set are trained; makes no store."""
+        return self.left(model_set) == 0
 
     def train(self, *model_sets: ModelSet) -> list[Store]:
         """Train the models of some sets, unless that is done; their outputs go to a store for each set.

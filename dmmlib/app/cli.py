@@ -14,7 +14,7 @@ import yaml
 from typer.core import TyperGroup
 
 from dmmlib import presets
-from dmmlib.app import batch
+from dmmlib.app import batch, own
 from dmmlib.errors import DmmError, PresetError, StoreError
 from dmmlib.files import LAID_OUT, resource
 from dmmlib.progress import Pulse, duration, silent
@@ -230,6 +230,9 @@ def compare(
     typer.echo(pages.comparison_text(left, right, statistic))
     if html:
         typer.echo(pages.write(pages.comparison_html(left, right), html))
+
+
+own.add_to(app)
 
 
 def _parse(settings: list[str] | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,18 @@ class Result:
     def report(self, path: str | Path, audit: audits.Audit | None = None) -> Path:
         """Write a page to read, with an audit, which is made if None."""
         return record.report(self, path, audit or self.audit())
+
+
+def given(original: Model, model: Model, forget: Any, prepared: Prepared | Study) -> Result:
+    """A result of unlearning by whatever tool, to be audited: models before and after it, and what was forgotten."""
+    indices, name = resolve(forget, prepared.data)
+    modules = [loaded(part, prepared) for part in (original, model)]
+    alone = [initialise(partial(loaded, part, prepared), [0], prepared.device) for part in modules]
+    before, after = (models.logits(prepared.x).numpy()[0] for models in alone)
+    attributor = prepared.attributor()
+    moved = attributor.retrained(before[None], indices, prepared.data.y)
+    predicted, sd = margins(moved, prepared.data.y)[0], attributor.sd(indices)
+    return Result(modules[1], modules[0], prepared, name, "given", indices, indices, before, after, predicted, sd, 0.0)
 
 
 class Later(Attributor):

@@ -1,0 +1,119 @@
+"""`dmm prepare`, `dmm forget` and `dmm audit`: models of one's own on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dmmlib.errors import PresetError
+
+if TYPE_CHECKING:
+    from dmmlib.own.prepare import Prepared
+    from dmmlib.study import Study
+
+RecipeFile = Annotated[
+    str, typer.Option(help="A Python file with `recipe = dmmlib.Recipe(...)`, which is run; or a preset of the study.")
+]
+Models = Annotated[int, typer.Option(help="How many subset models are trained, once for all requests.")]
+Folder = Annotated[Path, typer.Option(help="Where they are kept.")]
+Asked = Annotated[str, typer.Option(help="Ids: a .csv, .json or text file, a folder of files, a class, or one id.")]
+DryRun = Annotated[bool, typer.Option(help="Only say what would be trained, for how long, and what it takes.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands to an app."""
+    for command in (prepare, forget, audit):
+        app.command()(command)
+
+
+def prepare(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A Python file with `recipe = dmmlib.Recipe(...)`.")],
+    models: Models = 100,
+    prepared: Folder = Path("prepared"),
+    dry_run: DryRun = False,
+) -> None:
+    """Train the subset models of a recipe and fit the attributor, once; interrupted, it goes on where it was."""
+    made = _opened(recipe, models, prepared)
+    if not dry_run:
+        made.attributor()
+        typer.echo(f"prepared in {prepared}: answer requests with `dmm forget MODEL --recipe {recipe} --forget IDS`")
+
+
+def forget(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Weights, .safetensors or .pt.")],
+    recipe: RecipeFile,
+    forget: Asked,
+    out: Annotated[Path, typer.Option(help="Where weights, record and report go.")] = Path("unlearned"),
+    method: Annotated[str, typer.Option(help="A registered method.")] = "dmm",
+    models: Models = 100,
+    prepared: Folder = Path("prepared"),
+    dry_run: DryRun = False,
+) -> None:
+    """Make a model forget training points: unlearned weights, a record and a report; the model given is left alone."""
+    from dmmlib.own.forget import forget as answer
+    from dmmlib.own.requests import resolve
+    from dmmlib.own.weights import loaded
+
+    made = _opened(recipe, models, prepared)
+    indices, name = resolve(forget, made.data)
+    loaded(model, made)  # what is wrong is said before anything is trained
+    typer.echo(f"request {name!r}: {len(indices)} of {made.data.n_train:,} training points")
+    if dry_run:
+        return
+    result = answer(model, forget, made, method=method)
+    judged = result.audit()
+    result.save(out, judged)
+    typer.echo(f"{judged}\nwritten: {result.report(out / 'report.html', judged)}, model.safetensors and record.json")
+
+
+def audit(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Weights after unlearning, by whatever tool.")],
+    original: Annotated[Path, typer.Option(help="Weights before it.")],
+    recipe: RecipeFile,
+    forget: Asked,
+    retrained: Annotated[
+        list[Path] | None, typer.Option(help="Weights of a model retrained without the points; ten or more times.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write a report there.")] = None,
+    models: Models = 100,
+    prepared: Folder = Path("prepared"),
+) -> None:
+    """Judge whether a model has forgotten training points; exits with 1 if it has not."""
+    from dmmlib.own.forget import given
+
+    result = given(original, model, forget, _opened(recipe, models, prepared))
+    judged = result.audit(retrained or ())
+    typer.echo(str(judged))
+    if out:
+        typer.echo(f"written: {result.report(out, judged)}")
+    raise typer.Exit(0 if judged.forgotten else 1)
+
+
+def _opened(recipe: str, models: int, folder: Path) -> Prepared | Study | Any:
+    """What requests are answered with; says what preparing it takes."""
+    from tqdm import tqdm
+
+    from dmmlib.own.prepare import Prepared
+    from dmmlib.own.recipe import load
+
+    if not recipe.endswith(".py"):
+        from dmmlib.study import Study
+
+        try:
+            return Study(recipe)
+        except PresetError as error:
+            raise PresetError(f"{error} A recipe is a Python file, such as recipe.py.") from None
+    bars: dict[str, tqdm[Any]] = {}
+
+    def progress(task: str, done: int, total: int) -> None:
+        if task not in bars:
+            bars[task] = tqdm(total=total, initial=done, desc=task, disable=done >= total)
+        bars[task].update(done - bars[task].n)
+        if done >= total:
+            bars[task].close()
+
+    made = Prepared(load(Path(recipe)), models, folder, progress=progress)
+    typer.echo(made.price())
+    return made

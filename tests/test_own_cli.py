@@ -1,0 +1,161 @@
+"""`dmm prepare`, `dmm forget` and `dmm audit`, in an empty folder with a recipe of one's own."""
+
+import json
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from dmmlib import forget_sets
+from dmmlib.app import cli
+from dmmlib.own.forget import forget
+from dmmlib.own.recipe import load
+from tests.conftest import TINY
+
+ROOT = Path(__file__).parents[1]
+RECIPE = """
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import dmmlib
+
+rng = np.random.default_rng(0)
+y = np.arange(130) % 3
+x = (rng.normal(size=(3, 8))[y] + rng.normal(size=(130, 8))).astype(np.float32)
+data = {"x_train": x[:90], "y_train": y[:90], "x_val": x[90:], "y_val": y[90:]}
+data |= {"ids": [f"person{i}" for i in range(90)], "class_names": ("u", "v", "w")}
+
+
+def train(model, x, y, seed):
+    optimizer = torch.optim.RMSprop(model.parameters(), lr=0.01)
+    for _ in range(15):
+        for batch in torch.randperm(len(x)).split(30):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[batch]), y[batch]).backward()
+            optimizer.step()
+    return model
+
+
+def net():
+    return nn.Sequential(nn.Linear(8, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 3))
+
+
+recipe = dmmlib.Recipe(model=net, data=data, train=train)
+"""
+
+
+def dmm(*arguments):
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A recipe, and a model that was trained by it."""
+    place = tmp_path_factory.mktemp("cli")
+    (place / "recipe.py").write_text(RECIPE)
+    recipe = load(place / "recipe.py")
+    torch.manual_seed(9)
+    data = recipe.dataset
+    model = recipe.train(recipe.model(), torch.from_numpy(data.x_train), torch.from_numpy(data.y_train), 9)
+    save_file(model.state_dict(), place / "model.safetensors")
+    (place / "ids.csv").write_text("id\n" + "".join(f"person{i}\n" for i in range(0, 24, 2)))
+    return place
+
+
+@pytest.fixture
+def here(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_a_dry_run_says_the_price_and_trains_nothing(here):
+    said = dmm(
+        "forget", "model.safetensors", "--recipe", "recipe.py", "--forget", "ids.csv", "--models", 20, "--dry-run"
+    )
+    assert said.exit_code == 0, said.output
+    assert "20 models to train on 68 points each (0 are there), about" in said.output
+    assert "request 'ids': 12 of 90 training points" in said.output
+    assert not list(here.glob("prepared/store/attribution*"))
+    assert not (here / "unlearned").exists()
+
+
+def test_prepare_forget_and_audit(here):
+    prepared = dmm("prepare", "recipe.py", "--models", 20)
+    assert prepared.exit_code == 0, prepared.output
+    said = dmm("forget", "model.safetensors", "--recipe", "recipe.py", "--forget", "ids.csv", "--models", 20)
+    assert said.exit_code == 0, said.output
+    assert "0 models to train" in said.output
+    assert "attack on F (LiRA): AUC" in said.output
+    after, before = (load_file(here / name) for name in ("unlearned/model.safetensors", "model.safetensors"))
+    assert after.keys() == before.keys()
+    assert any(not torch.equal(after[k], before[k]) for k in after)
+    assert "<h1>Request “ids”" in (here / "unlearned" / "report.html").read_text(encoding="utf-8")
+    record = json.loads((here / "unlearned" / "record.json").read_text(encoding="utf-8"))
+    jsonschema.validate(record, json.loads((ROOT / "docs" / "record.schema.json").read_text(encoding="utf-8")))
+    assert record["request"]["points"] == list(range(0, 24, 2))
+    assert "person" not in json.dumps(record), "names of points are data, too"
+    assert record["model"]["before"] != record["model"]["after"]
+    asked = ("--recipe", "recipe.py", "--forget", "ids.csv", "--models", 20)
+    untouched = dmm("audit", "model.safetensors", "--original", "model.safetensors", *asked)
+    assert untouched.exit_code == 1, untouched.output
+    assert "NOT forgotten: remainder" in untouched.output
+    again = dmm(
+        "audit", "unlearned/model.safetensors", "--original", "model.safetensors", *asked, "--out", "audit.html"
+    )
+    assert again.exit_code == (0 if record["audit"]["forgotten"] else 1)
+    assert f"remainder {record['audit']['remainder']:.2f}" in again.output
+    assert (here / "audit.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"forget": "person0"}, ""),
+        ({"forget": "persona"}, "no file, folder, class or id. Did you mean 'person"),
+        ({"forget": "bad.csv"}, "line 3: 'nobody' is no training point; "),
+        ({"model": "none.safetensors"}, "does not exist; give a .safetensors or .pt"),
+        ({"recipe": "none.py"}, "none.py"),
+        ({"recipe": "empty.py"}, "defines no `recipe`"),
+        ({"recipe": "broken.py"}, "fails (NameError"),
+        ({"recipe": "nothing"}, "A recipe is a Python file"),
+    ],
+)
+def test_what_is_wrong_is_one_line_before_anything_is_trained(here, change, said):
+    (here / "bad.csv").write_text("id\nperson1\nnobody\nperson1\n")
+    (here / "empty.py").write_text("")
+    (here / "broken.py").write_text("recipe = nothing")
+    given = {"model": "model.safetensors", "recipe": "recipe.py", "forget": "ids.csv"} | change
+    options = ("--recipe", given["recipe"], "--forget", given["forget"], "--prepared", "other", "--dry-run")
+    found = dmm("forget", given["model"], *options)
+    assert found.exit_code == (2 if said else 0), found.output
+    assert said in found.output
+    assert not list(here.glob("other/store/attribution*"))
+
+
+def test_a_studys_original_gives_its_row(tiny, tmp_path, monkeypatch):
+    """In Python and on the command line, with the weights of the study's first original."""
+    f = tiny.forget_sets()["random_6"]
+    params, buffers = tiny.originals().state_of(0)
+    row = tiny.unlearned("dmm", f).margins[0]
+    result = forget(params | buffers, f.indices, tiny, name=f.name)
+    np.testing.assert_allclose(result.margins(), row, atol=1e-4)
+    models = tiny.unlearned("dmm", f, models=True).models
+    np.testing.assert_allclose(models.logits(tiny.x)[0].numpy(), result.after, atol=1e-4)
+    assert tiny.unlearned("dmm", f).models is None
+    save_file({k: v.clone() for k, v in (params | buffers).items()}, tmp_path / "original.safetensors")
+    forget_sets.make(f.name, f.indices, tiny.data).save(tmp_path / "asked.json")
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({"preset": TINY}))
+    monkeypatch.setenv("DMM_RUNS", str(tiny.runs))
+    asked = ("--recipe", tmp_path / "tiny.yaml", "--forget", tmp_path / "asked.json", "--out", tmp_path / "out")
+    said = dmm("forget", tmp_path / "original.safetensors", *asked)
+    assert said.exit_code == 0, said.output
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    for name, weight in models.state_of(0)[0].items():
+        np.testing.assert_allclose(after[name], weight, atol=1e-4)
