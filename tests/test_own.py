@@ -361,3 +361,51 @@ def test_files_of_weights_give_what_the_module_gives(kind, tmp_path):
     expected = dmmlib.forget(model, FORGET, prepared).after
     for given in (tmp_path / "m.safetensors", str(tmp_path / "m.pt"), model.state_dict()):
         np.testing.assert_array_equal(dmmlib.forget(given, FORGET, prepared).after, expected)
+
+
+def test_where_predictions_fall_short_what_subset_models_show_is_taken(kind):
+    """Of a point alone, in models that have it and in models that lack it."""
+    from dmmlib.own.prepare import Checked, falls
+
+    masks = np.array([[1, 1, 0], [0, 1, 1], [1, 0, 1], [0, 0, 1]], bool)
+    shown = falls(np.array([[3.0, 1, 1], [1, 1, 1], [3, 0, 1], [1, 2, 1]]), masks)
+    np.testing.assert_allclose(shown, [2, 0, 0])
+
+    class Little(dmmlib.Attributor):
+        def effects(self, forget_sets):
+            return np.full((len(forget_sets), 4, 2), -0.5)
+
+        def predict(self, masks):
+            return np.zeros((len(masks), 4, 2))
+
+    found = Checked(Little(), np.array([2.0, 0.6, 0.0]), np.array([0, 1, 0])).effects([[0], [1]])
+    assert found[0][0].tolist() == [-2.0, -0.5]
+    assert found[1][1].tolist() == [-0.5, -0.5]
+
+
+def test_a_second_request_starts_where_the_first_one_ended(kind):
+    _, prepared, model, _ = kind
+    first = dmmlib.forget(model, FORGET[:8], prepared)
+    second = dmmlib.forget(first.model, FORGET[8:], prepared, after=first)
+    joint = dmmlib.forget(model, FORGET, prepared)
+    np.testing.assert_array_equal(second.forgotten, FORGET)
+    apart, moved = (
+        np.abs(m[FORGET] - joint.margins()[FORGET]).mean() for m in (second.margins(), joint.margins("before"))
+    )
+    assert apart < moved, "it ends nearer to one joint request than where both began"
+    with pytest.raises(ForgetSetError, match="Point 0 was forgotten by an earlier request"):
+        dmmlib.forget(first.model, [0, 80], prepared, after=first)
+
+
+def test_retrained_models_give_distances_with_a_floor(kind):
+    _, prepared, model, _ = kind
+    result = dmmlib.forget(model, FORGET, prepared)
+    with pytest.raises(DataError, match="1 retrained models were given; give at least 10"):
+        result.audit([model])
+    oracles = [prepared.fresh(seed, without=FORGET) for seed in range(10)]
+    found = result.audit(oracles, relearn=False).retrained
+    assert found.keys() == {"forget", "retain", "validation"}
+    assert found["retain"]["gap"] < found["retain"]["gap floor"] + 3
+    itself = replace(result, model=oracles[0], after=oracles[0](prepared.x).detach().numpy())
+    near = itself.audit(oracles[1:] + oracles[:1], relearn=False).retrained["forget"]
+    assert near["klom"] < near["klom floor"], "one of the retrained models is among them"

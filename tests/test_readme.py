@@ -46,6 +46,7 @@ def registries():
 def test_every_python_block_runs_in_order(tmp_path, monkeypatch, registries):
     """In one namespace, as a reader would who pastes them one after the other."""
     monkeypatch.setenv("DMM_RUNS", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "readme"}
     for page in (ROOT / "README.md", ROOT / "docs" / "your_own.md"):
         text = page.read_text(encoding="utf-8")
@@ -55,6 +56,7 @@ def test_every_python_block_runs_in_order(tmp_path, monkeypatch, registries):
     assert namespace["effects"].shape == (500, 10)
     assert set(namespace["table"]["method"]) == {"do_nothing", "retrain", "dmm", "dmm@means", "last_layer"}
     assert {"last_layer"} <= set(unlearn.names())
+    assert {path.name for path in (tmp_path / "unlearned").iterdir()} == {"model.safetensors", "record.json"}
 
 
 def test_what_the_limitations_say_in_words_is_in_the_table():

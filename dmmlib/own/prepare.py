@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +17,13 @@ from dmmlib import attribution, ensemble, keys, loops, metrics
 from dmmlib.attributors.bayesian import BayesianDatamodel
 from dmmlib.attributors.linearised import RANK, Linearised, LinearisedResponse
 from dmmlib.attributors.margins import MarginDatamodel
-from dmmlib.datamodels import Attributor
+from dmmlib.datamodels import Attributor, Indices
 from dmmlib.ensemble import Training
 from dmmlib.errors import DataError, ModelError
 from dmmlib.files import config_hash, kept, read_arrays, read_json, write_arrays, write_json
 from dmmlib.jobs import Job
 from dmmlib.own.recipe import Recipe
+from dmmlib.own.weights import with_weights
 from dmmlib.prediction import Models
 from dmmlib.progress import Progress, duration
 from dmmlib.registry import versions
@@ -83,7 +85,7 @@ class Prepared(Models):
         order = np.random.default_rng(self.preset.seed).permutation(self.data.n_train)
         for half in (order[:n], order[n : 2 * n]):
             points = torch.from_numpy(half).to(self.device)
-            trained = self._tried(self.x[points], self.y[points], seen)
+            trained = self._trained(self.x[points], self.y[points], self.preset.seed, seen)
             answers.append(trained.logits(self.x[: 2 * TRIAL]))
         seconds = time.perf_counter() - start
         if not all(z.isfinite().all() for z in answers):
@@ -92,19 +94,24 @@ class Prepared(Models):
             raise ModelError("The train function answers the same whatever it is given; train on its x and y alone.")
         return {"epochs": max(1, round(sum(seen) / (2 * n))), "seconds": seconds / (2 * n)}
 
-    def _tried(self, x: Tensor, y: Tensor, seen: list[int]) -> ensemble.Ensemble:
-        """A model trained on a few points; how many it sees at a time is noted, over all epochs."""
+    def fresh(self, seed: int = 0, without: Indices = ()) -> nn.Module:
+        """Train a model as the recipe says, on all training points but some: an original, or one to compare with."""
+        points = torch.from_numpy(np.setdiff1d(np.arange(self.data.n_train), without)).to(self.device)
+        trained = self._trained(self.x[points], self.y[points], seed, [])
+        return with_weights(self.module().to(self.device), trained)
+
+    def _trained(self, x: Tensor, y: Tensor, seed: int, seen: list[int]) -> ensemble.Ensemble:
+        """A model trained on points; how many it sees at a time is noted, over all epochs."""
         if (loop := self.recipe.loop) is None:
             seen.append(self.training.epochs * len(x))
-            masks = np.ones((1, len(x)), bool)
-            return ensemble.train(self.module, x, y, masks, [self.preset.seed], self.training)
+            return ensemble.train(self.module, x, y, np.ones((1, len(x)), bool), [seed], self.training)
 
         def make() -> nn.Module:
             model = self.module()
             model.register_forward_pre_hook(lambda part, x: seen.append(len(x[0]) if part.training else 0))
             return model
 
-        model = loops.trained(loop, make, x, y, self.preset.seed)
+        model = loops.trained(loop, make, x, y, seed)
         return ensemble.initialise(lambda: model, [0], self.device)
 
     def missing(self) -> int:
@@ -155,7 +162,42 @@ class Prepared(Models):
 
         path = self.runs / "store" / f"attributor-{config_hash(config)}.npz"
         found: Attributor = unpack("", kept(path, fit, read_arrays, write_arrays), self.device)
+        context, n = self.context(), self.data.n_train
+        return Checked(found, falls(context.margins[:, :n], context.masks), self.data.y[:n])
+
+
+class Checked(Attributor):
+    """Predictions; but where those of F's own margins fall by less than half of what subset models show, that instead.
+
+    It shows how much lower the margin of each point is in models that lack it than in those that have it, alone.
+    """
+
+    def __init__(self, of: Attributor, falls: np.ndarray, labels: np.ndarray) -> None:
+        self._of, self._falls, self._labels = of, falls, labels
+
+    def effects(self, forget_sets: Sequence[Indices]) -> np.ndarray:
+        found = self._of.effects(forget_sets)
+        for effect, forget in zip(found, forget_sets, strict=True):
+            own, seen = (forget, self._labels[forget]), self._falls[forget]
+            if -effect[own].mean() < seen.mean() / 2:
+                effect[own] = -seen
         return found
+
+    def predict(self, masks: np.ndarray) -> np.ndarray:
+        return self._of.predict(masks)
+
+    def sd(self, forget: Indices) -> np.ndarray | None:
+        return self._of.sd(forget)
+
+    def leverage(self, forget: Indices) -> float | None:
+        return self._of.leverage(forget)
+
+
+def falls(margins: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """How much lower margins (M, n_train) of points are in models whose masks lack them: (n_train,), at least 0."""
+    within, without = masks.sum(0), (~masks).sum(0)
+    gap = (margins * masks).sum(0) / np.maximum(within, 1) - (margins * ~masks).sum(0) / np.maximum(without, 1)
+    return np.where((within > 0) & (without > 0), gap, 0).clip(0)
 
 
 def pack(value: Any, name: str, into: dict[str, np.ndarray]) -> None:

@@ -1,4 +1,4 @@
-"""The studies behind notebooks 01 and 06 to 10, one folder each. Importing this registers their settings."""
+"""The studies behind notebooks 01 and 06 to 11, one folder each. Importing this registers their settings."""
 
 import dmmlib.studies.adversary.settings
 import dmmlib.studies.cheap.settings
@@ -6,3 +6,4 @@ import dmmlib.studies.convex.settings
 import dmmlib.studies.exact.settings
 import dmmlib.studies.meta.settings
 import dmmlib.studies.multimodal.settings
+import dmmlib.studies.own.settings

@@ -142,3 +142,22 @@ def check_sha256(path: Path, expected: str) -> None:
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != expected:
         raise ChecksumError(f"{path} has SHA-256 {found}, expected {expected}; fetch or restore the file.")
+
+
+@register("shapes")
+def shapes(side: int = 16, noise: float = 0.25, seed: int = 0) -> Dataset:
+    """Draw 8,000 RGB images of a disc, a ring, a square or a cross: any size, place and two colours, under noise."""
+    names, n_train, n = ("disc", "ring", "square", "cross"), 6000, 8000
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, len(names), n)
+    radius, row, column = (rng.uniform(low, high, (n, 1, 1)) * side for low, high in ((0.2, 0.35), *2 * [(0.35, 0.65)]))
+    v, h = (np.abs(np.arange(side)[at] - place) for at, place in ((np.s_[:, None], row), (np.s_[None], column)))
+    far, wide, line = np.hypot(v, h), np.maximum(v, h), side / 12
+    drawn = np.stack(
+        [far < radius, np.abs(far - radius) < line, wide < radius, (np.minimum(v, h) < line) & (wide < radius)]
+    )
+    inside = drawn[y, np.arange(n)][..., None]
+    colours = rng.uniform(0, 1, (2, n, 1, 1, 3))
+    images = np.where(inside, *colours) + noise * rng.standard_normal((n, side, side, 3))
+    x = (255 * images.clip(0, 1)).astype(np.uint8)
+    return from_arrays(x[:n_train], y[:n_train], x[n_train:], y[n_train:], name="shapes", class_names=names)
