@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dmmlib.data import Dataset, huge
 from dmmlib.errors import ForgetSetError
 from dmmlib.files import check_alone, check_name, load_json, write_bytes
+
+if TYPE_CHECKING:
+    from dmmlib.presets import ForgetSetSection
 
 SPLITS = ("forget", "retain", "validation")  # of all points, by a forget set
 
@@ -170,3 +173,24 @@ def class_share(
     size = max(1, round(share * len(members)))
     pool = _pool(members, size, exclude, f"class {label}, without points that other sets hold,")
     return rng.choice(pool, size, replace=False)
+
+
+def choose(
+    part: ForgetSetSection,
+    data: Dataset,
+    features: Callable[[], np.ndarray],
+    loadings: Callable[[], np.ndarray],
+    rng: np.random.Generator,
+    exclude: np.ndarray | None = None,
+) -> np.ndarray:
+    """The points that a preset asks for, with features and loadings (n_train, ...) where its kind needs them."""
+    size = part.size or 1
+    if part.kind == "random":
+        return random(data, size, rng, exclude)
+    if part.kind == "nearest":
+        return nearest(features(), part.point, size, exclude)
+    if part.kind == "ids":
+        return of_ids(data, part.ids or "", part.size, rng, exclude)
+    if part.kind == "class":
+        return class_share(data, part.label, part.share, rng, exclude)
+    return (highest if part.kind == "pc" else both_ends)(loadings()[:, part.component - 1], size, exclude)

@@ -52,10 +52,12 @@ def train_shard(
     make: Callable[[], nn.Module],
     x: Tensor,
     y: Tensor,
-    shard: tuple[np.ndarray, Sequence[int], bool],
+    shard: tuple[np.ndarray, Sequence[int], bool, float],
 ) -> dict[str, np.ndarray]:
     """Train one model for each mask (k, n_train) and seed: logits at all points x, masks, and weights if asked."""
-    masks, seeds, keep_models = shard
+    masks, seeds, keep_models, until = shard
+    if until < 1:
+        raise ModelError("A training loop of one's own ends where it ends; leave out methods that rewind to before.")
     kept = []
     for mask, seed in zip(masks, seeds, strict=True):
         points = torch.from_numpy(np.flatnonzero(mask)).to(x.device)

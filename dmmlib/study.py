@@ -195,18 +195,8 @@ class Study(Models):
         made = {}
         for part in sections:
             rng = np.random.default_rng(self.seeds(f"forget:{part.name}", 1)[0])
-            size = part.size or 1
-            if part.kind == "random":
-                indices = forget_sets.random(self.data, size, rng, exclude)
-            elif part.kind == "nearest":
-                indices = forget_sets.nearest(self.features[: self.data.n_train], part.point, size, exclude)
-            elif part.kind == "ids":
-                indices = forget_sets.of_ids(self.data, part.ids or "", part.size, rng, exclude)
-            elif part.kind == "class":
-                indices = forget_sets.class_share(self.data, part.label, part.share, rng, exclude)
-            else:
-                choose = forget_sets.highest if part.kind == "pc" else forget_sets.both_ends
-                indices = choose(self.loadings()[:, part.component - 1], size, exclude)
+            points = self.data, lambda: self.features[: self.data.n_train], self.loadings
+            indices = forget_sets.choose(part, *points, rng, exclude)
             how = part.model_dump(exclude={"name"})
             made[part.name] = forget_sets.make(part.name, indices, self.data, preset=self.preset.name, **how)
             made[part.name].save(self.directory / "forget_sets" / f"{part.name}.json")

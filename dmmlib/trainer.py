@@ -73,8 +73,8 @@ class Workers(Protocol):
 WORKERS: Registry[Callable[[Trainer], Workers]] = Registry("scheduler", "dmmlib.app.cluster")
 
 
-class Trainer:
-    """A preset's data and model, and the models that are trained of them.
+class Given:
+    """What a preset asks for, on this machine: data, model and device. Trains nothing.
 
     Args:
         preset: a name in presets/, a path, or a mapping.
@@ -169,6 +169,15 @@ class Trainer:
         """How models are trained."""
         return ensemble.Training(**self.preset.training.model_dump())
 
+    @property
+    def root(self) -> str:
+        """Where stores lie: a directory or fsspec address."""
+        return (self.preset.store or (self.runs / "store").as_posix()).rstrip("/")
+
+
+class Trainer(Given):
+    """The models that are trained of what a preset gives; arguments as of `Given`."""
+
     # --- execution -------------------------------------------------------------------------------------
 
     @once
@@ -253,11 +262,6 @@ class Trainer:
         if (dtype := torch.get_default_dtype()) != torch.float32:
             answers["weights"] = str(dtype)
         return {**keys.trained(self.preset, self.data), **answers, "seed": self.preset.seed}
-
-    @property
-    def root(self) -> str:
-        """Where stores lie: a directory or fsspec address."""
-        return (self.preset.store or (self.runs / "store").as_posix()).rstrip("/")
 
     def _place(self, model_set: ModelSet) -> tuple[str, dict[str, Any]]:
         """Where a model set's store is, and the configuration that it belongs to."""
@@ -344,7 +348,7 @@ class Trainer:
         """Train models with these masks and seeds: what a store keeps of them, logits, masks, perhaps weights."""
         x, n = self.x, self.data.n_train
         if self._spec.loop is not None:
-            return loops.train_shard(self._spec.loop, self.module, x, self.y, (masks, seeds, keep_models))
+            return loops.train_shard(self._spec.loop, self.module, x, self.y, (masks, seeds, keep_models, until))
 
         def keep(trained: ensemble.Ensemble) -> dict[str, np.ndarray]:
             return {"logits": trained.logits(x).numpy(), **(trained.state() if keep_models else {})}
