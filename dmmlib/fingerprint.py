@@ -3,8 +3,8 @@
 A fingerprint holds what a function computes with: bytecode, constants, names, defaults, closures and globals, of the
 function and, in turn, of every function and class that it reaches in modules of the user's own. Plain values count,
 arrays included; source does not, so a comment changes nothing. Not seen are edits of installed packages, of files, of
-objects of others' classes, and of what is only looked up by name while it runs (`getattr`). Another Python has other
-bytecode, and computes anew.
+what objects of others' classes do not say of themselves (`repr`), and of what is only looked up by name while it runs
+(`getattr`). Another Python has other bytecode, and computes anew.
 """
 
 from __future__ import annotations
@@ -24,15 +24,20 @@ NOISE = ("__module__", "__dict__", "__weakref__", "__doc__", "__firstlineno__", 
 
 def of_own(function: Callable[..., Any]) -> dict[str, str]:
     """What a key holds of a registered function besides its version: nothing for the library's, else its hash."""
-    library = str(getattr(function, "__module__", "")).startswith("dmmlib.")
+    library = _module(function).startswith("dmmlib.")
     return {} if library else {"code": short(repr(_Seen(function).of(function)).encode())}
+
+
+def _module(value: Any) -> str:
+    """The module of a function or class; of a function where it was written, not whose place it takes (`wraps`)."""
+    return str(getattr(value, "__globals__", {}).get("__name__") or getattr(value, "__module__", ""))
 
 
 class _Seen:
     """Looks at values, each once, as one can lead back to itself."""
 
     def __init__(self, root: Any) -> None:
-        self._root = str(getattr(root, "__module__", "")).partition(".")[0]
+        self._root = _module(root).partition(".")[0]
         self._known: dict[int, tuple[int, Any]] = {}  # holds them, or another could get their id
 
     def of(self, value: Any) -> Any:
@@ -53,7 +58,7 @@ class _Seen:
         if isinstance(value, types.ModuleType):
             return value.__name__
         if isinstance(value, types.FunctionType):
-            return self._function(value) if self._is_own(value.__module__) else (value.__module__, value.__qualname__)
+            return self._function(value) if self._is_own(_module(value)) else (_module(value), value.__qualname__)
         if isinstance(value, type):
             inside = {k: v for k, v in vars(value).items() if k not in NOISE} if self._is_own(value.__module__) else {}
             return value.__module__, value.__qualname__, self.of(value.__bases__), self._mapping(inside)
@@ -76,9 +81,10 @@ class _Seen:
         if hasattr(value, "__array__"):
             array = value.__array__()
             return array.dtype.str, array.shape, self.of(array.tolist()) if array.dtype == object else array.tobytes()
-        if not self._is_own(type(value).__module__):  # of it counts what it is called, and weights
+        if not self._is_own(type(value).__module__):  # of it counts what it says of itself, and weights
+            said = str(getattr(value, "__name__", "")) if " at 0x" in repr(value) else repr(value)
             state = value.state_dict() if hasattr(value, "state_dict") else {}
-            return self.of(type(value)), str(getattr(value, "__name__", "")), self._mapping(state)
+            return self.of(type(value)), said, self._mapping(state)
         return self.of(type(value)), self._mapping(getattr(value, "__dict__", {}))
 
     def _mapping(self, values: Mapping[Any, Any]) -> list[Any]:

@@ -1,5 +1,6 @@
 """What an edit of a user's function changes, and what it does not."""
 
+import functools
 import subprocess
 import sys
 import textwrap
@@ -116,6 +117,26 @@ def test_comments_and_what_is_not_reached_change_nothing():
     assert hash_of(BEFORE) == hash_of(moved)
     assert of_own(unlearn.get("dmm")) == {}, "the library's have versions"
     assert of_own(attribution.get("kernel")) == {}
+
+
+def test_what_takes_the_place_of_the_librarys_is_seen():
+    dmm = unlearn.get("dmm")
+
+    def of(scale):
+        @functools.wraps(dmm)
+        def wrapped(problem, **options):
+            return scale * dmm(problem, **options)
+
+        return of_own(wrapped), of_own(functools.partial(dmm, cost=scale))
+
+    assert of(1) == of(1)
+    assert all(one != two and one for one, two in zip(of(1), of(2), strict=True))
+
+
+@pytest.mark.parametrize("odd", ["ITSELF", "(v for v in [])", "object()", "np.array([None, 'a'])", "print"])
+def test_whatever_stands_among_globals_can_be_looked_at(odd):
+    text = f"import numpy as np\nITSELF = []\nITSELF.append(ITSELF)\nODD = {odd}\ndef method(x): return ODD, x\n"
+    assert hash_of(text) == hash_of(text)
 
 
 def test_it_is_the_same_in_every_process(tmp_path):
