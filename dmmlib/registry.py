@@ -28,7 +28,7 @@ VERSIONS = {
     "engine": 1,  # ensemble: initial weights, loss, training step
     "metric margin": 1,  # metrics: margins and their gauge
     "metric klom": 1,
-    "metric u_lira": 1,
+    "metric u_lira": 2,
     "metric ks": 1,
     "metric mean_gap": 1,
     "metric accuracy_gap": 1,
