@@ -54,6 +54,8 @@ def rungs(n_models: int, n_settings: int) -> list[tuple[int, int]]:
     """How many models each rung of a search has, and how many settings are tried on them."""
     models = sorted({max(min(AT_LEAST[0], n_models), n_models // part) for part in RUNGS})
     few = min(AT_LEAST[1], n_settings)
+    if few == n_settings:  # there is nothing to halve
+        models = models[-1:]
     return [(n, max(few, math.ceil(n_settings / KEPT**i))) for i, n in enumerate(models)]
 
 

@@ -157,7 +157,8 @@ class Same(datamodels.Attributor):
 def problem_of(models, x, y, forget):
     logits = models.logits(x).numpy()
     lower = logits - np.eye(K, dtype=np.float32)[y.numpy()]  # oracles are less sure of every label
-    return unlearn.Problem(models, logits, x, y, N, np.array(forget), TRAINING, Same(), oracle_logits=lower)
+    more = {"oracle_logits": lower, "earlier": (0.5, models)}
+    return unlearn.Problem(models, logits, x, y, N, np.array(forget), TRAINING, Same(), **more)
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -168,7 +169,9 @@ def test_every_method_unlearns_five_points_and_one(name):
         problem = problem_of(models, x, y, forget)
         idle = unlearn.get("do_nothing")(problem).margins
         for method in unlearn.names():
-            if method in ("bad_teacher", "eu_k") and name.removeprefix("old ") in DRAWN_ANEW:
+            if method in ("bad_teacher", "eu_k", "msg", "short_retrain") and name.removeprefix("old ") in DRAWN_ANEW:
+                continue
+            if method == "ct" and not any(v.ndim == 5 and v[0, 0, 0].numel() > 1 for v in models.params.values()):
                 continue
             margins = unlearn.get(method)(problem).margins
             assert np.isfinite(margins).all(), method

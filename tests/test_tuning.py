@@ -50,6 +50,7 @@ def test_few_models_choose_what_all_are_tried_on(trial):
 def test_rungs_grow_as_settings_get_fewer():
     assert tuning.rungs(50, 64) == [(4, 64), (50, 8)]
     assert tuning.rungs(50, 3) == [(4, 3), (50, 2)]
+    assert tuning.rungs(50, 2) == [(50, 2)], "there is nothing to halve"
     assert tuning.rungs(4, 5) == [(4, 5)], "as few models as that try all"
 
 
