@@ -363,7 +363,7 @@ def test_files_of_weights_give_what_the_module_gives(kind, tmp_path):
         np.testing.assert_array_equal(dmmlib.forget(given, FORGET, prepared).after, expected)
 
 
-def test_where_predictions_fall_short_what_subset_models_show_is_taken(kind):
+def test_where_predictions_fall_short_what_subset_models_show_is_taken():
     """Of a point alone, in models that have it and in models that lack it."""
     from dmmlib.own.prepare import Checked, falls
 
