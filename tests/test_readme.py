@@ -1,5 +1,6 @@
 """What the README shows is true: its table is the run's, its example runs, its files exist."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -61,20 +62,37 @@ def test_every_python_block_runs_in_order(tmp_path, monkeypatch, registries):
 def test_what_the_limitations_say_in_words_is_in_the_table():
     results = pd.read_csv(ROOT / "figures" / "laptop" / "results.csv")
     ends = results.pivot_table(["value", "low", "high"], "forget_set", ["statistic", "split", "method"])
-    p95, groups = ends["value"]["klom_p95"], [name for name in ends.index if name.startswith("pc")]
-    assert "matching comes near retraining for .03 of its cost" in README
-    middle, cost = p95.median(), ends["value"]["cost"]["all"]["oracle_matching"].median()
-    assert all(
-        middle[split, "oracle_matching"] < 1.4 * middle[split, "retrain"]
-        for split in ("forget", "retain", "validation")
-    )
+    gap, p95 = ends["value"]["mean_gap"], ends["value"]["klom_p95"]
+    assert "matching comes as near to retraining as retraining itself, for .03 of its cost" in README
+    cost = ends["value"]["cost"]["all"]["oracle_matching"].median()
+    for split, values in itertools.product(("forget", "retain", "validation"), (gap, p95)):
+        middle = values[split].median()
+        assert middle["oracle_matching"] < 1.1 * middle["retrain"]
     assert cost == pytest.approx(0.03, abs=0.005)
-    assert "far from retraining on groups of points that act together (the PC sets), on the points that stay" in README
-    assert (p95["forget"]["dmm"] > 2 * p95["forget"]["retrain"])[groups].all()
-    apart = ends["low"]["klom_p95"]["retain"]["dmm"] > ends["high"]["klom_p95"]["retain"]["retrain"]
-    assert apart[groups].mean() > 0.5
+    assert (
+        "told from retraining on most sets, most on points that are alike: nearest neighbours, half of a class"
+        in README
+    )
+    assert tables.at_the_floor(results)["dmm"] < 5
+    assert set(gap["forget"]["dmm"].nlargest(2).index) == {"nearest_50", "half_of_class_0"}
+    assert "even doing nothing is near retraining there" in README
+    groups = [name for name in ends.index if name.startswith("pc")]
+    assert gap["forget"]["do_nothing"][groups].max() < 0.6 < gap["forget"]["do_nothing"].drop(groups).min()
     assert "A likelihood-ratio attacker still beats chance against it" in README
     assert ends["low"]["u_lira"]["forget"]["dmm"].median() > 0.5
-    assert "(`newton`), which\nneeds no predictions, is the best baseline" in README
+    assert "One Gauss-Newton\nstep (`newton`), which needs no predictions, is the best baseline" in README
     baselines = [method for method in p95["forget"] if is_baseline(method)]
-    assert p95["forget"][baselines].median().idxmin() == "newton"
+    assert gap["forget"][baselines].median().idxmin() == "newton"
+
+
+def test_what_it_says_of_requests_is_in_their_table():
+    results = pd.read_csv(ROOT / "figures" / "requests" / "results.csv")
+    wide = results.pivot_table("value", ["forget_set", "statistic", "split"], "method")
+    baselines = [method for method in wide if is_baseline(method)]
+    gap = wide.xs("mean_gap", level="statistic").xs("forget", level="split")
+    best = gap[baselines].min(axis=1)
+    assert "answers wrong labels, copies and outliers better than every baseline" in README.replace("\n", " ")
+    assert all(gap["dmm"][name] < 0.8 * best[name] for name in ("mislabelled_60", "copied", "outliers"))
+    assert "half of a class as well as rewinding, and leaves a backdoor in" in README
+    assert gap["dmm"]["half_of_class_1"] == pytest.approx(gap["rewind"]["half_of_class_1"], rel=0.1)
+    assert wide["dmm"]["trigger", "accuracy", "trigger"] > 0.5 > 0.2 > wide["retrain"]["trigger", "accuracy", "trigger"]
