@@ -145,7 +145,7 @@ def check_sha256(path: Path, expected: str) -> None:
 
 
 @register("shapes")
-def shapes(side: int = 16, noise: float = 0.25, seed: int = 0) -> Dataset:
+def shapes(side: int = 16, noise: float = 0.1, seed: int = 0) -> Dataset:
     """Draw 8,000 RGB images of a disc, a ring, a square or a cross: any size, place and two colours, under noise."""
     names, n_train, n = ("disc", "ring", "square", "cross"), 6000, 8000
     rng = np.random.default_rng(seed)
