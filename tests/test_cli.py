@@ -72,7 +72,7 @@ def test_run_skip_report_and_compare(dmm, tiny_file, tmp_path):
     said = dmm("report", "tiny")
     assert said.exit_code == 0, said.output
     page = (tmp_path / "runs" / "tiny" / "report.html").read_text()
-    assert "data:image/png;base64," in page
+    assert "data:image/webp;base64," in page
     assert "tiny" in page
     assert dmm("report", tiny_file, "--set", "ensembles.n_models=9").exit_code == 0
     assert (tmp_path / "runs" / "tiny+ensembles.n_models-9" / "report.html").exists()
