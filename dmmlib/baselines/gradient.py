@@ -160,7 +160,7 @@ def turns(
 
 @register(
     "neggrad_plus",
-    space={"epochs": [3.0], "lr": [3e-3, 1e-2, 3e-2], "beta": [0.8, 0.9, 0.95, 0.99], "whitened": EITHER},
+    space={"epochs": [3.0], "lr": [3e-3, 1e-2, 3e-2], "beta": [0.8, 0.9, 0.95], "whitened": EITHER},
     paper="NegGrad+; Kurmanji et al., NeurIPS 2023",
     cost="epochs n_R (1 + min(batch_size, n_F) / batch_size)",
     elsewhere="meghdadk/SCRUB, xcadet/deepunlearn",

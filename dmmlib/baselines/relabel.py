@@ -40,7 +40,7 @@ def relabelling(problem: Problem, epochs: int, batch_size: int) -> list[Phase]:
 
 @register(
     "random_labels",
-    space={"epochs": [4], "lr": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]},
+    space={"epochs": [4], "lr": [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]},
     paper="Golatkar et al., CVPR 2020; Graves et al., AAAI 2021 (amnesiac unlearning)",
     cost="epochs (n_F + n_R)",
     elsewhere="OPTML-Group/Unlearn-Saliency, vikram2000b/bad-teaching-unlearning, xcadet/deepunlearn",
@@ -67,7 +67,7 @@ def saliency(problem: Problem, share: float) -> Tensors:
 
 @register(
     "salun",
-    space={"epochs": [4], "lr": [3e-4, 1e-3, 3e-3, 1e-2], "share": [0.01, 0.03, 0.1, 0.3, 0.5]},
+    space={"epochs": [4], "lr": [3e-4, 1e-3, 3e-3, 1e-2], "share": [0.1, 0.3, 0.5]},
     paper="SalUn; Fan et al., ICLR 2024",
     cost="epochs (n_F + n_R) + n_F",
     elsewhere="OPTML-Group/Unlearn-Saliency, xcadet/deepunlearn",

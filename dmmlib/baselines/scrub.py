@@ -34,7 +34,7 @@ def distillation(teacher: Tensor, temperature: float) -> Loss:
     space={
         "epochs": [4],
         "max_epochs": [3],
-        "lr": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1],
+        "lr": [3e-3, 1e-2, 3e-2, 1e-1],
         "alpha": [0.1, 0.5],
         "rewind": [False, True],
     },
