@@ -154,7 +154,7 @@ def test_a_folder_is_laid_out_once_and_worked_in(installed):
     assert re.fullmatch(r"work: \d+ files written\.\n", dmm("init", "work"))
     work = folder / "work"
     assert {path.name for path in work.iterdir()} == {"README.md", "notebooks", "presets"}
-    assert len(list((work / "notebooks").glob("*.ipynb"))) == 10
+    assert len(list((work / "notebooks").glob("*.ipynb"))) == 11
     (work / "presets" / "smoke.yaml").write_text(yaml.safe_dump({"preset": TINY | {"name": "mine"}}))
     (work / "README.md").unlink()
     assert re.fullmatch(
