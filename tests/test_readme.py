@@ -14,6 +14,7 @@ from dmmlib.registry import REGISTRIES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+WORDS = " ".join(README.split())
 
 
 def test_the_tables_are_those_of_the_published_run():
@@ -63,24 +64,23 @@ def test_what_the_limitations_say_in_words_is_in_the_table():
     results = pd.read_csv(ROOT / "figures" / "laptop" / "results.csv")
     ends = results.pivot_table(["value", "low", "high"], "forget_set", ["statistic", "split", "method"])
     gap, p95 = ends["value"]["mean_gap"], ends["value"]["klom_p95"]
-    assert "matching comes as near to retraining as retraining itself, for .03 of its cost" in README
+    assert "matching comes as near to retraining as retraining itself, for .03 of its cost" in WORDS
     cost = ends["value"]["cost"]["all"]["oracle_matching"].median()
     for split, values in itertools.product(("forget", "retain", "validation"), (gap, p95)):
         middle = values[split].median()
         assert middle["oracle_matching"] < 1.1 * middle["retrain"]
     assert cost == pytest.approx(0.03, abs=0.005)
     assert (
-        "told from retraining on most sets, most on points that are alike: nearest neighbours, half of a class"
-        in README
+        "told from retraining on most sets, most on points that are alike: nearest neighbours, half of a class" in WORDS
     )
     assert tables.at_the_floor(results)["dmm"] < 5
     assert set(gap["forget"]["dmm"].nlargest(2).index) == {"nearest_50", "half_of_class_0"}
-    assert "even doing nothing is near retraining there" in README
+    assert "even doing nothing is near retraining there" in WORDS
     groups = [name for name in ends.index if name.startswith("pc")]
     assert gap["forget"]["do_nothing"][groups].max() < 0.6 < gap["forget"]["do_nothing"].drop(groups).min()
-    assert "A likelihood-ratio attacker still beats chance against it" in README
+    assert "A likelihood-ratio attacker still beats chance against it" in WORDS
     assert ends["low"]["u_lira"]["forget"]["dmm"].median() > 0.5
-    assert "One Gauss-Newton\nstep (`newton`), which needs no predictions, is the best baseline" in README
+    assert "One Gauss-Newton step (`newton`), which needs no predictions, is the best baseline" in WORDS
     baselines = [method for method in p95["forget"] if is_baseline(method)]
     assert gap["forget"][baselines].median().idxmin() == "newton"
 
@@ -91,8 +91,8 @@ def test_what_it_says_of_requests_is_in_their_table():
     baselines = [method for method in wide if is_baseline(method)]
     gap = wide.xs("mean_gap", level="statistic").xs("forget", level="split")
     best = gap[baselines].min(axis=1)
-    assert "answers wrong labels, copies and outliers better than every baseline" in README.replace("\n", " ")
+    assert "answers wrong labels, copies and outliers better than every baseline" in WORDS
     assert all(gap["dmm"][name] < 0.8 * best[name] for name in ("mislabelled_60", "copied", "outliers"))
-    assert "half of a class as well as rewinding, and leaves a backdoor in" in README
+    assert "half of a class as well as rewinding, and leaves a backdoor in" in WORDS
     assert gap["dmm"]["half_of_class_1"] == pytest.approx(gap["rewind"]["half_of_class_1"], rel=0.1)
     assert wide["dmm"]["trigger", "accuracy", "trigger"] > 0.5 > 0.2 > wide["retrain"]["trigger", "accuracy", "trigger"]
