@@ -182,7 +182,8 @@ def by_sets(results: pd.DataFrame) -> str:
     """Write docs/results.md: medians, and the main statistics of the forgotten points on each forget set."""
     held = [name for name in HEADLINE if (results["statistic"] == name).any()]
     parts = "\n\n".join(f"## Forget {STATISTICS[name]}\n\n{markdown(by_set(results, name))}" for name in held)
-    return f"# Results set by set\n\nWritten by `make publish`, of the laptop preset.\n\n## Medians\n\n{markdown(medians(results))}\n\n{parts}\n"
+    head = "# Results set by set\n\nWritten by `make publish`, of the laptop preset."
+    return f"{head}\n\n## Medians\n\n{markdown(medians(results))}\n\n{parts}\n"
 
 
 def readme(results: pd.DataFrame) -> str:
