@@ -135,7 +135,7 @@ def gap_against_cost(results: pd.DataFrame, trajectories: pd.DataFrame, title: s
             axis.plot([0.0, *track["cost"]], [nothing, *track["gap"]], color=tint, lw=1.3, alpha=0.9)
             axis.errorbar(cost[(name, method)], end["value"], yerr=looks.bars(end), label=name_of, **look)
         axis.set_title(looks.plain(name))
-        looks.log_axis(axis, "y", (0.1, 0.2, 0.5, 1, 2, 5, 10, 20))
+        looks.log_axis(axis, "y", (0.1, 0.2, 0.5, 1, 2, 5, 10, 20), (0.04, 30))  # who diverged leaves the frame
     looks.legend(figure, axes.flat[0])
     return titled(figure, title, caption)
 
