@@ -32,7 +32,9 @@ class Dataset:
     """
 
     name: str
-    x_train: np.ndarray  # images, uint8 (n_train, height, width, channels), or float32 features (n_train, ...)
+    x_train: (
+        np.ndarray
+    )  # uint8 images (n, height, width, channels), float32 features (n, ...) or int64 tokens (n, length)
     y_train: np.ndarray  # integer labels (n_train,)
     x_val: np.ndarray
     y_val: np.ndarray
@@ -92,8 +94,11 @@ def _checked(part: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.nd
     if x.dtype == np.uint8:
         if x.ndim != 4:
             raise DataError(f"x_{part} has shape {x.shape}; give images as (n, height, width, channels).")
+    elif np.issubdtype(x.dtype, np.integer) and x.ndim == 2:
+        x = x.astype(np.int64)
     elif not np.issubdtype(x.dtype, np.floating):
-        raise DataError(f"x_{part} is {x.dtype}; give uint8 images or floating-point features.")
+        given = f"x_{part} is {x.dtype}"
+        raise DataError(f"{given}; give uint8 images, floating-point features, or integer tokens (n, length).")
     else:
         with np.errstate(over="ignore"):
             x = x.astype(np.float32)

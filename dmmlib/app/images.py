@@ -121,6 +121,12 @@ def _image(path: Path, side: int) -> np.ndarray:
         raise DataError(f"{path} cannot be decoded ({error}); fetch it again or remove it.") from error
 
 
+@register("images")
+def images(path: str | Path, side: int = 32) -> Dataset:
+    """Load `image_folder` of a path, whose ids are the files' names below it."""
+    return image_folder(path, side=side)
+
+
 @register("living17")
 def living17(path: str | None = None, side: int = 160, classes: str | None = None) -> Dataset:
     """Load ImageNet Living-17 (Santurkar et al., "BREEDS", 2020): 17 classes of animals, each of 4 ImageNet classes.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import runpy
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -177,6 +177,6 @@ def _table(path: Path) -> Dataset:
         raise DataError(f"{path} has {bad} rows without a label; give each one, or drop them.")
     held_out = table["split"] == "val" if "split" in table else np.arange(len(table)) % VALIDATION == VALIDATION - 1
     x, y = features.to_numpy(np.float32), table["label"].map({name: i for i, name in enumerate(names)}).to_numpy()
-    ids: Sequence[str] = table["id"][~held_out].astype(str).tolist() if "id" in table else ()
+    ids = table["id"][~held_out].astype(str).tolist() if "id" in table else None
     options: dict[str, Any] = {"name": path.stem, "class_names": tuple(map(str, names)), "ids": ids}
     return from_arrays(x[~held_out], y[~held_out], x[held_out], y[held_out], **options)
