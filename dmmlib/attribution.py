@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from dmmlib.datamodels import Attributor, check_varying
 from dmmlib.ensemble import Ensemble, check_masks
-from dmmlib.errors import DataError
+from dmmlib.errors import DataError, StoreError
 from dmmlib.files import read_arrays, write_arrays
 from dmmlib.metrics import right_logits
 from dmmlib.registry import Registry
@@ -138,6 +139,18 @@ def load(path: Path, device: torch.device) -> Attributor:
     """Read what `save` wrote, its tensors to a device; raises StoreError, if it is damaged DamageError."""
     arrays = read_arrays(path)
     made: Attributor = _put_together(json.loads(str(arrays.pop("tree"))), arrays, device)
+    return made
+
+
+def kept(path: Path, device: torch.device, fit: Callable[[], Attributor]) -> Attributor:
+    """Read the attributor that is kept at a path; where there is none, or it is damaged, fit it and save it first."""
+    try:
+        return load(path, device)
+    except StoreError as error:
+        if path.exists():
+            warnings.warn(str(error), stacklevel=2)
+    made = fit()
+    save(path, made)
     return made
 
 

@@ -35,17 +35,13 @@ def evaluate(
     for split, statistics in metrics.gap_summary(result.margins, margins, splits).items():
         found += [(split, name, estimate) for name, estimate in statistics.items()]
     for split, indices in splits.items():
-        share = result.correct[:, indices].mean(1)
-        error = share.std(ddof=1) / np.sqrt(len(share)) if len(share) > 1 else 0.0
-        found.append((split, "accuracy", Estimate.normal(float(share.mean()), error, least=0.0)))
+        found.append((split, "accuracy", Estimate.of(result.correct[:, indices].mean(1), least=0.0)))
     accuracy_gaps = metrics.accuracy_gap(result.correct, correct, splits)
     found += [(split, "accuracy_gap", estimate) for split, estimate in accuracy_gaps.items()]
     for split, indices in splits.items():
         accuracy = metrics.u_lira(result.margins[:, indices], margins[:, indices])
-        estimate = Estimate(value := float(accuracy.mean()), 0.0, 1.0)  # of one point, which has no spread
-        if len(accuracy) > 1:
-            estimate = Estimate.normal(value, accuracy.std(ddof=1) / np.sqrt(len(accuracy)))
-        found.append((split, "u_lira", estimate))
+        alone = len(accuracy) == 1  # and one point has no spread
+        found.append((split, "u_lira", Estimate(float(accuracy[0]), 0.0, 1.0) if alone else Estimate.of(accuracy)))
     found.append(("all", "cost", Estimate(result.cost, result.cost, result.cost)))
     return [
         {"split": split, "statistic": name, "value": e.value, "low": e.low, "high": e.high, "n_models": len(margins)}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -16,9 +13,7 @@ from dmmlib import stacking
 from dmmlib.ensemble import initialise
 from dmmlib.errors import DmmError, ModelError
 from dmmlib.execution import Execution
-from dmmlib.files import short
 
-PLAIN = (bool, int, float, str, tuple)
 Loop = Callable[[nn.Module, Tensor, Tensor, int], nn.Module]
 """Trains a fresh model on points (n, ...) and labels (n,), drawing by the seed, and returns it."""
 
@@ -70,14 +65,3 @@ def execution(device: torch.device) -> Execution:
     """One process for each CPU thread, as loops draw from generators that threads would share; one on a GPU."""
     workers = 1 if device.type == "cuda" else torch.get_num_threads()
     return Execution(1, workers, processes=workers > 1)
-
-
-def fingerprint(loop: Loop) -> str:
-    """Hash a loop's source, without comments and layout, and the plain values it refers to; not what it calls."""
-    try:
-        source = ast.dump(ast.parse(textwrap.dedent(inspect.getsource(loop))))
-    except (OSError, TypeError, SyntaxError):  # typed at a prompt, or an object that is called
-        source = loop.__code__.co_code.hex() if inspect.isfunction(loop) else type(loop).__qualname__
-    used = inspect.getclosurevars(loop) if inspect.isfunction(loop) else None
-    plain = {k: v for k, v in {**used.globals, **used.nonlocals}.items() if isinstance(v, PLAIN)} if used else {}
-    return short(f"{source} {sorted(plain.items())}".encode())

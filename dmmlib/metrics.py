@@ -210,6 +210,11 @@ class Estimate:
         """Give a value an interval of 1.96 standard errors on either side, cut off at the least possible value."""
         return cls(value, max(least, value - 1.96 * float(error)), value + 1.96 * float(error))
 
+    @classmethod
+    def of(cls, values: np.ndarray, least: float = -np.inf) -> Estimate:
+        """The mean of at least two values, with the interval of its standard error."""
+        return cls.normal(float(values.mean()), values.std(ddof=1) / np.sqrt(len(values)), least)
+
     def __str__(self) -> str:
         value, low, high = (f"{v:.2f}" for v in (self.value, self.low, self.high))
         return value if low == high else f"{value} [{low}, {high}]"

@@ -61,8 +61,7 @@ class Models(Trainer):
 
     def untrained_oracles(self, forget_set: ForgetSet) -> int:
         """How many of a forget set's oracles, those of the floor included, are not trained."""
-        sets = [self._oracle_set(forget_set, floor) for floor in (False, True)]
-        return sum(len(one.masks) for one in sets if not self.is_trained(one))
+        return sum(self.left(self._oracle_set(forget_set, floor)) for floor in (False, True))
 
     def has_oracles(self, forget_set: ForgetSet) -> bool:
         """Whether the oracles that a forget set's results are measured against are all trained."""
@@ -73,13 +72,12 @@ class Models(Trainer):
         logits = self.oracles(forget_set)
         return metrics.margins(logits, self.data.y), metrics.correct(logits, self.data.y)
 
-    def splits(self, forget_set: ForgetSet) -> dict[str, np.ndarray]:
-        """Positions of forget, retain and validation points; then, by name, of the data's probes, if it has any."""
-        n, probes = self.data.n_train, self.data.probes
-        splits = forget_set.splits(n, self.data.n_val)
-        apart = {name: n + positions for name, positions in probes.items()}
+    def splits(self, forget_set: ForgetSet, probes: bool = True) -> dict[str, np.ndarray]:
+        """Positions of forget, retain and validation points; then, by name, if asked, of the data's probes."""
+        splits = forget_set.splits(self.data.n_train, self.data.n_val)
+        apart = {name: self.data.n_train + positions for name, positions in self.data.probes.items()}
         splits["validation"] = np.setdiff1d(splits["validation"], np.concatenate([[-1], *apart.values()]))
-        return splits | apart
+        return splits | (apart if probes else {})
 
     # --- ridge datamodels ------------------------------------------------------------------------------
 

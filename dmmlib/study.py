@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ import pandas as pd
 
 from dmmlib import attribution, datamodels, evaluation, forget_sets, keys, metrics, presets, tuning, unlearn
 from dmmlib.data import Dataset
-from dmmlib.errors import ForgetSetError, MethodError, PresetError, StoreError
+from dmmlib.errors import ForgetSetError, MethodError, PresetError
 from dmmlib.files import check_alone, config_hash, folded, kept, place, read_json, replacing, write_json, write_table
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.prediction import Models
@@ -157,16 +156,17 @@ class Study(Models):
             return self.datamodel()
         config = keys.fitted(self.preset, name) | {"models": self.identity, "n_models": self.preset.ensembles.n_models}
         key = config_hash(config)
-        if key not in self._attributors:
-            path = self.runs / "store" / f"attributor-{name}-{key}.npz"
-            with suppress(StoreError):
-                self._attributors[key] = attribution.load(path, self.device)
-        if key not in self._attributors:
+
+        def fit() -> datamodels.Attributor:
             self.progress(f"fit the attributor {name}", 0, 1)
             lent = dataclasses.replace(self.context(), masks=self.context().masks.copy())
-            self._attributors[key] = attribution.fit(name, lent, **config["attribution"]["options"])
-            attribution.save(path, self._attributors[key])
+            made = attribution.fit(name, lent, **config["attribution"]["options"])
             self.progress(f"fit the attributor {name}", 1, 1)
+            return made
+
+        if key not in self._attributors:
+            path = self.runs / "store" / f"attributor-{name}-{key}.npz"
+            self._attributors[key] = attribution.kept(path, self.device, fit)
         return self._attributors[key]
 
     # --- forget sets -----------------------------------------------------------------------------------
@@ -250,8 +250,7 @@ class Study(Models):
         def trial(name: str, forget_set: ForgetSet) -> tuning.Trial:
             oracles = metrics.margins(self.oracles(forget_set)[:n], self.data.y)
             problem = self.problem(forget_set, problem_of, tuning=True)
-            splits = self.splits(forget_set)
-            return tuning.Trial(name, problem, oracles, {split: splits[split] for split in forget_sets.SPLITS})
+            return tuning.Trial(name, problem, oracles, self.splits(forget_set, probes=False))
 
         def search() -> list[dict[Any, Any]]:
             trials, halve = [trial(*named) for named in sets.items()], bool(problem_of)

@@ -20,7 +20,7 @@ from fsspec.core import url_to_fs
 from torch import Tensor
 
 from dmmlib import data as datasets
-from dmmlib import ensemble, execution, keys, loops, models, presets, stacking
+from dmmlib import ensemble, execution, fingerprint, keys, loops, models, presets, stacking
 from dmmlib.errors import DamageError, ModelError, StoreError
 from dmmlib.execution import Execution
 from dmmlib.files import check_folder, config_hash, place, read_json, short
@@ -256,9 +256,9 @@ class Trainer(Given):
     def identity(self) -> dict[str, Any]:
         """What every trained model depends on besides its mask and seed."""
         own = not self._spec.factory.__module__.startswith("dmmlib.")
-        answers = {"answers": models.fingerprint(self.module, self._few)} if own else {}
+        answers: dict[str, Any] = {"answers": models.fingerprint(self.module, self._few)} if own else {}
         if self._spec.loop is not None:
-            answers["loop"] = loops.fingerprint(self._spec.loop)
+            answers["loop"] = fingerprint.of_own(self._spec.loop)
         if (dtype := torch.get_default_dtype()) != torch.float32:
             answers["weights"] = str(dtype)
         return {**keys.trained(self.preset, self.data), **answers, "seed": self.preset.seed}

@@ -16,8 +16,7 @@ import pandas as pd
 
 from dmmlib.analysis import confirm
 from dmmlib.errors import DmmError, PresetError
-from dmmlib.files import home, read_table, replacing, write_json, write_table
-from dmmlib.files import read_json as read
+from dmmlib.files import home, read_json, read_table, write_bytes, write_json, write_table
 from dmmlib.registry import all_versions
 from dmmlib.study import Study
 
@@ -36,7 +35,7 @@ def check(folder: Path, now: dict[str, object]) -> None:
     if not path.exists():
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=CLAIMS.parent).stdout
         write_json(path, now | {"commit": commit.strip()})
-    recorded = read(path)
+    recorded = read_json(path)
     if changed := [key for key, value in now.items() if recorded.get(key) != value]:
         raise PresetError(
             f"{' and '.join(changed)} changed since {path} was written; put them back, or give docs/claims.yaml seeds "
@@ -65,8 +64,7 @@ def write_page(page: Path = PAGE, claims: Path = CLAIMS) -> None:
     """Put the claims into docs/claims.md."""
     block = f"\\1\n{confirm.written(confirm.load(claims))}\n\\2"
     text = re.sub(r"(<!-- claims[^>]*-->).*(<!-- /claims -->)", block, page.read_text("utf-8"), flags=re.DOTALL)
-    with replacing(page) as temporary:
-        temporary.write_text(text, "utf-8")
+    write_bytes(page, text.encode())
 
 
 if __name__ == "__main__":

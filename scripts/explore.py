@@ -36,7 +36,7 @@ def of_set(study: Study, name: str, methods: list[str]) -> tuple[dict, np.ndarra
     margins = [study.unlearned(m, f).margins for m in methods]
     kloms = np.array([metrics.klom(m, oracles) for m in margins])
     chosen = {}
-    for split, points in f.splits(study.data.n_train, study.data.n_val).items():
+    for split, points in study.splits(f, probes=False).items():
         order = points[np.argsort(-kloms[methods.index("dmm")][points], kind="stable")]
         few = np.linspace(0, len(order) - 1, min(N_OTHERS, len(order))).astype(int)
         chosen[split] = order if split == "forget" else order[few]

@@ -95,7 +95,7 @@ def measure(
     def rows() -> list[list[Any]]:
         problem = dataclasses.replace(study.problem(forget_set, method, tuning=run is not None), checkpoints=0)
         result = (run or unlearn.get(method))(problem, **setting)
-        splits = forget_set.splits(study.data.n_train, study.data.n_val)
+        splits = study.splits(forget_set, probes=False)
         found = {split: {"p95": Estimate(*[-float(np.log(metrics.FLOOR))] * 3)} for split in splits}
         if np.isfinite(result.margins).all():
             reference = metrics.margins(study.oracles(forget_set), study.data.y)

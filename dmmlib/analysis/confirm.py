@@ -9,6 +9,7 @@ refuted where it lies beyond, open between. Or it is every pair: shown where all
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
@@ -17,10 +18,11 @@ import numpy as np
 import pandas as pd
 import yaml
 from pydantic import ValidationError, model_validator
-from scipy.stats import t
 
 from dmmlib.analysis.claims import is_baseline
+from dmmlib.analysis.intervals import mean_over
 from dmmlib.errors import PresetError
+from dmmlib.metrics import Estimate
 from dmmlib.presets import Fraction, NonNegativeInt, Section, Some
 
 
@@ -96,12 +98,10 @@ def _judge(claim: Claim, results: pd.DataFrame, level: float) -> tuple[str, str,
         verdict = "shown" if holds.all() else "refuted"
         return claim.id, claim.text, float(holds.mean()), np.nan, np.nan, len(holds), verdict
     log = claim.form == "ratio"
-    pairs = pd.Series(np.log(value / other) if log else value - other)
-    error = t.ppf(1 - level / 2, len(pairs) - 1) * pairs.sem() if len(pairs) > 1 else np.inf
-    ends = pairs.mean() + np.array([0, -error, error])
-    middle, low, high = map(float, np.exp(ends) if log else ends)
-    verdict = "shown" if high <= claim.at_most else "refuted" if low > claim.at_most else "open"
-    return claim.id, claim.text, middle, low, high, len(pairs), verdict
+    pairs = np.asarray(value / other if log else value - other)
+    found = mean_over(pairs, log, level) if len(pairs) > 1 else Estimate(float(pairs[0]), -np.inf, np.inf)
+    verdict = "shown" if found.high <= claim.at_most else "refuted" if found.low > claim.at_most else "open"
+    return claim.id, claim.text, *astuple(found), len(pairs), verdict
 
 
 def written(plan: Plan) -> str:

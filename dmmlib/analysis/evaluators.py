@@ -88,11 +88,7 @@ def distances(
     for name, (a, b) in (("accuracy_gap", accuracies), ("membership", attacks)):
         error = np.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
         found[name] = Estimate.normal(abs(float(a.mean() - b.mean())), error, least=0)
-    return found | {"auc": _mean(attacks[0])}
-
-
-def _mean(values: np.ndarray) -> Estimate:
-    return Estimate.normal(float(values.mean()), values.std(ddof=1) / np.sqrt(len(values)))
+    return found | {"auc": Estimate.of(attacks[0])}
 
 
 def _within_halves(n: int, rng: np.random.Generator) -> np.ndarray:
@@ -110,7 +106,7 @@ def table(study: Study) -> pd.DataFrame:
     n_train, n_models = study.data.n_train, study.preset.ensembles.n_models
     for f in study.forget_sets().values():
         oracle = study.reference(f)
-        found = {"oracles": {"auc": _mean(membership_auc(oracle[0][:, f.indices], oracle[0][:, n_train:]))}}
+        found = {"oracles": {"auc": Estimate.of(membership_auc(oracle[0][:, f.indices], oracle[0][:, n_train:]))}}
         for method in study.methods:
             u = study.unlearned(method, f)
             found[method] = distances((u.margins, u.correct), oracle, f.indices, n_train)

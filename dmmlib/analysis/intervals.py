@@ -14,8 +14,8 @@ from dmmlib.metrics import LEVEL, Estimate, ks_p_values
 Z = 1.96
 
 
-def mean_over(values: np.ndarray, log: bool = False) -> Estimate:
-    """Compute the mean (geometric, if `log`) with a t-interval; `values` has one value for each draw or seed.
+def mean_over(values: np.ndarray, log: bool = False, level: float = 0.05) -> Estimate:
+    """Compute the mean (geometric, if `log`) with a t-interval of 1 - `level`; one value for each draw or seed.
 
     Raises:
         DataError: for fewer than two values.
@@ -23,7 +23,7 @@ def mean_over(values: np.ndarray, log: bool = False) -> Estimate:
     v = np.log(values) if log else np.asarray(values, float)
     if len(v) < 2:
         raise DataError(f"An interval was asked for over {len(v)} value; give at least 2 draws or seeds.")
-    mean, error = float(v.mean()), float(t.ppf(0.975, len(v) - 1) * v.std(ddof=1) / np.sqrt(len(v)))
+    mean, error = float(v.mean()), float(t.ppf(1 - level / 2, len(v) - 1) * v.std(ddof=1) / np.sqrt(len(v)))
     ends = (mean, mean - error, mean + error)
     return Estimate(*(float(np.exp(e)) for e in ends)) if log else Estimate(*ends)
 

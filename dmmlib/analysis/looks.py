@@ -29,6 +29,7 @@ STATISTICS = {
 }
 AXES = {"mean_gap": "mean gap / oracle sd", "ks_share": "share of points told apart (KS)", "klom_p95": "KLoM, p95"}
 HEADLINE = ("mean_gap", "ks_share", "klom_p95")
+SHARP = (*HEADLINE, "u_lira")  # measures whose intervals may tell a method from retraining
 STOPS = {"end": "at its end", "common": "best common moment", "own": "each point's own moment"}
 PALETTE = sns.color_palette("colorblind", 10)
 METHODS: dict[str, tuple[str, tuple[float, float, float], str]] = {  # label, colour, marker

@@ -146,7 +146,7 @@ def tuned_ridge(study: Study, masks: np.ndarray, margins: np.ndarray) -> dict[st
         model = RidgeDatamodel.fit(masks, margins[:, :, None], device=study.device, **setting)
         answers = [before + change[:, 0] for change in model.effects([f.indices for f, _ in sets])]
         found = zip(answers, sets, strict=True)
-        return float(np.mean([score(z, oracle, _splits(study, f))["score"] for z, (f, oracle) in found]))
+        return float(np.mean([score(z, oracle, study.splits(f, probes=False))["score"] for z, (f, oracle) in found]))
 
     return min(study.preset.datamodels.grid, key=mean_score)
 
@@ -162,10 +162,6 @@ def _dmm(study: Study, n_models: int) -> Unlearn:
     return run
 
 
-def _splits(study: Study, forget_set: ForgetSet) -> dict[str, np.ndarray]:
-    return forget_set.splits(study.data.n_train, study.data.n_val)
-
-
 def _ends(study: Study, oracles: Mapping[str, tuple[ForgetSet, np.ndarray]], n_models: int) -> pd.DataFrame:
     """p95 KLoM of doing nothing, and of as many models retrained once more."""
     rows = []
@@ -173,7 +169,7 @@ def _ends(study: Study, oracles: Mapping[str, tuple[ForgetSet, np.ndarray]], n_m
         ends = {NOTHING: study.original_logits()[:n_models], FLOOR: study.oracles(f, floor=True)[:n_models]}
         reference = metrics.margins(logits, study.data.y)
         for attributor, answers in ends.items():
-            found = score(metrics.margins(answers, study.data.y), reference, _splits(study, f))
+            found = score(metrics.margins(answers, study.data.y), reference, study.splits(f, probes=False))
             rows += [(attributor, 0, "", name, split, "klom_p95", found[split]) for split in SPLITS]
     return pd.DataFrame(rows, columns=COLUMNS[:-2])
 

@@ -12,11 +12,10 @@ import pandas as pd
 from dmmlib import tuning, unlearn
 from dmmlib.analysis.claims import is_baseline
 from dmmlib.analysis.intervals import ks_power, mean_over
-from dmmlib.analysis.looks import HEADLINE, SPLITS, STATISTICS, label
+from dmmlib.analysis.looks import HEADLINE, SHARP, SPLITS, STATISTICS, label
 from dmmlib.study import Study
 
 N_BEST = 7  # baselines in the README
-SHARP = (*HEADLINE, "u_lira")  # measures that tell unlearned models from retrained ones
 
 
 def main_table(results: pd.DataFrame, statistic: str = "klom_p95") -> pd.DataFrame:

@@ -7,11 +7,10 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from dmmlib.analysis.looks import HEADLINE, label
+from dmmlib.analysis.looks import SHARP, label
 from dmmlib.metrics import Estimate
 
 Answer = Literal["yes", "mostly", "in part", "no", "nothing to forget"]
-SHARP = (*HEADLINE, "u_lira")  # whose interval may tell a method from retraining
 MOSTLY, PARTLY = 0.25, 0.75  # of the way from doing nothing to retraining that may be left
 RULE = (
     "Yes: no measure of the forgotten images (KLoM, mean gap, KS tests, U-LiRA) has an interval above that of "

@@ -103,7 +103,7 @@ def audit(result: Result, retrained: Sequence[Model] = (), *, relearn: bool = Tr
         raise DataError(f"{len(retrained)} retrained models were given; give at least {LEAST}, or none.")
     splits = {"forget": f, "retain": np.setdiff1d(np.arange(n), f), "validation": np.arange(n, len(prepared.data.y))}
     s, after = _spread(result), result.margins()
-    remainder, misfit = verdict(result, after[None])
+    remainder, misfit = verdict(result, after[None], s)
     distances = {}
     for split, points in splits.items():
         gap = after[points] - result.predicted[points]
@@ -133,17 +133,18 @@ def _spread(result: Result) -> np.ndarray:
     return np.sqrt(variance + (0 if result.sd is None else result.sd**2)).clip(1e-3)
 
 
-def verdict(result: Result, margins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def verdict(result: Result, margins: np.ndarray, s: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Remainder and misfit, both (k,), of margins (k, n_points) of models that a result's are compared with.
 
-    They are judged against what is predicted of retrained models in the mean, not of the original that was given.
+    They are judged against what is predicted of retrained models in the mean, not of the original that was given. The
+    s (n_points,) of this module's head is worked out where it is not given.
     """
     f, prepared = result.forgotten, result.prepared
     attributor, y = prepared.attributor(), prepared.data.y
     level = metrics.right_logits(attributor.predict(np.ones((1, prepared.data.n_train), bool)), y)[0]
     fall = -metrics.right_logits(attributor.effect(f), y)[f]
     away = margins[:, f] - level[f] + fall
-    weight = 1 / _spread(result)[f] ** 2
+    weight = 1 / (_spread(result) if s is None else s)[f] ** 2
     length = float((fall**2 * weight).sum())
     return (away * fall * weight).sum(1) / max(length, 1e-9), (away**2 * weight).mean(1)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from dmmlib import attribution, ensemble, keys, loops, metrics
-from dmmlib.attributors.bayesian import BayesianDatamodel
-from dmmlib.attributors.linearised import RANK, Linearised, LinearisedResponse
-from dmmlib.attributors.margins import MarginDatamodel
+from dmmlib.attributors.kernel import measured_residuals
+from dmmlib.attributors.linearised import RANK
 from dmmlib.datamodels import Attributor, Indices
 from dmmlib.ensemble import Training
 from dmmlib.errors import DataError, ModelError
-from dmmlib.files import config_hash, kept, read_arrays, read_json, write_arrays, write_json
+from dmmlib.files import config_hash, kept, read_json, write_json
 from dmmlib.jobs import Job
 from dmmlib.own.recipe import Recipe
 from dmmlib.own.weights import with_weights
@@ -31,7 +29,6 @@ from dmmlib.trainer import ModelSet, once
 
 LINEARISED = 20  # models whose weights the attributor takes; of the others outputs are enough
 TRIAL = 128  # points of the models that a loop is tried on
-SAVED = {kind.__name__: kind for kind in (BayesianDatamodel, MarginDatamodel, LinearisedResponse, Linearised)}
 SEEN = 3.0  # standard errors by which answers to points that were trained on must differ from those to others
 
 
@@ -153,15 +150,15 @@ class Prepared(Models):
         config = {**self.identity, "masks": [part.digest for part in self.sets], **versions(*keys.ATTRIBUTION)}
         config |= versions("attributor bayesian")
 
-        def fit() -> dict[str, np.ndarray]:
+        def fit() -> Attributor:
             self.progress("fit the attributor", 0, 1)
-            packed = dict[str, np.ndarray]()
-            pack(attribution.fit("bayesian", self.context()), "", packed)
+            made = attribution.fit("bayesian", self.context())
             self.progress("fit the attributor", 1, 1)
-            return packed
+            return made
 
-        path = self.runs / "store" / f"attributor-{config_hash(config)}.npz"
-        found: Attributor = unpack("", kept(path, fit, read_arrays, write_arrays), self.device)
+        found = attribution.kept(
+            self.runs / "store" / f"attributor-bayesian-{config_hash(config)}.npz", self.device, fit
+        )
         context, n = self.context(), self.data.n_train
         return Checked(found, falls(context.margins[:, :n], context.masks), self.data.y[:n])
 
@@ -195,35 +192,7 @@ class Checked(Attributor):
 
 def falls(margins: np.ndarray, masks: np.ndarray) -> np.ndarray:
     """How much lower margins (M, n_train) of points are in models whose masks lack them: (n_train,), at least 0."""
-    within, without = masks.sum(0), (~masks).sum(0)
-    gap = (margins * masks).sum(0) / np.maximum(within, 1) - (margins * ~masks).sum(0) / np.maximum(without, 1)
-    return np.where((within > 0) & (without > 0), gap, 0).clip(0)
-
-
-def pack(value: Any, name: str, into: dict[str, np.ndarray]) -> None:
-    """Put arrays, tensors, numbers, and tuples and `SAVED` dataclasses of them into a dictionary of arrays."""
-    if is_dataclass(value):
-        into[f"{name}:kind"] = np.array(type(value).__name__)
-        for part in fields(value):
-            pack(getattr(value, part.name), f"{name}.{part.name}", into)
-    elif isinstance(value, tuple):
-        into[f"{name}:size"] = np.array(len(value))
-        for i, part in enumerate(value):
-            pack(part, f"{name}.{i}", into)
-    else:
-        into[f"{name}:tensor" if isinstance(value, Tensor) else name] = np.asarray(torch.as_tensor(value).cpu())
-
-
-def unpack(name: str, arrays: dict[str, np.ndarray], device: torch.device) -> Any:
-    """Make again what `pack` put under a name."""
-    if f"{name}:kind" in arrays:
-        kind = SAVED[str(arrays[f"{name}:kind"])]
-        return kind(**{part.name: unpack(f"{name}.{part.name}", arrays, device) for part in fields(kind)})
-    if f"{name}:size" in arrays:
-        return tuple(unpack(f"{name}.{i}", arrays, device) for i in range(int(arrays[f"{name}:size"])))
-    if f"{name}:tensor" in arrays:
-        return torch.from_numpy(arrays[f"{name}:tensor"]).to(device)
-    return arrays[name] if arrays[name].ndim else arrays[name].item()
+    return measured_residuals(margins, masks, np.ones(masks.shape[1])).clip(0)
 
 
 def seen_gap(answers: np.ndarray, masks: np.ndarray) -> tuple[float, float]:

@@ -32,7 +32,7 @@ class Results(w.VBox):
         self._oracles = study.reference(forget_set)[0]
         self._margins = {m: study.unlearned(m, forget_set).margins for m in methods}
         self.kloms = {m: metrics.klom(margins, self._oracles) for m, margins in self._margins.items()}
-        self._splits = forget_set.splits(study.data.n_train, study.data.n_val)
+        self._splits = study.splits(forget_set, probes=False)
 
         names, first = [(plots.label(m), m) for m in methods], "dmm" if "dmm" in methods else methods[0]
         self.method = labelled(w.Dropdown, "KLoM of", options=names, value=first)

@@ -46,10 +46,10 @@ class Evaluator:
 
     def rows(self, answers: Callable[[str], np.ndarray]) -> Rows:
         """Compute p95 KLoM on each split of each forget set, of the margins (n, n_points) that answer its name."""
-        found, data = [], self.study.data
+        found = []
         for name, f in self.sets.items():
             klom = metrics.klom(answers(name), self.oracles[name])
-            for split, at in f.splits(data.n_train, data.n_val).items():
+            for split, at in self.study.splits(f, probes=False).items():
                 value = float(np.percentile(klom[at], 95))
                 found.append({"forget_set": name, "split": split, "statistic": "klom_p95", "value": value})
         return found

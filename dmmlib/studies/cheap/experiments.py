@@ -185,7 +185,7 @@ def uncertainty(study: Study, model: BayesianDatamodel, level: float = 0.95) -> 
         true = oracle.mean(0) - before.mean(0)
         z = (true - predicted) / np.sqrt(sd**2 + se**2)
         every = pd.DataFrame({"predicted": predicted, "true": true, "sd": sd, "se": se, "z": z})
-        for split, at in f.splits(study.data.n_train, study.data.n_val).items():
+        for split, at in study.splits(f, probes=False).items():
             parts.append(every.iloc[at].assign(forget_set=name, kind=kind_of(f), split=split))
     table = pd.concat(parts, ignore_index=True)
     return table.assign(covered=table["z"].abs() <= norm.ppf(0.5 + level / 2))
