@@ -95,8 +95,8 @@ Fit = Callable[..., Attributor]
 
 ATTRIBUTORS: Registry[Fit] = Registry("attributor", "dmmlib.attributors")
 
-Loadings = Callable[[Ensemble, Tensor, Tensor, int], np.ndarray]
-"""Of models, points (n, ...), their labels (n,) and k: loadings (n, k) of points on k directions in which they act."""
+Loadings = Callable[[Ensemble, Tensor, Tensor, np.ndarray, int], np.ndarray]
+"""Of models, points (n, ...), labels and hardness (n,), and k: loadings (n, k) on k directions in which points act."""
 
 LOADINGS: Registry[Loadings] = Registry("loadings", "dmmlib.attributors")
 

@@ -6,6 +6,7 @@ import dataclasses
 from functools import cached_property
 
 import numpy as np
+from scipy.special import expit
 
 from dmmlib import attribution, datamodels, metrics
 from dmmlib.ensemble import Ensemble
@@ -146,12 +147,16 @@ class Models(Trainer):
     def loadings(self) -> np.ndarray:
         """Loadings (n_train, k) on the principal components of training points' gradients, at a few originals.
 
-        No subset model has a part in them, so that sets which are chosen by them favour no attributor.
+        Weighted by how often held-out subset models that have not seen a point answer it wrongly. No attributor is
+        fitted to these, so that sets which are chosen by loadings favour none.
         """
         every = (*self.preset.forget_sets, *self.preset.tuning.forget_sets)
         wanted = max((p.component for p in every if p.kind in ("pc", "pc_both")), default=2)
         n, few = self.data.n_train, self.originals()[:N_LOADINGS]
-        return attribution.LOADINGS["gradients"](few, self.x[:n], self.y[:n], max(wanted, 2))
+        masks, outputs = self.held_out()
+        wrong = expit(-metrics.right_logits(outputs[:, :n], self.data.y[:n]))
+        hardness = (wrong * ~masks).sum(0) / np.maximum((~masks).sum(0), 1)
+        return attribution.LOADINGS["gradients"](few, self.x[:n], self.y[:n], hardness, max(wanted, 2))
 
     def n_subsets_of(self, name: str) -> int:
         """How many subset models an attributor is fitted to."""

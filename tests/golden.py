@@ -636,7 +636,9 @@ def _(inputs: Inputs) -> Values:
 
 @component("loadings gradients", "engine")
 def _(inputs: Inputs) -> Values:
-    loadings = gradients.principal_loadings(inputs.originals, inputs.x[:N], torch.from_numpy(inputs.y[:N]), 2)
+    loadings = gradients.principal_loadings(
+        inputs.originals, inputs.x[:N], torch.from_numpy(inputs.y[:N]), np.linspace(0, 1, N), 2
+    )
     yield "on the first component, in order", in_order(loadings[:, 0])
     yield "on the second component, in order", in_order(loadings[:, 1])
 
@@ -678,6 +680,7 @@ def _(inputs: Inputs) -> Values:
     yield "root mean square effect of single points, unscaled", rms(fitted.response.weights)
     yield "leverage of F", fitted.leverage(FORGET)
     yield from _attributor(inputs, attribution.fit("linearised", inputs.context, n_models=3, rank=30), "rank 30")
+    yield from _attributor(inputs, attribution.fit("linearised", inputs.context, n_logits=1), "linear margins")
 
 
 @component("attributor bayesian", *TRAINED, "attributor linearised")
@@ -802,7 +805,17 @@ for _name, _run in METHODS.items():
 # studies
 
 
-@component("search", "seeds", "metric klom", "ridge", "forget sets", "method gd", "method dm_direct", "method dmm")
+@component(
+    "search",
+    "seeds",
+    "metric klom",
+    "ridge",
+    "forget sets",
+    "loadings gradients",
+    "method gd",
+    "method dm_direct",
+    "method dmm",
+)
 def _(inputs: Inputs) -> Values:
     for words in ("gd", "dmm", "ridge"):
         tried = search(inputs.study, words)

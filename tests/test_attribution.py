@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
-from scipy.special import expit
+from scipy.special import log_softmax, logsumexp, softmax
 from sklearn import linear_model
 from torch import nn
 
@@ -23,7 +23,7 @@ from dmmlib.attributors.bayesian import covariance, fit
 from dmmlib.attributors.gradients import margin
 from dmmlib.attributors.kernel import EASY, Kernel, gradient_kernel, gram, hardness, kernel, kernel_response
 from dmmlib.attributors.lasso import Solver
-from dmmlib.attributors.linearised import FLAT, LinearisedResponse, compressed, linearised_response
+from dmmlib.attributors.linearised import FLAT, LinearisedResponse, leading, linearised_response
 from dmmlib.attributors.margins import calibrated
 from dmmlib.datamodels import Attributor, lds, retrained
 from dmmlib.errors import DataError, ForgetSetError, MethodError, OptionError
@@ -56,6 +56,7 @@ FACTORIES = {
     "mlp": lambda: nn.Sequential(nn.Linear(16, 6), nn.ReLU(), nn.Linear(6, 3)),
     "conv": Conv,
     "twice": Twice,
+    "five classes": lambda: nn.Sequential(nn.Linear(16, 6), nn.ReLU(), nn.Linear(6, 5)),
 }
 
 
@@ -83,6 +84,19 @@ def jacobians(context, i, models=None):
         return torch.cat([g.flatten() for g in torch.autograd.grad(output, list(params.values()), retain_graph=True)])
 
     return torch.stack([flat(z) for z in m]).double().numpy()
+
+
+def logits_and_gradients(context, i):
+    """Logits (n_points, n_classes) of model i and their gradients (n_points, n_classes, p), in double precision."""
+    params, buffers = ({k: v[i].double() if v.is_floating_point() else v[i] for k, v in state.items()}
+                       for state in (context.models.params, context.models.buffers))  # fmt: skip
+    module = context.models.module.eval()
+
+    def logits(params):
+        return torch.func.functional_call(module, (params, buffers), (context.x.double(),))
+
+    found = torch.func.jacrev(logits)(params)
+    return logits(params).numpy(), torch.cat([g.flatten(2) for g in found.values()], 2).numpy()
 
 
 def explicit_kernel(context, lam, h=1.0, models=None):
@@ -210,7 +224,7 @@ def test_kernel_equals_the_explicit_solve(name):
         row[~mask] = shortfall(found.residuals, np.flatnonzero(~mask))
     np.testing.assert_allclose(shortfalls.sum(0) / (~seen).sum(0), rise / np.diag(t), rtol=5e-2, atol=5e-2)
     fitted = kernel(context, lam=0.2)
-    effect, right = fitted.effect([0, 5]), np.eye(3, dtype=bool)[context.labels]
+    effect, right = fitted.effect([0, 5]), np.eye(context.n_classes, dtype=bool)[context.labels]
     change = -shortfall(found.residuals, [0, 5]) @ t[[0, 5]]
     np.testing.assert_allclose(effect[right], fitted.scale * change, rtol=5e-2, atol=1e-2 * np.abs(effect).max())
     assert (effect[~right] == 0).all()
@@ -221,59 +235,87 @@ def test_kernel_equals_the_explicit_solve(name):
     assert (centred[0] * centred[1]).sum() == pytest.approx((centred[0] ** 2).sum(), rel=1e-2)  # least squares
 
 
-def logistic_regression(phi, keep, initial, penalty, pull):
-    """Weights of the penalised logistic regression of the module `linearised`, by quasi-Newton steps."""
+def against_others(logits, labels, ranking, n_logits):
+    """Logits (n, n_logits) of a point's own class and the likeliest wrong ones, less that of the others together."""
+    found = []
+    for z, label, likely in zip(logits, labels, ranking, strict=True):
+        order = [label, *(c for c in np.argsort(-likely) if c != label)]
+        found.append(z[order[:n_logits]] - logsumexp(z[order[n_logits:]]))
+    return np.stack(found)
+
+
+def softmax_regression(j, start, keep, penalty, pull):
+    """Weights of the penalised softmax regression of the module `linearised`, by quasi-Newton steps."""
 
     def loss(theta):
-        m = initial[keep] + phi[keep] @ theta
-        gradient = penalty * theta - phi[keep].T @ expit(-m) + pull
-        return np.logaddexp(0, -m).sum() + penalty / 2 * theta @ theta + pull @ theta, gradient
+        z = np.pad((start + j @ theta)[keep], ((0, 0), (0, 1)))
+        wrong = softmax(z, 1)[:, :-1] - (np.arange(j.shape[1]) == 0)
+        gradient = penalty * theta + np.einsum("nc,ncr->r", wrong, j[keep]) + pull
+        return -log_softmax(z, 1)[:, 0].sum() + penalty / 2 * theta @ theta + pull @ theta, gradient
 
-    return minimize(
-        loss, np.zeros(phi.shape[1]), jac=True, method="L-BFGS-B", options={"maxiter": 5000, "gtol": 1e-7}
-    ).x
+    options = {"maxiter": 5000, "gtol": 1e-7}
+    return minimize(loss, np.zeros(j.shape[2]), jac=True, method="L-BFGS-B", options=options).x
 
 
-@pytest.mark.parametrize("name", FACTORIES)
-def test_linearised_retraining_is_logistic_regression_on_gradients(name):
-    context = problem(FACTORIES[name])
-    n, lam = context.n_train, 0.1
-    found, margins, first_order = linearised_response(context, lam, n_models=2), 0, 0
-    masks = np.ones((3, n), bool)
+@pytest.mark.parametrize("n_logits", [1, 2, 9])
+@pytest.mark.parametrize("name", ["mlp", "conv", "twice", "five classes"])
+def test_linearised_retraining_is_softmax_regression_on_gradients(name, n_logits):
+    context, lam = problem(FACTORIES[name]), 0.1
+    n, labels, c = context.n_train, context.labels, min(n_logits, context.n_classes - 1)
+    found, margins, first_order = linearised_response(context, lam, n_models=2, n_logits=n_logits), 0, 0
+    masks, ranking = np.ones((3, n), bool), context.outputs.mean(0)
     masks[0, [3]] = masks[1, [0, 4, 5, 8]] = False
     for i in range(2):
-        phi = jacobians(context, i)
-        penalty = lam * (phi[:n] ** 2).sum(1).mean()
-        initial, pull, seen = np.full(n, -np.log(2)), np.zeros(phi.shape[1]), context.masks[i]
+        # gradients of logits, of which those against others are combinations, in a basis of those of training margins
+        now, j = logits_and_gradients(context, i)
+        phi = jacobians(context, i)[:n].astype(float)
+        j = j @ np.linalg.qr(phi.T)[0]
+        step, base = 1e-6, against_others(now, labels, ranking, c)
+        slopes = np.stack([against_others(now + step * e, labels, ranking, c) - base for e in np.eye(now.shape[1])], 2)
+        j = np.einsum("tck,tkr->tcr", slopes / step, j)
+        penalty, seen = lam * (phi**2).sum(1).mean(), context.masks[i]
+        start, pull = against_others(np.zeros(now.shape), labels, ranking, c), np.zeros(j.shape[2])
         if i == 1:  # retrained from where it is
-            initial = context.margins[1, :n].astype(float)
-            pull = phi[:n][seen].T @ expit(-initial[seen])
-            np.testing.assert_allclose(logistic_regression(phi[:n], seen, initial, penalty, pull), 0, atol=1e-5)
-        thetas = [logistic_regression(phi[:n], mask, initial, penalty, pull) for mask in (*masks, masks[2])]
-        margins = margins + np.stack([phi @ (theta - thetas[3]) for theta in thetas[:3]]) / 2
-        p = expit(-initial - phi[:n] @ thetas[3])
-        hessian = (phi[:n].T * (p * (1 - p))) @ phi[:n] + penalty * np.eye(phi.shape[1])
-        first_order = first_order + p[:, None] * (phi[:n] @ np.linalg.solve(hessian, phi.T)) / 2
+            start = base
+            wrong = softmax(np.pad(start, ((0, 0), (0, 1))), 1)[:, :-1] - (np.arange(c) == 0)
+            pull = -np.einsum("nc,ncr->r", wrong[:n][seen], j[:n][seen])
+            np.testing.assert_allclose(softmax_regression(j[:n], start[:n], seen, penalty, pull), 0, atol=1e-4)
+        thetas = [softmax_regression(j[:n], start[:n], mask, penalty, pull) for mask in masks]
+        logits = [np.pad(start + j @ theta, ((0, 0), (0, 1))) for theta in thetas]
+        margins = margins + metrics.margins(np.stack(logits), 0 * labels) / 2
+        margins -= margins[2]
+        z = logits[2]
+        p = softmax(z, 1)[:, :-1]
+        hessian = np.einsum("ncr,nc,ncs->rs", j[:n], p[:n], j[:n]) + penalty * np.eye(j.shape[2])
+        mean = np.einsum("nc,ncr->nr", p[:n], j[:n])
+        hessian -= mean.T @ mean
+        steps = np.einsum("nc,ncr->nr", ((np.arange(c) == 0) - p)[:n], j[:n])
+        others = softmax(np.where(np.arange(c + 1) == 0, -np.inf, z), 1)[:, :-1]
+        rises = np.einsum("nc,ncr->nr", (np.arange(c) == 0) - others, j)
+        first_order = first_order + steps @ np.linalg.solve(hessian, rises.T) / 2
     change, _ = found.change(masks)
     size = np.abs(margins).max()
-    np.testing.assert_allclose(change, margins, atol=0.01 * size)
+    np.testing.assert_allclose(change, margins, atol=0.02 * size)
     np.testing.assert_allclose(change[2], 0, atol=1e-5)
-    np.testing.assert_allclose(found.weights, first_order, atol=0.01 * np.abs(first_order).max())
-    fitted = attribution.fit("linearised", context, lam=lam, n_models=2)
-    right = np.eye(3, dtype=bool)[context.labels]
+    np.testing.assert_allclose(found.weights, first_order, atol=0.02 * np.abs(first_order).max())
+    fitted = attribution.fit("linearised", context, lam=lam, n_models=2, n_logits=n_logits)
+    right = np.eye(context.n_classes, dtype=bool)[labels]
     effect = fitted.effect([0, 4, 5, 8])
     np.testing.assert_allclose(effect[right], fitted.scale * change[1], atol=1e-3 * size)
     assert (effect[~right] == 0).all()
 
 
 def test_leverage_is_the_length_of_a_newton_step():
-    context = problem(FACTORIES["mlp"])
+    context = problem(FACTORIES["five classes"])
     response = linearised_response(context, n_models=1)
     (model,) = response.models
-    phi = model.features[:10].double().numpy()
-    p = expit(-(model.initial.double().numpy() + phi @ model.weights.double().numpy()))
-    metric = (phi.T * np.maximum(p * (1 - p), FLAT)) @ phi / 10 + model.penalty * np.eye(phi.shape[1])
-    pull = p[[1, 6]] @ phi[[1, 6]] / 10
+    j, theta = model.features[:10].double().numpy(), model.weights.double().numpy()
+    p = softmax(np.pad(model.initial[:10].double().numpy() + j @ theta, ((0, 0), (0, 1))), 1)
+    right, at_least = np.arange(j.shape[1]) == 0, np.maximum(p, FLAT)
+    q = at_least[:, :-1]
+    curve = np.einsum("nc,cd->ncd", q, np.eye(j.shape[1])) - q[:, :, None] * q[:, None] / at_least.sum(1)[:, None, None]
+    metric = np.einsum("ncr,ncd,nds->rs", j, curve, j) / 10 + model.penalty * np.eye(j.shape[2])
+    pull = np.einsum("nc,ncr->r", (right - p[:, :-1])[[1, 6]], j[[1, 6]]) / 10
     moved = np.linalg.solve(metric, pull)
     assert response.leverage(np.array([1, 6])) == pytest.approx(np.sqrt(moved @ metric @ moved), rel=1e-3)
 
@@ -334,7 +376,7 @@ def test_compressed_features_keep_the_leading_directions_of_a_kernel():
     rng = np.random.default_rng(0)
     phi = rng.normal(size=(30, 12)) * np.geomspace(1, 1e-3, 12)
     kernel = torch.from_numpy(phi[:20] @ phi.T).float()
-    full, few = (compressed(kernel, 20, rank) for rank in (20, 5))
+    full, few = (kernel.T @ leading(kernel[:, :20], rank) for rank in (20, 5))
     np.testing.assert_allclose(full[:20] @ full.T, kernel, atol=1e-4)
     assert few.shape == (30, 5)
     u, s, _ = np.linalg.svd(phi[:20])
@@ -372,7 +414,7 @@ def test_the_slope_that_calibrates_scores_recovers_their_unit():
     rng = np.random.default_rng(0)
     raw = rng.normal(size=(10, 14)).astype(np.float32)
     outputs = metrics.margin_gauge(rng.normal(size=(60, 14, 3)), context.labels) * 1e-3
-    right = np.eye(3, dtype=bool)[context.labels]
+    right = np.eye(context.n_classes, dtype=bool)[context.labels]
     outputs[:, right] += -2.5 * context.masks @ raw
     moved = Context(context.x, context.y, context.masks, outputs.astype(np.float32))
     np.testing.assert_allclose(calibrated(moved, raw).weights, -2.5 * raw, rtol=1e-2, atol=1e-2)
@@ -820,7 +862,8 @@ def test_principal_loadings_equal_those_of_the_explicit_kernel(architecture):
         "convolution": lambda: nn.Sequential(nn.Conv2d(1, 3, (2, 3)), nn.Flatten()),
     }[architecture]
     models, y = ensemble.initialise(factory, [1, 2, 3]), torch.arange(20) % 3
-    found = gradients.principal_loadings(models, x, y, 2)
+    hardness = np.random.default_rng(0).random(20)
+    found = gradients.principal_loadings(models, x, y, hardness, 2)
     rows = []
     for i in range(3):
         one = factory()
@@ -831,7 +874,7 @@ def test_principal_loadings_equal_those_of_the_explicit_kernel(architecture):
             grads = torch.autograd.grad(z[label] - others.logsumexp(0), list(one.parameters()))
             rows.append(torch.cat([g.flatten() for g in grads]))
     g = torch.stack(rows).reshape(3, 20, -1).numpy()
-    k = np.einsum("mip,mjp->ij", g, g)
+    k = np.einsum("mip,mjp->ij", g, g) * np.sqrt(hardness[:, None] * hardness)
     centred = k - k.mean(0) - k.mean(1)[:, None] + k.mean()
     vectors = np.linalg.eigh(centred)[1][:, :-3:-1]
     expected = vectors * np.sign(np.take_along_axis(vectors, np.abs(vectors).argmax(0)[None], 0))

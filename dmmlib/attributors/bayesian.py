@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dmmlib.attribution import Context, register
-from dmmlib.attributors.linearised import LAM, RANK, linearised_response
+from dmmlib.attributors.linearised import LAM, LOGITS, RANK, linearised_response
 from dmmlib.attributors.margins import Linear, MarginDatamodel, Response, of_label, slope
 from dmmlib.datamodels import Attributor, Indices
 from dmmlib.errors import DataError
@@ -111,6 +111,7 @@ def bayesian(
     n_models: int | None = 20,
     rank: int = RANK,
     project: int | None = None,
+    n_logits: int = LOGITS,
 ) -> BayesianDatamodel:
     """Fit the posterior to all subset models of the context, around `linearised_response`.
 
@@ -121,7 +122,7 @@ def bayesian(
         raise DataError(f"delta={delta} was given; use a share above 0 and at most 1, such as 1.")
     if len(context.masks) < 3:
         raise DataError(f"{len(context.masks)} subset models were given; a Bayesian datamodel takes at least 3.")
-    return fit(context, linearised_response(context, lam, n_models, rank, project), delta)
+    return fit(context, linearised_response(context, lam, n_models, rank, project, n_logits), delta)
 
 
 def fit(context: Context, response: Response | np.ndarray, delta: float = 1.0) -> BayesianDatamodel:

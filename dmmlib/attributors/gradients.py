@@ -22,6 +22,7 @@ POINTS = 100  # whose gradients are taken at a time; on a GPU five times as many
 FLOATS = 100_000_000  # numbers in one block of gradients, about
 
 Margins = Callable[[Tensors, Tensor, Tensor], Tensor]  # of one model, from its weights, points and labels
+Score = Callable[[Tensor, Tensor], Tensor]  # of logits (n, n_classes) and labels, one number (n,) for each point
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
@@ -144,21 +145,29 @@ def explicit(params: Tensors, names: Sequence[str], margins: Margins, x: Tensor,
         yield torch.cat([per_point[k].reshape(len(points), -1) for k in names], 1)
 
 
+def scores_of(module: nn.Module, buffers: Tensors, score: Score) -> Margins:
+    """Make the function of weights, points and labels that gives a score (n,) of a module's logits."""
+    return lambda params, x, y: score(stacking.one(module, params, buffers, x.clone())[0], y)
+
+
 def margins_of(module: nn.Module, buffers: Tensors) -> Margins:
     """Make the function of weights, points and labels that gives a module's margins (n,)."""
-    return lambda params, x, y: margin(stacking.one(module, params, buffers, x.clone())[0], y)
+    return scores_of(module, buffers, margin)
 
 
-def principal_loadings(models: Ensemble, x: Tensor, y: Tensor, n_components: int) -> np.ndarray:
+def principal_loadings(models: Ensemble, x: Tensor, y: Tensor, hardness: np.ndarray, n_components: int) -> np.ndarray:
     """Loadings (n, n_components) of points (n, ...) on the principal components of their gradients of margins.
 
-    To first order a point acts on another's margin by the inner product of their gradients, so that points with large
-    loadings act together. Gradients are those in the weights of fully connected layers, where they are products (in
-    all weights, where a module has no such layer), averaged as a kernel over models, which is used through its products
-    only. Components have length 1 and the sign by which the largest loading in absolute value is positive.
+    To first order a point acts on another's margin by the inner product of their gradients, and the more the harder it
+    is. So gradients are weighted by the roots of `hardness` (n,), and points with large loadings act together and have
+    something to be forgotten; unweighted, they are easy ones for which others stand in. Gradients are those in the
+    weights of fully connected layers, where they are products (in all weights, where a module has no such layer),
+    averaged as a kernel over models, which is used through its products only. Components have length 1 and the sign by
+    which the largest loading in absolute value is positive.
     """
     parts: list[tuple[Tensor, Tensor]] = []  # of gradients d u^T: u (n, d_in) and d (n, d_out)
     n, module = len(x), stacking.copied(models.module).eval()
+    weights = torch.from_numpy(np.sqrt(hardness).astype(np.float32))[:, None].to(x.device)
     for params, buffers in map(models.state_of, range(models.n_models)):
         margins = margins_of(module, buffers)
         known = separable(module, params, margins, x, y, nn.Linear)
@@ -167,10 +176,10 @@ def principal_loadings(models: Ensemble, x: Tensor, y: Tensor, n_components: int
             for some in zip(x.split(POINTS), y.split(POINTS), strict=True)
         ]
         for layers in zip(*blocks, strict=True):
-            parts.append((torch.cat([z.rows[:, 0] for z in layers]), torch.cat([z.d[:, 0] for z in layers])))
+            parts.append((torch.cat([z.rows[:, 0] for z in layers]), weights * torch.cat([z.d[:, 0] for z in layers])))
         if not known:
             features = torch.cat(list(explicit(params, list(params), margins, x, y)))
-            parts.append((features, torch.ones_like(features[:, :1])))
+            parts.append((weights * features, torch.ones_like(features[:, :1])))
 
     def products(v: np.ndarray) -> np.ndarray:
         centred = torch.from_numpy(v.reshape(-1, 1) - v.mean()).to(parts[0][0])
@@ -183,4 +192,4 @@ def principal_loadings(models: Ensemble, x: Tensor, y: Tensor, n_components: int
     return loadings * np.sign(np.take_along_axis(loadings, np.abs(loadings).argmax(0)[None], 0))
 
 
-LOADINGS.add("gradients", principal_loadings)
+LOADINGS.add("gradients", principal_loadings, version=2)

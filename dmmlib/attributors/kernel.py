@@ -39,7 +39,7 @@ from torch.nn import functional as F
 
 from dmmlib import stacking
 from dmmlib.attribution import Context, register
-from dmmlib.attributors.gradients import Layer, explicit, margins_of, observe, separable
+from dmmlib.attributors.gradients import Layer, Score, explicit, margin, observe, scores_of, separable
 from dmmlib.attributors.margins import MarginDatamodel, calibrated
 from dmmlib.ensemble import Ensemble
 from dmmlib.errors import DataError
@@ -99,32 +99,58 @@ def gram(models: Ensemble, i: int, x: Tensor, y: Tensor, seed: int = 0, project:
     Takes 4 n (3 n + project) bytes and, with `project`, about 1 GB for a block of points on a CPU, 8 GB on a GPU.
     Raises DataError for a number of features that is not positive.
     """
+    parts = gradients_of(models, i, margin, x, y, seed, project)
+    return products(parts, parts)
+
+
+Parts = list[tuple[Tensor | None, Tensor]]
+"""Gradients of n points, in parts of the weights: products of inputs (n, d_in) and what arrives at outputs (n, d_out);
+of all other weights, as they are or projected (n, n_features), without inputs."""
+
+
+def gradients_of(
+    models: Ensemble, i: int, score: Score, x: Tensor, y: Tensor, seed: int = 0, project: int | None = None
+) -> Parts:
+    """Gradients in the weights of model i of a score of each point's logits and label; arguments as of `gram`."""
     if project is not None and project < 1:
         raise DataError(f"project={project} was given; give a number of features, such as 8192, or null.")
     module, (params, buffers) = stacking.copied(models.module).eval(), models.state_of(i)
-    margins, kinds = margins_of(module, buffers), (nn.Linear,) if project is None else (nn.Linear, nn.Conv2d)
-    known = separable(module, params, margins, x, y, *kinds)
-    few = observe(module, params, margins, x[:2], y[:2], kinds, known)[1]
+    scores, kinds = scores_of(module, buffers, score), (nn.Linear,) if project is None else (nn.Linear, nn.Conv2d)
+    known = separable(module, params, scores, x, y, *kinds)
+    few = observe(module, params, scores, x[:2], y[:2], kinds, known)[1]
     sketch, vectors = Sketch(project or 1, seed, x.device), dict[str, list[Layer]]()
     features = next(iter(params.values())).new_zeros(len(x), project or 0)
     block = len(x) if project is None else max(1, BLOCK[x.device.type] // _floats(few))
     for points, labels, sums in zip(*(z.split(block) for z in (x, y, features)), strict=True):
-        for layer in observe(module, params, margins, points, labels, kinds, known)[1]:
+        for layer in observe(module, params, scores, points, labels, kinds, known)[1]:
             if layer.d.shape[1] == 1:
                 vectors.setdefault(layer.parameters[0], []).append(layer)
             else:
                 sums += sketch(layer.parameters[0], layer.products().flatten(1))
     covered = {name for layer in few for name in layer.parameters}
     if others := [name for name in params if name not in covered]:
-        blocks = explicit(params, others, margins, x, y)
+        blocks = explicit(params, others, scores, x, y)
         if project is None:
             features = torch.cat([_project(z, seed) if z.shape[1] > FEATURES else z for z in blocks])
         else:
             features += torch.cat([sketch("", z) for z in blocks])
-    k = features @ features.T
+    parts: Parts = [(None, features)]
     for layers in vectors.values():
-        u, d = (torch.cat(z) for z in zip(*((layer.rows[:, 0], layer.d[:, 0]) for layer in layers), strict=True))
-        k += (u @ u.T) * (d @ d.T)
+        parts.append((torch.cat([z.rows[:, 0] for z in layers]), torch.cat([z.d[:, 0] for z in layers])))
+    return parts
+
+
+def products(a: Parts, b: Parts, known: dict[int, Tensor] | None = None) -> Tensor:
+    """Inner products (n_a, n_b) of gradients of one model; those of inputs, the same for any score, stay in `known`."""
+    known = {} if known is None else known
+    k = a[0][1].new_zeros(len(a[0][1]), len(b[0][1]))
+    for i, ((u, d), (v, e)) in enumerate(zip(a, b, strict=True)):
+        if u is None or v is None:
+            k += d @ e.T
+        else:
+            if i not in known:
+                known[i] = u @ v.T
+            k += known[i] * (d @ e.T)
     return k.float()
 
 

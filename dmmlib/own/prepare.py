@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dmmlib import attribution, ensemble, keys, loops, metrics
 from dmmlib.attributors.kernel import measured_residuals
-from dmmlib.attributors.linearised import RANK
+from dmmlib.attributors.linearised import LOGITS, RANK
 from dmmlib.datamodels import Attributor, Indices
 from dmmlib.ensemble import Training
 from dmmlib.errors import DataError, ModelError
@@ -120,7 +120,7 @@ class Prepared(Models):
         n, size, workers = self.missing(), self.jobs()[0].size, loops.execution(self.device).workers
         weights = sum(v.numel() for v in self.module().state_dict().values())
         numbers = self.preset.attribution.n_subsets * len(self.x) * self.data.n_classes + LINEARISED * weights
-        numbers += LINEARISED * len(self.x) * RANK + 2 * self.data.n_train**2  # the attributor's
+        numbers += LINEARISED * len(self.x) * LOGITS * RANK + 2 * self.data.n_train**2  # the attributor's
         done, seconds = self.preset.attribution.n_subsets - n, self.trial["seconds"] * size * n / workers
         return (
             f"{n} models to train on {size:,} points each ({done} are there), about {duration(seconds)} with {workers} "

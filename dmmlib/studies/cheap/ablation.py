@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dmmlib.attribution import Context
 from dmmlib.attributors import bayesian
 from dmmlib.attributors.linearised import LinearisedResponse
 from dmmlib.attributors.margins import Linear, calibrated
@@ -33,17 +32,16 @@ def variants(study: Study, cache: Cache, draw: int) -> Iterator[tuple[str, str, 
     cheap, section = study.preset.studies["cheap"], study.preset.attribution
     m, start, k = section.n_subsets, draws(study.preset, section.n_subsets)[draw], cheap.n_kernel
 
-    def linearised(name: str, context: Context, n: int) -> LinearisedResponse:
-        return cache(name, context, n)
-
     context = pool(study, start, start + m)
-    response = linearised(f"draw {start}", context, k)
+    response = cache(f"draw {start}", context, k)
     yield "default", f"{m} subsets of {section.fraction:.0%}, {k} linearised models", bayesian.fit(context, response)
     for n in cheap.linearised:
-        yield "linearised models", f"{n} of them", bayesian.fit(context, linearised(f"draw {start}", context, n))
+        yield "linearised models", f"{n} of them", bayesian.fit(context, cache(f"draw {start}", context, n))
     for name, first in (("all retrained from nothing", 0), ("all from their own margins", 1)):
         half = LinearisedResponse(response.models[first::2])
         yield "linearised models", name, bayesian.fit(context, half)
+    margins = cache(f"draw {start}", context, k, n_logits=1)
+    yield "linearised models", "margins linear, not logits", bayesian.fit(context, margins)
     yield "linearised models", "effects of points add up", bayesian.fit(context, response.weights)
     yield "parts", "linearised models alone", calibrated(context, response)
     yield "parts", "subset models alone", bayesian.fit(context, Unexpected(response.weights))
@@ -51,7 +49,7 @@ def variants(study: Study, cache: Cache, draw: int) -> Iterator[tuple[str, str, 
         masks = study.random_masks(f"masks:{share:g}:{draw}", m, share)
         other = study.context_of(ModelSet(f"attribution:{share:g}:{draw}", masks, True))
         other = replace(other, models=other.subset_models()[:k])
-        yield "subsets", f"of {share:.0%}", bayesian.fit(other, linearised(f"{share:g}, draw {draw}", other, k))
+        yield "subsets", f"of {share:.0%}", bayesian.fit(other, cache(f"{share:g}, draw {draw}", other, k))
 
 
 def ablate(study: Study, cache: Cache) -> pd.DataFrame:

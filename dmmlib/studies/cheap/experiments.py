@@ -19,7 +19,7 @@ from dmmlib.analysis.side_by_side import tuned_ridge
 from dmmlib.attribution import Context
 from dmmlib.attributors import bayesian
 from dmmlib.attributors.bayesian import BayesianDatamodel
-from dmmlib.attributors.linearised import Linearised, LinearisedResponse, linearised_response
+from dmmlib.attributors.linearised import LOGITS, Linearised, LinearisedResponse, linearised_response
 from dmmlib.datamodels import Attributor, RidgeDatamodel
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.jobs import Job
@@ -79,15 +79,16 @@ class Cache:
 
     def __init__(self, study: Study) -> None:
         self._progress = study.progress
-        self._models: dict[str, tuple[Linearised, ...]] = {}
+        self._models: dict[tuple[str, int], tuple[Linearised, ...]] = {}
 
-    def __call__(self, name: str, context: Context, k: int) -> LinearisedResponse:
+    def __call__(self, name: str, context: Context, k: int, n_logits: int = LOGITS) -> LinearisedResponse:
         """The response of the first k models, or all if they are fewer, of the context that is known by this name."""
-        models, known = context.subset_models()[:k], self._models.get(name, ())
+        models, known = context.subset_models()[:k], self._models.get((name, n_logits), ())
         if len(known) < models.n_models:
             self._progress(f"linearised models ({name})", len(known), k)
-            more = linearised_response(replace(context, models=models), n_models=None, first=len(known))
-            known = self._models[name] = known + more.models
+            some = replace(context, models=models)
+            more = linearised_response(some, n_models=None, n_logits=n_logits, first=len(known))
+            known = self._models[name, n_logits] = known + more.models
             self._progress(f"linearised models ({name})", k, k)
         return LinearisedResponse(known[:k])
 

@@ -1,0 +1,122 @@
+"""How near DM-direct comes to retraining, by attributor and kind of set, and whether size or shape is what it misses.
+
+Development data, seeds and sets as in `benchmarks.matching`, with the highest on the first two principal components.
+For each set, attributor and split, N = 60 models of each kind:
+
+- klom: p95 KLoM over the floor's;
+- gap: root mean square over points of predicted minus true change of mean margins, in standard deviations of oracles
+  (with N of each and twice as many oracles, .16 is noise);
+- shape: the same with the prediction scaled as fits that set best, so that gap^2 - shape^2 is what its size adds;
+- slope: that scale, r: the cosine between predicted and true change.
+
+    python -m benchmarks.prediction 501 502 503 --out prediction          # seeds; digits and fashion-mnist, mlp
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from time import process_time
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.matching import KINDS, RESULTS, N, development_sets
+from dmmlib import attribution, forget_sets, metrics
+from dmmlib.study import Study
+
+ATTRIBUTORS = {"linear margins": {"n_logits": 1}, "linear logits": {}}
+SETTING = ["kind", "set", "seed", "way", "split"]
+
+
+def rows(kind: str, seed: int, runs: Path) -> Iterator[dict[str, Any]]:
+    """One row for each set, way and split."""
+    preset, changes = KINDS[kind]
+    study = Study(preset, changes | {"seed": seed, "data.seed": seed, "ensembles.n_models": N}, runs=runs)
+    data, sets = study.data, development_sets(study, kind)
+    for i in range(2):
+        highest = forget_sets.highest(study.loadings()[:, i], 50)
+        sets[f"pc{i + 1}"] = forget_sets.make(f"pc{i + 1}", highest, data, preset="lab", kind="own")
+    changes_of: dict[str, np.ndarray] = {"do nothing": np.zeros((len(sets), data.n_train + data.n_val))}
+    seconds = {"do nothing": 0.0}
+    for name, options in ATTRIBUTORS.items():
+        start = process_time()
+        effects = attribution.fit("bayesian", study.context(), **options).effects([f.indices for f in sets.values()])
+        changes_of[name], seconds[name] = metrics.right_logits(effects, data.y), process_time() - start
+    originals = metrics.margins(study.original_logits(), data.y)
+    for j, (name, forget_set) in enumerate(sets.items()):
+        oracles, floor = (metrics.margins(study.oracles(forget_set, second), data.y) for second in (False, True))
+        true, sd = (oracles.mean(0) + floor.mean(0)) / 2 - originals.mean(0), (oracles.std(0) + floor.std(0)) / 2
+        of_floor = metrics.klom(floor, oracles)
+        for way, change in changes_of.items():
+            klom = metrics.klom(originals + change[j], oracles)
+            for split, points in forget_set.splits(data.n_train, data.n_val).items():
+                p, t = (z[points] / sd[points] for z in (change[j], true))
+                slope = float(p @ t) / max(float(p @ p), 1e-12)
+                found = {
+                    "klom": np.percentile(klom[points], 95) / np.percentile(of_floor[points], 95),
+                    "gap": np.sqrt(((p - t) ** 2).mean()),
+                    "shape": np.sqrt(((slope * p - t) ** 2).mean()),
+                    "slope": slope,
+                    "r": float(p @ t) / max(float(np.sqrt((p @ p) * (t @ t))), 1e-12),
+                    "seconds": seconds[way],
+                }
+                setting = dict(zip(SETTING, (kind, name, seed, way, split), strict=True))
+                yield setting | {key: round(float(value), 3) for key, value in found.items()}
+
+
+def text_of(table: pd.DataFrame) -> str:
+    """The tables for people: each set over seeds, and all of them."""
+
+    def mean(v: pd.Series) -> float:
+        return float(np.exp(np.log(v).mean()))
+
+    shown = table[table["way"] != "do nothing"]
+    numbers = shown.groupby(["kind", "set", "split", "way"], sort=False).agg(
+        klom=("klom", mean), worst=("klom", "max"), gap=("gap", "mean"), shape=("shape", "mean"),
+        slope=("slope", "mean"), r=("r", "mean"),
+    )  # fmt: skip
+    wide = numbers.unstack("way").swaplevel(axis=1)[list(ATTRIBUTORS)].round(2)
+    over = shown.groupby(["kind", "split", "way"], sort=False).agg(
+        klom=("klom", mean), median=("klom", "median"), worst=("klom", "max"), gap=("gap", "mean"),
+        shape=("shape", "mean"), lowest_slope=("slope", "min"), highest_slope=("slope", "max"),
+    )  # fmt: skip
+    seconds = shown.groupby(["kind", "way"], sort=False)["seconds"].mean().round(0)
+    seeds = {kind: sorted(map(int, part["seed"].unique())) for kind, part in table.groupby("kind", sort=False)}
+    return "\n\n".join(
+        [
+            f"Seeds {seeds}. klom: p95 KLoM over the floor's, geometric mean over seeds; worst: the highest.",
+            wide.to_string(),
+            "All sets and seeds:",
+            over.round(2).to_string(),
+            "Seconds on one core to fit, and to predict all sets:",
+            seconds.to_string(),
+        ]
+    ) + "\n"  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("seeds", nargs="+", type=int)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["digits", "fashion-mnist"])
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--out", default="prediction", help="name of the files under benchmarks/results, added to")
+    asked = parser.parse_args()
+    path = RESULTS / f"{asked.out}.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    table = pd.DataFrame(known, columns=None if known else SETTING)
+    for kind in asked.kinds:
+        for seed in asked.seeds:
+            table = table[(table["kind"] != kind) | (table["seed"] != seed)]
+            table = pd.concat([table, pd.DataFrame(rows(kind, seed, asked.runs))], ignore_index=True)
+            records = json.dumps(table.to_dict("records"), indent=0)
+            path.write_text(records.replace(",\n", ", ").replace("}, {", "},\n{") + "\n", encoding="utf-8")
+            (RESULTS / f"{asked.out}.txt").write_text(text_of(table), encoding="utf-8")
+    print(text_of(table))
+
+
+if __name__ == "__main__":
+    main()
