@@ -57,8 +57,13 @@ def dmm(*arguments):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A recipe, and a model that was trained by it."""
     place = tmp_path_factory.mktemp("cli")
+    lay_out(place)
+    return place
+
+
+def lay_out(place):
+    """Write a recipe, a model that was trained by it, and ids to forget."""
     (place / "recipe.py").write_text(RECIPE)
     recipe = load(place / "recipe.py")
     torch.manual_seed(9)
@@ -66,7 +71,6 @@ def folder(tmp_path_factory):
     model = recipe.train(recipe.model(), torch.from_numpy(data.x_train), torch.from_numpy(data.y_train), 9)
     save_file(model.state_dict(), place / "model.safetensors")
     (place / "ids.csv").write_text("id\n" + "".join(f"person{i}\n" for i in range(0, 24, 2)))
-    return place
 
 
 @pytest.fixture

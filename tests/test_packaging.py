@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from tests.conftest import TINY
+from tests.test_own_cli import lay_out
 
 ROOT = Path(__file__).parents[1]
 REQUIRED = {"jupyterlab", "torch", "numpy", "matplotlib", "seaborn", "ipywidgets", "papermill", "nbval"}
@@ -162,3 +163,21 @@ def test_a_folder_is_laid_out_once_and_worked_in(installed):
     )
     said = dmm("status", "smoke", cwd=work / "notebooks")
     assert "originals        8" in said, "the preset that was changed here, not the library's"
+
+
+@pytest.mark.slow
+def test_a_wheel_forgets_from_a_model_of_ones_own(installed):
+    folder, dmm = installed
+    place = folder / "own"
+    place.mkdir()
+    lay_out(place)
+    assert "10 models" in dmm("prepare", "recipe.py", "--models", 10, cwd=place)
+    said = dmm(
+        *("forget", "model.safetensors", "--recipe", "recipe.py", "--forget", "ids.csv", "--models", 10), cwd=place
+    )
+    assert "attack on F (LiRA): AUC" in said
+    assert {path.name for path in (place / "unlearned").iterdir()} == {
+        "model.safetensors",
+        "record.json",
+        "report.html",
+    }

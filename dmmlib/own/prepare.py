@@ -45,6 +45,8 @@ class Prepared(Models):
     def __init__(
         self, recipe: Recipe, models: int = 100, folder: str | Path = "prepared", *, progress: Progress | None = None
     ) -> None:
+        if models < 10:
+            raise DataError(f"{models} subset models were asked for; the attributor takes at least 10, better 100.")
         self.recipe = recipe
         super().__init__(recipe.preset(models), runs=folder, progress=progress)
 
@@ -219,8 +221,6 @@ def prepare(
         DataError, ModelError: for data, a module or a train function that cannot be used, before much is trained.
         StoreError: where models diverge, or outputs cannot be written; finished models are kept.
     """
-    if models < 10:
-        raise DataError(f"{models} subset models were asked for; the attributor takes at least 10, better 100.")
     prepared = Prepared(recipe, models, folder, progress=progress)
     prepared.attributor()
     return prepared
