@@ -20,7 +20,7 @@ study: $(READY)  ## run every notebook through papermill
 	$(BIN)/dmm run $(PRESET) --device $(DEVICE)
 
 test: $(READY)  ## the whole test suite, notebooks included
-	DMM_TEST_DEVICE=$(DEVICE) $(BIN)/python -m pytest
+	DMM_TEST_DEVICE=$(DEVICE) $(BIN)/python -m pytest -n logical --dist loadfile
 
 lowest:  ## what reads, stores and commands, on the lowest versions that pyproject.toml declares
 	$(PYTHON) -m venv $(VENV)-lowest
