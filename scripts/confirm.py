@@ -21,7 +21,7 @@ from dmmlib.registry import all_versions
 from dmmlib.study import Study
 
 CLAIMS = Path(__file__).parents[1] / "docs" / "claims.yaml"
-PAGE = CLAIMS.with_suffix(".md")
+PAGE, README = CLAIMS.with_suffix(".md"), CLAIMS.parents[1] / "README.md"
 
 
 def fixed(claims: Path) -> dict[str, object]:
@@ -60,16 +60,17 @@ def main(preset: str = "confirm", claims: Path = CLAIMS, folder: Path | None = N
     return judged
 
 
-def write_page(page: Path = PAGE, claims: Path = CLAIMS) -> None:
-    """Put the claims into docs/claims.md."""
-    block = f"\\1\n{confirm.written(confirm.load(claims))}\n\\2"
-    text = re.sub(r"(<!-- claims[^>]*-->).*(<!-- /claims -->)", block, page.read_text("utf-8"), flags=re.DOTALL)
-    write_bytes(page, text.encode())
+def put(page: Path, name: str, text: str) -> None:
+    """Put a text between a page's marks of that name."""
+    marks = re.compile(rf"(<!-- {name}[^>]*-->).*(<!-- /{name} -->)", re.DOTALL)
+    write_bytes(page, marks.sub(lambda found: f"{found[1]}\n{text}\n{found[2]}", page.read_text("utf-8")).encode())
 
 
 if __name__ == "__main__":
     try:
-        write_page()
-        sys.stdout.write(main().to_string(index=False) + "\n")
+        put(PAGE, "claims", confirm.written(confirm.load(CLAIMS)))
+        judged = main()
+        put(README, "confirm", confirm.verdicts(judged))
+        sys.stdout.write(judged.to_string(index=False) + "\n")
     except DmmError as error:
         sys.exit(f"error: {error}")

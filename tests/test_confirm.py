@@ -1,5 +1,6 @@
 """Claims are judged by rules that were fixed before the run, and the run refuses to go on where they changed."""
 
+import hashlib
 import runpy
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import pandas as pd
 import pytest
 
 from dmmlib.analysis import confirm
+from dmmlib.app import report
 from dmmlib.errors import PresetError
+from dmmlib.files import read_json, read_table
 from dmmlib.presets import load
 from tests.conftest import TINY
 
@@ -82,6 +85,30 @@ def test_the_page_lists_the_claims_and_their_methods_are_run():
     for claim in claims.claims:
         assert {claim.method, claim.to} <= {*preset.unlearning.methods, "baselines"}
     assert len(claims.seeds) >= 3
+
+
+def test_verdicts_are_told_with_their_intervals():
+    table = pd.concat([confirm.judge(plan(**c), results([1.0, 1.21] * 10)) for c in (
+        {"over": "mean", "at_most": 1.2, "text": "near"}, {"at_most": 1.1, "text": "always"})])  # fmt: skip
+    said = confirm.verdicts(table)
+    assert said.startswith("1 shown, 1 refuted, of 2 claims:")
+    assert "| near | 1.10 [1.05, 1.15] | 20 | shown |" in said
+    assert "| always | holds on 50% | 20 | refuted |" in said
+
+
+def test_the_readme_and_the_report_show_the_confirmatory_run():
+    folder = ROOT / "figures" / "confirm"
+    if not folder.exists():
+        pytest.skip("the confirmatory run was not made")
+    judged = read_table(folder / "confirm.csv")
+    assert confirm.verdicts(judged) in (ROOT / "README.md").read_text("utf-8")
+    recorded = read_json(folder / "plan.json")
+    assert recorded["claims"] == hashlib.sha256(CLAIMS.read_bytes()).hexdigest(), "claims changed after their run"
+    again = confirm.judge(confirm.load(CLAIMS), read_table(folder / "results.csv"))
+    pd.testing.assert_frame_equal(again, judged, check_dtype=False, rtol=1e-3)
+    page = report.html(report.open_run(folder))
+    assert "Claims, judged on seeds" in page
+    assert judged["claim"][0] in page
 
 
 @pytest.mark.slow

@@ -112,3 +112,15 @@ def written(plan: Plan) -> str:
         measure = f"{c.statistic}, {c.split}: {c.form} of {c.method} to {c.to}{sets}"
         lines.append(f"| {c.id} | {c.text} | {measure} | {c.over} | {f'{c.at_most:g}' if c.at_most else ''} |")
     return "\n".join(lines)
+
+
+def verdicts(judged: pd.DataFrame) -> str:
+    """Write what `judge` found as a Markdown table, for the README."""
+    counts = judged["verdict"].value_counts()
+    lines = ["| claim | measured | pairs | verdict |", "| --- | --- | --- | --- |"]
+    for row in judged.to_dict("records"):
+        every = f"holds on {row['value']:.0%}" if row["n"] else ""
+        mean = f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+        lines.append(f"| {row['claim']} | {every if np.isnan(row['low']) else mean} | {row['n']} | {row['verdict']} |")
+    said = ", ".join(f"{counts[v]} {v}" for v in ("shown", "open", "refuted", "not run") if v in counts)
+    return f"{said[0].upper()}{said[1:]}, of {len(judged)} claims:\n\n" + "\n".join(lines)

@@ -34,7 +34,7 @@ MOST_ROWS, WIDEST = 150, 1100  # of a table that is shown; of a figure, in pixel
 N_IMAGES = 50  # of a set of one's own that are shown
 PACKAGES = ("dmmlib", "torch", "numpy", "scipy", "scikit-learn", "pandas", "zarr")
 KEY = ["forget_set", "method", "split", "statistic"]
-SHOWN_OTHERWISE = ("results", "trajectories")
+SHOWN_OTHERWISE = ("results", "trajectories", "confirm")
 
 
 def record(study: Study, directory: Path) -> Path:
@@ -203,6 +203,8 @@ class Table(NamedTuple):
 def html(run: Run) -> str:
     """Write the page of a run; of one's own forget set it says whether it was forgotten, not what a paper claims."""
     results, data, settings = run.tables.get("results"), run.record.get("data"), run.settings
+    if results is not None and "seed" in results:  # of several runs, as `make confirm` makes them
+        results = results.assign(forget_set=results["forget_set"] + ", seed " + results["seed"].astype(str))
     summary, shown, n_models = {}, list[Table](), 0
     if data:
         points = f"{data['n_train']:,} training and {data['n_val']:,} validation points"
@@ -221,12 +223,17 @@ def html(run: Run) -> str:
             if (results["statistic"] == statistic).any():
                 frame = tables.main_table(results, statistic).reset_index()
                 shown.append(Table(title, frame, f"{over}; 95 % intervals."))
+    if "confirm" in run.tables:
+        rule = "Written down before the run, with the rules that judge them; intervals are at the level of all claims."
+        shown.insert(
+            0, Table("Claims, judged on seeds that nothing was chosen on", run.tables["confirm"], rule, open=True)
+        )
     for name, table in run.tables.items():
         if name not in SHOWN_OTHERWISE:
             caption = f"The first {MOST_ROWS} of {len(table):,} rows; the file holds all." * (len(table) > MOST_ROWS)
             shown.append(Table(f"{name}.csv", table[:MOST_ROWS], caption))
     own, images = run.record.get("forget_set"), run.directory / IMAGES
-    judged = [] if own else claims.judge(run.tables)
+    judged = [] if own or "confirm" in run.tables else claims.judge(run.tables)
     sets = [] if results is None else [s for s in results["forget_set"].unique() if not own or s == own["name"]]
     try:
         answers = [] if results is None else [verdict.judge(results, s) for s in sets]
