@@ -29,31 +29,32 @@ N, SIZE, AFTER = 40, 5, (1, 5, 20, 100)
 def rows(kind: str, seed: int, runs: Path) -> Iterator[dict[str, Any]]:
     """One row for each number of requests, way and split."""
     preset, changes = KINDS[kind]
-    study = Study(preset, changes | {"seed": seed, "data.seed": seed, "ensembles.n_models": N}, runs=runs)
+    study = Study(
+        preset, changes | {"seed": seed, "data.seed": seed, "ensembles.n_models": N, "tuning.n_models": N}, runs=runs
+    )
     data, attributor = study.data, study.attributor()
     asked = np.random.default_rng(seed).permutation(data.n_train)[: SIZE * max(AFTER)]
-    method = unlearn.get("dmm")
+    method, first = unlearn.get("dmm"), forget_sets.make("first", np.sort(asked[:SIZE]), data, preset="lab", kind="own")
+    problem = replace(study.problem(first, "dmm"), oracle_logits=None)
     models, logits, cost = study.originals(), study.original_logits(), 0.0
     for k in range(1, max(AFTER) + 1):
         f = forget_sets.make(f"first_{k}", np.sort(asked[: SIZE * k]), data, preset="lab", kind="own")
-        joint = study.problem(f, "dmm")
-        gone = asked[: SIZE * (k - 1)]
-        later = joint if k == 1 else replace(
-            joint, originals=models, original_logits=logits, attributor=Later(attributor, gone)
-        )  # fmt: skip
+        joint, gone = replace(problem, forget=f.indices), asked[: SIZE * (k - 1)]
+        left = {"originals": models, "original_logits": logits, "attributor": Later(attributor, gone)}
+        later = joint if k == 1 else replace(joint, **left)
         made = method(later)
         models, cost = made.models, cost + made.cost
         logits = models.logits(study.x).cpu().numpy()
         if k not in AFTER:
             continue
         oracles, floor = (metrics.margins(study.oracles(f, second), data.y) for second in (False, True))
-        at_once = method(joint)
+        at_once, predicted = method(joint), unlearn.get("dm_direct")(joint)
         ways = {
             "retraining": (floor, 1.0),
             "do nothing": (metrics.margins(study.original_logits(), data.y), 0.0),
             "in sequence": (made.margins, cost),
             "at once": (at_once.margins, at_once.cost),
-            "predicted": (unlearn.get("dm_direct")(study.problem(f, "dm_direct")).margins, 0.0),
+            "predicted": (predicted.margins, 0.0),
         }
         splits = f.splits(data.n_train, data.n_val)
         for way, (margins, spent) in ways.items():

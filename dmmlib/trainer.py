@@ -295,8 +295,8 @@ class Trainer(Given):
         """Whether all models of a set are trained; makes no store."""
         return self.left(model_set) == 0
 
-    def train(self, *model_sets: ModelSet) -> list[Store]:
-        """Train the models of some sets, unless that is done; their outputs go to a store for each set.
+    def train(self, *model_sets: ModelSet, start: int = 0, stop: int | None = None) -> list[Store]:
+        """Train models `start` to `stop` of some sets, unless that is done; outputs go to a store for each set.
 
         Shards of all sets are sent to the workers of the preset's scheduler, or trained here one by one.
 
@@ -304,7 +304,12 @@ class Trainer(Given):
             StoreError: if models diverge, or their outputs cannot be written.
         """
         stores = [self.store(model_set) for model_set in model_sets]
-        tasks = [(i, shard) for i, store in enumerate(stores) for shard in store.missing()]
+        tasks = [
+            (i, shard)
+            for i, store in enumerate(stores)
+            for shard in store.missing()
+            if (rows := store.models(shard)).stop > start and (stop is None or rows.start < stop)
+        ]
         if not tasks:
             return stores
         seeds = [self.seeds(model_set.name, len(model_set.masks)) for model_set in model_sets]
@@ -359,14 +364,14 @@ class Trainer(Given):
 
     def read(self, model_set: ModelSet, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows of an array of a model set's store; what is missing or damaged is trained first."""
-        (store,) = self.train(model_set)
+        (store,) = self.train(model_set, start=start, stop=stop)
         try:
             return store.read(name, start, stop)
         except DamageError as error:
             warnings.warn(str(error), stacklevel=2)
             for shard in error.shards:
                 store.drop(shard)
-            return self.train(model_set)[0].read(name, start, stop)
+            return self.train(model_set, start=start, stop=stop)[0].read(name, start, stop)
 
     def outputs(self, model_set: ModelSet, start: int = 0, stop: int | None = None, raw: bool = False) -> Outputs:
         """Logits (n_models, n_points, n_classes) of a set's models, in the margin gauge unless `raw`, yet unread."""
@@ -378,7 +383,7 @@ class Trainer(Given):
                 logits[i : i + 10] = margin_gauge(logits[i : i + 10], self.data.y)
             return logits
 
-        self.train(model_set)
+        self.train(model_set, start=start, stop=stop)
         return Outputs(read, (stop - start, len(self.data.y), self.data.n_classes), self.preset.ensembles.shard)
 
     def models(self, model_set: ModelSet, start: int = 0, stop: int | None = None) -> ensemble.Ensemble:

@@ -153,7 +153,7 @@ CHANGES = {
     ),
     "inner products doubled": (
         "attribution gradients",
-        edit(kernel.gram, ".float()", ".float() * 2"),
+        edit(kernel.products, ".float()", ".float() * 2"),
     ),
     "less caution with noisy slopes": ("calibration", edit(margins.slope, "ff / 2", "ff / 4")),
     "linearised: another penalty": (

@@ -45,7 +45,7 @@ def test_choosing_among_noise_does_not_look_better_than_the_floor():
 
 def test_gaps_are_positive_where_points_are_under_unlearned():
     oracle = models(6, 50, 3)
-    gap = stopping.gaps(np.stack([oracle + 2 * oracle.std(0), oracle - oracle.std(0)]), oracle)
+    gap = stopping.gaps(np.stack([oracle + 2 * oracle.std(0, ddof=1), oracle - oracle.std(0, ddof=1)]), oracle)
     np.testing.assert_allclose(gap, [[2] * 3, [-1] * 3], atol=1e-9)
 
 

@@ -37,11 +37,11 @@ def path(study: Study, method: str, forget_set: ForgetSet) -> tuple[np.ndarray, 
 
 
 def gaps(margins: np.ndarray, oracle: np.ndarray) -> np.ndarray:
-    """Compute mean margins minus the oracles', in the oracles' standard deviations; above 0 is under-unlearned.
+    """Compute `metrics.gaps` at each moment; above 0 is under-unlearned.
 
     Takes margins (n_moments, n_models, n_points) and those of oracles (n_oracles, n_points): (n_moments, n_points).
     """
-    return (margins.mean(1) - oracle.mean(0)) / np.maximum(oracle.std(0), 1e-6)
+    return np.stack([metrics.gaps(at, oracle) for at in margins])
 
 
 def judge(margins: np.ndarray, oracle: np.ndarray, n_bootstrap: int = 50) -> tuple[dict[str, Estimate], float]:
