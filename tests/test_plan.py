@@ -30,13 +30,13 @@ def test_a_plan_counts_what_a_run_trains(tmp_path, quick, monkeypatch):
     trained = {}
     original = Study.train
 
-    def counted(self, *streams):
+    def counted(self, *streams, **rows):
         for stream in streams:
             trained[stream.name] = int(stream.masks.sum()) * self.training.epochs
-        return original(self, *streams)
+        return original(self, *streams, **rows)
 
     monkeypatch.setattr(Study, "train", counted)
-    study.results()
+    study.subsets(), study.results()
     ablation.ablate(study, experiments.Cache(study))
     experiments.pool(study, 0, 40)
     assert before.models["planned"].sum() == 8 + 120 + 20 + 2 * 2 * 8 + 2 * 8 + 20 + 2 * 2 * 20
