@@ -82,9 +82,12 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["fashion-mnist", "digits"])
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     asked = parser.parse_args()
-    table = pd.DataFrame(row for kind in asked.kinds for seed in asked.seeds for row in rows(kind, seed, asked.runs))
-    table.to_csv(RESULTS / "sequence.csv", index=False)
-    (RESULTS / "sequence.txt").write_text(text_of(table), encoding="utf-8")
+    table = pd.DataFrame()
+    for seed in asked.seeds:
+        for kind in asked.kinds:
+            table = pd.concat([table, pd.DataFrame(rows(kind, seed, asked.runs))], ignore_index=True)
+            table.to_csv(RESULTS / "sequence.csv", index=False)
+            (RESULTS / "sequence.txt").write_text(text_of(table), encoding="utf-8")
     print(text_of(table))
 
 
