@@ -96,3 +96,17 @@ def test_what_it_says_of_requests_is_in_their_table():
     assert "its trigger still works on a third of images, retrained on a tenth" in WORDS
     assert (works["dmm"], works["retrain"]) == (pytest.approx(1 / 3, abs=0.04), pytest.approx(0.1, abs=0.03))
     assert works["do_nothing"] > 0.9
+
+
+def test_what_the_docs_say_of_requests_in_sequence_is_measured():
+    words = " ".join((ROOT / "docs" / "your_own.md").read_text(encoding="utf-8").split())
+    table = pd.read_csv(ROOT / "benchmarks" / "results" / "sequence.csv")
+    means = table.groupby(["kind", "requests", "way", "split"])[["gap", "cost"]].mean().unstack("way")
+    gap = means["gap"].xs("forget", level="split")
+    assert "comes as near to retraining on forgotten points as one joint request does" in words
+    assert (gap["in sequence"] < 1.15 * gap["at once"]).all()
+    last = gap.xs(100, level="requests")
+    assert "about half of what doing nothing leaves" in words
+    assert (last["in sequence"] / last["do nothing"]).between(0.4, 0.65).all()
+    assert "A hundred requests cost three retrainings in all" in words
+    assert means["cost"]["in sequence"].xs(100, level="requests").round(1).eq(3).all()
