@@ -87,18 +87,26 @@ def rows(kind: str, seed: int, runs: Path) -> Iterator[dict[str, Any]]:
             yield row(f"predicted, cost {cost:g}", found.margins, found.cost)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(about: str | None, out: str) -> argparse.Namespace:
+    """Read seeds, kinds of data, the runs' folder, and the name of the files that `save` writes."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("seeds", nargs="+", type=int)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["fashion-mnist", "digits"])
     parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--out", default="matching", help="name of the files under benchmarks/results")
-    asked = parser.parse_args()
+    parser.add_argument("--out", default=out, help="name of the files under benchmarks/results")
+    return parser.parse_args()
+
+
+def save(name: str, table: pd.DataFrame, text: str) -> None:
+    """Write a table, a row on each line, and what it says to people."""
+    records = json.dumps(table.to_dict("records"), indent=0).replace(",\n", ", ").replace("}, {", "},\n{")
+    (RESULTS / f"{name}.json").write_text(records + "\n", encoding="utf-8")
+    (RESULTS / f"{name}.txt").write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    asked = arguments(__doc__, "matching")
     table = pd.DataFrame([r for kind in asked.kinds for seed in asked.seeds for r in rows(kind, seed, asked.runs)])
-    (RESULTS / f"{asked.out}.json").write_text(
-        json.dumps(table.to_dict("records"), indent=0).replace(",\n", ", ").replace("}, {", "},\n{") + "\n",
-        encoding="utf-8",
-    )
     splits = ["forget", "retain", "validation"]
     wide = table.set_index(["kind", "set", "seed", "way"])[splits]
     floor = wide.xs("floor", level="way")
@@ -106,7 +114,7 @@ def main() -> None:
     text = "p95 KLoM over the floor's, geometric mean over seeds (lowest to highest)\n\n"
     shown = over.agg(lambda v: f"{np.exp(np.log(v).mean()):.2f} ({v.min():.2f} to {v.max():.2f})")
     text += shown.drop("floor", level="way").to_string() + "\n"
-    (RESULTS / f"{asked.out}.txt").write_text(text, encoding="utf-8")
+    save(asked.out, table, text)
     print(text)
 
 

@@ -14,7 +14,6 @@ For each set, attributor and split, N = 60 models of each kind:
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.matching import KINDS, RESULTS, N, development_sets
+from benchmarks.matching import KINDS, RESULTS, N, arguments, development_sets, save
 from dmmlib import attribution, forget_sets, metrics
 from dmmlib.study import Study
 
@@ -99,22 +98,15 @@ def text_of(table: pd.DataFrame) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("seeds", nargs="+", type=int)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["digits", "fashion-mnist"])
-    parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--out", default="prediction", help="name of the files under benchmarks/results, added to")
-    asked = parser.parse_args()
-    path = RESULTS / f"{asked.out}.json"
+    asked = arguments(__doc__, "prediction")
+    path = RESULTS / f"{asked.out}.json"  # other kinds and seeds in it stay
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     table = pd.DataFrame(known, columns=None if known else SETTING)
     for kind in asked.kinds:
         for seed in asked.seeds:
             table = table[(table["kind"] != kind) | (table["seed"] != seed)]
             table = pd.concat([table, pd.DataFrame(rows(kind, seed, asked.runs))], ignore_index=True)
-            records = json.dumps(table.to_dict("records"), indent=0)
-            path.write_text(records.replace(",\n", ", ").replace("}, {", "},\n{") + "\n", encoding="utf-8")
-            (RESULTS / f"{asked.out}.txt").write_text(text_of(table), encoding="utf-8")
+            save(asked.out, table, text_of(table))
     print(text_of(table))
 
 

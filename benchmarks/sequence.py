@@ -9,7 +9,6 @@ deviations) and share of points that a KS test tells from models retrained witho
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.matching import KINDS, RESULTS
+from benchmarks.matching import KINDS, arguments, save
 from dmmlib import forget_sets, metrics, unlearn
 from dmmlib.own.forget import Later
 from dmmlib.study import Study
@@ -77,17 +76,11 @@ def text_of(table: pd.DataFrame) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("seeds", nargs="+", type=int)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["fashion-mnist", "digits"])
-    parser.add_argument("--runs", type=Path, default=Path("runs"))
-    asked = parser.parse_args()
-    table = pd.DataFrame()
+    asked, table = arguments(__doc__, "sequence"), pd.DataFrame()
     for seed in asked.seeds:
         for kind in asked.kinds:
             table = pd.concat([table, pd.DataFrame(rows(kind, seed, asked.runs))], ignore_index=True)
-            table.to_csv(RESULTS / "sequence.csv", index=False)
-            (RESULTS / "sequence.txt").write_text(text_of(table), encoding="utf-8")
+            save(asked.out, table, text_of(table))
     print(text_of(table))
 
 

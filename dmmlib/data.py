@@ -32,9 +32,7 @@ class Dataset:
     """
 
     name: str
-    x_train: (
-        np.ndarray
-    )  # uint8 images (n, height, width, channels), float32 features (n, ...) or int64 tokens (n, length)
+    x_train: np.ndarray  # uint8 images (n, height, width, channels), float32 features (n, ...), int64 tokens (n, k)
     y_train: np.ndarray  # integer labels (n_train,)
     x_val: np.ndarray
     y_val: np.ndarray

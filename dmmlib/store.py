@@ -117,6 +117,10 @@ class Store:
         """Number the models of a shard."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.n_models))
 
+    def shards(self, start: int = 0, stop: int | None = None) -> range:
+        """Number the shards that models `start` to `stop` lie in."""
+        return range(start // self.shard_size, -(-(self.n_models if stop is None else stop) // self.shard_size))
+
     def count(self, shards: Sequence[int]) -> int:
         """How many models some shards have."""
         return sum(len(self.models(shard)) for shard in shards)
@@ -157,7 +161,7 @@ class Store:
             DamageError: if a shard is damaged; it holds the numbers of all that are.
         """
         stop = self.n_models if stop is None else stop
-        shards, seals = range(start // self.shard_size, -(-stop // self.shard_size)), self._seals()
+        shards, seals = self.shards(start, stop), self._seals()
         self._array(name)  # raises for an unknown one
         if undone := [shard for shard in shards if not seals[shard].any()]:
             raise StoreError(

@@ -304,18 +304,14 @@ class Trainer(Given):
             StoreError: if models diverge, or their outputs cannot be written.
         """
         stores = [self.store(model_set) for model_set in model_sets]
-        tasks = [
-            (i, shard)
-            for i, store in enumerate(stores)
-            for shard in store.missing()
-            if (rows := store.models(shard)).stop > start and (stop is None or rows.start < stop)
-        ]
+        asked = [store.shards(start, stop) for store in stores]
+        tasks = [(i, shard) for i, store in enumerate(stores) for shard in store.missing() if shard in asked[i]]
         if not tasks:
             return stores
         seeds = [self.seeds(model_set.name, len(model_set.masks)) for model_set in model_sets]
         names = sorted({model_sets[i].name.split(":")[0] for i, _ in tasks})
         task = f"train {model_sets[0].name if len(model_sets) == 1 else ' and '.join(names)}"
-        total = sum(len(model_set.masks) for model_set in model_sets)
+        total = sum(store.count(shards) for store, shards in zip(stores, asked, strict=True))
         done = total - sum(len(stores[i].models(shard)) for i, shard in tasks)
         self.progress(task, done, total)
 

@@ -7,16 +7,18 @@ Resumes, also within a seed. Writes figures/confirm/results.csv (of all seeds), 
 """
 
 import hashlib
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pandas as pd
 
+sys.path.insert(0, str(Path(__file__).parent))
+from pages import put
+
 from dmmlib.analysis import confirm
 from dmmlib.errors import DmmError, PresetError
-from dmmlib.files import home, read_json, read_table, write_bytes, write_json, write_table
+from dmmlib.files import home, read_json, read_table, write_json, write_table
 from dmmlib.registry import all_versions
 from dmmlib.study import Study
 
@@ -58,12 +60,6 @@ def main(preset: str = "confirm", claims: Path = CLAIMS, folder: Path | None = N
     judged = confirm.judge(plan, done)
     write_table(folder / "confirm.csv", judged)
     return judged
-
-
-def put(page: Path, name: str, text: str) -> None:
-    """Put a text between a page's marks of that name."""
-    marks = re.compile(rf"(<!-- {name}[^>]*-->).*(<!-- /{name} -->)", re.DOTALL)
-    write_bytes(page, marks.sub(lambda found: f"{found[1]}\n{text}\n{found[2]}", page.read_text("utf-8")).encode())
 
 
 if __name__ == "__main__":

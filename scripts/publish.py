@@ -6,7 +6,6 @@ Executed notebooks go over those in notebooks/ (with their own default parameter
 beside the figures with what the book's page "Explore" shows, and the main tables into the README.
 """
 
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parent))
 import explore
+from pages import put
 
 from dmmlib.analysis import tables
 
@@ -61,12 +61,9 @@ def main(preset: str) -> int:
         if (run / name).exists():
             shutil.copy(run / name, ROOT / "figures" / preset / name)
     explore.main(preset, ROOT / "figures" / preset / "explore.json")
-    readme = ROOT / "README.md"
     results = pd.read_csv(run / "results.csv")
     (ROOT / "docs" / "results.md").write_text(tables.by_sets(results), encoding="utf-8")
-    block = f"\\1\n{tables.readme(results)}\n\\2"
-    text = re.sub(r"(<!-- results[^>]*-->).*(<!-- /results -->)", block, readme.read_text(), flags=re.DOTALL)
-    readme.write_text(text)
+    put(ROOT / "README.md", "results", tables.readme(results))
     sys.stdout.write(f"{len(executed)} notebooks, results.csv and the README's tables are those of {preset!r}.\n")
     return 0
 

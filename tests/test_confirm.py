@@ -125,6 +125,10 @@ def test_a_run_resumes_and_refuses_what_changed(tmp_path, monkeypatch):
     table = pd.read_csv(folder / "results.csv")
     assert set(table["seed"]) == {1, 2}
     assert set(verdicts["verdict"]) == {"not run"}
+    page = report.html(report.open_run(folder))
+    assert "Claims, judged on seeds" in page
+    assert "random_6, seed 1" in page
+    assert verdicts["claim"][0] in page
     before = (folder / "results.csv").stat().st_mtime_ns
     script["main"](preset, claims, folder)
     assert (folder / "results.csv").stat().st_mtime_ns == before

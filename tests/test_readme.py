@@ -100,7 +100,7 @@ def test_what_it_says_of_requests_is_in_their_table():
 
 def test_what_the_docs_say_of_requests_in_sequence_is_measured():
     words = " ".join((ROOT / "docs" / "your_own.md").read_text(encoding="utf-8").split())
-    table = pd.read_csv(ROOT / "benchmarks" / "results" / "sequence.csv")
+    table = pd.read_json(ROOT / "benchmarks" / "results" / "sequence.json")
     means = table.groupby(["kind", "requests", "way", "split"])[["gap", "cost"]].mean().unstack("way")
     gap = means["gap"].xs("forget", level="split")
     assert "comes as near to retraining on forgotten points as one joint request does" in words

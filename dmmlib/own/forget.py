@@ -106,6 +106,7 @@ def forget(
     """Make a model forget training points; the model that is given stays as it is.
 
     >>> from tempfile import TemporaryDirectory
+    >>> _ = torch.manual_seed(0)
     >>> x, y = torch.randn(60, 40), torch.arange(60) % 2
     >>> def fit(model, x, y, seed):
     ...     optimizer = torch.optim.Adam(model.parameters(), 0.05)
@@ -118,7 +119,7 @@ def forget(
     >>> model = fit(recipe.model(), x[:50], y[:50], seed=0)
     >>> with TemporaryDirectory() as folder:
     ...     result = forget(model, [3, 7], prepare(recipe, models=10, folder=folder))
-    >>> bool(result.margins("before")[[3, 7]].mean() > result.margins("after")[[3, 7]].mean())
+    >>> bool((result.margins("before") > result.margins("after"))[[3, 7]].all())
     True
 
     Args:
