@@ -193,7 +193,8 @@ def test_a_comment_or_a_move_in_the_library_changes_no_key(write, tmp_path):
 
 @pytest.mark.slow
 def test_where_one_fails_the_other_is_finished_and_nothing_else_begun(write, tmp_path):
-    notebooks = write({"02": "1 / 0", "09": "time.sleep(3)", "04": "", "01": ""})
+    until = 'while not pathlib.Path(place, "out", "02_note-failed.ipynb").exists(): time.sleep(0.1)'
+    notebooks = write({"02": "1 / 0", "09": until, "04": "", "01": ""})
     with pytest.raises(DmmError, match="02_note failed: ZeroDivisionError"):
         batch.run(notebooks, tmp_path / "out", {"place": str(tmp_path)}, lambda *s: None, threads=2)
     assert (tmp_path / "out" / "09_note.ipynb").exists()
