@@ -54,6 +54,10 @@ def test_is_committed_executed_and_clean(path):
     assert tagged[0].source.startswith('preset = "laptop"')
     code = [c for c in notebook.cells if c.cell_type == "code"]
     assert "check_parameters()" in code[1].source
+    folded = [c.metadata.get("jupyter", {}).get("source_hidden", False) for c in code]
+    assert folded[1], "set-up is collapsed"
+    assert folded.count(False) <= 12, "what a reader must see; collapse what formats, says or asserts"
+    assert folded == ["hide-input" in c.metadata.get("tags", []) for c in code], "in Lab as in the book"
     assert any("assert" in c.source for c in code), "a notebook asserts its claims"
     assert all(c.execution_count is not None for c in code), "run `make publish`"
     for cell in code:
