@@ -16,8 +16,13 @@ from dmmlib.unlearn.base import Phase, Problem, Unlearned, check_options, finetu
 
 @register(
     "bad_teacher",
-    space={"epochs": [4.0], "lr": [3e-5, 1e-4, 3e-4, 1e-3], "retain_share": [0.3, 1.0], "temperature": [1.0, 4.0]},
-    limits={"retain_share": [1.0]},
+    space={
+        "epochs": [4.0],
+        "lr": [1e-5, 3e-5, 1e-4, 3e-4, 1e-3],
+        "retain_share": [0.3, 1.0],
+        "temperature": [1.0, 4.0],
+    },
+    limits={"lr": [1e-5], "retain_share": [0.3, 1.0], "temperature": [1.0]},  # it hardly moves; as published
     paper="bad teacher; Chundawat et al., AAAI 2023",
     cost="epochs (n_F + retain_share n_R) + n_F",
     elsewhere="vikram2000b/bad-teaching-unlearning, if-loops/selective-synaptic-dampening, xcadet/deepunlearn",

@@ -77,7 +77,7 @@ def gd(
 
 @register(
     "ga",
-    space={"epochs": [10.0], "lr": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1], "whitened": EITHER},
+    space={"epochs": [10.0], "lr": [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1], "whitened": EITHER},
     paper="NegGrad; Golatkar et al., CVPR 2020, Thudi et al., EuroS&P 2022",
     cost="epochs n_F",
     elsewhere="OPTML-Group/Unlearn-Sparse, xcadet/deepunlearn",
@@ -95,7 +95,7 @@ def ga(
     space={
         "ascent_epochs": [1.0, 3.0, 10.0, 30.0],
         "descent_epochs": [4.0],
-        "lr": [3e-3, 1e-2, 3e-2],
+        "lr": [3e-3, 1e-2, 3e-2, 1e-1],
         "whitened": EITHER,
     },
     paper="GA then GD; baseline of Georgiev et al., ICLR 2025",
@@ -160,7 +160,7 @@ def turns(
 
 @register(
     "neggrad_plus",
-    space={"epochs": [3.0], "lr": [3e-3, 1e-2, 3e-2], "beta": [0.8, 0.9, 0.95], "whitened": EITHER},
+    space={"epochs": [3.0], "lr": [3e-3, 1e-2, 3e-2], "beta": [0.8, 0.9, 0.95, 0.99], "whitened": EITHER},
     paper="NegGrad+; Kurmanji et al., NeurIPS 2023",
     cost="epochs n_R (1 + min(batch_size, n_F) / batch_size)",
     elsewhere="meghdadk/SCRUB, xcadet/deepunlearn",

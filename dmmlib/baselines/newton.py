@@ -76,7 +76,7 @@ def gauss_newton(models: Ensemble, x: Tensor, damping: float) -> Product:
 
 @register(
     "newton",
-    space={"damping": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2], "iterations": [5, 10, 20], "cost": [0.25]},
+    space={"damping": [3e-4, 1e-3, 3e-3, 1e-2, 3e-2], "iterations": [5, 10, 20], "cost": [0.25]},
     paper="Koh and Liang, ICML 2017; Guo et al., ICML 2020; Izzo et al., AISTATS 2021",
     cost="cost n_R training epochs",
     elsewhere="OPTML-Group/Unlearn-Sparse, xcadet/deepunlearn (both with WoodFisher)",

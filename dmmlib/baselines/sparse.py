@@ -13,7 +13,8 @@ from dmmlib.unlearn.base import Phase, Problem, Unlearned, check_options, descen
 
 @register(
     "l1_sparse",
-    space={"epochs": [4.0], "lr": [3e-3, 1e-2, 3e-2], "gamma": [1e-4, 3e-4, 1e-3, 3e-3]},
+    space={"epochs": [4.0], "lr": [3e-3, 1e-2, 3e-2, 1e-1], "gamma": [3e-5, 1e-4, 3e-4, 1e-3, 3e-3]},
+    limits={"gamma": [3e-5]},  # below, it is GD
     paper="l1-sparse MU; Jia et al., NeurIPS 2023",
     cost="epochs n_R",
     elsewhere="OPTML-Group/Unlearn-Sparse, OPTML-Group/Unlearn-Saliency",
