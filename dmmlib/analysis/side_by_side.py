@@ -15,13 +15,14 @@ from dmmlib import metrics, unlearn
 from dmmlib.analysis.intervals import median_over
 from dmmlib.analysis.looks import SPLITS
 from dmmlib.attribution import Context, fit, get
-from dmmlib.datamodels import Attributor, RidgeDatamodel, lds_estimate
+from dmmlib.datamodels import Attributor, RidgeDatamodel, lds, lds_estimate
 from dmmlib.errors import DataError, MethodError
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.metrics import Estimate
 from dmmlib.study import Study
 from dmmlib.tuning import score
 
+TRAK_PENALTIES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 FLOOR, NOTHING = "retrain (floor)", "do nothing"
 COLUMNS = ["attributor", "n_models", "method", "forget_set", "split", "statistic", "value", "low", "high"]
 Unlearn = Callable[[Attributor, ForgetSet], np.ndarray]
@@ -67,11 +68,11 @@ def compare(
         attributor = fit(name, context, **options)
         seconds = time.perf_counter() - start
         predicted = metrics.right_logits(attributor.predict(held_out[0]), context.labels)
-        lds = lds_estimate(predicted, metrics.margins(held_out[1], context.labels))
+        ranked = lds_estimate(predicted, metrics.margins(held_out[1], context.labels))
         spent = label, len(context.masks)
         rows.append((*spent, "", "", "all", "cost", float(context.masks.mean(1).sum()), *none))
         rows.append((*spent, "", "", "all", "seconds", seconds, *none))
-        rows.append((*spent, "", "", "all", "lds", *astuple(lds)))
+        rows.append((*spent, "", "", "all", "lds", *astuple(ranked)))
         for forget, (forget_set, _) in oracles.items():
             splits = forget_set.splits(context.n_train, len(context.x) - context.n_train)
             change = metrics.right_logits(attributor.effect(forget_set.indices), context.labels)
@@ -97,8 +98,9 @@ def side_by_side(
 ) -> tuple[pd.DataFrame, dict[str, str]]:
     """`compare` registered attributors (name -> options) on the study's own subset models, by DM-direct and DMM.
 
-    Ridge has the setting of `tuned_ridge`, DMM the one that was tuned with the study's own attributor. LDS is on the
-    held-out subsets that report. `n_models` originals are unlearned, and compared with all oracles.
+    Ridge has the setting of `tuned_ridge`, TRAK that of `tuned_trak`, DMM the one that was tuned with the study's own
+    attributor. LDS is on the held-out subsets that report. `n_models` originals are unlearned, and compared with all
+    oracles.
 
     Args:
         sizes: of the many subset models of halves, how many ridge is fitted to as well, for reference.
@@ -114,7 +116,10 @@ def side_by_side(
 
     def run(label: str, name: str, options: Mapping[str, Any], context: Context) -> pd.DataFrame:
         study.progress(f"attributor {label}", 0, 1)
-        options = (tuned_ridge(study, context.masks, context.margins) if name == "ridge" else {}) | dict(options)
+        if name == "ridge":
+            options = tuned_ridge(study, context.masks, context.margins) | dict(options)
+        elif name == "trak":
+            options = tuned_trak(context, (masks[:half], outputs[:half])) | dict(options)
         context = replace(context, original_logits=before)
         table = compare({label: (name, options)}, context, (masks[half:], outputs[half:]), oracles, methods)
         study.progress(f"attributor {label}", 1, 1)
@@ -149,6 +154,17 @@ def tuned_ridge(study: Study, masks: np.ndarray, margins: np.ndarray) -> dict[st
         return float(np.mean([score(z, oracle, study.splits(f, probes=False))["score"] for z, (f, oracle) in found]))
 
     return min(study.preset.datamodels.grid, key=mean_score)
+
+
+def tuned_trak(context: Context, held_out: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
+    """Choose TRAK's penalty by the LDS on held-out subset models, with features of a single model."""
+    margins = metrics.margins(held_out[1], context.labels)
+
+    def score_of(regularization: float) -> float:
+        found = fit("trak", context, n_models=1, regularization=regularization).predict(held_out[0])
+        return lds(metrics.right_logits(found, context.labels), margins).mean()
+
+    return {"regularization": max(TRAK_PENALTIES, key=score_of)}
 
 
 def _dmm(study: Study, n_models: int) -> Unlearn:
