@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
-.PHONY: setup study test lowest lab docs lint publish replicate confirm book clean
+.PHONY: setup study quick test lowest lab docs lint publish replicate confirm book clean
 
 setup: $(READY)
 
@@ -18,6 +18,9 @@ $(READY): pyproject.toml setup.py constraints.txt
 
 study: $(READY)  ## run every notebook through papermill
 	$(BIN)/dmm run $(PRESET) --device $(DEVICE)
+
+quick: $(READY)  ## a first true figure in three minutes: DMM, three baselines and the floor on two forget sets
+	$(BIN)/dmm run quick --stage 04 --device $(DEVICE)
 
 test: $(READY)  ## the whole test suite, notebooks included
 	DMM_TEST_DEVICE=$(DEVICE) $(BIN)/python -m pytest -n logical --dist loadfile

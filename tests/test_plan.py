@@ -90,7 +90,9 @@ def test_stores_of_another_configuration_do_not_count(tmp_path, quick):
         assert plan.plan(presets.load(TINY, change), tmp_path).models["done"].sum() == 0, change
 
 
-@pytest.mark.parametrize("name", ["cifar10", "living17", "digits", "cifar10-images", "laptop", "smoke", "mllmu", "gpu"])
+@pytest.mark.parametrize(
+    "name", ["cifar10", "living17", "digits", "cifar10-images", "laptop", "smoke", "mllmu", "gpu", "quick", "smooth"]
+)
 def test_every_preset_can_be_planned(name, tmp_path, quick, monkeypatch):
     monkeypatch.setattr(plan, "user_cache_dir", lambda _: str(tmp_path))  # as if nothing was ever downloaded
     found = plan.plan(presets.load(name), tmp_path)

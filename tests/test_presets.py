@@ -16,7 +16,9 @@ from dmmlib.studies.cheap import experiments as _registers_the_studies  # noqa: 
 from tests.conftest import TINY
 
 
-@pytest.mark.parametrize("name", ["smoke", "laptop", "cifar10", "cifar10-images", "digits", "living17", "mllmu", "gpu"])
+@pytest.mark.parametrize(
+    "name", ["smoke", "laptop", "cifar10", "cifar10-images", "digits", "living17", "mllmu", "gpu", "quick", "smooth"]
+)
 def test_committed_presets_are_valid_and_complete(name):
     preset = presets.load(name)
     assert preset.name == name
