@@ -67,7 +67,8 @@ def saliency(problem: Problem, share: float) -> Tensors:
 
 @register(
     "salun",
-    space={"epochs": [4], "lr": [3e-4, 1e-3, 3e-3, 1e-2], "share": [0.03, 0.1, 0.3, 0.5]},
+    space={"epochs": [4], "lr": [3e-4, 1e-3, 3e-3, 1e-2], "share": [0.01, 0.03, 0.1, 0.3, 0.5]},
+    limits={"share": [0.01]},  # hardly any weight moves
     paper="SalUn; Fan et al., ICLR 2024",
     cost="epochs (n_F + n_R) + n_F",
     elsewhere="OPTML-Group/Unlearn-Saliency, xcadet/deepunlearn",
