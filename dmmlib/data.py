@@ -139,7 +139,7 @@ def from_arrays(
 ) -> Dataset:
     """Make a `Dataset` of a user's own arrays; DataError for shapes, values, labels or ids that cannot be used.
 
-    `ids` name the training points (n_train,), each by its own: `widgets.forget_ids.read` finds them by these names.
+    `ids` name the training points (n_train,), each by its own: `own.requests.read` finds them by these names.
     `probes` are positions in `x_val`, by name, of points that tables list apart and do not count among validation ones.
     """
     x_train, y_train = _checked("train", x_train, y_train)

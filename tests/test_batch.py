@@ -1,6 +1,7 @@
 """Notebooks side by side: what runs when, with how many threads, what is left where one fails or all stop, and what is
 executed again."""
 
+import dataclasses
 import json
 import os
 import re
@@ -143,6 +144,8 @@ def test_a_key_is_of_names_settings_and_versions(write, tmp_path, monkeypatch):
     METHODS.add("dmm", method, version + 1)
     try:
         assert key() not in (before, raised), "a method, registered by name"
+        METHODS.add("dmm", dataclasses.replace(method, space={"cost": [0.01, 0.03]}), version)
+        assert key() != before, "and what is searched of it"
     finally:
         METHODS.add("dmm", method, version)
     assert key() == before

@@ -308,7 +308,7 @@ def test_choose_by_eye_preview_save_and_unlearn(page, url, place):
     include = widget.get_by_role("button", name="Include", exact=True)
     include.click()
     alert = widget.get_by_role("alert")
-    expect(alert).to_contain_text("4000 is no training image")
+    expect(alert).to_contain_text("'4000' is no training point")
     assert abs(alert.bounding_box()["y"] - include.bounding_box()["y"]) < 120, "beside its button"
     widget.get_by_role("button", name="Clear").click()
     expect_chosen(widget, 0)

@@ -91,7 +91,7 @@ def test_verdicts_are_told_with_their_intervals():
     table = pd.concat([confirm.judge(plan(**c), results([1.0, 1.21] * 10)) for c in (
         {"over": "mean", "at_most": 1.2, "text": "near"}, {"at_most": 1.1, "text": "always"})])  # fmt: skip
     said = confirm.verdicts(table)
-    assert said.startswith("1 shown, 1 refuted, of 2 claims:")
+    assert said.startswith("1 shown, 1 refuted, of 2 [claims](docs/claims.md), on seeds")
     assert "| near | 1.10 [1.05, 1.15] | 20 | shown |" in said
     assert "| always | holds on 50% | 20 | refuted |" in said
 

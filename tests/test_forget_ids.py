@@ -1,4 +1,4 @@
-"""What someone means by a text: indices, ids, file names, folders, classes; as words, CSV or JSON."""
+"""What someone means by a text: indices, ids, file names, folders, classes; as words, CSV or JSON; see test_own."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 
 from dmmlib import data, forget_sets
 from dmmlib.errors import DataError, ForgetSetError
-from dmmlib.widgets import forget_ids
+from dmmlib.own import requests
 
 FILES = ["train/bag/0001.png", "train/bag/0002.png", "train/ankle boot/0001.png", "train/ankle boot/77.png"]
 
@@ -46,7 +46,7 @@ def files():
     ],
 )
 def test_points_are_found_however_they_are_given(arrays, text, expected):
-    assert forget_ids.read(text, arrays).tolist() == expected
+    assert requests.read(text, arrays).tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -63,39 +63,39 @@ def test_points_are_found_however_they_are_given(arrays, text, expected):
     ],
 )
 def test_file_names_and_folders_are_found_by_the_end_of_their_paths(files, text, expected):
-    assert forget_ids.read(text, files).tolist() == expected
+    assert requests.read(text, files).tolist() == expected
 
 
 def test_a_number_in_a_column_of_ids_is_an_id_where_the_data_has_ids():
     x = np.zeros((3, 2, 2, 1), np.uint8)
     numbered = data.from_arrays(x, np.array([0, 1, 0]), x, np.array([0, 1, 0]), ids=[902, 900, 1])
-    assert forget_ids.read("id\n900\n1", numbered).tolist() == [1, 2]
-    assert forget_ids.read("1", numbered).tolist() == [1], "and an index elsewhere"
-    with pytest.raises(ForgetSetError, match="column 'id', holds '0', which names nothing"):
-        forget_ids.read("id\n0", numbered)
+    assert requests.read("id\n900\n1", numbered).tolist() == [1, 2]
+    assert requests.read("1", numbered).tolist() == [1], "and an index elsewhere"
+    with pytest.raises(ForgetSetError, match="line 2: '0' is no training point"):
+        requests.read("id\n0", numbered)
 
 
 @pytest.mark.parametrize(
     ("text", "source", "message"),
     [
-        ("3, four", "The text", "'four', which names nothing here; give indices"),
-        ("a.png b.png 3", "The text", r"'a.png', .* \(2 of 3 such\)"),
+        ("3, four", "The text", "line 1: 'four' is no training point. Give indices from 0 to 11, or classes"),
+        ("a.png b.png 3", "The text", r"'a.png' is no .*'b.png' is no"),
         ("3.5", "The text", "'3.5'"),
         ("  ", "The text", "is empty"),
-        ("id,label\n", "x.csv", "x.csv, column 'id', is empty"),
+        ("id,label\n", "x.csv", "x.csv is empty"),
         ("3,1\n4,0", "mine.csv", "mine.csv begins with '3,1'; name its columns"),
-        ("5, 120", "The text", "120 is no training image"),
-        ("-1", "The text", "-1 is no training image"),
+        ("5, 120", "The text", "'120' is no training point"),
+        ("-1", "The text", "'-1' is no training point"),
         ("{bad", "x.json", "x.json is no JSON"),
         ('["a", {}]', "x.json", "holds {}; give one flat list"),
         ('{"name": "x"}', "x.json", "lacks data_sha256, indices"),
-        ("label\n9", "The text", "'9', which names nothing"),
+        ("label\n9", "The text", "line 2: '9' is no training point"),
         ("file\n" + "x" * 140_000, "The text", "no CSV .*field larger"),
     ],
 )
 def test_what_names_nothing_is_said(arrays, text, source, message):
     with pytest.raises(ForgetSetError, match=message):
-        forget_ids.read(text, arrays, source)
+        requests.read(text, arrays, source)
 
 
 @pytest.mark.parametrize(
@@ -113,20 +113,20 @@ def test_what_names_nothing_is_said(arrays, text, source, message):
 )
 def test_a_saved_set_that_cannot_be_read_is_said(files, text, message):
     with pytest.raises(ForgetSetError, match=message):
-        forget_ids.read(text, files)
+        requests.read(text, files)
 
 
 def test_a_name_that_two_files_have_is_not_guessed(files):
-    with pytest.raises(ForgetSetError, match=r"'0001.png', .* such as train/bag/0001.png"):
-        forget_ids.read("0001.png", files)
+    with pytest.raises(ForgetSetError, match=r"'0001.png' is no .* such as train/bag/0001.png"):
+        requests.read("0001.png", files)
 
 
 def test_a_saved_set_is_read_and_anothers_refused(arrays, files):
     made_by = {"name": "y", "data": 1}  # which does not get in the way
     content = vars(forget_sets.make("x", [2, 1], arrays)) | {"indices": [1, 2], "made_by": made_by}
-    assert forget_ids.read(json.dumps(content), arrays).tolist() == [1, 2]
+    assert requests.read(json.dumps(content), arrays).tolist() == [1, 2]
     with pytest.raises(ForgetSetError, match="made for data"):
-        forget_ids.read(json.dumps(content), files)
+        requests.read(json.dumps(content), files)
 
 
 def test_ids_stay_with_their_points(files, tmp_path):

@@ -44,7 +44,7 @@ def test_a_stage_that_runs_out_of_time_stops_no_other(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_every_stage_passes_the_study_resumes_and_files_are_few(tmp_path):
-    """All stages, and the study again, with ResNet-9 of width 4. A machine gives back 8 files, not over two folders down."""
+    """All stages, and the study again, in small. A machine gives back 8 files, not over two folders down."""
     kept = []
     for turn, stages in (("first", "cuda_tests notebooks engine study"), ("second", "study")):
         rows = call(tmp_path / turn, tmp_path / "runs", STAGES=stages, TOTAL="1200")

@@ -556,7 +556,7 @@ def test_paste_and_upload(chooser):
     upload(chooser, "mine.csv", "id,label\n8,1\n9,0\n")
     assert chooser.selection.indices.tolist() == [8, 9], "as the person says"
     say(chooser, kind="dropped", name="dropped", text='{"ids": ["a.png"]}')
-    assert "dropped holds &#x27;a.png&#x27;, which names nothing here" in said(chooser)
+    assert "dropped, place 1: &#x27;a.png&#x27; is no training point" in said(chooser)
     assert chooser.selection.indices.tolist() == [8, 9]
 
 
@@ -585,7 +585,7 @@ def test_bad_indices_and_foreign_sets_are_said_in_the_widget(chooser):
     chooser.selection.replace([1])
     chooser.look.paste.value = "5, 4000"
     chooser.look.include.click()
-    assert "4000 is no training image" in said(chooser)
+    assert "4000&#x27; is no training point" in said(chooser)
     say(chooser, kind="toggle", index=130)
     assert "130 is no training image" in said(chooser)
     path = chooser.study.directory / "forget_sets" / "foreign.json"

@@ -123,4 +123,5 @@ def verdicts(judged: pd.DataFrame) -> str:
         mean = f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
         lines.append(f"| {row['claim']} | {every if np.isnan(row['low']) else mean} | {row['n']} | {row['verdict']} |")
     said = ", ".join(f"{counts[v]} {v}" for v in ("shown", "open", "refuted", "not run") if v in counts)
-    return f"{said[0].upper()}{said[1:]}, of {len(judged)} claims:\n\n" + "\n".join(lines)
+    seeds = "on seeds of data, models and forget sets, backdoors included, that nothing was chosen on"
+    return f"{said[0].upper()}{said[1:]}, of {len(judged)} [claims](docs/claims.md), {seeds}:\n\n" + "\n".join(lines)

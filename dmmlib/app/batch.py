@@ -27,7 +27,7 @@ from dmmlib.errors import DmmError, StoreError
 from dmmlib.files import config_hash, load_json, read_json, resource, short, write_json
 from dmmlib.presets import PLACES
 from dmmlib.progress import PROGRESS_FILE, Pulse, duration
-from dmmlib.registry import REGISTRIES, VERSIONS
+from dmmlib.registry import all_versions
 
 NOTEBOOKS = resource("notebooks")
 NEEDS = {"03": ("02",), "04": ("02",), "05": ("04",), "07": ("04",)}
@@ -46,21 +46,23 @@ def stages() -> dict[str, Path]:
 
 
 def key(notebook: Path, parameters: Mapping[str, Any]) -> str:
-    """Hash all that an executed notebook depends on: its source, without its name and outputs, and its parameters.
+    """Hash all that an executed notebook depends on: its source, without outputs, its parameters, versions and grids.
 
     Where things run does not count (`presets.PLACES`), and the path of a file counts by the file's content.
     """
     import dmmlib.study  # noqa: F401 (imports whatever registers components)
+    from dmmlib.unlearn.base import METHODS
 
     preset = parameters.get("preset")
     if isinstance(preset, Mapping):
         parameters = {**parameters, "preset": {k: v for k, v in preset.items() if k not in PLACES}}
-    registered = {f"{kind} {name}": entries.version(name) for kind, entries in REGISTRIES.items() for name in entries}
+    grids = {name: METHODS[name].space for name in METHODS}
     try:
         source = [cell["source"] for cell in load_json(notebook)["cells"]]
     except (LookupError, TypeError) as error:
         raise StoreError(f"{notebook} is no notebook; restore it.") from error
-    return config_hash({"parameters": _by_content(parameters), "notebook": source, "versions": VERSIONS | registered})
+    made_of = {"notebook": source, "versions": all_versions(), "grids": grids}
+    return config_hash({"parameters": _by_content(parameters)} | made_of)
 
 
 def _by_content(value: Any) -> Any:

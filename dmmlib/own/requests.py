@@ -1,120 +1,203 @@
-"""Read which points a request names: numbers, ids, a file of them, a folder of files, a class."""
+"""Read which training points someone means: indices, ids, file names, folders, classes; as a list, text, CSV, JSON."""
 
 from __future__ import annotations
 
 import csv
-import io
-from collections.abc import Iterator, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from dmmlib import forget_sets
 from dmmlib.data import Dataset
 from dmmlib.errors import ForgetSetError, StoreError
-from dmmlib.files import load_json
-from dmmlib.forget_sets import check_forget_indices
+from dmmlib.files import parse_json
 from dmmlib.registry import did_you_mean
 
-COLUMNS = ("id", "ids", "index", "indices", "name", "file", "filename", "path")  # that hold the points of a table
+POSITIONS = ("index", "indices", "idx", "position")  # columns of a table, by what stands in them
+NAMES = ("id", "ids", "file", "files", "filename", "file_name", "path", "name", "image", "image_id")
+CLASSES = ("class", "class_name", "label")  # read only where no other column says more
 SHOWN = 5  # faults that are named
-Named = list[tuple[str, Any]]  # where it stands, such as "line 3", and what stands there
+WORD, NAME, CLASS = "word", "name", "class"
+
+
+class Named(NamedTuple):
+    """A word that names points, and where it stands, such as "ids.csv, line 3"."""
+
+    where: str
+    word: str
+    kind: str = WORD  # a WORD of digits is an index; as a NAME, only where the data has no ids; as a CLASS, a label
+
+
+Find = Callable[[str, str], "list[int] | None"]
 
 
 def resolve(request: Any, data: Dataset) -> tuple[np.ndarray, str]:
-    """Find the training points (n,), sorted, that a request names, and what the request is called.
+    """Find the training points (n,), sorted, that a request names once each, and what the request is called.
 
-    A request is a list of numbers or ids; an id; the name of a class, for all its points; a folder, for the files in
-    it; or the path of a .csv (a column `id`, or the first), .json (a list, or an object with `ids` or `indices`), or
-    text file with one on each line. A file's id also goes by its name without folders, where that is unique.
+    A request is a list of numbers or names; one name; the name of a class, for all its points; a folder, for the files
+    in it; or the path of a file that `read` reads.
 
     Raises ForgetSetError that names unknown points and duplicates with their line, or StoreError for a file.
     """
-    name, named = "request", Named()
+    find, name = _finder(data), "request"
     if isinstance(request, (str, Path)):
-        path = Path(request)
+        path, word = Path(request), str(request)
         if path.is_dir():
-            named, name = [(f"file {p.name}", p.name) for p in sorted(path.rglob("*")) if p.is_file()], path.name
+            name, files = path.name, sorted(p for p in path.rglob("*") if p.is_file())
+            named = [Named(f"file {p.name}", p.name, NAME) for p in files]
         elif path.is_file():
-            named, name = _read(path)
-        elif str(request) in data.class_names:
-            at = np.flatnonzero(data.y_train == data.class_names.index(str(request)))
-            return check_forget_indices(at, data.n_train), str(request)
+            try:
+                text = path.read_text(encoding="utf-8-sig")
+            except (OSError, UnicodeDecodeError) as error:
+                raise StoreError(f"{path} cannot be read as text ({error}); give UTF-8.") from error
+            named, called = _parse(text, data, str(path), find)
+            name = called or path.stem
+        elif word in data.class_names or find(word, NAME):
+            of_class = word in data.class_names
+            named = [Named("it", str(data.class_names.index(word)) if of_class else word, CLASS if of_class else NAME)]
+            name = word if of_class else name
         else:
-            known = [*data.class_names, *_ids(data)[:10_000]]
-            if str(request) not in _ids(data):
-                raise ForgetSetError(
-                    f"{str(request)!r} is no file, folder, class or id.{did_you_mean(str(request), known)}"
-                )
-            named = [("it", request)]
+            known = [*data.class_names, *(() if data.ids is None else data.ids[:10_000].tolist())]
+            raise ForgetSetError(f"{word!r} is no file, folder, class or id.{did_you_mean(word, known)}")
     elif isinstance(request, Sequence) or hasattr(request, "tolist"):
         values = request.tolist() if hasattr(request, "tolist") else list(request)
-        named = [(f"place {i}", value) for i, value in enumerate(values if isinstance(values, list) else [values], 1)]
+        named = _listed(values if isinstance(values, list) else [values], "")
     else:
         raise ForgetSetError(f"The request is a {type(request).__name__}; give ids, indices, a path or a class.")
-    return np.sort(check_forget_indices(_found(named, data), data.n_train)), name
+    return np.sort(forget_sets.check_forget_indices(_points(named, data, find, once=True), data.n_train)), name
 
 
-def _ids(data: Dataset) -> list[str]:
-    return [] if data.ids is None else data.ids.tolist()
+def read(text: str, data: Dataset, source: str = "The text") -> np.ndarray:
+    """Return the training points (n,), int64, that a text names, in the order given and each once.
+
+    A whole number is an index (0 is the first training point); in a column called id, or as JSON's text, it is an id
+    where the data has ids. Any other word is an id, the end of one's path, a folder of them, or a class.
+
+    Args:
+        text: words in any separators; CSV with a header that names its columns, of which one called index, id, file
+            or class is read; a JSON list; or a saved forget set.
+        source: named where something is wrong, and a CSV by its ending.
+
+    Raises:
+        ForgetSetError: for anything that is none of this data's, or a set saved for other data.
+    """
+    find = _finder(data)
+    named, _ = _parse(text, data, source, find)
+    if not named:
+        raise ForgetSetError(f"{source} is empty; give indices such as 3, 14, 15, ids, file names or a class.")
+    return np.array(_points(named, data, find), np.int64)
 
 
-def _read(path: Path) -> tuple[Named, str]:
-    if path.suffix.lower() == ".json":
-        content = load_json(path)
-        keys = [key for key in ("ids", "indices") if isinstance(content, dict) and key in content]
-        listed = content[keys[0]] if keys else content
-        if not isinstance(listed, list):
-            raise ForgetSetError(f"{path} holds no list; give one, or an object with `ids` or `indices`.")
-        called = content.get("name") if isinstance(content, dict) else None
-        name = called if isinstance(called, str) else path.stem
-        return [(f"{path}, place {i}", value) for i, value in enumerate(listed, 1)], name
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise StoreError(f"{path} cannot be read as text ({error}); give UTF-8.") from error
-    rows = csv.reader(io.StringIO(text)) if path.suffix.lower() == ".csv" else ([line] for line in text.splitlines())
-    return list(_column(path, rows)), path.stem
-
-
-def _column(path: Path, rows: Iterator[list[str]] | Any) -> Iterator[tuple[str, str]]:
-    column = 0
-    for number, row in enumerate(rows, 1):
-        cells = [cell.strip() for cell in row]
-        if number == 1 and (known := [i for i, cell in enumerate(cells) if cell.lower() in COLUMNS]):
-            column = known[0]
-        elif any(cells):
-            yield f"{path}, line {number}", cells[column] if column < len(cells) else ""
-
-
-def _found(named: Named, data: Dataset) -> list[int]:
-    """Indices of what is named; raises ForgetSetError for what is unknown, or named twice."""
-    places = {name: i for i, name in enumerate(_ids(data))}
-    short: dict[str, int] = {}
-    for name, at in places.items():
-        last = name.replace("\\", "/").rpartition("/")[2]
-        short[last] = -1 if last in short else at  # not unique
+def _points(named: Iterable[Named], data: Dataset, find: Find, once: bool = False) -> list[int]:
+    """Indices of what is named; raises ForgetSetError for what names nothing or, if `once`, a point again."""
     found, faults = dict[int, str](), list[str]()
-    for where, value in named:
-        if (i := _index(value, places, short, data.n_train)) is None:
-            faults.append(f"{where}: {str(value)[:80]!r} is no training point")
-        elif i in found:
-            faults.append(f"{where}: {str(value)[:80]!r} stands at {found[i].rpartition(', ')[2]} already")
-        else:
-            found[i] = where
+    for where, word, kind in named:
+        points = find(word, kind)
+        if points is None:
+            faults.append(f"{where}: {word!r:.80} is no training point")
+        elif once and (again := [i for i in points if i in found]):
+            faults.append(f"{where}: {word!r:.80} stands at {found[again[0]].rpartition(', ')[2]} already")
+        found |= {i: where for i in points or () if i not in found}
     if faults:
         more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-        form = f"ids such as {ids[0]!r}" if (ids := _ids(data)) else f"numbers from 0 to {data.n_train - 1}"
-        raise ForgetSetError(f"{'; '.join(faults[:SHOWN])}{more}. Name each point once, by {form}.")
+        known = "" if data.ids is None else f", ids such as {data.ids[0]!s:.60}"
+        form = f"indices from 0 to {data.n_train - 1}{known}, or classes{', each point once' if once else ''}"
+        raise ForgetSetError(f"{'; '.join(faults[:SHOWN])}{more}. Give {form}.")
     return list(found)
 
 
-def _index(value: Any, places: dict[str, int], short: dict[str, int], n: int) -> int | None:
-    if isinstance(value, str) and places:
-        at = places.get(value, short.get(value.replace("\\", "/").rpartition("/")[2], -1))
-        return None if at < 0 else at
+def _finder(data: Dataset) -> Find:
+    """Look words up, of a kind as in `Named`: the points that they name, or None."""
+    names = {} if data.ids is None else _by_name(data.ids.tolist())
+    labels = {name.lower(): label for label, name in enumerate(data.class_names) if not name.isdigit()}
+
+    def find(word: str, kind: str) -> list[int] | None:
+        if kind != CLASS:
+            if re.fullmatch(r"-?[0-9]{1,18}", word) and (kind == WORD or data.ids is None):
+                return [int(word)] if 0 <= int(word) < data.n_train else None
+            if (known := names.get(word.replace("\\", "/").strip("/").removeprefix("./"))) is not None:
+                return known
+        label = labels.get(word.lower(), int(word) if kind == CLASS and word.isdecimal() else None)
+        return np.flatnonzero(data.y_train == label).tolist() or None if label is not None else None
+
+    return find
+
+
+def _by_name(ids: Iterable[str]) -> dict[str, list[int]]:
+    """Ids, their folders, and the ends of their paths where only one has it, with the points that they name."""
+    exact, folders, ends = defaultdict[str, list[int]](list), defaultdict[str, list[int]](list), {}
+    for i, name in enumerate(ids):
+        parts = name.replace("\\", "/").split("/")
+        exact[name].append(i)
+        for k in range(1, len(parts)):
+            folders["/".join(parts[:k])].append(i)
+            end = "/".join(parts[k:])
+            ends[end] = None if end in ends else [i]
+    return {end: at for end, at in ends.items() if at} | folders | exact
+
+
+def _parse(text: str, data: Dataset, source: str, find: Find) -> tuple[list[Named], str]:
+    """The words of a text, and what it is called where it says so."""
+    text = text.lstrip("\ufeff").strip()
+    if text.startswith("{") or re.match(r'\[\s*["{]', text):
+        return _of_json(text, data, source)
+    lines = text.splitlines()
+    first = lines[0] if lines else ""
+    delimiter = max(",;\t", key=first.count)
+    header = [cell.strip(" \t\"'") for cell in first.split(delimiter)]
+    columns = [cell.lower() for cell in header]
+    column = next((columns.index(name) for name in (*POSITIONS, *NAMES, *CLASSES) if name in columns), None)
+    if column is not None and not (len(header) == 1 and find(header[0], WORD)):
+        kind = NAME if columns[column] in NAMES else CLASS if columns[column] in CLASSES else WORD
+        try:
+            table = list(csv.reader(lines[1:], delimiter=delimiter, skipinitialspace=True))
+        except csv.Error as error:
+            raise ForgetSetError(f"{source} is no CSV ({error}); mend it, or give one column.") from error
+        cells = [(i, row[column].strip()) for i, row in enumerate(table, 2) if len(row) > column]
+        return [Named(f"{source}, line {i}", cell, kind) for i, cell in cells if cell], ""
+    if source.lower().endswith((".csv", ".tsv")) and len(header) > 1 and len(lines) > 1:
+        raise ForgetSetError(f"{source} begins with {first!r:.60}; name its columns there, one of them id or index.")
+    named = []
+    for i, line in enumerate(lines, 1):
+        parts = [part.strip(" \t\"'[]()") for part in re.split("[,;]", line)]
+        words = [word for part in parts if part for word in ([part] if find(part, WORD) else part.split())]
+        named += [Named(f"{source}, line {i}", word) for word in words]
+    return named, ""
+
+
+def _of_json(text: str, data: Dataset, source: str) -> tuple[list[Named], str]:
     try:
-        i = int(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return i if 0 <= i < n and (isinstance(value, str) or i == value) and not isinstance(value, bool) else None
+        content = parse_json(text)
+    except (ValueError, RecursionError) as error:
+        raise ForgetSetError(f"{source} is no JSON ({error}); give a saved forget set or numbers.") from error
+    if isinstance(content, list):
+        return _listed(content, f"{source}, "), ""
+    called = content["name"] if isinstance(content.get("name"), str) else ""
+    if "ids" in content and isinstance(content["ids"], list):
+        named = _listed(content["ids"], f"{source}, ")
+        return [Named(where, word, NAME) for where, word, _ in named], called
+    forms = {"indices": (list, "a list of whole numbers"), "data_sha256": (str, "text"), "made_by": (dict, "a mapping")}
+    for key, (kind, expected) in forms.items():
+        if not isinstance(content.get(key, kind()), kind):
+            raise ForgetSetError(f"{source} has {key} = {content[key]!r:.80}; give {expected}, as ForgetSet.save does.")
+    for index in content.get("indices", ()):
+        if type(index) is not int:
+            raise ForgetSetError(f"{source} has {index!r:.80} among its indices; give whole numbers in one flat list.")
+    if set(content) <= {"indices", "name"} and content.get("indices"):
+        return _listed(content["indices"], f"{source}, "), called
+    saved = forget_sets.parse(content | {"made_by": {}}, data, source)
+    return _listed(saved.indices.tolist(), f"{source}, "), called
+
+
+def _listed(values: Sequence[Any], source: str) -> list[Named]:
+    """Words of a list: what is no text is an index."""
+    if wrong := [value for value in values if isinstance(value, (dict, list, tuple))]:
+        raise ForgetSetError(
+            f"{source or 'The request '}holds {wrong[0]!r:.80}; give one flat list of numbers or names."
+        )
+    whole = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
+    return [Named(f"{source}place {i}", str(v), NAME if isinstance(v, str) else WORD) for i, v in enumerate(whole, 1)]

@@ -15,8 +15,8 @@ from dmmlib.analysis import plots
 from dmmlib.datamodels import Indices
 from dmmlib.errors import ForgetSetError
 from dmmlib.forget_sets import ForgetSet
+from dmmlib.own import requests
 from dmmlib.study import Study
-from dmmlib.widgets import forget_ids
 from dmmlib.widgets import preview as previews
 from dmmlib.widgets.batch import Saving, Trial
 from dmmlib.widgets.consequences import Consequences
@@ -229,8 +229,8 @@ class Look(w.VBox):
             self.take_list(file["name"], bytes(file["content"]).decode("utf-8", errors="replace"))
 
     def take_list(self, name: str, text: str) -> None:
-        """Add what a list names, or put it in the place of the choice; see `forget_ids.read`."""
-        points = forget_ids.read(text, self._study.data, name)
+        """Add what a list names, or put it in the place of the choice; see `own.requests.read`."""
+        points = requests.read(text, self._study.data, name)
         (self._selection.replace if self.way.value == "replaces" else self._selection.add)(points)
 
     def refresh(self) -> None:

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from dmmlib.datamodels import Indices
-from dmmlib.widgets.forget_ids import in_range
+from dmmlib.errors import ForgetSetError
 
 Known = Mapping[str, np.ndarray]  # measure -> values (n_points,), training points first; NaN where it has none
+
+
+def in_range(indices: Any, n_train: int) -> np.ndarray:
+    """Return the indices as int64; raises ForgetSetError for the first that is no training point's."""
+    given = np.asarray(indices).reshape(-1)
+    if len(given) and not np.issubdtype(given.dtype, np.integer):
+        raise ForgetSetError(f"Indices were given as {given.dtype}; give whole numbers from 0 to {n_train - 1}.")
+    outside = given[(given < 0) | (given >= n_train)]
+    if len(outside):
+        raise ForgetSetError(f"{outside[0]} is no training image; only those can be forgotten: use 0 to {n_train - 1}.")
+    return given.astype(np.int64)
 
 
 class Selection:
