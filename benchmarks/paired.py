@@ -4,6 +4,7 @@ The *twin* of an original is retrained with its seed, initial weights and order 
 weight 0 in the loss. At the preset `laptop`'s rate, and at a quarter of it (`smooth`), for each forget set and split:
 
 - alike: the correlation over models, at each point, between originals' margins and their twins', mean over points;
+- again: the same with the originals trained once more, by kernels that round otherwise;
 - r: the same between the change of margins that a way predicts for each original and that of its twin;
 - error: root mean square over models and points of the difference between a way's margins and the twin's, in the
   oracles' standard deviations (an independent retraining is at sqrt(2) if seeds decide nothing);
@@ -18,8 +19,9 @@ trained model by the weight of the forgotten points, taken forwards through all 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -29,7 +31,7 @@ from torch.nn import functional as F
 
 from benchmarks.matching import arguments, save
 from dmmlib import forget_sets, metrics, stacking, unlearn
-from dmmlib.ensemble import epoch_batches, initialise
+from dmmlib.ensemble import Ensemble, epoch_batches, initialise
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.optim import Tensors
 from dmmlib.study import Study
@@ -38,11 +40,16 @@ N, CHUNK = 60, 20
 PRESETS = ("laptop", "smooth")
 
 
-def retrained(study: Study, seeds: list[int], forget: np.ndarray, follow: bool) -> tuple[np.ndarray, np.ndarray | None]:
-    """Margins (n_models, n_points) of models trained with these seeds and weight 0 of the forgotten points.
+class Trained(NamedTuple):
+    """Models, their margins (n_models, n_points), and how these change by the metagradient."""
 
-    With `follow`, of models trained on all points, and their change (n_models, n_points) by the metagradient.
-    """
+    models: Ensemble
+    margins: np.ndarray
+    change: np.ndarray
+
+
+def retrained(study: Study, seeds: list[int], forget: np.ndarray, follow: bool) -> Trained:
+    """Train models with these seeds and weight 0 of the forgotten points; to `follow` their weight, it stays 1."""
     n, training, x, y = study.data.n_train, study.training, study.x, study.y
     models = initialise(study.module, seeds, study.device)
     optimizer, module, params = training.optimizer, models.module.train(), dict(models.params)
@@ -78,18 +85,17 @@ def retrained(study: Study, seeds: list[int], forget: np.ndarray, follow: bool) 
         return logits[:, right] - logits.masked_fill(right, -torch.inf).logsumexp(-1)
 
     with torch.no_grad():
-        if not follow:
-            return answer(params).numpy(), None
         margins, change = torch.func.jvp(answer, (params,), (turned,))
-    return margins.numpy(), change.numpy()
+    return Trained(Ensemble(models.module, params, models.buffers), margins.numpy(), change.numpy())
 
 
-def of_all(study: Study, forget: np.ndarray, follow: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
-    """`retrained` for all originals, some at a time."""
+def of_all(study: Study, forget: np.ndarray, follow: bool = False) -> Trained:
+    """`retrained` with all originals' seeds, some at a time."""
     seeds = study.seeds("originals", N)
     parts = [retrained(study, seeds[i : i + CHUNK], forget, follow) for i in range(0, N, CHUNK)]
-    margins, changes = zip(*parts, strict=True)
-    return np.concatenate(margins), np.concatenate(changes) if follow else None
+    params = {name: torch.cat([part.models.params[name] for part in parts]) for name in parts[0].models.params}
+    models = Ensemble(parts[0].models.module, params, {})
+    return Trained(models, *(np.concatenate([part[i] for part in parts]) for i in (1, 2)))
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -111,24 +117,26 @@ def sets_of(study: Study) -> dict[str, ForgetSet]:
 def rows(preset: str, seed: int, runs: Path) -> Iterator[dict[str, Any]]:
     """One row for each set, way and split."""
     study = Study(preset, {"seed": seed, "data.seed": seed, "ensembles.n_models": N}, runs=runs)
-    d, before = study.data, metrics.margins(study.original_logits(), study.data.y)
-    accuracy = float(metrics.correct(study.original_logits(), d.y)[:, d.n_train :].mean())
+    d, (originals, before, _) = study.data, of_all(study, np.array([], int))
+    logits = originals.logits(study.x).numpy()
+    accuracy = float(metrics.correct(logits, d.y)[:, d.n_train :].mean())
     for name, forget_set in sets_of(study).items():
-        twins = of_all(study, forget_set.indices)[0]
-        again, change = of_all(study, forget_set.indices, follow=True)
-        assert np.abs(again - before).mean() < 0.1 * before.std(0).mean(), "the originals again, but for rounding"
+        twins, followed = (of_all(study, forget_set.indices, follow) for follow in (False, True))
+        twins, again, change = twins.margins, followed.margins, followed.change
         oracles = metrics.margins(study.oracles(forget_set), d.y)
         ways = {"nothing": before, "another retraining": oracles, "metagradient": before + change}
         for method in ("oracle_matching", "dmm"):
-            ways[method] = unlearn.get(method)(study.problem(forget_set, method)).margins
+            problem = replace(study.problem(forget_set, method), originals=originals, original_logits=logits)
+            ways[method] = unlearn.get(method)(problem).margins
         sd = np.concatenate([oracles, twins]).std(0)
         for split, at in forget_set.splits(d.n_train, d.n_val).items():
-            alike = correlation(before, twins)[at].mean()
+            alike, repeated = (correlation(before, other)[at].mean() for other in (twins, again))
             for way, margins in ways.items():
                 off = (margins - twins)[:, at] / sd[at]
                 found = {
                     "accuracy": accuracy,
                     "alike": alike,
+                    "again": repeated,
                     "r": correlation(margins - before, twins - before)[at].mean(),
                     "error": np.sqrt((off**2).mean()),
                     "gap": np.abs(off.mean(0)).mean(),
@@ -140,7 +148,7 @@ def rows(preset: str, seed: int, runs: Path) -> Iterator[dict[str, Any]]:
 def text_of(table: pd.DataFrame) -> str:
     """The tables for people: means over seeds and sets, with the lowest and the highest of each preset and split."""
     keys = ["preset", "split", "way"]
-    of_models = table.groupby(["preset", "split"], sort=False)[["accuracy", "alike"]].mean().round(2)
+    of_models = table.groupby(["preset", "split"], sort=False)[["accuracy", "alike", "again"]].mean().round(2)
     means = table.groupby(keys, sort=False)[["r", "error", "gap"]].mean().round(2)
     ranges = table.groupby(keys, sort=False)[["r", "error"]].agg(["min", "max"]).round(2)
     return "\n\n".join(
