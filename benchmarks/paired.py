@@ -5,7 +5,9 @@ weight 0 in the loss. At the preset `laptop`'s rate, and at a quarter of it (`sm
 
 - alike: the correlation over models, at each point, between originals' margins and their twins', mean over points;
 - again: the same with the originals trained once more, by kernels that round otherwise;
-- r: the same between the change of margins that a way predicts for each original and that of its twin;
+- r: the correlation over points, for each model, between the change of its margins by a way and that to its twin, mean
+  over models; own: the same over models, at each point: what is this model's own and not the crowd's. Another
+  retraining has neither, as both changes would start from the same margins;
 - error: root mean square over models and points of the difference between a way's margins and the twin's, in the
   oracles' standard deviations (an independent retraining is at sqrt(2) if seeds decide nothing);
 - gap: that of mean margins, which is what KLoM sees first.
@@ -133,11 +135,14 @@ def rows(preset: str, seed: int, runs: Path) -> Iterator[dict[str, Any]]:
             alike, repeated = (correlation(before, other)[at].mean() for other in (twins, again))
             for way, margins in ways.items():
                 off = (margins - twins)[:, at] / sd[at]
+                moved = [(z - before)[:, at] for z in (margins, twins)]
+                shared = way == "another retraining"
                 found = {
                     "accuracy": accuracy,
                     "alike": alike,
                     "again": repeated,
-                    "r": correlation(margins - before, twins - before)[at].mean(),
+                    "r": np.nan if shared else correlation(*(z.T for z in moved)).mean(),
+                    "own": np.nan if shared else correlation(*moved).mean(),
                     "error": np.sqrt((off**2).mean()),
                     "gap": np.abs(off.mean(0)).mean(),
                 }
@@ -149,8 +154,8 @@ def text_of(table: pd.DataFrame) -> str:
     """The tables for people: means over seeds and sets, with the lowest and the highest of each preset and split."""
     keys = ["preset", "split", "way"]
     of_models = table.groupby(["preset", "split"], sort=False)[["accuracy", "alike", "again"]].mean().round(2)
-    means = table.groupby(keys, sort=False)[["r", "error", "gap"]].mean().round(2)
-    ranges = table.groupby(keys, sort=False)[["r", "error"]].agg(["min", "max"]).round(2)
+    means = table.groupby(keys, sort=False)[["r", "own", "error", "gap"]].mean().round(2)
+    ranges = table.groupby(keys, sort=False)[["r", "own", "error"]].agg(["min", "max"]).round(2)
     return "\n\n".join(
         [
             f"Seeds {sorted(map(int, table['seed'].unique()))}; {', '.join(table['set'].unique())}; N = {N}. Means:",
@@ -164,8 +169,9 @@ def text_of(table: pd.DataFrame) -> str:
 
 def main() -> None:
     asked = arguments(__doc__, "paired")
-    table = pd.DataFrame([r for preset in PRESETS for seed in asked.seeds for r in rows(preset, seed, asked.runs)])
-    save(asked.out, table, text_of(table))
+    found = [row for preset in PRESETS for seed in asked.seeds for row in rows(preset, seed, asked.runs)]
+    table = pd.DataFrame(found)
+    save(asked.out, table.astype(object).where(table.notna(), None), text_of(table))
     print(text_of(table))
 
 
