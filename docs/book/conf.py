@@ -15,7 +15,7 @@ include_patterns = ["docs/*.md", "notebooks/[0-9]*.ipynb"]
 exclude_patterns = [".*", "build", "runs", "figures", "data", "dmmlib", "scripts", "tests", "screenshots", "benchmarks"]
 html_theme = "furo"
 html_copy_source = False
-html_show_sphinx = False
+html_show_sphinx = html_show_copyright = False
 html_extra_path = ["../../build/book-pages"]
 html_math_renderer = "mathml"
 html_css_files = ["../explore/explore.css"]
