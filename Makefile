@@ -19,7 +19,7 @@ $(READY): pyproject.toml setup.py constraints.txt
 study: $(READY)  ## run every notebook through papermill
 	$(BIN)/dmm run $(PRESET) --device $(DEVICE)
 
-quick: $(READY)  ## a first true figure in three minutes: DMM, three baselines and the floor on two forget sets
+quick: $(READY)  ## a first true figure in a minute or two: DMM, three baselines and the floor on two forget sets
 	$(BIN)/dmm run quick --stage 04 --device $(DEVICE)
 
 test: $(READY)  ## the whole test suite, notebooks included
