@@ -34,16 +34,19 @@ def predictions(study: Study, fitted: Mapping[int, datamodels.RidgeDatamodel], n
     for f in study.forget_sets().values():
         before = metrics.margins(study.original_logits()[:, f.indices], y[f.indices])
         sets[f.name] = f.indices, before, study.reference(f)[0][:, f.indices]
+    forgotten = [forget for forget, _, _ in sets.values()]
     for size, model in fitted.items():
         both = study.lds(model)
         for split, points in (("train", slice(n)), ("validation", slice(n, None))):
             rows.append([size, "every", split, "lds", *astuple(datamodels.lds_estimate(*both[:, :, points]))])
-        for name, (forget, before, oracles) in sets.items():
-            after = before + metrics.right_logits(model.effect(forget), y)[forget]
+        for (name, (forget, before, oracles)), change in zip(sets.items(), model.effects(forgotten), strict=True):
+            after = before + metrics.right_logits(change, y)[forget]
             summary = metrics.klom_summary(after, oracles, {"forget": np.arange(len(forget))})
             rows.append([size, name, "forget", "klom_p95", *astuple(summary["forget"]["p95"])])
-    for name, (forget, before, oracles) in sets.items():
-        after = before + metrics.right_logits(study.attributor().effect(forget), y)[forget]
+    for (name, (forget, before, oracles)), change in zip(
+        sets.items(), study.attributor().effects(forgotten), strict=True
+    ):
+        after = before + metrics.right_logits(change, y)[forget]
         for statistic, estimate in agreement(before, after, oracles, n_bootstrap).items():
             rows.append([m, name, "forget", statistic, *astuple(estimate)])
     return pd.DataFrame(rows, columns=COLUMNS)

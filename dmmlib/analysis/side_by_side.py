@@ -73,9 +73,10 @@ def compare(
         rows.append((*spent, "", "", "all", "cost", float(context.masks.mean(1).sum()), *none))
         rows.append((*spent, "", "", "all", "seconds", seconds, *none))
         rows.append((*spent, "", "", "all", "lds", *astuple(ranked)))
-        for forget, (forget_set, _) in oracles.items():
+        effects = attributor.effects([forget_set.indices for forget_set, _ in oracles.values()])
+        for (forget, (forget_set, _)), effect in zip(oracles.items(), effects, strict=True):
             splits = forget_set.splits(context.n_train, len(context.x) - context.n_train)
-            change = metrics.right_logits(attributor.effect(forget_set.indices), context.labels)
+            change = metrics.right_logits(effect, context.labels)
             answers = {"dm_direct": before + change}
             answers |= {method: unlearn(attributor, forget_set) for method, unlearn in (methods or {}).items()}
             for method, margins in answers.items():
