@@ -96,7 +96,8 @@ def fingerprint(make: Callable[[], nn.Module], x: Tensor) -> str:
         trained.square().sum().backward()
         sizes = [torch.zeros(()) if p.grad is None else p.grad.norm() for p in module.parameters()]
         numbers = [z for part in (answers, trained, *sizes) for z in part.flatten().tolist()]
-        return f"{module} {[f'{z:.{digits}g}' for z in numbers]}"
+        least = 10.0 ** -(digits + 2) * max(map(abs, numbers))  # below is noise: gradients of biases before norms
+        return f"{module} {[f'{z if abs(z) > least else 0:.{digits}g}' for z in numbers]}"
 
     try:
         found = seen(torch.float64, 6)

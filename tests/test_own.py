@@ -1,5 +1,7 @@
 """Models of one's own: prepared, unlearned, audited; what cannot be used is refused in one sentence."""
 
+import os
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +16,7 @@ import dmmlib
 from dmmlib import data as datasets
 from dmmlib.ensemble import Training, train
 from dmmlib.errors import DataError, ForgetSetError, ModelError, StoreError
+from dmmlib.execution import Execution
 from dmmlib.own import recipe as recipes
 from dmmlib.own.prepare import Prepared
 from dmmlib.own.recipe import Recipe
@@ -278,6 +281,36 @@ def test_unknown_ids_and_duplicates_are_named_with_their_line(named, tmp_path):
         resolve("img/0033.png", named)
     with pytest.raises(ForgetSetError, match="and 3 more"):
         resolve([f"none{i}" for i in range(8)], named)
+    with pytest.raises(ForgetSetError, match=r"request is a mask; give indices, np.flatnonzero\(mask\)"):
+        resolve(np.arange(N) < 3, named)
+    path.write_text("index\n3.0\n7.\n")
+    assert resolve(path, named)[0].tolist() == [3, 7], "as pandas writes whole numbers"
+
+
+def test_a_word_that_names_a_class_and_a_point_is_not_guessed(tmp_path):
+    data = datasets.from_arrays(*split(*points((8,))))
+    assert data.class_names[1] == "1"
+    with pytest.raises(ForgetSetError, match="'1' may be a class or a point"):
+        resolve("1", data)
+    for column, expected in (("index", [1]), ("class", np.flatnonzero(data.y_train == 1).tolist())):
+        (tmp_path / "one.csv").write_text(f"{column}\n1\n")
+        assert resolve(tmp_path / "one.csv", data)[0].tolist() == expected
+
+
+def test_a_recipe_may_import_files_beside_it_in_worker_processes_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    for i in (1, 2):  # each recipe has its own module of that name
+        (tmp_path / f"{i}").mkdir()
+        (tmp_path / f"{i}" / "net.py").write_text(f"from torch import nn\nclass Net(nn.Linear):\n    answer = {i}\n")
+        lines = "import dmmlib\nfrom net import Net", "def train(model, x, y, seed):\n    import net\n    return model"
+        made = "recipe = dmmlib.Recipe(model=lambda: Net(4, 3), data='digits', train=train)"
+        (tmp_path / f"{i}" / "recipe.py").write_text("\n".join([*lines, made]))
+        recipe = recipes.load(tmp_path / f"{i}" / "recipe.py")
+        assert recipe.model().answer == i
+        assert recipe.train(i, None, None, 0) == i, "what it imports later is found, too"
+        assert list(Execution(1, 2, processes=True).run(lambda _: recipe.model().answer, [0])) == [i]  # noqa: B023
+        sys.modules.pop("net")
 
 
 # --- what cannot be used -------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 from collections.abc import Callable, Mapping
@@ -100,9 +101,13 @@ class Recipe:
 
 
 def load(path: Path) -> Recipe:
-    """Run a Python file and give its `recipe`; raises ModelError, in one line, if it has none."""
-    folder = str(Path(path).resolve().parent)
-    sys.path.insert(0, folder)
+    """Run a Python file and give its `recipe`; raises ModelError, in one line, if it has none.
+
+    Files beside it can be imported, later too, and in worker processes; each recipe has its own.
+    """
+    folder, known = Path(path).resolve().parent, set(sys.modules)
+    sys.path.insert(0, str(folder))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
     try:
         found = runpy.run_path(str(path), run_name=NAME).get("recipe")
     except (DmmError, OSError):
@@ -110,8 +115,10 @@ def load(path: Path) -> Recipe:
     except Exception as error:
         said = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ModelError(f"{path} fails ({said}); mend it.") from error
-    finally:
-        sys.path.remove(folder)
+    finally:  # what is no module of this process goes to others whole
+        for name in set(sys.modules) - known:
+            if folder in Path(getattr(sys.modules[name], "__file__", None) or "/").parents:
+                del sys.modules[name]
     if not isinstance(found, Recipe):
         raise ModelError(f"{path} defines no `recipe`; let it say `recipe = dmmlib.Recipe(model=..., data=...)`.")
     return found

@@ -58,10 +58,15 @@ def resolve(request: Any, data: Dataset) -> tuple[np.ndarray, str]:
             name = called or path.stem
         elif word in data.class_names or find(word, NAME):
             of_class = word in data.class_names
+            if of_class and find(word, NAME) != find(str(data.class_names.index(word)), CLASS):
+                raise ForgetSetError(
+                    f"{word!r} may be a class or a point; give a file of which the column is called class, or index."
+                )
             named = [Named("it", str(data.class_names.index(word)) if of_class else word, CLASS if of_class else NAME)]
             name = word if of_class else name
         else:
-            known = [*data.class_names, *(() if data.ids is None else data.ids[:10_000].tolist())]
+            classes = [name for name in data.class_names if not name.isdigit()]
+            known = [*classes, *(() if data.ids is None else data.ids[:10_000].tolist())]
             raise ForgetSetError(f"{word!r} is no file, folder, class or id.{did_you_mean(word, known)}")
     elif isinstance(request, Sequence) or hasattr(request, "tolist"):
         values = request.tolist() if hasattr(request, "tolist") else list(request)
@@ -117,8 +122,8 @@ def _finder(data: Dataset) -> Find:
 
     def find(word: str, kind: str) -> list[int] | None:
         if kind != CLASS:
-            if re.fullmatch(r"-?[0-9]{1,18}", word) and (kind == WORD or data.ids is None):
-                return [int(word)] if 0 <= int(word) < data.n_train else None
+            if (whole := re.fullmatch(r"([0-9]{1,18})(\.0*)?", word)) and (kind == WORD or data.ids is None):
+                return [int(whole[1])] if int(whole[1]) < data.n_train else None
             if (known := names.get(word.replace("\\", "/").strip("/").removeprefix("./"))) is not None:
                 return known
         label = labels.get(word.lower(), int(word) if kind == CLASS and word.isdecimal() else None)
@@ -198,6 +203,10 @@ def _listed(values: Sequence[Any], source: str) -> list[Named]:
     if wrong := [value for value in values if isinstance(value, (dict, list, tuple))]:
         raise ForgetSetError(
             f"{source or 'The request '}holds {wrong[0]!r:.80}; give one flat list of numbers or names."
+        )
+    if any(isinstance(value, bool) for value in values):
+        raise ForgetSetError(
+            f"{source.removesuffix(', ') or 'The request'} is a mask; give indices, np.flatnonzero(mask)."
         )
     whole = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
     return [Named(f"{source}place {i}", str(v), NAME if isinstance(v, str) else WORD) for i, v in enumerate(whole, 1)]

@@ -26,11 +26,23 @@ def loaded(model: Model, trainer: Trainer) -> nn.Module:
             raise ModelError(f"model is a {type(model).__name__}; give a module, its state, or a file of that.")
         state = model.state_dict()
     own = trainer.module().to(trainer.device)
+    if nested := [name for name, value in state.items() if isinstance(value, Mapping)]:
+        raise ModelError(
+            f"The weights are not a model's state: {nested[0]!r} is a mapping; give the state that it holds."
+        )
+    wanted = own.state_dict()
+    faults = [f"{name} is missing" for name in wanted if name not in state]
+    faults += [f"{name} is not of it" for name in state if name not in wanted]
     try:
         own.load_state_dict(dict(state))
     except (RuntimeError, TypeError, AttributeError) as error:
-        said = " ".join(str(error).split())
-        raise ModelError(f"The weights do not fit the recipe's module ({said:.300}); give those of its own.") from error
+        shapes = {name: tuple(getattr(state.get(name), "shape", ())) for name in wanted}
+        faults += [
+            f"{k} has shape {shapes[k]}, not {tuple(v.shape)}" for k, v in wanted.items() if shapes[k] != v.shape
+        ]
+        more = f" and {len(faults) - 1} more such" if len(faults) > 1 else ""
+        said = f"{faults[0]}{more}" if faults else " ".join(str(error).split())[:200]
+        raise ModelError(f"The weights do not fit the recipe's module: {said}; give those of its own.") from error
     return own.eval()
 
 
