@@ -87,11 +87,12 @@ def rows(kind: str, seed: int, runs: Path) -> Iterator[dict[str, Any]]:
             yield row(f"predicted, cost {cost:g}", found.margins, found.cost)
 
 
-def arguments(about: str | None, out: str) -> argparse.Namespace:
-    """Read seeds, kinds of data, the runs' folder, and the name of the files that `save` writes."""
+def arguments(about: str | None, out: str, kinds: bool = True) -> argparse.Namespace:
+    """Read seeds, kinds of data if asked for, the runs' folder, and the name of the files that `save` writes."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("seeds", nargs="+", type=int)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["fashion-mnist", "digits"])
+    if kinds:
+        parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["fashion-mnist", "digits"])
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--out", default=out, help="name of the files under benchmarks/results")
     return parser.parse_args()

@@ -168,7 +168,7 @@ def text_of(table: pd.DataFrame) -> str:
 
 
 def main() -> None:
-    asked = arguments(__doc__, "paired")
+    asked = arguments(__doc__, "paired", kinds=False)
     found = [row for preset in PRESETS for seed in asked.seeds for row in rows(preset, seed, asked.runs)]
     table = pd.DataFrame(found)
     save(asked.out, table.astype(object).where(table.notna(), None), text_of(table))

@@ -118,6 +118,7 @@ def test_small_data_and_few_methods_run_through(small, own, tmp_path):
         preset["data"] = {"name": str(own / preset["data"]["name"]), "n_train": None, "n_val": None}
     for path in (p for p in NOTEBOOKS if p.stem[:2] in ("03", "04", "05")):
         execute(path, tmp_path, preset)
+        assert list((tmp_path / "figures").glob(f"*/{path.stem[:2]}_*.png")), "a notebook saves its figures"
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """Models of one's own: prepared, unlearned, audited; what cannot be used is refused in one sentence."""
 
-import os
 import sys
 from dataclasses import replace
 
@@ -292,13 +291,14 @@ def test_a_word_that_names_a_class_and_a_point_is_not_guessed(tmp_path):
     assert data.class_names[1] == "1"
     with pytest.raises(ForgetSetError, match="'1' may be a class or a point"):
         resolve("1", data)
+    with_ids = datasets.from_arrays(*split(*points((8,))), ids=[f"{i:03}.png" for i in range(N)])
+    assert (with_ids.y_train[resolve("1", with_ids)[0]] == 1).all(), "no point is called so"
     for column, expected in (("index", [1]), ("class", np.flatnonzero(data.y_train == 1).tolist())):
         (tmp_path / "one.csv").write_text(f"{column}\n1\n")
         assert resolve(tmp_path / "one.csv", data)[0].tolist() == expected
 
 
 def test_a_recipe_may_import_files_beside_it_in_worker_processes_too(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
     monkeypatch.setattr(sys, "path", sys.path.copy())
     for i in (1, 2):  # each recipe has its own module of that name
         (tmp_path / f"{i}").mkdir()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import runpy
 import sys
 from collections.abc import Callable, Mapping
@@ -106,8 +105,7 @@ def load(path: Path) -> Recipe:
     Files beside it can be imported, later too, and in worker processes; each recipe has its own.
     """
     folder, known = Path(path).resolve().parent, set(sys.modules)
-    sys.path.insert(0, str(folder))
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    sys.path.insert(0, str(folder))  # which worker processes are given, too
     try:
         found = runpy.run_path(str(path), run_name=NAME).get("recipe")
     except (DmmError, OSError):

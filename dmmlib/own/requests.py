@@ -56,14 +56,15 @@ def resolve(request: Any, data: Dataset) -> tuple[np.ndarray, str]:
                 raise StoreError(f"{path} cannot be read as text ({error}); give UTF-8.") from error
             named, called = _parse(text, data, str(path), find)
             name = called or path.stem
-        elif word in data.class_names or find(word, NAME):
-            of_class = word in data.class_names
-            if of_class and find(word, NAME) != find(str(data.class_names.index(word)), CLASS):
+        elif word in data.class_names:
+            label = str(data.class_names.index(word))
+            if find(word, NAME) not in (None, find(label, CLASS)):
                 raise ForgetSetError(
                     f"{word!r} may be a class or a point; give a file of which the column is called class, or index."
                 )
-            named = [Named("it", str(data.class_names.index(word)) if of_class else word, CLASS if of_class else NAME)]
-            name = word if of_class else name
+            named, name = [Named("it", label, CLASS)], word
+        elif find(word, NAME):
+            named = [Named("it", word, NAME)]
         else:
             classes = [name for name in data.class_names if not name.isdigit()]
             known = [*classes, *(() if data.ids is None else data.ids[:10_000].tolist())]
@@ -200,13 +201,10 @@ def _of_json(text: str, data: Dataset, source: str) -> tuple[list[Named], str]:
 
 def _listed(values: Sequence[Any], source: str) -> list[Named]:
     """Words of a list: what is no text is an index."""
+    given = source.removesuffix(", ") or "The request"
     if wrong := [value for value in values if isinstance(value, (dict, list, tuple))]:
-        raise ForgetSetError(
-            f"{source or 'The request '}holds {wrong[0]!r:.80}; give one flat list of numbers or names."
-        )
+        raise ForgetSetError(f"{given} holds {wrong[0]!r:.80}; give one flat list of numbers or names.")
     if any(isinstance(value, bool) for value in values):
-        raise ForgetSetError(
-            f"{source.removesuffix(', ') or 'The request'} is a mask; give indices, np.flatnonzero(mask)."
-        )
+        raise ForgetSetError(f"{given} is a mask; give indices, np.flatnonzero(mask).")
     whole = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
     return [Named(f"{source}place {i}", str(v), NAME if isinstance(v, str) else WORD) for i, v in enumerate(whole, 1)]

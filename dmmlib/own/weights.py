@@ -30,16 +30,15 @@ def loaded(model: Model, trainer: Trainer) -> nn.Module:
         raise ModelError(
             f"The weights are not a model's state: {nested[0]!r} is a mapping; give the state that it holds."
         )
-    wanted = own.state_dict()
-    faults = [f"{name} is missing" for name in wanted if name not in state]
-    faults += [f"{name} is not of it" for name in state if name not in wanted]
     try:
         own.load_state_dict(dict(state))
     except (RuntimeError, TypeError, AttributeError) as error:
-        shapes = {name: tuple(getattr(state.get(name), "shape", ())) for name in wanted}
-        faults += [
-            f"{k} has shape {shapes[k]}, not {tuple(v.shape)}" for k, v in wanted.items() if shapes[k] != v.shape
-        ]
+        wanted = {name: tuple(v.shape) for name, v in own.state_dict().items()}
+        shapes = {name: tuple(getattr(v, "shape", ())) for name, v in state.items()}
+        faults = [f"{name} is missing" for name in wanted if name not in shapes]
+        faults += [f"{name} is not of it" for name in shapes if name not in wanted]
+        both = [name for name in wanted if name in shapes and wanted[name] != shapes[name]]
+        faults += [f"{name} has shape {shapes[name]}, not {wanted[name]}" for name in both]
         more = f" and {len(faults) - 1} more such" if len(faults) > 1 else ""
         said = f"{faults[0]}{more}" if faults else " ".join(str(error).split())[:200]
         raise ModelError(f"The weights do not fit the recipe's module: {said}; give those of its own.") from error
