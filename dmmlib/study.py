@@ -7,6 +7,7 @@ Properties only read; what may train, fit or write is a method. Everything resum
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -260,13 +261,15 @@ class Study(Models):
 
     def tuned(self, method: str) -> dict[str, Any]:
         """The preset's setting of a method, or the best on the tuning sets and where to `stop`; {} if it has none."""
-        if method in self.preset.unlearning.settings:
-            return dict(self.preset.unlearning.settings[method])
-        settings = unlearn.configurations(method, self.preset.tuning.budget, self.preset.seed)
-        if len(settings) == 1:
+        if len(settings := self._settings(method)) == 1:
             return settings[0]
         best = self.search(method).iloc[0]
         return settings[int(best["setting"])] | ({"stop": float(best["stop"])} if best["stop"] < 1 else {})
+
+    def _settings(self, method: str) -> list[dict[str, Any]]:
+        if method in self.preset.unlearning.settings:
+            return [dict(self.preset.unlearning.settings[method])]
+        return unlearn.configurations(method, self.preset.tuning.budget, self.preset.seed)
 
     def key_of(self, method: str, setting: dict[str, Any], forget_set: ForgetSet) -> dict[str, Any]:
         """All that the result of a method with a setting on a forget set depends on."""
@@ -274,7 +277,11 @@ class Study(Models):
         return keys.unlearned(self.preset, self.identity, method, setting, forget_set) | attributed
 
     def unlearned(self, method: str, forget_set: ForgetSet, models: bool = False) -> Unlearned:
-        """The result of a method, tuned, on a forget set; kept on disk, but for its `models`, made anew if asked."""
+        """The result of a method, tuned, on a forget set; kept on disk, but for its `models`, made anew if asked.
+
+        Models that diverge with a setting that did well on the tuning sets count as `Unlearned.finite` says, with a
+        warning; MethodError if nothing was searched.
+        """
         setting = self.tuned(method)
         config = self.key_of(method, setting, forget_set)
         path = self.runs / "store" / f"unlearned-{method}-{config_hash(config)}.npz"
@@ -285,11 +292,15 @@ class Study(Models):
             made = unlearn.get(method)(dataclasses.replace(problem, stop=setting.get("stop", 1.0)), **options)
             if self.x._version != moved:
                 raise MethodError(f"{method} changed the points it was given; let it change a copy, and start anew.")
-            if not np.isfinite(made.margins).all():
+            if made.diverged.any() and len(self._settings(method)) == 1:
                 raise MethodError(f"{method} with {setting} gave NaN margins on {forget_set.name!r}; lower its rate.")
             return made
 
-        return result() if models else kept(path, result, Unlearned.load, lambda path, made: made.save(path))
+        found = result() if models else kept(path, result, Unlearned.load, lambda path, made: made.save(path))
+        if n := int(found.diverged.sum()):
+            said = f"{n} of {len(found.margins)} models diverged by {method} with {setting} on {forget_set.name!r}"
+            warnings.warn(f"{said}; they count as answering all classes alike.", stacklevel=2)
+        return found.finite(self.data.n_classes)
 
     # --- results ---------------------------------------------------------------------------------------
 

@@ -83,6 +83,33 @@ def test_settings_that_a_preset_gives_are_not_searched(tmp_path):
             study(tmp_path, {"unlearning.settings": wrong})
 
 
+def test_models_that_diverge_on_a_reported_set_count_as_answering_all_alike(tmp_path):
+    often = list[str]()
+
+    @unlearn.register("wild", {"lr": [0.1, 0.2]})
+    def wild(problem, *, lr):
+        logits = problem.original_logits.copy()
+        logits[1:2] = np.nan if often else logits[1:2]
+        return unlearn.Unlearned.from_logits(logits, np.asarray(problem.y), 0.1)
+
+    try:
+        own = study(tmp_path, {"unlearning.methods": ["do_nothing", "wild"]})
+        assert own.tuned("wild") in ({"lr": 0.1}, {"lr": 0.2})
+        often.append("on reported sets")
+        f = own.forget_sets()["random_6"]
+        for _ in ("made", "read"):
+            with pytest.warns(UserWarning, match=r"1 of 8 models diverged by wild with .* answering all classes alike"):
+                found = own.unlearned("wild", f)
+        assert not found.correct[1].any()
+        np.testing.assert_allclose(found.margins[1], -np.log(own.data.n_classes - 1))
+        np.testing.assert_array_equal(found.margins[2:], own.unlearned("do_nothing", f).margins[2:])
+        given = study(tmp_path / "given", {"unlearning.settings": {"wild": {"lr": 0.1}}})
+        with pytest.raises(MethodError, match="gave NaN margins on 'random_6'; lower its rate"):
+            given.unlearned("wild", f)
+    finally:
+        unlearn.METHODS.remove("wild")
+
+
 def test_matching_has_nothing_to_search(tiny, monkeypatch):
     monkeypatch.setattr(tiny, "search", lambda method: pytest.fail("searched"))
     assert tiny.tuned("dmm") == tiny.tuned("oracle_matching") == {"cost": 0.03}

@@ -6,7 +6,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,20 @@ class Unlearned:
         """Make a result of logits (N, n_points, n_classes), with a trajectory of no step or of one."""
         m = margins(logits, labels)
         return cls(m, correct(logits, labels), cost, np.full(int(one_step), cost), m[None][: int(one_step)], models)
+
+    @property
+    def diverged(self) -> np.ndarray:
+        """Which models answer NaN or infinity anywhere, bool (N,)."""
+        return ~np.isfinite(self.margins).all(1)
+
+    def finite(self, n_classes: int) -> Unlearned:
+        """The same, where models that diverged answer all classes alike, and nothing correctly."""
+        if not (bad := self.diverged).any():
+            return self
+        margins, right, trajectory = self.margins.copy(), self.correct.copy(), self.trajectory.copy()
+        margins[bad], right[bad] = -np.log(n_classes - 1), False
+        trajectory[:, bad] = np.where(np.isfinite(trajectory[:, bad]), trajectory[:, bad], -np.log(n_classes - 1))
+        return replace(self, margins=margins, correct=right, trajectory=trajectory)
 
     def save(self, path: Path) -> None:
         """Write as .npz; see `files.write_arrays`."""
