@@ -7,7 +7,6 @@ Properties only read; what may train, fit or write is a method. Everything resum
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -279,12 +278,11 @@ class Study(Models):
     def unlearned(self, method: str, forget_set: ForgetSet, models: bool = False) -> Unlearned:
         """The result of a method, tuned, on a forget set; kept on disk, but for its `models`, made anew if asked.
 
-        Models that diverge with a setting that did well on the tuning sets count as `Unlearned.finite` says, with a
-        warning; MethodError if nothing was searched.
+        Models that diverge count as `Unlearned.finite` says, or raise MethodError where no setting was searched.
         """
         setting = self.tuned(method)
-        config = self.key_of(method, setting, forget_set)
-        path = self.runs / "store" / f"unlearned-{method}-{config_hash(config)}.npz"
+        key = config_hash(self.key_of(method, setting, forget_set))
+        path = self.runs / "store" / f"unlearned-{method}-{key}.npz"
 
         def result() -> Unlearned:
             problem, moved = self.problem(forget_set, method), self.x._version
@@ -292,15 +290,12 @@ class Study(Models):
             made = unlearn.get(method)(dataclasses.replace(problem, stop=setting.get("stop", 1.0)), **options)
             if self.x._version != moved:
                 raise MethodError(f"{method} changed the points it was given; let it change a copy, and start anew.")
-            if made.diverged.any() and len(self._settings(method)) == 1:
+            if made.diverged.any() and len(self._settings(method)) == 1:  # which nobody tried before
                 raise MethodError(f"{method} with {setting} gave NaN margins on {forget_set.name!r}; lower its rate.")
             return made
 
         found = result() if models else kept(path, result, Unlearned.load, lambda path, made: made.save(path))
-        if n := int(found.diverged.sum()):
-            said = f"{n} of {len(found.margins)} models diverged by {method} with {setting} on {forget_set.name!r}"
-            warnings.warn(f"{said}; they count as answering all classes alike.", stacklevel=2)
-        return found.finite(self.data.n_classes)
+        return found.finite(self.data.n_classes, f"{method} with {setting} on {forget_set.name!r}")
 
     # --- results ---------------------------------------------------------------------------------------
 
@@ -310,9 +305,8 @@ class Study(Models):
 
     def evaluate(self, method: str, forget_set: ForgetSet) -> list[dict[str, Any]]:
         """Rows of the tidy table: the statistics of a method on a forget set, with intervals; see `evaluation`."""
-        rows = evaluation.evaluate(
-            self.unlearned(method, forget_set), *self.reference(forget_set), self.splits(forget_set)
-        )
+        found = self.unlearned(method, forget_set)
+        rows = evaluation.evaluate(found, *self.reference(forget_set), self.splits(forget_set))
         return [{"forget_set": forget_set.name, "size": len(forget_set), "method": method, **row} for row in rows]
 
     def results(self) -> pd.DataFrame:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
@@ -114,10 +115,12 @@ class Unlearned:
         """Which models answer NaN or infinity anywhere, bool (N,)."""
         return ~np.isfinite(self.margins).all(1)
 
-    def finite(self, n_classes: int) -> Unlearned:
-        """The same, where models that diverged answer all classes alike, and nothing correctly."""
+    def finite(self, n_classes: int, made: str) -> Unlearned:
+        """The same, where models that diverged answer all classes alike, nothing correctly, and a warning says so."""
         if not (bad := self.diverged).any():
             return self
+        said = f"{bad.sum()} of {len(bad)} models diverged by {made}; they count as answering all classes alike."
+        warnings.warn(said, stacklevel=3)
         margins, right, trajectory = self.margins.copy(), self.correct.copy(), self.trajectory.copy()
         margins[bad], right[bad] = -np.log(n_classes - 1), False
         trajectory[:, bad] = np.where(np.isfinite(trajectory[:, bad]), trajectory[:, bad], -np.log(n_classes - 1))
