@@ -3,12 +3,14 @@
     python benchmarks/audit.py development   # what its two limits were chosen on
     python benchmarks/audit.py report        # other points and data, on which nothing was chosen
 
-Every case is a forget set and a method. The audit judges single models, ten of each case; KLoM judges the case by 40
-models and 40 oracles: forgotten if its mean over F is nearer to the retrain floor than to that of doing nothing.
+Every case is a forget set and a method. The audit judges single models, ten of each case, and may say that it cannot
+tell; KLoM judges the case by 40 models and 40 oracles: forgotten if its mean over F is nearer to the retrain floor than
+to that of doing nothing.
 """
 
 import sys
 import tempfile
+from dataclasses import astuple
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,14 +19,16 @@ import pandas as pd
 from scipy.stats import mannwhitneyu
 
 from dmmlib import forget_sets, metrics, unlearn
-from dmmlib.own.audit import MISFIT, REMAINDER, verdict
+from dmmlib.analysis.intervals import wilson
+from dmmlib.own.audit import verdict
 from dmmlib.progress import silent
 from dmmlib.study import Study
 
 RESULTS = Path(__file__).parent / "results"
+MODELS = {"mlp": {"hidden": 48}, "convnet": {"width": 4}}
 DATA = {
-    "development": [("fashion-mnist", 3)],
-    "report": [("fashion-mnist", 11), ("digits", 12)],
+    "development": [("fashion-mnist", "mlp", 3), ("fashion-mnist", "convnet", 3), ("digits", "convnet", 4)],
+    "report": [(name, model, seed) for seed, name in ((11, "fashion-mnist"), (12, "digits")) for model in MODELS],
 }
 N_MODELS, N_AUDITED = 40, 10
 GA = [("ga", {"lr": lr, "epochs": e}) for lr in (1e-3, 3e-3, 1e-2, 3e-2) for e in (2.0, 5.0)]
@@ -33,13 +37,13 @@ BOTH = [("ga_gd", {"lr": lr, "ascent_epochs": a, "descent_epochs": 5.0}) for lr 
 METHODS = [*GA, *GD, *BOTH, ("newton", {}), ("dmm", {}), ("oracle_matching", {})]
 
 
-def study(name: str, seed: int, runs: str) -> Study:
+def study(name: str, model: str, seed: int, runs: str) -> Study:
     one = {"kind": "random", "size": 1}
     preset = {
         "name": "audit",
         "seed": seed,
         "data": {"name": name, "n_train": 600, "n_val": 200, "seed": seed},
-        "model": {"name": "mlp", "options": {"hidden": 48}},
+        "model": {"name": model, "options": MODELS[model]},
         "training": {"epochs": 15, "batch_size": 50, "lr": 0.1},
         "ensembles": {"n_models": N_MODELS, "compile": False, "chunk": 32},
         "attribution": {"n_subsets": 100},
@@ -61,35 +65,54 @@ def sets(s: Study, seed: int) -> dict[str, np.ndarray]:
     return {f"random_{k}": forget_sets.random(s.data, k, rng) for k in (5, 20, 50)} | near | halves
 
 
-def measured(name: str, seed: int) -> pd.DataFrame:
+def measured(name: str, model: str, seed: int) -> pd.DataFrame:
     """One row for each forget set, method and audited model."""
     rows = []
     with tempfile.TemporaryDirectory() as runs:
-        s = study(name, seed, runs)
+        s = study(name, model, seed, runs)
         for label, indices in sets(s, seed).items():
             f = forget_sets.make(label, indices, s.data)
             oracle, problem = s.reference(f)[0], s.problem(f, "dmm")
             retrained = metrics.margins(s.oracles(f, floor=True), s.data.y)
-            margins = {"do_nothing": metrics.margins(s.original_logits(), s.data.y), "retrain": retrained}
+            before = metrics.margins(s.original_logits(), s.data.y)
+            margins = {"do_nothing": before, "retrain": retrained}
             for method, options in METHODS:
                 key = " ".join([method, *(f"{k}={v:g}" for k, v in options.items())])
                 margins[key] = unlearn.get(method)(problem, **options).margins
             judged = SimpleNamespace(forgotten=f.indices, prepared=s, sd=s.attributor().sd(f.indices))
-            for key, m in margins.items():
+            found = verdict(
+                judged,
+                np.concatenate([m[:N_AUDITED] for m in margins.values()]),
+                np.tile(before[:N_AUDITED], (len(margins), 1)),
+            )
+            for j, (key, m) in enumerate(margins.items()):
                 klom = metrics.klom(m[:, f.indices], oracle[:, f.indices]).mean()
-                for i, (remainder, misfit) in enumerate(zip(*verdict(judged, m[:N_AUDITED]), strict=True)):
-                    rows.append((f"{name}-{seed}", label, len(f), key, i, klom, remainder, misfit))
-            print(name, seed, label, flush=True)
-    return pd.DataFrame(rows, columns=["data", "forget_set", "size", "method", "model", "klom", "remainder", "misfit"])
+                for i in range(N_AUDITED):
+                    k = j * N_AUDITED + i
+                    numbers = (found.remainder[k], found.sd[k], found.misfit[k], found.score[k], found.forgotten(k))
+                    rows.append((f"{name}-{model}-{seed}", label, len(f), key, i, klom, *numbers))
+            print(name, model, seed, label, flush=True)
+    columns = [
+        "data",
+        "forget_set",
+        "size",
+        "method",
+        "model",
+        "klom",
+        "remainder",
+        "sd",
+        "misfit",
+        "score",
+        "by_audit",
+    ]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def judged(table: pd.DataFrame) -> pd.DataFrame:
-    """Add both verdicts, and the audit's score: above 1 is not forgotten."""
+    """Add KLoM's verdict."""
     ends = table.groupby(["data", "forget_set", "method"])["klom"].first().unstack()
     middle = (ends["retrain"] + ends["do_nothing"]) / 2
     table["by_klom"] = table["klom"] <= middle.loc[pd.MultiIndex.from_frame(table[["data", "forget_set"]])].to_numpy()
-    table["score"] = np.maximum(table["remainder"] / REMAINDER, table["misfit"] / MISFIT)
-    table["by_audit"] = (table["remainder"] <= REMAINDER) & (table["misfit"] <= MISFIT)
     return table
 
 
@@ -100,28 +123,45 @@ def auc(score: pd.Series, by_klom: pd.Series) -> float:
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """The shares and areas that the audit is held to."""
-    of = table["method"].str.split().str[0]
-    gradient = table[of.isin(["ga", "gd", "ga_gd"])]
-    first, cases = gradient[gradient["model"] == 0], gradient.groupby(["data", "forget_set", "method"])
-    found = {
-        "retrained called forgotten": (table[of == "retrain"]["by_audit"].mean(), (of == "retrain").sum()),
-        "untouched called forgotten": (table[of == "do_nothing"]["by_audit"].mean(), (of == "do_nothing").sum()),
-        "AUC against KLoM, GD and GA, one model": (auc(first["score"], first["by_klom"]), len(first)),
-        "AUC against KLoM, GD and GA, median of ten models": (
-            auc(cases["score"].median(), cases["by_klom"].first()),
-            cases.ngroups,
-        ),
-        "of these called forgotten by KLoM": (first["by_klom"].mean(), len(first)),
-    }
-    return pd.DataFrame([(k, v, n) for k, (v, n) in found.items()], columns=["statistic", "value", "n"])
+    """The shares and areas that the audit is held to, for each data set and over all."""
+    parts = {**dict(list(table.groupby("data", sort=False))), "all": table}
+    return pd.concat([_summary(part).assign(data=name) for name, part in parts.items()])[
+        ["data", "statistic", "value", "low", "high", "n"]
+    ]
+
+
+def _summary(table: pd.DataFrame) -> pd.DataFrame:
+    of, rows = table["method"].str.split().str[0], list[tuple[object, ...]]()
+    for name, words in (("retrain", "retrained"), ("do_nothing", "untouched")):
+        said = table[of == name]["by_audit"]
+        told = said.dropna().astype(bool)
+        rows.append((f"{words}: can be told", *astuple(wilson(len(told), len(said))), len(said)))
+        if len(told):
+            share = wilson(int(told.sum()), len(told))
+            rows.append((f"{words}, where told: called forgotten", *astuple(share), len(told)))
+    known = table["by_audit"].notna().where(of == "do_nothing").groupby([table["data"], table["forget_set"]])
+    tells = known.transform("mean") >= 0.5
+    groups = {"GD and GA": of.isin(["ga", "gd", "ga_gd"]), "all methods": of.notna()}
+    for words, which in groups.items():
+        cases = table[which & tells].groupby(["data", "forget_set", "method"])
+        by_klom = cases["by_klom"].first()
+        if not len(by_klom):
+            continue
+        for name, score in (("one model", cases["score"].first()), ("median of ten", cases["score"].median())):
+            draws = np.random.default_rng(0).integers(0, len(score), (1000, len(score)))
+            low, high = np.nanpercentile([auc(score.iloc[d], by_klom.iloc[d]) for d in draws], [2.5, 97.5])
+            rows.append((f"AUC against KLoM, {words}, {name}", auc(score, by_klom), low, high, len(score)))
+        rows.append(
+            (f"{words}: called forgotten by KLoM", *astuple(wilson(int(by_klom.sum()), len(by_klom))), len(by_klom))
+        )
+    return pd.DataFrame(rows, columns=["statistic", "value", "low", "high", "n"])
 
 
 if __name__ == "__main__":
     which = sys.argv[1] if len(sys.argv) > 1 else "report"
     parts = list[pd.DataFrame]()
-    for name, seed in DATA[which]:
-        parts.append(measured(name, seed))
+    for case in DATA[which]:
+        parts.append(measured(*case))
         table = judged(pd.concat(parts, ignore_index=True))
         table.to_csv(RESULTS / f"audit-{which}.csv", index=False, float_format="%.4g")
     summary(table).to_csv(RESULTS / f"audit-{which}-summary.csv", index=False, float_format="%.4g")

@@ -17,6 +17,7 @@ from dmmlib.ensemble import Training, train
 from dmmlib.errors import DataError, ForgetSetError, ModelError, StoreError
 from dmmlib.execution import Execution
 from dmmlib.own import recipe as recipes
+from dmmlib.own.audit import Verdict, verdict
 from dmmlib.own.prepare import Prepared
 from dmmlib.own.recipe import Recipe
 from dmmlib.own.requests import resolve
@@ -154,6 +155,26 @@ def test_an_audit_tells_untouched_unlearned_and_retrained_apart(kind):
     assert set(found.relearning) == {"model", "others"}
     assert 0 <= found.quality["after"]["validation"]["ece"] <= 1
     assert "weights still hold" in str(found)
+
+
+def test_a_model_that_is_surer_of_everything_is_judged_the_same(kind):
+    _, prepared, model, _ = kind
+    result = dmmlib.forget(model, FORGET, prepared)
+    answers = np.stack([result.margins("before"), result.margins()])
+    plain, surer = verdict(result, answers), verdict(result, 1.5 * answers + 2, 1.5 * answers[0] + 2)
+    np.testing.assert_allclose(surer.remainder, plain.remainder, atol=1e-4)
+    assert plain.remainder[0] > plain.remainder[1]
+    assert surer.misfit[0] > plain.misfit[0], "but its answers are not those of such models"
+
+
+def test_a_verdict_on_what_was_hardly_remembered_is_none():
+    seen = Verdict(
+        remainder=np.array([0.1, 0.9, 0.1, 0.9, 0.1]),
+        sd=np.array([0.1, 0.1, 0.4, 0.4, 0.4]),
+        misfit=np.array([1.0, 1.0, 1.0, 1.0, 99.0]),
+        spread=np.ones(1),
+    )
+    assert [seen.forgotten(i) for i in range(5)] == [True, False, None, None, False]
 
 
 def test_preparing_again_trains_nothing(kind, monkeypatch):

@@ -1,6 +1,7 @@
 """`dmm prepare`, `dmm forget` and `dmm audit`, in an empty folder with a recipe of one's own."""
 
 import json
+import re
 from pathlib import Path
 
 import jsonschema
@@ -84,7 +85,7 @@ def test_a_dry_run_says_the_price_and_trains_nothing(here):
         "forget", "model.safetensors", "--recipe", "recipe.py", "--forget", "ids.csv", "--models", 20, "--dry-run"
     )
     assert said.exit_code == 0, said.output
-    assert "20 models to train on 68 points each (0 are there), about" in said.output
+    assert re.search(r"20 models to train on 68 points each \(0 are there\), .* to fit the attributor; ", said.output)
     assert "request 'ids': 12 of 90 training points" in said.output
     assert not list(here.glob("prepared/store/attribution*"))
     assert not (here / "unlearned").exists()
@@ -108,12 +109,12 @@ def test_prepare_forget_and_audit(here):
     assert record["model"]["before"] != record["model"]["after"]
     asked = ("--recipe", "recipe.py", "--forget", "ids.csv", "--models", 20)
     untouched = dmm("audit", "model.safetensors", "--original", "model.safetensors", *asked)
-    assert untouched.exit_code == 1, untouched.output
-    assert "NOT forgotten: remainder" in untouched.output
+    says = {"NOT forgotten": 1, "cannot be told": 3}  # of 12 points and 20 models either may be
+    assert untouched.exit_code == says[untouched.output.rpartition(": remainder")[0].splitlines()[-1]]
     again = dmm(
         "audit", "unlearned/model.safetensors", "--original", "model.safetensors", *asked, "--out", "audit.html"
     )
-    assert again.exit_code == (0 if record["audit"]["forgotten"] else 1)
+    assert again.exit_code == {True: 0, False: 1, None: 3}[record["audit"]["forgotten"]]
     assert f"remainder {record['audit']['remainder']:.2f}" in again.output
     assert (here / "audit.html").exists()
 

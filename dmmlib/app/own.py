@@ -80,7 +80,7 @@ def audit(
     models: Models = 100,
     prepared: Folder = Path("prepared"),
 ) -> None:
-    """Judge whether a model has forgotten training points; exits with 1 if it has not."""
+    """Judge whether a model has forgotten training points; exits with 1 if it has not, 3 if that cannot be told."""
     from dmmlib.own.forget import given
 
     result = given(original, model, forget, _opened(recipe, models, prepared))
@@ -88,7 +88,7 @@ def audit(
     typer.echo(str(judged))
     if out:
         typer.echo(f"written: {result.report(out, judged)}")
-    raise typer.Exit(0 if judged.forgotten else 1)
+    raise typer.Exit({True: 0, False: 1, None: 3}[judged.forgotten])
 
 
 def _opened(recipe: str, models: int, folder: Path) -> Prepared | Study | Any:

@@ -1,13 +1,18 @@
 """Did it work? Answered by models that are there anyway: predictions, and subset models as an attacker's shadows.
 
-With mu the margins that are predicted of a model retrained without F, e the predicted fall of margins on the way there,
-and s^2 the variance of a margin between models plus that of its prediction, a model with margins m has
+A model's margins m differ from those that are predicted in how sure it is of everything; so they are compared through
+lines, m = a + b * predicted, that are fitted to its own answers: on validation points a model that never saw F would
+follow the line z that is predicted of retraining, on F too; one that saw it would follow the line u of what it still
+trains on. With s^2 the variance of a margin between subset models, about such lines, plus that of its prediction,
 
-    remainder = sum_F e (m - mu) / s^2  /  sum_F e^2 / s^2,        misfit = mean over F of (m - mu)^2 / s^2:
+    remainder = sum_F (u - z) (m - z) / s^2  /  sum_F (u - z)^2 / s^2,        misfit = mean over F of (m - z)^2 / s^2:
 
 how much of the way it has still to go, 1 for a model that saw F and 0 for one that did not, whatever the sizes of F and
-e; and how far off its answers are in any direction, about 1 for retrained models. It counts as forgotten if the
-remainder is at most 1/2 and the misfit at most `MISFIT`. `benchmarks/audit.py` says how often that is right.
+of effects; and how far off its answers are in any direction, about 1 for retrained models; where the answers to
+validation points differ more than that from those predicted, their misfit counts. It has forgotten if the remainder is
+at most 1/2 and the misfit at most `MISFIT`. The remainder's own standard deviation is measured on subset models: if
+1/2 is less than two of it, F was hardly remembered, and a verdict would be a guess. `benchmarks/audit.py` says how
+often verdicts are right.
 
 The attacker is LiRA (Carlini et al., "Membership inference attacks from first principles", S&P 2022): at each point of
 F a Gaussian of the margins of subset models that saw it and one of those that did not; the score is their likelihood
@@ -37,7 +42,7 @@ from dmmlib.stacking import copied
 if TYPE_CHECKING:
     from dmmlib.own.forget import Result
 
-REMAINDER, MISFIT = 0.5, 7.0  # chosen on the development sets of benchmarks/audit.py
+REMAINDER, MISFIT, SURE = 0.5, 5.0, 2.0  # chosen on the development sets of benchmarks/audit.py
 FPR = 0.01
 BINS = 15  # of confidence, for the calibration error
 LEAST = 10  # retrained models that distances are measured from
@@ -46,14 +51,20 @@ UNSEEN = (
     "Outputs do not show what weights still hold: a model can answer as if retrained, and relearn the points faster "
     "than one that never saw them."
 )
+HARDLY = (
+    "The model hardly remembered these points: its answers to them differ from a retrained one's by less than chance. "
+    "Give more of them at once, prepare more models, or give retrained models to compare with."
+)
+SAYS = {True: "forgotten", False: "NOT forgotten", None: "cannot be told"}
 
 
 @dataclass(frozen=True)
 class Audit:
     """What an audit found."""
 
-    forgotten: bool
+    forgotten: bool | None  # None where that cannot be told
     remainder: float
+    sd: float  # of the remainder
     misfit: float
     distances: dict[str, dict[str, float]]  # F, R, V -> mean and rms distance from predicted margins, and rms in sd
     attack: dict[str, dict[str, float]]  # before, after -> AUC and TPR at 1 % FPR of LiRA on F
@@ -62,11 +73,17 @@ class Audit:
     retrained: dict[str, dict[str, float]]  # F, R, V -> KLoM, KS and mean gap, each with its floor; if any were given
     limits: str = UNSEEN
 
+    @property
+    def says(self) -> str:
+        """The verdict in words."""
+        return SAYS[self.forgotten]
+
     def __str__(self) -> str:
         a, q = self.attack, self.quality
         lines = [
-            f"{'forgotten' if self.forgotten else 'NOT forgotten'}: remainder {self.remainder:.2f} (at most "
-            f"{REMAINDER:g}; 1 as before, 0 as predicted of retraining), misfit {self.misfit:.1f} (at most {MISFIT:g})",
+            f"{self.says}: remainder {self.remainder:.2f} +- {self.sd:.2f} (at most {REMAINDER:g}; 1 as before, 0 "
+            f"as predicted of retraining), misfit {self.misfit:.1f} (at most {MISFIT:g})",
+            *([HARDLY] if self.forgotten is None else []),
             f"attack on F (LiRA): AUC {a['before']['auc']:.2f} before, {a['after']['auc']:.2f} after; TPR at 1 % FPR "
             f"{a['before']['tpr']:.2f} before, {a['after']['tpr']:.2f} after",
             *(
@@ -102,18 +119,19 @@ def audit(result: Result, retrained: Sequence[Model] = (), *, relearn: bool = Tr
     if 0 < len(retrained) < LEAST:
         raise DataError(f"{len(retrained)} retrained models were given; give at least {LEAST}, or none.")
     splits = {"forget": f, "retain": np.setdiff1d(np.arange(n), f), "validation": np.arange(n, len(prepared.data.y))}
-    s, after = _spread(result), result.margins()
-    remainder, misfit = verdict(result, after[None], s)
+    after = result.margins()
+    judged = verdict(result, after[None])
     distances = {}
     for split, points in splits.items():
         gap = after[points] - result.predicted[points]
-        rms = [float(np.sqrt((z**2).mean())) for z in (gap, gap / s[points])]
+        rms = [float(np.sqrt((z**2).mean())) for z in (gap, gap / judged.spread[points])]
         distances[split] = {"mean": float(gap.mean()), "rms": rms[0], "rms in sd": rms[1]}
     others = [initialise(partial(loaded, m, prepared), [0]).logits(prepared.x).numpy()[0] for m in retrained]
     return Audit(
-        bool(remainder[0] <= REMAINDER and misfit[0] <= MISFIT),
-        float(remainder[0]),
-        float(misfit[0]),
+        judged.forgotten(),
+        float(judged.remainder[0]),
+        float(judged.sd[0]),
+        float(judged.misfit[0]),
         distances,
         {when: lira(result, result.margins(when)) for when in ("before", "after")},
         {
@@ -125,28 +143,61 @@ def audit(result: Result, retrained: Sequence[Model] = (), *, relearn: bool = Tr
     )
 
 
-def _spread(result: Result) -> np.ndarray:
-    """s (n_points,): standard deviation of a margin between models, and of its prediction."""
-    context, attributor = result.prepared.context(), result.prepared.attributor()
-    residuals = context.margins - metrics.right_logits(attributor.predict(context.masks), context.labels)
-    variance = residuals.var(0, ddof=1)
-    return np.sqrt(variance + (0 if result.sd is None else result.sd**2)).clip(1e-3)
+@dataclass(frozen=True)
+class Verdict:
+    """What is seen of k models, as this module's head defines it."""
+
+    remainder: np.ndarray  # (k,)
+    sd: np.ndarray  # (k,), of the remainder, between models
+    misfit: np.ndarray  # (k,)
+    spread: np.ndarray  # (n_points,): standard deviation of a margin between models, and of its prediction
+
+    @property
+    def score(self) -> np.ndarray:
+        """Above 1 is not forgotten."""
+        return np.maximum(self.remainder / REMAINDER, self.misfit / MISFIT)
+
+    def forgotten(self, i: int = 0) -> bool | None:
+        """Whether the i-th model has forgotten; None where the models at hand cannot tell."""
+        if self.misfit[i] <= MISFIT and SURE * self.sd[i] > REMAINDER:
+            return None
+        return bool(self.score[i] <= 1)
 
 
-def verdict(result: Result, margins: np.ndarray, s: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Remainder and misfit, both (k,), of margins (k, n_points) of models that a result's are compared with.
+def verdict(result: Result, margins: np.ndarray, before: np.ndarray | None = None) -> Verdict:
+    """Judge the margins (k, n_points) of models, whose originals had others `before`, by default the result's."""
+    f, prepared, context = result.forgotten, result.prepared, result.prepared.context()
+    attributor, y, n = prepared.attributor(), prepared.data.y, prepared.data.n_train
+    retain, validation = np.setdiff1d(np.arange(n), f), np.arange(n, len(y))
+    level = metrics.right_logits(attributor.predict(np.ones((1, n), bool)), y)
+    effect = metrics.right_logits(attributor.effect(f), y)
+    of_subsets = metrics.right_logits(attributor.predict(context.masks), y)
+    sd = np.zeros(len(y)) if result.sd is None else result.sd
 
-    They are judged against what is predicted of retrained models in the mean, not of the original that was given. The
-    s (n_points,) of this module's head is worked out where it is not given.
-    """
-    f, prepared = result.forgotten, result.prepared
-    attributor, y = prepared.attributor(), prepared.data.y
-    level = metrics.right_logits(attributor.predict(np.ones((1, prepared.data.n_train), bool)), y)[0]
-    fall = -metrics.right_logits(attributor.effect(f), y)[f]
-    away = margins[:, f] - level[f] + fall
-    weight = 1 / (_spread(result) if s is None else s)[f] ** 2
-    length = float((fall**2 * weight).sum())
-    return (away * fall * weight).sum(1) / max(length, 1e-9), (away**2 * weight).mean(1)
+    gone = _line(level + effect, margins, validation, f)
+    fall = _line(level + effect, margins, retain, f, level) - gone
+    noise = context.margins[:, f] - _line(of_subsets, context.margins, validation, f)
+    variance = noise.var(0, ddof=1) + sd[f] ** 2 + 1e-6
+    away, along = margins[:, f] - gone, fall / variance
+    along = along / (along * fall).sum(1, keepdims=True).clip(1e-9)
+    spread = np.sqrt((context.margins - of_subsets).var(0, ddof=1) + sd**2).clip(1e-3)
+    moved = (margins - (result.margins("before") if before is None else before) - effect) / spread
+    return Verdict(
+        (away * along).sum(1),
+        np.sqrt((noise @ along.T).var(0, ddof=1) + (along**2 * sd[f] ** 2).sum(1)),
+        np.maximum((away**2 / variance).mean(1), (moved[:, validation] ** 2).mean(1) / 2),
+        spread,
+    )
+
+
+def _line(
+    x: np.ndarray, y: np.ndarray, points: np.ndarray, at: np.ndarray, value: np.ndarray | None = None
+) -> np.ndarray:
+    """What lines of y on x (k or 1, n_points), fitted to points of each row, say (k, len(at)) at others' x or value."""
+    some, mean = x[:, points], x[:, points].mean(1, keepdims=True)
+    length = ((some - mean) ** 2).sum(1, keepdims=True)
+    slope = np.where(length > 0, ((some - mean) * y[:, points]).sum(1, keepdims=True) / length.clip(1e-9), 1)
+    return y[:, points].mean(1, keepdims=True) + slope * ((x if value is None else value)[:, at] - mean)
 
 
 def lira(result: Result, margins: np.ndarray) -> dict[str, float]:

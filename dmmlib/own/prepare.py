@@ -28,7 +28,7 @@ from dmmlib.registry import versions
 from dmmlib.trainer import ModelSet, once
 
 LINEARISED = 20  # models whose weights the attributor takes; of the others outputs are enough
-TRIAL = 128  # points of the models that a loop is tried on
+TRIAL, FIT = 128, 512  # points that a loop, and points that the attributor's fit, is tried on
 SEEN = 3.0  # standard errors by which answers to points that were trained on must differ from those to others
 
 
@@ -72,26 +72,31 @@ class Prepared(Models):
 
     @cached_property
     def trial(self) -> dict[str, Any]:
-        """What training two models on few points shows: epochs, and seconds for each point; kept on disk.
+        """What two models and a fit on few points show: epochs, and seconds for each point of both; kept on disk.
 
         Raises ModelError where a loop fails, returns no model, or answers the same whatever it is trained on.
         """
-        path = self.runs / "store" / f"trial-{config_hash(self.identity)}.json"
+        path = self.runs / "store" / f"tried-{config_hash(self.identity)}.json"
         return kept(path, self._try, read_json, write_json)
 
     def _try(self) -> dict[str, Any]:
-        n, start, seen, answers = min(TRIAL, self.data.n_train // 2), time.perf_counter(), [0], list[Tensor]()
+        n, start, seen, models = min(TRIAL, self.data.n_train // 2), time.perf_counter(), [0], list[ensemble.Ensemble]()
         order = np.random.default_rng(self.preset.seed).permutation(self.data.n_train)
         for half in (order[:n], order[n : 2 * n]):
             points = torch.from_numpy(half).to(self.device)
-            trained = self._trained(self.x[points], self.y[points], self.preset.seed, seen)
-            answers.append(trained.logits(self.x[: 2 * TRIAL]))
-        seconds = time.perf_counter() - start
+            models.append(self._trained(self.x[points], self.y[points], self.preset.seed, seen))
+        seconds, answers = time.perf_counter() - start, [trained.logits(self.x[:FIT]) for trained in models]
         if not all(z.isfinite().all() for z in answers):
             raise ModelError(f"Models trained on {n} points answer NaN or infinity; lower the learning rate.")
         if torch.equal(*answers):
             raise ModelError("The train function answers the same whatever it is given; train on its x and y alone.")
-        return {"epochs": max(1, round(sum(seen) / (2 * n))), "seconds": seconds / (2 * n)}
+        few, total = min(FIT, self.data.n_train), self.preset.attribution.n_subsets
+        masks = np.add.outer(np.arange(total), np.arange(few)) % 4 > 0
+        outputs = np.random.default_rng(0).normal(size=(total, few, self.data.n_classes)).astype(np.float32)
+        context, start = attribution.Context(self.x[:few], self.y[:few], masks, outputs, models[0]), time.perf_counter()
+        attribution.fit("bayesian", context, n_models=1)
+        fit = (time.perf_counter() - start) / few
+        return {"epochs": max(1, round(sum(seen) / (2 * n))), "seconds": seconds / (2 * n), "fit": fit}
 
     def fresh(self, seed: int = 0, without: Indices = ()) -> nn.Module:
         """Train a model as the recipe says, on all training points but some: an original, or one to compare with."""
@@ -124,9 +129,11 @@ class Prepared(Models):
         numbers = self.preset.attribution.n_subsets * len(self.x) * self.data.n_classes + LINEARISED * weights
         numbers += LINEARISED * len(self.x) * LOGITS * RANK + 2 * self.data.n_train**2  # the attributor's
         done, seconds = self.preset.attribution.n_subsets - n, self.trial["seconds"] * size * n / workers
+        fit = duration(self.trial["fit"] * LINEARISED * len(self.x))
         return (
             f"{n} models to train on {size:,} points each ({done} are there), about {duration(seconds)} with {workers} "
-            f"process{'es' * (workers > 1)}; {4e-6 * numbers:,.0f} MB on disk in {self.runs}"
+            f"process{'es' * (workers > 1)}, then about {fit} to fit the attributor; "
+            f"{4e-6 * numbers:,.0f} MB on disk in {self.runs}"
         )
 
     # --- what is fitted ----------------------------------------------------------------------------------

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from dmmlib.own.audit import Audit
     from dmmlib.own.forget import Result
 
-SCHEMA = 1  # docs/record.schema.json
+SCHEMA = 2  # docs/record.schema.json
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Request {{ name }}</title>
 <style>body{font:16px/1.5 sans-serif;max-width:50rem;margin:2rem auto;padding:0 1rem}
 pre{white-space:pre-wrap;background:#f4f4f4;padding:1rem}img{max-width:100%}</style>
-<h1>Request “{{ name }}”: {{ "forgotten" if audit.forgotten else "not forgotten" }}</h1>
+<h1>Request “{{ name }}”: {{ audit.says }}</h1>
 <p>{{ n }} of {{ n_train }} points ({{ total }} with earlier requests), by {{ method }}, for {{ cost }} of a
 retraining.</p>
 <pre>{{ audit }}</pre>
