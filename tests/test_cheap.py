@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import itertools
+from dataclasses import astuple
 
 import numpy as np
 import pandas as pd
@@ -134,8 +135,10 @@ def test_the_ablation_tries_each_change_in_every_draw(study, cache):
     assert default.loc["lds", "ratio"] == 0
     rows = table.query("split == 'lds'").pivot(index="draw", columns="name", values="value")
     gap = rows["subset models alone"] - rows[table["name"].iloc[0]]
-    found = against.query("name == 'subset models alone' and split == 'lds'")["ratio"].iloc[0]
-    assert found == pytest.approx(gap.mean())
+    found = against.query("name == 'subset models alone' and split == 'lds'").iloc[0]
+    assert found["ratio"] == pytest.approx(gap.mean())
+    compared = 4 * (len(fitted) - 1)
+    assert (found["low"], found["high"]) == pytest.approx(astuple(mean_over(gap.to_numpy(), level=0.05 / compared))[1:])
 
 
 def test_variants_change_what_they_say(study, cache):

@@ -53,3 +53,13 @@ def test_wilson_is_its_formula():
     e = intervals.wilson(12, 40)
     assert e.low == pytest.approx((centre - half) / (1 + z**2 / n))
     assert e.high == pytest.approx((centre + half) / (1 + z**2 / n))
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.floats(0.01, 100))
+def test_copies_of_a_direction_count_once(k, copies, scale):
+    directions = np.repeat(np.eye(k, 6), copies, axis=0) * np.linspace(1, scale, k * copies)[:, None]
+    assert intervals.effective_number(directions) == pytest.approx(k)
+
+
+def test_directions_that_are_alike_count_for_less():
+    assert intervals.effective_number(np.array([[1.0, 0.0], [1.0, 1.0]])) == pytest.approx(4 / 3)

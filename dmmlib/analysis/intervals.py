@@ -48,6 +48,15 @@ def median_over(values: np.ndarray | pd.Series | Sequence[float], n_bootstrap: i
     return Estimate(float(np.median(values)), float(low), float(high))
 
 
+def effective_number(directions: np.ndarray) -> float:
+    """Compute how many independent directions k vectors (k, d) are worth, from 1 to k.
+
+    It is the participation ratio of their matrix of cosines C, tr(C)^2 / tr(C^2).
+    """
+    unit = directions / np.linalg.norm(directions, axis=1, keepdims=True).clip(1e-12)
+    return len(unit) ** 2 / float(((unit @ unit.T) ** 2).sum())
+
+
 def wilson(successes: int, n: int) -> Estimate:
     """Compute the share of successes in n trials, with Wilson's interval."""
     found = binomtest(successes, n).proportion_ci(2 * float(norm.cdf(Z)) - 1, "wilson")

@@ -13,6 +13,7 @@ from dmmlib.attributors import bayesian
 from dmmlib.attributors.linearised import LinearisedResponse
 from dmmlib.attributors.margins import Linear, calibrated
 from dmmlib.datamodels import Attributor, lds
+from dmmlib.metrics import LEVEL
 from dmmlib.studies.cheap.evaluator import Evaluator, held_out_margins, label_logits
 from dmmlib.studies.cheap.experiments import Cache, averaged, draws, pool
 from dmmlib.study import Study
@@ -71,9 +72,13 @@ def ablate(study: Study, cache: Cache) -> pd.DataFrame:
 
 
 def against_default(table: pd.DataFrame) -> pd.DataFrame:
-    """Divide each variant's value by the default's (LDS: subtract), draw by draw: "ratio", `averaged` over draws."""
+    """Divide each variant's value by the default's (LDS: subtract), draw by draw: "ratio", `averaged` over draws.
+
+    Intervals hold together: each is at the level .05 over the number of comparisons (Bonferroni).
+    """
     default = table.loc[table["group"] == "default", ["draw", "split", "value"]]
     paired = table.merge(default, on=["draw", "split"], suffixes=("", "_of_default"))
     value, of = paired["value"], paired["value_of_default"]
     paired["ratio"] = (value / of).where(paired["split"] != "lds", value - of)
-    return averaged(paired, ["group", "name", "split"], "ratio")
+    compared = paired.loc[paired["group"] != "default", ["group", "name", "split"]].drop_duplicates()
+    return averaged(paired, ["group", "name", "split"], "ratio", LEVEL / max(1, len(compared)))

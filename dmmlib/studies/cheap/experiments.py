@@ -247,17 +247,18 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     return averaged(table, ["pair", "kind", "split"], "value")
 
 
-def averaged(table: pd.DataFrame, keys: list[str], column: str) -> pd.DataFrame:
+def averaged(table: pd.DataFrame, keys: list[str], column: str, level: float = metrics.LEVEL) -> pd.DataFrame:
     """Average ratios (geometrically) or differences of LDS over draws or seeds, for each combination of keys.
 
     Returns:
-        Columns `keys`, of which the last is "split", `column`, low, high (95 % t-interval, NaN of one value), n.
+        Columns `keys`, of which the last is "split", `column`, low, high (t-interval of 1 - `level`, NaN of one
+        value), n.
     """
     rows = []
     for key, part in table.groupby(keys, sort=False):
         e = Estimate(part[column].iloc[0], np.nan, np.nan)
         if len(part) > 1:
-            e = mean_over(part[column].to_numpy(), log=key[-1] not in LDS)
+            e = mean_over(part[column].to_numpy(), log=key[-1] not in LDS, level=level)
         rows.append((*key, *astuple(e), len(part)))
     return pd.DataFrame(rows, columns=[*keys, column, "low", "high", "n"])
 
