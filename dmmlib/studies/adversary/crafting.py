@@ -55,27 +55,6 @@ class Poison:
         """Of the simplex, of radius 1 (k + 1, k)."""
         return regular(self.coordinates.shape[1])
 
-    @property
-    def _pulls(self) -> np.ndarray:
-        """Sum of the pulls of each group (k + 1, k), with the opposite sign."""
-        return np.stack([self.coordinates[self.group == i].sum(0) for i in range(self.coordinates.shape[1] + 1)])
-
-    @property
-    def reach(self) -> float:
-        """How far a whole group is to move the parameters: mean length of the groups' summed pulls."""
-        return float(np.linalg.norm(self._pulls, axis=1).mean())
-
-    @property
-    def balance(self) -> float:
-        """Length of the sum of all pulls, relative to the reach: 0 if they cancel."""
-        return float(np.linalg.norm(self._pulls.sum(0)) / self.reach)
-
-    @property
-    def alignment(self) -> float:
-        """Mean cosine between the pull of a point and the direction of its vertex."""
-        along = -(self.coordinates * self.vertices[self.group]).sum(1)
-        return float((along / np.maximum(np.linalg.norm(self.coordinates, axis=1), 1e-12)).mean())
-
 
 def _pull(c: Tensor, towards: Tensor, angle: float) -> Tensor:
     """What the module raises, for coordinates (..., k) and the unit vectors that go with them."""

@@ -41,7 +41,6 @@ class Crafted:
     angle: float  # chosen likewise
     subspace: Subspace  # at the models that the attacker knows, or at its own
     poison: Poison  # for it
-    tried: pd.DataFrame  # each setting's change of the tuning targets' margins, and how its pulls cancel
 
 
 def ddpa(
@@ -61,16 +60,9 @@ def choose(world: World, dirty: bool) -> Crafted:
     poisons = [world.craft(spaces[damping], dirty, angle) for damping, angle in cases]
     asked = [ddpa(world, p, spaces[damping], world.tuning) for p, (damping, _) in zip(poisons, cases, strict=True)]
     done = together(world, [p.points for p in poisons], s.n_models, asked, 1)
-    found = [site.outcomes(world.tuning, retrained) for site, retrained in done]
-    changes = [float(table["change"].mean()) for table in found]
-    tried = pd.DataFrame(cases, columns=["damping", "angle"]).assign(
-        **{"labels": "dirty" if dirty else "clean", "change of margin": changes},
-        balance=[p.balance for p in poisons],
-        alignment=[p.alignment for p in poisons],
-    )
-    best = int(np.argmin(changes))
+    best = int(np.argmin([site.outcomes(world.tuning, retrained)["change"].mean() for site, retrained in done]))
     damping, angle = cases[best]
-    return Crafted(dirty, damping, angle, spaces[damping], poisons[best], tried)
+    return Crafted(dirty, damping, angle, spaces[damping], poisons[best])
 
 
 def by_surrogate(world: World, crafted: Crafted) -> Crafted:
