@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -33,25 +34,6 @@ class Victim:
     training: ensemble.Training  # the recipe
     execution: Execution = field(default_factory=lambda: Execution(512, torch.get_num_threads()))
 
-    @classmethod
-    def of(
-        cls, data: Dataset, features: Prepare, module: Callable[[int], nn.Module], training: ensemble.Training
-    ) -> Victim:
-        """Make a victim that sees `features` (n, d) of normalised images, with the module for that d.
-
-        Raises DataError for points that are no uint8 images.
-        """
-        if data.x_train.dtype != np.uint8:
-            raise DataError(f"The data are {data.x_train.dtype}; give uint8 images, whose pixels can be bounded.")
-
-        def prepare(images: Tensor) -> Tensor:
-            channels_first = images.permute(0, 3, 1, 2).contiguous()  # as `models.normalise`, to be differentiated
-            mean, std = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in (data.mean, data.std))
-            return features((channels_first - mean) / std)
-
-        d = prepare(torch.zeros(1, *data.x_train.shape[1:])).shape[1]
-        return cls(prepare, lambda: module(d), training)
-
     @property
     def one_by_one(self) -> Execution:
         """One job in each thread; not for forward-mode derivatives, of which torch keeps one level for all threads."""
@@ -67,15 +49,22 @@ class Victim:
 
 
 def mlp(data: Dataset, s: AdversarySettings) -> Victim:
-    """Make a victim with one hidden layer on pooled pixels, as `models.pooled` makes them."""
+    """Make a victim with one hidden layer on pooled pixels, as `models.pooled` makes them.
 
-    def features(images: Tensor) -> Tensor:
-        return (avg_pool2d(images, 2) if min(images.shape[-2:]) >= 20 else images).flatten(1)
+    Raises DataError for points that are no uint8 images.
+    """
+    if data.x_train.dtype != np.uint8:
+        raise DataError(f"The data are {data.x_train.dtype}; give uint8 images, whose pixels can be bounded.")
 
-    def module(d: int) -> nn.Module:
-        return models.build("mlp", (d,), data.n_classes, hidden=s.hidden)
+    def prepare(images: Tensor) -> Tensor:
+        channels_first = images.permute(0, 3, 1, 2).contiguous()  # as `models.normalise`, to be differentiated
+        mean, std = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in (data.mean, data.std))
+        x = (channels_first - mean) / std
+        return (avg_pool2d(x, 2) if min(x.shape[-2:]) >= 20 else x).flatten(1)
 
-    return Victim.of(data, features, module, ensemble.Training(s.epochs, s.batch, s.lr))
+    d = prepare(torch.zeros(1, *data.x_train.shape[1:])).shape[1]
+    module = partial(models.build, "mlp", (d,), data.n_classes, hidden=s.hidden)
+    return Victim(prepare, module, ensemble.Training(s.epochs, s.batch, s.lr))
 
 
 @dataclass(frozen=True)
