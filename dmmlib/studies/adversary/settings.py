@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from dmmlib.presets import Section, study
+from dmmlib.presets import Fraction, Section, Some, study
 
-V = TypeVar("V")
-Some = Annotated[tuple[V, ...], Field(min_length=1)]
 Share = Annotated[float, Field(gt=0, le=0.5)]
 Bound = Annotated[int, Field(ge=0, le=255)]
 Several = Annotated[int, Field(ge=2)]  # as many as an interval takes
@@ -27,7 +25,7 @@ class AdversarySettings(Section):
     lr: PositiveFloat = 0.2
     n_models: Several = 5  # originals, and models retrained for each request of the main table
     n_subsets: Annotated[int, Field(ge=3)] = 100  # subset models behind the service's datamodel
-    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.75  # of the training points, in each subset
+    fraction: Fraction = 0.75  # of the training points, in each subset
     camouflage_subsets: Several = 10  # subset models behind the gradient kernel of each camouflaged training set
     n_honest: Several = 100  # honest requests of each kind that the defence compares attacks with
     # the attacker

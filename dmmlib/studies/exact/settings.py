@@ -6,10 +6,10 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from dmmlib.presets import Section, Side, study
+from dmmlib.presets import Fraction, Section, Side, Some, study
 
-Floats = Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
-Ints = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+Floats = Some[PositiveFloat]
+Ints = Some[PositiveInt]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -17,7 +17,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 class ExactSettings(Section):
     """Sizes of the tests, the sweeps and the comparison of notebook 06."""
 
-    positive: tuple[NonNegativeInt, ...] = Field((0, 1, 2, 3, 4), min_length=1)  # classes labelled +1, others are -1
+    positive: Some[NonNegativeInt] = (0, 1, 2, 3, 4)  # classes labelled +1, others are -1
 
     # tests of exactness
     n_runs: int = Field(2000, ge=10)  # independent chains on each side
@@ -48,13 +48,13 @@ class ExactSettings(Section):
     shards: Ints = (2, 5, 10, 20)  # of SISA
     newton_noises: Floats = (0.3, 1.0, 3.0, 10.0)  # standard deviation of the linear term of the certified Newton step
     ridge: PositiveFloat = 1e-2  # lambda there, per point
-    delta: float = Field(1e-4, gt=0, lt=1)  # of its (epsilon, delta) certificate
+    delta: Fraction = 1e-4  # of its (epsilon, delta) certificate
     n_subsets: int = Field(2000, ge=10)  # subset models behind DMM's predictions
     ridge_datamodel: PositiveFloat = 0.05  # ridge penalty of these predictions
     dmm_epochs: PositiveInt = 5  # SGD of DMM's models; by default as many sample gradients as the chains'
     dmm_batch: PositiveInt = 20
     dmm_lr: PositiveFloat = 8.0
-    dmm_costs: tuple[Share, ...] = Field((0.02, 0.05, 0.1, 0.2, 0.4), min_length=1)  # shares of a retraining it spends
+    dmm_costs: Some[Share] = (0.02, 0.05, 0.1, 0.2, 0.4)  # shares of a retraining it spends
 
     seed: NonNegativeInt = 0
 

@@ -6,10 +6,9 @@ from typing import Annotated, TypeVar
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from dmmlib.presets import Section, Side, study
+from dmmlib.presets import Fraction, Section, Side, Some, study
 
 T = TypeVar("T")
-Some = Annotated[tuple[T, ...], Field(min_length=1)]
 Sweep = Annotated[tuple[T, ...], Field(min_length=2)]  # a slope is fitted over it
 Several = Annotated[int, Field(ge=2)]
 
@@ -58,7 +57,7 @@ class MetaSettings(Section):
     forget_lams: Some[PositiveFloat] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # and where it varies
     n_forget: Several = 8  # tasks that are forgotten, one at a time, for the report
     n_subsets: Several = 1000  # subset meta-learners behind the datamodel
-    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.9  # share of the tasks that each of them has
+    fraction: Fraction = 0.9  # share of the tasks that each of them has
     ridge: PositiveFloat = 0.01  # penalty
     cost: Annotated[float, Field(gt=0, le=1)] = 0.2  # share of a retraining that a method may spend
     seed: NonNegativeInt = 0

@@ -6,10 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from dmmlib.presets import Section, study
-
-Share = Annotated[float, Field(gt=0, lt=1)]
-Positives = Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
+from dmmlib.presets import Fraction, Section, Some, study
 
 
 @study("multimodal")
@@ -21,7 +18,7 @@ class MultimodalSettings(Section):
     n_people: PositiveInt = 100  # private profiles
     n_public: PositiveInt = 6  # public figures, known from pretraining and never to be forgotten
     n_generic: NonNegativeInt = 80  # further people that only pretraining sees
-    forget_shares: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.05, 0.10, 0.15)  # of the profiles, per set
+    forget_shares: Some[Fraction] = (0.05, 0.10, 0.15)  # of the profiles, per set
     n_tuning: PositiveInt = 10  # people that hyperparameters are chosen on; they are in no forget set
     image_side: PositiveInt = 32  # of a portrait, in pixels
     patch: PositiveInt = 16  # side of a patch, in pixels
@@ -37,17 +34,17 @@ class MultimodalSettings(Section):
     lr: PositiveFloat = 3.5e-3
     n_models: int = Field(default=20, ge=4)  # N, models of each kind
     n_subsets: int = Field(default=40, ge=3)  # models that are fine-tuned on random subsets of the profiles
-    fraction: Share = 0.75  # of the profiles in a subset
+    fraction: Fraction = 0.75  # of the profiles in a subset
     # Logits that are kept per token: the correct one's and the likeliest others', the rest summed up in one more. None
     # keeps all, of which a published vocabulary has too many.
     kept: Annotated[int, Field(ge=4)] | None = 16
-    lams: Positives = (1e-4, 1e-3, 1e-2)  # penalties of the ridge datamodels that are compared
+    lams: Some[PositiveFloat] = (1e-4, 1e-3, 1e-2)  # penalties of the ridge datamodels that are compared
     tuning_models: int = Field(default=8, ge=4)  # originals that each setting is tried on
     sample: PositiveInt = 6  # retained people, and public figures, of whom questions are asked
-    lrs: Positives = (1e-4, 3e-4, 1e-3)  # tried with the gradient methods
-    match_lrs: Positives = (1e-3, 2e-3)  # tried with matching
+    lrs: Some[PositiveFloat] = (1e-4, 3e-4, 1e-3)  # tried with the gradient methods
+    match_lrs: Some[PositiveFloat] = (1e-3, 2e-3)  # tried with matching
     unlearn_epochs: PositiveInt = 3  # passes of a gradient method over the forget questions
-    costs: Positives = (0.2, 0.4)  # shares of a retraining that matching is tried with
+    costs: Some[PositiveFloat] = (0.2, 0.4)  # shares of a retraining that matching is tried with
     chunk: PositiveInt = 20  # models that share a training step
     seed: NonNegativeInt = 0
 
