@@ -164,7 +164,8 @@ def _asked(preset: Preset, data: Dataset, own: list[ForgetSet], beside: bool) ->
     """What a run trains: for a forget set of one's own only what its methods need."""
     known, n = list(jobs(preset, data.n_train, data.n_classes)), preset.ensembles.n_models
     attributors = [m.partition("@")[2] or preset.attribution.name for m in preset.unlearning.methods]
-    if own and not beside and "ridge" not in attributors and not _searched(preset):
+    searched = any(len(unlearn.configurations(m, preset.tuning.budget)) > 1 for m in preset.unlearning.methods)
+    if own and not beside and "ridge" not in attributors and not searched:
         known = [job for job in known if {"originals", "attribution"}.intersection(job.sets)]
     yield from known
     for forget in own:
@@ -172,11 +173,6 @@ def _asked(preset: Preset, data: Dataset, own: list[ForgetSet], beside: bool) ->
         yield Job(f"oracles and floor, {forget.name}", data.n_train - len(forget), sets, False)
     if beside or not own:
         yield from experiments.jobs(preset, data.n_train)
-
-
-def _searched(preset: Preset) -> bool:
-    """Whether hyperparameters of a method are searched for."""
-    return any(len(unlearn.configurations(m, preset.tuning.budget)) > 1 for m in preset.unlearning.methods)
 
 
 def _on_disk(section: DataSection) -> bool:
