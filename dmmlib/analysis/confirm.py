@@ -84,10 +84,8 @@ def _judge(claim: Claim, results: pd.DataFrame, level: float) -> tuple[str, str,
     if not others or not {claim.method, *others} <= set(here["method"]):
         return claim.id, claim.text, np.nan, np.nan, np.nan, 0, "not run"
     wide = here.pivot_table(["value", "low", "high"], ["seed", "forget_set"], "method", sort=False)
-    own, least = (
-        wide.xs(claim.method, axis=1, level=1),
-        wide.loc[:, pd.IndexSlice[:, others]].T.groupby(level=0).min().T,
-    )
+    own = wide.xs(claim.method, axis=1, level=1)
+    least = wide.loc[:, pd.IndexSlice[:, others]].T.groupby(level=0).min().T
     value, other = own["value"], least["value"]
     holds = {
         "ahead": own["high"] < least["low"],
