@@ -45,11 +45,8 @@ def membership_auc(members: np.ndarray, others: np.ndarray) -> np.ndarray:
     attack is that of Yeom et al., CSF 2018, at every threshold. The AUC is the probability that a member has the larger
     margin; ties count half.
 
-    Args:
-        members, others: margins (n_models, n_members), e.g. on F, and (n_models, n_others), e.g. on validation points.
-
-    Raises:
-        DataError: for numbers of models that differ, or no points.
+    Takes margins (n_models, n_members), e.g. on F, and (n_models, n_others), e.g. on validation points. Raises
+    DataError for numbers of models that differ, or no points.
     """
     if members.ndim != 2 or others.ndim != 2 or len(members) != len(others) or 0 in (*members.shape, *others.shape):
         raise DataError(
@@ -128,8 +125,7 @@ def agreement(measured: pd.DataFrame, n_bootstrap: int = 500) -> pd.DataFrame:
     Returns:
         Columns evaluator, statistic (kendall: tau-b, spearman), value, low, high, n_pairs.
 
-    Raises:
-        DataError: for fewer than two methods.
+    Raises DataError for fewer than two methods.
     """
     wide = measured[measured["method"] != "oracles"].pivot_table(
         index="method", columns=["evaluator", "forget_set"], values="value", sort=False
@@ -164,9 +160,7 @@ def _ends(measured: pd.DataFrame) -> pd.DataFrame:
 def disagreements(measured: pd.DataFrame) -> pd.DataFrame:
     """List pairs of methods that KLoM p95 and another evaluator order oppositely, intervals apart on both.
 
-    Returns:
-        Columns forget_set, evaluator, nearer_by_klom, nearer_by_other, klom (of the two, in that order), other
-        (likewise); text.
+    Columns forget_set, evaluator, nearer_by_klom, nearer_by_other, klom (of the two, in that order), other (likewise).
     """
     rows = []
     for forget_set, here in _ends(measured).groupby("forget_set", sort=False):
@@ -193,8 +187,7 @@ def named(pairs: pd.DataFrame) -> pd.DataFrame:
 def told_apart(measured: pd.DataFrame) -> pd.DataFrame:
     """Say whether each evaluator tells each method from retraining: intervals apart, the method's above.
 
-    Returns:
-        Columns forget_set, method, then one bool for each evaluator; retraining itself is left out.
+    Columns forget_set, method, then one bool for each evaluator; retraining itself is left out.
     """
     ends = _ends(measured)
     floor = ends["high"].xs("retrain", level="method").reindex(ends.index, level="forget_set")
@@ -233,8 +226,7 @@ def power(
         columns method, n_models, n_bins, convention, median, low, high (KLoM p95 over draws, central 95 % of them),
         threshold, power, power_low, power_high.
 
-    Raises:
-        DataError: for sizes that the models at hand do not allow.
+    Raises DataError for sizes that the models at hand do not allow.
     """
     most = min([len(retrained) // 2, *(len(m) for m in methods.values())])
     if not sizes or not 2 <= min(sizes) <= max(sizes) <= most:

@@ -55,8 +55,7 @@ def judge(margins: np.ndarray, oracle: np.ndarray, n_bootstrap: int = 50) -> tup
         Estimates "end", "common", "own" and "gain" (common minus own, resampled together), with 95 % intervals over
         models given the moments chosen; and the mean number of the common moment.
 
-    Raises:
-        DataError: for fewer than four models on either side.
+    Raises DataError for fewer than four models on either side.
     """
     if min(margins.shape[1], len(oracle)) < 4:
         raise DataError(f"A stopping time got {margins.shape[1]} models and {len(oracle)} oracles; give at least 4.")

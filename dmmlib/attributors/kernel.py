@@ -273,10 +273,8 @@ def kernel_response(
 ) -> KernelResponse:
     """Take the kernel at the weights of a context's first `n_models` subset models, and measure the residuals.
 
-    For models of a million weights give `project`, a number of features; see `gram`.
-
-    Raises:
-        DataError: for a penalty (relative to the kernel's mean diagonal) that is not positive, or no weights.
+    For models of a million weights give `project`, a number of features; see `gram`. Raises DataError for a penalty
+    (relative to the kernel's mean diagonal) that is not positive, or no weights.
     """
     if not lam > 0:
         raise DataError(f"The kernel's penalty is {lam}; give a positive number, such as 0.1.")

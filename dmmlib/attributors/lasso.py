@@ -122,8 +122,7 @@ def lasso(
         held_out: share of the subset models that chooses among several penalties, before a fit to all of them.
         tol: see `Solver.solve`.
 
-    Raises:
-        OptionError, DataError: for options or outputs that cannot be used, or no convergence.
+    Raises OptionError or DataError for options or outputs that cannot be used, or no convergence.
     """
     check_options(0, 1, held_out=held_out)
     check_options(LEAST, 1, tol=tol)  # below it the gap is float32's rounding
