@@ -417,7 +417,7 @@ def test_intervals_are_over_people():
     low, high = stats.t.interval(0.95, 4, means.mean(), stats.sem(means))
     table = pd.DataFrame({"kind": "a", "person": person, "score": values})
     table.loc[len(table)] = ["a", 4, np.nan]
-    (found,) = measures.over_people(table, "score", ["kind"]).to_dict("records")
+    (found,) = measures.over_people(table, ["kind"]).to_dict("records")
     assert found == {"kind": "a", "people": 5} | {
         k: pytest.approx(v) for k, v in {"value": means.mean(), "low": low, "high": high}.items()
     }

@@ -180,7 +180,7 @@ def _forget(
 
 def score_table(scores: pd.DataFrame) -> pd.DataFrame:
     """Compute scores by method, set, task and modality over all forget sets, with 95 % t-intervals over people."""
-    return over_people(scores, "score", ["method", "set", "task", "modality"])
+    return over_people(scores, ["method", "set", "task", "modality"])
 
 
 def _by_method(scores: pd.DataFrame, *sets: str) -> pd.DataFrame:
@@ -191,7 +191,7 @@ def _by_method(scores: pd.DataFrame, *sets: str) -> pd.DataFrame:
 
 def _over_people(gaps: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
     long = gaps.melt(var_name="method", value_name="score", ignore_index=False).reset_index()
-    return over_people(long, "score", ["method", *by])
+    return over_people(long, ["method", *by])
 
 
 def text_against_image(scores: pd.DataFrame) -> pd.DataFrame:

@@ -62,11 +62,11 @@ def judged(world: World, logits: np.ndarray, questions: np.ndarray, said: torch.
     return Judged(world.margins(logits, questions), scores)
 
 
-def over_people(scores: pd.DataFrame, column: str, by: Sequence[str]) -> pd.DataFrame:
-    """Compute the mean of a column for each combination of the columns `by`, with a 95 % t-interval over "person".
+def over_people(scores: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Compute the mean score for each combination of the columns `by`, with a 95 % t-interval over "person".
 
     A person's questions are no independent looks, so they are averaged first; columns as of `intervals.means_over`,
     with "people" for n.
     """
-    each = scores.astype({column: float}).groupby([*by, "person"], sort=False)[column].mean()
-    return means_over(each.reset_index(), by, column).rename(columns={"n": "people"})
+    each = scores.astype({"score": float}).groupby([*by, "person"], sort=False)["score"].mean()
+    return means_over(each.reset_index(), by, "score").rename(columns={"n": "people"})
