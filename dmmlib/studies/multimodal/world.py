@@ -137,8 +137,7 @@ class World:
             if task:
                 self.progress(task, sum(p.n_models for p in parts), len(batches[0]))
         params = {k: torch.cat([part.params[k] for part in parts]) for k in parts[0].params}
-        buffers = {k: torch.cat([part.buffers[k] for part in parts]) for k in parts[0].buffers}
-        return Ensemble(parts[0].module, params, buffers)
+        return Ensemble(parts[0].module, params, {})
 
     @cached_property
     def _data(self) -> str:
