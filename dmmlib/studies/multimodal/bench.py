@@ -119,9 +119,9 @@ def validate(splits: Splits, percents: Sequence[int]) -> pd.DataFrame:
             raise DataError(f"The benchmark lacks the split {name!r}, or it is empty; it has {', '.join(splits)}.")
     opened: set[int] = set()
     columns = [f"{task}, {modality}" for task in TASKS for modality in (IMAGE, TEXT)]
-    counted = []
+    tasks, counted = ("Classification_Task", "Generation_Task", "Mask_Task"), []
     for name, rows in splits.items():
-        keys = ("ID", *(("image", "metadata") if name == "ft_Data" else _TASK_KEYS))
+        keys = ("ID", *(("image", "metadata") if name == "ft_Data" else tasks))
         counts, pairs, seen = Counter[str](), 0, dict[str, int]()
         for number, row in enumerate(rows):
             where = f"Row {number} of {name!r}"
@@ -139,9 +139,6 @@ def validate(splits: Splits, percents: Sequence[int]) -> pd.DataFrame:
         counted.append({"split": name, "people": len(rows), **{c: counts[c] for c in columns}, "pairs": pairs})
     _check_leakage(splits, percents)
     return pd.DataFrame(counted)
-
-
-_TASK_KEYS = ("Classification_Task", "Generation_Task", "Mask_Task")
 
 
 def _count_pairs(row: Row, where: str) -> int:
