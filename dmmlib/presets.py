@@ -34,6 +34,7 @@ Some = Annotated[tuple[T, ...], Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Side = Annotated[int, Field(ge=1, le=64)]  # of an image that is averaged over, in pixels
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+Several = Annotated[int, Field(ge=2)]  # as many as an interval takes
 AMBIGUOUS = re.compile(
     r"(?i)yes|no|on|off|<<|=|\d{4}-\d\d?-\d\d?.*"
     r"|[+-]?(0[\d_]+|0[bx][\da-f_]+|[1-9][\d_]*(:[0-5]?\d)+|\d[\d_]*(:[0-5]?\d)+\.[\d_]*)"

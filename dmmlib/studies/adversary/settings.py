@@ -6,11 +6,10 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from dmmlib.presets import Fraction, Section, Some, study
+from dmmlib.presets import Fraction, Section, Several, Some, study
 
 Share = Annotated[float, Field(gt=0, le=0.5)]
 Bound = Annotated[int, Field(ge=0, le=255)]
-Several = Annotated[int, Field(ge=2)]  # as many as an interval takes
 
 
 @study("adversary")

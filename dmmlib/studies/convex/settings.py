@@ -6,11 +6,10 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from dmmlib.presets import Section, Side, study
+from dmmlib.presets import Section, Several, Side, study
 
 Condition = Annotated[float, Field(ge=1)]
 Doublings = Annotated[int, Field(ge=1, le=24)]
-AtLeastTwo = Annotated[int, Field(ge=2)]
 
 
 @study("convex")
@@ -19,7 +18,7 @@ class ConvexSettings(Section):
 
     # synthetic regressions
     n: PositiveInt = 500  # training points
-    dim: AtLeastTwo = 20  # features
+    dim: Several = 20  # features
     condition: Condition = 1e4  # condition number of the retain set's Hessian where it is not varied
     conditions: tuple[Condition, ...] = Field((1e1, 1e2, 1e3, 1e4, 1e5, 1e6), min_length=2)  # in the figure of costs
     forget_size: PositiveInt = 12  # |F| where it is not varied
@@ -27,10 +26,10 @@ class ConvexSettings(Section):
     noise: NonNegativeFloat = 0.5  # standard deviation of the labels' noise
     log2_steps: Doublings = 17  # methods are followed for 2 ** log2_steps steps
     n_chains: PositiveInt = 64  # independent runs of each stochastic method
-    n_subset_models: AtLeastTwo = 2000  # models behind the regression datamodel
+    n_subset_models: Several = 2000  # models behind the regression datamodel
 
     # regressions on images
-    image_n: AtLeastTwo = 1000  # training images
+    image_n: Several = 1000  # training images
     image_side: Side = 5  # side of an image after average pooling
     image_ridge: PositiveFloat = 1.0  # ridge of both regressions
     image_log2_steps: Doublings = 13  # methods are followed for 2 ** image_log2_steps steps

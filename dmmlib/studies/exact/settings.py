@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from dmmlib.presets import Fraction, Section, Side, Some, study
+from dmmlib.presets import Fraction, Section, Several, Side, Some, study
 
 Floats = Some[PositiveFloat]
 Ints = Some[PositiveInt]
@@ -30,7 +30,7 @@ class ExactSettings(Section):
     small_noise: PositiveFloat = 0.3
 
     # sweeps of the price; the middle value stays where another varies
-    price_runs: int = Field(1000, ge=2)  # chains per setting
+    price_runs: Several = 1000  # chains per setting
     price_noise: Floats = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
     price_batch: Ints = (1, 4, 16, 64)
     price_n: Ints = (125, 250, 500, 1000, 2000)
@@ -38,7 +38,7 @@ class ExactSettings(Section):
 
     # comparison of methods
     side: Side = 5  # side of an image after average pooling
-    n_models: int = Field(100, ge=2)  # N, models of each kind
+    n_models: Several = 100  # N, models of each kind
     forget_size: PositiveInt = 20  # |F|, images alike
     steps: PositiveInt = 100  # SGD of every first-order learner
     batch: PositiveInt = 100

@@ -6,11 +6,10 @@ from typing import Annotated, TypeVar
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from dmmlib.presets import Fraction, Section, Side, Some, study
+from dmmlib.presets import Fraction, Section, Several, Side, Some, study
 
 T = TypeVar("T")
 Sweep = Annotated[tuple[T, ...], Field(min_length=2)]  # a slope is fitted over it
-Several = Annotated[int, Field(ge=2)]
 
 
 @study("meta")
