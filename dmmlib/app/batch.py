@@ -167,7 +167,7 @@ def run(
             todo[notebook.name[:2]] = stage
     at_once = 2 if threads > 1 and len(todo) > 1 else 1
     waiting = sorted(todo, key=(*ORDER, *todo).index)
-    running: dict[str, tuple[Execution, float]] = {}
+    running: dict[str, Execution] = {}
     failed: DmmError | None = None
     bar = tqdm(bar_format="{desc}", leave=False, disable=None)  # silent where it is no terminal
     share = _Share({number: stage.expected() for number, stage in todo.items()}, at_once, wide)
@@ -184,16 +184,15 @@ def run(
                     if at_once > 1 and number not in wide:
                         given["OMP_NUM_THREADS"] = str(threads // 2)
                     stage, outcome = todo[number], Path(folder, number)
-                    running[number] = Execution(stage.notebook, stage.part, parameters, given, outcome), time.time()
-                    share.began(number)
+                    running[number] = Execution(stage.notebook, stage.part, parameters, given, outcome)
+                    share.began[number] = time.time()
                 time.sleep(0.2)
                 bar.set_description_str(f"{share} | {_said(told)}")
-                for number in [n for n, (execution, _) in running.items() if not execution.running()]:
-                    execution, began = running.pop(number)
+                for number in [n for n, execution in running.items() if not execution.running()]:
                     (told / number).unlink(missing_ok=True)
                     try:
-                        todo[number].keep(execution.error(), began, say)
-                        share.ended(number)
+                        todo[number].keep(running.pop(number).error(), share.began[number], say)
+                        share.took[number] = time.time() - share.began[number]
                         pulse.said()
                     except DmmError as error:
                         if failed:
@@ -205,9 +204,9 @@ def run(
         ) from error
     finally:
         with _undisturbed():
-            for execution, _ in running.values():
+            for execution in running.values():
                 execution.interrupt()
-            for execution, _ in running.values():
+            for execution in running.values():
                 execution.end()
             for stage in todo.values():
                 with suppress(OSError):
@@ -220,28 +219,21 @@ class _Share:
     """How much of all stages is done, by what each is expected to take, and how long the others will."""
 
     def __init__(self, expected: Mapping[str, tuple[float, bool]], at_once: int, wide: Collection[str]) -> None:
-        self._seconds = {number: seconds for number, (seconds, _) in expected.items()}
-        self._known = {number for number, (_, known) in expected.items() if known}
-        self._at_once, self._wide = at_once, wide
-        self._begun, self._took = dict[str, float](), dict[str, float]()
-
-    def began(self, number: str) -> None:
-        self._begun[number] = time.time()
-
-    def ended(self, number: str) -> None:
-        self._took[number] = time.time() - self._begun[number]
+        self._expected, self._at_once, self._wide = expected, at_once, wide
+        self.began, self.took = dict[str, float](), dict[str, float]()  # of stages: when, and seconds once they ended
 
     def __str__(self) -> str:
-        guessed = [n for n in self._took if n not in self._known]
-        pace = sum(self._took[n] for n in guessed) / sum(self._seconds[n] for n in guessed) if guessed else 1.0
+        known = [n for n, (_, here) in self._expected.items() if here]
+        guessed = [n for n in self.took if n not in known]
+        pace = sum(self.took[n] for n in guessed) / sum(self._expected[n][0] for n in guessed) if guessed else 1.0
         whole = left = alone = 0.0
-        for number, seconds in self._seconds.items():
-            seconds *= 1 if number in self._known else pace
-            spent = self._took.get(number, time.time() - self._begun.get(number, time.time()))
-            rest = 0.0 if number in self._took else max(seconds - spent, spent / 10)
+        for number, (seconds, here) in self._expected.items():
+            seconds *= 1 if here else pace
+            spent = self.took.get(number, time.time() - self.began.get(number, time.time()))
+            rest = 0.0 if number in self.took else max(seconds - spent, spent / 10)
             whole, left, alone = whole + spent + rest, left + rest, alone + rest * (number in self._wide)
-        done = f"{1 - left / whole:.0%} of {len(self._seconds)} stages" if whole else "all done"
-        sure = guessed or self._known  # of other presets than laptop, the table tells shares, not seconds
+        done = f"{1 - left / whole:.0%} of {len(self._expected)} stages" if whole else "all done"
+        sure = guessed or known  # of other presets than laptop, the table tells shares, not seconds
         return done + (f", about {duration(alone + (left - alone) / self._at_once)} left" if sure else "")
 
 
