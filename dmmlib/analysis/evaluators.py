@@ -239,12 +239,10 @@ def power(
         """KLoM's 95th percentile of each draw; points of all draws go through KLoM together."""
         unlearned, oracle = [], []
         for _ in range(n_draws):
-            if margins is not None:
-                unlearned.append(margins[rng.permutation(len(margins))[:n]])
+            drawn = None if margins is None else margins[rng.permutation(len(margins))[:n]]
             order = rng.permutation(len(retrained))
+            unlearned.append(retrained[order[:n]] if drawn is None else drawn)
             oracle.append(retrained[order[n : 2 * n]])
-            if margins is None:
-                unlearned.append(retrained[order[:n]])
         klom = metrics.klom(np.concatenate(unlearned, axis=1), np.concatenate(oracle, axis=1), convention, n_bins)
         return np.percentile(klom.reshape(n_draws, -1), 95, axis=1)
 
