@@ -27,8 +27,8 @@ they are; a datamodel of raw logits is turned into it by `Gauged`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,7 @@ from dmmlib.forget_sets import indicator
 from dmmlib.metrics import Estimate, margin_gauge, right_logits
 
 BLOCK = 1000  # subset models whose outputs are in memory at a time
+TOGETHER = 2**28  # numbers that factors and inverses of one pass may take
 
 Indices = Sequence[int] | np.ndarray
 
@@ -134,27 +135,49 @@ class RidgeDatamodel(Attributor):
         Raises:
             DataError: for counts of models that differ, masks that are all alike, or a penalty or share out of range.
         """
+        return cls.fit_all(masks, outputs, [(lam, own_share)], device)[0]
+
+    @classmethod
+    def fit_all(
+        cls,
+        masks: np.ndarray,
+        outputs: Any,
+        settings: Sequence[tuple[float, float]],
+        device: torch.device | str = "cpu",
+    ) -> list[RidgeDatamodel]:
+        """`fit` with each (lam, own_share), in one pass over the outputs; `together` says how many fit into memory."""
         if len(masks) != outputs.shape[0]:
             raise DataError(f"{len(masks)} masks but outputs of {outputs.shape[0]} models; give one mask per model.")
         check_varying(masks)
-        if not 0 < lam < np.inf:
-            raise DataError(f"The ridge penalty is {lam}; give a positive number, such as 0.1.")
-        if not 0 <= own_share <= 1:
-            raise DataError(f"own_share is {own_share}; give a number from 0 to 1 (1 is plain ridge).")
+        for lam, own_share in settings:
+            if not 0 < lam < np.inf:
+                raise DataError(f"The ridge penalty is {lam}; give a positive number, such as 0.1.")
+            if not 0 <= own_share <= 1:
+                raise DataError(f"own_share is {own_share}; give a number from 0 to 1 (1 is plain ridge).")
         a = torch.from_numpy(np.array(masks, np.float32)).to(device)
         mean = a.mean(0)
         a -= mean
         gram = (a @ a.T if len(a) < a.shape[1] else a.T @ a) / len(a)
-        gram.diagonal().add_(lam)
-        plain = cls(outputs, mean, lam, a, torch.linalg.cholesky(gram))
-        if own_share == 1:
-            return plain
-        delta, inverse = (1 - own_share) * lam, plain._inverse(np.eye(plain.n_train, dtype=np.float32))
-        total = np.zeros((plain.n_train, outputs.shape[2]), np.float32)
-        for rows in plain._blocks(100):
-            v = (a[rows] @ torch.from_numpy(inverse).to(device) / len(a)).cpu().numpy()
-            total += np.einsum("mj,mjc->jc", v, np.asarray(outputs[rows], np.float32)[:, : plain.n_train])  # W_jj
-        return replace(plain, own_share=own_share, _own=delta * total / (1 - delta * np.diag(inverse))[:, None])
+        n, unit = a.shape[1], torch.eye(len(gram), device=gram.device)
+        plain = {lam: cls(outputs, mean, lam, a, torch.linalg.cholesky(gram + lam * unit)) for lam, _ in settings}
+        inverses = {
+            lam: plain[lam]._inverse(np.eye(n, dtype=np.float32)) for lam in {x for x, own in settings if own < 1}
+        }
+        totals = {lam: np.zeros((n, outputs.shape[2]), np.float32) for lam in inverses}  # W_jj
+        for rows in _blocks(outputs, 100) if inverses else ():
+            block = np.asarray(outputs[rows], np.float32)[:, :n]
+            for lam, inverse in inverses.items():
+                v = (a[rows] @ torch.from_numpy(inverse).to(device) / len(a)).cpu().numpy()
+                totals[lam] += np.einsum("mj,mjc->jc", v, block)
+
+        def made(lam: float, own_share: float) -> RidgeDatamodel:
+            if own_share == 1:
+                return plain[lam]
+            delta = (1 - own_share) * lam
+            own = delta * totals[lam] / (1 - delta * np.diag(inverses[lam]))[:, None]
+            return replace(plain[lam], own_share=own_share, _own=own)
+
+        return [made(*setting) for setting in settings]
 
     @property
     def n_train(self) -> int:
@@ -181,27 +204,46 @@ class RidgeDatamodel(Attributor):
         solved = (d - a.T @ self._solve(a @ d) / len(a)) / self.lam if self._few else self._solve(d)
         return solved.T.cpu().numpy()
 
-    def _blocks(self, size: int = BLOCK) -> Iterator[slice]:
-        return (slice(i, min(i + size, self.outputs.shape[0])) for i in range(0, self.outputs.shape[0], size))
-
     def respond(self, directions: np.ndarray, mean: float = 0.0) -> np.ndarray:
         """W^T d (k, n_points, n_classes) for each row d of (k, n_train), plus `mean` times the mean output."""
-        weights, row = self.weights(directions) + mean / len(self._masks), self.outputs.shape[1:]
-        total = np.zeros((weights.shape[1], int(np.prod(row))), np.float32)
-        for rows in self._blocks():  # nothing else holds a block, so that there is one at a time
-            total += weights[rows].T @ np.asarray(self.outputs[rows], np.float32).reshape(rows.stop - rows.start, -1)
-        total = total.reshape(-1, *row)
-        if self._own is not None:
-            total[:, : self.n_train] += self._inverse(directions)[:, :, None] * self._own
-        return total
+        return responses([self], directions, mean)[0]
 
     def effects(self, forget_sets: Sequence[Indices]) -> np.ndarray:
         """Predict the change of logits without each forget set, minus the sum of W_i, in one pass over the outputs."""
-        return -self.respond(np.stack([indicator(forget, self.n_train) for forget in forget_sets]))
+        return effects_of([self], forget_sets)[0]
 
     def predict(self, masks: np.ndarray) -> np.ndarray:
         """Predict the logits (k, n_points, n_classes) of models trained on the masks (k, n_train)."""
         return self.respond(np.asarray(masks, np.float32) - self.mean_mask.cpu().numpy(), mean=1.0)
+
+
+def together(settings: Sequence[tuple[float, float]], m: int, n: int) -> list[Sequence[tuple[float, float]]]:
+    """Settings (lam, own_share) in groups whose factors and inverses for masks (m, n) take at most 1 GiB."""
+    k = max(1, TOGETHER // (n**2 + min(m, n) ** 2))
+    return [settings[i : i + k] for i in range(0, len(settings), k)]
+
+
+def responses(models: Sequence[RidgeDatamodel], directions: np.ndarray, mean: float = 0.0) -> list[np.ndarray]:
+    """`RidgeDatamodel.respond` of each of some models of the same outputs, in one pass over these."""
+    outputs, k = models[0].outputs, len(directions)
+    weights = np.concatenate([model.weights(directions) for model in models], 1) + mean / outputs.shape[0]
+    total = np.zeros((weights.shape[1], int(np.prod(outputs.shape[1:]))), np.float32)
+    for rows in _blocks(outputs, BLOCK):  # nothing else holds a block, so that there is one at a time
+        total += weights[rows].T @ np.asarray(outputs[rows], np.float32).reshape(rows.stop - rows.start, -1)
+    found = np.split(total.reshape(-1, *outputs.shape[1:]), range(k, len(total), k))
+    for model, response in zip(models, found, strict=True):
+        if model._own is not None:
+            response[:, : model.n_train] += model._inverse(directions)[:, :, None] * model._own
+    return found
+
+
+def effects_of(models: Sequence[RidgeDatamodel], forget_sets: Sequence[Indices]) -> list[np.ndarray]:
+    """`Attributor.effects` of each of some models of the same outputs, in one pass over these."""
+    return [-z for z in responses(models, np.stack([indicator(f, models[0].n_train) for f in forget_sets]))]
+
+
+def _blocks(outputs: Any, size: int) -> Iterator[slice]:
+    return (slice(i, min(i + size, outputs.shape[0])) for i in range(0, outputs.shape[0], size))
 
 
 @dataclass(frozen=True)
@@ -216,6 +258,7 @@ class Gauged(Attributor):
     model: RidgeDatamodel
     logits: np.ndarray  # of some originals (n_models, n_points, n_classes)
     labels: np.ndarray
+    known: Mapping[tuple[int, ...], np.ndarray] = field(default_factory=dict)  # forget sets, whose effect is at hand
 
     def effects(self, forget_sets: Sequence[Indices]) -> np.ndarray:
         """Predict the mean change over the originals, in the margin gauge."""
@@ -228,7 +271,8 @@ class Gauged(Attributor):
 
     def retrained(self, logits: np.ndarray, forget: Indices, labels: np.ndarray) -> np.ndarray:
         """Add the predicted change of raw logits to each model's own."""
-        return np.asarray(logits + self.model.effect(forget), np.float32)
+        known = self.known.get(tuple(forget))
+        return np.asarray(logits + (self.model.effect(forget) if known is None else known), np.float32)
 
 
 def check_varying(masks: np.ndarray) -> None:
@@ -293,8 +337,10 @@ def choose_lambda(
     device: torch.device | str = "cpu",
 ) -> tuple[float, dict[float, float]]:
     """Choose the ridge penalty of best mean LDS on held-out subsets, in the margin gauge; also the LDS of each."""
-    actual, scores = right_logits(held_out_logits, labels), {}
-    for lam in candidates:
-        predicted = RidgeDatamodel.fit(masks, outputs, lam, device).predict(held_out_masks)
-        scores[lam] = float(lds(right_logits(predicted, labels), actual).mean())
+    actual, scores = right_logits(held_out_logits, labels), dict[float, float]()
+    for settings in together([(lam, 1.0) for lam in candidates], *masks.shape):
+        models = RidgeDatamodel.fit_all(masks, outputs, settings, device)
+        directions = np.asarray(held_out_masks, np.float32) - models[0].mean_mask.cpu().numpy()
+        for model, predicted in zip(models, responses(models, directions, mean=1.0), strict=True):
+            scores[model.lam] = float(lds(right_logits(predicted, labels), actual).mean())
     return max(scores, key=lambda lam: scores[lam]), scores

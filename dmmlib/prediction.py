@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache
 
 import numpy as np
 from scipy.special import expit
@@ -110,10 +111,30 @@ class Models(Trainer):
         lam, scores = datamodels.choose_lambda(*few, held_out, truth, self.data.y, lambdas, self.device)
         return datamodels.RidgeDatamodel.fit(*few, lam, self.device), scores
 
-    def ridge(self, lam: float, own_share: float) -> datamodels.Gauged:
-        """The paper's kind of datamodel: of raw logits, and added to them."""
-        model = datamodels.RidgeDatamodel.fit(*self.subsets(raw=True), lam, self.device, own_share)
-        return datamodels.Gauged(model, self.original_logits()[:N_GAUGE], self.data.y)
+    def ridge(
+        self, settings: Sequence[tuple[float, float]], forget_sets: Sequence[datamodels.Indices] = ()
+    ) -> Callable[[float, float], datamodels.Gauged]:
+        """The paper's kind of datamodel, of raw logits and added to them, for any of some settings (lam, own_share).
+
+        As many of these as fit into memory are fitted in one pass over the outputs; in another they predict
+        `forget_sets`.
+        """
+        groups = datamodels.together(settings, self.preset.datamodels.n_subsets, self.data.n_train)
+
+        @lru_cache(1)
+        def fitted(group: tuple[tuple[float, float], ...]) -> list[datamodels.Gauged]:
+            models = datamodels.RidgeDatamodel.fit_all(*self.subsets(raw=True), group, self.device)
+            known, logits = [dict[tuple[int, ...], np.ndarray]() for _ in models], self.original_logits()[:N_GAUGE]
+            if forget_sets:
+                effects = datamodels.effects_of(models, forget_sets)
+                known = [dict(zip(map(tuple, forget_sets), found, strict=True)) for found in effects]
+            return [datamodels.Gauged(m, logits, self.data.y, k) for m, k in zip(models, known, strict=True)]
+
+        def one(lam: float, own_share: float) -> datamodels.Gauged:
+            group = next(group for group in groups if (lam, own_share) in group)
+            return fitted(tuple(group))[group.index((lam, own_share))]
+
+        return one
 
     def lds(self, model: datamodels.Attributor) -> np.ndarray:
         """Predicted and actual margins (2, n_held_out / 2, n_points) on subsets that chose nothing."""

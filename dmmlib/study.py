@@ -66,8 +66,8 @@ class Study(Models):
             attribution.get(method.partition("@")[2] if "@" in method else self.preset.attribution.name)
         for method, options in self.preset.unlearning.settings.items():
             unlearn.check_setting(method, options)
-        own = self.preset.attribution
-        check_call(f"attributor {own.name!r}", attribution.get(own.name), None, **own.options)
+        name, options = self.preset.attribution.name, self.preset.attribution.options
+        check_call(f"attributor {name!r}", attribution.get(name), None, **options)
         self.figures = Path(figures or place("figures"))
         taken = _checked(self.preset, self.data)
         self.own = forget_sets.load(Path(forget_set), self.data) if forget_set else None
@@ -107,10 +107,8 @@ class Study(Models):
     def save_figure(self, figure: Figure, name: str) -> Path:
         """Write a figure to figures/<preset>/<name>.png; see `output` for a forget set of one's own."""
         path = self.figures / self.output.relative_to(self.runs) / f"{name}.png"
-        about = {
-            "Software": None,
-            "Description": str(figure.get_label()).encode("latin-1", "replace").decode("latin-1"),
-        }
+        said = str(figure.get_label()).encode("latin-1", "replace").decode("latin-1")
+        about = {"Software": None, "Description": said}
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight", metadata=about)
         return path
@@ -133,8 +131,11 @@ class Study(Models):
         on true ones. So the score is that of `search`, of DM-direct.
         """
 
-        def dm_direct(problem: Problem, **setting: float) -> Unlearned:
-            return unlearn.get("dm_direct")(dataclasses.replace(problem, attributor=self.ridge(**setting)))
+        sets = [f.indices for f in self.tuning_sets().values()]
+        ridge = self.ridge([(one["lam"], one["own_share"]) for one in self.preset.datamodels.grid], sets)
+
+        def dm_direct(problem: Problem, lam: float, own_share: float) -> Unlearned:
+            return unlearn.get("dm_direct")(dataclasses.replace(problem, attributor=ridge(lam, own_share)))
 
         # Ridge keeps the coarser measure that its replications were chosen by; the sharper one likes ridge less.
         n, config = self.preset.tuning.n_models, {"datamodels": keys.ridge(self.preset)} | keys.method("dm_direct")
@@ -144,7 +145,7 @@ class Study(Models):
     def datamodel(self) -> datamodels.Gauged:
         """Ridge on the raw logits of all M subset models, with the setting that did best on the tuning sets."""
         best = self.search_datamodel().iloc[0]
-        return self.ridge(float(best["lam"]), float(best["own_share"]))
+        return self.ridge([setting := (float(best["lam"]), float(best["own_share"]))])(*setting)
 
     def attributor(self, name: str = "") -> datamodels.Attributor:
         """An attributor, fitted once and kept on disk; by default what DM-direct, DMM and the widget use.

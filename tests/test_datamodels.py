@@ -77,6 +77,20 @@ def test_outputs_may_be_streamed(monkeypatch):
     assert OnDisk.reads == 2, "one pass, a block of models at a time"
 
 
+def test_settings_that_are_fitted_together_are_as_if_alone(monkeypatch):
+    rng = np.random.default_rng(0)
+    masks, outputs = rng.random((40, 12)) < 0.5, rng.normal(size=(40, 15, 3)).astype(np.float32)
+    settings = [(0.1, 1.0), (0.1, 0.3), (0.5, 0.0)]
+    assert datamodels.together(settings, 40, 12) == [settings]
+    monkeypatch.setattr(datamodels, "TOGETHER", 2 * 2 * 12**2)
+    assert datamodels.together(settings, 40, 12) == [settings[:2], settings[2:]]
+    models = RidgeDatamodel.fit_all(masks, outputs, settings)
+    for setting, model, effects in zip(settings, models, datamodels.effects_of(models, [[1], [2, 3]]), strict=True):
+        alone = RidgeDatamodel.fit(masks, outputs, setting[0], own_share=setting[1])
+        np.testing.assert_allclose(effects, alone.effects([[1], [2, 3]]), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(model.predict(masks), alone.predict(masks), rtol=1e-4, atol=1e-5)
+
+
 def test_what_is_linear_is_recovered():
     masks, outputs, weights = subsets(400)
     model = RidgeDatamodel.fit(masks, outputs, 1e-4)

@@ -15,7 +15,7 @@ from dmmlib import metrics, unlearn
 from dmmlib.analysis.intervals import median_over
 from dmmlib.analysis.looks import SPLITS
 from dmmlib.attribution import Context, fit, get
-from dmmlib.datamodels import Attributor, RidgeDatamodel, lds, lds_estimate
+from dmmlib.datamodels import Attributor, RidgeDatamodel, effects_of, lds, lds_estimate, together
 from dmmlib.errors import DataError, MethodError
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.metrics import Estimate
@@ -148,13 +148,14 @@ def tuned_ridge(study: Study, masks: np.ndarray, margins: np.ndarray) -> dict[st
     before = metrics.margins(study.original_logits()[:n], y)
     sets = [(f, metrics.margins(study.oracles(f)[:n], y)) for f in study.tuning_sets().values()]
 
-    def mean_score(setting: dict[str, float]) -> float:
-        model = RidgeDatamodel.fit(masks, margins[:, :, None], device=study.device, **setting)
-        answers = [before + change[:, 0] for change in model.effects([f.indices for f, _ in sets])]
-        found = zip(answers, sets, strict=True)
-        return float(np.mean([score(z, oracle, study.splits(f, probes=False))["score"] for z, (f, oracle) in found]))
-
-    return min(study.preset.datamodels.grid, key=mean_score)
+    scores, settings = list[float](), [(s["lam"], s["own_share"]) for s in study.preset.datamodels.grid]
+    for some in together(settings, *masks.shape):
+        models = RidgeDatamodel.fit_all(masks, margins[:, :, None], some, study.device)
+        for changes in effects_of(models, [f.indices for f, _ in sets]):
+            found = zip(before + changes[:, None, :, 0], sets, strict=True)
+            each = [score(z, oracle, study.splits(f, probes=False))["score"] for z, (f, oracle) in found]
+            scores.append(float(np.mean(each)))
+    return study.preset.datamodels.grid[int(np.argmin(scores))]
 
 
 def tuned_trak(context: Context, held_out: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
