@@ -46,16 +46,6 @@ def drawing(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
             np.random.set_state(before[1])  # noqa: NPY002
 
 
-@contextmanager
-def whole_products() -> Iterator[None]:
-    """Let a GPU's convolutions multiply all digits of float32, as answers are compared; by default it takes TF32's."""
-    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
-
-
 def stack(modules: Sequence[nn.Module]) -> tuple[nn.Module, Tensors, Tensors]:
     """The architecture of some modules, and their stacked parameters and buffers, name -> (n_models, ...).
 
@@ -226,7 +216,9 @@ def check(
         for seed in (0, 1):
             with drawing(seed):
                 modules.append(make().to(x.device))
-        with drawing(0, x.device), whole_products():
+        # As answers are compared, a GPU's convolutions multiply all digits of float32; by default they take TF32's.
+        whole = torch.backends.cudnn.flags(enabled=None, benchmark=None, deterministic=None, allow_tf32=False)
+        with drawing(0, x.device), whole:
             fault = next(_faults(modules, x[:4], n_classes, exactly), "")
     except DmmError:
         raise
