@@ -69,7 +69,7 @@ class Store:
         """
         address, wanted = str(place), config_hash(config)
         files = _files(address)
-        try:
+        with reaching(address):
             root = _root(files)
             found = _attributes(root)
             if found and found["config_hash"] != wanted:
@@ -87,12 +87,6 @@ class Store:
                 if _get(files, key) != content:  # new, half made, or damaged
                     sync(files.set(key, cpu.Buffer.from_bytes(content)))
             return cls(address, files, json.loads(described[ROOT])["attributes"])
-        except StoreError:
-            raise
-        except _failures(files) as error:
-            if isinstance(files, FsspecStore):
-                raise _unreachable(address, error) from error
-            raise StoreError(f"The store {address} cannot be opened ({error}); choose another place.") from error
 
     @classmethod
     def existing(cls, place: str | Path) -> Store | None:
@@ -249,10 +243,8 @@ class Outputs:
 def _files(address: str) -> LocalStore | FsspecStore:
     """The place where a store's files are."""
     remote = "://" in address and not address.startswith("file://")
-    try:
+    with reaching(address):
         return FsspecStore.from_url(address) if remote else LocalStore(address.removeprefix("file://"))
-    except (ImportError, ValueError, OSError) as error:
-        raise _unreachable(address, error) from error
 
 
 @contextmanager
@@ -263,12 +255,10 @@ def reaching(address: str) -> Iterator[None]:
     except DmmError:
         raise
     except Exception as error:
-        raise _unreachable(address, error) from error
-
-
-def _unreachable(address: str, error: Exception) -> StoreError:
-    said = " ".join(str(error).split()) or type(error).__name__
-    return StoreError(f"The store {address} cannot be reached ({said:.200}); try again, or give another place.")
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise StoreError(
+            f"The store {address} cannot be reached ({said:.200}); try again, or give another place."
+        ) from error
 
 
 def _get(
