@@ -141,7 +141,7 @@ class Store:
                         continue
                 raise OSError(f"{name} does not read back as it was written")
             self._array("done")[shard] = [self._seal(name, shard) for name in self._names]
-        except _failures(self._group.store) as error:
+        except Exception as error:  # each kind of address has errors of its own
             raise StoreError(
                 f"Shard {shard} of {self.address} cannot be written ({getattr(error, 'strerror', None) or error}); "
                 "free space and run again: finished shards are kept."
@@ -320,8 +320,3 @@ def _described(
     own = MemoryStore()
     zarr.create_group(own, attributes=attributes | {"checksum": config_hash(attributes)})
     return {ROOT: _get(own, ROOT) or b""} | described
-
-
-def _failures(files: Any) -> tuple[type[Exception], ...]:
-    """What writing and reaching raise: each kind of remote address has errors of its own."""
-    return (Exception,) if isinstance(files, FsspecStore) else (OSError, ValueError)
