@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import importlib
 import json
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dmmlib import files
 from dmmlib.datamodels import Attributor, check_varying
 from dmmlib.ensemble import Ensemble, check_masks
-from dmmlib.errors import DataError, StoreError
-from dmmlib.files import read_arrays, write_arrays
+from dmmlib.errors import DataError
 from dmmlib.metrics import right_logits
 from dmmlib.registry import Registry
 
@@ -132,26 +132,19 @@ def save(path: Path, attributor: Attributor) -> None:
     except TypeError:  # it holds something else, and is fitted again when it is needed
         return
     if sum(array.nbytes for array in arrays.values()) <= LARGEST:
-        write_arrays(path, {**arrays, "tree": np.array(tree)})
+        files.write_arrays(path, {**arrays, "tree": np.array(tree)})
 
 
 def load(path: Path, device: torch.device) -> Attributor:
     """Read what `save` wrote, its tensors to a device; raises StoreError, if it is damaged DamageError."""
-    arrays = read_arrays(path)
+    arrays = files.read_arrays(path)
     made: Attributor = _put_together(json.loads(str(arrays.pop("tree"))), arrays, device)
     return made
 
 
 def kept(path: Path, device: torch.device, fit: Callable[[], Attributor]) -> Attributor:
     """Read the attributor that is kept at a path; where there is none, or it is damaged, fit it and save it first."""
-    try:
-        return load(path, device)
-    except StoreError as error:
-        if path.exists():
-            warnings.warn(str(error), stacklevel=2)
-    made = fit()
-    save(path, made)
-    return made
+    return files.kept(path, fit, partial(load, device=device), save)
 
 
 def _taken_apart(value: Any, arrays: dict[str, np.ndarray]) -> Any:

@@ -209,14 +209,17 @@ def hash_of(path: Path) -> Path:
 
 
 def kept(path: Path, make: Callable[[], Any], read: Callable[[Path], T], write: Callable[[Path, Any], None]) -> T:
-    """Read what is kept at a path; where there is nothing, or it is damaged, it is made and written first."""
+    """Read what is kept at a path; where there is nothing, or it is damaged, it is made and written first.
+
+    `write` may write nothing of what cannot be kept, which is then made each time.
+    """
     if path.exists():
         try:
             return read(path)
         except DamageError as error:
             warnings.warn(str(error), stacklevel=2)
-    write(path, make())
-    return read(path)
+    write(path, made := make())
+    return read(path) if path.exists() else made
 
 
 @contextmanager
