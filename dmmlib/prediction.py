@@ -67,7 +67,7 @@ class Models(Trainer):
 
     def has_oracles(self, forget_set: ForgetSet) -> bool:
         """Whether the oracles that a forget set's results are measured against are all trained."""
-        return self.is_trained(self._oracle_set(forget_set))
+        return self.left(self._oracle_set(forget_set)) == 0
 
     def reference(self, forget_set: ForgetSet) -> tuple[np.ndarray, np.ndarray]:
         """Margins and correctness (N, n_points) of the oracles that every method is measured against."""

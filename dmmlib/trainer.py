@@ -291,10 +291,6 @@ class Trainer(Given):
             store = self.store(model_set)
             return store.count(store.missing())
 
-    def is_trained(self, model_set: ModelSet) -> bool:
-        """Whether all models of a set are trained; makes no store."""
-        return self.left(model_set) == 0
-
     def train(self, *model_sets: ModelSet, start: int = 0, stop: int | None = None) -> list[Store]:
         """Train models `start` to `stop` of some sets, unless that is done; outputs go to a store for each set.
 
