@@ -12,10 +12,7 @@ from dmmlib.presets import Preset
 from dmmlib.registry import versions
 
 TRAINING = ("seeds", "batches", "schedule", "optimizer sgd", "engine")
-UNLEARNING = (
-    *("optimizer adam", "finetune", "whitening", "gauss-newton"),
-    *("matching", "predicted oracle", "metric margin"),
-)
+UNLEARNING = "optimizer adam", "finetune", "whitening", "gauss-newton", "matching", "predicted oracle", "metric margin"
 ATTRIBUTION = ("attribution gradients", "calibration", "attributor linearised", "predicted oracle", "metric margin")
 
 
