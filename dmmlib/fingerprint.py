@@ -48,7 +48,9 @@ class _Seen:
         if isinstance(value, frozenset):
             return "set", sorted(repr(self.of(v)) for v in value)
         if isinstance(value, types.CodeType):
-            return self._code(value)
+            names = value.co_names, value.co_varnames, value.co_freevars, value.co_argcount, value.co_kwonlyargcount
+            constants = [self.of(constant) for constant in value.co_consts]
+            return value.co_code, names, value.co_flags, value.co_exceptiontable, constants
         if id(value) in self._known:
             return "again", self._known[id(value)][0]
         self._known[id(value)] = len(self._known), value
@@ -104,10 +106,6 @@ class _Seen:
                 used = sorted(_names(function.__code__, everything=True) & vars(value).keys())
                 found += [(name, part, self.of(vars(value)[part])) for part in used]
         return found
-
-    def _code(self, code: types.CodeType) -> Any:
-        names = code.co_names, code.co_varnames, code.co_freevars, code.co_argcount, code.co_kwonlyargcount
-        return code.co_code, names, code.co_flags, code.co_exceptiontable, [self.of(c) for c in code.co_consts]
 
     def _is_own(self, module: Any) -> bool:
         """Whether a module is a user's: of the package that is looked at, or neither installed nor the library's."""
