@@ -81,7 +81,7 @@ def search(
     n = trials[0].problem.n_models
     left, spent, rows = list(range(len(settings))), dict[tuple[int, str], float](), dict[int, list[dict[str, Any]]]()
     for n_models, n_settings in rungs(n, len(settings)) if halve else [(n, len(settings))]:
-        left = sorted(left, key=lambda i: (_best(rows[i]) if i in rows else 0.0, i))[:n_settings]
+        left = left[:n_settings]
         tried = [(trial, i) for trial in trials for i in left]
         rows |= {i: [] for i in left}
         for done, (trial, i) in enumerate(tried):
@@ -97,6 +97,8 @@ def search(
                 measured = score(margins, trial.oracles, trial.splits)
                 rows[i].append(about | {"stop": k / STOPS, "cost": cost} | settings[i] | measured)
         progress(f"search {name} on {n_models} models", len(tried), len(tried))
+        means = pd.DataFrame([row for i in left for row in rows[i]]).groupby(["setting", "stop"])["mean"].mean()
+        left = means.groupby("setting").min().sort_values(kind="stable").index.tolist()  # at its best stop, best first
     table = pd.DataFrame([row for tries in rows.values() for row in tries])
     table["mean_score"] = table.groupby(["setting", "stop"])["score"].transform("mean")
     order = ["n_models", "mean_score", "setting", "stop", "forget_set"]
@@ -114,8 +116,3 @@ def edges(method: Registered, chosen: Mapping[str, Any]) -> list[str]:
     """Options with a chosen value at an end of their grid, unless nothing lies beyond it (`Registered.limits`)."""
     grids = {k: v for k, v in method.space.items() if len(v) > 1 and not isinstance(v[0], (bool, str))}
     return [k for k, v in grids.items() if chosen[k] in (min(v), max(v)) and chosen[k] not in method.limits.get(k, ())]
-
-
-def _best(rows: Sequence[Mapping[str, Any]]) -> float:
-    """The lowest mean KLoM of a setting over its stops."""
-    return float(pd.DataFrame(rows).groupby("stop")["mean"].mean().min())
