@@ -29,15 +29,13 @@ def evaluate(
         u_lira; cost on the split "all"): split, statistic, value, low, high (a 95 % interval: over models, but for
         u_lira over points) and n_models.
     """
-    found: list[tuple[str, str, Estimate]] = []
-    for split, statistics in metrics.klom_summary(result.margins, margins, splits).items():
-        found += [(split, f"klom_{name}", estimate) for name, estimate in statistics.items()]
-    for split, statistics in metrics.gap_summary(result.margins, margins, splits).items():
-        found += [(split, name, estimate) for name, estimate in statistics.items()]
-    for split, indices in splits.items():
-        found.append((split, "accuracy", Estimate.of(result.correct[:, indices].mean(1), least=0.0)))
+    kloms = metrics.klom_summary(result.margins, margins, splits)
+    gaps = metrics.gap_summary(result.margins, margins, splits)
     accuracy_gaps = metrics.accuracy_gap(result.correct, correct, splits)
-    found += [(split, "accuracy_gap", estimate) for split, estimate in accuracy_gaps.items()]
+    found = [(split, f"klom_{name}", e) for split, statistics in kloms.items() for name, e in statistics.items()]
+    found += [(split, name, e) for split, statistics in gaps.items() for name, e in statistics.items()]
+    found += [(split, "accuracy", Estimate.of(result.correct[:, at].mean(1), 0.0)) for split, at in splits.items()]
+    found += [(split, "accuracy_gap", e) for split, e in accuracy_gaps.items()]
     for split, indices in splits.items():
         accuracy = metrics.u_lira(result.margins[:, indices], margins[:, indices])
         alone = len(accuracy) == 1  # and one point has no spread
