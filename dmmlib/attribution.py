@@ -94,16 +94,12 @@ Fit = Callable[..., Attributor]
 """Fits an attributor to a context, with options by keyword."""
 
 ATTRIBUTORS: Registry[Fit] = Registry("attributor", "dmmlib.attributors")
+register = ATTRIBUTORS.register  # of a function of a `Context` and options to an `Attributor`
 
 Loadings = Callable[[Ensemble, Tensor, Tensor, np.ndarray, int], np.ndarray]
 """Of models, points (n, ...), labels and hardness (n,), and k: loadings (n, k) on k directions in which points act."""
 
 LOADINGS: Registry[Loadings] = Registry("loadings", "dmmlib.attributors")
-
-
-def register(name: str, version: int = 1) -> Callable[[Fit], Fit]:
-    """Register a function of a `Context` and options; raise its `version` when its predictions change."""
-    return ATTRIBUTORS.register(name, version)
 
 
 def names() -> tuple[str, ...]:

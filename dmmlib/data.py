@@ -175,11 +175,7 @@ def from_arrays(
 
 Loader = Callable[..., Dataset]
 DATASETS: Registry[Loader] = Registry("data set", "dmmlib.zoo.datasets", "dmmlib.zoo.requests", "dmmlib.app.images")
-
-
-def register(name: str, version: int = 1) -> Callable[[Loader], Loader]:
-    """Make `load(name, ...)` and presets find a loader: a function of keyword options to a `Dataset`."""
-    return DATASETS.register(name, version)
+register = DATASETS.register  # of a function of keyword options to a `Dataset`, which `load` and presets then find
 
 
 def load(name: str, n_train: int | None = None, n_val: int | None = None, seed: int = 0, **options: Any) -> Dataset:

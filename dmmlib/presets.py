@@ -10,7 +10,7 @@ import math
 import os
 import re
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -221,12 +221,7 @@ class Preset(Section):
 
 
 STUDIES: Registry[type[Section]] = Registry("study", "dmmlib.studies")
-
-
-def study(name: str) -> Callable[[type[Section]], type[Section]]:
-    """Register the settings of a study; a preset has them under `studies.<name>`."""
-    return STUDIES.register(name)
-
+study = STUDIES.register  # of the settings of a study; a preset has them under `studies.<name>`
 
 PLACES = ("device", "threads", "scheduler", "cluster", "store")  # where things run and lie, not what is computed
 

@@ -72,8 +72,8 @@ class Registry(Generic[T]):
         """Register an entry; one of the same name is replaced. Raises MethodError for a name that is no file's."""
         self._entries[check_name(name, MethodError)] = entry, version
 
-    def register(self, name: str, version: int = 1, entry_of: Callable[[F], T] | None = None) -> Callable[[F], F]:
-        """Register what is decorated, or the entry that is made of it."""
+    def register(self, name: str, version: int = 1, entry_of: Callable[[Any], T] | None = None) -> Callable[[F], F]:
+        """Register what is decorated, or the entry that is made of it; raise `version` when its results change."""
 
         def add(found: F) -> F:
             self.add(name, cast(T, found) if entry_of is None else entry_of(found), version)
