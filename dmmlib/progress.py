@@ -11,17 +11,15 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 PROGRESS_FILE = "DMM_PROGRESS_FILE"  # where a notebook kernel tells the command line how far it is
 PULSE = "dmm_pulse"  # marks a notebook's outputs that only say that there is work
 FIRST, EVERY = 3.0, 19.0  # seconds of work without a line before the first one, and between two
+STEP = 0.5  # seconds between two lines of one task that goes on
 
-
-class Progress(Protocol):
-    """Called as work advances: what is being done, how many units are done, and of how many."""
-
-    def __call__(self, task: str, done: int, total: int) -> None: ...
+Progress = Callable[[str, int, int], None]
+"""Called as work advances: what is being done, how many units are done, and of how many."""
 
 
 def silent(task: str, done: int, total: int) -> None:
@@ -92,8 +90,7 @@ class Reporter:
     tells of no task is named by the function of the library that is at it.
     """
 
-    def __init__(self, every: float = 0.5) -> None:
-        self._every = every
+    def __init__(self) -> None:
         self._task, self._start, self._shown, self._at = "", (0.0, 0), 0.0, (0, 0)
         self._handle: Any = None
         self._began: tuple[str, float] = ("", 0.0)  # a function that was found at work, and when
@@ -105,14 +102,14 @@ class Reporter:
         self._pulse = self_pulse = Pulse(doing, lambda line: getattr(this(), "_tell", print)(line))
 
     def __reduce__(self) -> Any:
-        return Reporter, (self._every,)
+        return Reporter, ()
 
     def __call__(self, task: str, done: int, total: int) -> None:
         now = time.monotonic()
         if task != self._task:
             self._task, self._start, self._shown, self._handle = task, (now, done), 0.0, None
         self._at, self._began = (done, total), ("", 0.0)
-        if done < total and now - self._shown < self._every:
+        if done < total and now - self._shown < STEP:
             return
         self._shown = now
         self._tell(describe(task, done, total, now - self._start[0], self._start[1]), ends=done >= total)
