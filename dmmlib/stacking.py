@@ -121,18 +121,15 @@ def stackable(module: nn.Module, params: Tensors, buffers: Tensors, x: Tensor) -
         trial, weights, state = copied(module), at(params, slice(2)), at(buffers, slice(2))
         weights = {k: v.detach() for k, v in weights.items()}
 
-        def answers(weights: Tensors, seeds: Sequence[int] | None) -> tuple[Tensor, tuple[Tensor, Tensors]]:
-            if seeds is None:
-                z, moved = torch.vmap(partial(one, trial))(weights, state, x[:2].clone())
-            else:
-                z, moved = forward(trial, weights, state, x[:2].clone(), seeds)
+        def answers(weights: Tensors, ask: Callable[..., Any]) -> tuple[Tensor, tuple[Tensor, Tensors]]:
+            z, moved = ask(weights, state, x[:2].clone())
             return z.square().sum(), (z, moved)
 
         slopes = torch.func.grad(answers, has_aux=True)
         with drawing(0, x.device):
-            alone, drawn = slopes(weights, [0, 1]), _drawn()
+            alone, drawn = slopes(weights, partial(forward, trial, seeds=[0, 1])), _drawn()
             try:
-                stacked = slopes(weights, None)
+                stacked = slopes(weights, torch.vmap(partial(one, trial)))
                 flat = [[*g.values(), z, *moved.values()] for g, (z, moved) in (stacked, alone)]
                 known[mode] = all(map(alike, *flat)) and _drawn() == drawn
             except Exception:  # whatever vmap cannot do, the module can alone
