@@ -160,9 +160,7 @@ class Given:
         """Makes a fresh model."""
         shape = tuple(self._few.shape[1:])
         make = partial(self._spec.factory, shape, self.data.n_classes, **self.preset.model.options)
-        if not self._bytes:
-            return make
-        return partial(models.normalising, make, self.data, self.device)
+        return partial(models.normalising, make, self.data, self.device) if self._bytes else make
 
     @property
     def training(self) -> ensemble.Training:
