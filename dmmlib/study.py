@@ -127,8 +127,7 @@ class Study(Models):
     def search_datamodel(self) -> pd.DataFrame:
         """Every ridge penalty and share of it on own weights, scored on the tuning sets; kept on disk.
 
-        The LDS is a rank correlation and blind to scale; what matters here is whether predicted oracles lie
-        on true ones. So the score is that of `search`, of DM-direct.
+        The LDS, a rank correlation, is blind to scale; so the score is that of `search`, of DM-direct.
         """
 
         sets = [f.indices for f in self.tuning_sets().values()]
