@@ -737,7 +737,7 @@ def _(inputs: Inputs) -> Values:
 @component("matching", "seeds", "batches", "gauss-newton", "metric margin")
 def _(inputs: Inputs) -> Values:
     targets = metrics.margins(inputs.oracle_logits, inputs.y)
-    for words, options in (("two steps", {"steps": 2}), ("far", {"farthest": 100.0})):
+    for words, options in (("two steps", {"steps": 2, "farthest": 4.0}), ("far", {"farthest": 100.0})):
         result = matching.match(inputs.problem, targets, cost=0.4, **options)
         yield from _change(inputs, result, words)
     yield "cost", result.cost

@@ -116,7 +116,7 @@ def test_a_run_resumes_and_refuses_what_changed(tmp_path, monkeypatch):
     monkeypatch.setenv("DMM_RUNS", str(tmp_path / "runs"))
     script = runpy.run_path(str(ROOT / "scripts" / "confirm.py"))
     claims, folder = tmp_path / "claims.yaml", tmp_path / "confirm"
-    text = CLAIMS.read_text("utf-8").replace("[1001, 1002, 1003]", "[1, 2]")
+    text = CLAIMS.read_text("utf-8").replace("[2001, 2002, 2003]", "[1, 2]")
     claims.write_text(text, "utf-8")
     few = {"points": 60, "validation": 20, "mislabelled": 4, "triggers": 3, "copies": 3, "outliers": 3}
     data = {"name": "requests", "n_train": None, "n_val": None, "options": few}

@@ -56,7 +56,7 @@ def dm_direct(problem: Problem) -> Unlearned:
     return Unlearned.from_logits(predicted_oracle(problem), problem.labels, cost=0.0)
 
 
-@published("dmm", SPACE, version=2, paper=f"DMM; {GEORGIEV}", cost="cost n_R training epochs", attributed=True)
+@published("dmm", SPACE, version=3, paper=f"DMM; {GEORGIEV}", cost="cost n_R training epochs", attributed=True)
 def dmm(problem: Problem, **options: float) -> Unlearned:
     """Datamodel matching: `match` with the margins of predicted oracles as targets."""
     return match(problem, margins(predicted_oracle(problem), problem.labels), **options)  # type: ignore[arg-type]
@@ -65,7 +65,7 @@ def dmm(problem: Problem, **options: float) -> Unlearned:
 @published(
     "oracle_matching",
     SPACE,
-    version=2,
+    version=3,
     paper=f"OM; {GEORGIEV}",
     cost="cost n_R training epochs (and not counted: n_oracles retrainings)",
 )
@@ -111,7 +111,7 @@ def means_of_oracles(oracles: np.ndarray, n: int, n_models: int) -> np.ndarray:
 
 
 def match(
-    problem: Problem, targets: np.ndarray, *, cost: float = 0.03, steps: int = 4, farthest: float = 4.0
+    problem: Problem, targets: np.ndarray, *, cost: float = 0.03, steps: int = 4, farthest: float = 8.0
 ) -> Unlearned:
     """Move every original, in a few Gauss-Newton steps, to target margins (N, at least n_train).
 
