@@ -1,15 +1,16 @@
 """Did it work? Answered by models that are there anyway: predictions, and subset models as an attacker's shadows.
 
-A model's margins m differ from those that are predicted in how sure it is of everything; so they are compared through
-lines, m = a + b * predicted, that are fitted to its own answers: on validation points a model that never saw F would
-follow the line z that is predicted of retraining, on F too; one that saw it would follow the line u of what it still
-trains on. With s^2 the variance of a margin between subset models, about such lines, plus that of its prediction,
+Predictions are those of subset models, which are less sure of everything than one that was trained on all points; so
+they are moved onto two lines, margin = a + b * predicted, that are fitted to what the original answered before: z, what
+is predicted of F had it not been seen, by the line of validation points; u, what is predicted as it was, by that of
+retained points. With m the margins of the model that is judged, and s^2 the variance of a margin between models plus
+that of its prediction,
 
     remainder = sum_F (u - z) (m - z) / s^2  /  sum_F (u - z)^2 / s^2,        misfit = mean over F of (m - z)^2 / s^2:
 
 how much of the way it has still to go, 1 for a model that saw F and 0 for one that did not, whatever the sizes of F and
-of effects; and how far off its answers are in any direction, about 1 for retrained models; where the answers to
-validation points differ more than that from those predicted, their misfit counts. It has forgotten if the remainder is
+of effects; and how far off its answers are in any direction, about 1 for retrained models; where those to
+validation points have moved further than predicted, their misfit counts. It has forgotten if the remainder is
 at most 1/2 and the misfit at most `MISFIT`. The remainder's own standard deviation is measured on subset models: if
 1/2 is less than two of it, F was hardly remembered, and a verdict would be a guess. `benchmarks/audit.py` says how
 often verdicts are right.
@@ -165,39 +166,35 @@ class Verdict:
 
 
 def verdict(result: Result, margins: np.ndarray, before: np.ndarray | None = None) -> Verdict:
-    """Judge the margins (k, n_points) of models, whose originals had others `before`, by default the result's."""
+    """Judge margins (k, n_points) of models, whose originals had `before` (k, n_points), or the result's if None."""
     f, prepared, context = result.forgotten, result.prepared, result.prepared.context()
     attributor, y, n = prepared.attributor(), prepared.data.y, prepared.data.n_train
     retain, validation = np.setdiff1d(np.arange(n), f), np.arange(n, len(y))
-    level = metrics.right_logits(attributor.predict(np.ones((1, n), bool)), y)
+    level = metrics.right_logits(attributor.predict(np.ones((1, n), bool)), y)[0]
     effect = metrics.right_logits(attributor.effect(f), y)
-    of_subsets = metrics.right_logits(attributor.predict(context.masks), y)
     sd = np.zeros(len(y)) if result.sd is None else result.sd
-
-    gone = _line(level + effect, margins, validation, f)
-    fall = _line(level + effect, margins, retain, f, level) - gone
-    noise = context.margins[:, f] - _line(of_subsets, context.margins, validation, f)
-    variance = noise.var(0, ddof=1) + sd[f] ** 2 + 1e-6
-    away, along = margins[:, f] - gone, fall / variance
+    noise = context.margins - metrics.right_logits(attributor.predict(context.masks), y)
+    spread = np.sqrt(noise.var(0, ddof=1) + sd**2).clip(1e-3)
+    before = np.broadcast_to(result.margins("before") if before is None else before, margins.shape)
+    gone = _line(level, before, validation, (level + effect)[f])
+    fall = _line(level, before, retain, level[f]) - gone
+    away, along = margins[:, f] - gone, fall / spread[f] ** 2
     along = along / (along * fall).sum(1, keepdims=True).clip(1e-9)
-    spread = np.sqrt((context.margins - of_subsets).var(0, ddof=1) + sd**2).clip(1e-3)
-    moved = (margins - (result.margins("before") if before is None else before) - effect) / spread
+    moved = (margins - before - effect)[:, validation] / spread[validation]
     return Verdict(
         (away * along).sum(1),
-        np.sqrt((noise @ along.T).var(0, ddof=1) + (along**2 * sd[f] ** 2).sum(1)),
-        np.maximum((away**2 / variance).mean(1), (moved[:, validation] ** 2).mean(1) / 2),
+        np.sqrt((noise[:, f] @ along.T).var(0, ddof=1) + (along**2 * sd[f] ** 2).sum(1)),
+        np.maximum(((away / spread[f]) ** 2).mean(1), (moved**2).mean(1) / 2),
         spread,
     )
 
 
-def _line(
-    x: np.ndarray, y: np.ndarray, points: np.ndarray, at: np.ndarray, value: np.ndarray | None = None
-) -> np.ndarray:
-    """What lines of y on x (k or 1, n_points), fitted to points of each row, say (k, len(at)) at others' x or value."""
-    some, mean = x[:, points], x[:, points].mean(1, keepdims=True)
-    length = ((some - mean) ** 2).sum(1, keepdims=True)
-    slope = np.where(length > 0, ((some - mean) * y[:, points]).sum(1, keepdims=True) / length.clip(1e-9), 1)
-    return y[:, points].mean(1, keepdims=True) + slope * ((x if value is None else value)[:, at] - mean)
+def _line(x: np.ndarray, y: np.ndarray, points: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """What lines of y (k, n_points) on x (n_points,), fitted to some points, say (k, len(at)) at other values of x."""
+    centred, mean = x[points] - x[points].mean(), y[:, points].mean(1, keepdims=True)
+    length = float((centred**2).sum())
+    slope = y[:, points] @ centred / length if length else np.ones(len(y))
+    return mean + slope[:, None] * (at - x[points].mean())
 
 
 def lira(result: Result, margins: np.ndarray) -> dict[str, float]:
