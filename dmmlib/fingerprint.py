@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import dis
 import functools
+import inspect
 import sys
 import types
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +89,7 @@ class _Seen:
             said = str(getattr(value, "__name__", "")) if " at 0x" in repr(value) else repr(value)
             state = value.state_dict() if hasattr(value, "state_dict") else {}
             return self.of(type(value)), said, self._mapping(state)
-        return self.of(type(value)), self._mapping(getattr(value, "__dict__", {}))
+        return self.of(type(value)), self._mapping(getattr(value, "__dict__", {}) | _slots(value))
 
     def _mapping(self, values: Mapping[Any, Any]) -> list[Any]:
         return [(self.of(key), self.of(value)) for key, value in values.items()]
@@ -112,6 +114,17 @@ class _Seen:
         top, file = str(module).partition(".")[0], getattr(sys.modules.get(str(module)), "__file__", None) or ""
         installed = {"site-packages", "dist-packages"}.intersection(Path(file).parts)
         return top == self._root or not (installed or top == "dmmlib" or top in sys.stdlib_module_names)
+
+
+def _slots(value: Any) -> dict[str, Any]:
+    """What an object holds in slots of its classes, by class and name; what was never set is left out."""
+    found = {}
+    for of in (c for c in type(value).__mro__ if "__slots__" in vars(c)):
+        for name, slot in vars(of).items():
+            if inspect.ismemberdescriptor(slot):
+                with suppress(AttributeError):
+                    found[f"{of.__qualname__}.{name}"] = slot.__get__(value)
+    return found
 
 
 def _names(code: types.CodeType, everything: bool = False) -> set[str]:

@@ -119,6 +119,39 @@ def test_comments_and_what_is_not_reached_change_nothing():
     assert of_own(attribution.get("kernel")) == {}
 
 
+SLOTTED = """
+import dataclasses
+class Base:
+    __slots__ = ("_rate", "__hidden", "unset")
+    def __init__(self, rate, hidden): self._rate, self.__hidden = rate, hidden
+class Callable(Base):
+    __slots__ = "steps"
+    def __call__(self, x): return self._rate * x
+@dataclasses.dataclass(frozen=True, slots=True)
+class Config:
+    lr: float = 0.1
+def closed(config, call):
+    def method(x): return config.lr * call(x)
+    return method
+call = Callable(0.2, 0.3)
+call.steps = [1, 2]
+method = closed(Config(0.4), call)
+"""
+
+
+@pytest.mark.parametrize("new", ["Callable(0.5, 0.3)", "Callable(0.2, 0.5)", "[1, 3]", "Config(0.5)", "unset"])
+def test_an_edit_of_what_stands_in_slots_is_seen(new):
+    olds = {"Callable(0.5, 0.3)": "Callable(0.2, 0.3)", "Callable(0.2, 0.5)": "Callable(0.2, 0.3)", "[1, 3]": "[1, 2]"}
+    old = olds.get(new, "Config(0.4)")
+    edited = (
+        SLOTTED.replace("call.steps", "call.unset = 1; call.steps") if new == "unset" else SLOTTED.replace(old, new)
+    )
+    for end in ("", "method = call\n"):  # in a closure, and of a callable itself
+        assert hash_of(SLOTTED + end) == hash_of(SLOTTED + end)
+        if not (end and "Config" in new):
+            assert hash_of(SLOTTED + end) != hash_of(edited + end)
+
+
 def test_what_takes_the_place_of_the_librarys_is_seen():
     dmm = unlearn.get("dmm")
 
