@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral
@@ -15,6 +16,7 @@ import numpy as np
 from dmmlib.errors import DataError
 from dmmlib.registry import Registry, check_call
 
+SPLITS = {"forget", "retain", "validation", "all"}  # what tables call points, which no probes may be called
 MOST_CLASSES = 10_000  # that need no names
 
 
@@ -162,12 +164,15 @@ def from_arrays(
     if known is not None and not len(set(known)) == len(known) == len(x_train):
         given = f"{len(known)} ids were given, {len(set(known))} of them different"
         raise DataError(f"{given}, for {len(x_train)} training points; give each point one of its own.")
-    asked = {str(key): np.asarray(value) for key, value in (probes or {}).items()}
-    every = np.concatenate([*asked.values(), np.empty(0, int)])
+    asked, every = dict[str, np.ndarray](), np.empty(0)
+    with suppress(AttributeError, TypeError, ValueError):  # no mapping, no lists of numbers
+        asked = {str(key): np.asarray(value) for key, value in ({} if probes is None else probes).items()}
+        every = np.concatenate([*asked.values(), np.empty(0, int)])
+    if taken := sorted(asked.keys() & SPLITS):
+        raise DataError(f"probes are named {taken[0]!r}, as points are in tables; give them another name.")
     if every.dtype.kind not in "iu" or not ((every >= 0) & (every < len(x_val))).all() or len(every) >= len(x_val):
-        raise DataError(
-            f"probes hold {len(every)} positions; give some, not all, of 0 to {len(x_val) - 1}, as integers."
-        )
+        expected = f"by name some, not all, of the positions 0 to {len(x_val) - 1}, as integers"
+        raise DataError(f"probes are {probes!r:.100}; give {expected}.")
     return Dataset(name, x_train, y_train, x_val, y_val, names, *constants, known, asked)
 
 

@@ -268,8 +268,12 @@ def test_requests_of_a_base_that_is_too_small():
 
 def test_probes_follow_a_draw_and_must_be_validation_points():
     x, y = np.zeros((10, 2, 2, 1), np.uint8), np.arange(10) % 2
-    with pytest.raises(DataError, match=r"1 positions.*0 to 9"):
-        data.from_arrays(x, y, x, y, probes={"odd": np.array([10])})
+    for wrong in ({"odd": np.array([10])}, {"odd": [[1, 2]]}, {"odd": 3}, {"odd": ["x"]}, [1, 2], np.array([1, 2])):
+        with pytest.raises(DataError, match=r"probes are .*by name .*0 to 9"):
+            data.from_arrays(x, y, x, y, probes=wrong)
+    for taken in ("forget", "retain", "validation", "all"):
+        with pytest.raises(DataError, match=f"named '{taken}'.*another name"):
+            data.from_arrays(x, y, x, y, probes={taken: [1, 2]})
     data.register("probed")(
         lambda: data.from_arrays(x, y, x, np.arange(10), class_names=tuple("abcdefghij"), probes={"last": [8, 9]})
     )
