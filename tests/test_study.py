@@ -83,6 +83,50 @@ def test_settings_that_a_preset_gives_are_not_searched(tmp_path):
             study(tmp_path, {"unlearning.settings": wrong})
 
 
+@pytest.mark.parametrize(
+    ("method", "wrong", "words"),
+    [
+        ("gd", {"whitened": "no"}, "use true or false"),
+        ("gd", {"whitened": 1}, "use true or false"),
+        *(("gd", {"lr": lr}, "use a number above 0") for lr in (-1, 0, True, [0.1], "x", None)),
+        *(("gd", {"epochs": n}, "use a number above 0 and at most 1000") for n in (-1, 0, 1e12, 10**400, "x")),
+        *(("gd", {"batch_size": n}, "use a whole number above 0") for n in (0, -1, 2.5, True)),
+        *(("dmm", {"cost": cost}, "use a number above 0 and at most 1000") for cost in (0, -1, "x", 1e9, None)),
+        ("scrub", {"max_epochs": 2.5}, "use a whole number above 0 and at most 1000"),
+        ("bad_teacher", {"retain_share": 1.5}, "use a number above 0 and at most 1"),
+        ("newton", {"iterations": 10**9}, "use a whole number above 0 and at most 1000"),
+        ("dmm_adam", {"ratio": "1:4"}, "use one of 1:3, 5:20"),
+        ("oracle_matching", {"targets": "moved"}, "use one of oracle, shifted"),
+        ("oracle_matching", {"n_oracles": 0}, "use a whole number above 0"),
+    ],
+)
+def test_options_that_a_method_cannot_take_are_refused_before_training(method, wrong, words):
+    with pytest.raises(OptionError, match=f"{method}.{next(iter(wrong))}=.*{words}"):
+        unlearn.check_setting(method, wrong)
+
+
+def test_every_setting_of_a_grid_of_a_preset_and_of_a_users_method_is_allowed():
+    for method in unlearn.names():
+        for setting in unlearn.configurations(method):
+            unlearn.check_setting(method, setting)
+    for preset in presets.names():
+        for method, setting in presets.load(preset).unlearning.settings.items():
+            unlearn.check_setting(method, setting)
+    unlearn.check_setting("oracle_matching", {"n_oracles": None, "targets": "oracle"})
+
+    @unlearn.register("own kinds", {"rate": [0.1, 1]})
+    def own(problem, *, rate, layers=1, shift=0.0, kind="a", sizes=(1, 2), log=False):
+        raise NotImplementedError
+
+    try:
+        other = {"rate": "auto", "layers": [1, 2], "shift": -1, "kind": "b", "sizes": {"a": 1}, "log": True}
+        unlearn.check_setting("own kinds", other)
+        with pytest.raises(OptionError, match=r"log='no' .*true or false"):
+            unlearn.check_setting("own kinds", {"log": "no"})
+    finally:
+        unlearn.METHODS.remove("own kinds")
+
+
 def test_models_that_diverge_on_a_reported_set_count_as_answering_all_alike(tmp_path):
     often = list[str]()
 

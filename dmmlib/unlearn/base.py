@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -203,21 +204,48 @@ def configurations(name: str, budget: int | None = None, seed: int = 0) -> list[
     return [grid[i] for i in sorted(keep)]
 
 
+MOST = {"cost": 1000, "epochs": 1000, "iterations": 1000, "share": 1, "beta": 1}  # by the last word of an option
+
+
 def check_setting(name: str, options: Mapping[str, Any]) -> None:
-    """Raise OptionError for options of a method that neither its signature nor its space has, before anything runs."""
+    """Raise OptionError, before anything runs, for options of a method that it does not have, or of another kind.
+
+    The kind is that of the option's default and grid; the library's methods take positive numbers and known words.
+    """
     found, own = registered(name), inspect.signature(get(name)).parameters.values()
-    known = sorted({*found.space, *(p.name for p in own if p.kind is p.KEYWORD_ONLY)})
+    usual = {p.name: _usual(p) for p in own if p.kind is p.KEYWORD_ONLY}
+    known, library = sorted({*found.space, *usual}), found.run.__module__.startswith("dmmlib.")
     if unknown := sorted(options.keys() - set(known)):
         raise OptionError(f"Method {name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}.")
+    for option, value in options.items():
+        values = [*usual.get(option, []), *found.space.get(option, [])]
+        kinds, expected = {type(v) for v in values if v is not None}, ""
+        if kinds == {bool} and not isinstance(value, bool):
+            expected = "true or false"
+        elif kinds == {str} and library and value not in values:
+            expected = f"one of {', '.join(sorted(set(values)))}"
+        elif kinds and kinds <= {int, float} and library and value not in [v for v in values if v in (None, 0)]:
+            most = MOST.get(option.rpartition("_")[2], math.inf)
+            check_options(high=most, whole=kinds == {int}, **{f"{name}.{option}": value})
+        if expected:
+            raise OptionError(f"Option {name}.{option}={value!r:.60} was given; use {expected}.")
+
+
+def _usual(option: inspect.Parameter) -> list[Any]:
+    """Values of a method's option, as its signature tells them."""
+    said = str(option.annotation)
+    words = re.findall("'(.+?)'", said) if "Literal[" in said else [1, None] if said == "int | None" else []
+    return words + [option.default] * (option.default is not option.empty)
 
 
 def check_options(low: float = 0.0, high: float = math.inf, *, whole: bool = False, **options: float) -> None:
-    """Raise OptionError unless every option is a (whole) number above `low` and at most `high`."""
+    """Raise OptionError unless every option is a finite (whole) number, no truth, above `low` and at most `high`."""
     for name, value in options.items():
-        if not isinstance(value, Integral if whole else Real) or not low < value <= high:
+        number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+        if not number or not low < value <= high or value == math.inf:
             limit = "" if high == math.inf else f" and at most {high:g}"
             kind = "whole number" if whole else "number"
-            raise OptionError(f"Option {name}={value!r} was given; use a {kind} above {low:g}{limit}.")
+            raise OptionError(f"Option {name}={value!r:.60} was given; use a {kind} above {low:g}{limit}.")
 
 
 def passes(problem: Problem, pool: np.ndarray, epochs: float, batch_size: int) -> list[np.ndarray]:
