@@ -16,6 +16,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
+from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +25,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dmmlib import stacking
-from dmmlib.errors import DataError
+from dmmlib.errors import DataError, OptionError
 from dmmlib.execution import Execution, compiled, vary_in_size
 from dmmlib.optim import SGD, Optimizer, Tensors
+
+_BOUNDS: dict[str, tuple[type, float, float, str]] = {
+    **dict.fromkeys(("epochs", "batch_size"), (Integral, 1, 1e9, "a whole number from 1")),
+    "lr": (Real, math.ulp(0.0), 1e30, "a finite number above 0"),
+    "weight_decay": (Real, 0, 1e30, "a finite number from 0"),
+    **dict.fromkeys(("momentum", "warmup"), (Real, 0, 1, "a number from 0 to below 1")),
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,15 @@ class Training:
     weight_decay: float = 5e-4
     warmup: float = 0.2
     precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        """Raise OptionError for what no training has; the bounds are those of presets."""
+        for name, (kind, low, high, expected) in _BOUNDS.items():
+            value: Any = getattr(self, name)
+            if not isinstance(value, kind) or isinstance(value, bool) or not low <= value < high:
+                raise OptionError(f"Training has {name}={value!r:.60}; give {expected}.")
+        if self.precision not in ("float32", "bfloat16"):
+            raise OptionError(f"Training has precision={self.precision!r:.60}; give 'float32' or 'bfloat16'.")
 
     def rate(self, progress: float) -> float:
         """Return the learning rate after the share `progress`, in [0, 1], of all steps."""
@@ -306,10 +324,13 @@ def train(
         execution: how many models share a step, and how it is carried out; changes speed and memory, not the result.
 
     Raises:
-        DataError: for masks that do not fit x, or seeds that do not fit the masks.
+        DataError: for labels or masks that do not fit x, or seeds that do not fit the masks.
         ModelError: for a model that cannot be trained so; see `stacking.check`.
         SchedulerError: if a process that trains is killed.
     """
+    if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != x.shape[:1] or not len(y) or y.min() < 0:
+        given = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else f"{type(y).__name__}"
+        raise DataError(f"Labels are {given}; give a tensor ({len(x)},) of int64 from 0, one for each point.")
     stacking.check(factory, x, int(y.max()) + 1, exactly=False)
     state = train_and(Ensemble.state, factory, x, y, masks, seeds, training, execution)
     return Ensemble.from_state(initialise(factory, [seeds[0]]).module, state, x.device)

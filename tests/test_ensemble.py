@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from dmmlib import data, datamodels, ensemble, execution, models
 from dmmlib.baselines.whitening import Whitening
 from dmmlib.ensemble import Ensemble, Training
-from dmmlib.errors import DataError, DeviceError, MethodError, SchedulerError
+from dmmlib.errors import DataError, DeviceError, MethodError, OptionError, SchedulerError
 from dmmlib.execution import Execution, can_compile, candidates, compiled, measure
 from dmmlib.optim import SGD, Adam
 from tests.conftest import SHARED, Watched, alive, needs_cuda
@@ -506,6 +506,33 @@ def test_every_example_of_a_mask_is_used_each_epoch():
 def test_rate_is_a_triangle():
     t = Training(lr=0.4, warmup=0.25)
     assert [t.rate(p) for p in (0, 0.125, 0.25, 0.625, 1)] == pytest.approx([0, 0.2, 0.4, 0.2, 0])
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "words"),
+    [
+        *(
+            (name, (0, -1, 1.5, math.nan, True, "x", None), "a whole number from 1")
+            for name in ("epochs", "batch_size")
+        ),
+        ("lr", (0, -0.1, math.nan, math.inf, True, "x"), "a finite number above 0"),
+        ("weight_decay", (-1e-9, math.nan, math.inf, "x"), "a finite number from 0"),
+        *((name, (1, 2, 1.5, -0.1, math.nan, True), "from 0 to below 1") for name in ("momentum", "warmup")),
+        ("precision", ("x", None, 32), "'float32' or 'bfloat16'"),
+    ],
+)
+def test_a_training_that_cannot_be_is_refused(name, values, words):
+    for value in values:
+        with pytest.raises(OptionError, match=f"{name}=.*{words}"):
+            Training(**{name: value})
+    Training(np.int64(1), 1, np.float32(1e-9), 0, 0, 0, "bfloat16")
+
+
+def test_labels_that_do_not_fit_are_refused():
+    x, y, masks = torch.randn(6, 4), torch.arange(6) % 2, np.ones((1, 6), bool)
+    for wrong in (y[:5], y.float(), y.int(), y - 1, y[:, None], y.numpy(), torch.full((6,), -100)):
+        with pytest.raises(DataError, match=r"Labels are .*tensor \(6,\) of int64 from 0"):
+            ensemble.train(lambda: nn.Linear(4, 2), x, wrong, masks, [0], TRAINING)
 
 
 def test_state_gives_the_same_models_back(points):
