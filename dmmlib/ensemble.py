@@ -29,7 +29,7 @@ from dmmlib.errors import DataError, OptionError
 from dmmlib.execution import Execution, compiled, vary_in_size
 from dmmlib.optim import SGD, Optimizer, Tensors
 
-_BOUNDS: dict[str, tuple[type, float, float, str]] = {
+_BOUNDS: dict[str, tuple[Any, float, float, str]] = {
     **dict.fromkeys(("epochs", "batch_size"), (Integral, 1, 1e9, "a whole number from 1")),
     "lr": (Real, math.ulp(0.0), 1e30, "a finite number above 0"),
     "weight_decay": (Real, 0, 1e30, "a finite number from 0"),
@@ -58,7 +58,7 @@ class Training:
     def __post_init__(self) -> None:
         """Raise OptionError for what no training has; the bounds are those of presets."""
         for name, (kind, low, high, expected) in _BOUNDS.items():
-            value: Any = getattr(self, name)
+            value = getattr(self, name)
             if not isinstance(value, kind) or isinstance(value, bool) or not low <= value < high:
                 raise OptionError(f"Training has {name}={value!r:.60}; give {expected}.")
         if self.precision not in ("float32", "bfloat16"):

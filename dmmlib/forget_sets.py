@@ -20,8 +20,12 @@ if TYPE_CHECKING:
 SPLITS = ("forget", "retain", "validation")  # of all points, by a forget set
 
 
-def check_forget_indices(forget: Sequence[int] | np.ndarray, n_train: int) -> np.ndarray:
-    """Forget indices as int64; raises ForgetSetError unless they are some but not all points, each given once."""
+def check_forget_indices(forget: Sequence[int] | np.ndarray, n_train: int | None = None) -> np.ndarray:
+    """Forget indices as int64; raises ForgetSetError unless they are some but not all points, each given once.
+
+    With n_train None they may be of a training set of any size.
+    """
+    expected = "0 upwards" if n_train is None else f"0 to {n_train - 1}"
     try:
         indices = np.asarray(forget)
     except ValueError as error:  # lists of different lengths
@@ -32,11 +36,11 @@ def check_forget_indices(forget: Sequence[int] | np.ndarray, n_train: int) -> np
         raise ForgetSetError("The forget set is empty; give at least one index of a training point.")
     outside = huge(indices.tolist())
     if not outside and not np.issubdtype(indices.dtype, np.integer):
-        raise ForgetSetError(f"Forget indices are {indices.dtype}; give integers from 0 to {n_train - 1}.")
-    if outside := outside or indices[(indices < 0) | (indices >= n_train)].tolist():
-        raise ForgetSetError(
-            f"Forget index {outside[0]} is outside the training set of {n_train} points; use 0 to {n_train - 1}."
-        )
+        raise ForgetSetError(f"Forget indices are {indices.dtype}; give integers from {expected}.")
+    most = 2**63 if n_train is None else n_train
+    if outside := outside or indices[(indices < 0) | (indices >= most)].tolist():
+        points = "any training set" if n_train is None else f"the training set of {n_train} points"
+        raise ForgetSetError(f"Forget index {outside[0]} is outside {points}; use {expected}.")
     values, counts = np.unique(indices, return_counts=True)
     if len(twice := values[counts > 1]):
         raise ForgetSetError(f"Forget index {twice[0]} is given {counts.max()} times; give each point once.")
@@ -62,9 +66,12 @@ class ForgetSet:
     """
 
     name: str  # unique within a study; also a file's
-    indices: np.ndarray  # the training points to forget, int64, sorted
+    indices: np.ndarray  # the training points to forget, int64, sorted, of any list that is given
     made_by: dict[str, Any] = field(default_factory=dict)  # how it was chosen, JSON-serialisable
     data_sha256: str = ""  # the data set that the indices refer to
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "indices", np.sort(check_forget_indices(self.indices)))
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -86,7 +93,7 @@ class ForgetSet:
 
 def make(name: str, indices: Sequence[int] | np.ndarray, data: Dataset, **made_by: Any) -> ForgetSet:
     """A forget set of any indices; raises ForgetSetError for indices, or a name as a file, that cannot be used."""
-    indices = np.sort(check_forget_indices(indices, data.n_train))
+    indices = check_forget_indices(indices, data.n_train)
     return ForgetSet(check_name(name, ForgetSetError), indices, made_by or {"kind": "indices"}, data.sha256)
 
 

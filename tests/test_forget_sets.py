@@ -39,6 +39,29 @@ def test_indices_that_cannot_be_forgotten(digits, indices, message):
         forget_sets.make("bad", indices, digits)
 
 
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ([1.0, 2.0], "float64; give integers from 0"),
+        ([True, False], "bool; give integers"),
+        ([-1, 2], "index -1 is outside any training set; use 0 upwards"),
+        ([1, 2, 2], "index 2 is given 2 times"),
+        ({1, 2}, r"shape \(\); give one list"),
+        (None, r"shape \(\); give one list"),
+        ([], "is empty"),
+    ],
+)
+def test_a_forget_set_of_such_indices_is_refused(indices, message):
+    with pytest.raises(ForgetSetError, match=message):
+        forget_sets.ForgetSet("bad", indices)
+
+
+def test_a_forget_set_is_the_same_in_whatever_order_its_points_are_given():
+    for given in ([3, 1, 2], (1, 2, 3), np.array([2, 3, 1], np.int32)):
+        indices = forget_sets.ForgetSet("some", given).indices
+        assert (indices.dtype, indices.tolist()) == (np.int64, [1, 2, 3])
+
+
 def test_round_trip_and_other_data(digits, tmp_path):
     made = forget_sets.make("mine", [5, 3], digits, kind="hand")
     made.save(tmp_path / "f.json")
