@@ -71,6 +71,13 @@ def check_folder(path: Path) -> None:
         raise StoreError(f"{path} cannot be a folder, as {there} is a file; choose another place.")
 
 
+def inside(folder: Path, name: str) -> Path:
+    """A file in a folder; raises StoreError for a name that leads out of it."""
+    if not Path(os.path.abspath(folder / name)).is_relative_to(os.path.abspath(folder)):
+        raise StoreError(f"{name!r} leads out of {folder}; give the name of a file in it.")
+    return folder / name
+
+
 def folded(name: str) -> str:
     """A name as disks see it that tell apart neither case nor ways to write an accent."""
     return unicodedata.normalize("NFC", name).casefold()

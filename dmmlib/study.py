@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from dmmlib import attribution, datamodels, evaluation, forget_sets, keys, metrics, presets, tuning, unlearn
+from dmmlib import attribution, datamodels, evaluation, files, forget_sets, keys, metrics, presets, tuning, unlearn
 from dmmlib.data import Dataset
 from dmmlib.errors import ForgetSetError, MethodError, PresetError
 from dmmlib.files import check_alone, config_hash, folded, kept, place, read_json, replacing, write_json, write_table
@@ -68,8 +68,8 @@ class Study(Models):
             unlearn.check_setting(method, options)
         name, options = self.preset.attribution.name, self.preset.attribution.options
         check_call(f"attributor {name!r}", attribution.get(name), None, **options)
-        self.figures = Path(figures or place("figures"))
-        taken = _checked(self.preset, self.data)
+        self.figures = Path(figures or place("figures")).absolute()
+        taken = _checked(self.preset, self.data, alone=beside and not forget_set)
         self.own = forget_sets.load(Path(forget_set), self.data) if forget_set else None
         self._beside, self._attributors = beside, dict[str, datamodels.Attributor]()
         check_alone(self.directory, PresetError)
@@ -100,13 +100,13 @@ class Study(Models):
 
     def save_table(self, table: pd.DataFrame, name: str) -> Path:
         """Write a table to the run's directory as CSV, atomically; see `files.write_table`."""
-        path = self.output / name
+        path = files.inside(self.output, name)
         write_table(path, table)
         return path
 
     def save_figure(self, figure: Figure, name: str) -> Path:
         """Write a figure to figures/<preset>/<name>.png; see `output` for a forget set of one's own."""
-        path = self.figures / self.output.relative_to(self.runs) / f"{name}.png"
+        path = files.inside(self.figures / self.output.relative_to(self.runs), f"{name}.png")
         said = str(figure.get_label()).encode("latin-1", "replace").decode("latin-1")
         about = {"Software": None, "Description": said}
         with replacing(path) as temporary:
@@ -332,8 +332,10 @@ class Study(Models):
         return pd.DataFrame(rows, columns=["forget_set", "method", *evaluation.TRAJECTORY])
 
 
-def _checked(preset: presets.Preset, data: Dataset) -> list[str]:
-    """The names of all forget sets; raises where they do not fit the data or one another."""
+def _checked(preset: presets.Preset, data: Dataset, alone: bool) -> list[str]:
+    """The names of all forget sets; raises where they do not fit the data or one another, or none is `beside` them."""
+    if alone:
+        raise ForgetSetError("beside was given without a forget set to study; give its file as forget_set, too.")
     every, n = (*preset.forget_sets, *preset.tuning.forget_sets), data.n_train
     for part in every:
         if part.size is not None and part.size >= n:

@@ -98,7 +98,9 @@ class Given:
         self.device = models.resolve_device(self.preset.device)
         if self.preset.threads:
             torch.set_num_threads(self.preset.threads)
-        self.runs = Path(runs or place("runs"))
+        if "://" in str(runs):
+            raise StoreError(f"runs is {str(runs)!r}; give a folder on this machine, and the address as `store`.")
+        self.runs = Path(runs or place("runs")).absolute()  # wherever who asks goes next
         self.progress = progress or Reporter()
         self._spec = models.get(self.preset.model.name)
         with reaching(self.root):

@@ -127,6 +127,13 @@ def test_a_failing_notebook_keeps_what_was_done(dmm, tiny_file, tmp_path, monkey
     [
         (["run", "labtop"], "Unknown preset 'labtop'"),
         (["run", "smoke", "--stage", "99"], "Unknown stage '99'; use one of 01, 02"),
+        (["run", "smoke", "--stage", "99", "--dry-run"], "Unknown stage '99'; use one of 01, 02"),
+        (["run", "smoke", "--stage", "4", "--stage", "x", "--dry-run"], "Unknown stage 'x'; use one of 01, 02"),
+        (["run", "smoke", "--stage", "", "--dry-run"], "Unknown stage ''; use"),
+        (["run", "smoke", "--stage", "04,05"], "Unknown stage '04,05'; use"),
+        (["run", "smoke", "--beside", "--dry-run"], "--beside was given without --forget-set"),
+        (["run", "smoke", "--set", "seed=1_0"], "1_0 can be read in two ways"),
+        (["run", "smoke", "--runs", "s3://bucket/runs"], "give a folder on this machine"),
         (["run", "smoke", "--set", "n_train"], "--set got 'n_train'; give key=value"),
         (["run", "smoke", "--set", "data.n_trian=5"], "unknown key 'data.n_trian' (did you mean 'n_train'?)"),
         (["run", "smoke", "--set", "unlearning.methods=[dmmm]"], "Unknown method 'dmmm'"),

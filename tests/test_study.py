@@ -83,6 +83,31 @@ def test_settings_that_a_preset_gives_are_not_searched(tmp_path):
             study(tmp_path, {"unlearning.settings": wrong})
 
 
+def test_what_is_kept_stays_where_it_was_when_the_folder_changes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = Study(TINY, runs="runs", figures="figures", progress=silent)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert own.save_table(pd.DataFrame({"a": [1]}), "a.csv") == tmp_path / "runs" / own.preset.name / "a.csv"
+    assert own.root == (tmp_path / "runs" / "store").as_posix()
+    assert own.figures == tmp_path / "figures"
+    with pytest.raises(StoreError, match="address as `store`"):
+        Study(TINY, runs="memory://runs")
+
+
+def test_tables_and_figures_stay_in_their_folder(tiny):
+    for name in ("../evil", "/evil", "a/../../evil"):
+        with pytest.raises(StoreError, match=r"leads out of .* name of a file in it"):
+            tiny.save_table(pd.DataFrame({"a": [1]}), name)
+        with pytest.raises(StoreError, match="leads out of"):
+            tiny.save_figure(None, name)
+
+
+def test_beside_needs_a_forget_set(tmp_path):
+    with pytest.raises(ForgetSetError, match="without a forget set to study; give its file as forget_set"):
+        study(tmp_path, beside=True)
+
+
 @pytest.mark.parametrize(
     ("method", "wrong", "words"),
     [

@@ -134,13 +134,16 @@ def run(
     """Run notebooks through papermill; stages already done for the same configuration are skipped."""
     places = {"device": device, "scheduler": scheduler, "store": store}
     overrides = _parse(set_) | {key: value for key, value in places.items() if value}
+    known = batch.stages()
+    if unknown := [number for number in stage or () if number.zfill(2) not in known]:
+        raise PresetError(f"Unknown stage {unknown[0]!r}; use one of {', '.join(known)}, --stage before each.")
+    wanted = [number.zfill(2) for number in stage or ([REQUEST_STAGE] if forget_set and not beside else known)]
+    if beside and not forget_set:
+        raise PresetError("--beside was given without --forget-set, the file of the set to study; give both.")
     if dry_run:
         _dry_run(_asked(preset, overrides, forget_set, beside), runs, forget_set, beside)
+        typer.echo("  stages: " + ", ".join(known[n].stem.replace("_", " ") for n in (wanted if stage else known)))
         return
-    known = batch.stages()
-    wanted = [number.zfill(2) for number in stage or ([REQUEST_STAGE] if forget_set and not beside else known)]
-    if unknown := set(wanted).difference(known):
-        raise PresetError(f"Unknown stage {min(unknown)!r}; use one of {', '.join(known)}.")
     own = str(forget_set.resolve()) if forget_set else None
     with Pulse(lambda: "reading the preset, data and what is trained"):
         import torch  # only once the arguments have been read
@@ -296,7 +299,6 @@ def _dry_run(loaded: presets.Preset, runs: Path | None, forget_set: Path | None,
         from dmmlib.studies.multimodal.scale import scale
 
         typer.echo(scale(loaded.studies["multimodal"]))
-    typer.echo("  stages: " + ", ".join(path.stem.replace("_", " ") for path in batch.stages().values()))
 
 
 if __name__ == "__main__":
