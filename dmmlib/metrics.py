@@ -166,8 +166,8 @@ def klom(
     Raises:
         DataError: for shapes that differ, NaN or infinite margins, or fewer than two bins.
     """
-    if not isinstance(n_bins, Integral) or n_bins < 2:
-        raise DataError(f"KLoM was asked for with n_bins={n_bins}; use at least 2 (the definition has {N_BINS}).")
+    if not isinstance(n_bins, Integral) or not 2 <= n_bins <= 10_000:
+        raise DataError(f"KLoM was asked for with n_bins={n_bins}; use 2 to 10,000 (the definition has {N_BINS}).")
     if convention not in ("closed", "easydub"):
         raise DataError(f"Unknown KLoM convention {convention!r}; use 'closed' or 'easydub'.")
     unlearned, oracle = checked(unlearned, oracle)

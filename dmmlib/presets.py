@@ -242,6 +242,8 @@ def load(preset: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | 
     Raises:
         PresetError: for an unknown preset or key, or a value that is not allowed, one line each.
     """
+    if overrides and not (isinstance(overrides, Mapping) and all(isinstance(key, str) for key in overrides)):
+        raise PresetError(f"overrides are {overrides!r:.100}; give values by dotted keys, as {{'seed': 1}}.")
     content = dict(preset) if isinstance(preset, Mapping) else _read(str(preset))
     for key, value in (overrides or {}).items():
         _set(content, key, value)

@@ -6,6 +6,7 @@ training resumes where it was, a changed number trains only what it touches, and
 
 from __future__ import annotations
 
+import re
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -98,7 +99,7 @@ class Given:
         self.device = models.resolve_device(self.preset.device)
         if self.preset.threads:
             torch.set_num_threads(self.preset.threads)
-        if "://" in str(runs):
+        if re.match(r"\w{2,}:/", str(runs)):  # of which Path keeps one slash
             raise StoreError(f"runs is {str(runs)!r}; give a folder on this machine, and the address as `store`.")
         self.runs = Path(runs or place("runs")).absolute()  # wherever who asks goes next
         self.progress = progress or Reporter()

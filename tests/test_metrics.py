@@ -284,3 +284,9 @@ def test_gaps_that_would_mean_nothing_are_refused(unlearned, oracle, message):
 def test_margins_that_are_no_numbers_are_refused(odd):
     with pytest.raises(DataError, match="margins have shape"):
         metrics.klom(odd, np.ones((4, 3)))
+
+
+@pytest.mark.parametrize("n_bins", [1, 2.5, 10**9])
+def test_bins_that_cannot_be_counted_are_refused(n_bins):
+    with pytest.raises(DataError, match="use 2 to 10,000"):
+        metrics.klom(np.zeros((4, 3)), np.ones((4, 3)), n_bins=n_bins)

@@ -285,3 +285,9 @@ def test_numbers_that_yaml_leaves_as_text_are_numbers():
     assert read.model.options == {"hidden": 32, "lr": 0.001, "rates": [0.01, "a1e5"], "text": "1e-3x"}
     assert isinstance(read.model.options["hidden"], int)
     assert read.training.lr == 0.001
+
+
+@pytest.mark.parametrize("overrides", [["a"], {3: 1}, "seed=1"])
+def test_overrides_that_are_no_mapping_of_keys_are_refused(overrides):
+    with pytest.raises(PresetError, match=r"overrides are .*by dotted keys"):
+        presets.load("smoke", overrides)
