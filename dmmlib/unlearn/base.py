@@ -205,6 +205,7 @@ def configurations(name: str, budget: int | None = None, seed: int = 0) -> list[
 
 
 MOST = {"cost": 1000, "epochs": 1000, "iterations": 1000, "share": 1, "beta": 1}  # by the last word of an option
+MAY_BE_0 = {"alpha", "gamma"}  # weights of a loss
 
 
 def check_setting(name: str, options: Mapping[str, Any]) -> None:
@@ -224,7 +225,12 @@ def check_setting(name: str, options: Mapping[str, Any]) -> None:
             expected = "true or false"
         elif kinds == {str} and library and value not in values:
             expected = f"one of {', '.join(sorted(set(values)))}"
-        elif kinds and kinds <= {int, float} and library and value not in [v for v in values if v in (None, 0)]:
+        elif (
+            kinds
+            and kinds <= {int, float}
+            and library
+            and not (value in [v for v in values if v is None] or (option in MAY_BE_0 and value == 0))
+        ):
             most = MOST.get(option.rpartition("_")[2], math.inf)
             check_options(high=most, whole=kinds == {int}, **{f"{name}.{option}": value})
         if expected:
