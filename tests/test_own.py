@@ -307,6 +307,35 @@ def test_unknown_ids_and_duplicates_are_named_with_their_line(named, tmp_path):
     assert resolve(path, named)[0].tolist() == [3, 7], "as pandas writes whole numbers"
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "index,id\n0,040.png\n", "has columns 'index' and 'id'; keep the one that says what is meant"),
+        ("a.csv", "file;x;position\n040.png;1;0\n", "has columns 'file' and 'position'; keep the one"),
+        ("a.csv", "index,idx\n0,1\n", "has columns 'index' and 'idx'; keep the one"),
+        ("a.csv", "id,ID\n040.png,041.png\n", "has columns 'id' and 'id'; keep the one"),
+        ("a.json", '{"indices": [1], "ids": ["009.png"]}', "has 'ids' and 'indices'; keep the one"),
+        ("a.csv", "id,x\n001.png,2\n,3\n", "line 3 has no id"),
+        ("a.csv", "x,file\n2,001.png\n\n3\n", "line 4 has no file"),
+        ("a.json", '[["001.png"]]', "one flat list"),
+        ("a.json", '[1, ["001.png"]]', "one flat list"),
+        ("a.json", "[" * 100_000, "is no JSON"),
+    ],
+)
+def test_what_can_be_read_in_two_ways_or_has_gaps_is_refused(named, tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ForgetSetError, match=message):
+        resolve(tmp_path / name, named)
+
+
+def test_lines_without_anything_are_passed_over_and_an_empty_request_is_refused(named, tmp_path, monkeypatch):
+    (tmp_path / "a.csv").write_text("id,x\n001.png,2\n\n,\n002.png,\n")
+    assert resolve(tmp_path / "a.csv", named)[0].tolist() == [1, 2]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ForgetSetError, match="The request is empty"):
+        resolve("", named)
+
+
 def test_a_word_that_names_a_class_and_a_point_is_not_guessed(tmp_path):
     data = datasets.from_arrays(*split(*points((8,))))
     assert data.class_names[1] == "1"

@@ -21,6 +21,7 @@ POSITIONS = ("index", "indices", "idx", "position")  # columns of a table, by wh
 NAMES = ("id", "ids", "file", "files", "filename", "file_name", "path", "name", "image", "image_id")
 CLASSES = ("class", "class_name", "label")  # read only where no other column says more
 SHOWN = 5  # faults that are named
+KEEP = "keep the one that says what is meant"
 WORD, NAME, CLASS = "word", "name", "class"
 
 
@@ -46,6 +47,8 @@ def resolve(request: Any, data: Dataset) -> tuple[np.ndarray, str]:
     find, name = _finder(data), "request"
     if isinstance(request, (str, Path)):
         path, word = Path(request), str(request)
+        if not word.strip():
+            raise ForgetSetError("The request is empty; give ids, indices, a path or a class.")
         if path.is_dir():
             name, files = path.name, sorted(p for p in path.rglob("*") if p.is_file())
             named = [Named(f"file {p.name}", p.name, NAME) for p in files]
@@ -149,7 +152,7 @@ def _by_name(ids: Iterable[str]) -> dict[str, list[int]]:
 def _parse(text: str, data: Dataset, source: str, find: Find) -> tuple[list[Named], str]:
     """The words of a text, and what it is called where it says so."""
     text = text.lstrip("\ufeff").strip()
-    if text.startswith("{") or re.match(r'\[\s*["{]', text):
+    if text.startswith("{") or re.match(r'\[\s*["{]|\[[^"\]]*\[', text):  # nested lists, too, which are refused
         return _of_json(text, data, source)
     lines = text.splitlines()
     first = lines[0] if lines else ""
@@ -158,13 +161,18 @@ def _parse(text: str, data: Dataset, source: str, find: Find) -> tuple[list[Name
     columns = [cell.lower() for cell in header]
     column = next((columns.index(name) for name in (*POSITIONS, *NAMES, *CLASSES) if name in columns), None)
     if column is not None and not (len(header) == 1 and find(header[0], WORD)):
+        known = [name for name in columns if name in POSITIONS or (name in NAMES and data.ids is not None)]
+        if len(known) > 1 and (set(known) & set(POSITIONS) or len(set(known)) < len(known)):
+            raise ForgetSetError(f"{source} has columns {' and '.join(map(repr, known))}; {KEEP}.")
         kind = NAME if columns[column] in NAMES else CLASS if columns[column] in CLASSES else WORD
         try:
             table = list(csv.reader(lines[1:], delimiter=delimiter, skipinitialspace=True))
         except csv.Error as error:
             raise ForgetSetError(f"{source} is no CSV ({error}); mend it, or give one column.") from error
-        cells = [(i, row[column].strip()) for i, row in enumerate(table, 2) if len(row) > column]
-        return [Named(f"{source}, line {i}", cell, kind) for i, cell in cells if cell], ""
+        rows = [(i, [cell.strip() for cell in row]) for i, row in enumerate(table, 2)]
+        if empty := [i for i, row in rows if any(row) and not any(row[column : column + 1])]:
+            raise ForgetSetError(f"{source}, line {empty[0]} has no {header[column]}; give one, or drop the line.")
+        return [Named(f"{source}, line {i}", row[column], kind) for i, row in rows if any(row)], ""
     if source.lower().endswith((".csv", ".tsv")) and len(header) > 1 and len(lines) > 1:
         raise ForgetSetError(f"{source} begins with {first!r:.60}; name its columns there, one of them id or index.")
     named = []
@@ -183,6 +191,8 @@ def _of_json(text: str, data: Dataset, source: str) -> tuple[list[Named], str]:
     if isinstance(content, list):
         return _listed(content, f"{source}, "), ""
     called = content["name"] if isinstance(content.get("name"), str) else ""
+    if {"ids", "indices"} <= set(content):
+        raise ForgetSetError(f"{source} has 'ids' and 'indices'; {KEEP}.")
     if "ids" in content and isinstance(content["ids"], list):
         named = _listed(content["ids"], f"{source}, ")
         return [Named(where, word, NAME) for where, word, _ in named], called
