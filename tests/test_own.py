@@ -1,5 +1,7 @@
 """Models of one's own: prepared, unlearned, audited; what cannot be used is refused in one sentence."""
 
+import json
+import os
 import sys
 from dataclasses import replace
 
@@ -18,6 +20,7 @@ from dmmlib.errors import DataError, ForgetSetError, ModelError, StoreError
 from dmmlib.execution import Execution
 from dmmlib.own import recipe as recipes
 from dmmlib.own.audit import Verdict, verdict
+from dmmlib.own.forget import given as outcome
 from dmmlib.own.prepare import Prepared
 from dmmlib.own.recipe import Recipe
 from dmmlib.own.requests import resolve
@@ -476,8 +479,56 @@ def test_a_second_request_starts_where_the_first_one_ended(kind):
         np.abs(m[FORGET] - joint.margins()[FORGET]).mean() for m in (second.margins(), joint.margins("before"))
     )
     assert apart < moved, "it ends nearer to one joint request than where both began"
-    with pytest.raises(ForgetSetError, match="Point 0 was forgotten by an earlier request"):
-        dmmlib.forget(first.model, [0, 80], prepared, after=first)
+    for after in (first, FORGET[:8]):
+        with pytest.raises(ForgetSetError, match="Point 0 was forgotten by an earlier request"):
+            dmmlib.forget(first.model, [0, 80], prepared, after=after)
+    with pytest.raises(ForgetSetError, match="index 90 is outside"):
+        dmmlib.forget(first.model, FORGET[8:], prepared, after=[90])
+
+
+def test_a_record_beside_weights_says_what_they_forgot(kind, tmp_path):
+    """In a later request and in its audit; and what is there is not overwritten by another request's."""
+    _, prepared, model, _ = kind
+    first = dmmlib.forget(model, FORGET[:8], prepared)
+    first.save(first.save(tmp_path / "1"))
+    weights = tmp_path / "1" / "model.safetensors"
+    with pytest.raises(ForgetSetError, match="Point 14 was forgotten by an earlier request"):
+        dmmlib.forget(weights, [14], prepared)
+    second = dmmlib.forget(weights, FORGET[8:], prepared)
+    np.testing.assert_array_equal(second.after, dmmlib.forget(first.model, FORGET[8:], prepared, after=first).after)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "1").iterdir()}
+    with pytest.raises(StoreError, match=r"holds model.safetensors and record.json of something else; choose another"):
+        second.save(tmp_path / "1")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "1").iterdir()} == before
+    second.save(tmp_path / "2")
+    whole = json.loads((tmp_path / "2" / "record.json").read_text())
+    assert whole["request"] == {
+        "name": "request",
+        "points": FORGET[8:].tolist(),
+        "forgotten before": FORGET[:8].tolist(),
+    }
+    judged = outcome(weights, tmp_path / "2" / "model.safetensors", FORGET[8:], prepared)
+    np.testing.assert_array_equal(judged.forgotten, FORGET)
+    np.testing.assert_allclose(judged.predicted, second.predicted, rtol=1e-4, atol=1e-4)
+    save_file({k: v + 1 for k, v in first.model.state_dict().items()}, weights)  # a record of other weights
+    assert outcome(weights, weights, FORGET[:8], prepared).forgotten.tolist() == FORGET[:8].tolist()
+
+
+def test_new_weights_never_lie_beside_an_old_record(kind, tmp_path, monkeypatch):
+    _, prepared, model, _ = kind
+    result = dmmlib.forget(model, FORGET[:8], prepared)
+    result.save(tmp_path)
+    replace_file = os.replace
+
+    def full(source, target):
+        if str(target).endswith("record.json"):
+            raise OSError(28, "No space left on device")
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(StoreError, match="No space left"):
+        result.save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 def test_retrained_models_give_distances_with_a_floor(kind):

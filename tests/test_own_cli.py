@@ -119,6 +119,28 @@ def test_prepare_forget_and_audit(here):
     assert (here / "audit.html").exists()
 
 
+def test_where_results_go_is_checked_before_any_work_and_a_second_request_knows_of_the_first(here, tmp_path):
+    lay_out(tmp_path)
+    asked = ("--recipe", "recipe.py", "--models", 20, "--forget")
+    (here / "taken").write_text("")
+    for out, said in ((tmp_path, "holds model.safetensors of something else"), (here / "taken", "is a file")):
+        found = dmm("forget", "model.safetensors", *asked, "ids.csv", "--out", out, "--prepared", tmp_path / "none")
+        assert found.exit_code == 2, found.output
+        assert said in found.output
+        assert not list(tmp_path.glob("none/store/attribution*"))
+    for out, said in (("page", "ends in .html"), ("taken/page.html", "taken")):
+        found = dmm("audit", "model.safetensors", "--original", "model.safetensors", *asked, "ids.csv", "--out", out)
+        assert found.exit_code == 2, found.output
+        assert said in found.output
+    first = dmm("forget", "model.safetensors", *asked, "ids.csv", "--out", tmp_path / "1")
+    assert first.exit_code == 0, first.output
+    again = dmm("forget", tmp_path / "1" / "model.safetensors", *asked, "person2", "--out", tmp_path / "2", "--dry-run")
+    assert again.exit_code == 2
+    assert "Point 2 was forgotten by an earlier request" in again.output
+    other = dmm("forget", tmp_path / "1" / "model.safetensors", *asked, "person1", "--out", tmp_path / "2", "--dry-run")
+    assert "1 of 90 training points, 12 more forgotten before" in other.output
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -137,7 +159,17 @@ def test_what_is_wrong_is_one_line_before_anything_is_trained(here, change, said
     (here / "empty.py").write_text("")
     (here / "broken.py").write_text("recipe = nothing")
     given = {"model": "model.safetensors", "recipe": "recipe.py", "forget": "ids.csv"} | change
-    options = ("--recipe", given["recipe"], "--forget", given["forget"], "--prepared", "other", "--dry-run")
+    options = (
+        "--recipe",
+        given["recipe"],
+        "--forget",
+        given["forget"],
+        "--prepared",
+        "other",
+        "--out",
+        "none",
+        "--dry-run",
+    )
     found = dmm("forget", given["model"], *options)
     assert found.exit_code == (2 if said else 0), found.output
     assert said in found.output

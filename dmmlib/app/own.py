@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dmmlib.errors import PresetError
+from dmmlib.errors import PresetError, StoreError
 
 if TYPE_CHECKING:
     from dmmlib.own.prepare import Prepared
@@ -52,16 +52,18 @@ def forget(
     dry_run: DryRun = False,
 ) -> None:
     """Make a model forget training points: unlearned weights, a record and a report; the model given is left alone."""
+    from dmmlib.own import record
+    from dmmlib.own.forget import asked
     from dmmlib.own.forget import forget as answer
-    from dmmlib.own.requests import resolve
-    from dmmlib.own.weights import loaded
 
     made = _opened(recipe, models, prepared)
-    indices, name = resolve(forget, made.data)
-    loaded(model, made)  # what is wrong is said before anything is trained
-    typer.echo(f"request {name!r}: {len(indices)} of {made.data.n_train:,} training points")
+    indices, name, original, gone = asked(model, forget, made)  # what is wrong is said before anything is trained
+    record.check_out(out, indices, record.sha256(original.state_dict()))
+    earlier = f", {len(gone)} more forgotten before" if len(gone) else ""
+    typer.echo(f"request {name!r}: {len(indices)} of {made.data.n_train:,} training points{earlier}")
     if dry_run:
         return
+    record.check_writable(out)
     result = answer(model, forget, made, method=method)
     judged = result.audit()
     result.save(out, judged)
@@ -82,7 +84,12 @@ def audit(
 ) -> None:
     """Judge whether a model has forgotten training points; exits with 1 if it has not, 3 if that cannot be told."""
     from dmmlib.own.forget import given
+    from dmmlib.own.record import check_writable
 
+    if out:
+        if out.suffix != ".html":
+            raise StoreError(f"--out got {out}; give the page a name that ends in .html.")
+        check_writable(out.parent)
     result = given(original, model, forget, _opened(recipe, models, prepared))
     judged = result.audit(retrained or ())
     typer.echo(str(judged))

@@ -16,6 +16,7 @@ from dmmlib import unlearn
 from dmmlib.datamodels import Attributor, Indices
 from dmmlib.ensemble import initialise
 from dmmlib.errors import ForgetSetError, MethodError, ModelError
+from dmmlib.forget_sets import check_forget_indices
 from dmmlib.matching.match import LARGEST, predicted_oracle
 from dmmlib.metrics import correct, margins
 from dmmlib.own import audit as audits
@@ -56,7 +57,7 @@ class Result:
         return audits.audit(self, retrained, relearn=relearn)
 
     def save(self, folder: str | Path, audit: audits.Audit | None = None) -> Path:
-        """Write model.safetensors and record.json to a folder; StoreError if it cannot be written."""
+        """Write model.safetensors and record.json to a folder; StoreError if it cannot be, or holds another's."""
         return record.save(self, folder, audit)
 
     def report(self, path: str | Path, audit: audits.Audit | None = None) -> Path:
@@ -68,12 +69,34 @@ def given(original: Model, model: Model, forget: Any, prepared: Prepared | Study
     """A result of unlearning by whatever tool, to be audited: models before and after it, and what was forgotten."""
     indices, name = resolve(forget, prepared.data)
     modules = [loaded(part, prepared) for part in (original, model)]
+    gone = before_it(original, modules[0], prepared)
     alone = [initialise(partial(loaded, part, prepared), [0], prepared.device) for part in modules]
     before, after = (models.logits(prepared.x).numpy()[0] for models in alone)
-    attributor = prepared.attributor()
-    moved = attributor.retrained(before[None], indices, prepared.data.y)
-    predicted, sd = margins(moved, prepared.data.y)[0], attributor.sd(indices)
-    return Result(modules[1], modules[0], prepared, name, "given", indices, indices, before, after, predicted, sd, 0.0)
+    attributor = Later(prepared.attributor(), gone) if len(gone) else prepared.attributor()
+    moved, both = attributor.retrained(before[None], indices, prepared.data.y), np.union1d(indices, gone)
+    predicted, sd = margins(moved, prepared.data.y)[0], attributor.sd(both)
+    return Result(modules[1], modules[0], prepared, name, "given", indices, both, before, after, predicted, sd, 0.0)
+
+
+def before_it(model: Model, module: nn.Module, prepared: Prepared | Study, after: Any = None) -> np.ndarray:
+    """Points that a model was made to forget by earlier requests, that are given or in the record beside its file."""
+    gone = after.forgotten if isinstance(after, Result) else np.asarray([] if after is None else after)
+    gone = check_forget_indices(gone, prepared.data.n_train) if gone.size else np.empty(0, np.int64)
+    if isinstance(model, (str, Path)):
+        gone = np.union1d(gone, record.earlier(Path(model), module.state_dict(), prepared.data))
+    return gone
+
+
+def asked(
+    model: Model, forget: Any, prepared: Prepared | Study, after: Any = None
+) -> tuple[np.ndarray, str, nn.Module, np.ndarray]:
+    """The points of a request, what it is called, the module with the model's weights, and points forgotten before."""
+    indices, called = resolve(forget, prepared.data)
+    original = loaded(model, prepared)
+    gone = before_it(model, original, prepared, after)
+    if len(again := np.intersect1d(indices, gone)):
+        raise ForgetSetError(f"Point {again[0]} was forgotten by an earlier request; leave it out.")
+    return indices, called, original, gone
 
 
 class Later(Attributor):
@@ -100,7 +123,7 @@ def forget(
     *,
     method: str = "dmm",
     name: str | None = None,
-    after: Result | None = None,
+    after: Result | Indices | None = None,
     **options: Any,
 ) -> Result:
     """Make a model forget training points; the model that is given stays as it is.
@@ -129,15 +152,12 @@ def forget(
         prepared: what `prepare` made, or a `Study`, whose originals can be given.
         method: a registered method that makes models, with its options.
         name: of the request, on which chance depends; its file's, or "request".
-        after: the result of the request before this one.
+        after: the result of the request before this one, or all points forgotten before; of a file, the record beside
+            it says so, too.
 
     Raises ForgetSetError, ModelError, StoreError, MethodError: one line each, before anything is computed.
     """
-    indices, called = resolve(forget, prepared.data)
-    gone = np.empty(0, np.int64) if after is None else after.forgotten
-    if len(again := np.intersect1d(indices, gone)):
-        raise ForgetSetError(f"Point {again[0]} was forgotten by an earlier request; leave it out.")
-    original = loaded(model, prepared)
+    indices, called, original, gone = asked(model, forget, prepared, after)
     registered = unlearn.registered(method)
     alone = initialise(lambda: original, [0], prepared.device)
     before = alone.logits(prepared.x).numpy()
@@ -155,7 +175,7 @@ def forget(
         Later(attributor, gone) if len(gone) else attributor,
         seed=prepared.seeds(f"unlearn:{called}", 1)[0],
     )
-    if after is None:
+    if not len(gone):
         _compare(before[0], prepared)
     made = registered.run(problem, **(_usual(method, problem, prepared) | options))
     if made.models is None:

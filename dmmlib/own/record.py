@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
@@ -19,13 +20,16 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dmmlib.analysis import looks
-from dmmlib.files import config_hash, write_bytes
+from dmmlib.data import Dataset
+from dmmlib.errors import StoreError
+from dmmlib.files import check_folder, config_hash, load_json, replacing, write_bytes
 
 if TYPE_CHECKING:
     from dmmlib.own.audit import Audit
     from dmmlib.own.forget import Result
 
 SCHEMA = 2  # docs/record.schema.json
+WEIGHTS, RECORD = "model.safetensors", "record.json"
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Request {{ name }}</title>
 <style>body{font:16px/1.5 sans-serif;max-width:50rem;margin:2rem auto;padding:0 1rem}
 pre{white-space:pre-wrap;background:#f4f4f4;padding:1rem}img{max-width:100%}</style>
@@ -73,15 +77,53 @@ def record(result: Result, audit: Audit | None = None) -> dict[str, Any]:
 
 
 def save(result: Result, folder: str | Path, audit: Audit | None = None) -> Path:
-    """Write the unlearned weights as model.safetensors and the record as record.json, each whole or not at all."""
+    """Write the unlearned weights as model.safetensors and the record as record.json, each whole or not at all.
+
+    Raises StoreError as `check_out`, or where nothing can be written; what was there is then as it was.
+    """
     from safetensors.torch import save as packed
 
-    folder = Path(folder)
+    folder, content = Path(folder), record(result, audit)
+    check_out(folder, result.forget, content["model"]["before"])
     state = {name: v.detach().cpu().contiguous().clone() for name, v in result.model.state_dict().items()}
-    write_bytes(folder / "model.safetensors", packed(state))
-    content = json.dumps(record(result, audit), indent=1)
-    write_bytes(folder / "record.json", content.encode() + b"\n")
+    with replacing(folder / RECORD) as written, replacing(folder / WEIGHTS) as weights:
+        weights.write_bytes(packed(state))
+        written.write_bytes(json.dumps(content, indent=1).encode() + b"\n")
+        (folder / RECORD).unlink(missing_ok=True)  # new weights never lie beside an old record
     return folder
+
+
+def check_out(folder: Path, points: np.ndarray, before: str) -> None:
+    """Raise StoreError where a folder holds weights or a record, but of another request, or to another model."""
+    check_folder(folder)
+    there, (request, model, _) = [name for name in (WEIGHTS, RECORD) if (folder / name).exists()], _found(folder)
+    if there and (request.get("points"), model.get("before")) != (points.tolist(), before):
+        raise StoreError(f"{folder} holds {' and '.join(there)} of something else; choose another folder.")
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder; raises StoreError where nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise StoreError(f"{folder} cannot be written ({error.strerror}); choose another place.") from error
+
+
+def earlier(weights: Path, state: Mapping[str, Tensor], data: Dataset) -> np.ndarray:
+    """Points that a model was made to forget, as the record beside its weights says, if it is of them and the data."""
+    request, model, of = _found(weights.parent)
+    if not request or (model.get("after"), of.get("sha256")) != (sha256(state), data.sha256):
+        return np.empty(0, np.int64)
+    return np.array(sorted({*request["points"], *request["forgotten before"]}), np.int64)
+
+
+def _found(folder: Path) -> list[dict[str, Any]]:
+    """Request, model and data of the record in a folder; empty if there is none, or another program's."""
+    content = load_json(folder / RECORD) if (folder / RECORD).is_file() else None
+    parts = [content.get(key) if isinstance(content, dict) else None for key in ("request", "model", "data")]
+    ours = all(isinstance(part, dict) for part in parts) and {"points", "forgotten before"} <= set(parts[0] or ())
+    return [part or {} for part in parts] if ours else [{}, {}, {}]
 
 
 def report(result: Result, path: str | Path, audit: Audit) -> Path:
