@@ -1,5 +1,6 @@
 """Models of one's own: prepared, unlearned, audited; what cannot be used is refused in one sentence."""
 
+import copy
 import json
 import os
 import sys
@@ -428,10 +429,40 @@ def test_a_model_that_does_not_fit_is_refused(kind, tmp_path):
         (tmp_path / "none.pt", StoreError, "does not exist"),
         (tmp_path / "whole.pt", StoreError, "more than weights"),
         (tmp_path / "text.safetensors", StoreError, "cannot be read as a model's state"),
+        (tmp_path, StoreError, "is a folder; give the .safetensors or .pt file"),
         (5, ModelError, "model is a int"),
     ):
         with pytest.raises(error, match=message):
             dmmlib.forget(given, FORGET, prepared)
+
+
+class Shifted(nn.Module):
+    """With something that its state does not hold."""
+
+    def __init__(self, by=0.0, where="constant"):
+        super().__init__()
+        self.body, self.by = tabular(), by
+        if where == "buffer":
+            del self.by
+            self.register_buffer("by", torch.tensor(by), persistent=False)
+
+    def forward(self, x):
+        return self.body(x) + self.by * torch.arange(K)
+
+
+@pytest.mark.parametrize("where", ["constant", "buffer"])
+def test_a_module_that_is_not_the_recipes_is_refused(tmp_path, where):
+    prepared = Prepared(of(model=lambda: Shifted(0.0, where)), 10, tmp_path, progress=silent)
+    with pytest.raises(ModelError, match=r"answers otherwise than the recipe's module .* let the recipe make it"):
+        dmmlib.forget(Shifted(-1.0, where), FORGET, prepared)
+    assert not list(tmp_path.rglob("attribution*"))
+
+
+def test_a_module_in_training_or_of_another_precision_is_the_recipes(kind):
+    _, prepared, model, _ = kind
+    expected = dmmlib.forget(model, FORGET, prepared)
+    for other in (copy.deepcopy(model).train(), copy.deepcopy(model).double()):
+        np.testing.assert_allclose(dmmlib.forget(other, FORGET, prepared).after, expected.after, rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_of_another_recipe_is_warned_of(kind):
@@ -445,7 +476,8 @@ def test_files_of_weights_give_what_the_module_gives(kind, tmp_path):
     save_file({k: v.clone() for k, v in model.state_dict().items()}, tmp_path / "m.safetensors")
     torch.save(model.state_dict(), tmp_path / "m.pt")
     expected = dmmlib.forget(model, FORGET, prepared).after
-    for given in (tmp_path / "m.safetensors", str(tmp_path / "m.pt"), model.state_dict()):
+    (tmp_path / "m.pth").write_bytes((tmp_path / "m.safetensors").read_bytes())
+    for given in (tmp_path / "m.safetensors", str(tmp_path / "m.pt"), model.state_dict(), tmp_path / "m.pth"):
         np.testing.assert_array_equal(dmmlib.forget(given, FORGET, prepared).after, expected)
 
 

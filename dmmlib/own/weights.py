@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from dmmlib.ensemble import Ensemble
 from dmmlib.errors import ModelError, StoreError
+from dmmlib.stacking import copied, drawing
 from dmmlib.trainer import Trainer
 
+FEW, SAME = 8, 1e-3  # points that a module is compared on, and how near answers are, relative to the largest
 Model = nn.Module | Mapping[str, Tensor] | str | Path
 
 
@@ -42,17 +44,42 @@ def loaded(model: Model, trainer: Trainer) -> nn.Module:
         more = f" and {len(faults) - 1} more such" if len(faults) > 1 else ""
         said = f"{faults[0]}{more}" if faults else " ".join(str(error).split())[:200]
         raise ModelError(f"The weights do not fit the recipe's module: {said}; give those of its own.") from error
+    if isinstance(model, nn.Module):
+        _compare(model, own.eval(), trainer)
     return own.eval()
+
+
+def _compare(model: nn.Module, own: nn.Module, trainer: Trainer) -> None:
+    """Raise ModelError where a module answers a few points otherwise than the recipe's with the same state."""
+    answers, x = [], trainer.x[:FEW]
+    try:
+        for part in (copied(model).to(trainer.device).float().eval(), copied(own)):
+            with torch.no_grad(), drawing(0, trainer.device):
+                answers.append(part(x.clone()))
+        near = SAME * float(answers[1].nan_to_num().abs().max())
+        same = torch.allclose(answers[0], answers[1], rtol=SAME, atol=near, equal_nan=True)
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ModelError(f"The model fails on points as the recipe prepares them ({said}); mend it.") from error
+    if not same:
+        raise ModelError(
+            "The model answers otherwise than the recipe's module with the same weights: what is no part of its state, "
+            "such as a constant or a non-persistent buffer, differs; let the recipe make it as it is."
+        )
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if path.is_dir():
+        raise StoreError(f"{path} is a folder; give the .safetensors or .pt file of a model's state in it.")
     if not path.is_file():
         raise StoreError(f"{path} does not exist; give a .safetensors or .pt file of a model's state.")
     try:
-        if path.suffix == ".safetensors":
+        with path.open("rb") as file:  # length of its header, then the header, as JSON
+            packed = file.read(9)[8:] == b"{"
+        if packed or path.suffix == ".safetensors":
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
