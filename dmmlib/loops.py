@@ -29,7 +29,7 @@ def trained(loop: Loop, make: Callable[[], nn.Module], x: Tensor, y: Tensor, see
             found = loop(model, x.clone(), y.clone(), seed)
         except DmmError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             said = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise ModelError(f"The train function fails on {len(x)} points ({said}); mend it.") from error
     if not isinstance(found, nn.Module):

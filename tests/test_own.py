@@ -384,6 +384,8 @@ def of(train=loop, model=tabular, data=None):
         (lambda: of(model=lambda: nn.Linear(8, 4)), r"answers \(4, 4\) for 4 points; give logits \(4, 3\)"),
         (lambda: of(model=tabular()), "give what makes a fresh one"),
         (lambda: of(train=3), "give a Training, or a function"),
+        (lambda: of(train=lambda model, x, y, seed: sys.exit(0)), r"The train function fails .*SystemExit: 0"),
+        (lambda: Recipe(tabular, split(*points((8,))), prepare=None), "prepare is a NoneType; leave it out, or give a"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_much_is(make, message, tmp_path):
@@ -398,8 +400,22 @@ def test_a_loop_that_trains_on_other_points_is_found_out(tmp_path):
     def ignoring(model, _x, _y, seed):
         return loop(model, x, y, seed + int(_y.sum()))
 
-    with pytest.raises(ModelError, match="no more than chance: the train function ignores"):
+    with pytest.raises(ModelError, match=r"no more than chance.* prepare more, unless the train function ignores"):
         dmmlib.prepare(of(ignoring), 12, tmp_path, progress=silent)
+
+
+def test_where_little_is_memorised_the_way_on_is_said_and_no_function_blamed(tmp_path):
+    short = Training(epochs=1, batch_size=30, lr=1e-6)
+    with pytest.raises(
+        ModelError, match=r"less than 3 standard errors.* 10 are too few; train each longer, .* more\.$"
+    ):
+        dmmlib.prepare(of(short), 10, tmp_path, progress=silent)
+
+
+@pytest.mark.parametrize("models", ["10", None, 10.5, 9, 10**9])
+def test_how_many_models_is_a_whole_number(tmp_path, models):
+    with pytest.raises(DataError, match="give a whole number from 10 to 100,000"):
+        dmmlib.prepare(of(), models, tmp_path)
 
 
 def test_finished_models_are_kept_where_one_diverges(tmp_path):
@@ -568,6 +584,8 @@ def test_retrained_models_give_distances_with_a_floor(kind):
     result = dmmlib.forget(model, FORGET, prepared)
     with pytest.raises(DataError, match="1 retrained models were given; give at least 10"):
         result.audit([model])
+    with pytest.raises(DataError, match="Retrained models 2 and 4 are the same; give models of different seeds"):
+        result.audit([prepared.fresh(seed) for seed in (0, 1, 2, 1, *range(4, 10))])
     oracles = [prepared.fresh(seed, without=FORGET) for seed in range(10)]
     found = result.audit(oracles, relearn=False).retrained
     assert found.keys() == {"forget", "retain", "validation"}

@@ -148,7 +148,12 @@ def test_where_results_go_is_checked_before_any_work_and_a_second_request_knows_
         ({"forget": "persona"}, "no file, folder, class or id. Did you mean 'person"),
         ({"forget": "bad.csv"}, "line 3: 'nobody' is no training point; "),
         ({"model": "none.safetensors"}, "does not exist; give a .safetensors or .pt"),
-        ({"recipe": "none.py"}, "none.py"),
+        ({"recipe": "none.py"}, "none.py is no file; give a Python file"),
+        ({"recipe": "exits.py"}, "exits.py fails (SystemExit: 0)"),
+        ({"recipe": "missing.py"}, "missing.py fails (FileNotFoundError"),
+        ({"recipe": "model_exits.py"}, "model_exits.py ends the program (SystemExit: 0)"),
+        ({"recipe": "train_exits.py"}, "The train function fails on 45 points (SystemExit: 0)"),
+        ({"forget": ""}, "The request is empty"),
         ({"recipe": "empty.py"}, "defines no `recipe`"),
         ({"recipe": "broken.py"}, "fails (NameError"),
         ({"recipe": "nothing"}, "A recipe is a Python file"),
@@ -158,22 +163,35 @@ def test_what_is_wrong_is_one_line_before_anything_is_trained(here, change, said
     (here / "bad.csv").write_text("id\nperson1\nnobody\nperson1\n")
     (here / "empty.py").write_text("")
     (here / "broken.py").write_text("recipe = nothing")
-    given = {"model": "model.safetensors", "recipe": "recipe.py", "forget": "ids.csv"} | change
-    options = (
-        "--recipe",
-        given["recipe"],
-        "--forget",
-        given["forget"],
-        "--prepared",
-        "other",
-        "--out",
-        "none",
-        "--dry-run",
+    (here / "exits.py").write_text("raise SystemExit(0)")
+    (here / "missing.py").write_text("open('nowhere.npz')")
+    exiting = "import sys\n" + RECIPE
+    (here / "model_exits.py").write_text(
+        exiting.replace("return nn.Sequential", "sys.exit(0)\n    return nn.Sequential")
     )
+    (here / "train_exits.py").write_text(exiting.replace("optimizer.step()", "sys.exit(0)"))
+    given = {"model": "model.safetensors", "recipe": "recipe.py", "forget": "ids.csv"} | change
+    places = ("--prepared", "other", "--out", "none")
+    options = ("--recipe", given["recipe"], "--forget", given["forget"], *places, "--dry-run")
     found = dmm("forget", given["model"], *options)
     assert found.exit_code == (2 if said else 0), found.output
     assert said in found.output
     assert not list(here.glob("other/store/attribution*"))
+
+
+@pytest.mark.parametrize("models", [9, 10**9])
+def test_how_many_models_is_checked(here, models):
+    found = dmm("prepare", "recipe.py", "--models", models, "--dry-run")
+    assert found.exit_code == 2
+    assert f"models is {models}; give a whole number from 10 to 100,000" in found.output
+
+
+def test_retrained_models_that_are_one_are_refused_before_anything_is_trained(here, tmp_path):
+    asked = ("--original", "model.safetensors", "--recipe", "recipe.py", "--forget", "ids.csv", "--prepared", tmp_path)
+    found = dmm("audit", "model.safetensors", *asked, *(10 * ("--retrained", "model.safetensors")))
+    assert found.exit_code == 2
+    assert "Retrained models 1 and 2 are the same" in found.output
+    assert not list(tmp_path.rglob("attribution*"))
 
 
 def test_a_studys_original_gives_its_row(tiny, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dmmlib.errors import PresetError, StoreError
+from dmmlib.errors import ModelError, PresetError, StoreError
 
 if TYPE_CHECKING:
     from dmmlib.own.prepare import Prepared
@@ -83,6 +83,7 @@ def audit(
     prepared: Folder = Path("prepared"),
 ) -> None:
     """Judge whether a model has forgotten training points; exits with 1 if it has not, 3 if that cannot be told."""
+    from dmmlib.own.audit import answers
     from dmmlib.own.forget import given
     from dmmlib.own.record import check_writable
 
@@ -90,7 +91,9 @@ def audit(
         if out.suffix != ".html":
             raise StoreError(f"--out got {out}; give the page a name that ends in .html.")
         check_writable(out.parent)
-    result = given(original, model, forget, _opened(recipe, models, prepared))
+    made = _opened(recipe, models, prepared)
+    answers(retrained or (), made)  # what is wrong is said before anything is trained
+    result = given(original, model, forget, made)
     judged = result.audit(retrained or ())
     typer.echo(str(judged))
     if out:
@@ -121,6 +124,9 @@ def _opened(recipe: str, models: int, folder: Path) -> Prepared | Study | Any:
         if done >= total:
             bars[task].close()
 
-    made = Prepared(load(Path(recipe)), models, folder, progress=progress)
-    typer.echo(made.price())
+    try:
+        made = Prepared(load(Path(recipe)), models, folder, progress=progress)
+        typer.echo(made.price())
+    except SystemExit as error:  # of its module, say, when that is first made
+        raise ModelError(f"{recipe} ends the program (SystemExit: {error}); mend it.") from error
     return made

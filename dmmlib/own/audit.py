@@ -42,6 +42,8 @@ from dmmlib.stacking import copied
 
 if TYPE_CHECKING:
     from dmmlib.own.forget import Result
+    from dmmlib.own.prepare import Prepared
+    from dmmlib.study import Study
 
 REMAINDER, MISFIT, SURE = 0.5, 5.0, 2.0  # chosen on the development sets of benchmarks/audit.py
 FPR = 0.01
@@ -113,12 +115,11 @@ def audit(result: Result, retrained: Sequence[Model] = (), *, relearn: bool = Tr
         retrained: at least ten models retrained without the points, if there are any: modules, states or files.
         relearn: whether to count the steps that bring the points back.
 
-    Raises DataError for fewer retrained models, ModelError for some that do not fit.
+    Raises DataError for fewer retrained models or two that are alike, ModelError for some that do not fit.
     """
     prepared, f = result.prepared, result.forgotten
     n = prepared.data.n_train
-    if 0 < len(retrained) < LEAST:
-        raise DataError(f"{len(retrained)} retrained models were given; give at least {LEAST}, or none.")
+    others = answers(retrained, prepared)
     splits = {"forget": f, "retain": np.setdiff1d(np.arange(n), f), "validation": np.arange(n, len(prepared.data.y))}
     after = result.margins()
     judged = verdict(result, after[None])
@@ -127,7 +128,6 @@ def audit(result: Result, retrained: Sequence[Model] = (), *, relearn: bool = Tr
         gap = after[points] - result.predicted[points]
         rms = [float(np.sqrt((z**2).mean())) for z in (gap, gap / judged.spread[points])]
         distances[split] = {"mean": float(gap.mean()), "rms": rms[0], "rms in sd": rms[1]}
-    others = [initialise(partial(loaded, m, prepared), [0]).logits(prepared.x).numpy()[0] for m in retrained]
     return Audit(
         judged.forgotten(),
         float(judged.remainder[0]),
@@ -142,6 +142,19 @@ def audit(result: Result, retrained: Sequence[Model] = (), *, relearn: bool = Tr
         _relearning(result) if relearn else {},
         _against(after, metrics.margins(np.stack(others), prepared.data.y), splits) if others else {},
     )
+
+
+def answers(retrained: Sequence[Model], prepared: Prepared | Study) -> list[np.ndarray]:
+    """Logits (n_points, n_classes) of retrained models; DataError for fewer than ten, or some that are alike."""
+    if 0 < len(retrained) < LEAST:
+        raise DataError(f"{len(retrained)} retrained models were given; give at least {LEAST}, or none.")
+    found = [initialise(partial(loaded, m, prepared), [0]).logits(prepared.x).numpy()[0] for m in retrained]
+    first = [next(j for j, z in enumerate(found) if np.array_equal(z, own)) for own in found]
+    if again := [i for i, j in enumerate(first) if i != j]:
+        raise DataError(
+            f"Retrained models {first[again[0]] + 1} and {again[0] + 1} are the same; give models of different seeds."
+        )
+    return found
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from dmmlib.progress import Progress, duration
 from dmmlib.registry import versions
 from dmmlib.trainer import ModelSet, once
 
+LEAST, MOST = 10, 100_000  # subset models
 LINEARISED = 20  # models whose weights the attributor takes; of the others outputs are enough
 TRIAL, FIT = 128, 512  # points that a loop, and points that the attributor's fit, is tried on
 SEEN = 3.0  # standard errors by which answers to points that were trained on must differ from those to others
@@ -45,10 +46,10 @@ class Prepared(Models):
     def __init__(
         self, recipe: Recipe, models: int = 100, folder: str | Path = "prepared", *, progress: Progress | None = None
     ) -> None:
-        if models < 10:
-            raise DataError(f"{models} subset models were asked for; the attributor takes at least 10, better 100.")
+        if not isinstance(models, (int, np.integer)) or not LEAST <= models <= MOST:
+            raise DataError(f"models is {models!r}; give a whole number from {LEAST} to {MOST:,}, best 100.")
         self.recipe = recipe
-        super().__init__(recipe.preset(models), runs=folder, progress=progress)
+        super().__init__(recipe.preset(int(models)), runs=folder, progress=progress)
 
     # --- what is trained ---------------------------------------------------------------------------------
 
@@ -147,9 +148,11 @@ class Prepared(Models):
         outputs = np.concatenate([self.outputs(part)[:] for part in self.sets])
         gap, error = seen_gap(metrics.right_logits(outputs, self.data.y)[:, : self.data.n_train], masks)
         if gap < SEEN * error:
+            blamed = "" if self.recipe.loop is None else ", unless the train function ignores its x and y"
             raise ModelError(
-                f"Margins of points that models were trained on are {gap:.3f} +- {error:.3f} above those of points "
-                "left out, no more than chance: the train function ignores its x and y, or memorises nothing."
+                f"Margins of points that models were trained on are {gap:.3f} +- {error:.3f} (standard error) above "
+                f"those of points left out, less than {SEEN:g} standard errors, no more than chance: models memorise "
+                f"too little, or {len(masks)} are too few; train each longer, or prepare more{blamed}."
             )
         return attribution.Context(self.x, self.y, masks, outputs, self.models(self.sets[0]), seed=self.preset.seed)
 

@@ -61,6 +61,8 @@ class Recipe:
         if not isinstance(self.train, Training) and not callable(self.train):
             given = type(self.train).__name__
             raise ModelError(f"train is a {given}; give a Training, or a function train(model, x, y, seed) -> model.")
+        if not callable(self.prepare):
+            raise ModelError(f"prepare is a {type(self.prepare).__name__}; leave it out, or give a function (data, x).")
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -104,13 +106,15 @@ def load(path: Path) -> Recipe:
 
     Files beside it can be imported, later too, and in worker processes; each recipe has its own.
     """
+    if not path.is_file():
+        raise ModelError(f"{path} is no file; give a Python file with `recipe = dmmlib.Recipe(model=..., data=...)`.")
     folder, known = Path(path).resolve().parent, set(sys.modules)
     sys.path.insert(0, str(folder))  # which worker processes are given, too
     try:
         found = runpy.run_path(str(path), run_name=NAME).get("recipe")
-    except (DmmError, OSError):
+    except DmmError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         said = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ModelError(f"{path} fails ({said}); mend it.") from error
     finally:  # what is no module of this process goes to others whole
@@ -158,7 +162,7 @@ def _read(part: Any) -> tuple[np.ndarray, np.ndarray]:
     try:
         items = [part[i] for i in range(len(part))]
         return np.stack([np.asarray(x) for x, _ in items]), np.array([int(y) for _, y in items])
-    except Exception as error:  # whatever a data set, its transforms or its shapes raise
+    except (Exception, SystemExit) as error:  # whatever a data set, its transforms or its shapes raise
         said = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise DataError(
             f"A torch data set cannot be read as points and labels ({said}); let items be (x, y)."
