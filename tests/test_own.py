@@ -558,6 +558,8 @@ def test_a_record_beside_weights_says_what_they_forgot(kind, tmp_path):
     judged = outcome(weights, tmp_path / "2" / "model.safetensors", FORGET[8:], prepared)
     np.testing.assert_array_equal(judged.forgotten, FORGET)
     np.testing.assert_allclose(judged.predicted, second.predicted, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ForgetSetError, match="Point 0 was forgotten by an earlier request"):
+        outcome(weights, weights, FORGET[:8], prepared)
     save_file({k: v + 1 for k, v in first.model.state_dict().items()}, weights)  # a record of other weights
     assert outcome(weights, weights, FORGET[:8], prepared).forgotten.tolist() == FORGET[:8].tolist()
 

@@ -67,9 +67,8 @@ class Result:
 
 def given(original: Model, model: Model, forget: Any, prepared: Prepared | Study) -> Result:
     """A result of unlearning by whatever tool, to be audited: models before and after it, and what was forgotten."""
-    indices, name = resolve(forget, prepared.data)
-    modules = [loaded(part, prepared) for part in (original, model)]
-    gone = before_it(original, modules[0], prepared)
+    indices, name, source, gone = asked(original, forget, prepared)
+    modules = (source, loaded(model, prepared))
     alone = [initialise(partial(loaded, part, prepared), [0], prepared.device) for part in modules]
     before, after = (models.logits(prepared.x).numpy()[0] for models in alone)
     attributor = Later(prepared.attributor(), gone) if len(gone) else prepared.attributor()
@@ -78,22 +77,16 @@ def given(original: Model, model: Model, forget: Any, prepared: Prepared | Study
     return Result(modules[1], modules[0], prepared, name, "given", indices, both, before, after, predicted, sd, 0.0)
 
 
-def before_it(model: Model, module: nn.Module, prepared: Prepared | Study, after: Any = None) -> np.ndarray:
-    """Points that a model was made to forget by earlier requests, that are given or in the record beside its file."""
-    gone = after.forgotten if isinstance(after, Result) else np.asarray([] if after is None else after)
-    gone = check_forget_indices(gone, prepared.data.n_train) if gone.size else np.empty(0, np.int64)
-    if isinstance(model, (str, Path)):
-        gone = np.union1d(gone, record.earlier(Path(model), module.state_dict(), prepared.data))
-    return gone
-
-
 def asked(
     model: Model, forget: Any, prepared: Prepared | Study, after: Any = None
 ) -> tuple[np.ndarray, str, nn.Module, np.ndarray]:
-    """The points of a request, what it is called, the module with the model's weights, and points forgotten before."""
-    indices, called = resolve(forget, prepared.data)
-    original = loaded(model, prepared)
-    gone = before_it(model, original, prepared, after)
+    """The points of a request, what it is called, the module with the model's weights, and points forgotten before,
+    as given or as the record beside a file of weights says."""
+    (indices, called), original = resolve(forget, prepared.data), loaded(model, prepared)
+    gone = np.asarray(getattr(after, "forgotten", () if after is None else after))
+    gone = check_forget_indices(gone, prepared.data.n_train) if gone.size else np.empty(0, np.int64)
+    if isinstance(model, (str, Path)):
+        gone = np.union1d(gone, record.earlier(Path(model), original.state_dict(), prepared.data))
     if len(again := np.intersect1d(indices, gone)):
         raise ForgetSetError(f"Point {again[0]} was forgotten by an earlier request; leave it out.")
     return indices, called, original, gone

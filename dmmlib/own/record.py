@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
@@ -103,11 +102,8 @@ def check_out(folder: Path, points: np.ndarray, before: str) -> None:
 
 def check_writable(folder: Path) -> None:
     """Make a folder; raises StoreError where nothing can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise StoreError(f"{folder} cannot be written ({error.strerror}); choose another place.") from error
+    write_bytes(folder / ".tried", b"")
+    (folder / ".tried").unlink()
 
 
 def earlier(weights: Path, state: Mapping[str, Tensor], data: Dataset) -> np.ndarray:
