@@ -123,7 +123,13 @@ def test_where_results_go_is_checked_before_any_work_and_a_second_request_knows_
     lay_out(tmp_path)
     asked = ("--recipe", "recipe.py", "--models", 20, "--forget")
     (here / "taken").write_text("")
-    for out, said in ((tmp_path, "holds model.safetensors of something else"), (here / "taken", "is a file")):
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page" / "report.html").write_text("mine")
+    for out, said in (
+        (tmp_path, "holds model.safetensors of something else"),
+        (tmp_path / "page", "holds report.html of something else"),
+        (here / "taken", "is a file"),
+    ):
         found = dmm("forget", "model.safetensors", *asked, "ids.csv", "--out", out, "--prepared", tmp_path / "none")
         assert found.exit_code == 2, found.output
         assert said in found.output

@@ -58,7 +58,7 @@ def forget(
 
     made = _opened(recipe, models, prepared)
     indices, name, original, gone = asked(model, forget, made)  # what is wrong is said before anything is trained
-    record.check_out(out, indices, record.sha256(original.state_dict()))
+    record.check_out(out, indices, record.sha256(original.state_dict()), "report.html")
     earlier = f", {len(gone)} more forgotten before" if len(gone) else ""
     typer.echo(f"request {name!r}: {len(indices)} of {made.data.n_train:,} training points{earlier}")
     if dry_run:

@@ -106,7 +106,7 @@ def load(path: Path) -> Recipe:
 
     Files beside it can be imported, later too, and in worker processes; each recipe has its own.
     """
-    if not path.is_file():
+    if not Path(path).is_file():
         raise ModelError(f"{path} is no file; give a Python file with `recipe = dmmlib.Recipe(model=..., data=...)`.")
     folder, known = Path(path).resolve().parent, set(sys.modules)
     sys.path.insert(0, str(folder))  # which worker processes are given, too

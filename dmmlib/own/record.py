@@ -92,10 +92,10 @@ def save(result: Result, folder: str | Path, audit: Audit | None = None) -> Path
     return folder
 
 
-def check_out(folder: Path, points: np.ndarray, before: str) -> None:
-    """Raise StoreError where a folder holds weights or a record, but of another request, or to another model."""
+def check_out(folder: Path, points: np.ndarray, before: str, *also: str) -> None:
+    """Raise StoreError where a folder holds weights, a record or other files, but not of this request to this model."""
     check_folder(folder)
-    there, (request, model, _) = [name for name in (WEIGHTS, RECORD) if (folder / name).exists()], _found(folder)
+    there, (request, model, _) = [n for n in (WEIGHTS, RECORD, *also) if (folder / n).exists()], _found(folder)
     if there and (request.get("points"), model.get("before")) != (points.tolist(), before):
         raise StoreError(f"{folder} holds {' and '.join(there)} of something else; choose another folder.")
 
