@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dmmlib.errors import ModelError, PresetError, StoreError
+from dmmlib.files import replacing
 
 if TYPE_CHECKING:
     from dmmlib.own.prepare import Prepared
@@ -63,7 +64,7 @@ def forget(
     typer.echo(f"request {name!r}: {len(indices)} of {made.data.n_train:,} training points{earlier}")
     if dry_run:
         return
-    record.check_writable(out)
+    _check_writable(out)
     result = answer(model, forget, made, method=method)
     judged = result.audit()
     result.save(out, judged)
@@ -85,12 +86,11 @@ def audit(
     """Judge whether a model has forgotten training points; exits with 1 if it has not, 3 if that cannot be told."""
     from dmmlib.own.audit import answers
     from dmmlib.own.forget import given
-    from dmmlib.own.record import check_writable
 
     if out:
         if out.suffix != ".html":
             raise StoreError(f"--out got {out}; give the page a name that ends in .html.")
-        check_writable(out.parent)
+        _check_writable(out.parent)
     made = _opened(recipe, models, prepared)
     answers(retrained or (), made)  # what is wrong is said before anything is trained
     result = given(original, model, forget, made)
@@ -99,6 +99,13 @@ def audit(
     if out:
         typer.echo(f"written: {result.report(out, judged)}")
     raise typer.Exit({True: 0, False: 1, None: 3}[judged.forgotten])
+
+
+def _check_writable(folder: Path) -> None:
+    """Make a folder; raises StoreError where nothing can be written there."""
+    with replacing(folder / ".tried") as tried:
+        tried.touch()
+    (folder / ".tried").unlink()
 
 
 def _opened(recipe: str, models: int, folder: Path) -> Prepared | Study | Any:

@@ -42,8 +42,6 @@ from dmmlib.stacking import copied
 
 if TYPE_CHECKING:
     from dmmlib.own.forget import Result
-    from dmmlib.own.prepare import Prepared
-    from dmmlib.study import Study
 
 REMAINDER, MISFIT, SURE = 0.5, 5.0, 2.0  # chosen on the development sets of benchmarks/audit.py
 FPR = 0.01
@@ -121,8 +119,7 @@ def audit(result: Result, retrained: Sequence[Model] = (), *, relearn: bool = Tr
     n = prepared.data.n_train
     others = answers(retrained, prepared)
     splits = {"forget": f, "retain": np.setdiff1d(np.arange(n), f), "validation": np.arange(n, len(prepared.data.y))}
-    after = result.margins()
-    judged = verdict(result, after[None])
+    judged = verdict(result, (after := result.margins())[None])
     distances = {}
     for split, points in splits.items():
         gap = after[points] - result.predicted[points]
@@ -144,16 +141,14 @@ def audit(result: Result, retrained: Sequence[Model] = (), *, relearn: bool = Tr
     )
 
 
-def answers(retrained: Sequence[Model], prepared: Prepared | Study) -> list[np.ndarray]:
+def answers(retrained: Sequence[Model], prepared: Any) -> list[np.ndarray]:
     """Logits (n_points, n_classes) of retrained models; DataError for fewer than ten, or some that are alike."""
     if 0 < len(retrained) < LEAST:
         raise DataError(f"{len(retrained)} retrained models were given; give at least {LEAST}, or none.")
     found = [initialise(partial(loaded, m, prepared), [0]).logits(prepared.x).numpy()[0] for m in retrained]
-    first = [next(j for j, z in enumerate(found) if np.array_equal(z, own)) for own in found]
-    if again := [i for i, j in enumerate(first) if i != j]:
-        raise DataError(
-            f"Retrained models {first[again[0]] + 1} and {again[0] + 1} are the same; give models of different seeds."
-        )
+    for i, z in enumerate(found):
+        if any(np.array_equal(z, other) for other in found[:i]):
+            raise DataError(f"Retrained model {i + 1} is one of those before it; give models of different seeds.")
     return found
 
 

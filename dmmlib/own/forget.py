@@ -77,11 +77,8 @@ def given(original: Model, model: Model, forget: Any, prepared: Prepared | Study
     return Result(modules[1], modules[0], prepared, name, "given", indices, both, before, after, predicted, sd, 0.0)
 
 
-def asked(
-    model: Model, forget: Any, prepared: Prepared | Study, after: Any = None
-) -> tuple[np.ndarray, str, nn.Module, np.ndarray]:
-    """The points of a request, what it is called, the module with the model's weights, and points forgotten before,
-    as given or as the record beside a file of weights says."""
+def asked(model: Model, forget: Any, prepared: Any, after: Any = None) -> tuple[np.ndarray, str, nn.Module, np.ndarray]:
+    """Points and name of a request, the module with the model's weights, and points forgotten before."""
     (indices, called), original = resolve(forget, prepared.data), loaded(model, prepared)
     gone = np.asarray(getattr(after, "forgotten", () if after is None else after))
     gone = check_forget_indices(gone, prepared.data.n_train) if gone.size else np.empty(0, np.int64)
@@ -145,8 +142,7 @@ def forget(
         prepared: what `prepare` made, or a `Study`, whose originals can be given.
         method: a registered method that makes models, with its options.
         name: of the request, on which chance depends; its file's, or "request".
-        after: the result of the request before this one, or all points forgotten before; of a file, the record beside
-            it says so, too.
+        after: the result of the request before this one, or all points forgotten before; a file's record says so.
 
     Raises ForgetSetError, ModelError, StoreError, MethodError: one line each, before anything is computed.
     """
@@ -156,18 +152,10 @@ def forget(
     before = alone.logits(prepared.x).numpy()
     if not np.isfinite(before).all():
         raise ModelError("The model answers NaN or infinity; give one whose training went well.")
-    attributor, called = prepared.attributor(), name or called
-    problem = unlearn.Problem(
-        alone,
-        before,
-        prepared.x,
-        prepared.y,
-        prepared.data.n_train,
-        np.union1d(indices, gone),
-        prepared.training,
-        Later(attributor, gone) if len(gone) else attributor,
-        seed=prepared.seeds(f"unlearn:{called}", 1)[0],
-    )
+    attributor, called, points = prepared.attributor(), name or called, (prepared.x, prepared.y, prepared.data.n_train)
+    predictor, seed = Later(attributor, gone) if len(gone) else attributor, prepared.seeds(f"unlearn:{called}", 1)[0]
+    both = np.union1d(indices, gone)
+    problem = unlearn.Problem(alone, before, *points, both, prepared.training, predictor, seed=seed)
     if not len(gone):
         _compare(before[0], prepared)
     made = registered.run(problem, **(_usual(method, problem, prepared) | options))
@@ -183,11 +171,11 @@ def forget(
         called,
         method,
         indices,
-        problem.forget,
+        both,
         before[0],
         made.models.logits(prepared.x).numpy()[0],
         margins(predicted_oracle(problem), prepared.data.y)[0],
-        (problem.attributor or attributor).sd(problem.forget),
+        predictor.sd(both),
         made.cost,
     )
 

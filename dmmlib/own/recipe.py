@@ -134,9 +134,8 @@ def dataset(given: Any) -> Dataset:
         try:
             return from_arrays(**given)
         except TypeError as error:
-            raise DataError(
-                f"data has keys {', '.join(map(str, given))} ({error}); give those of from_arrays."
-            ) from None
+            keys = ", ".join(map(str, given))
+            raise DataError(f"data has keys {keys} ({error}); give those of from_arrays.") from None
     if isinstance(given, (str, Path)):
         return _at(Path(given))
     if isinstance(given, (tuple, list)) and len(given) == 4:
@@ -176,10 +175,8 @@ def _table(path: Path) -> Dataset:
         raise DataError(f"{path} cannot be read ({' '.join(str(error).split()):.200}).") from error
     if "label" not in table:
         raise DataError(f"{path} has columns {', '.join(map(str, table.columns))}; call that of the classes `label`.")
-    names, features = (
-        sorted(table["label"].dropna().unique()),
-        table.drop(columns=["label", "id", "split"], errors="ignore"),
-    )
+    names = sorted(table["label"].dropna().unique())
+    features = table.drop(columns=["label", "id", "split"], errors="ignore")
     if odd := [name for name in features if not pd.api.types.is_numeric_dtype(features[name])]:
         raise DataError(f"Column {odd[0]!r} of {path} holds {features[odd[0]].dtype}; give numbers, or drop it.")
     if bad := int(table["label"].isna().sum()):

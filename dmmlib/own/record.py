@@ -76,10 +76,7 @@ def record(result: Result, audit: Audit | None = None) -> dict[str, Any]:
 
 
 def save(result: Result, folder: str | Path, audit: Audit | None = None) -> Path:
-    """Write the unlearned weights as model.safetensors and the record as record.json, each whole or not at all.
-
-    Raises StoreError as `check_out`, or where nothing can be written; what was there is then as it was.
-    """
+    """Write the unlearned weights as model.safetensors and the record as record.json, each whole or not at all."""
     from safetensors.torch import save as packed
 
     folder, content = Path(folder), record(result, audit)
@@ -95,31 +92,24 @@ def save(result: Result, folder: str | Path, audit: Audit | None = None) -> Path
 def check_out(folder: Path, points: np.ndarray, before: str, *also: str) -> None:
     """Raise StoreError where a folder holds weights, a record or other files, but not of this request to this model."""
     check_folder(folder)
-    there, (request, model, _) = [n for n in (WEIGHTS, RECORD, *also) if (folder / n).exists()], _found(folder)
-    if there and (request.get("points"), model.get("before")) != (points.tolist(), before):
+    there, old = [name for name in (WEIGHTS, RECORD, *also) if (folder / name).exists()], _found(folder)
+    if there and (not old or (old["request"]["points"], old["model"]["before"]) != (points.tolist(), before)):
         raise StoreError(f"{folder} holds {' and '.join(there)} of something else; choose another folder.")
-
-
-def check_writable(folder: Path) -> None:
-    """Make a folder; raises StoreError where nothing can be written there."""
-    write_bytes(folder / ".tried", b"")
-    (folder / ".tried").unlink()
 
 
 def earlier(weights: Path, state: Mapping[str, Tensor], data: Dataset) -> np.ndarray:
     """Points that a model was made to forget, as the record beside its weights says, if it is of them and the data."""
-    request, model, of = _found(weights.parent)
-    if not request or (model.get("after"), of.get("sha256")) != (sha256(state), data.sha256):
-        return np.empty(0, np.int64)
-    return np.array(sorted({*request["points"], *request["forgotten before"]}), np.int64)
+    old = _found(weights.parent)
+    known = old and (old["model"]["after"], old["data"]["sha256"]) == (sha256(state), data.sha256)
+    return np.array(sorted(old["request"]["points"] + old["request"]["forgotten before"]) if known else [], np.int64)
 
 
-def _found(folder: Path) -> list[dict[str, Any]]:
-    """Request, model and data of the record in a folder; empty if there is none, or another program's."""
-    content = load_json(folder / RECORD) if (folder / RECORD).is_file() else None
-    parts = [content.get(key) if isinstance(content, dict) else None for key in ("request", "model", "data")]
-    ours = all(isinstance(part, dict) for part in parts) and {"points", "forgotten before"} <= set(parts[0] or ())
-    return [part or {} for part in parts] if ours else [{}, {}, {}]
+def _found(folder: Path) -> dict[str, Any]:
+    """The record in a folder; empty if there is none, or another program's."""
+    content = load_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+    return (
+        content if isinstance(content, dict) and {"request", "model", "data", "subset models"} <= set(content) else {}
+    )
 
 
 def report(result: Result, path: str | Path, audit: Audit) -> Path:

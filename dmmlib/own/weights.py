@@ -59,12 +59,11 @@ def _compare(model: nn.Module, own: nn.Module, trainer: Trainer) -> None:
         near = SAME * float(answers[1].nan_to_num().abs().max())
         same = torch.allclose(answers[0], answers[1], rtol=SAME, atol=near, equal_nan=True)
     except Exception as error:
-        said = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise ModelError(f"The model fails on points as the recipe prepares them ({said}); mend it.") from error
+        raise ModelError(f"The model fails on the recipe's points ({' '.join(str(error).split()):.200}).") from error
     if not same:
         raise ModelError(
-            "The model answers otherwise than the recipe's module with the same weights: what is no part of its state, "
-            "such as a constant or a non-persistent buffer, differs; let the recipe make it as it is."
+            "The model answers otherwise than the recipe's module with the same weights: a constant or a buffer that "
+            "is not among them differs; let the recipe make it as it is."
         )
 
 
@@ -72,10 +71,9 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if path.is_dir():
-        raise StoreError(f"{path} is a folder; give the .safetensors or .pt file of a model's state in it.")
     if not path.is_file():
-        raise StoreError(f"{path} does not exist; give a .safetensors or .pt file of a model's state.")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise StoreError(f"{path} {what}; give a .safetensors or .pt file of a model's state.")
     try:
         with path.open("rb") as file:  # length of its header, then the header, as JSON
             packed = file.read(9)[8:] == b"{"
