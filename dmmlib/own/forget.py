@@ -164,20 +164,9 @@ def forget(
     if not np.isfinite(made.margins).all():
         raise MethodError(f"{method} with {options} gave NaN answers; lower its rate. The model is as it was.")
     given = model if isinstance(model, nn.Module) else original
-    return Result(
-        with_weights(copied(given), made.models),
-        given,
-        prepared,
-        called,
-        method,
-        indices,
-        both,
-        before[0],
-        made.models.logits(prepared.x).numpy()[0],
-        margins(predicted_oracle(problem), prepared.data.y)[0],
-        predictor.sd(both),
-        made.cost,
-    )
+    unlearned, answers = with_weights(copied(given), made.models), made.models.logits(prepared.x).numpy()[0]
+    found = (answers, margins(predicted_oracle(problem), prepared.data.y)[0], predictor.sd(both), made.cost)
+    return Result(unlearned, given, prepared, called, method, indices, both, before[0], *found)
 
 
 def _usual(method: str, problem: unlearn.Problem, prepared: Prepared | Study) -> dict[str, Any]:
@@ -195,10 +184,8 @@ def _compare(logits: np.ndarray, prepared: Prepared | Study) -> None:
     context, n, y = prepared.context(), prepared.data.n_train, prepared.data.y
     right, expected = correct(logits[None], y)[0], correct(np.asarray(context.outputs[: len(context.masks)]), y)
     seen = np.array([row[:n][mask].mean() for row, mask in zip(expected, context.masks, strict=True)])
-    for what, own, others in (
-        ("training", right[:n].mean(), seen),
-        ("validation", right[n:].mean(), expected[:, n:].mean(1)),
-    ):
+    for what, part, others in (("training", right[:n], seen), ("validation", right[n:], expected[:, n:].mean(1))):
+        own = part.mean()
         if abs(own - others.mean()) > max(FAR, 4 * others.std()):
             warnings.warn(
                 f"The model answers {own:.1%} of {what} points correctly, models of its recipe {others.mean():.1%} +- "

@@ -163,9 +163,7 @@ def _read(part: Any) -> tuple[np.ndarray, np.ndarray]:
         return np.stack([np.asarray(x) for x, _ in items]), np.array([int(y) for _, y in items])
     except (Exception, SystemExit) as error:  # whatever a data set, its transforms or its shapes raise
         said = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise DataError(
-            f"A torch data set cannot be read as points and labels ({said}); let items be (x, y)."
-        ) from error
+        raise DataError(f"A torch data set cannot be read as points and labels ({said}); give (x, y).") from error
 
 
 def _table(path: Path) -> Dataset:
