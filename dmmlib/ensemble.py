@@ -31,8 +31,8 @@ from dmmlib.optim import SGD, Optimizer, Tensors
 
 _BOUNDS: dict[str, tuple[Any, float, float, str]] = {
     **dict.fromkeys(("epochs", "batch_size"), (Integral, 1, 1e9, "a whole number from 1")),
-    "lr": (Real, math.ulp(0.0), 1e30, "a finite number above 0"),
-    "weight_decay": (Real, 0, 1e30, "a finite number from 0"),
+    "lr": (Real, math.ulp(0.0), math.inf, "a finite number above 0"),
+    "weight_decay": (Real, 0, math.inf, "a finite number from 0"),
     **dict.fromkeys(("momentum", "warmup"), (Real, 0, 1, "a number from 0 to below 1")),
 }
 

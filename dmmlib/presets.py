@@ -36,7 +36,7 @@ Side = Annotated[int, Field(ge=1, le=64)]  # of an image that is averaged over, 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Several = Annotated[int, Field(ge=2)]  # as many as an interval takes
 AMBIGUOUS = re.compile(
-    r"(?i)yes|no|on|off|<<|=|\d{4}-\d\d?-\d\d?.*|[+-]?[\d.][\d.]*_[\d_.]*(e[+-]?\d+)?"
+    r"(?i)yes|no|on|off|<<|=|\d{4}-\d\d?-\d\d?.*|(?![+-]?\d{1,3}(_\d{3})+$)[+-]?[\d.][\d.]*_[\d_.]*(e[+-]?\d+)?"
     r"|[+-]?(0[\d_]+|0[bx][\da-f_]+|[1-9][\d_]*(:[0-5]?\d)+|\d[\d_]*(:[0-5]?\d)+\.[\d_]*)"
 )
 """What YAML 1.1 takes for truths, octal, sexagesimal or cut numbers, dates and merged keys, and people for others."""

@@ -142,7 +142,10 @@ CHANGES = {
     "KLoM: another clip": ("metric klom", put(metrics, "CLIP", 90.0)),
     "KLoM: narrower intervals": ("metric klom", edit(metrics.klom_summary, "error, least", "0.8 * error, least")),
     "U-LiRA: a scale of all": ("metric u_lira", edit(metrics.u_lira, "fitted.std(0, ddof=1)", "fitted.std()")),
-    "ridge: twice the penalty": ("ridge", edit(datamodels.RidgeDatamodel.fit.__func__, "add_(lam)", "add_(2 * lam)")),
+    "ridge: twice the penalty": (
+        "ridge",
+        edit(datamodels.RidgeDatamodel.fit_all.__func__, "gram + lam *", "gram + 2 * lam *"),
+    ),
     "predicted logits out of gauge": ("predicted oracle", edit(datamodels.retrained, "moved - wrong", "moved")),
     "lowest instead of highest": ("forget sets", edit(forget_sets.highest, "argsort(-scores", "argsort(scores")),
     "fine-tuning that does not descend": ("finetune", put(unlearning, "descend", lambda *args, **more: None)),
@@ -223,7 +226,7 @@ HARMLESS = {
         edit(metrics.u_lira, "log_density", "log_likelihood"),
         edit(unlearn.finetune, "trajectory", "margins_on_the_way"),
         edit(unlearn.draw_batches, "-(-n_steps * size // len(pool))", "math.ceil(n_steps * size / len(pool))"),
-        edit(datamodels.RidgeDatamodel.fit.__func__, "(a @ a.T if", "(torch.matmul(a, a.T) if"),
+        edit(datamodels.RidgeDatamodel.fit_all.__func__, "(a @ a.T if", "(torch.matmul(a, a.T) if"),
     ],
 }
 
