@@ -16,7 +16,7 @@ import numpy as np
 from dmmlib.errors import DataError
 from dmmlib.registry import Registry, check_call
 
-SPLITS = {"forget", "retain", "validation", "all"}  # what tables call points, which no probes may be called
+SPLITS = ("forget", "retain", "validation")  # of all points, by a forget set; so, or "all", no probes may be called
 MOST_CLASSES = 10_000  # that need no names
 
 
@@ -168,7 +168,7 @@ def from_arrays(
     with suppress(AttributeError, TypeError, ValueError):  # no mapping, no lists of numbers
         asked = {str(key): np.asarray(value) for key, value in ({} if probes is None else probes).items()}
         every = np.concatenate([*asked.values(), np.empty(0, int)])
-    if taken := sorted(asked.keys() & SPLITS):
+    if taken := sorted(asked.keys() & {*SPLITS, "all"}):
         raise DataError(f"probes are named {taken[0]!r}, as points are in tables; give them another name.")
     if every.dtype.kind not in "iu" or not ((every >= 0) & (every < len(x_val))).all() or len(every) >= len(x_val):
         expected = f"by name some, not all, of the positions 0 to {len(x_val) - 1}, as integers"

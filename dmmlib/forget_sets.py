@@ -17,8 +17,6 @@ from dmmlib.files import check_alone, check_name, load_json, write_bytes
 if TYPE_CHECKING:
     from dmmlib.presets import ForgetSetSection
 
-SPLITS = ("forget", "retain", "validation")  # of all points, by a forget set
-
 
 def check_forget_indices(forget: Sequence[int] | np.ndarray, n_train: int | None = None) -> np.ndarray:
     """Forget indices as int64; raises ForgetSetError unless they are some but not all points, each given once.

@@ -14,9 +14,9 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dmmlib import forget_sets
+from dmmlib import data
 
-SPLITS = forget_sets.SPLITS
+SPLITS = data.SPLITS
 STATISTICS = {
     "mean_gap": "gap",
     "ks_share": "KS",

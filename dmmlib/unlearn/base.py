@@ -221,16 +221,12 @@ def check_setting(name: str, options: Mapping[str, Any]) -> None:
     for option, value in options.items():
         values = [*usual.get(option, []), *found.space.get(option, [])]
         kinds, expected = {type(v) for v in values if v is not None}, ""
+        free = (value is None and None in values) or (option in MAY_BE_0 and value == 0)
         if kinds == {bool} and not isinstance(value, bool):
             expected = "true or false"
-        elif kinds == {str} and library and value not in values:
+        elif library and kinds == {str} and value not in values:
             expected = f"one of {', '.join(sorted(set(values)))}"
-        elif (
-            kinds
-            and kinds <= {int, float}
-            and library
-            and not (value in [v for v in values if v is None] or (option in MAY_BE_0 and value == 0))
-        ):
+        elif library and kinds and kinds <= {int, float} and not free:
             most = MOST.get(option.rpartition("_")[2], math.inf)
             check_options(high=most, whole=kinds == {int}, **{f"{name}.{option}": value})
         if expected:
