@@ -26,7 +26,7 @@ from dmmlib.datamodels import Attributor, check_varying
 from dmmlib.ensemble import Ensemble, check_masks
 from dmmlib.errors import DataError
 from dmmlib.metrics import right_logits
-from dmmlib.registry import Registry
+from dmmlib.registry import Registry, check_call
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,8 @@ def get(name: str) -> Fit:
 
 
 def fit(name: str, context: Context, **options: Any) -> Attributor:
-    """Fit the method of that name; raises MethodError if there is none."""
+    """Fit the method of that name; raises MethodError if there is none, OptionError for options it does not take."""
+    check_call(f"attributor {name!r}", get(name), context, **options)
     return get(name)(context, **options)
 
 

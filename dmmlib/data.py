@@ -82,11 +82,18 @@ def huge(numbers: list[Any]) -> list[int | str]:
     return [n if isinstance(n, int) else f"{n:.0f}" for n in large]
 
 
+def array(values: Any) -> np.ndarray:
+    """Values as an array, also those of a tensor with a gradient, on a GPU, or in bfloat16."""
+    if hasattr(values, "detach"):
+        values = (values.float() if str(values.dtype) == "torch.bfloat16" else values).detach().cpu()
+    return np.asarray(values)
+
+
 def _checked(part: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Points and labels as a `Dataset` holds them; arrays on disk stay there."""
     try:
-        x, y = (np.asarray(np.ma.filled(v, np.nan) if np.ma.is_masked(v) else v) for v in (x, y))
-    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists, masked integers, tensors with a gradient
+        x, y = (array(np.ma.filled(v, np.nan) if np.ma.is_masked(v) else v) for v in (x, y))
+    except (TypeError, ValueError) as error:  # ragged lists, masked integers
         raise DataError(f"x_{part} or y_{part} is no array ({error}); give lists of the same length.") from error
     if y.ndim != 1 or len(y) == 0 or y.shape != x.shape[:1]:
         given = f"x_{part} has shape {x.shape} and y_{part} has shape {y.shape}"

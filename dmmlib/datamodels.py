@@ -83,6 +83,10 @@ class Attributor(ABC):
         """Standard deviation (n_points,) of the predicted change of each margin; None where it is not known."""
         return None
 
+    def left_out(self) -> np.ndarray | None:
+        """By how much the margins (M, n_points) of fitted models miss what the others predict; None if not known."""
+        return None
+
     def leverage(self, forget: Indices) -> float | None:
         """How far weights move without F, up to a constant factor; None where it is not known."""
         return None

@@ -16,25 +16,20 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from numbers import Integral, Real
-from typing import Any
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dmmlib import stacking
-from dmmlib.errors import DataError, OptionError
+from dmmlib.errors import DataError
 from dmmlib.execution import Execution, compiled, vary_in_size
 from dmmlib.optim import SGD, Optimizer, Tensors
-
-_BOUNDS: dict[str, tuple[Any, float, float, str]] = {
-    **dict.fromkeys(("epochs", "batch_size"), (Integral, 1, 1e9, "a whole number from 1")),
-    "lr": (Real, math.ulp(0.0), math.inf, "a finite number above 0"),
-    "weight_decay": (Real, 0, math.inf, "a finite number from 0"),
-    **dict.fromkeys(("momentum", "warmup"), (Real, 0, 1, "a number from 0 to below 1")),
-}
+from dmmlib.presets import BelowOne
+from dmmlib.registry import check_call
 
 
 @dataclass(frozen=True)
@@ -47,22 +42,17 @@ class Training:
     0.1
     """
 
-    epochs: int = 20
-    batch_size: int = 50
-    lr: float = 0.2
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    warmup: float = 0.2
-    precision: str = "float32"
+    epochs: PositiveInt = 20
+    batch_size: PositiveInt = 50
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.2
+    momentum: BelowOne = 0.9
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4
+    warmup: BelowOne = 0.2
+    precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        """Raise OptionError for what no training has; the bounds are those of presets."""
-        for name, (kind, low, high, expected) in _BOUNDS.items():
-            value = getattr(self, name)
-            if not isinstance(value, kind) or isinstance(value, bool) or not low <= value < high:
-                raise OptionError(f"Training has {name}={value!r:.60}; give {expected}.")
-        if self.precision not in ("float32", "bfloat16"):
-            raise OptionError(f"Training has precision={self.precision!r:.60}; give 'float32' or 'bfloat16'.")
+        """Raise OptionError for what no training has."""
+        check_call("Training", type(self), **vars(self))
 
     def rate(self, progress: float) -> float:
         """Return the learning rate after the share `progress`, in [0, 1], of all steps."""

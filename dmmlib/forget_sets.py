@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -95,6 +96,31 @@ def make(name: str, indices: Sequence[int] | np.ndarray, data: Dataset, **made_b
     return ForgetSet(check_name(name, ForgetSetError), indices, made_by or {"kind": "indices"}, data.sha256)
 
 
+def checked(forget_set: Any, data: Dataset) -> ForgetSet:
+    """The forget set; raises ForgetSetError for anything else, such as a list, and for a set of other data."""
+    if not isinstance(forget_set, ForgetSet):
+        raise ForgetSetError(f"{forget_set!r:.60} is no forget set; make one by forget_sets.make(name, indices, data).")
+    if forget_set.data_sha256:
+        _check_data(f"Forget set {forget_set.name!r}", forget_set.data_sha256, data)
+    check_forget_indices(forget_set.indices, data.n_train)
+    return forget_set
+
+
+def _check_data(what: str, sha256: Any, data: Dataset) -> None:
+    if sha256 != data.sha256:
+        made = f"{what} was made for data {sha256!s:.12}, but this is {data.name} {data.sha256:.12}"
+        raise ForgetSetError(f"{made}; load the data set it was made for, or make it again.")
+
+
+def chosen_on(tuning: dict[str, ForgetSet], own: ForgetSet | None) -> dict[str, ForgetSet]:
+    """The tuning sets; warns where a set of one's own holds half of one, as hyperparameters are chosen on it."""
+    for name, f in tuning.items():
+        if own and (share := float(np.isin(f.indices, own.indices).mean())) >= 0.5:
+            said = f"holds {share:.0%} of {name!r}, on which hyperparameters are chosen, so that its results flatter"
+            warnings.warn(f"Forget set {own.name!r} {said}; choose other tuning sets for it.", stacklevel=3)
+    return tuning
+
+
 def load(path: Path, data: Dataset) -> ForgetSet:
     """Read a forget set; StoreError if there is no JSON, ForgetSetError if it is of other data or cannot be used."""
     return parse(load_json(path), data, str(path))
@@ -104,11 +130,7 @@ def parse(content: Any, data: Dataset, path: str) -> ForgetSet:
     """What `ForgetSet.save` wrote, checked as by `load`; `path` is named where it cannot be used."""
     if missing := {"name", "indices", "data_sha256"} - set(content if isinstance(content, dict) else {}):
         raise ForgetSetError(f"{path} lacks {', '.join(sorted(missing))}; save forget sets with ForgetSet.save.")
-    if content["data_sha256"] != data.sha256:
-        raise ForgetSetError(
-            f"{path} was made for data {content['data_sha256']!s:.12}, but this is {data.name} {data.sha256:.12}; "
-            "load the data set it was made for, or make it again."
-        )
+    _check_data(path, content["data_sha256"], data)
     made, made_by = make(content["name"], content["indices"], data), content.get("made_by", {"kind": "indices"})
     if not isinstance(made_by, dict):
         raise ForgetSetError(f"{path} has made_by {made_by!r}; give a mapping, such as {made.made_by}.")

@@ -30,7 +30,7 @@ def jobs(preset: Preset, n_train: int, n_classes: int) -> Iterator[Job]:
     """All models that a preset's main story trains, on data of that size."""
     n, d, t, a = preset.ensembles.n_models, preset.datamodels, preset.tuning, preset.attribution
     yield Job("originals", n_train, {"originals": n})
-    if any(unlearn.registered(method).rewinds for method in preset.unlearning.methods):
+    if any(unlearn.get(method).rewinds for method in preset.unlearning.methods):
         yield Job("originals, to rewind to", n_train, {"originals": n}, until=REWOUND)
     yield Job("subset models", round(d.fraction * n_train), {"subsets": d.n_subsets + d.n_held_out}, False)
     yield Job("attribution models", round(a.fraction * n_train), {"attribution": a.n_subsets})

@@ -37,7 +37,7 @@ def attributed(preset: Preset, method: str, tuning_sets: Callable[[], Mapping[st
 
     Only ridge depends on the tuning sets, so they are made for it alone.
     """
-    if not unlearn.registered(method).attributed:
+    if not unlearn.get(method).attributed:
         return {}
     name = method.partition("@")[2] or preset.attribution.name
     if name == "ridge":
@@ -57,7 +57,7 @@ def fitted(preset: Preset, name: str) -> dict[str, Any]:
 
 def method(name: str) -> dict[str, Any]:
     """What a method's result depends on through its code."""
-    own = fingerprint.of_own(unlearn.get(name))
+    own = fingerprint.of_own(unlearn.get(name).run)
     return {"method": name, "versions of method": versions(*UNLEARNING, f"method {name.partition('@')[0]}") | own}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from dmmlib.execution import Execution
 
 Loop = Callable[[nn.Module, Tensor, Tensor, int], nn.Module]
 """Trains a fresh model on points (n, ...) and labels (n,), drawing by the seed, and returns it."""
+
+_RETURNED: WeakSet[nn.Module] = WeakSet()
 
 
 def trained(loop: Loop, make: Callable[[], nn.Module], x: Tensor, y: Tensor, seed: int) -> nn.Module:
@@ -34,6 +37,9 @@ def trained(loop: Loop, make: Callable[[], nn.Module], x: Tensor, y: Tensor, see
             raise ModelError(f"The train function fails on {len(x)} points ({said}); mend it.") from error
     if not isinstance(found, nn.Module):
         raise ModelError(f"The train function returns a {type(found).__name__}; return the trained model.")
+    if found in _RETURNED:
+        raise ModelError("The train function trains the same module again and again; train the model it is given.")
+    _RETURNED.add(found)
     try:
         fresh.load_state_dict(found.state_dict())  # frozen or not as when it was new
     except RuntimeError as error:

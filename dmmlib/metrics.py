@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from scipy.special import kolmogorov
 
+from dmmlib.data import array
 from dmmlib.errors import DataError
 
 CLIP = 100.0
@@ -35,7 +36,7 @@ def margins(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     >>> margins(np.array([[[2.0, 0.0], [0.0, 1.0]]]), np.array([0, 0]))
     array([[ 2., -1.]], dtype=float32)
     """
-    logits, labels = np.asarray(logits), np.asarray(labels)
+    logits, labels = array(logits), array(labels)
     if labels.shape != logits.shape[1:2] or logits.ndim != 3 or logits.shape[2] < 2 or logits.dtype.kind not in "iuf":
         raise DataError(
             f"Logits have shape {logits.shape} and labels {labels.shape}; give numbers (n_models, n_points, "
@@ -60,7 +61,7 @@ def margin_gauge(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def right_logits(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The label's logit (..., n_points) of logits (..., n_points, n_classes): in the margin gauge, the margin."""
-    logits, labels = np.asarray(logits), np.asarray(labels)
+    logits, labels = array(logits), array(labels)
     if labels.dtype.kind not in "iu" or labels.shape != logits.shape[-2:-1]:
         raise DataError(f"Labels are {labels.dtype}; give integers, one a point: {labels.shape} for {logits.shape}.")
     if len(labels) and (labels.min() < 0 or labels.max() >= logits.shape[-1]):
@@ -71,8 +72,8 @@ def right_logits(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def correct(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Whether the largest logit is the label's: bool (n_models, n_points), False where logits are NaN."""
-    logits = np.asarray(logits)
-    return (logits.argmax(2) == np.asarray(labels)) & ~np.isnan(right_logits(logits, labels))
+    logits = array(logits)
+    return (logits.argmax(2) == array(labels)) & ~np.isnan(right_logits(logits, labels))
 
 
 def positions(splits: Mapping[str, np.ndarray], n_points: int) -> dict[str, np.ndarray]:
@@ -90,7 +91,7 @@ def positions(splits: Mapping[str, np.ndarray], n_points: int) -> dict[str, np.n
 
 def checked(unlearned: np.ndarray, oracle: np.ndarray, least: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Both as arrays; DataError unless they are finite margins of at least that many models at the same points."""
-    unlearned, oracle = np.asarray(unlearned), np.asarray(oracle)
+    unlearned, oracle = array(unlearned), array(oracle)
     for name, m in (("unlearned", unlearned), ("oracle", oracle)):
         if m.ndim != 2 or len(m) < least or m.dtype.kind not in "iuf":
             raise DataError(f"The {name} margins have shape {m.shape}; give (n_models >= {least}, n_points).")

@@ -12,7 +12,7 @@ from scipy.special import expit
 from dmmlib import attribution, datamodels, metrics
 from dmmlib.ensemble import Ensemble
 from dmmlib.files import short
-from dmmlib.forget_sets import ForgetSet
+from dmmlib.forget_sets import ForgetSet, checked
 from dmmlib.jobs import REWOUND
 from dmmlib.store import Outputs
 from dmmlib.trainer import ModelSet, Trainer, once
@@ -47,7 +47,7 @@ class Models(Trainer):
         return self.read(self._original_set, "logits")
 
     def _oracle_set(self, forget_set: ForgetSet, floor: bool = False, n: int | None = None) -> ModelSet:
-        content = short(forget_set.indices.tobytes())[:8]
+        content = short(checked(forget_set, self.data).indices.tobytes())[:8]
         name = f"{'floor' if floor else 'oracles'}:{forget_set.name}:{content}"
         return ModelSet(name, np.tile(forget_set.mask(self.data.n_train), (n or self.preset.ensembles.n_models, 1)))
 
@@ -76,7 +76,7 @@ class Models(Trainer):
 
     def splits(self, forget_set: ForgetSet, probes: bool = True) -> dict[str, np.ndarray]:
         """Positions of forget, retain and validation points; then, by name, if asked, of the data's probes."""
-        splits = forget_set.splits(self.data.n_train, self.data.n_val)
+        splits = checked(forget_set, self.data).splits(self.data.n_train, self.data.n_val)
         apart = {name: self.data.n_train + positions for name, positions in self.data.probes.items()}
         splits["validation"] = np.setdiff1d(splits["validation"], np.concatenate([[-1], *apart.values()]))
         return splits | (apart if probes else {})

@@ -34,13 +34,13 @@ Some = Annotated[tuple[T, ...], Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Side = Annotated[int, Field(ge=1, le=64)]  # of an image that is averaged over, in pixels
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Several = Annotated[int, Field(ge=2)]  # as many as an interval takes
 AMBIGUOUS = re.compile(
     r"(?i)yes|no|on|off|<<|=|\d{4}-\d\d?-\d\d?.*|(?![+-]?\d{1,3}(_\d{3})+$)[+-]?[\d.][\d.]*_[\d_.]*(e[+-]?\d+)?"
     r"|[+-]?(0[\d_]+|0[bx][\da-f_]+|[1-9][\d_]*(:[0-5]?\d)+|\d[\d_]*(:[0-5]?\d)+\.[\d_]*)"
 )
 """What YAML 1.1 takes for truths, octal, sexagesimal or cut numbers, dates and merged keys, and people for others."""
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
 MOST = {int: 1e9, float: 1e30}  # of any number in a preset
 
 

@@ -11,7 +11,11 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Generic, TypeVar, cast
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, Generic, TypeVar, cast, get_args, get_type_hints
+
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from dmmlib.errors import MethodError, OptionError
 from dmmlib.files import check_name
@@ -109,12 +113,32 @@ class Registry(Generic[T]):
 
 
 def check_call(what: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
-    """Raise OptionError, before anything is computed, if a registered function does not take these options."""
+    """Raise OptionError, before anything is computed, if a registered function does not take these options.
+
+    Values are checked as pydantic reads the function's annotations, and true or false where that is the default.
+    """
+    own = inspect.signature(function).parameters.values()
+    try:
+        hints = get_type_hints(function, include_extras=True)
+    except (NameError, TypeError):  # names that only a type checker imports, or a callable without any
+        hints = {}
+    kinds = {p.name: bool for p in own if isinstance(p.default, bool)} | hints
     try:
         inspect.signature(function).bind(*arguments, **options)
     except TypeError as error:
-        known = ", ".join(list(inspect.signature(function).parameters)[len(arguments) :]) or "none"
+        known = ", ".join([p.name for p in own][len(arguments) :]) or "none"
         raise OptionError(f"Options of {what} are {options} ({error}); use its own: {known}.") from None
+    for name, value in options.items():
+        if not isinstance(value, (bool, int, float)) and isinstance(value, Real):  # one of numpy's
+            value = int(value) if isinstance(value, Integral) else float(value)
+        try:
+            adapter = TypeAdapter(kinds.get(name, Any), config={"arbitrary_types_allowed": True})
+            adapter.validate_python(value, strict=Path not in (kinds.get(name), *get_args(kinds.get(name))))
+        except ValidationError as error:
+            expected = " or ".join(dict.fromkeys(e["msg"].replace("Input", "it") for e in error.errors()))
+            raise OptionError(f"Option {name}={value!r:.60} of {what} was given; {expected}.") from None
+        except PydanticUserError:  # an annotation that it does not know
+            continue
 
 
 def versions(*components: str) -> dict[str, int]:

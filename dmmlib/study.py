@@ -186,7 +186,7 @@ class Study(Models):
         """
         standard = self.forget_sets() if self.own is None else self._make_forget_sets(self.preset.forget_sets)
         reported = np.unique(np.concatenate([f.indices for f in standard.values()]))
-        return self._make_forget_sets(self.preset.tuning.forget_sets, reported)
+        return forget_sets.chosen_on(self._make_forget_sets(self.preset.tuning.forget_sets, reported), self.own)
 
     def _make_forget_sets(
         self, sections: Iterable[presets.ForgetSetSection], exclude: np.ndarray | None = None
@@ -210,8 +210,8 @@ class Study(Models):
 
         It has an attributor where the method takes one: that which its name says after @, or the preset's.
         """
-        attributed = method and unlearn.registered(method).attributed
-        share, then = self.earlier() if method and unlearn.registered(method).rewinds else (0.0, None)
+        forget, attributed = self.splits(forget_set)["forget"], method and unlearn.get(method).attributed
+        share, then = self.earlier() if method and unlearn.get(method).rewinds else (0.0, None)
         n = self.preset.tuning.n_models if tuning else self.preset.ensembles.n_models
         return Problem(
             originals=self.originals()[:n],
@@ -219,7 +219,7 @@ class Study(Models):
             x=self.x,
             y=self.y,
             n_train=self.data.n_train,
-            forget=forget_set.indices,
+            forget=forget,
             training=self.training,
             attributor=self.attributor(method.partition("@")[2]) if attributed else None,
             oracle_logits=self.oracles(forget_set, floor=True, n=n),
@@ -280,7 +280,7 @@ class Study(Models):
 
         Models that diverge count as `Unlearned.finite` says, or raise MethodError where no setting was searched.
         """
-        setting = self.tuned(method)
+        forget_set, setting = forget_sets.checked(forget_set, self.data), self.tuned(method)
         key = config_hash(self.key_of(method, setting, forget_set))
         path = self.runs / "store" / f"unlearned-{method}-{key}.npz"
 

@@ -486,6 +486,23 @@ def test_the_posterior_is_that_of_generalised_least_squares():
         np.testing.assert_allclose(sd[j], fitted.sigma[j] * np.sqrt(variance), rtol=1e-3)
 
 
+def test_left_out_residuals_are_those_of_a_fit_without_the_model():
+    """By universal kriging from the other 19 models, with the same scale, rho and covariance."""
+    context, _, w0 = gaussian(m=20)
+    fitted = fit(context, w0, delta=0.3)
+    a, out, labels = context.masks - context.masks.mean(0), 7, context.labels
+    others = np.arange(20) != out
+    r = fitted.rho * a @ covariance(w0, 0.3) @ a.T + np.eye(20)
+    inverse = np.linalg.inv(r[np.ix_(others, others)])
+    left = context.margins - metrics.right_logits(fitted.prior.predict(context.masks), labels)
+    for j in range(40):
+        x = np.stack([np.ones(20), *([a[:, j]] if j < 12 else [])], 1)
+        known, y = x[others], left[others, j]
+        trend = np.linalg.solve(known.T @ inverse @ known, known.T @ inverse @ y)
+        predicted = x[out] @ trend + r[out, others] @ inverse @ (y - known @ trend)
+        np.testing.assert_allclose(fitted.left_out()[out, j], left[out, j] - predicted, atol=1e-3)
+
+
 def test_evidence_finds_the_scale_and_intervals_cover():
     covered, scales = [], []
     for seed in range(12):
@@ -621,30 +638,30 @@ def test_bad_input():
     bare = Context(**parts)
     with pytest.raises(DataError, match="context `models`"):
         attribution.fit("kernel", bare)
-    with pytest.raises(DataError, match="delta=0"):
+    with pytest.raises(OptionError, match="delta=0"):
         attribution.fit("bayesian", context, delta=0)
     few = Context(**parts | {"masks": context.masks[:2], "outputs": context.outputs[:2]}, models=context.models[:2])
     with pytest.raises(DataError, match="at least 3"):
         attribution.fit("bayesian", few)
     for name in ("kernel", "linearised"):
-        with pytest.raises(DataError, match=r"penalty is .*0; give a positive"):
+        with pytest.raises(OptionError, match=r"lam=0 .*greater than 0"):
             attribution.fit(name, context, lam=0)
     for options in ({"rank": 0}, {"n_models": 0}):
-        with pytest.raises(DataError, match="at least 1"):
+        with pytest.raises(OptionError, match=r"=0 .*greater than 0"):
             attribution.fit("bayesian", context, **options)
     with pytest.raises(DataError, match="context `models`"):
         attribution.fit("linearised", bare)
     with pytest.raises(ForgetSetError, match=r"index 10 .* 10"):
         attribution.fit("kernel", context).effect([10])
-    with pytest.raises(DataError, match="between 0 and 1"):
+    with pytest.raises(OptionError, match=r"shares=\[0.5, 1.5\] .*less than 1"):
         attribution.fit("lasso", bare, shares=[0.5, 1.5])
     with pytest.raises(DataError, match="at least two"):
         attribution.fit("lasso", bare, held_out=0.95)
     for odd in ({"tol": 1e-7}, {"tol": "x"}, {"tol": np.nan}, {"held_out": "x"}, {"held_out": np.nan}):
-        with pytest.raises(OptionError, match="use a number above"):
+        with pytest.raises(OptionError, match=r"of attributor .lasso. was given"):
             attribution.fit("lasso", bare, **odd)
     for odd in ("abc", None, [], ["a"], [np.nan]):
-        with pytest.raises(DataError, match="between 0 and 1"):
+        with pytest.raises(OptionError, match=r"shares=.* of attributor .lasso. was given"):
             attribution.fit("lasso", bare, shares=odd)
     with pytest.raises(MethodError, match="Unknown attributor 'nope'"):
         attribution.get("nope")
@@ -849,7 +866,7 @@ def test_logra_refuses_what_it_has_no_gradients_of():
         with pytest.raises(DataError, match=r"LoGra.* linear layers only"):
             attribution.fit("logra", problem(factory))
     for options in ({"rank": 0}, {"damping": 0}):
-        with pytest.raises(DataError, match="at least 1, and a share"):
+        with pytest.raises(OptionError, match=r"=0 of attributor 'logra' was given; it should be greater than 0"):
             attribution.fit("logra", problem(FACTORIES["mlp"]), **options)
 
 

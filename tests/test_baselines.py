@@ -186,11 +186,11 @@ def test_convolutions_and_batch_norm(problem):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("neggrad_plus", {"beta": 0.0}, "beta=0.0 was given; use a number above 0 and at most 1"),
-        ("neggrad_plus", {"beta": 1.5}, "beta=1.5 was given"),
-        ("random_labels", {"epochs": 1.5}, "epochs=1.5 was given; use a whole number above 0"),
+        ("neggrad_plus", {"beta": 0.0}, "beta=0.0 of method .neggrad_plus. was given; it should be greater than 0"),
+        ("neggrad_plus", {"beta": 1.5}, "beta=1.5 .*less than or equal to 1"),
+        ("random_labels", {"epochs": 1.5}, "epochs=1.5 .*a valid integer"),
         ("random_labels", {"batch_size": 0}, "batch_size=0"),
-        ("salun", {"share": 2}, "share=2 was given; use a number above 0 and at most 1"),
+        ("salun", {"share": 2}, "share=2 .*less than or equal to 1"),
         ("bad_teacher", {"temperature": -1}, "temperature=-1"),
         ("bad_teacher", {"retain_share": float("nan")}, "retain_share=nan"),
         ("l1_sparse", {"gamma": "big"}, "gamma='big'"),
@@ -201,7 +201,7 @@ def test_convolutions_and_batch_norm(problem):
         ("ssd", {"alpha": 0}, "alpha=0"),
         ("newton", {"iterations": 2.5}, "iterations=2.5"),
         ("newton", {"damping": 0.0}, "damping=0.0"),
-        ("oracle_matching", {"targets": "mean"}, "targets='mean' was given; use 'shifted' or 'oracle'"),
+        ("oracle_matching", {"targets": "mean"}, "targets='mean' .*'shifted' or 'oracle'"),
     ],
 )
 def test_options_that_make_no_sense(problem, name, options, message):
@@ -550,14 +550,14 @@ def test_newton_step_of_a_convex_problem_is_exact_and_near_retraining(linear):
     weight, bias = exact[:-10].view(10, -1), exact[-10:]
     expected = metrics.margins((linear.x.double() @ weight.mT + bias).numpy()[None], linear.labels)
 
-    result = unlearn.get("newton")(convex, damping=1e-9, iterations=200, cost=1e9)
+    result = unlearn.get("newton")(convex, damping=1e-9, iterations=200, cost=1000)
     np.testing.assert_allclose(result.margins, expected, atol=2e-4)
     assert (exact - retrained).norm() < 0.05 * (theta - retrained).norm()
 
 
 def test_newton_step_lowers_f_more_than_r(problem, before):
     def shift(**options):
-        moved = (unlearn.get("newton")(problem, iterations=20, cost=1e9, **options).margins - before).mean(0)
+        moved = (unlearn.get("newton")(problem, iterations=20, cost=1000, **options).margins - before).mean(0)
         return moved[FORGET].mean(), moved[problem.retain].mean()
 
     (f, r), (short, _) = shift(damping=1e-2), shift(damping=1.0)

@@ -72,7 +72,7 @@ def test_the_table_holds(today):
 def test_every_registered_part_has_its_rows():
     ours = [
         *(f"model {name}" for name in models.MODELS if models.get(name).factory.__module__.startswith("dmmlib")),
-        *(f"method {name}" for name in unlearn.names() if unlearn.get(name).__module__.startswith("dmmlib")),
+        *(f"method {name}" for name in unlearn.names() if unlearn.get(name).run.__module__.startswith("dmmlib")),
         *(
             f"attributor {name}"
             for name in attribution.names()
@@ -177,8 +177,11 @@ CHANGES = {
     "Gauss-Newton: twice the ridge": ("gauss-newton", edit(gauss_newton.Jacobian.solve, "ridge * k", "2 * ridge * k")),
     "matching: F is not met": ("matching", put(matching, "RIDGE_FORGET", 0.1)),
     "matching: margins that jump": ("matching", edit(matching.match, ".clamp(-farthest, farthest)", "")),
-    "GA descends": ("method ga", edit(unlearn.get("ga"), "sign=-1.0", "sign=1.0")),
-    "SCRUB without cross-entropy": ("method scrub", edit(unlearn.get("scrub"), "gamma * cross", "0 * cross")),
+    "GA descends": ("method ga", edit(unlearn.get("ga").run, "sign=-1.0", "sign=1.0")),
+    "SCRUB without cross-entropy": (
+        "method scrub",
+        edit(unlearn.get("scrub").run, "gamma * cross", "0 * cross"),
+    ),
     "SSD: fewer weights": ("method ssd", edit(dampening.dampen, "> alpha *", "> 2 * alpha *")),
     "Newton: half a step": (
         "method newton",

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -254,6 +255,14 @@ def test_accuracy_gap():
 def test_logits_and_labels_of_other_types_are_refused(logits, labels, message):
     with pytest.raises(DataError, match=message):
         metrics.margins(logits, labels)
+
+
+def test_tensors_with_a_gradient_or_of_half_precision_are_taken():
+    logits, labels = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]]), torch.tensor([0, 0])
+    for values in (logits.requires_grad_(), logits.bfloat16(), logits.double()):
+        np.testing.assert_array_equal(metrics.margins(values, labels), [[2, -1]])
+        np.testing.assert_array_equal(metrics.correct(values, labels), [[True, False]])
+    assert metrics.klom(logits[0].bfloat16(), logits[0]).tolist() == [0, 0]
 
 
 def test_the_gauge_of_large_logits_is_the_margin():

@@ -374,6 +374,11 @@ def of(train=loop, model=tabular, data=None):
     return Recipe(model, data or split(*points((8,))), train)
 
 
+def shared():
+    mine = tabular()
+    return lambda model, x, y, seed: loop(mine, x, y, seed)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -383,6 +388,7 @@ def of(train=loop, model=tabular, data=None):
         (lambda: of(train=lambda model, x, y, seed: model), "answers the same whatever it is given"),
         (lambda: of(model=lambda: nn.Linear(8, 4)), r"answers \(4, 4\) for 4 points; give logits \(4, 3\)"),
         (lambda: of(model=tabular()), "give what makes a fresh one"),
+        (lambda: of(train=shared()), "trains the same module again and again; train the model it is given"),
         (lambda: of(train=3), "give a Training, or a function"),
         (lambda: of(train=lambda model, x, y, seed: sys.exit(0)), r"The train function fails .*SystemExit: 0"),
         (lambda: Recipe(tabular, split(*points((8,))), prepare=None), "prepare is a NoneType; leave it out, or give a"),

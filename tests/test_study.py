@@ -79,8 +79,54 @@ def test_settings_that_a_preset_gives_are_not_searched(tmp_path):
     assert [own.tuned(method) for method in given] == list(given.values())
     assert not list((tmp_path / "runs" / "store").glob("search-*"))
     for wrong in ({"gd": {"rate": 1}}, {"dmm": {"lr": 1}}):
-        with pytest.raises(OptionError, match="no option"):
+        with pytest.raises(OptionError, match=r"use its own: (epochs, lr|cost, steps, farthest)"):
             study(tmp_path, {"unlearning.settings": wrong})
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value", "expected"),
+    [
+        ("bayesian", "n_models", "many", "a valid integer"),
+        ("bayesian", "n_models", 0, "greater than 0"),
+        ("bayesian", "n_models", True, "a valid integer"),
+        ("bayesian", "delta", 2.0, "less than or equal to 1"),
+        ("linearised", "lam", "1", "a valid number"),
+        ("kernel", "project", 0.5, "a valid integer"),
+        ("trak", "regularization", -1, "greater than or equal to 0"),
+        ("lasso", "shares", "half", "not allowed as a Sequence"),
+    ],
+)
+def test_options_of_attributors_are_of_their_kind(tmp_path, name, option, value, expected):
+    with pytest.raises(OptionError, match=rf"Option {option}=.* of attributor '{name}' was given; .*{expected}"):
+        study(tmp_path, {"attribution.name": name, "attribution.options": {option: value}})
+
+
+def test_what_is_no_forget_set_of_these_data_is_refused_before_training(tmp_path):
+    own = study(tmp_path)
+    other = forget_sets.ForgetSet("other", np.array([1]), data_sha256="0" * 64)
+    outside = forget_sets.ForgetSet("outside", np.array([own.data.n_train]))
+    for wrong, message in (
+        ([1, 2], "is no forget set; make one by forget_sets.make"),
+        (None, "is no forget set; make one by forget_sets.make"),
+        (other, "was made for data 0000"),
+    ):
+        for ask in (own.problem, own.oracles, own.reference, own.splits, own.untrained_oracles):
+            with pytest.raises(ForgetSetError, match=message):
+                ask(wrong)
+        for ask in (own.unlearned, own.evaluate):
+            with pytest.raises(ForgetSetError, match=message):
+                ask("gd", wrong)
+    with pytest.raises(ForgetSetError, match="outside the training set"):
+        own.oracles(outside)
+    assert not list((tmp_path / "runs").rglob("*.npz"))
+
+
+def test_a_set_of_ones_own_that_settings_are_chosen_on_is_told(tmp_path):
+    first = next(iter(study(tmp_path).tuning_sets().values()))
+    forget_sets.make("mine", first.indices, study(tmp_path).data).save(tmp_path / "mine.json")
+    own = study(tmp_path, forget_set=tmp_path / "mine.json")
+    with pytest.warns(UserWarning, match=f"'mine' holds 100% of '{first.name}', on which hyperparameters are chosen"):
+        own.tuning_sets()
 
 
 def test_what_is_kept_stays_where_it_was_when_the_folder_changes(tmp_path, monkeypatch):
@@ -111,22 +157,27 @@ def test_beside_needs_a_forget_set(tmp_path):
 @pytest.mark.parametrize(
     ("method", "wrong", "words"),
     [
-        ("gd", {"whitened": "no"}, "use true or false"),
-        ("gd", {"whitened": 1}, "use true or false"),
-        *(("gd", {"lr": lr}, "use a number above 0") for lr in (-1, 0, True, [0.1], "x", None)),
-        *(("gd", {"epochs": n}, "use a number above 0 and at most 1000") for n in (-1, 0, 1e12, 10**400, "x")),
-        *(("gd", {"batch_size": n}, "use a whole number above 0") for n in (0, -1, 2.5, True)),
-        *(("dmm", {"cost": cost}, "use a number above 0 and at most 1000") for cost in (0, -1, "x", 1e9, None)),
-        ("scrub", {"max_epochs": 2.5}, "use a whole number above 0 and at most 1000"),
-        ("bad_teacher", {"retain_share": 1.5}, "use a number above 0 and at most 1"),
-        ("newton", {"iterations": 10**9}, "use a whole number above 0 and at most 1000"),
-        ("dmm_adam", {"ratio": "1:4"}, "use one of 1:3, 5:20"),
-        ("oracle_matching", {"targets": "moved"}, "use one of oracle, shifted"),
-        ("oracle_matching", {"n_oracles": 0}, "use a whole number above 0"),
+        *(("gd", {"whitened": value}, "a valid boolean") for value in ("no", 1)),
+        *(("gd", {"lr": lr}, "greater than 0") for lr in (-1, 0)),
+        *(("gd", {"lr": lr}, "a valid number") for lr in (True, [0.1], "x", None)),
+        ("gd", {"lr": float("inf")}, "a finite number"),
+        *(("gd", {"epochs": n}, "greater than 0") for n in (-1, 0)),
+        *(("gd", {"epochs": n}, "less than or equal to 1000") for n in (1e12, 1001)),
+        ("gd", {"epochs": 10**400}, "a valid number"),
+        *(("gd", {"batch_size": n}, "greater than 0") for n in (0, -1)),
+        *(("gd", {"batch_size": n}, "a valid integer") for n in (2.5, True)),
+        *(("dmm", {"cost": cost}, "greater than 0|less than or equal to 1000") for cost in (0, -1, 1e9)),
+        *(("dmm", {"cost": cost}, "a valid number") for cost in ("x", None)),
+        ("scrub", {"max_epochs": 2.5}, "a valid integer"),
+        ("bad_teacher", {"retain_share": 1.5}, "less than or equal to 1"),
+        ("newton", {"iterations": 10**9}, "less than or equal to 1000"),
+        ("dmm_adam", {"ratio": "1:4"}, "'1:3' or '5:20'"),
+        ("oracle_matching", {"targets": "moved"}, "'shifted' or 'oracle'"),
+        ("oracle_matching", {"n_oracles": 0}, "greater than 0"),
     ],
 )
 def test_options_that_a_method_cannot_take_are_refused_before_training(method, wrong, words):
-    with pytest.raises(OptionError, match=f"{method}.{next(iter(wrong))}=.*{words}"):
+    with pytest.raises(OptionError, match=f"Option {next(iter(wrong))}=.* of method '{method}' was given; .*({words})"):
         unlearn.check_setting(method, wrong)
 
 
@@ -146,8 +197,8 @@ def test_every_setting_of_a_grid_of_a_preset_and_of_a_users_method_is_allowed():
     try:
         other = {"rate": "auto", "layers": [1, 2], "shift": -1, "kind": "b", "sizes": {"a": 1}, "log": True}
         unlearn.check_setting("own kinds", other)
-        with pytest.raises(OptionError, match=r"log='no' .*true or false"):
-            unlearn.check_setting("own kinds", {"log": "no"})
+        with pytest.raises(OptionError, match=r"log='no' .*a valid boolean"):
+            unlearn.check_setting("own kinds", {"rate": 1, "log": "no"})
     finally:
         unlearn.METHODS.remove("own kinds")
 

@@ -20,7 +20,7 @@ from dmmlib.baselines.whitening import N_SEEN, finetune_in
 from dmmlib.errors import OptionError
 from dmmlib.files import config_hash, kept, read_json, write_json
 from dmmlib.forget_sets import ForgetSet
-from dmmlib.matching.match import dmm, match, predicted_oracle
+from dmmlib.matching.match import dmm, predicted_oracle
 from dmmlib.metrics import Estimate
 from dmmlib.optim import Adam
 from dmmlib.study import Study
@@ -72,7 +72,7 @@ def variant(
     return finetune_in(whitened, problem, [phase], Adam(lr), seen, rate=lambda share: lr * (1 - share))
 
 
-DEFAULTS: dict[str, Any] = {**(match.__kwdefaults__ or {}), "optimizer": "gauss-newton"}
+DEFAULTS: dict[str, Any] = {**(dmm.__kwdefaults__ or {}), "optimizer": "gauss-newton"}
 """Of DMM's options, and of what `variant` adds."""
 
 

@@ -144,7 +144,7 @@ def catalogue(methods: Iterable[str] | None = None) -> pd.DataFrame:
     """
     rows = {}
     for name in methods or unlearn.names():
-        entry = unlearn.registered(name)
+        entry = unlearn.get(name)
         grid = {option: values for option, values in entry.space.items() if len(values) > 1}
         searched = "; ".join(f"{option} {', '.join(map(setting, values))}" for option, values in grid.items())
         rows[label(name)] = [entry.paper, entry.cost, searched or "nothing", entry.elsewhere or "not known"]
@@ -166,7 +166,7 @@ def searches(study: Study, methods: Iterable[str]) -> pd.DataFrame:
             scores = found.groupby("setting")["mean_score"].min()
             spent = found.drop_duplicates(["setting", "forget_set"])["spent"].sum()
             written = ", ".join(f"{option} = {setting(value)}" for option, value in chosen.items())
-            edge = ", ".join(tuning.edges(unlearn.registered(name), chosen))
+            edge = ", ".join(tuning.edges(unlearn.get(name), chosen))
             rows.append((label(name), written, found["mean_score"].iloc[0], scores.median(), len(scores), spent, edge))
     columns = ["method", "chosen", "score", "median score of those tried", "tried", "retrainings", "edge"]
     return pd.DataFrame(rows, columns=columns)

@@ -28,8 +28,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from dmmlib.attribution import Context, register
 from dmmlib.attributors.linearised import LAM, LOGITS, RANK, linearised_response
@@ -37,6 +39,7 @@ from dmmlib.attributors.margins import Linear, MarginDatamodel, Response, of_lab
 from dmmlib.datamodels import Attributor, Indices
 from dmmlib.errors import DataError
 from dmmlib.forget_sets import indicator
+from dmmlib.metrics import right_logits
 
 RHOS = np.geomspace(1e-4, 1e3, 29)
 
@@ -95,6 +98,14 @@ class BayesianDatamodel(Attributor):
         variance[: self.n_train] += missing**2 / np.maximum(information, 1e-9)
         return self.sigma * np.sqrt(variance)
 
+    def left_out(self) -> np.ndarray:
+        """Leave-one-out residuals, R^-1 e over the diagonal of R^-1 (Dubrule, "Cross validation of kriging in a unique
+        neighborhood", 1983), whose constant and own mask are projected out."""
+        weighted = self.precision @ self.masks
+        kept = np.repeat(np.diagonal(self.precision)[:, None], len(self.sigma), 1)
+        kept[:, : self.n_train] -= weighted**2 / np.maximum((self.masks * weighted).sum(0), 1e-9)
+        return right_logits(self.coefficients, self.prior.labels) / self.rho / kept.clip(1e-9)
+
     def _correction(self, directions: np.ndarray) -> np.ndarray:
         """w.d (k, n_points, n_classes), with own weights, for each direction d of (k, n_train)."""
         d = np.asarray(directions, np.float32)
@@ -106,20 +117,18 @@ class BayesianDatamodel(Attributor):
 @register("bayesian")
 def bayesian(
     context: Context,
-    lam: float = LAM,
-    delta: float = 1.0,
-    n_models: int | None = 20,
-    rank: int = RANK,
-    project: int | None = None,
-    n_logits: int = LOGITS,
+    lam: PositiveFloat = LAM,
+    delta: Annotated[float, Field(gt=0, le=1)] = 1.0,
+    n_models: PositiveInt | None = 20,
+    rank: PositiveInt = RANK,
+    project: PositiveInt | None = None,
+    n_logits: PositiveInt = LOGITS,
 ) -> BayesianDatamodel:
     """Fit the posterior to all subset models of the context, around `linearised_response`.
 
     Takes what that does, its prediction of every subset, O(M^3) for the evidence, and 4 M n_points n_classes bytes.
-    Raises DataError for a delta outside (0, 1], fewer than three subset models, or as `linearised_response`.
+    Raises DataError for fewer than three subset models, or a context without weights.
     """
-    if not 0 < delta <= 1:
-        raise DataError(f"delta={delta} was given; use a share above 0 and at most 1, such as 1.")
     if len(context.masks) < 3:
         raise DataError(f"{len(context.masks)} subset models were given; a Bayesian datamodel takes at least 3.")
     return fit(context, linearised_response(context, lam, n_models, rank, project, n_logits), delta)

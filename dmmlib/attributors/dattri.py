@@ -23,6 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
@@ -115,10 +116,10 @@ def _projection(context: Context, n_features: int | None) -> dict[str, Any]:
 @register("trak")
 def trak(
     context: Context,
-    n_features: int | None = 512,
-    regularization: float = 1e-6,
-    n_models: int | None = None,
-    batch: int = 250,
+    n_features: PositiveInt | None = 512,
+    regularization: NonNegativeFloat = 1e-6,
+    n_models: PositiveInt | None = None,
+    batch: PositiveInt = 250,
 ) -> MarginDatamodel:
     """TRAK with random projections to `n_features` (None: whole gradients), by dattri, at the context's subset models.
 
@@ -140,7 +141,7 @@ def trak(
 
 
 @register("tracin")
-def tracin(context: Context, n_models: int | None = None, batch: int = 250) -> MarginDatamodel:
+def tracin(context: Context, n_models: PositiveInt | None = None, batch: PositiveInt = 250) -> MarginDatamodel:
     """Grad-dot: TracIn at the final weights of the subset models, whole gradients, by dattri."""
     algorithm, (module, weights) = _load().algorithm, _models(context, n_models)
     scores = algorithm.TracInAttributor(
@@ -182,7 +183,9 @@ def _corrected(attributor: Any, module: nn.Module) -> Any:
 
 
 @register("ekfac")
-def ekfac(context: Context, damping: float = 0.1, n_models: int | None = None, batch: int = 250) -> MarginDatamodel:
+def ekfac(
+    context: Context, damping: PositiveFloat = 0.1, n_models: PositiveInt | None = None, batch: PositiveInt = 250
+) -> MarginDatamodel:
     """Influence functions with the EK-FAC curvature, by dattri (see `_corrected`), averaged over the subset models.
 
     Models must be of linear layers only, each used once; else DataError. It takes 4 n_train bytes per weight. The
@@ -213,7 +216,11 @@ class _MeanMargin(nn.ModuleList):
 
 @register("logra")
 def logra(
-    context: Context, rank: int = 64, damping: float = 0.1, n_models: int | None = None, batch: int = 250
+    context: Context,
+    rank: PositiveInt = 64,
+    damping: PositiveFloat = 0.1,
+    n_models: PositiveInt | None = None,
+    batch: PositiveInt = 250,
 ) -> MarginDatamodel:
     """LoGra, influence functions of gradients projected layer by layer, by dattri, averaged over the subset models.
 
@@ -224,8 +231,6 @@ def logra(
     Models must be as for `ekfac`. A layer takes 4 n_points rank^2 bytes of gradients, and 4 rank^4 of curvature, to
     which the damping is added as a share of the mean eigenvalue.
     """
-    if rank < 1 or damping <= 0:
-        raise DataError(f"LoGra was given rank={rank} and damping={damping}; give at least 1, and a share above 0.")
     library, (module, weights) = _load(), _models(context, n_models)
     _check_linear(module, context.x, "LoGra")
 

@@ -33,6 +33,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from pydantic import PositiveFloat, PositiveInt
 from scipy.special import expit
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -273,11 +274,9 @@ def kernel_response(
 ) -> KernelResponse:
     """Take the kernel at the weights of a context's first `n_models` subset models, and measure the residuals.
 
-    For models of a million weights give `project`, a number of features; see `gram`. Raises DataError for a penalty
-    (relative to the kernel's mean diagonal) that is not positive, or no weights.
+    The penalty `lam` is relative to the kernel's mean diagonal. For models of a million weights give `project`, a
+    number of features; see `gram`. Raises DataError for no weights.
     """
-    if not lam > 0:
-        raise DataError(f"The kernel's penalty is {lam}; give a positive number, such as 0.1.")
     n, models = context.n_train, context.subset_models()[:n_models]
     margins = context.margins[:, :n]
     kernel = gradient_kernel(models, context.x, context.y, n, lam, hardness(margins), context.seed, project)
@@ -286,7 +285,7 @@ def kernel_response(
 
 @register("kernel")
 def kernel(
-    context: Context, lam: float = 0.1, n_models: int | None = None, project: int | None = None
+    context: Context, lam: PositiveFloat = 0.1, n_models: PositiveInt | None = None, project: PositiveInt | None = None
 ) -> MarginDatamodel:
     """Fit `kernel_response`, and its scale on the margins of the context's subset models."""
     return calibrated(context, kernel_response(context, lam, n_models, project))

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field
 from scipy.sparse import csr_array, hstack
 from torch import Tensor
 
@@ -24,12 +26,12 @@ from dmmlib.attribution import Context, register
 from dmmlib.datamodels import Attributor, Indices
 from dmmlib.errors import DataError
 from dmmlib.forget_sets import indicator
-from dmmlib.unlearn.base import check_options
+from dmmlib.presets import Fraction
 
 SHARES = (0.9, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12)  # of the lambda that leaves no weight; from sparse to dense
 BLOCK = 1000  # targets solved at a time
 STEPS, CHECK = 5000, 5  # at most; between two looks at the duality gaps
-LEAST = 1e-7  # that `tol` is above
+LEAST = 1e-7  # that `tol` is above, as below it the gap is float32's rounding
 
 
 class Solver:
@@ -110,7 +112,10 @@ class LassoDatamodel(Attributor):
 
 @register("lasso")
 def lasso(
-    context: Context, shares: Sequence[float] = SHARES, held_out: float = 0.1, tol: float = 1e-3
+    context: Context,
+    shares: Fraction | Annotated[Sequence[Fraction], Field(min_length=1)] = SHARES,
+    held_out: Fraction = 0.1,
+    tol: Annotated[float, Field(gt=LEAST, le=1)] = 1e-3,
 ) -> LassoDatamodel:
     """Fit LASSO datamodels; of several penalties each target takes one by its error on held-out subsets.
 
@@ -122,16 +127,12 @@ def lasso(
         held_out: share of the subset models that chooses among several penalties, before a fit to all of them.
         tol: see `Solver.solve`.
 
-    Raises OptionError or DataError for options or outputs that cannot be used, or no convergence.
+    Raises DataError for outputs that cannot be used, too few models to hold some out, or no convergence.
     """
-    check_options(0, 1, held_out=held_out)
-    check_options(LEAST, 1, tol=tol)  # below it the gap is float32's rounding
-    if not np.size(shares) or not all(isinstance(v, (int, float)) and 0 < v < 1 for v in np.ravel(shares).tolist()):
-        raise DataError(f"The LASSO's shares are {shares}; give numbers between 0 and 1.")
     shares = np.ravel(shares).tolist()
     m = len(context.masks)
     k = m - (max(1, round(held_out * m)) if len(shares) > 1 else 0)
-    if not (0 < held_out < 1 and k > 1):
+    if k <= 1:
         raise DataError(f"held_out={held_out} of {m} subset models was asked for; leave at least two to fit to.")
     masks = torch.from_numpy(context.masks.astype(np.float32)).to(context.device)
     outputs = np.asarray(context.outputs[:m], np.float32).reshape(m, -1)

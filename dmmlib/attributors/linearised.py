@@ -35,6 +35,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -42,7 +43,6 @@ from dmmlib.attribution import Context, register
 from dmmlib.attributors.gradients import margin
 from dmmlib.attributors.kernel import gradients_of, products
 from dmmlib.attributors.margins import MarginDatamodel, calibrated
-from dmmlib.errors import DataError
 
 RANK = 400
 LOGITS = 3
@@ -295,12 +295,8 @@ def linearised_response(
         project: features that gradients are projected on before; needed for models of a million weights, see `gram`.
         first: of the models; those before it are left out.
 
-    Raises DataError for an option that is not positive, or a context without weights.
+    Raises DataError for a context without weights.
     """
-    if not lam > 0:
-        raise DataError(f"The penalty is lam={lam}; give a positive number, such as {LAM}.")
-    if min(rank, n_logits, 1 if n_models is None else n_models) < 1:
-        raise DataError(f"rank={rank}, n_logits={n_logits}, n_models={n_models} were given; give at least 1 of each.")
     models, n, found = context.subset_models()[:n_models], context.n_train, list[Linearised]()
     outputs, n_logits = np.asarray(context.outputs[: len(context.masks)]), min(n_logits, context.n_classes - 1)
     order = torch.from_numpy(likeliest(outputs.mean(0), context.labels)).to(context.device)
@@ -316,11 +312,11 @@ def linearised_response(
 @register("linearised", version=3)
 def linearised(
     context: Context,
-    lam: float = LAM,
-    n_models: int | None = 20,
-    rank: int = RANK,
-    project: int | None = None,
-    n_logits: int = LOGITS,
+    lam: PositiveFloat = LAM,
+    n_models: PositiveInt | None = 20,
+    rank: PositiveInt = RANK,
+    project: PositiveInt | None = None,
+    n_logits: PositiveInt = LOGITS,
 ) -> MarginDatamodel:
     """Fit `linearised_response`, scaled to the margins of the context's subset models."""
     return calibrated(context, linearised_response(context, lam, n_models, rank, project, n_logits))

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from pydantic import PositiveInt
 
 from dmmlib.baselines.fresh import fresh
 from dmmlib.baselines.scrub import distillation
 from dmmlib.optim import Adam
-from dmmlib.unlearn.base import Phase, Problem, Unlearned, check_options, finetune, passes, register
+from dmmlib.unlearn.base import Amount, Part, Phase, Positive, Problem, Unlearned, finetune, passes, register
 
 
 @register(
@@ -30,11 +31,11 @@ from dmmlib.unlearn.base import Phase, Problem, Unlearned, check_options, finetu
 def bad_teacher(
     problem: Problem,
     *,
-    epochs: float = 1.0,
-    lr: float = 1e-3,
-    retain_share: float = 0.3,
-    temperature: float = 1.0,
-    batch_size: int = 64,
+    epochs: Amount = 1.0,
+    lr: Positive = 1e-3,
+    retain_share: Part = 0.3,
+    temperature: Positive = 1.0,
+    batch_size: PositiveInt = 64,
 ) -> Unlearned:
     """Descend KL(teacher || student): the teacher is an untrained model on F, and the original on R.
 
@@ -43,8 +44,6 @@ def bad_teacher(
     The paper leaves open whether the untrained teacher is one for all; here each original has its own. Its answers on
     F are counted as |F| sample gradients.
     """
-    check_options(lr=lr, temperature=temperature)
-    check_options(retain_share=retain_share, high=1.0)
     size = max(1, round(retain_share * len(problem.retain)))
     sample = np.stack([rng.choice(problem.retain, size, replace=False) for rng in problem.rngs(use=2)])
     pools = np.concatenate([np.tile(problem.forget, (problem.n_models, 1)), sample], axis=1)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from dmmlib import stacking
 from dmmlib.ensemble import Ensemble
 from dmmlib.optim import Tensors
-from dmmlib.unlearn.base import Problem, Unlearned, check_options, register
+from dmmlib.unlearn.base import Positive, Problem, Unlearned, register
 
 
 def importance(problem: Problem, indices: np.ndarray) -> Tensors:
@@ -97,14 +97,13 @@ def dampen(params: Tensors, forget: Tensors, everything: Tensors, alpha: float, 
     cost="n_F + n_S",
     elsewhere="if-loops/selective-synaptic-dampening, pedroandreou/supreme-unlearning",
 )
-def ssd(problem: Problem, *, alpha: float = 10.0, strength: float = 1.0) -> Unlearned:
+def ssd(problem: Problem, *, alpha: Positive = 10.0, strength: Positive = 1.0) -> Unlearned:
     """Dampen the weights of which F's importance exceeds alpha times that of all of S; no training.
 
     The paper defines importance by squares of per-example gradients, and that reading is taken; its authors' code
     squares the mean gradient of each batch, which is smaller by about the batch size. S includes F, as in the code.
     Importance for S could be kept from training and shared by all forget sets; here its cost is counted every time.
     """
-    check_options(alpha=alpha, strength=strength)
     forget, everything = (importance(problem, at) for at in (problem.forget, np.arange(problem.n_train)))
     models = problem.originals
     dampened = Ensemble(models.module, dampen(models.params, forget, everything, alpha, strength), models.buffers)

@@ -10,16 +10,20 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
 from dmmlib.baselines.whitening import finetune_in
 from dmmlib.ensemble import Ensemble, Loss, cross_entropy
 from dmmlib.optim import SGD, Tensors
 from dmmlib.unlearn.base import (
+    Amount,
+    Count,
+    Part,
     Phase,
+    Positive,
     Problem,
     Unlearned,
-    check_options,
     descent,
     draw_batches,
     passes,
@@ -68,7 +72,7 @@ EITHER = [False, True]
     elsewhere="OPTML-Group/Unlearn-Sparse, xcadet/deepunlearn",
 )
 def gd(
-    problem: Problem, *, epochs: float = 3.0, lr: float = 1e-2, batch_size: int = 64, whitened: bool = False
+    problem: Problem, *, epochs: Amount = 3.0, lr: Positive = 1e-2, batch_size: PositiveInt = 64, whitened: bool = False
 ) -> Unlearned:
     """Gradient descent on R: train on, without F."""
     phase = Phase(passes(problem, problem.retain, epochs, batch_size), descent(problem))
@@ -83,7 +87,7 @@ def gd(
     elsewhere="OPTML-Group/Unlearn-Sparse, xcadet/deepunlearn",
 )
 def ga(
-    problem: Problem, *, epochs: float = 5.0, lr: float = 1e-3, batch_size: int = 64, whitened: bool = False
+    problem: Problem, *, epochs: Amount = 5.0, lr: Positive = 1e-3, batch_size: PositiveInt = 64, whitened: bool = False
 ) -> Unlearned:
     """Gradient ascent on F: raise the loss of what is to be forgotten."""
     phase = Phase(passes(problem, problem.forget, epochs, batch_size), descent(problem, sign=-1.0))
@@ -105,10 +109,10 @@ def ga(
 def ga_gd(
     problem: Problem,
     *,
-    ascent_epochs: float = 3.0,
-    descent_epochs: float = 3.0,
-    lr: float = 1e-3,
-    batch_size: int = 64,
+    ascent_epochs: Amount = 3.0,
+    descent_epochs: Amount = 3.0,
+    lr: Positive = 1e-3,
+    batch_size: PositiveInt = 64,
     whitened: bool = False,
 ) -> Unlearned:
     """Gradient ascent on F, then descent on R, with one optimizer."""
@@ -130,11 +134,11 @@ def ga_gd(
 def ga_gd_turns(
     problem: Problem,
     *,
-    epochs: int = 4,
-    ascent_epochs: int = 3,
-    lr: float = 1e-3,
-    batch_size: int = 64,
-    forget_batch_size: int = 64,
+    epochs: Count = 4,
+    ascent_epochs: Count = 3,
+    lr: Positive = 1e-3,
+    batch_size: PositiveInt = 64,
+    forget_batch_size: PositiveInt = 64,
     whitened: bool = False,
 ) -> Unlearned:
     """Each of the first `ascent_epochs` epochs ascends on F; every epoch then descends on R: `ascent_descent` there."""
@@ -148,7 +152,6 @@ def turns(
     problem: Problem, epochs: tuple[int, int], batch_sizes: tuple[int, int], ascend: Loss, descend: Loss
 ) -> list[Phase]:
     """Epochs on R, before each of the first of which comes one on F; of numbers and batch sizes that of R is first."""
-    check_options(whole=True, epochs=epochs[0], ascent_epochs=epochs[1])
     pools = zip((problem.retain, problem.forget), epochs, batch_sizes, strict=True)
     retain, forget = (by_epoch(passes(problem, pool, n, size), n) for pool, n, size in pools)
     phases = list[Phase]()
@@ -168,10 +171,10 @@ def turns(
 def neggrad_plus(
     problem: Problem,
     *,
-    epochs: float = 3.0,
-    lr: float = 1e-2,
-    beta: float = 0.95,
-    batch_size: int = 64,
+    epochs: Amount = 3.0,
+    lr: Positive = 1e-2,
+    beta: Part = 0.95,
+    batch_size: PositiveInt = 64,
     whitened: bool = False,
 ) -> Unlearned:
     """Descent on R and ascent on F in every step: beta L(R) - (1 - beta) L(F).
@@ -180,8 +183,6 @@ def neggrad_plus(
     batch of F of the same size (all of F if that is smaller), F starting over whenever it has been gone through. So F
     is seen far more often than R, and beta has to be near 1.
     """
-    check_options(lr=lr)
-    check_options(beta=beta, high=1.0)
     retain = passes(problem, problem.retain, epochs, batch_size)
     n_forget, y = min(batch_size, len(problem.forget)), problem.y
     forget = draw_batches(problem, problem.forget, len(retain), n_forget)

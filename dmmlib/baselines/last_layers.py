@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
 from dmmlib import stacking
@@ -15,7 +16,7 @@ from dmmlib.baselines.fresh import fresh
 from dmmlib.ensemble import Ensemble
 from dmmlib.errors import OptionError
 from dmmlib.optim import SGD
-from dmmlib.unlearn.base import Phase, Problem, Unlearned, check_options, descent, finetune, passes, register
+from dmmlib.unlearn.base import Amount, Phase, Positive, Problem, Unlearned, descent, finetune, passes, register
 
 PAPER = "Goel et al., arXiv 2201.06640"
 ELSEWHERE = "shash42/Evaluating-Inexact-Unlearning, meghdadk/SCRUB, xcadet/deepunlearn"
@@ -54,13 +55,14 @@ def last_layers(models: Ensemble, k: int, x: Tensor) -> set[str]:
     cost="epochs n_R",
     elsewhere=ELSEWHERE,
 )
-def cf_k(problem: Problem, *, k: int = 1, epochs: float = 3.0, lr: float = 3e-2, batch_size: int = 64) -> Unlearned:
+def cf_k(
+    problem: Problem, *, k: PositiveInt = 1, epochs: Amount = 3.0, lr: Positive = 3e-2, batch_size: PositiveInt = 64
+) -> Unlearned:
     """Catastrophic forgetting of the last k layers: descend on R with the layers before them frozen.
 
     SGD with momentum 0.9, a rate that falls linearly to 0. Frozen are weights; running statistics of batch norm move,
     as in the authors' code. A sample gradient counts as one although it stops at layer k.
     """
-    check_options(lr=lr)
     only = last_layers(problem.originals, k, problem.x)
     phase = Phase(passes(problem, problem.retain, epochs, batch_size), descent(problem))
     return finetune(problem, [phase], SGD(lr), rate=lambda share: lr * (1 - share), only=only)
@@ -73,7 +75,9 @@ def cf_k(problem: Problem, *, k: int = 1, epochs: float = 3.0, lr: float = 3e-2,
     cost="epochs n_R",
     elsewhere=ELSEWHERE,
 )
-def eu_k(problem: Problem, *, k: int = 1, epochs: float = 6.0, lr: float = 1e-1, batch_size: int = 64) -> Unlearned:
+def eu_k(
+    problem: Problem, *, k: PositiveInt = 1, epochs: Amount = 6.0, lr: Positive = 1e-1, batch_size: PositiveInt = 64
+) -> Unlearned:
     """Exact unlearning of the last k layers: as `cf_k`, from newly drawn weights of those layers."""
     originals, drawn = problem.originals, fresh(problem).params
     params = originals.params | {name: drawn[name] for name in last_layers(originals, k, problem.x)}

@@ -15,7 +15,7 @@ from dmmlib.baselines.gradient import flat, like, mean_gradient
 from dmmlib.ensemble import Ensemble
 from dmmlib.errors import MethodError
 from dmmlib.optim import Tensors
-from dmmlib.unlearn.base import Problem, Unlearned, check_options, register
+from dmmlib.unlearn.base import Amount, Count, Positive, Problem, Unlearned, register
 
 Product = Callable[[Tensor], Tensor]
 """v (n_models, n_weights) -> A v, with one symmetric positive definite A for each model."""
@@ -81,7 +81,7 @@ def gauss_newton(models: Ensemble, x: Tensor, damping: float) -> Product:
     cost="cost n_R training epochs",
     elsewhere="OPTML-Group/Unlearn-Sparse, xcadet/deepunlearn (both with WoodFisher)",
 )
-def newton(problem: Problem, *, damping: float = 1e-3, iterations: int = 10, cost: float = 0.25) -> Unlearned:
+def newton(problem: Problem, *, damping: Positive = 1e-3, iterations: Count = 10, cost: Amount = 0.25) -> Unlearned:
     """theta + (G_R + (w + damping) I)^-1 (sum over F of grad loss + |F| w theta) / |R|, w the weight decay.
 
     The Newton step of the loss on R from a minimum of that on S, where the gradient on R is what leaving F out left
@@ -91,8 +91,6 @@ def newton(problem: Problem, *, damping: float = 1e-3, iterations: int = 10, cos
     counted as two sample gradients for each point; each model takes as large a random sample of R as the `cost`,
     relative to one retraining, then allows. On a linear model and with all of R the step is exact.
     """
-    check_options(damping=damping, cost=cost)
-    check_options(iterations=iterations, whole=True)
     affordable = round((cost * problem.retraining - len(problem.forget)) / (2 * iterations))
     size = min(max(1, affordable), len(problem.retain))
     sample = np.stack([rng.choice(problem.retain, size, replace=False) for rng in problem.rngs(use=1)])

@@ -7,19 +7,21 @@ each of F, drawn anew; five epochs of batches of 512, at a rate that falls by .9
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
 from dmmlib.ensemble import Loss
-from dmmlib.errors import DataError, OptionError
+from dmmlib.errors import DataError
 from dmmlib.matching.match import GEORGIEV, means_of_oracles, predicted_oracle
 from dmmlib.optim import Adam
-from dmmlib.unlearn.base import Phase, Problem, Unlearned, check_options, finetune, register
+from dmmlib.unlearn.base import Count, Phase, Positive, Problem, Unlearned, finetune, register
 
 RATIOS = {"1:3": (1, 3), "5:20": (5, 20)}  # how often an epoch sees F, and points of R for each of F
+Ratio = Literal["1:3", "5:20"]
 DECAY = 0.95
 published = partial(
     register,
@@ -31,19 +33,30 @@ published = partial(
 
 
 @published("dmm_adam", cost="epochs (4 or 25) n_F", attributed=True)
-def dmm_adam(problem: Problem, **options: Any) -> Unlearned:
+def dmm_adam(
+    problem: Problem, *, lr: Positive = 5e-4, ratio: Ratio = "1:3", epochs: Count = 5, batch_size: PositiveInt = 512
+) -> Unlearned:
     """Datamodel matching with predicted oracle logits, by `fine_tune`."""
-    return fine_tune(problem, predicted_oracle(problem), **options)
+    return fine_tune(problem, predicted_oracle(problem), lr, ratio, epochs, batch_size)
 
 
 @published("oracle_matching_adam", cost="epochs (4 or 25) n_F (and not counted: 10 retrainings)")
-def oracle_matching_adam(problem: Problem, *, n_oracles: int = 10, **options: Any) -> Unlearned:
+def oracle_matching_adam(
+    problem: Problem,
+    *,
+    n_oracles: PositiveInt = 10,
+    lr: Positive = 5e-4,
+    ratio: Ratio = "1:3",
+    epochs: Count = 5,
+    batch_size: PositiveInt = 512,
+) -> Unlearned:
     """Oracle matching with the mean logits of oracles i, i + 1, ... for original i, by `fine_tune`."""
     if problem.oracle_logits is None:
         raise DataError("oracle_matching_adam needs the logits of retrained models; give Problem(oracle_logits=...).")
-    check_options(n_oracles=n_oracles, whole=True)
     n = min(n_oracles, len(problem.oracle_logits))
-    return fine_tune(problem, means_of_oracles(problem.oracle_logits, n, problem.n_models), **options)
+    return fine_tune(
+        problem, means_of_oracles(problem.oracle_logits, n, problem.n_models), lr, ratio, epochs, batch_size
+    )
 
 
 def squared_error(targets: np.ndarray, problem: Problem) -> Loss:
@@ -56,23 +69,8 @@ def squared_error(targets: np.ndarray, problem: Problem) -> Loss:
     return to_targets
 
 
-def fine_tune(
-    problem: Problem,
-    targets: np.ndarray,
-    *,
-    lr: float = 5e-4,
-    ratio: str = "1:3",
-    epochs: int = 5,
-    batch_size: int = 512,
-) -> Unlearned:
-    """Fine-tune every original to target logits (N, at least n_train, n_classes), as the module says.
-
-    Raises OptionError for an unknown ratio, or numbers that are not positive.
-    """
-    if ratio not in RATIOS:
-        raise OptionError(f"Option ratio={ratio!r} was given; use one of {', '.join(RATIOS)}.")
-    check_options(lr=lr)
-    check_options(whole=True, epochs=epochs, batch_size=batch_size)
+def fine_tune(problem: Problem, targets: np.ndarray, lr: float, ratio: str, epochs: int, batch_size: int) -> Unlearned:
+    """Fine-tune every original to target logits (N, at least n_train, n_classes), as the module says."""
     repeats, per_point = RATIOS[ratio]
     n_retain = min(len(problem.retain), per_point * len(problem.forget))
     forget, rngs, batches = np.tile(problem.forget, repeats), problem.rngs(), list[np.ndarray]()

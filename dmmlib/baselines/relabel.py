@@ -9,12 +9,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
 from dmmlib.baselines.gradient import by_epoch, flat, like, mean_gradient
 from dmmlib.ensemble import Loss, cross_entropy
 from dmmlib.optim import SGD, Tensors
-from dmmlib.unlearn.base import Phase, Problem, Unlearned, check_options, finetune, passes, register
+from dmmlib.unlearn.base import Count, Part, Phase, Positive, Problem, Unlearned, finetune, passes, register
 
 
 def wrong_labels(problem: Problem, rngs: Sequence[np.random.Generator]) -> Tensor:
@@ -28,7 +29,6 @@ def wrong_labels(problem: Problem, rngs: Sequence[np.random.Generator]) -> Tenso
 
 def relabelling(problem: Problem, epochs: int, batch_size: int) -> list[Phase]:
     """`epochs` passes over S, shuffled, with wrong labels on F that are drawn anew for every pass."""
-    check_options(epochs=epochs, whole=True)
     rngs = problem.rngs(use=1)
 
     def towards(labels: Tensor) -> Loss:
@@ -45,7 +45,9 @@ def relabelling(problem: Problem, epochs: int, batch_size: int) -> list[Phase]:
     cost="epochs (n_F + n_R)",
     elsewhere="OPTML-Group/Unlearn-Saliency, vikram2000b/bad-teaching-unlearning, xcadet/deepunlearn",
 )
-def random_labels(problem: Problem, *, epochs: int = 3, lr: float = 1e-2, batch_size: int = 64) -> Unlearned:
+def random_labels(
+    problem: Problem, *, epochs: Count = 3, lr: Positive = 1e-2, batch_size: PositiveInt = 64
+) -> Unlearned:
     """Learn random wrong labels on F, and go on with the correct ones on R.
 
     Sources differ in three ways. The readings taken: a label is another class than the correct one (SalUn's equations,
@@ -53,13 +55,11 @@ def random_labels(problem: Problem, *, epochs: int = 3, lr: float = 1e-2, batch_
     al. draw once); and F is shuffled among R (Graves et al., SalUn's code on CIFAR-100), where SalUn's code on CIFAR-10
     goes through F first and then R in every pass.
     """
-    check_options(lr=lr)
     return finetune(problem, relabelling(problem, epochs, batch_size), SGD(lr))
 
 
 def saliency(problem: Problem, share: float) -> Tensors:
     """SalUn's masks, name -> (n_models, ...): 1 for the share of weights with the largest |gradient of F's loss|."""
-    check_options(share=share, high=1.0)
     sizes = flat(mean_gradient(problem, problem.originals, problem.forget)).abs()
     top = sizes.topk(max(1, round(share * sizes.shape[1])), dim=1).indices
     return like(problem.originals.params, torch.zeros_like(sizes).scatter_(1, top, 1.0))
@@ -74,7 +74,7 @@ def saliency(problem: Problem, share: float) -> Tensors:
     elsewhere="OPTML-Group/Unlearn-Saliency, xcadet/deepunlearn",
 )
 def salun(
-    problem: Problem, *, epochs: int = 3, lr: float = 1e-2, share: float = 0.5, batch_size: int = 64
+    problem: Problem, *, epochs: Count = 3, lr: Positive = 1e-2, share: Part = 0.5, batch_size: PositiveInt = 64
 ) -> Unlearned:
     """`random_labels`, moving only the weights that are salient for F.
 
@@ -82,6 +82,5 @@ def salun(
     batches' mean gradients, in evaluation mode; here it is the gradient of the mean over F at the original, the same
     where batches are of one size.
     """
-    check_options(lr=lr)
     phases, masks = relabelling(problem, epochs, batch_size), saliency(problem, share)
     return finetune(problem, phases, SGD(lr), masks=masks, spent=len(problem.forget))

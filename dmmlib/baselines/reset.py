@@ -11,13 +11,14 @@ import math
 
 import numpy as np
 import torch
+from pydantic import PositiveInt
 
 from dmmlib.baselines.fresh import fresh
 from dmmlib.baselines.gradient import mean_gradient
 from dmmlib.ensemble import Ensemble
 from dmmlib.errors import MethodError
 from dmmlib.optim import SGD, Tensors
-from dmmlib.unlearn.base import Phase, Problem, Unlearned, check_options, descent, finetune, passes, register
+from dmmlib.unlearn.base import Amount, Part, Phase, Positive, Problem, Unlearned, descent, finetune, passes, register
 
 OTHERS = 0.1  # what gradients of weights that MSG keeps are multiplied with
 
@@ -44,15 +45,13 @@ def small_gradients(problem: Problem, share: float) -> Tensors:
     elsewhere="xcadet/deepunlearn (kgltop2)",
 )
 def msg(
-    problem: Problem, *, epochs: float = 5.0, lr: float = 1e-2, share: float = 0.3, batch_size: int = 64
+    problem: Problem, *, epochs: Amount = 5.0, lr: Positive = 1e-2, share: Part = 0.3, batch_size: PositiveInt = 64
 ) -> Unlearned:
     """Draw weights with `small_gradients` anew, then descend on R, all other weights' gradients times 0.1.
 
     The authors mask convolutions only; here linear layers, too, as some models have no others. New weights are drawn
     as the architecture draws them (there: by Kaiming's rule). The rate rises linearly over the first half, then falls.
     """
-    check_options(lr=lr)
-    check_options(share=share, high=1.0)
     small, drawn, models = small_gradients(problem, share), fresh(problem).params, problem.originals
     spoilt = models.params | {k: torch.where(at, drawn[k], models.params[k]) for k, at in small.items()}
     masks = {k: torch.ones_like(v) for k, v in models.params.items()}
@@ -74,12 +73,11 @@ def msg(
     cost="epochs n_R",
     elsewhere="xcadet/deepunlearn (kgltop5)",
 )
-def ct(problem: Problem, *, epochs: float = 5.0, lr: float = 1e-2, batch_size: int = 64) -> Unlearned:
+def ct(problem: Problem, *, epochs: Amount = 5.0, lr: Positive = 1e-2, batch_size: PositiveInt = 64) -> Unlearned:
     """Transpose the kernels of convolutions in their two places, then descend on R, at a rate that falls as a cosine.
 
     Raises MethodError for a model without square kernels of more than one place.
     """
-    check_options(lr=lr)
     models = problem.originals
     kernels = {k: v for k, v in models.params.items() if v.ndim == 5 and v.shape[-1] == v.shape[-2] > 1}
     if not kernels:

@@ -6,12 +6,11 @@ import dataclasses
 
 from dmmlib.baselines.fresh import fresh
 from dmmlib.errors import DataError
-from dmmlib.unlearn.base import Phase, Problem, Unlearned, check_options, descent, finetune, passes, register
+from dmmlib.unlearn.base import Amount, Phase, Positive, Problem, Unlearned, descent, finetune, passes, register
 
 
 def retraining(problem: Problem, epochs: float, start: float = 0.0, scale: float = 1.0) -> Unlearned:
     """Train the problem's models on R by the originals' recipe, its rate from the share `start` on, times `scale`."""
-    check_options(scale=scale)
     recipe = problem.training
     phase = Phase(passes(problem, problem.retain, epochs, recipe.batch_size), descent(problem))
     tiny = 0.5 / len(phase.batches)  # rates are taken in the middle of a step, as in training
@@ -28,7 +27,7 @@ def retraining(problem: Problem, epochs: float, start: float = 0.0, scale: float
     paper="retraining from scratch, cut short",
     cost="epochs n_R",
 )
-def short_retrain(problem: Problem, *, epochs: float = 5.0, scale: float = 1.0) -> Unlearned:
+def short_retrain(problem: Problem, *, epochs: Amount = 5.0, scale: Positive = 1.0) -> Unlearned:
     """Train new models on R by the originals' recipe, squeezed into fewer epochs: what a practitioner tries first."""
     return retraining(dataclasses.replace(problem, originals=fresh(problem)), epochs, scale=scale)
 
@@ -40,7 +39,7 @@ def short_retrain(problem: Problem, *, epochs: float = 5.0, scale: float = 1.0) 
     cost="(1 - share) training epochs n_R (and not counted: weights kept at that share of training)",
     rewinds=True,
 )
-def rewind(problem: Problem, *, scale: float = 1.0) -> Unlearned:
+def rewind(problem: Problem, *, scale: Positive = 1.0) -> Unlearned:
     """Go back to the originals as they were at a share of their training, and finish it on R.
 
     Arguments in the paper are for gradient descent with one rate and noise at the end; here the originals' recipe goes

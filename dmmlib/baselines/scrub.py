@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import torch
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -13,7 +14,7 @@ from dmmlib.baselines.gradient import turns
 from dmmlib.ensemble import Loss, cross_entropy
 from dmmlib.metrics import correct
 from dmmlib.optim import SGD
-from dmmlib.unlearn.base import Problem, Unlearned, finetune, register
+from dmmlib.unlearn.base import Count, Positive, Problem, Unlearned, finetune, register
 
 DECAYS, DECAY = (3, 5, 9), 0.1  # after these epochs the rate falls by this factor, as in the authors' code
 
@@ -47,14 +48,14 @@ def distillation(teacher: Tensor, temperature: float) -> Loss:
 def scrub(
     problem: Problem,
     *,
-    epochs: int = 6,
-    max_epochs: int = 3,
-    lr: float = 1e-2,
-    alpha: float = 0.1,
-    gamma: float = 0.99,
-    temperature: float = 4.0,
-    batch_size: int = 64,
-    forget_batch_size: int = 32,
+    epochs: Count = 6,
+    max_epochs: Count = 3,
+    lr: Positive = 1e-2,
+    alpha: NonNegativeFloat = 0.1,
+    gamma: NonNegativeFloat = 0.99,
+    temperature: Positive = 4.0,
+    batch_size: PositiveInt = 64,
+    forget_batch_size: PositiveInt = 32,
     rewind: bool = False,
 ) -> Unlearned:
     """Each of the first `max_epochs` epochs ascends KL(teacher || student) on F; every epoch then descends

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
 from dmmlib.optim import SGD, Tensors
-from dmmlib.unlearn.base import Phase, Problem, Unlearned, check_options, descent, finetune, passes, register
+from dmmlib.unlearn.base import Amount, Phase, Positive, Problem, Unlearned, descent, finetune, passes, register
 
 
 @register(
@@ -20,7 +21,7 @@ from dmmlib.unlearn.base import Phase, Problem, Unlearned, check_options, descen
     elsewhere="OPTML-Group/Unlearn-Sparse, OPTML-Group/Unlearn-Saliency",
 )
 def l1_sparse(
-    problem: Problem, *, epochs: float = 3.0, lr: float = 1e-2, gamma: float = 1e-4, batch_size: int = 64
+    problem: Problem, *, epochs: Amount = 3.0, lr: Positive = 1e-2, gamma: Positive = 1e-4, batch_size: PositiveInt = 64
 ) -> Unlearned:
     """Descend cross-entropy on R + gamma_t |theta|_1, over all parameters, biases and norms included.
 
@@ -28,7 +29,6 @@ def l1_sparse(
     fall to 0 over all steps (its authors' code lowers it epoch by epoch, and can end with epochs without penalty). The
     subgradient is gamma_t sign(theta), as there.
     """
-    check_options(lr=lr, gamma=gamma)
     batches = passes(problem, problem.retain, epochs, batch_size)
     return finetune(problem, [Phase(batches, descent(problem))], SparseSGD(lr, gamma=gamma, n_steps=len(batches)))
 

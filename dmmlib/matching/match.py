@@ -14,15 +14,18 @@ from typing import Literal
 
 import numpy as np
 import torch
+from pydantic import PositiveInt
 
 from dmmlib.errors import DataError, OptionError
 from dmmlib.matching.gauss_newton import Jacobian, separable_weights
 from dmmlib.metrics import margins
 from dmmlib.unlearn.base import (
+    Amount,
+    Count,
     Moved,
+    Positive,
     Problem,
     Unlearned,
-    check_options,
     collect,
     draw_batches,
     moments,
@@ -57,9 +60,9 @@ def dm_direct(problem: Problem) -> Unlearned:
 
 
 @published("dmm", SPACE, version=3, paper=f"DMM; {GEORGIEV}", cost="cost n_R training epochs", attributed=True)
-def dmm(problem: Problem, **options: float) -> Unlearned:
+def dmm(problem: Problem, *, cost: Amount = 0.03, steps: Count = 4, farthest: Positive = 8.0) -> Unlearned:
     """Datamodel matching: `match` with the margins of predicted oracles as targets."""
-    return match(problem, margins(predicted_oracle(problem), problem.labels), **options)  # type: ignore[arg-type]
+    return match(problem, margins(predicted_oracle(problem), problem.labels), cost, steps, farthest)
 
 
 @published(
@@ -72,9 +75,11 @@ def dmm(problem: Problem, **options: float) -> Unlearned:
 def oracle_matching(
     problem: Problem,
     *,
-    n_oracles: int | None = None,
+    n_oracles: PositiveInt | None = None,
     targets: Literal["shifted", "oracle"] = "shifted",
-    **options: float,
+    cost: Amount = 0.03,
+    steps: Count = 4,
+    farthest: Positive = 8.0,
 ) -> Unlearned:
     """Oracle matching: `match` with targets made of the margins of `n_oracles` true oracles, all by default.
 
@@ -84,7 +89,7 @@ def oracle_matching(
 
     Raises DataError without oracles or for more than there are, OptionError for unknown targets.
     """
-    return match(problem, oracle_targets(problem, n_oracles, targets), **options)  # type: ignore[arg-type]
+    return match(problem, oracle_targets(problem, n_oracles, targets), cost, steps, farthest)
 
 
 def oracle_targets(problem: Problem, n_oracles: int | None = None, targets: str = "shifted") -> np.ndarray:
@@ -111,7 +116,7 @@ def means_of_oracles(oracles: np.ndarray, n: int, n_models: int) -> np.ndarray:
 
 
 def match(
-    problem: Problem, targets: np.ndarray, *, cost: float = 0.03, steps: int = 4, farthest: float = 8.0
+    problem: Problem, targets: np.ndarray, cost: float = 0.03, steps: int = 4, farthest: float = 8.0
 ) -> Unlearned:
     """Move every original, in a few Gauss-Newton steps, to target margins (N, at least n_train).
 
@@ -123,11 +128,7 @@ def match(
         cost: sample gradients to spend, relative to one retraining; batches have at most `LARGEST` points.
         steps: the least number of steps.
         farthest: no margin is asked to move further than this in a step, as gradients change on the way.
-
-    Raises OptionError for a cost, number of steps or distance that is not positive.
     """
-    check_options(cost=cost, farthest=farthest)
-    check_options(whole=True, steps=steps)
     originals, x, y = problem.originals, problem.x, problem.y
     goal = torch.from_numpy(np.asarray(targets, np.float32)).to(x.device)
     known, others = separable_weights(originals, x, y)

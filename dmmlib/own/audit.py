@@ -181,7 +181,8 @@ def verdict(result: Result, margins: np.ndarray, before: np.ndarray | None = Non
     level = metrics.right_logits(attributor.predict(np.ones((1, n), bool)), y)[0]
     effect = metrics.right_logits(attributor.effect(f), y)
     sd = np.zeros(len(y)) if result.sd is None else result.sd
-    noise = context.margins - metrics.right_logits(attributor.predict(context.masks), y)
+    if (noise := attributor.left_out()) is None:
+        noise = context.margins - metrics.right_logits(attributor.predict(context.masks), y)
     spread = np.sqrt(noise.var(0, ddof=1) + sd**2).clip(1e-3)
     before = np.broadcast_to(result.margins("before") if before is None else before, margins.shape)
     gone = _line(level, before, validation, (level + effect)[f])

@@ -147,7 +147,7 @@ def forget(
     Raises ForgetSetError, ModelError, StoreError, MethodError: one line each, before anything is computed.
     """
     indices, called, original, gone = asked(model, forget, prepared, after)
-    registered = unlearn.registered(method)
+    registered = unlearn.get(method)
     alone = initialise(lambda: original, [0], prepared.device)
     before = alone.logits(prepared.x).numpy()
     if not np.isfinite(before).all():

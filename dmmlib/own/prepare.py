@@ -198,6 +198,9 @@ class Checked(Attributor):
     def sd(self, forget: Indices) -> np.ndarray | None:
         return self._of.sd(forget)
 
+    def left_out(self) -> np.ndarray | None:
+        return self._of.left_out()
+
     def leverage(self, forget: Indices) -> float | None:
         return self._of.leverage(forget)
 

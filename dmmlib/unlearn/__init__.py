@@ -14,7 +14,6 @@ from dmmlib.unlearn.base import (
     Problem,
     Registered,
     Unlearned,
-    check_options,
     check_setting,
     configurations,
     descent,
@@ -24,5 +23,4 @@ from dmmlib.unlearn.base import (
     names,
     passes,
     register,
-    registered,
 )

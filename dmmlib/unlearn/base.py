@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
-import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 from torch import Tensor
 
 from dmmlib.datamodels import Attributor
@@ -24,7 +23,7 @@ from dmmlib.files import read_arrays, write_arrays
 from dmmlib.forget_sets import check_forget_indices
 from dmmlib.metrics import correct, margins
 from dmmlib.optim import Optimizer, Tensors
-from dmmlib.registry import Registry
+from dmmlib.registry import Registry, check_call
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,8 @@ class Problem:
     execution: Execution = field(default_factory=Execution)  # changes speed and memory only
 
     def __post_init__(self) -> None:
-        check_options(stop=self.stop, high=1.0)
+        if not 0 < self.stop <= 1:
+            raise OptionError(f"stop={self.stop} was given; give a share of the steps, above 0 and at most 1.")
         object.__setattr__(self, "forget", check_forget_indices(self.forget, self.n_train))
         expected = (self.originals.n_models, len(self.x))
         if self.original_logits.shape[:2] != expected:
@@ -139,12 +139,17 @@ class Unlearned:
 
 
 Method = Callable[..., Unlearned]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Amount = Annotated[float, Field(gt=0, le=1000)]  # of passes, or of retrainings
+Count = Annotated[int, Field(gt=0, le=1000)]  # of passes
+Part = Annotated[float, Field(gt=0, le=1)]
 
 
 @dataclass(frozen=True)
 class Registered:
-    """A method, and what is to be known of it."""
+    """A method, and what is to be known of it; called, it checks its options first, as its annotations say."""
 
+    name: str
     run: Method
     space: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # grid on which hyperparameters are searched
     limits: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # ends of that grid beyond which nothing lies
@@ -153,6 +158,10 @@ class Registered:
     elsewhere: str = ""  # public code that implements it
     attributed: bool = False  # whether it needs the problem's attributor; presets then also know `name@attributor`
     rewinds: bool = False  # whether it needs the originals as they were earlier in their training
+
+    def __call__(self, problem: Problem, **options: Any) -> Unlearned:
+        check_setting(self.name, options)
+        return self.run(problem, **options)
 
 
 METHODS: Registry[Registered] = Registry("method", "dmmlib.unlearn.reference", "dmmlib.baselines", "dmmlib.matching")
@@ -171,7 +180,7 @@ def register(
     2
     >>> METHODS.remove("halfway")
     """
-    return METHODS.register(name, version, lambda method: Registered(method, dict(space or {}), **known))
+    return METHODS.register(name, version, lambda method: Registered(name, method, dict(space or {}), **known))
 
 
 def names() -> tuple[str, ...]:
@@ -179,13 +188,8 @@ def names() -> tuple[str, ...]:
     return tuple(METHODS)
 
 
-def get(name: str) -> Method:
-    """The method of that name; raises MethodError if there is none."""
-    return registered(name).run
-
-
-def registered(name: str) -> Registered:
-    """The entry of a method; raises MethodError for an unknown one, or an attributor (`gd@ridge`) that it ignores."""
+def get(name: str) -> Registered:
+    """The method of that name; raises MethodError for an unknown one, or an attributor (`gd@ridge`) that it ignores."""
     base, _, attributor = name.partition("@")
     found = METHODS[base]
     if attributor and not found.attributed:
@@ -198,56 +202,15 @@ def registered(name: str) -> Registered:
 
 def configurations(name: str, budget: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
     """List all settings of a method's grid, or draw `budget` without replacement; without a grid, one empty one."""
-    space = registered(name).space
+    space = get(name).space
     grid = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
     keep = np.random.default_rng(seed).permutation(len(grid))[:budget]
     return [grid[i] for i in sorted(keep)]
 
 
-MOST = {"cost": 1000, "epochs": 1000, "iterations": 1000, "share": 1, "beta": 1}  # by the last word of an option
-MAY_BE_0 = {"alpha", "gamma"}  # weights of a loss
-
-
 def check_setting(name: str, options: Mapping[str, Any]) -> None:
-    """Raise OptionError, before anything runs, for options of a method that it does not have, or of another kind.
-
-    The kind is that of the option's default and grid; the library's methods take positive numbers and known words.
-    """
-    found, own = registered(name), inspect.signature(get(name)).parameters.values()
-    usual = {p.name: _usual(p) for p in own if p.kind is p.KEYWORD_ONLY}
-    known, library = sorted({*found.space, *usual}), found.run.__module__.startswith("dmmlib.")
-    if unknown := sorted(options.keys() - set(known)):
-        raise OptionError(f"Method {name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}.")
-    for option, value in options.items():
-        values = [*usual.get(option, []), *found.space.get(option, [])]
-        kinds, expected = {type(v) for v in values if v is not None}, ""
-        free = (value is None and None in values) or (option in MAY_BE_0 and value == 0)
-        if kinds == {bool} and not isinstance(value, bool):
-            expected = "true or false"
-        elif library and kinds == {str} and value not in values:
-            expected = f"one of {', '.join(sorted(set(values)))}"
-        elif library and kinds and kinds <= {int, float} and not free:
-            most = MOST.get(option.rpartition("_")[2], math.inf)
-            check_options(high=most, whole=kinds == {int}, **{f"{name}.{option}": value})
-        if expected:
-            raise OptionError(f"Option {name}.{option}={value!r:.60} was given; use {expected}.")
-
-
-def _usual(option: inspect.Parameter) -> list[Any]:
-    """Values of a method's option, as its signature tells them."""
-    said = str(option.annotation)
-    words = re.findall("'(.+?)'", said) if "Literal[" in said else [1, None] if said == "int | None" else []
-    return words + [option.default] * (option.default is not option.empty)
-
-
-def check_options(low: float = 0.0, high: float = math.inf, *, whole: bool = False, **options: float) -> None:
-    """Raise OptionError unless every option is a finite (whole) number, no truth, above `low` and at most `high`."""
-    for name, value in options.items():
-        number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
-        if not number or not low < value <= high or value == math.inf:
-            limit = "" if high == math.inf else f" and at most {high:g}"
-            kind = "whole number" if whole else "number"
-            raise OptionError(f"Option {name}={value!r:.60} was given; use a {kind} above {low:g}{limit}.")
+    """Raise OptionError, before anything runs, for options of a method that it does not have, or of another kind."""
+    check_call(f"method {name!r}", get(name).run, None, **options)
 
 
 def passes(problem: Problem, pool: np.ndarray, epochs: float, batch_size: int) -> list[np.ndarray]:
@@ -255,8 +218,8 @@ def passes(problem: Problem, pool: np.ndarray, epochs: float, batch_size: int) -
 
     Half a pass is the first half of the batches of a pass.
     """
-    check_options(epochs=epochs)
-    check_options(batch_size=batch_size, whole=True)
+    if not (isinstance(batch_size, Integral) and batch_size > 0 and 0 < epochs < math.inf):
+        raise OptionError(f"epochs={epochs} and batch_size={batch_size} were given; give more than 0, and whole ones.")
     whole = math.ceil(epochs)
     pools = list(np.broadcast_to(pool, (problem.n_models, pool.shape[-1])))
     batches = list(epoch_batches(pools, batch_size, whole, problem.rngs()))

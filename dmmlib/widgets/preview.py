@@ -200,7 +200,7 @@ def warning(measured: pd.DataFrame | None, size: int) -> str:
 def cost(study: Study, size: int) -> str:
     """Say what unlearning a set of `size` with DMM would take, and what checking it would."""
     retraining = study.preset.training.epochs * (study.data.n_train - size)
-    shares = unlearn.registered("dmm").space["cost"]
+    shares = unlearn.get("dmm").space["cost"]
     ends = sorted({min(shares), max(shares)})
     gradients, parts = (" to ".join(f"{x * s:{form}}" for s in ends) for x, form in ((retraining, ",.0f"), (1, ".0%")))
     return (
