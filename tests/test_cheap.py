@@ -139,6 +139,24 @@ def test_the_ablation_tries_each_change_in_every_draw(study, cache):
     assert found["ratio"] == pytest.approx(gap.mean())
     compared = 4 * (len(fitted) - 1)
     assert (found["low"], found["high"]) == pytest.approx(astuple(mean_over(gap.to_numpy(), level=0.05 / compared))[1:])
+    assert not default["clear"].any()
+    draws = pd.DataFrame(
+        [
+            (group, name, i, "forget", base * times)
+            for i, base in enumerate([1.0, 2.0])
+            for group, name, times in (
+                ("default", "default", 1.0),
+                ("parts", "twice", 2.0 + 1e-4 * i),
+                ("parts", "unclear", 0.5 + i),
+            )
+        ],
+        columns=["group", "name", "draw", "split", "value"],
+    )
+    assert ablation.against_default(draws).set_index("name")["clear"].to_dict() == {
+        "default": False,
+        "twice": True,
+        "unclear": False,
+    }
 
 
 def test_variants_change_what_they_say(study, cache):

@@ -74,11 +74,14 @@ def ablate(study: Study, cache: Cache) -> pd.DataFrame:
 def against_default(table: pd.DataFrame) -> pd.DataFrame:
     """Divide each variant's value by the default's (LDS: subtract), draw by draw: "ratio", `averaged` over draws.
 
-    Intervals hold together: each is at the level .05 over the number of comparisons (Bonferroni).
+    Intervals hold together: each is at the level .05 over the number of comparisons (Bonferroni); "clear" is whether
+    one leaves no change out.
     """
     default = table.loc[table["group"] == "default", ["draw", "split", "value"]]
     paired = table.merge(default, on=["draw", "split"], suffixes=("", "_of_default"))
     value, of = paired["value"], paired["value_of_default"]
     paired["ratio"] = (value / of).where(paired["split"] != "lds", value - of)
     compared = paired.loc[paired["group"] != "default", ["group", "name", "split"]].drop_duplicates()
-    return averaged(paired, ["group", "name", "split"], "ratio", LEVEL / max(1, len(compared)))
+    found = averaged(paired, ["group", "name", "split"], "ratio", LEVEL / max(1, len(compared)))
+    same = np.where(found["split"] == "lds", 0, 1)
+    return found.assign(clear=(found["low"] > same) | (found["high"] < same))
