@@ -47,19 +47,15 @@ def evaluate(
     ]
 
 
-def trajectory(
-    result: Unlearned, margins: np.ndarray, splits: Mapping[str, np.ndarray]
-) -> list[tuple[str, float, float, float, float, float]]:
-    """Follow a method's models along the way.
+def trajectory(result: Unlearned, margins: np.ndarray) -> list[tuple[str, float, float, float, float, float]]:
+    """Follow a method's models along the way, against oracles' margins (N, n_forget) on F.
 
     Returns:
-        Rows of `TRAJECTORY`, one per moment and split: p95 is KLoM's 95th percentile, gap the mean of |`metrics.gaps`|;
-        under and over are the shares of points whose gap is above 1, or below -1.
+        Rows of `TRAJECTORY`, one per moment: p95 is KLoM's 95th percentile, gap the mean of |`metrics.gaps`|; under and
+        over are the shares of points whose gap is above 1, or below -1.
     """
     rows = []
     for cost, at in zip(result.costs, result.trajectory, strict=True):
-        values, gaps = metrics.klom(at, margins), metrics.gaps(at, margins)
-        for split, indices in splits.items():
-            p95, here = float(np.percentile(values[indices], 95)), gaps[indices]
-            rows.append((split, float(cost), p95, float(np.abs(here).mean()), (here > 1).mean(), (here < -1).mean()))
+        p95, gaps = float(np.percentile(metrics.klom(at, margins), 95)), metrics.gaps(at, margins)
+        rows.append(("forget", float(cost), p95, float(np.abs(gaps).mean()), (gaps > 1).mean(), (gaps < -1).mean()))
     return rows

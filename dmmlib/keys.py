@@ -90,7 +90,7 @@ def unlearned(
         "forget": forget_set.indices.tolist(),
         "name": forget_set.name,
         "n_models": preset.ensembles.n_models,
-        "checkpoints": preset.unlearning.checkpoints,
+        "checkpoints of the forget set": preset.unlearning.checkpoints,
     }
 
 

@@ -225,6 +225,7 @@ class Study(Models):
             oracle_logits=self.oracles(forget_set, floor=True, n=n),
             earlier=None if then is None else (share, then[:n]),
             checkpoints=0 if tuning else self.preset.unlearning.checkpoints,
+            follow=slice(None) if tuning else forget,
             seed=self.seeds(f"unlearn:{forget_set.name}", 1)[0],
             execution=self.fine_tuning(),
         )
@@ -321,13 +322,12 @@ class Study(Models):
         return pd.DataFrame(rows)
 
     def trajectories(self) -> pd.DataFrame:
-        """What happens along the way: forget_set, method, and the columns of `evaluation.trajectory`."""
+        """What happens to F along the way: forget_set, method, and the columns of `evaluation.trajectory`."""
         rows = []
         for forget_set in self.forget_sets().values():
-            margins, _ = self.reference(forget_set)
-            splits = self.splits(forget_set)
+            margins = self.reference(forget_set)[0][:, forget_set.indices]
             for method in self.methods:
-                along = evaluation.trajectory(self.unlearned(method, forget_set), margins, splits)
+                along = evaluation.trajectory(self.unlearned(method, forget_set), margins)
                 rows += [(forget_set.name, method, *row) for row in along]
         return pd.DataFrame(rows, columns=["forget_set", "method", *evaluation.TRAJECTORY])
 

@@ -87,7 +87,7 @@ def test_a_table_says_what_was_found_and_what_it_took(tiny):
 
 def test_an_end_of_a_grid_is_an_edge_unless_nothing_lies_beyond():
     space = {"lr": [0.1, 0.2, 0.3], "share": [0.5, 1.0], "epochs": [5], "kind": ["a", "b"], "whitened": [False, True]}
-    method = Registered(lambda problem: None, space, limits={"share": [1.0]})
+    method = Registered("shares", lambda problem: None, space, limits={"share": [1.0]})
     inside = {"lr": 0.2, "share": 1.0, "epochs": 5, "kind": "a", "whitened": False}
     assert tuning.edges(method, inside) == []
     assert tuning.edges(method, inside | {"lr": 0.3}) == ["lr"]

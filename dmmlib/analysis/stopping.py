@@ -33,7 +33,7 @@ def path(study: Study, method: str, forget_set: ForgetSet) -> tuple[np.ndarray, 
     if not len(result.costs):
         return np.array([result.cost]), result.margins[None, :, here]
     start = metrics.margins(study.original_logits()[:, here], study.data.y[here])
-    return np.array([0.0, *result.costs]), np.concatenate([start[None], result.trajectory[:, :, here]])
+    return np.array([0.0, *result.costs]), np.concatenate([start[None], result.trajectory])
 
 
 def gaps(margins: np.ndarray, oracle: np.ndarray) -> np.ndarray:

@@ -155,7 +155,7 @@ def match(
                 for name, moved in seen.solve(far, ridge).items():
                     params[name] += moved
             if step in recorded:
-                trajectory.append(margins(models.logits(x).numpy(), problem.labels))
+                trajectory.append(margins(models.logits(x[problem.follow]).numpy(), problem.labels[problem.follow]))
         return models.logits(x).numpy(), trajectory, models.state()
 
     parts = problem.execution.run(move, problem.execution.split(np.arange(problem.n_models)))

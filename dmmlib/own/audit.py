@@ -11,9 +11,9 @@ that of its prediction,
 how much of the way it has still to go, 1 for a model that saw F and 0 for one that did not, whatever the sizes of F and
 of effects; and how far off its answers are in any direction, about 1 for retrained models; where those to
 validation points have moved further than predicted, their misfit counts. It has forgotten if the remainder is
-at most 1/2 and the misfit at most `MISFIT`. The remainder's own standard deviation is measured on subset models: if
-1/2 is less than two of it, F was hardly remembered, and a verdict would be a guess. `benchmarks/audit.py` says how
-often verdicts are right.
+at most 1/2 and the misfit at most `MISFIT`. Its own standard deviation, and s, are measured on subset models, each
+predicted from the others: if 1/2 is less than two of it, F was hardly remembered, and a verdict would be a guess.
+`benchmarks/audit.py` says how often verdicts are right.
 
 The attacker is LiRA (Carlini et al., "Membership inference attacks from first principles", S&P 2022): at each point of
 F a Gaussian of the margins of subset models that saw it and one of those that did not; the score is their likelihood

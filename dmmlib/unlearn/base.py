@@ -49,6 +49,7 @@ class Problem:
     oracle_logits: np.ndarray | None = None  # of models retrained without F that no result is measured against
     earlier: tuple[float, Ensemble] | None = None  # a share of their training, and the originals as they were then
     checkpoints: int = 0  # at how many moments to record the trajectory
+    follow: np.ndarray | slice = field(default_factory=lambda: slice(None))  # the points whose margins it records
     stop: float = 1.0  # the share of a method's steps after which to stop
     seed: int = 0  # of batches and samples
     execution: Execution = field(default_factory=Execution)  # changes speed and memory only
@@ -95,7 +96,7 @@ class Unlearned:
     correct: np.ndarray  # whether each answer is correct, bool (N, n_points)
     cost: float  # sample gradients per model, relative to one retraining
     costs: np.ndarray  # the same at each checkpoint of the trajectory (n_checkpoints,), increasing
-    trajectory: np.ndarray  # margins at each checkpoint (n_checkpoints, N, n_points)
+    trajectory: np.ndarray  # margins at each checkpoint (n_checkpoints, N, points that `Problem.follow` says)
     models: Ensemble | None = None  # the unlearned models, where a method makes some; not saved
 
     @classmethod
@@ -161,7 +162,9 @@ class Registered:
 
     def __call__(self, problem: Problem, **options: Any) -> Unlearned:
         check_setting(self.name, options)
-        return self.run(problem, **options)
+        made = self.run(problem, **options)
+        here = problem.follow if made.trajectory.shape[2] == len(problem.x) else slice(None)
+        return replace(made, trajectory=made.trajectory[:, :, here])
 
 
 METHODS: Registry[Registered] = Registry("method", "dmmlib.unlearn.reference", "dmmlib.baselines", "dmmlib.matching")
@@ -275,6 +278,7 @@ def finetune(
 
     # What follows may run in another process, so it refers to what it needs, not to the whole problem.
     originals, x, labels, precision = problem.originals, problem.x, problem.labels, problem.training.precision
+    followed, right = x[problem.follow], labels[problem.follow]
     compile, moving = problem.execution.compile, list(originals.params) if only is None else list(only)
 
     def tune_chunk(members: np.ndarray) -> Moved:
@@ -285,7 +289,7 @@ def finetune(
         def run(phase: Phase, before: int) -> None:
             def record(taken: int) -> None:
                 if before + taken in checkpoints[:-1]:
-                    trajectory.append(margins(models.logits(x).numpy(), labels))
+                    trajectory.append(margins(models.logits(followed).numpy(), right))
 
             descend(
                 models,
@@ -342,7 +346,7 @@ def collect(problem: Problem, parts: Iterable[Moved], gradients: np.ndarray) -> 
     state = {name: np.concatenate([part[name] for part in states]) for name in states[0]}
     final = np.concatenate(logits)
     end, at = margins(final, problem.labels), moments(problem, len(gradients))
-    moved = [np.concatenate(moment) for moment in zip(*trajectories, strict=True)] + [end] * (len(at) > 0)
+    moved = [*map(np.concatenate, zip(*trajectories, strict=True)), *[end[:, problem.follow]] * (len(at) > 0)]
     return Unlearned(
         end,
         correct(final, problem.labels),
