@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
-from dmmlib import metrics, presets
+from dmmlib import metrics, presets, stacking
 from dmmlib.ensemble import Ensemble
 from dmmlib.errors import DataError, ExtraError, MethodError, PresetError
 from dmmlib.studies.multimodal import attribution, bench, experiments, measures, methods, model, people, scale, world
@@ -54,6 +54,12 @@ def task(here):
     originals = here.fine_tuned("originals", np.ones((4, 10), bool))
     logits = here.logits(originals, np.arange(here.n_taught))
     return methods.Task(here, originals, logits, here.forget_sets["20 %"], {"dmm": np.zeros_like(logits[0])})
+
+
+def test_models_share_their_steps(here):
+    """They would train as well one by one, which takes three times as long, and nobody would notice."""
+    models = model.begin(here.module, [0, 1])
+    assert stacking.stackable(models.module, models.params, models.buffers, here.x[None, :4].expand(2, -1, -1))
 
 
 # --- the benchmark -------------------------------------------------------------------------------------

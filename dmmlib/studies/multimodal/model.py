@@ -169,7 +169,8 @@ class Answerer(nn.Module):
 
     def _embedded(self, tokens: Tensor, patches: Tensor) -> Tensor:
         """Tokens (batch, n) embedded, with patches in the places of those that stand for a portrait."""
-        embedded = self.language_model.embed_tokens(tokens)
+        # Not the layer itself: vmap gives its padding a gradient, and models would then be run one by one.
+        embedded = F.embedding(tokens, self.language_model.embed_tokens.weight)
         shown = tokens == self.image_token
         which = (shown.long().cumsum(1) - 1).clamp(0, patches.shape[1] - 1)  # a model may say the token itself
         placed = patches.gather(1, which[..., None].expand(-1, -1, patches.shape[-1]))
