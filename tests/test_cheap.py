@@ -293,7 +293,7 @@ def test_attributors_stand_side_by_side_a_users_own_and_those_that_cannot_be_fit
     settings = {"ridge": {}, "kernel": {"n_models": 2}, "nothing": {}, "lasso": {"shares": [2.0]}}
     table, missing = side_by_side(study, settings, study.forget_sets(), sizes=[100], n_models=6)
     assert list(missing) == ["lasso"]
-    assert "between 0 and 1" in missing["lasso"]
+    assert "shares=[2.0] of attributor 'lasso'" in missing["lasso"]
     spent = table.drop_duplicates("attributor").set_index("attributor")["n_models"].to_dict()
     assert spent == {"do nothing": 0, FLOOR: 0, "ridge": 30, "kernel": 30, "nothing": 30, "ridge, 100 models": 100}
     klom = table[table["statistic"] == "klom_p95"].set_index(["attributor", "method", "forget_set", "split"])["value"]

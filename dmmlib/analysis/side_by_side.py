@@ -16,7 +16,7 @@ from dmmlib.analysis.intervals import median_over
 from dmmlib.analysis.looks import SPLITS
 from dmmlib.attribution import Context, fit, get
 from dmmlib.datamodels import Attributor, RidgeDatamodel, effects_of, lds, lds_estimate, together
-from dmmlib.errors import DataError, MethodError
+from dmmlib.errors import DataError, MethodError, OptionError
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.metrics import Estimate
 from dmmlib.study import Study
@@ -130,7 +130,7 @@ def side_by_side(
     for name, options in settings.items():
         try:
             parts.append(run(name, name, options, study.context()))
-        except (MethodError, DataError) as error:
+        except (MethodError, OptionError, DataError) as error:
             missing[name] = str(error)
     for size in sizes:
         many, answers = study.subsets()

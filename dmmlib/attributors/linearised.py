@@ -176,9 +176,14 @@ class Linearised:
         return found
 
 
+def _first(logits: Tensor) -> Tensor:
+    """Logits (n_logits + 1, ...), those of the others together, 0, last: torch is slow over a short last axis."""
+    return F.pad(logits, (0, 1)).movedim(-1, 0).contiguous()
+
+
 def _probabilities(logits: Tensor) -> Tensor:
     """Of classes (..., n_logits + 1), the others together last."""
-    return F.pad(logits, (0, 1)).softmax(-1)
+    return _first(logits).softmax(0).movedim(0, -1)
 
 
 def _pulls(logits: Tensor) -> Tensor:
@@ -190,7 +195,7 @@ def _pulls(logits: Tensor) -> Tensor:
 
 def _margins(logits: Tensor) -> Tensor:
     """Of logits (..., n_logits): the first less the log of the sum of all others' exponentials."""
-    return logits[..., 0] - F.pad(logits[..., 1:], (0, 1)).logsumexp(-1)
+    return logits[..., 0] - _first(logits)[1:].logsumexp(0)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
