@@ -107,8 +107,7 @@ class Study(Models):
     def save_figure(self, figure: Figure, name: str) -> Path:
         """Write a figure to figures/<preset>/<name>.png; see `output` for a forget set of one's own."""
         path = files.inside(self.figures / self.output.relative_to(self.runs), f"{name}.png")
-        said = str(figure.get_label()).encode("latin-1", "replace").decode("latin-1")
-        about = {"Software": None, "Description": said}
+        about = {"Software": None, "Description": str(figure.get_label())}
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight", metadata=about)
         return path

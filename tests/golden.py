@@ -838,9 +838,9 @@ def _(inputs: Inputs) -> Values:
             yield f"{head} mean U-LiRA on V", values[*at, "validation", "u_lira"]
             yield f"{head} accuracy gap on V", values[*at, "validation", "accuracy_gap"]
     way = trajectories(inputs.study)
-    yield "trajectories: mean cost", way["cost"].mean()
-    yield "trajectories: mean 95th percentile of KLoM", way["p95"].mean()
-    yield "trajectories: mean share that is not forgotten enough", way["under"].mean()
+    yield "trajectories on F: mean cost", way["cost"].mean()
+    yield "trajectories on F: mean 95th percentile of KLoM", way["p95"].mean()
+    yield "trajectories on F: mean share that is not forgotten enough", way["under"].mean()
 
 
 # --- the table -----------------------------------------------------------------------------------------

@@ -33,7 +33,6 @@ CHEAP = {
     "n_draws": 2,
     "n_kernel": 3,
     "linearised": [1],
-    "fractions": [0.5],
 }
 
 
@@ -279,7 +278,7 @@ def test_replicated_pairs_are_presets(pair, tmp_path):
 
 @pytest.mark.parametrize(
     "given",
-    [{"size": [3]}, {"sizes": []}, {"sizes": [2]}, {"n_draws": 1}, {"fractions": [1.0]},
+    [{"size": [3]}, {"sizes": []}, {"sizes": [2]}, {"n_draws": 1},
      {"linearised": [0]}, {"n_kernel": 1}],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_refused(given):

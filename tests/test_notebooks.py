@@ -68,13 +68,14 @@ def test_is_committed_executed_and_clean(path):
     assert path.stat().st_size < 3e6
 
 
-@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem[:2] in ("03", "05")], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem[:2] in ("01", "03", "05")], ids=lambda p: p.stem)
 def test_a_widget_is_a_picture_where_there_is_no_kernel(path):
     outputs = [o for c in nbformat.read(path, as_version=4).cells for o in c.get("outputs", []) if "data" in o]
-    widgets = [o.data for o in outputs if "children=(" in o.data.get("text/plain", "")]
+    widgets = [o for o in outputs if "children=(" in o.data.get("text/plain", "")]
     assert widgets
-    for data in widgets:
-        assert len(data["image/png"]) > 20_000
+    for widget in widgets:
+        assert len(widget.data["image/png"]) > 20_000
+        assert len(widget.metadata["image/png"]["alt"]) > 20
 
 
 def execute(path, place, preset, **parameters):

@@ -1,17 +1,14 @@
 """Readers of public records, on generated trees of the published layouts."""
 
 import itertools
-import pickle
 
 import numpy as np
 import pytest
-import torch
 
 from dmmlib import metrics
 from dmmlib.app import public
 from dmmlib.datamodels import RidgeDatamodel
 from dmmlib.errors import DataError, ForgetSetError
-from tests.conftest import damages
 
 N_TRAIN, N_VAL, N = 60, 20, 12
 FORGET = np.array([41, 3, 17, 8])
@@ -93,33 +90,6 @@ def test_what_is_asked_of_easydub_is_checked(easydub, given):
         public.easydub(**({"root": easydub[0], "forget_set": 2, "n_models": 2} | given))
 
 
-@pytest.mark.parametrize(
-    "odd",
-    [
-        *(torch.tensor(1.0), [[1.0], [1.0, 2.0]], "abc", None, 1.0, torch.ones(5, dtype=torch.int8), torch.ones(5, 2)),
-        *(torch.ones(5, dtype=torch.complex64), torch.ones(5, device="meta"), torch.ones(5).to_sparse()),
-    ],
-)
-@pytest.mark.parametrize("name", ["bias", "lam", "weight"])
-def test_datamodels_of_other_content(tmp_path, name, odd):
-    good = {"weight": torch.ones(4, 5), "bias": torch.ones(5), "lam": torch.ones(5)}
-    torch.save(good | {name: odd}, tmp_path / "d.pt")
-    with pytest.raises(DataError, match=r"fetch it again|expected"):
-        public.datamodel_weights(tmp_path / "d.pt")
-
-
-def test_damaged_datamodels_are_said_in_one_line(tmp_path):
-    path, rng = tmp_path / "d.pt", np.random.default_rng(0)
-    torch.save({"weight": torch.ones(4, 5), "bias": torch.ones(5), "lam": torch.ones(5)}, path)
-    whole, refused = public.datamodel_weights(path).effect([1]), 0
-    for _ in damages(path, rng):
-        try:
-            assert public.datamodel_weights(path).effect([1]).shape == whole.shape
-        except DataError:
-            refused += 1
-    assert refused
-
-
 def reference_klom(p, q):
     """The public code's definition for one point, written out: bins open on the right, then renormalised."""
     low, high = min(p.min(), q.min()), max(p.max(), q.max())
@@ -175,13 +145,6 @@ def test_nothing_is_unpickled(tmp_path):
     np.save(path, np.array([Bomb()], object), allow_pickle=True)
     with pytest.raises(DataError, match="cannot be read"):
         public.datamodel_data(tmp_path)
-    bad = tmp_path / "test_50pct.pt"
-    bad.write_bytes(pickle.dumps(Bomb(), protocol=2))
-    with pytest.raises(DataError, match="cannot be read as tensors"):
-        public.datamodel_weights(bad)
-    torch.save({"weight": Bomb()}, bad)
-    with pytest.raises(DataError, match="cannot be read as tensors"):
-        public.datamodel_weights(bad)
 
 
 @pytest.fixture
@@ -232,20 +195,3 @@ def test_datamodel_data_names_what_is_wrong(madry):
     np.save(root / "train_masks_50pct.npy", np.zeros((400, 20)))
     with pytest.raises(DataError, match="must be booleans"):
         public.datamodel_data(root, "test")
-
-
-@pytest.mark.parametrize("new_format", [True, False])
-def test_public_datamodels_are_an_attributor(tmp_path, new_format):
-    weight = torch.randn(20, 7)
-    path = tmp_path / "test_50pct.pt"
-    content = {"weight": weight, "bias": torch.zeros(7), "lam": torch.ones(7)}
-    torch.save(content, path, _use_new_zipfile_serialization=new_format)
-    models = public.datamodel_weights(path)
-    expected = -(weight[2] + weight[9]).numpy()[:, None]
-    np.testing.assert_allclose(models.effect(np.array([2, 9])), expected, atol=1e-6)
-    torch.save({"weight": weight}, path)
-    with pytest.raises(DataError, match="no dictionary with weight, bias and lam"):
-        public.datamodel_weights(path)
-    torch.save(content | {"bias": torch.zeros(6)}, path)
-    with pytest.raises(DataError, match=r"bias \(6,\)"):
-        public.datamodel_weights(path)

@@ -68,7 +68,8 @@ def forget(
     result = answer(model, forget, made, method=method)
     judged = result.audit()
     result.save(out, judged)
-    typer.echo(f"{judged}\nwritten: {result.report(out / 'report.html', judged)}, model.safetensors and record.json")
+    page = result.report(out / "report.html", judged)
+    typer.echo(f"{judged}\n{result.anew}\nwritten: {page}, model.safetensors and record.json")
 
 
 def audit(

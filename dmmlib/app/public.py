@@ -12,12 +12,10 @@ MadryLab's datamodel data (300,000 models of half of S, and 10,000 more to evalu
     train_masks_<percent>pct.npy               bool (M, n_train)
     {train,test}_margins_<percent>pct.npy      float16 (M, n_points)
     {train,test}_logits_<percent>pct.npy       float16 (M, n_points, 10), CIFAR-10 only
-    {train,test}_<percent>pct.pt               fitted: a dictionary of tensors weight, bias and lam
 """
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral
@@ -25,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from dmmlib.errors import DataError
 from dmmlib.files import check_name
@@ -169,44 +166,3 @@ def datamodel_data(root: str | Path, split: str = "test", percent: int = 50, *, 
     if abs(share - percent / 100) > 0.05:
         raise DataError(f"The first masks hold {share:.0%} of the training set, not {percent} %; check percent.")
     return SubsetRecord(masks, outputs if logits else outputs[:, :, None])
-
-
-@dataclass(frozen=True)
-class PublicDatamodels:
-    """LASSO datamodels estimated by their authors."""
-
-    weight: torch.Tensor  # (n_train, n_points): what including a training point adds to a point's margin
-    bias: torch.Tensor  # (n_points,)
-    lam: torch.Tensor  # (n_points,): the penalty chosen
-
-    def effect(self, forget: np.ndarray) -> np.ndarray:
-        """Predict the change of the margins (n_points, 1) on leaving the points `forget` out."""
-        indices = torch.from_numpy(check_forget_indices(forget, len(self.weight)))
-        return -self.weight[indices].float().sum(0).numpy()[:, None]
-
-
-def datamodel_weights(path: str | Path) -> PublicDatamodels:
-    """Read MadryLab's fitted datamodels as tensors only, mapped from disk where torch can.
-
-    Raises DataError for a missing file, one that is no such dictionary, or shapes that do not fit.
-    """
-    path = _path(path)
-    if not path.is_file():
-        raise DataError(f"{path} does not exist; complete the download, or correct the path.")
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a damaged file makes torch raise a dozen kinds
-        first = str(error).partition("\n")[0].partition(".")[0]
-        raise DataError(f"{path} cannot be read as tensors ({first}); fetch it again from {MADRYLAB}.") from error
-    if not isinstance(content, dict) or not {"weight", "bias", "lam"} <= set(content):
-        raise DataError(f"{path} is no dictionary with weight, bias and lam; fetch it again from {MADRYLAB}.")
-    weight, bias, lam = found = [content[name] for name in ("weight", "bias", "lam")]
-    for t in found:
-        if not isinstance(t, torch.Tensor) or t.is_nested or t.is_meta or t.is_sparse or not t.is_floating_point():
-            raise DataError(f"{path} holds a weight, bias or lam that is no tensor; fetch it again from {MADRYLAB}.")
-    if weight.ndim != 2 or not bias.shape == lam.shape == weight.shape[1:]:
-        raise DataError(
-            f"{path} holds weight {tuple(weight.shape)}, bias {tuple(bias.shape)} and lam {tuple(lam.shape)}; "
-            "expected (n_train, n_points), (n_points,) and (n_points,)."
-        )
-    return PublicDatamodels(weight, bias, lam)

@@ -53,8 +53,8 @@ UNSEEN = (
     "than one that never saw them."
 )
 HARDLY = (
-    "The model hardly remembered these points: its answers to them differ from a retrained one's by less than chance. "
-    "Give more of them at once, prepare more models, or give retrained models to compare with."
+    "The model hardly remembered these points: what it answers differs from a retrained one's answers by less than "
+    "two such models differ by chance. Ask for more points at once."
 )
 SAYS = {True: "forgotten", False: "NOT forgotten", None: "cannot be told"}
 
@@ -85,6 +85,8 @@ class Audit:
             f"{self.says}: remainder {self.remainder:.2f} +- {self.sd:.2f} (at most {REMAINDER:g}; 1 as before, 0 "
             f"as predicted of retraining), misfit {self.misfit:.1f} (at most {MISFIT:g})",
             *([HARDLY] if self.forgotten is None else []),
+            "distance from what is predicted, rms in sd: "
+            + ", ".join(f"{split} {found['rms in sd']:.2f}" for split, found in self.distances.items()),
             f"attack on F (LiRA): AUC {a['before']['auc']:.2f} before, {a['after']['auc']:.2f} after; TPR at 1 % FPR "
             f"{a['before']['tpr']:.2f} before, {a['after']['tpr']:.2f} after",
             *(

@@ -28,6 +28,7 @@ from dmmlib.stacking import copied
 from dmmlib.study import Study
 
 STEPS, STEP = 4, 100  # of matching, and how many points each sees at least
+ANEW = 0.05  # of training points: in benchmarks/results/sequence.txt a fifth of what they show is then left
 FAR = 0.05  # of points, or four standard deviations, by which accuracies may differ from the recipe's without a warning
 
 
@@ -51,6 +52,13 @@ class Result:
     def margins(self, when: str = "after") -> np.ndarray:
         """Margins (n_points,) "before" or "after"."""
         return margins(getattr(self, when)[None], self.prepared.data.y)[0]
+
+    @property
+    def anew(self) -> str:
+        """From when on to prepare anew: predictions come from models that hold what was forgotten."""
+        n, total = len(self.forgotten), self.prepared.data.n_train
+        when = f"once {ANEW:.0%} are" if n < ANEW * total else "before the next request"
+        return f"{n} of {total:,} training points are forgotten in all; prepare anew {when}."
 
     def audit(self, retrained: Sequence[Model] = (), *, relearn: bool = True) -> audits.Audit:
         """Judge whether it worked; see `audit.audit`."""

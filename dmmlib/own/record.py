@@ -35,6 +35,7 @@ pre{white-space:pre-wrap;background:#f4f4f4;padding:1rem}img{max-width:100%}</st
 <h1>Request “{{ name }}”: {{ audit.says }}</h1>
 <p>{{ n }} of {{ n_train }} points ({{ total }} with earlier requests), by {{ method }}, for {{ cost }} of a
 retraining.</p>
+<p>{{ anew }}</p>
 <pre>{{ audit }}</pre>
 <img alt="{{ alt }}" src="data:image/png;base64,{{ png }}">
 <h2>Record</h2><pre>{{ record }}</pre></html>
@@ -118,6 +119,7 @@ def report(result: Result, path: str | Path, audit: Audit) -> Path:
     html = page.render(
         name=result.name,
         audit=audit,
+        anew=result.anew,
         n=len(result.forget),
         total=len(result.forgotten),
         n_train=f"{result.prepared.data.n_train:,}",

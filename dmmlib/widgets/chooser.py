@@ -118,8 +118,10 @@ class Chooser(w.VBox):
             caption = f"Predicted mean margins: {', '.join(moves)}"
         return plots.png(plots.thumbnails(data, rows, title, f"{caption}. A still: the widget needs a running kernel."))
 
-    def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
-        return {**super()._repr_mimebundle_(**options), "image/png": base64.b64encode(self.picture()).decode()}
+    def _repr_mimebundle_(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        still = {"image/png": base64.b64encode(self.picture()).decode()}
+        alt = f"{len(self.selection)} chosen images, the most memorised ones, and those whose answers would change most"
+        return {**super()._repr_mimebundle_(**options), **still}, {"image/png": {"alt": alt}}
 
 
 class Look(w.VBox):

@@ -74,9 +74,10 @@ def _grid(table: pd.DataFrame, column: str) -> pd.DataFrame:
     return values.rename(index=ATTACKS | {"album": "honest, images alike"}, columns=label)
 
 
-def _heatmap(axis: Axes, values: pd.DataFrame, unit: str, **options: Any) -> None:
-    """Attacks x methods with the numbers, and a line beside retraining."""
-    sns.heatmap(values, cmap="cividis", ax=axis, linewidths=0.5, cbar_kws={"label": unit}, **options)
+def _heatmap(axis: Axes, values: pd.DataFrame, unit: str, extend: str = "neither", **options: Any) -> None:
+    """Attacks x methods, and a line beside retraining."""
+    bar = {"label": unit, "extend": extend}
+    sns.heatmap(values, cmap="cividis", ax=axis, linewidths=0.5, cbar_kws=bar, **options)
     axis.axvline(1, color="white", lw=4)
     axis.set(xlabel="", ylabel="")
     plt.setp(axis.get_xticklabels(), rotation=35, ha="right", rotation_mode="anchor")
@@ -91,13 +92,13 @@ def methods(table: pd.DataFrame, title: str, caption: str) -> Figure:
 
 
 def distances(table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Draw mean gaps of `serving.distances` after each attack and method, a panel for each split."""
+    """Draw mean gaps of `serving.distances` after each attack and method, a panel for each split, numbers on F's."""
     table = table[table["statistic"] == "mean_gap"]
     most = table["value"].quantile(0.98)  # beyond, numbers say more than colours
     figure, axes = _panels(len(SPLITS), 1, 10.5, 0.36 * table["attack"].nunique() * len(SPLITS) + 2.2, sharex=True)
     for axis, (split, name) in zip(axes[:, 0], SPLITS.items(), strict=True):
         values = _grid(table[table["split"] == split], "value")
-        _heatmap(axis, values, "mean gap, sd", annot=True, fmt=".1f", vmin=0, vmax=most)
+        _heatmap(axis, values, "mean gap, sd", "max", annot=split == "forget", fmt=".1f", vmin=0, vmax=most)
         axis.set_title(name, fontsize=10)
     return titled(figure, title, caption)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ from dmmlib.metrics import LEVEL
 from dmmlib.studies.cheap.evaluator import Evaluator, held_out_margins, label_logits
 from dmmlib.studies.cheap.experiments import Cache, averaged, draws, pool
 from dmmlib.study import Study
-from dmmlib.trainer import ModelSet
 
 
 class Unexpected(Linear):
@@ -46,11 +44,6 @@ def variants(study: Study, cache: Cache, draw: int) -> Iterator[tuple[str, str, 
     yield "linearised models", "effects of points add up", bayesian.fit(context, response.weights)
     yield "parts", "linearised models alone", calibrated(context, response)
     yield "parts", "subset models alone", bayesian.fit(context, Unexpected(response.weights))
-    for share in cheap.fractions:
-        masks = study.random_masks(f"masks:{share:g}:{draw}", m, share)
-        other = study.context_of(ModelSet(f"attribution:{share:g}:{draw}", masks, True))
-        other = replace(other, models=other.subset_models()[:k])
-        yield "subsets", f"of {share:.0%}", bayesian.fit(other, cache(f"{share:g}, draw {draw}", other, k))
 
 
 def ablate(study: Study, cache: Cache) -> pd.DataFrame:

@@ -46,13 +46,9 @@ def draws(preset: Preset, size: int) -> list[int]:
 
 def jobs(preset: Preset, n_train: int) -> Iterator[Job]:
     """List the further subset models that notebook 07 trains."""
-    m, fraction, cheap = preset.attribution.n_subsets, preset.attribution.fraction, preset.studies["cheap"]
-    every, repeats = max(sizes(preset)), range(len(draws(preset, m)))
-    if every > m:
-        yield Job("stage 07: more of attribution", round(fraction * n_train), {"attribution:more": every - m})
-    for share in cheap.fractions:
-        sets = {f"attribution:{share:g}:{draw}": m for draw in repeats}
-        yield Job(f"stage 07: ablation, subsets of {share:.0%}", round(share * n_train), sets)
+    section, every = preset.attribution, max(sizes(preset))
+    if (more := every - section.n_subsets) > 0:
+        yield Job("stage 07: more of attribution", round(section.fraction * n_train), {"attribution:more": more})
 
 
 def pool(study: Study, start: int, stop: int) -> Context:

@@ -9,7 +9,6 @@ from pydantic import Field, PositiveInt
 from dmmlib.presets import Section, study
 
 Size = Annotated[int, Field(ge=3)]  # fewer subset models cannot be fitted to
-Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 @study("cheap")
@@ -18,7 +17,6 @@ class CheapSettings(Section):
 
     # subset models that Bayesian datamodels are fitted to; as many are trained as the largest number asks for
     sizes: tuple[Size, ...] = Field(default=(25, 50, 100, 250, 1000), min_length=1)
-    n_draws: int = Field(default=3, ge=2)  # independent draws of subset models: at most so many for each size
+    n_draws: int = Field(default=5, ge=2)  # independent draws of subset models: at most so many for each size
     n_kernel: int = Field(default=20, ge=2)  # linearised models: the first of a draw
     linearised: tuple[PositiveInt, ...] = (5, 10)  # other numbers of them that the ablation tries
-    fractions: tuple[Share, ...] = (0.5, 0.9)  # of S in a subset: what the ablation tries besides the preset's

@@ -59,6 +59,9 @@ class Explorer(widgets.VBox):
         )
         self.picture.value, self.message.value = png(figure), ""
 
-    def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
-        image = base64.b64encode(self.picture.value).decode()
-        return {**super()._repr_mimebundle_(**options), "image/png": image}
+    def _repr_mimebundle_(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        image, alt = (
+            base64.b64encode(self.picture.value).decode(),
+            "Distance to the oracle against steps, for each method",
+        )
+        return {**super()._repr_mimebundle_(**options), "image/png": image}, {"image/png": {"alt": alt}}
