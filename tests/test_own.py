@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import dmmlib
 from dmmlib import data as datasets
 from dmmlib.ensemble import Training, train
-from dmmlib.errors import DataError, ForgetSetError, ModelError, StoreError
+from dmmlib.errors import DataError, ForgetSetError, ModelError, PresetError, StoreError
 from dmmlib.execution import Execution
 from dmmlib.own import recipe as recipes
 from dmmlib.own.audit import Verdict, verdict
@@ -416,6 +416,16 @@ def test_where_little_is_memorised_the_way_on_is_said_and_no_function_blamed(tmp
         ModelError, match=r"less than 3 standard errors.* 10 are too few; train each longer, .* more\.$"
     ):
         dmmlib.prepare(of(short), 10, tmp_path, progress=silent)
+
+
+def test_a_loop_trains_on_the_workers_of_a_cluster(tmp_path):
+    here, there = (
+        dmmlib.prepare(replace(of(), scheduler=where), 10, tmp_path / where, progress=silent)
+        for where in ("local", "local-cluster")
+    )
+    np.testing.assert_allclose(there.context().outputs, here.context().outputs, atol=1e-4)
+    with pytest.raises(PresetError, match="key 'scheduler'"):
+        dmmlib.prepare(replace(of(), scheduler="nowhere"), 10, tmp_path, progress=silent)
 
 
 @pytest.mark.parametrize("models", ["10", None, 10.5, 9, 10**9])

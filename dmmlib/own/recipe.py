@@ -46,6 +46,7 @@ class Recipe:
             normalised (n, channels, height, width), all else stays as it is.
         seed: of the subset models.
         device: auto, cpu or cuda.
+        scheduler: local, local-cluster, or the address of a Dask scheduler whose workers train the subset models.
     """
 
     model: Callable[[], nn.Module]
@@ -54,6 +55,7 @@ class Recipe:
     prepare: models.Prepare = models.normalise
     seed: int = 0
     device: str = "auto"
+    scheduler: str = "local"
 
     def __post_init__(self) -> None:
         if isinstance(self.model, nn.Module) or not callable(self.model):
@@ -91,6 +93,7 @@ class Recipe:
             "name": NAME,
             "seed": self.seed,
             "device": self.device,
+            "scheduler": self.scheduler,
             "data": {"name": NAME, "n_train": None, "n_val": None},
             "model": {"name": NAME},
             "training": asdict(self.train) if isinstance(self.train, Training) else {},
