@@ -39,7 +39,7 @@ def test_a_plan_counts_what_a_run_trains(tmp_path, quick, monkeypatch):
     study.subsets(), study.results()
     ablation.ablate(study, experiments.Cache(study))
     experiments.pool(study, 0, 40)
-    assert before.models["planned"].sum() == 8 + 120 + 20 + 2 * 2 * 8 + 2 * 8 + 20 + 2 * 2 * 20
+    assert before.models["planned"].sum() == 8 + 120 + 20 + 2 * 2 * 8 + 2 * 8 + 20
     assert before.models["gradients"].sum() == sum(trained.values()), "to the sample gradient"
     after = plan.plan(preset, tmp_path)
     assert after.models["missing"].sum() == 0
@@ -47,7 +47,7 @@ def test_a_plan_counts_what_a_run_trains(tmp_path, quick, monkeypatch):
     found = status.trained(study).set_index("models")
     planned = after.models.set_index("models")["planned"]
     asked = planned[planned.index.str.startswith("stage 07")].to_dict()
-    assert len(asked) == 3
+    assert len(asked) == 1
     assert found.loc[list(asked), "done"].to_dict() == asked
     assert found["planned"].sum() == found["done"].sum() == planned.sum()
     stores = sum(f.stat().st_size for f in tmp_path.rglob("*.zarr/**/*") if f.is_file())
@@ -102,7 +102,7 @@ def test_every_preset_can_be_planned(name, tmp_path, quick, monkeypatch):
     assert "measured just now on this machine" in text
     if name == "cifar10":
         assert found.n_parameters == 2_274_880
-        assert found.models["planned"].sum() == 2 * 200 + 20_200 + 100 + 10 * 400 + 2 * (200 + 50) + 900 + 2 * 3 * 100
+        assert found.models["planned"].sum() == 2 * 200 + 20_200 + 100 + 10 * 400 + 2 * (200 + 50) + 900
         assert "random images stand in" in text
         block, factor = 1000 * 60_000 * 10 * 4, 4 * (50_000 * 20_000 + 2 * 20_000**2)
         assert found.memory["ridge"] == pytest.approx(1.2 * block + factor), "one block of outputs and the factor"
