@@ -233,8 +233,9 @@ def test_logistic_methods_move_and_matching_arrives(images: tuple[Ridge, Logisti
 
 def test_explorer_redraws_and_leaves_a_picture() -> None:
     explorer = Explorer(ConvexSettings(n=100, dim=6, forget_size=5, group_sizes=(1, 5)))
-    bundle = explorer._repr_mimebundle_()  # what a notebook asks for
+    bundle, about = explorer._repr_mimebundle_()  # what a notebook asks for
     assert base64.b64decode(bundle["image/png"]).startswith(b"\x89PNG")
+    assert "oracle" in about["image/png"]["alt"]
     before = explorer.picture.value
     explorer.controls["condition"].value = 1e2
     assert explorer.picture.value != before
