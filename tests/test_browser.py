@@ -124,7 +124,7 @@ def page(browser):
     opened.on("pageerror", lambda error: crashes.append(error))
     yield opened
     opened.evaluate("0")  # whatever went wrong has been told by then; what breaks off as the page closes is no crash
-    told = [str(error) for error in crashes]
+    told = [str(error) for error in crashes if "Canceled future" not in str(error)]  # JupyterLab's own, on a reload
     opened.close()
     assert not told, told
 
