@@ -149,7 +149,7 @@ def plan(preset: Preset, runs: Path | None = None, forget_set: Path | None = Non
         disk={
             "outputs of models": sum(job.n_models for job in asked) * (outputs + data.n_train),
             "weights": sum(job.n_models for job in asked if job.weights) * weights,
-            "unlearned margins": n_results * 5.0,  # 1: correct or not
+            "unlearned margins": n_results * 5.0,  # a margin in 4 bytes, and whether it is right
         },
         memory={  # weights, gradients and momentum; activations come on top
             "training": points + 3 * weights * n_together + outputs * preset.ensembles.shard,

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated
 
 import numpy as np
@@ -93,18 +94,22 @@ class BayesianDatamodel(Attributor):
         pq = self.precision @ q
         common = self.rho * float(u @ self.covariance @ u) - self.rho**2 * float(q @ pq)
         variance = np.full(len(self.sigma), max(common, 0.0))
-        information = np.einsum("mj,mj->j", self.masks, self.precision @ self.masks)
         missing = u - self.rho * self.masks.T @ pq
-        variance[: self.n_train] += missing**2 / np.maximum(information, 1e-9)
+        variance[: self.n_train] += missing**2 / self._own_information[1]
         return self.sigma * np.sqrt(variance)
 
     def left_out(self) -> np.ndarray:
-        """Leave-one-out residuals, R^-1 e over the diagonal of R^-1 (Dubrule, "Cross validation of kriging in a unique
-        neighborhood", 1983), whose constant and own mask are projected out."""
-        weighted = self.precision @ self.masks
+        """Leave-one-out residuals P e / diag P (Dubrule, Math. Geology 15, 1983), P: R^-1 without mean and own mask."""
+        weighted, information = self._own_information
         kept = np.repeat(np.diagonal(self.precision)[:, None], len(self.sigma), 1)
-        kept[:, : self.n_train] -= weighted**2 / np.maximum((self.masks * weighted).sum(0), 1e-9)
+        kept[:, : self.n_train] -= weighted**2 / information
         return right_logits(self.coefficients, self.prior.labels) / self.rho / kept.clip(1e-9)
+
+    @cached_property
+    def _own_information(self) -> tuple[np.ndarray, np.ndarray]:
+        """R^-1 a_j of each training point (M, n_train), and a_j^T R^-1 a_j (n_train,)."""
+        weighted = self.precision @ self.masks
+        return weighted, np.maximum((self.masks * weighted).sum(0), 1e-9)
 
     def _correction(self, directions: np.ndarray) -> np.ndarray:
         """w.d (k, n_points, n_classes), with own weights, for each direction d of (k, n_train)."""

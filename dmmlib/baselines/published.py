@@ -54,9 +54,8 @@ def oracle_matching_adam(
     if problem.oracle_logits is None:
         raise DataError("oracle_matching_adam needs the logits of retrained models; give Problem(oracle_logits=...).")
     n = min(n_oracles, len(problem.oracle_logits))
-    return fine_tune(
-        problem, means_of_oracles(problem.oracle_logits, n, problem.n_models), lr, ratio, epochs, batch_size
-    )
+    targets = means_of_oracles(problem.oracle_logits, n, problem.n_models)
+    return fine_tune(problem, targets, lr, ratio, epochs, batch_size)
 
 
 def squared_error(targets: np.ndarray, problem: Problem) -> Loss:

@@ -101,12 +101,7 @@ class Unlearned:
 
     @classmethod
     def from_logits(
-        cls,
-        logits: np.ndarray,
-        labels: np.ndarray,
-        cost: float,
-        one_step: bool = False,
-        models: Ensemble | None = None,
+        cls, logits: np.ndarray, labels: np.ndarray, cost: float, one_step: bool = False, models: Ensemble | None = None
     ) -> Unlearned:
         """Make a result of logits (N, n_points, n_classes), with a trajectory of no step or of one."""
         m = margins(logits, labels)
@@ -161,7 +156,7 @@ class Registered:
     rewinds: bool = False  # whether it needs the originals as they were earlier in their training
 
     def __call__(self, problem: Problem, **options: Any) -> Unlearned:
-        check_setting(self.name, options)
+        check_call(f"method {self.name!r}", self.run, problem, **options)
         made = self.run(problem, **options)
         here = problem.follow if made.trajectory.shape[2] == len(problem.x) else slice(None)
         return replace(made, trajectory=made.trajectory[:, :, here])
