@@ -8,7 +8,8 @@ import pytest
 from matplotlib import pyplot as plt
 from matplotlib.cbook import is_math_text
 
-from dmmlib.analysis import intervals, looks, plots, stopping, tables
+from dmmlib import metrics
+from dmmlib.analysis import intervals, looks, one_image, plots, stopping, tables
 
 METHODS = [*looks.METHODS, "dm_direct@ridge", "dmm@ridge"]
 
@@ -153,3 +154,23 @@ def test_dollars_and_underscores_of_users_are_text():
     panels = [("#1 $\\x$ class", {"retrain": rng.normal(size=9), "dmm": rng.normal(size=9)})]
     plots.margin_histograms(panels, "", "").draw_without_rendering()
     plt.close("all")
+
+
+def test_one_image_is_of_the_second_set_and_shown_with_what_it_rests_on(tiny):
+    forget_set, point = one_image.followed(tiny)
+    assert forget_set.name == list(tiny.forget_sets())[1]
+    change = metrics.right_logits(tiny.attributor().effect(forget_set.indices), tiny.data.y)
+    assert change[point] == change[forget_set.indices].min()
+    effects = one_image.single_effects(tiny)[:, point]
+    figure = one_image.held_up(tiny.data, point, effects, "title", "caption", n=3)
+    own, *rest = (axis.get_title().split("\n")[-1] for axis in figure.axes)
+    others = np.sort(np.delete(effects, point))
+    assert own == f"itself {effects[point]:+.2f}"
+    assert rest == [f"{value:+.2f}" for value in (*others[::-1][:3], *others[:3])]
+
+
+def test_the_image_s_margins_have_a_row_per_method_with_a_dot_at_the_mean(tiny):
+    ways = {"do_nothing": np.array([1.0, 3.0]), "retrain": np.array([-1.0, 0.0])}
+    right = one_image.margins_of(tiny.data, 0, ways, "title", "caption").axes[1]
+    assert [label.get_text() for label in right.get_yticklabels()] == ["do nothing", "retrain (floor)"]
+    assert [float(line.get_xdata()[0]) for line in right.lines[1:4:2]] == [2.0, -0.5]

@@ -243,17 +243,22 @@ def margin_histograms(points: Sequence[tuple[str, Mapping[str, np.ndarray]]], ti
     return titled(figure, title, caption)
 
 
-def point_trajectories(panels: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str, caption: str) -> Figure:
+def point_trajectories(
+    panels: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str, caption: str, marked: int = -1
+) -> Figure:
     """Draw how single forget points approach, reach and overshoot the oracles' margin; within ±1 sd they are unlearned.
 
     Args:
         panels: method -> costs (n_moments,) and `stopping.gaps` (n_moments, n_forget).
+        marked: position among the forget points of the one that is drawn in black; -1 for none.
     """
     words = "cost / retraining", "mean margin − oracles' (oracle sd)"
     figure, axes = looks.grid(len(panels), 5, (3.0, 2.9), *words)
     for axis, (method, (costs, gaps)) in zip(axes.flat, panels.items(), strict=False):
         axis.axhspan(-1, 1, color="0.9", zorder=0)
         axis.plot(costs, gaps, color=looks.PALETTE[0 if is_baseline(method) else 3], lw=0.7, alpha=0.55)
+        if marked >= 0:
+            axis.plot(costs, gaps[:, marked], color="black", lw=1.8)
         axis.axhline(0, color="black", lw=0.8)
         axis.set_title(f"{label(method)}: {(np.abs(gaps[-1]) <= 1).mean():.0%} within ±1 sd", fontsize=10)
         axis.set_yscale("symlog", linthresh=2)

@@ -12,6 +12,7 @@ import numpy as np
 
 from dmmlib import forget_sets
 from dmmlib.analysis import plots
+from dmmlib.analysis.one_image import single_effects
 from dmmlib.datamodels import Indices
 from dmmlib.errors import ForgetSetError
 from dmmlib.forget_sets import ForgetSet
@@ -20,7 +21,7 @@ from dmmlib.study import Study
 from dmmlib.widgets import preview as previews
 from dmmlib.widgets.batch import Saving, Trial
 from dmmlib.widgets.consequences import Consequences
-from dmmlib.widgets.measures import measures, single_effects
+from dmmlib.widgets.measures import measures
 from dmmlib.widgets.selection import Known, Selection, shown
 from dmmlib.widgets.views import Gallery, Message, Scatter, labelled, row, text
 
@@ -40,7 +41,7 @@ class Chooser(w.VBox):
     All it asks for are the originals and the attributor's subset models: a hundred, on the laptop preset.
 
     `selection` holds the choice and may be changed from code; `preview` is the last prediction, `measured` how far off
-    predictions are (see `preview.measure`), `effects` what each point does (`measures.single_effects`). The panels are
+    predictions are (see `preview.measure`), `effects` what each point does (`one_image.single_effects`). The panels are
     `look`, `consequences`, `saving` and `trial`.
 
     Args:

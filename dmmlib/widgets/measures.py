@@ -14,7 +14,6 @@ from dmmlib.datamodels import BLOCK
 from dmmlib.study import Study
 
 N_NEIGHBOURS = 5  # whose mean distance says how far out a point lies
-SINGLES = 100  # training points whose effects are predicted at a time
 
 
 def measures(study: Study, effects: np.ndarray) -> dict[str, np.ndarray]:
@@ -37,14 +36,6 @@ def measures(study: Study, effects: np.ndarray) -> dict[str, np.ndarray]:
     known["unseen margin"] = np.concatenate([inside, unseen[:, n:].mean(0)])
     known["nearest"], known["apart"] = distances(study.features, n)
     return known | {name: np.append(column, np.full(len(labels) - n, np.nan)) for name, column in ours.items()}
-
-
-def single_effects(study: Study) -> np.ndarray:
-    """Predict by how much each training point holds each margin up: (n_train, n_points), float32."""
-    attributor, n = study.attributor(), study.data.n_train
-    blocks = ([[i] for i in range(first, min(first + SINGLES, n))] for first in range(0, n, SINGLES))
-    found = [-metrics.right_logits(attributor.effects(block), study.data.y) for block in blocks]
-    return np.concatenate(found).astype(np.float32)
 
 
 def loadings(effects: np.ndarray, k: int = 2) -> np.ndarray:
