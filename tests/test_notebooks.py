@@ -68,6 +68,25 @@ def test_is_committed_executed_and_clean(path):
     assert path.stat().st_size < 3e6
 
 
+def kind(data):
+    """What an output is: a take-away, a figure, or neither, as a widget's still."""
+    if data.get("text/markdown", "").startswith("> **Take-away.** "):
+        return "take-away"
+    widget = "application/vnd.jupyter.widget-view+json" in data or "children=(" in data.get("text/plain", "")
+    return "figure" if "image/png" in data and not widget else ""
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
+def test_a_section_with_a_figure_ends_with_one_take_away(path):
+    sections = [[]]
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "markdown" and "\n## " in f"\n{cell.source}":
+            sections.append([])
+        sections[-1] += [kind(o.data) for o in cell.get("outputs", []) if "data" in o]
+    ends = [(shown[-1], shown.count("take-away")) for shown in sections if "figure" in shown]
+    assert ends == [("take-away", 1)] * len(ends)
+
+
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem[:2] in ("01", "03", "05")], ids=lambda p: p.stem)
 def test_a_widget_is_a_picture_where_there_is_no_kernel(path):
     outputs = [o for c in nbformat.read(path, as_version=4).cells for o in c.get("outputs", []) if "data" in o]
