@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from dmmlib import data, presets
 from dmmlib.errors import DataError, ForgetSetError, PresetError
 from dmmlib.studies.convex import compare, iterations, stochastic
-from dmmlib.studies.convex.explorer import Explorer
 from dmmlib.studies.convex.images import image_problems
 from dmmlib.studies.convex.logistic import Logistic, logistic_traces
 from dmmlib.studies.convex.ridge import Ridge, relative_error, subset_datamodel
 from dmmlib.studies.convex.settings import ConvexSettings
 from dmmlib.studies.convex.synthetic import Span, Spectrum, Synthetic, scaled_forget, synthetic_regression
+from dmmlib.widgets.explorer import STEPS, Explorer
 
 
 def small(span: Span = "random", condition: float = 100.0, **options: Any) -> Synthetic:
@@ -231,21 +231,61 @@ def test_logistic_methods_move_and_matching_arrives(images: tuple[Ridge, Logisti
 # --- sliders -------------------------------------------------------------------------------------------
 
 
-def test_explorer_redraws_and_leaves_a_picture() -> None:
-    explorer = Explorer(ConvexSettings(n=100, dim=6, forget_size=5, group_sizes=(1, 5)))
+@pytest.fixture
+def explorer() -> Explorer:
+    return Explorer(ConvexSettings(n=100, dim=6, forget_size=5, group_sizes=(1, 5)))
+
+
+def sent(explorer: Explorer) -> np.ndarray:
+    """What the browser draws (panels, methods, steps)."""
+    panels, methods = explorer.view.about["panels"], explorer.view.about["methods"]
+    return np.frombuffer(explorer.view.values, np.float32).reshape(len(panels), len(methods), -1)
+
+
+def test_explorer_redraws_and_leaves_a_picture(explorer: Explorer) -> None:
     bundle, about = explorer._repr_mimebundle_()  # what a notebook asks for
     assert base64.b64decode(bundle["image/png"]).startswith(b"\x89PNG")
     assert "oracle" in about["image/png"]["alt"]
-    before = explorer.picture.value
+    before = explorer.view.values, explorer.view.label
     explorer.controls["condition"].value = 1e2
-    assert explorer.picture.value != before
-    before = explorer.picture.value
-    explorer.controls["relative_step"].value = 2.1  # beyond stability: said in a line, and the picture stays
+    assert (explorer.view.values, explorer.view.label) != before
+    before = explorer.view.values, explorer.view.label
+    explorer.controls["relative_step"].value = 2.1  # beyond stability: said in a line, and the curves stay
     assert "diverges beyond 2 / L" in explorer.message.value
-    assert explorer.picture.value == before
+    assert (explorer.view.values, explorer.view.label) == before
     explorer.controls["relative_step"].value = 1.5
-    assert explorer.picture.value != before
+    assert explorer.view.values != before[0]
     assert explorer.message.value == ""
+
+
+@pytest.mark.parametrize("span", ["weak", "random"])
+def test_curves_that_are_sent_are_the_closed_form(explorer: Explorer, span: Span) -> None:
+    explorer.controls["span"].value, explorer.controls["forget_size"].value = span, 9
+    case = synthetic_regression(100, 6, explorer.controls["condition"].value, 9, span=span)
+    methods, curves = iterations.descents(case), sent(explorer)
+    assert [name for name, *_ in explorer.view.about["methods"]] == [*methods, "DMM, first order"]
+    np.testing.assert_array_equal(np.frombuffer(explorer.view.steps, np.float32), STEPS)
+    for k, (name, method) in enumerate(methods.items()):
+        path = iterations.closed_form(method, case.problem.theta, STEPS)
+        for panel, x in zip(curves, (None, case.x_forget, case.x_val), strict=True):
+            expected = iterations.distance(path, case.oracle, x).clip(1e-30, 1e30)
+            np.testing.assert_allclose(panel[k], expected, rtol=1e-6, err_msg=name)
+
+
+def test_what_each_method_comes_to_is_said(explorer: Explorer) -> None:
+    explorer.controls["span"].value = "random"
+    words = {name: end for name, *_, end in explorer.view.about["methods"]}
+    for (name, end), line in zip(words.items(), sent(explorer)[0], strict=True):
+        assert f"{name} {end}" in explorer.view.label
+        if not end.startswith("within 1 % by step "):
+            assert not line[-1] <= 0.01
+            assert end == (f"ends at {line[-1]:.2g}" if line[-1] < 1000 else "ends beyond 1,000")
+            continue
+        at = list(STEPS).index(int(end.split()[-1].replace(",", "")))
+        assert line[at - 1] > 0.01
+        assert (line[at:] <= 0.01).all()
+    assert words["GA on F"] == "ends beyond 1,000"
+    assert words["GD on R"].startswith("within")
 
 
 # --- bad input -----------------------------------------------------------------------------------------

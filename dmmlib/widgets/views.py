@@ -1,4 +1,4 @@
-"""What the widgets are made of: plain controls, and the gallery, scatter and histograms that a browser draws."""
+"""What widgets are made of: plain controls, and the gallery, scatter, histograms and curves that a browser draws."""
 
 from __future__ import annotations
 
@@ -209,6 +209,35 @@ class Histograms(anywidget.AnyWidget):
             said = ", ".join(f"{label(m)} {kloms[m]:.1f}" for m in margins)
             self.label = f"Mean margins: {means}. KLoM: {said}"
             self.values = np.concatenate(groups).astype(np.float32).tobytes()
+
+
+class Curves(anywidget.AnyWidget):
+    """Methods' lines, which begin at 1, on logarithmic axes: a panel for each measure, and where each line ends."""
+
+    _esm, _css = View._esm, View._css
+    kind = t.Unicode("curves").tag(sync=True)
+    steps = t.Bytes().tag(sync=True)  # float32 (n_steps,), from 0 on
+    values = t.Bytes().tag(sync=True)  # float32 (n_panels, n_methods, n_steps)
+    about = t.Dict().tag(sync=True)  # title, caption, axes, panels; of methods name, colour, whether dashed, end
+    label = t.Unicode().tag(sync=True)  # for screen readers
+
+    def show(self, lines: Mapping[str, Mapping[str, np.ndarray]], styles: Mapping[str, Any], **words: Any) -> None:
+        """Show lines (n_steps,) by panel and method, the first panel in words too; `words` are title, caption, axes."""
+        panel, (x, y) = next(iter(lines)), words["axes"]
+        ends = {method: self._end(line) for method, line in lines[panel].items()}
+        methods = [[m, to_hex(styles[m]["color"]), "ls" in styles[m], end] for m, end in ends.items()]
+        said = "; ".join(map(" ".join, ends.items()))
+        with self.hold_sync():
+            self.about = {**words, "panels": list(lines), "methods": methods}
+            self.label = f"{' '.join(y.split()).capitalize()} against {x}. {words['title']}. In {panel}: {said}."
+            values = np.array([[*of.values()] for of in lines.values()]).clip(1e-30, 1e30)
+            self.values = values.astype(np.float32).tobytes()
+
+    def _end(self, line: np.ndarray) -> str:
+        if line[-1] <= 0.01:
+            since = np.frombuffer(self.steps, np.float32)[np.flatnonzero(line > 0.01)[-1] + 1]
+            return f"within 1 % by step {since:,.0f}"
+        return f"ends at {line[-1]:.2g}" if line[-1] < 1000 else "ends beyond 1,000"
 
 
 def _spread(values: np.ndarray) -> np.ndarray:

@@ -1,5 +1,5 @@
-// The views of dmmlib.widgets: a virtualised gallery, a scatter with a lasso, and histograms of a point. Python holds the state; a view
-// shows it and says what the user did. Only images that are seen are asked for, and each once.
+// The views of dmmlib.widgets: a virtualised gallery, a scatter with a lasso, histograms of a point, and curves. Python holds the state; a
+// view shows it and says what the user did. Only images that are seen are asked for, and each once.
 
 const HEIGHT = 102; // of a tile
 const OVERSCAN = 2; // rows drawn above and below those that are seen
@@ -90,7 +90,7 @@ function paint(canvas, image, grey) {
 
 // Keys typed in the widget are the widget's: JupyterLab's own shortcuts (dd deletes a cell) skip marked elements. One
 // listener marks whatever comes to have the focus, so it does not matter when a widget is drawn or moved.
-const OURS = ".dmm-widget, .dmm-gallery, .dmm-scatter, .dmm-histograms";
+const OURS = ".dmm-widget, .dmm-gallery, .dmm-scatter, .dmm-histograms, .dmm-curves";
 document.dmmGuard ??= document.addEventListener(
   "focusin",
   (event) => event.target.closest?.(OURS) && (event.target.dataset.lmSuppressShortcuts = "true"),
@@ -108,13 +108,15 @@ function placed(el, ready) {
   return () => seen.disconnect();
 }
 
-// ipywidgets leaves the handles of its range sliders without a name for screen readers, whenever it comes to draw them.
+// ipywidgets leaves the handles of its sliders without a name for screen readers, whenever it comes to draw them.
 function nameHandles(root) {
   const name = () => {
     for (const handle of root.querySelectorAll(".noUi-handle:not([aria-label])")) {
-      const label = handle.closest(".widget-hslider")?.querySelector(".widget-label")?.textContent;
-      const which = handle.classList.contains("noUi-handle-lower") ? "lowest" : "highest";
-      if (label) handle.setAttribute("aria-label", `${label}: ${which}`);
+      const slider = handle.closest(".widget-hslider");
+      const label = slider?.querySelector(".widget-label")?.textContent;
+      const which = handle.classList.contains("noUi-handle-lower") ? ": lowest" : ": highest";
+      const one = slider?.querySelectorAll(".noUi-handle").length === 1;
+      if (label) handle.setAttribute("aria-label", label + (one ? "" : which));
     }
   };
   const drawn = new MutationObserver(name);
@@ -161,18 +163,19 @@ function acceptDrops(model, root) {
   return () => Object.entries(handlers).forEach(([event, handler]) => root.removeEventListener(event, handler));
 }
 
-// A sentence once the kernel has gone, with what was chosen, so that it can be pasted into a new widget.
+// A sentence once the kernel has gone, with what was chosen, if a widget chooses, so that it can be pasted into a new one.
 function watchKernel(model, el, chosen) {
   const notice = node("div", { class: "dmm-notice", role: "alert" });
   const check = () =>
     setTimeout(() => {
       const root = el.closest(".dmm-widget") ?? el;
       notice.remove();
-      const first = root === el || root.querySelector(".dmm-gallery") === el; // one sentence a widget
+      const first = root === el || root.querySelector(".dmm-gallery, .dmm-curves") === el; // one sentence a widget
       if (!first || !el.closest(".jupyter-widgets-disconnected")) return;
-      const indices = chosen();
+      const indices = chosen?.() ?? [];
       notice.textContent =
-        "The kernel behind this widget has stopped; run its cell again. Saved forget sets are kept on disk." +
+        "The kernel behind this widget has stopped; run its cell again." +
+        (chosen ? " Saved forget sets are kept on disk." : "") +
         (indices.length ? ` Chosen here, to paste there: ${indices.join(", ")}` : "");
       root.prepend(notice);
     });
@@ -735,4 +738,91 @@ function histograms({ model, el }) {
   };
 }
 
-export default { render: (props) => ({ gallery, scatter, histograms })[props.model.get("kind")](props) };
+// --- curves ----------------------------------------------------------------------------------------------------
+
+// Lines that begin at 1, from step 0 on, which no logarithm reaches: it is drawn a decade before step 1.
+function curves({ model, el }) {
+  const [LEFT, TOP, WIDTH, HEIGHT] = [64, 24, 226, 180]; // of what the axes enclose, in a drawing of 300 x 246
+  const [LOW, HIGH] = [-4, Math.log10(30)]; // powers of ten that are seen
+  const title = node("h4", { class: "dmm-heading" });
+  const legend = node("div", { class: "dmm-ends" });
+  const panels = node("div", { class: "dmm-axes" });
+  const caption = node("p", { class: "dmm-quiet" });
+  let frame = 0;
+  let undo = [];
+  el.classList.add("dmm-curves");
+  el.setAttribute("role", "img");
+  el.append(title, panels, legend, caption);
+
+  const line = (points, colour, dashed) =>
+    drawn("path", { d: points, fill: "none", stroke: colour, "stroke-width": 1.8, "stroke-dasharray": dashed ? "5 3" : "none" });
+  const words = (x, y, text, more = {}) => drawn("text", { x, y, "text-anchor": "middle", ...more }, text);
+  const power = (x, y, exponent, anchor) => {
+    const sign = String(exponent).replace("-", "−");
+    return drawn("text", { x, y, "text-anchor": anchor }, "10", drawn("tspan", { dy: -5, "font-size": 9 }, sign));
+  };
+
+  function draw() {
+    frame = 0;
+    const [steps, values] = [typed(model.get("steps"), Float32Array), typed(model.get("values"), Float32Array)];
+    const about = model.get("about");
+    const { methods, axes } = about;
+    const decade = WIDTH / (1 + Math.log10(steps.at(-1)));
+    const across = (step) => decade * (step < 1 ? step : 1 + Math.log10(step));
+    const up = (exponent) => (HEIGHT * (HIGH - exponent)) / (HIGH - LOW);
+    const xs = Array.from(steps, (step) => across(step).toFixed(1));
+    const path = (from) => {
+      const ys = values.subarray(from, from + xs.length);
+      return xs.map((x, k) => (isFinite(ys[k]) ? `${k ? "L" : "M"}${x},${up(Math.log10(ys[k])).toFixed(1)}` : "")).join("");
+    };
+    const [bottom, right] = [TOP + HEIGHT, LEFT + WIDTH];
+    const ticks = [];
+    for (let e = 0; 10 ** e <= steps.at(-1); e += 2) {
+      const x = LEFT + across(10 ** e);
+      ticks.push(drawn("path", { d: `M${x},${TOP}V${bottom}` }), power(x, bottom + 14, e, "middle"));
+    }
+    for (let e = LOW; e <= HIGH; e++) {
+      const y = TOP + up(e);
+      ticks.push(drawn("path", { d: `M${LEFT},${y}H${right}` }), power(LEFT - 5, y + 4, e, "end"));
+    }
+    panels.replaceChildren(
+      ...about.panels.map((name, p) => {
+        const inside = { x: LEFT, y: TOP, width: WIDTH, height: HEIGHT }; // what goes beyond is cut off
+        const lines = methods.map(([, colour, dashed], m) => line(path((p * methods.length + m) * xs.length), colour, dashed));
+        return drawn(
+          "svg",
+          { viewBox: "0 0 300 246", "aria-hidden": true },
+          ...ticks.map((tick) => tick.cloneNode(true)),
+          words(LEFT, bottom + 14, "0"),
+          drawn("path", { d: `M${LEFT},${TOP}V${bottom}H${right}`, class: "dmm-frame" }),
+          drawn("svg", inside, ...lines),
+          words(LEFT + WIDTH / 2, 14, name, { class: "dmm-name" }),
+          words(LEFT + WIDTH / 2, bottom + 34, axes[0]),
+          ...axes[1].split("\n").map((part, k) => words(-TOP - HEIGHT / 2, 12 + 14 * k, part, { transform: "rotate(-90)" })),
+        );
+      }),
+    );
+    legend.replaceChildren(
+      node("p", { class: "dmm-quiet" }, `In ${about.panels[0]}:`),
+      ...methods.map(([name, colour, dashed, end]) => {
+        const key = drawn("svg", { viewBox: "0 0 24 10", "aria-hidden": true }, line("M1,5H23", colour, dashed));
+        return node("div", {}, key, node("b", {}, name), end);
+      }),
+    );
+    title.textContent = about.title;
+    caption.textContent = about.caption;
+    el.setAttribute("aria-label", model.get("label")); // last, since it says that all is there
+  }
+
+  const redraw = () => (frame ||= requestAnimationFrame(draw)); // of several moves within a frame the last is drawn
+  undo = [placed(el, (root) => undo.push(nameHandles(root))), watchKernel(model, el)];
+  model.on("change:values", redraw);
+  draw();
+  return () => {
+    cancelAnimationFrame(frame);
+    undo.forEach((off) => off());
+    model.off("change:values", redraw);
+  };
+}
+
+export default { render: (props) => ({ gallery, scatter, histograms, curves })[props.model.get("kind")](props) };

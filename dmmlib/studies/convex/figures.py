@@ -88,7 +88,7 @@ def _distances(axes: Sequence[Axes], points: Points, oracle: np.ndarray, traces:
         ax.set(yscale="log", ylim=(1e-4, 30), title=kind)
 
 
-def _points(case: Synthetic) -> Points:
+def points(case: Synthetic) -> Points:
     return {"parameters": None, "predictions on F": case.x_forget, "predictions on new points": case.x_val}
 
 
@@ -124,7 +124,7 @@ def distances(
     steps = checkpoints(log2_steps, 3)
     for row, (name, (case, methods)) in zip(axes, cases.items(), strict=True):
         traces = {m.name: Trace(steps * m.cost, iterations.iterate(m, case.problem.theta, steps)) for m in methods}
-        _distances(row, _points(case), case.oracle, traces)
+        _distances(row, points(case), case.oracle, traces)
         for ax in row:
             ax.axhline(0.01, color="0.6", lw=0.8)
         newton = case.retain.n * (1 + iterations.conjugate_gradients(case))
@@ -203,12 +203,10 @@ def logistic(traces: Mapping[str, Trace], oracle: np.ndarray, points: Points, ti
     return _finished(figure, axes, "sample gradients", _DISTANCE, title, caption)
 
 
-def explored(case: Synthetic, methods: Iterable[Descent], title: str, caption: str) -> Figure:
-    """Draw distance to the oracle against steps, in closed form: parameters, predictions on F and on new points."""
+def explored(case: Synthetic, traces: Mapping[str, Trace], title: str, caption: str) -> Figure:
+    """Draw distance to the oracle against steps: parameters, predictions on F and on new points."""
     figure, axes = _panels(1, 3, 3.5, 3.0)
-    steps, start = checkpoints(20, 4), case.problem.theta
-    traces = {method.name: Trace(steps, iterations.closed_form(method, start, steps)) for method in methods}
-    _distances(axes[0], _points(case), case.oracle, traces)
+    _distances(axes[0], points(case), case.oracle, traces)
     for ax in axes[0]:
-        _step_axis(ax, steps)
+        _step_axis(ax, next(iter(traces.values())).cost)
     return _finished(figure, axes, "steps", _DISTANCE, title, caption)
