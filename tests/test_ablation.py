@@ -50,7 +50,6 @@ def test_ablation_runs_on_tuning_sets_only_and_is_kept(tiny, monkeypatch):
     scores = ablation.scores(table)
     mean = table[(table["option"] == "steps") & (table["setting"] == "2")]["value"].mean()
     assert scores.set_index(["option", "setting"])["value"]["steps", "2"] == pytest.approx(mean)
-    assert ablation.verdict(table).count("\n") == 2
     assert len(plots.ablation(scores, "t", "c").axes) == 3
 
 
@@ -73,6 +72,5 @@ def test_matching_compares_targets_at_one_setting(tiny, monkeypatch):
     np.testing.assert_allclose(floor.sort_index(), expected.sort_index(), rtol=1e-6)
     matched = table[table["variant"].str.startswith(("OM", "DMM"))]
     assert matched.groupby("forget_set")["cost"].nunique().max() == 1
-    assert "OM, shifted, 5: clearly above on" in ablation.matching_verdict(table)
     assert f"of {len(tiny.forget_sets())} sets" in ablation.reach(table)
     assert plots.matching(table, "t", "c").axes[0].get_title() == "forget"

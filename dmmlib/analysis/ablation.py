@@ -151,21 +151,6 @@ def scores(ablation: pd.DataFrame) -> pd.DataFrame:
     return table.assign(worst=on_forget.max()).reset_index()
 
 
-def verdict(ablation: pd.DataFrame) -> str:
-    """Say which values are clearly better or worse than the defaults, in one sentence for each option."""
-    sentences = []
-    for option, rows in scores(ablation).groupby("option", sort=False):
-        base, best = rows[rows["default"]].iloc[0], rows.iloc[int(rows["value"].argmin())]
-        of_base, of_best = (Estimate(row["value"], row["low"], row["high"]) for row in (base, best))
-        better = ", ".join(rows.loc[rows["high"] < base["low"], "setting"])
-        worse = ", ".join(rows.loc[rows["low"] > base["high"], "setting"])
-        sentences.append(
-            f"- `{option}`: default {base['setting']} scores {of_base}, the lowest is {best['setting']} with {of_best}"
-            f"; clearly better than the default: {better or 'none'}; clearly worse: {worse or 'none'}."
-        )
-    return "\n".join(sentences)
-
-
 # --- targets ---------------------------------------------------------------------------------------------
 
 
@@ -193,23 +178,6 @@ def matching(study: Study, forget_sets: Iterable[ForgetSet]) -> pd.DataFrame:
         for name, targets, k, method, options in variants
     ]
     return _measure_all(study, "matching", trials)
-
-
-def matching_verdict(table: pd.DataFrame, base: str = "OM, oracle, 1") -> str:
-    """Say on how many forget sets each kind of targets ends clearly above one true oracle's."""
-    wide = table.pivot_table(index="forget_set", columns=["split", "variant"], values=["low", "high"], sort=False)
-
-    def above(split: str, one: str, other: str) -> str:
-        holds = wide["low"][split][one] > wide["high"][split][other]
-        return f"{int(holds.sum())} of {len(holds)}"
-
-    lines = [
-        f"- {v}: clearly above on {above('forget', v, base)} forget sets, clearly below on {above('forget', base, v)}; "
-        f"on validation points {above('validation', v, base)} and {above('validation', base, v)}."
-        for v in table["variant"].unique()
-        if v not in (base, "retrain")
-    ]
-    return "\n".join(["Against matching one true oracle each, KLoM p95 on F:", *lines])
 
 
 def reach(table: pd.DataFrame) -> str:

@@ -89,7 +89,10 @@ def gd(
 def ga(
     problem: Problem, *, epochs: Amount = 5.0, lr: Positive = 1e-3, batch_size: PositiveInt = 64, whitened: bool = False
 ) -> Unlearned:
-    """Gradient ascent on F: raise the loss of what is to be forgotten."""
+    """Gradient ascent on F: raise the loss of what is to be forgotten.
+
+    It fails where F and R depend on each other (Mavrothalassitis et al., "Ascent Fails to Forget", NeurIPS 2025).
+    """
     phase = Phase(passes(problem, problem.forget, epochs, batch_size), descent(problem, sign=-1.0))
     return finetune_in(whitened, problem, [phase], SGD(lr))
 
