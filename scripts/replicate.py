@@ -6,12 +6,14 @@ Appends to figures/laptop/04_replication.csv and 07_replication.csv what is not 
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 
+from dmmlib import presets
 from dmmlib.analysis.tables import klom_p95
 from dmmlib.files import home, replacing
 from dmmlib.studies.cheap.experiments import PAIRS, replicate
@@ -27,21 +29,24 @@ LAPTOP = home() / "figures" / "laptop"
 
 
 def main(seeds: list[int], pairs: list[str], folder: Path = LAPTOP) -> None:
-    """Replicate every pair with every seed that a table lacks."""
-    for seed in seeds:
-        for pair in pairs:
-            study = None
-            for name, measure in TABLES.items():
-                path = folder / name
-                done = pd.read_csv(path) if path.exists() else pd.DataFrame({"pair": [], "seed": []})
-                if ((done["pair"] == pair) & (done["seed"] == seed)).any():
-                    continue
-                study = study or Study("replicate", {**PAIRS[pair], "seed": seed, "data.seed": seed})
-                found = measure(study).assign(pair=pair, seed=seed)
-                done = pd.concat([done, found], ignore_index=True).astype({"seed": int})
-                with replacing(path) as temporary:
-                    done.to_csv(temporary, index=False, float_format="%.6g")
-                sys.stdout.write(f"{name}, {pair}, seed {seed}: done\n")
+    """Replicate every pair with every seed, and every method, that a table lacks."""
+    for seed, pair in itertools.product(seeds, pairs):
+        methods = [*presets.load("replicate").unlearning.methods, *["ct"] * ("convnet" in pair)]  # it turns kernels
+        for name, measure in TABLES.items():
+            path = folder / name
+            done = pd.read_csv(path) if path.exists() else pd.DataFrame({"pair": [], "seed": []})
+            known = done[(done["pair"] == pair) & (done["seed"] == seed)]
+            lacking = [m for m in methods if known.empty or m not in set(known.get("method", methods))]
+            if not lacking:
+                continue
+            changed = {**PAIRS[pair], "seed": seed, "data.seed": seed, "unlearning.methods": lacking}
+            found = measure(Study("replicate", changed)).assign(pair=pair, seed=seed)
+            if not known.empty:
+                found = found[found["method"].isin(lacking)]
+            done = pd.concat([done, found], ignore_index=True).astype({"seed": int})
+            with replacing(path) as temporary:
+                done.to_csv(temporary, index=False, float_format="%.6g")
+            sys.stdout.write(f"{name}, {pair}, seed {seed}: {', '.join(lacking)}\n")
 
 
 if __name__ == "__main__":
