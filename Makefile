@@ -32,7 +32,9 @@ lowest:  ## what reads, stores and commands, on the lowest versions that pyproje
 	  tests/test_files.py tests/test_forget_sets.py tests/test_metrics.py tests/test_plan.py tests/test_report.py tests/test_cli.py \
 	  --deselect tests/test_store.py::test_a_disk_that_gives_back_something_else  # which reaches into a later zarr
 
-lab: $(READY)  ## explore in JupyterLab: notebooks/, and executed ones under runs/
+lab: $(READY)  ## explore in JupyterLab: notebooks/, where `executed` leads to those that were executed last
+	@rm -f notebooks/executed; newest="$$(ls -td "$${DMM_RUNS:-runs}"/*/notebooks "$${DMM_RUNS:-runs}"/*/*/notebooks 2> /dev/null | head -1)"; \
+	  [ -z "$$newest" ] || { ln -s "$$(cd "$$newest" && pwd)" notebooks/executed && echo "notebooks/executed: $$newest"; }
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
 
 docs: $(READY)  ## the API pages, from docstrings, into docs/api

@@ -798,6 +798,8 @@ def _method(name: str, setting: dict[str, Any], inputs: Inputs) -> Values:
     yield "cost", result.cost
 
 
+for _name in unlearn.names():  # of one that is new, as it is by default
+    METHODS.setdefault(_name, Run({}, TUNED))
 for _name, _run in METHODS.items():
     component(f"method {_name}", "engine", "metric margin", *_run.needs)(partial(_method, _name, _run.setting))
 

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -40,6 +42,38 @@ def test_list_names_presets_and_stages(dmm):
     out = dmm("list").output
     assert "laptop" in out
     assert "stage 04: dmm versus baselines" in out
+
+
+def test_from_any_folder_a_stage_in_short(dmm, tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(
+        batch, "run", lambda notebooks, out, *a, **k: begun.append(([p.name[:2] for p in notebooks], out))
+    )
+    monkeypatch.setattr(report, "record", lambda study, folder: None)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert dmm("run", "smoke", "--stage", "4", "--stage", "10").exit_code == 0
+    monkeypatch.delenv("DMM_RUNS")
+    assert dmm("run", "smoke", "--stage", "04").exit_code == 0
+    clone = batch.NOTEBOOKS.parent
+    assert begun == [(["04", "10"], tmp_path / "runs/smoke/notebooks"), (["04"], clone / "runs/smoke/notebooks")]
+    assert not list(Path().iterdir()), "nothing is begun in the folder where one is"
+
+
+def test_help_version_and_what_a_shell_completes():
+    assert call("-h").output == call("--help").output
+    assert all(f" {name} " in call("-h").output for name in ("run", "status", "report", "forget", "audit"))
+    assert "--stage" in call("run", "-h").output
+    assert call("--version").output == f"dmm {metadata.version('dmmlib')}\n"
+
+    def completed(words):
+        asked = {"_DMM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        return CliRunner().invoke(cli.app, [], env=asked, prog_name="dmm").output.split()
+
+    assert completed("dmm st") == ["status"]
+    assert completed("dmm run la") == ["laptop"]
+    assert completed("dmm run smoke --stage 1") == ["10", "11"]
+    assert "--forget-set" in completed("dmm run smoke --fo")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["--version"], ["list"], ["run", "-h"]])

@@ -101,7 +101,7 @@ def installed(tmp_path_factory):
     source, environment, folder = place / "source", place / "environment", place / "empty"
     folder.mkdir()
     for name in ("dmmlib", "notebooks", "presets", "data"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", ".*", "executed"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
