@@ -1,11 +1,12 @@
-"""The widget in JupyterLab, driven as a user does: headless Chromium, mouse and keyboard, both themes.
+"""The widget in JupyterLab, driven as a user does: headless Chromium, mouse and keyboard, both themes; once Firefox.
 
 What the kernel answers comes when it comes: every assertion about it waits, and none depends on the machine's speed.
-Screenshots stay in `screenshots/`. Without Chromium these tests are skipped; with DMM_REQUIRE_BROWSER set they fail.
+Screenshots stay in `screenshots/`. Without a browser its tests are skipped; with DMM_REQUIRE_BROWSER set they fail.
 """
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import json
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import websocket
 from matplotlib import image
 from playwright.sync_api import expect, sync_playwright
 
@@ -40,14 +42,19 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(1500)]
 expect.set_options(timeout=1000 * PATIENCE)
 
 
+def required(missing):
+    """Skip what this machine cannot do; where all shall be tested, fail."""
+    (pytest.fail if os.environ.get("DMM_REQUIRE_BROWSER") else pytest.skip)(missing)
+
+
+def program(*names):
+    found = next(filter(None, map(shutil.which, names)), None)
+    return found or required(f"{names[0]} is not on this machine; install it (Debian: apt-get install {names[0]}).")
+
+
 @pytest.fixture(scope="module")
 def browser():
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        missing = (
-            "Chromium is not on this machine; install it (Debian: apt-get install chromium) for the browser tests."
-        )
-        (pytest.fail if os.environ.get("DMM_REQUIRE_BROWSER") else pytest.skip)(missing)
+    path = program("chromium", "chromium-browser", "google-chrome")
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=path, args=FLAGS, timeout=1000 * PATIENCE)
         yield started
@@ -170,6 +177,11 @@ def screenshot(page, widget, name):
     page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
     path = SCREENSHOTS / f"{name}.png"
     page.screenshot(path=path)
+    return many_tones(path)
+
+
+def many_tones(path):
+    """Hold that a picture is no blank page; its mean grey."""
     grey = image.imread(path)[..., :3].mean(2)
     assert grey.std() > 0.05, f"{path} is blank"
     assert len(np.unique((grey * 255).astype(int))) > 50, f"{path} is nearly blank"
@@ -343,9 +355,12 @@ def test_choose_by_eye_preview_save_and_unlearn(page, url, place):
     assert {3, 14, 15, 92} <= set(saved.indices.tolist())
 
     expect_drawn(page)
-    for width, height in ((1440, 900), (900, 900)):  # the consequences beside the images, not below the fold
+    for width, height, least in ((1440, 900, 240), (900, 900, 120)):  # consequences beside the images, not below them
         page.set_viewport_size({"width": width, "height": height})
         screenshot(page, widget, f"03_{width}")
+        sliders = [slider.bounding_box()["width"] for slider in widget.locator(".slider-container").all()]
+        assert len(sliders) == 3
+        assert min(sliders) > least, "long enough to be moved"
         table = outcome.locator("table").bounding_box()
         assert table["y"] + table["height"] < height
         assert abs(table["y"] - gallery.bounding_box()["y"]) < 300
@@ -363,6 +378,7 @@ def test_choose_by_eye_preview_save_and_unlearn(page, url, place):
     page.wait_for_function("!jupyterapp.shell.currentWidget.context.model.dirty")
     page.goto(page.url)
     page.wait_for_function("window.jupyterapp?.shell?.currentWidget?.context?.isReady")
+    widget.evaluate("element => element.scrollIntoView()")  # out of sight nothing is drawn
     expect(tiles.first.locator(".dmm-title")).not_to_be_empty()
     expect_chosen(widget, 15)
     for control in ("Class", "Sort"):
@@ -385,6 +401,7 @@ def test_choose_by_eye_preview_save_and_unlearn(page, url, place):
 
     # a trial run in the background, then what retraining gave stands beside the prediction
     widget.get_by_label("Name").fill("by_eye_too")
+    expect(widget.get_by_text("Trains 40 small models")).to_be_visible()
     widget.get_by_role("button", name="Try on smoke preset").click()
     expect(widget.get_by_role("button", name="Cancel")).to_be_visible()
     expect(widget.get_by_text("Smoke run done")).to_be_visible(timeout=3000 * PATIENCE)
@@ -459,19 +476,25 @@ def test_a_class_beyond_256_has_its_colour_and_a_name_stays_text(page):
     assert names[0] in page.locator(".dmm-legend").inner_text()
 
 
-def test_the_book_is_read_and_explored_without_a_kernel(page, tmp_path):
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
     if importlib.util.find_spec("sphinx") is None:
-        missing = "Sphinx is not installed; `pip install -e '.[dev]'` for the book's test."
-        (pytest.fail if os.environ.get("DMM_REQUIRE_BROWSER") else pytest.skip)(missing)
-    command = [sys.executable, str(ROOT / "scripts" / "book.py"), str(tmp_path / "book")]
+        required("Sphinx is not installed; `pip install -e '.[dev]'` for the book's tests.")
+    folder = tmp_path_factory.mktemp("book") / "book"
+    command = [sys.executable, str(ROOT / "scripts" / "book.py"), str(folder)]
     built = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT
     )
     assert built.returncode == 0, built.stderr  # no page is missing, no link broken: a warning is an error
+    return folder
+
+
+def test_the_book_is_read_and_explored_without_a_kernel(page, book):
+    SCREENSHOTS.mkdir(exist_ok=True)
     asked = []
     page.on("request", lambda request: asked.append(request.url))
     page.set_viewport_size({"width": 1440, "height": 1000})
-    page.goto((tmp_path / "book" / "index.html").as_uri())
+    page.goto((book / "index.html").as_uri())
     expect(page.get_by_role("heading", level=1)).to_contain_text("Can a trained model forget?")
     assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0 && image.alt)")
     page.get_by_role("link", name="04 · DMM versus baselines").first.click()
@@ -506,6 +529,97 @@ def test_the_book_is_read_and_explored_without_a_kernel(page, tmp_path):
     assert all(url.startswith(("file:", "data:")) for url in asked), "nothing comes from elsewhere"
 
 
+class Firefox:
+    """As it comes, which Playwright cannot drive: what is needed of WebDriver BiDi."""
+
+    def __init__(self, profile):
+        flags = ["--headless", "--no-remote", "--remote-debugging-port=0", "--profile", str(profile)]
+        self.process = subprocess.Popen(
+            [program("firefox-esr", "firefox"), *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        self.asked, told = 0, None
+        while told is None:
+            assert self.process.poll() is None, "Firefox does not start"
+            time.sleep(0.2)
+            try:  # it takes a port that is free, and writes down which
+                told = json.loads((profile / "WebDriverBiDiServer.json").read_text())
+            except (OSError, ValueError):
+                continue
+        address = f"ws://{told['ws_host']}:{told['ws_port']}/session"
+        self.socket = websocket.create_connection(address, suppress_origin=True, timeout=PATIENCE)
+        self.ask("session.new", capabilities={})
+        self.context = self.ask("browsingContext.create", type="window")["context"]  # the first never has the focus
+        self.ask("browsingContext.setViewport", context=self.context, viewport={"width": 1440, "height": 1000})
+
+    def ask(self, method, **params):
+        self.asked += 1
+        self.socket.send(json.dumps({"id": self.asked, "method": method, "params": params}))
+        while (answer := json.loads(self.socket.recv())).get("id") != self.asked:
+            continue
+        assert answer["type"] == "success", answer
+        return answer["result"]
+
+    def go(self, address):
+        self.ask("browsingContext.navigate", context=self.context, url=address, wait="complete")
+
+    def evaluate(self, script):
+        return self.ask("script.evaluate", expression=script, target={"context": self.context}, awaitPromise=True)
+
+    def until(self, script):
+        """What a script comes to, once that is neither an error nor nothing."""
+        started = time.monotonic()
+        while not (found := self.evaluate(f"({script}) || ''").get("result", {}).get("value")):
+            assert time.monotonic() < started + PATIENCE, f"{script} comes to nothing"
+            time.sleep(0.2)
+        return found
+
+    def click(self, one):
+        at = self.evaluate(f"(e => (e.scrollIntoView({{block: 'center'}}), e))({one})")["result"]["sharedId"]
+        move = {"type": "pointerMove", "x": 0, "y": 0, "origin": {"type": "element", "element": {"sharedId": at}}}
+        steps = [move, {"type": "pointerDown", "button": 0}, {"type": "pointerUp", "button": 0}]
+        mouse = {"type": "pointer", "id": "mouse", "actions": steps}
+        self.ask("input.performActions", context=self.context, actions=[mouse])
+
+    def screenshot(self, name):
+        SCREENSHOTS.mkdir(exist_ok=True)
+        path = SCREENSHOTS / f"{name}.png"
+        path.write_bytes(base64.b64decode(self.ask("browsingContext.captureScreenshot", context=self.context)["data"]))
+        return many_tones(path)
+
+
+@pytest.fixture
+def firefox(tmp_path):
+    started = Firefox(tmp_path)
+    yield started
+    started.ask("browser.close")
+    started.process.wait(PATIENCE)
+
+
+TITLES = "[...document.querySelectorAll('.dmm-tile .dmm-title')].filter(title => title.textContent).length > 5"
+
+
+def test_firefox_shows_the_book_and_the_widget(firefox, book, url):
+    firefox.go((book / "docs" / "explore.html").as_uri())
+    assert firefox.until(TITLES)
+    label = "document.querySelector('.dmm-histograms').getAttribute('aria-label')"
+    before = firefox.until(label)
+    firefox.click("document.querySelectorAll('.dmm-tile')[2]")
+    assert firefox.until(f"{label} !== {json.dumps(before)}")
+    firefox.screenshot("book_firefox")
+
+    firefox.go(url(CHOOSE))
+    assert firefox.until("(n => n?.context?.isReady && n.sessionContext?.isReady)(jupyterapp.shell.currentWidget)")
+    firefox.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")
+    assert firefox.until(TITLES)
+    chosen = "document.querySelector('.dmm-widget .dmm-header b').textContent"
+    assert firefox.until(f"{chosen} === '5'")
+    firefox.click("document.querySelectorAll('.dmm-tile')[2]")
+    assert firefox.until(f"{chosen} === '6'")
+    assert firefox.until("document.querySelector('.dmm-consequences').getAttribute('aria-busy') === 'false'")
+    firefox.screenshot("03_firefox")
+    firefox.evaluate("jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+
+
 TEN_THOUSAND = """
 import numpy as np
 from dmmlib import data
@@ -519,19 +633,16 @@ gallery
 """
 
 
-def test_ten_thousand_images_scroll_smoothly(page, url, place):
-    cell = {
-        "cell_type": "code",
-        "id": "a",
-        "metadata": {},
-        "source": TEN_THOUSAND,
-        "outputs": [],
-        "execution_count": None,
-    }
-    content = {"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+def write_cell(source, target):
+    """A notebook of one cell."""
+    cell = {"cell_type": "code", "id": "a", "metadata": {}, "source": source, "outputs": [], "execution_count": None}
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    content["metadata"] = {"kernelspec": kernel}
-    (place / "notebooks" / "many.ipynb").write_text(json.dumps(content))
+    content = {"cells": [cell], "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
+    target.write_text(json.dumps(content))
+
+
+def test_ten_thousand_images_scroll_smoothly(page, url, place):
+    write_cell(TEN_THOUSAND, place / "notebooks" / "many.ipynb")
     assert_clean(run_all(page, url("many.ipynb")))
     expect(page.locator(".dmm-tile").first).to_be_visible()
     session = page.context.new_cdp_session(page)
@@ -568,7 +679,105 @@ def test_ten_thousand_images_scroll_smoothly(page, url, place):
     shut_down(page)
 
 
-@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.name not in (CHOOSE, ANALYSE)], ids=lambda p: p.stem)
+OWN_CNN = """
+import numpy as np
+from torch import nn
+from dmmlib import data, models
+from dmmlib.study import Study
+from dmmlib.widgets import Chooser
+
+COLOURS = "red", "green", "blue"
+
+@data.register("squares")
+def squares():
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 80, (360, 16, 20, 3)).astype(np.uint8), np.arange(360) % 3
+    for image, colour, row, column in zip(x, y, rng.integers(0, 9, 360), rng.integers(0, 13, 360)):
+        image[row : row + 7, column : column + 7, colour] += 160
+    y[::20] = (y[::20] + 1) % 3  # some are called by another's name
+    return data.from_arrays(x[:300], y[:300], x[300:], y[300:], name="squares", class_names=COLOURS)
+
+@models.register("own_cnn")
+def own_cnn(shape, n_classes):
+    convolution = nn.Conv2d(shape[0], 8, 5, stride=3)
+    return nn.Sequential(convolution, nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, n_classes))
+
+own = {"data.name": "squares", "data.n_train": 300, "data.n_val": 60, "model": {"name": "own_cnn"}}
+study = Study("smoke", {**own, "training.epochs": 5, "attribution.n_subsets": 30})
+Chooser(study, trust=False)
+"""
+
+
+def test_an_own_network_on_colour_images(page, url, place):
+    write_cell(OWN_CNN, place / "notebooks" / "own.ipynb")
+    assert_clean(run_all(page, url("own.ipynb")))
+    widget = page.locator(".dmm-widget")
+    expect(widget.get_by_role("listbox", name="300 training images")).to_be_visible()
+    tiles = widget.get_by_role("listbox", name=re.compile("training images")).get_by_role("option")
+    expect(tiles.first.locator(".dmm-title")).to_have_text(re.compile("red|green|blue"))
+    widget.get_by_label("Class").select_option("blue")
+    widget.get_by_label("Sort").select_option("margin, high to low")
+    expect(tiles.first.locator(".dmm-title")).to_have_text("blue")
+    pixels = "e => [e.width, e.height, ...e.getContext('2d').getImageData(0, 0, e.width, e.height).data]"
+    width, height, *values = tiles.first.locator("canvas").evaluate(pixels)
+    red, green, blue = np.reshape(values, (height, width, 4))[..., :3].transpose(2, 0, 1).astype(int)
+    assert (width, height) == (20, 16)
+    assert (blue - np.maximum(red, green) > 80).sum() == 49, "in its colours, the right way up"
+    expect(widget.locator(".dmm-grey")).to_have_count(0)
+    outcome = widget.locator(".dmm-consequences .dmm-outcome")
+    tiles.first.click()
+    expect_chosen(widget, 1)
+    expect(outcome.locator("table")).to_be_visible()
+    widget.get_by_role("button", name="most helpful").click()
+    expect_chosen(widget, 11)
+    widget.get_by_role("button", name="Save").click()
+    expect(widget.get_by_text("Saved 11 images")).to_be_visible()
+    expect_drawn(page)
+    screenshot(page, widget, "03_own_network")
+    expect(widget.get_by_text("Not with data 'squares', which only this process knows")).to_be_visible()
+    shut_down(page)
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS[1:] if p.name not in (CHOOSE, ANALYSE)], ids=lambda p: p.stem)
 def test_first_run_in_jupyterlab_shows_no_warning_and_no_red(page, url, path):
     assert_clean(run_all(page, url(path.name)))
+    shut_down(page)
+
+
+def test_sliders_of_notebook_01_move_curves(page, url):
+    assert_clean(run_all(page, url(NOTEBOOKS[0].name)))
+    widget = page.locator(".dmm-widget")
+    view, condition = widget.locator(".dmm-curves"), widget.get_by_role("slider", name="condition number")
+    expect(view).to_have_attribute("aria-label", re.compile("^Distance to the oracle .* OM on F within 1 % by step"))
+    expect(view.locator(".dmm-axes > svg")).to_have_count(3)
+    expect(view.locator(".dmm-axes > svg > svg > path")).to_have_count(18)
+    cells, before = n_cells(page), view.get_attribute("aria-label")
+    drawn = view.locator(".dmm-axes").inner_html()
+    condition.focus()
+    page.keyboard.press("ArrowLeft")
+    expect(view).not_to_have_attribute("aria-label", before)
+    assert view.locator(".dmm-axes").inner_html() != drawn
+    for key in [*["ArrowLeft"] * 15, *["ArrowRight"] * 15]:  # faster than the kernel answers: the last one counts
+        page.keyboard.press(key)
+    page.keyboard.press("End")
+    expect(view).to_contain_text("condition number 1,000,000,")
+
+    step = widget.get_by_role("slider", name="step, in 1 / L")
+    step.focus()
+    page.keyboard.press("End")
+    expect(widget.get_by_role("alert")).to_contain_text("diverges beyond 2 / L")
+    expect(view).to_contain_text("step 1 / L")
+    page.keyboard.press("ArrowLeft")
+    expect(widget.get_by_role("alert")).to_have_count(0)
+    expect(view).to_contain_text("step 2 / L")
+    assert n_cells(page) == cells
+
+    light = screenshot(page, widget, "01_light")
+    page.evaluate("jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
+    page.wait_for_function("document.body.dataset.jpThemeLight === 'false'")
+    assert light - screenshot(page, widget, "01_dark") > 0.4
+    page.evaluate("jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})")
+    narrow(page, widget, "01_narrow")
+    page.evaluate("jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
+    expect(widget.get_by_role("alert")).to_have_text("The kernel behind this widget has stopped; run its cell again.")
     shut_down(page)

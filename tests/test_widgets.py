@@ -22,18 +22,20 @@ from typer.testing import CliRunner
 
 from dmmlib import forget_sets, metrics, presets
 from dmmlib.analysis import plots, verdict
-from dmmlib.app import cli
+from dmmlib.analysis.one_image import single_effects
+from dmmlib.app import cli, plan
 from dmmlib.attributors.kernel import KernelResponse, gradient_kernel
 from dmmlib.attributors.margins import MarginDatamodel
 from dmmlib.datamodels import Attributor
 from dmmlib.errors import DmmError, ForgetSetError
+from dmmlib.files import write_json
 from dmmlib.progress import silent
 from dmmlib.studies.adversary.subspace import gradients
 from dmmlib.study import Study
 from dmmlib.widgets import Chooser, Results, views
 from dmmlib.widgets import preview as previews
 from dmmlib.widgets.batch import Trial
-from dmmlib.widgets.measures import distances, loadings, memorisation, single_effects
+from dmmlib.widgets.measures import distances, loadings, memorisation
 from dmmlib.widgets.preview import Previewer
 from dmmlib.widgets.selection import Selection, shown
 from dmmlib.widgets.views import Message, Scatter
@@ -773,6 +775,25 @@ def test_a_run_that_fails_says_why(shared, tmp_path, command):
     assert not trial.button.disabled
 
 
+def test_a_trial_says_its_price_before_it_runs(tiny, tmp_path):
+    study = own(tiny, tmp_path)
+    smoke = presets.load("smoke", {f"data.{key}": value for key, value in TINY["data"].items()})
+
+    def price():
+        return Trial(study, Message(), lambda: tmp_path / "mine.json", lambda: None).price.value
+
+    assert "Trains 40 small models, the first time 80 more: 189,000 sample gradients in all" in price()
+    asked = presets.load(smoke.model_dump(), {"unlearning.methods": cli.REQUEST})
+    jobs = list(plan._asked(asked, study.data, [forget_sets.make("mine", [1, 2, 3], study.data)], beside=False))
+    assert sum(job.n_models for job in jobs) == 120
+    assert sum(15 * job.n_models * job.size for job in jobs) == pytest.approx(189_000, rel=0.02), "as a dry run counts"
+    record = study.runs / smoke.name / "forget_set-mine" / "notebooks" / ".04_dmm_versus_baselines.json"
+    write_json(record, {"seconds": 26.2})
+    assert "Trains 40 small models and unlearns with them: about 26 s, as before" in price()
+    record.write_text("{")
+    assert "sample gradients" in price(), "a record that cannot be read tells nothing"
+
+
 @pytest.mark.slow
 def test_a_run_on_the_smoke_preset_can_be_cancelled(chooser):
     trial = chooser.trial
@@ -804,7 +825,9 @@ def test_a_run_that_ends_well_shows_every_method(tiny, tmp_path, command):
     heard, message = [], Message()
     trial = Trial(study, message, lambda: tmp_path / "mine.json", lambda: heard.append("ended"))
     trial.run()
+    assert trial.price.value == "", "progress stands in its place"
     wait(trial)
+    assert "Trains 40 small models" in trial.price.value
     assert message.value == ""
     assert heard == ["ended"]
     shown = html.unescape(trial.outcome.value)

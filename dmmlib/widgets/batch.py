@@ -23,13 +23,13 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from dmmlib import forget_sets, presets
+from dmmlib import data, forget_sets, presets
 from dmmlib.analysis import tables, verdict
 from dmmlib.analysis.looks import label
 from dmmlib.errors import DmmError, ForgetSetError, StoreError
-from dmmlib.files import OWN, folded, load_json, read_table, write_bytes
+from dmmlib.files import OWN, folded, load_json, read_json, read_table, write_bytes
 from dmmlib.forget_sets import ForgetSet
-from dmmlib.progress import PROGRESS_FILE
+from dmmlib.progress import PROGRESS_FILE, duration
 from dmmlib.study import Study
 from dmmlib.widgets.selection import Selection
 from dmmlib.widgets.views import Gallery, Message, labelled, row, text
@@ -68,8 +68,7 @@ class Saving(w.VBox):
             raise ForgetSetError(f"{name!r} is a forget set of the preset itself; save yours under another name.")
         path = self._study.directory / "forget_sets" / f"{name}.json"
         if self._is_another(path, chosen):
-            self._waiting = (chosen, path)
-            self.confirm.layout.display = ""
+            self._waiting, self.confirm.layout.display = (chosen, path), ""
             raise ForgetSetError(f"There is another forget set {name!r} already; overwrite it?")
         return self._write(chosen, path)
 
@@ -120,28 +119,41 @@ class Trial(w.VBox):
 
     def __init__(self, study: Study, message: Message, save: Callable[[], Path], on_end: Callable[[], None]) -> None:
         self._study, self._save, self._on_end = study, save, on_end
+        ours, smoke = (preset.data.model_dump(mode="json") for preset in (study.preset, presets.load("smoke")))
+        self._overrides = {f"data.{key}": value for key, value in ours.items() if value != smoke[key]}
         self._watch = message.guarded(self._follow)
         self.button = message.button("Try on smoke preset", self.run, "Save; unlearn with small models", icon="play")
         self.cancel = message.button("Cancel", self.end, "End the run; what is trained is kept", icon="stop")
         self.bar, self.line, self.outcome = w.FloatProgress(max=1), w.HTML(), w.HTML()
         self.images = Gallery(study.data.x, self._caption, rows=1, selectable=False, label="To be forgotten")
-        self.progress = row(self.bar, self.line, self.cancel)
-        super().__init__([row(self.button, self.progress, message), self.outcome, self.images])
+        self.price, self.progress = w.HTML(self._price()), row(self.bar, self.line, self.cancel)
+        super().__init__([row(self.button, self.price, self.progress, message), self.outcome, self.images])
         self.progress.layout.display = self.images.layout.display = "none"
 
     def _caption(self, point: int) -> tuple[str, str]:
         return self._study.data.class_names[self._study.data.y[point]], f"#{point}"
+
+    def _price(self) -> str:
+        """What a run takes, in HTML: models, and time where one ran here before, or else sample gradients."""
+        if (name := self._study.preset.data.name) in data.DATASETS and data.DATASETS[name].__module__[:7] != "dmmlib.":
+            return text("quiet", f"Not with data {name!r}, which only this process knows; load them from an .npz file")
+        smoke = presets.load("smoke", self._overrides)
+        n, part, runs = smoke.ensembles.n_models, smoke.attribution, self._study.runs / smoke.name
+        gradients = smoke.training.epochs * self._study.data.n_train * (3 * n + part.fraction * part.n_subsets)
+        said = f", the first time {n + part.n_subsets} more: {gradients:,.0f} sample gradients in all"
+        with suppress(StoreError, LookupError, TypeError, ValueError):  # no record of one, or none that can be read
+            took = max(float(read_json(path)["seconds"]) for path in runs.glob("forget_set-*/notebooks/.04_*.json"))
+            said = f" and unlearns with them: about {duration(took)}, as before"
+        return text("quiet", f"Trains {2 * n} small models{said}")
 
     def run(self) -> None:
         """Save, then unlearn the choice in the background; raises DmmError if a run is under way."""
         if self.button.disabled:
             raise DmmError("A run is under way; cancel it first.")
         path, study = self._save(), self._study
-        ours, smoke = (preset.data.model_dump(mode="json") for preset in (study.preset, presets.load("smoke")))
-        overrides = {f"data.{key}": value for key, value in ours.items() if value != smoke[key]}
-        settings = [part for key, value in overrides.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+        settings = [part for key, value in self._overrides.items() for part in ("--set", f"{key}={json.dumps(value)}")]
         command = ["run", "smoke", "--stage", "04", "--forget-set", str(path), "--device", str(study.device), *settings]
-        table = study.runs / presets.load("smoke", overrides).name / f"forget_set-{path.stem}" / "results.csv"
+        table = study.runs / presets.load("smoke", self._overrides).name / f"forget_set-{path.stem}" / "results.csv"
         self._folder = tempfile.TemporaryDirectory()
         self._progress, log = (Path(self._folder.name) / name for name in ("progress.json", "log.txt"))
         places = {"DMM_RUNS": study.runs, "DMM_FIGURES": study.figures, PROGRESS_FILE: self._progress}
@@ -151,11 +163,11 @@ class Trial(w.VBox):
                 stderr=subprocess.STDOUT, env=os.environ | {name: str(place) for name, place in places.items()},
             )  # fmt: skip
         self.button.disabled, self.cancel.disabled, self.bar.value, self.line.value = True, False, 0, "starting"
-        self.progress.layout.display = ""
+        self.progress.layout.display = self.price.value = ""
 
         def watch() -> None:
             self._watch(log, table, path)
-            self.button.disabled = False
+            self.price.value, self.button.disabled = self._price(), False
 
         threading.Thread(target=watch, daemon=True).start()
 
