@@ -32,15 +32,18 @@ def main(seeds: list[int], pairs: list[str], folder: Path = LAPTOP) -> None:
     """Replicate every pair with every seed, and every method, that a table lacks."""
     for seed, pair in itertools.product(seeds, pairs):
         methods = [*presets.load("replicate").unlearning.methods, *["ct"] * ("convnet" in pair)]  # it turns kernels
+        studies: dict[tuple[str, ...], Study] = {}  # tables that lack the same methods share one
         for name, measure in TABLES.items():
             path = folder / name
             done = pd.read_csv(path) if path.exists() else pd.DataFrame({"pair": [], "seed": []})
             known = done[(done["pair"] == pair) & (done["seed"] == seed)]
-            lacking = [m for m in methods if known.empty or m not in set(known.get("method", methods))]
+            lacking = tuple(m for m in methods if known.empty or m not in set(known.get("method", methods)))
             if not lacking:
                 continue
-            changed = {**PAIRS[pair], "seed": seed, "data.seed": seed, "unlearning.methods": lacking}
-            found = measure(Study("replicate", changed)).assign(pair=pair, seed=seed)
+            if lacking not in studies:
+                changed = {**PAIRS[pair], "seed": seed, "data.seed": seed, "unlearning.methods": lacking}
+                studies[lacking] = Study("replicate", changed)
+            found = measure(studies[lacking]).assign(pair=pair, seed=seed)
             if not known.empty:
                 found = found[found["method"].isin(lacking)]
             done = pd.concat([done, found], ignore_index=True).astype({"seed": int})

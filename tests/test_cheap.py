@@ -227,18 +227,18 @@ def test_replication_goes_on_where_its_table_ends(study, tmp_path, monkeypatch):
     monkeypatch.setattr(script.presets, "load", lambda name: study.preset)
     script.main([0], ["digits, mlp"], tmp_path)
     script.main([0, 1], ["digits, mlp"], tmp_path)
-    assert [o["seed"] for o in asked] == [0, 0, 1, 1], "a study for each of two tables"
+    assert [o["seed"] for o in asked] == [0, 1]
     path = tmp_path / "04_replication.csv"
     main = pd.read_csv(path)
     assert len(main) == 2 * len(study.forget_sets()) * len(methods) * 3
     main[main["method"] != methods[-1]].to_csv(path, index=False)
     script.main([0, 1], ["digits, mlp"], tmp_path)
-    assert [o["unlearning.methods"] for o in asked[4:]] == 2 * [[methods[-1]]], "only the method that is not there"
+    assert [o["unlearning.methods"] for o in asked[2:]] == 2 * [(methods[-1],)], "only the method that is not there"
     again = pd.read_csv(path).sort_values(list(main), ignore_index=True)
     pd.testing.assert_frame_equal(again, main.sort_values(list(main), ignore_index=True))
     path.unlink()
     script.main([1], ["digits, mlp"], tmp_path)
-    assert [o["seed"] for o in asked[6:]] == [1], "each table goes on for itself"
+    assert [o["seed"] for o in asked[4:]] == [1], "each table goes on for itself"
     rows = pd.read_csv(tmp_path / "07_replication.csv")
     assert set(rows["attributor"]) == {"do nothing", "bayesian", "ridge"}
     assert len(rows) == 2 * (3 * 2 * 3 + 2)
