@@ -51,7 +51,7 @@ lint: $(READY)
 replicate: $(READY)  ## the main table and cheap attribution on other data, models and seeds, for notebooks 04 and 07
 	$(BIN)/python scripts/replicate.py
 
-confirm: $(READY)  ## judge docs/claims.yaml on seeds that nothing was chosen on
+confirm: $(READY)  ## judge docs/claims.yaml and claims_requests.yaml on seeds that nothing was chosen on
 	$(BIN)/python scripts/confirm.py
 
 publish: study  ## put the executed notebooks of the run into notebooks/

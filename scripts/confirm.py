@@ -1,9 +1,9 @@
-"""The confirmatory run: claims of docs/claims.yaml, judged on seeds that nothing was chosen on.
+"""The confirmatory runs: claims of docs/claims*.yaml, judged on seeds that nothing was chosen on.
 
-    python scripts/confirm.py
+    python scripts/confirm.py [confirm | requests]
 
-Resumes, also within a seed. Writes figures/confirm/results.csv (of all seeds), confirm.csv (the verdicts) and plan.json
-(what was fixed before the first seed); refuses to go on where claims or versions have changed since.
+Resumes, also within a seed. Writes figures/confirm*/results.csv (of all seeds), confirm.csv (the verdicts) and
+plan.json (what was fixed before the first seed); refuses to go on where claims or versions have changed since.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ from dmmlib.registry import all_versions
 from dmmlib.study import Study
 
 CLAIMS = Path(__file__).parents[1] / "docs" / "claims.yaml"
+REQUESTS = CLAIMS.with_stem("claims_requests")
 PAGE, README = CLAIMS.with_suffix(".md"), CLAIMS.parents[1] / "README.md"
 
 
@@ -63,10 +64,14 @@ def main(preset: str = "confirm", claims: Path = CLAIMS, folder: Path | None = N
 
 
 if __name__ == "__main__":
+    wanted = sys.argv[1:] or ["confirm", "requests"]
     try:
-        put(PAGE, "claims", confirm.written(confirm.load(CLAIMS)))
-        judged = main()
-        put(README, "confirm", confirm.verdicts(judged))
-        sys.stdout.write(judged.to_string(index=False) + "\n")
+        for claims, block in ((CLAIMS, "claims"), (REQUESTS, "requests-claims")):
+            put(PAGE, block, confirm.written(confirm.load(claims)))
+        if "confirm" in wanted:
+            put(README, "confirm", confirm.verdicts(main()))
+        if "requests" in wanted:
+            judged = main("requests", REQUESTS, home() / "figures" / "confirm_requests")
+            put(PAGE, "requests-verdicts", confirm.verdicts(judged, REQUESTS.name))
     except DmmError as error:
         sys.exit(f"error: {error}")

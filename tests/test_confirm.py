@@ -1,5 +1,6 @@
 """Claims are judged by rules that were fixed before the run, and the run refuses to go on where they changed."""
 
+import fnmatch
 import hashlib
 import runpy
 from pathlib import Path
@@ -17,6 +18,9 @@ from tests.conftest import TINY
 
 ROOT = Path(__file__).parents[1]
 CLAIMS = ROOT / "docs" / "claims.yaml"
+PAGE, REQUESTS = CLAIMS.with_suffix(".md"), CLAIMS.with_stem("claims_requests")
+RUNS = [("confirm", CLAIMS, ROOT / "README.md", "docs/claims.md"), ("requests", REQUESTS, PAGE, REQUESTS.name)]
+runs = pytest.mark.parametrize(("preset", "path", "page", "link"), RUNS, ids=["confirm", "requests"])
 
 
 def results(ratios, baseline=20.0, width=0.1):
@@ -77,11 +81,12 @@ def test_claims_that_are_none_are_refused(tmp_path):
         confirm.load(tmp_path / "absent.yaml")
 
 
-def test_the_page_lists_the_claims_and_their_methods_are_run():
-    claims = confirm.load(CLAIMS)
-    assert confirm.written(claims) in CLAIMS.with_suffix(".md").read_text("utf-8")
-    preset = load("confirm")
+@runs
+def test_the_page_lists_the_claims_and_their_methods_and_sets_are_run(preset, path, page, link):
+    claims, preset = confirm.load(path), load(preset)
+    assert confirm.written(claims) in PAGE.read_text("utf-8")
     assert len({c.id for c in claims.claims}) == len(claims.claims)
+    assert all(fnmatch.filter([f.name for f in preset.forget_sets], claim.sets) for claim in claims.claims)
     for claim in claims.claims:
         assert {claim.method, claim.to} <= {*preset.unlearning.methods, "baselines"}
     assert len(claims.seeds) >= 3
@@ -96,15 +101,16 @@ def test_verdicts_are_told_with_their_intervals():
     assert "| always | holds on 50% | 20 | refuted |" in said
 
 
-def test_the_readme_and_the_report_show_the_confirmatory_run():
-    folder = ROOT / "figures" / "confirm"
-    if not folder.exists():
+@runs
+def test_a_page_and_the_report_show_the_confirmatory_run(preset, path, page, link):
+    folder = ROOT / "figures" / ("confirm" if preset == "confirm" else f"confirm_{preset}")
+    if not (folder / "confirm.csv").exists():
         pytest.skip("the confirmatory run was not made")
     judged = read_table(folder / "confirm.csv")
-    assert confirm.verdicts(judged) in (ROOT / "README.md").read_text("utf-8")
+    assert confirm.verdicts(judged, link) in page.read_text("utf-8")
     recorded = read_json(folder / "plan.json")
-    assert recorded["claims"] == hashlib.sha256(CLAIMS.read_bytes()).hexdigest(), "claims changed after their run"
-    again = confirm.judge(confirm.load(CLAIMS), read_table(folder / "results.csv"))
+    assert recorded["claims"] == hashlib.sha256(path.read_bytes()).hexdigest(), "claims changed after their run"
+    again = confirm.judge(confirm.load(path), read_table(folder / "results.csv"))
     pd.testing.assert_frame_equal(again, judged, check_dtype=False, rtol=1e-3)
     page = report.html(report.open_run(folder))
     assert "Claims, judged on seeds" in page

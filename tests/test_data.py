@@ -267,6 +267,21 @@ def test_requests_are_in_the_data_and_known_by_id():
     assert (d.x_val[trigger][:, -4:, -4:] == 255).all()
     np.testing.assert_array_equal(d.x_val[copies], x["copy"])
     assert min(map(min, d.probes.values())) == 500
+    assert "person" not in d.probes
+
+
+def test_images_of_one_person_leave_all_others_as_they_are():
+    d, person = data.load("requests"), data.load("requests", person=40)
+    theirs = np.array([name.startswith("person/") for name in person.ids])
+    assert theirs.sum() == 40
+    np.testing.assert_array_equal(person.x_train[~theirs], d.x_train[~theirs])
+    np.testing.assert_array_equal(person.x_train[theirs], d.x_train[theirs][:, ::-1] // 2)
+    np.testing.assert_array_equal(person.y_train, d.y_train)
+    assert (np.array(d.ids)[theirs] == [f"plain/{name.partition('/')[2]}" for name in person.ids[theirs]]).all()
+    asked = person.probes["person"]
+    assert len(asked) == 80
+    np.testing.assert_array_equal(person.x_val[asked], person.x_val[:80, ::-1] // 2)
+    np.testing.assert_array_equal(person.y_val[asked], person.y_val[:80])
 
 
 def test_requests_of_a_base_that_is_too_small():

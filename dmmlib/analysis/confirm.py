@@ -112,8 +112,8 @@ def written(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def verdicts(judged: pd.DataFrame) -> str:
-    """Write what `judge` found as a Markdown table, for the README."""
+def verdicts(judged: pd.DataFrame, page: str = "docs/claims.md") -> str:
+    """Write what `judge` found as a Markdown table, for the README, or for a page that leads elsewhere."""
     counts = judged["verdict"].value_counts()
     lines = ["| claim | measured | pairs | verdict |", "| --- | --- | --- | --- |"]
     for row in judged.to_dict("records"):
@@ -122,4 +122,4 @@ def verdicts(judged: pd.DataFrame) -> str:
         lines.append(f"| {row['claim']} | {every if np.isnan(row['low']) else mean} | {row['n']} | {row['verdict']} |")
     said = ", ".join(f"{counts[v]} {v}" for v in ("shown", "open", "refuted", "not run") if v in counts)
     seeds = "on seeds of data, models and forget sets, backdoors included, that nothing was chosen on"
-    return f"{said[0].upper()}{said[1:]}, of {len(judged)} [claims](docs/claims.md), {seeds}:\n\n" + "\n".join(lines)
+    return f"{said[0].upper()}{said[1:]}, of {len(judged)} [claims]({page}), {seeds}:\n\n" + "\n".join(lines)
