@@ -87,6 +87,19 @@ def test_a_section_with_a_figure_ends_with_one_take_away(path):
     assert ends == [("take-away", 1)] * len(ends)
 
 
+def test_a_model_of_ones_own_takes_twenty_lines():
+    cells = nbformat.read(NOTEBOOKS[10], as_version=4).cells
+    first, after = (next(i for i, c in enumerate(cells) if c.source.startswith(f"## {n} ")) for n in (1, 2))
+    yours = [
+        c.source for c in cells[first:after] if c.cell_type == "code" and "hide-input" not in c.metadata.get("tags", [])
+    ]
+    lines = [line for source in yours for line in source.splitlines() if line.strip()]
+    assert 0 < len(lines) <= 20
+    assert "class Net" in yours[0]
+    assert "def train" in yours[1]
+    assert "load_data" in yours[2]
+
+
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem[:2] in ("01", "03", "05")], ids=lambda p: p.stem)
 def test_a_widget_is_a_picture_where_there_is_no_kernel(path):
     outputs = [o for c in nbformat.read(path, as_version=4).cells for o in c.get("outputs", []) if "data" in o]

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -16,11 +17,13 @@ from torch.nn import functional as F
 
 import dmmlib
 from dmmlib import data as datasets
+from dmmlib.datamodels import Attributor
 from dmmlib.ensemble import Training, train
 from dmmlib.errors import DataError, ForgetSetError, ModelError, PresetError, StoreError
 from dmmlib.execution import Execution
+from dmmlib.metrics import klom
 from dmmlib.own import recipe as recipes
-from dmmlib.own.audit import Verdict, verdict
+from dmmlib.own.audit import Verdict, lira, steps_to, verdict
 from dmmlib.own.forget import given as outcome
 from dmmlib.own.prepare import Prepared
 from dmmlib.own.recipe import Recipe
@@ -168,17 +171,73 @@ def test_a_model_that_is_surer_of_everything_is_judged_the_same(kind):
     plain, surer = verdict(result, answers), verdict(result, 1.5 * answers + 2, 1.5 * answers[0] + 2)
     np.testing.assert_allclose(surer.remainder, plain.remainder, atol=1e-4)
     assert plain.remainder[0] > plain.remainder[1]
-    assert surer.misfit[0] > plain.misfit[0], "but its answers are not those of such models"
+    assert surer.excess[1] > plain.excess[1], "but its answers are not those of such models"
 
 
 def test_a_verdict_on_what_was_hardly_remembered_is_none():
-    seen = Verdict(
-        remainder=np.array([0.1, 0.9, 0.1, 0.9, 0.1]),
-        sd=np.array([0.1, 0.1, 0.4, 0.4, 0.4]),
-        misfit=np.array([1.0, 1.0, 1.0, 1.0, 99.0]),
-        spread=np.ones(1),
-    )
+    chance = np.linspace(-0.2, [0.3, 0.3, 1.2, 1.2, 1.2], 101, axis=1)
+    seen = Verdict(np.array([0.1, 0.9, 0.1, 0.9, 0.1]), np.array([0.2, 0.9, 0.2, 0.9, 99.0]), chance, np.ones(1))
+    np.testing.assert_allclose(seen.usual[[0, 2]], [-0.2 + 0.95 * 0.5, -0.2 + 0.95 * 1.4])
     assert [seen.forgotten(i) for i in range(5)] == [True, False, None, None, False]
+
+
+@pytest.fixture(scope="module")
+def simulated():
+    """Models of which the truth is known: margins of F are 3 lower where it is unseen, with a noise of 1."""
+    rng, n, f = np.random.default_rng(0), 400, np.arange(60)
+    y, base = np.zeros(n + 200, int), rng.normal(2, 2, n + 200).astype(np.float32)
+    gone = np.where(np.isin(np.arange(n + 200), f), base - 3, base)
+    masks = rng.random((200, n)) < 0.75
+
+    class Exact(Attributor):
+        def effects(self, forget_sets):
+            return np.stack([np.stack([gone - base, np.full(n + 200, -1e6)], -1)] * len(forget_sets))
+
+        def predict(self, masks):
+            return np.stack([np.where(mask[f].all(), base, gone) for mask in masks])[..., None] * [1.0, 0.0]
+
+        def left_out(self):
+            return shadow - seen
+
+    seen = np.tile(base, (200, 1))
+    seen[:, f] -= 3 * ~masks[:, f]
+    shadow = seen + rng.normal(size=seen.shape)
+    data = SimpleNamespace(y=y, n_train=n, n_val=200)
+    attributor, context = Exact(), SimpleNamespace(masks=masks, margins=shadow)
+    splits = {"forget": f, "retain": np.arange(60, n), "validation": np.arange(n, n + 200)}
+    prepared = SimpleNamespace(
+        data=data, attributor=lambda: attributor, context=lambda: context, splits=lambda *_, **__: splits
+    )
+    given = SimpleNamespace(prepared=prepared, forgotten=f, sd=None)
+    return given, lambda mean, k: mean + rng.normal(size=(k, n + 200)), base, gone
+
+
+def test_what_is_left_is_that_of_klom(simulated):
+    given, models, base, gone = simulated
+    before, ways, judges = models(base, 40), (1, 0.5**0.5, 0.5, 0), ({}, {"retrained": models(gone, 20)})
+    for how in judges:
+        kloms, lefts = [], []
+        for way in ways:  # originals that are moved, as unlearning moves them, and models retrained for real
+            m = before + (1 - way) * (gone - base) if way else models(gone, 40)
+            seen = verdict(given, m, before, **how)
+            kloms.append(klom(m[:, :60], models(gone, 400)[:, :60]).mean())
+            lefts.append(np.median(seen.left))
+            said = [seen.forgotten(i) for i in range(40)]
+            assert said.count(way == 0) >= 38 or way in ways[1:3], "right of 19 in 20 models"
+        assert lefts[0] == pytest.approx(1, abs=0.02)
+        assert lefts[1:] == pytest.approx([0.5, 0.25, 0], abs=0.1)
+        by_klom = (np.array(kloms) - kloms[-1]) / (kloms[0] - kloms[-1])
+        np.testing.assert_allclose(lefts, by_klom, atol=0.12)
+
+
+def test_an_attack_has_the_area_and_the_rate_that_are_known_of_it(simulated):
+    given, _, base, gone = simulated
+    margins = base.copy()
+    margins[:60] += np.where(np.arange(60) < 36, 1.0, -2.0)  # four, and one, standard deviations above the unseen
+    found = lira(given, margins)
+    assert found["tpr"] == pytest.approx(36 / 60), "unseen models reach 2.3 in one of a hundred cases"
+    assert found["auc"] == pytest.approx(0.6 * 1.0 + 0.4 * 0.841, abs=0.01)
+    assert lira(given, gone)["tpr"] == 0
 
 
 def test_preparing_again_trains_nothing(kind, monkeypatch):
@@ -605,7 +664,12 @@ def test_retrained_models_give_distances_with_a_floor(kind):
     with pytest.raises(DataError, match="Retrained model 4 is one of those before it; give models of different seeds"):
         result.audit([prepared.fresh(seed) for seed in (0, 1, 2, 1, *range(4, 10))])
     oracles = [prepared.fresh(seed, without=FORGET) for seed in range(10)]
-    found = result.audit(oracles, relearn=False).retrained
+    judged = result.audit(oracles)
+    few = (prepared.x[FORGET], prepared.y[FORGET], result.margins("before")[FORGET].mean())
+    assert judged.relearning["others"] == np.mean([steps_to(oracle, *few) for oracle in oracles[:5]])
+    margins = np.stack([dmmlib.margins(o(prepared.x).detach().numpy()[None], prepared.data.y)[0] for o in oracles])
+    assert judged.left == pytest.approx(verdict(result, result.margins()[None], retrained=margins).left[0], abs=1e-3)
+    found = judged.retrained
     assert found.keys() == {"forget", "retain", "validation"}
     assert found["retain"]["gap"] < found["retain"]["gap floor"] + 3
     itself = replace(result, model=oracles[0], after=oracles[0](prepared.x).detach().numpy())

@@ -110,13 +110,25 @@ def test_prepare_forget_and_audit(here):
     asked = ("--recipe", "recipe.py", "--forget", "ids.csv", "--models", 20)
     untouched = dmm("audit", "model.safetensors", "--original", "model.safetensors", *asked)
     says = {"NOT forgotten": 1, "cannot be told": 3}  # of 12 points and 20 models either may be
-    assert untouched.exit_code == says[untouched.output.rpartition(": remainder")[0].splitlines()[-1]]
+    assert untouched.exit_code == says[untouched.output.rpartition(" is left")[0].splitlines()[-1].rpartition(":")[0]]
     again = dmm(
         "audit", "unlearned/model.safetensors", "--original", "model.safetensors", *asked, "--out", "audit.html"
     )
     assert again.exit_code == {True: 0, False: 1, None: 3}[record["audit"]["forgotten"]]
-    assert f"remainder {record['audit']['remainder']:.2f}" in again.output
+    assert f"{record['audit']['left']:.2f} is left" in again.output
     assert (here / "audit.html").exists()
+    recipe, left = load(here / "recipe.py"), np.setdiff1d(np.arange(90), np.arange(0, 24, 2))
+    x, y = (torch.from_numpy(part[left]) for part in (recipe.dataset.x_train, recipe.dataset.y_train))
+    given = []
+    for seed in range(10):
+        torch.manual_seed(seed)
+        save_file(recipe.train(recipe.model(), x, y, seed).state_dict(), here / f"retrained{seed}.safetensors")
+        given += ["--retrained", f"retrained{seed}.safetensors"]
+    by_them = dmm("audit", "unlearned/model.safetensors", "--original", "model.safetensors", *asked, *given)
+    assert "0 as retrained models; by chance" in by_them.output
+    assert "against retrained models, forget: klom" in by_them.output
+    itself = dmm("audit", "retrained0.safetensors", "--original", "model.safetensors", *asked, *given)
+    assert itself.exit_code in (0, 3), "one of the retrained models has forgotten, or it cannot be told"
 
 
 def test_where_results_go_is_checked_before_any_work_and_a_second_request_knows_of_the_first(here, tmp_path):

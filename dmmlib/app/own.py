@@ -65,7 +65,7 @@ def forget(
     if dry_run:
         return
     _check_writable(out)
-    result = answer(model, forget, made, method=method)
+    result = answer(original, indices, made, method=method, name=name, after=gone)
     judged = result.audit()
     result.save(out, judged)
     page = result.report(out / "report.html", judged)
@@ -87,15 +87,17 @@ def audit(
     """Judge whether a model has forgotten training points; exits with 1 if it has not, 3 if that cannot be told."""
     from dmmlib.own.audit import answers
     from dmmlib.own.forget import given
+    from dmmlib.own.weights import loaded
 
     if out:
         if out.suffix != ".html":
             raise StoreError(f"--out got {out}; give the page a name that ends in .html.")
         _check_writable(out.parent)
     made = _opened(recipe, models, prepared)
-    answers(retrained or (), made)  # what is wrong is said before anything is trained
+    others = [loaded(weights, made) for weights in retrained or ()]
+    answers(others, made)  # what is wrong is said before anything is trained
     result = given(original, model, forget, made)
-    judged = result.audit(retrained or ())
+    judged = result.audit(others)
     typer.echo(str(judged))
     if out:
         typer.echo(f"written: {result.report(out, judged)}")

@@ -3,17 +3,21 @@
 Predictions are those of subset models, which are less sure of everything than one that was trained on all points; so
 they are moved onto two lines, margin = a + b * predicted, that are fitted to what the original answered before: z, what
 is predicted of F had it not been seen, by the line of validation points; u, what is predicted as it was, by that of
-retained points. With m the margins of the model that is judged, and s^2 the variance of a margin between models plus
-that of its prediction,
+retained points. Where at least ten retrained models are given, z is their mean and u what the original answered. With
+m the margins of the model that is judged, s^2 the variance of a margin between models plus that of its prediction, and
+D the mean over F of min((m - z)^2 / s^2, 10) - 1, which is about twice the KLoM and saturates like it,
 
-    remainder = sum_F (u - z) (m - z) / s^2  /  sum_F (u - z)^2 / s^2,        misfit = mean over F of (m - z)^2 / s^2:
+    remainder = sum_F (u - z) (m - z) / s^2  /  sum_F (u - z)^2 / s^2,    excess = D / D of the original:
 
-how much of the way it has still to go, 1 for a model that saw F and 0 for one that did not, whatever the sizes of F and
-of effects; and how far off its answers are in any direction, about 1 for retrained models; where those to
-validation points have moved further than predicted, their misfit counts. It has forgotten if the remainder is
-at most 1/2 and the misfit at most `MISFIT`. Its own standard deviation, and s, are measured on subset models, each
-predicted from the others: if 1/2 is less than two of it, F was hardly remembered, and a verdict would be a guess.
-`benchmarks/audit.py` says how often verdicts are right.
+how much of the way it has still to go, which has little noise but sees one direction; and how far off its answers are
+in any. Of a model that saw F both are 1, of one that did not 0, whatever the sizes of F and of effects. Where answers
+to validation points have moved further than predicted, D is theirs. What is left, as KLoM would have it, is
+
+    left = (remainder^2 + excess) / 2,
+
+of the remainder if it is positive; the model has forgotten if at most half is left. The same of the differences
+between subset models and their predictions says what is left by chance: if that is more than half in one of twenty,
+F was hardly remembered, and a verdict would be a guess. `benchmarks/audit.py` says how often verdicts are right.
 
 The attacker is LiRA (Carlini et al., "Membership inference attacks from first principles", S&P 2022): at each point of
 F a Gaussian of the margins of subset models that saw it and one of those that did not; the score is their likelihood
@@ -22,7 +26,7 @@ ratio, and the false positives are subset models that did not see the point.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -37,13 +41,14 @@ from dmmlib import metrics
 from dmmlib.attributors.gradients import margin
 from dmmlib.ensemble import initialise
 from dmmlib.errors import DataError
-from dmmlib.own.weights import Model, loaded
+from dmmlib.forget_sets import ForgetSet
+from dmmlib.own.weights import Model, loaded, with_weights
 from dmmlib.stacking import copied
 
 if TYPE_CHECKING:
     from dmmlib.own.forget import Result
 
-REMAINDER, MISFIT, SURE = 0.5, 5.0, 2.0  # chosen on the development sets of benchmarks/audit.py
+LEFT, CAP, CHANCE = 0.5, 10.0, 0.95  # chosen on the development sets of benchmarks/audit.py
 FPR = 0.01
 BINS = 15  # of confidence, for the calibration error
 LEAST = 10  # retrained models that distances are measured from
@@ -64,9 +69,10 @@ class Audit:
     """What an audit found."""
 
     forgotten: bool | None  # None where that cannot be told
+    left: float
+    chance: float  # what is left of 19 in 20 models that never saw F, by chance
     remainder: float
-    sd: float  # of the remainder
-    misfit: float
+    excess: float
     distances: dict[str, dict[str, float]]  # F, R, V -> mean and rms distance from predicted margins, and rms in sd
     attack: dict[str, dict[str, float]]  # before, after -> AUC and TPR at 1 % FPR of LiRA on F
     quality: dict[str, dict[str, dict[str, float]]]  # before, after -> R, V -> accuracy, calibration error
@@ -80,10 +86,10 @@ class Audit:
         return SAYS[self.forgotten]
 
     def __str__(self) -> str:
-        a, q = self.attack, self.quality
+        a, q, of = self.attack, self.quality, "retrained models" if self.retrained else "predicted of retraining"
         lines = [
-            f"{self.says}: remainder {self.remainder:.2f} +- {self.sd:.2f} (at most {REMAINDER:g}; 1 as before, 0 "
-            f"as predicted of retraining), misfit {self.misfit:.1f} (at most {MISFIT:g})",
+            f"{self.says}: {self.left:.2f} is left (at most {LEFT:g}; 1 as before, 0 as {of}; by chance up to "
+            f"{self.chance:.2f}), by a remainder of {self.remainder:.2f} and an excess of {self.excess:.2f}",
             *([HARDLY] if self.forgotten is None else []),
             "distance from what is predicted, rms in sd: "
             + ", ".join(f"{split} {found['rms in sd']:.2f}" for split, found in self.distances.items()),
@@ -117,11 +123,11 @@ def audit(result: Result, retrained: Sequence[Model] = (), *, relearn: bool = Tr
 
     Raises DataError for fewer retrained models or two that are alike, ModelError for some that do not fit.
     """
-    prepared, f = result.prepared, result.forgotten
-    n = prepared.data.n_train
-    others = answers(retrained, prepared)
-    splits = {"forget": f, "retain": np.setdiff1d(np.arange(n), f), "validation": np.arange(n, len(prepared.data.y))}
-    judged = verdict(result, (after := result.margins())[None])
+    prepared, f, y = result.prepared, result.forgotten, result.prepared.data.y
+    modules = [loaded(m, prepared) for m in retrained]
+    others = metrics.margins(np.stack(found), y) if (found := answers(modules, prepared)) else None
+    splits = prepared.splits(ForgetSet(result.name, f), probes=False)
+    judged = verdict(result, (after := result.margins())[None], retrained=others)
     distances = {}
     for split, points in splits.items():
         gap = after[points] - result.predicted[points]
@@ -129,17 +135,18 @@ def audit(result: Result, retrained: Sequence[Model] = (), *, relearn: bool = Tr
         distances[split] = {"mean": float(gap.mean()), "rms": rms[0], "rms in sd": rms[1]}
     return Audit(
         judged.forgotten(),
+        float(judged.left[0]),
+        float(judged.usual[0]),
         float(judged.remainder[0]),
-        float(judged.sd[0]),
-        float(judged.misfit[0]),
+        float(judged.excess[0]),
         distances,
         {when: lira(result, result.margins(when)) for when in ("before", "after")},
         {
-            when: {k: quality(getattr(result, when)[splits[k]], prepared.data.y[splits[k]]) for k in list(splits)[1:]}
+            when: {k: quality(getattr(result, when)[splits[k]], y[splits[k]]) for k in list(splits)[1:]}
             for when in ("before", "after")
         },
-        _relearning(result) if relearn else {},
-        _against(after, metrics.margins(np.stack(others), prepared.data.y), splits) if others else {},
+        _relearning(result, modules) if relearn else {},
+        {} if others is None else _against(after, others, splits),
     )
 
 
@@ -159,45 +166,72 @@ class Verdict:
     """What is seen of k models, as this module's head defines it."""
 
     remainder: np.ndarray  # (k,)
-    sd: np.ndarray  # (k,), of the remainder, between models
-    misfit: np.ndarray  # (k,)
+    excess: np.ndarray  # (k,)
+    chance: np.ndarray  # (k, M): what would be left of each subset model, by its difference from its prediction
     spread: np.ndarray  # (n_points,): standard deviation of a margin between models, and of its prediction
 
     @property
-    def score(self) -> np.ndarray:
-        """Above 1 is not forgotten."""
-        return np.maximum(self.remainder / REMAINDER, self.misfit / MISFIT)
+    def left(self) -> np.ndarray:
+        """How much is left (k,), 1 of an untouched model and about 0 of a retrained one."""
+        return left(self.remainder, self.excess)
+
+    @property
+    def usual(self) -> np.ndarray:
+        """What at most is left of 19 in 20 models that never saw F (k,)."""
+        return np.quantile(self.chance, CHANCE, axis=1)
 
     def forgotten(self, i: int = 0) -> bool | None:
         """Whether the i-th model has forgotten; None where the models at hand cannot tell."""
-        if self.misfit[i] <= MISFIT and SURE * self.sd[i] > REMAINDER:
-            return None
-        return bool(self.score[i] <= 1)
+        if self.left[i] > max(LEFT, self.chance[i].max()):
+            return False
+        return None if self.usual[i] > LEFT else bool(self.left[i] <= LEFT)
 
 
-def verdict(result: Result, margins: np.ndarray, before: np.ndarray | None = None) -> Verdict:
-    """Judge margins (k, n_points) of models, whose originals had `before` (k, n_points), or the result's if None."""
+def left(remainder: np.ndarray, excess: np.ndarray) -> np.ndarray:
+    """What is left, of a remainder and an excess of the same shape."""
+    return (remainder.clip(0) ** 2 + excess) / 2
+
+
+def verdict(
+    result: Result, margins: np.ndarray, before: np.ndarray | None = None, retrained: np.ndarray | None = None
+) -> Verdict:
+    """Judge margins (k, n_points) of models, whose originals had `before` (k, n_points), or the result's if None; by
+    what is predicted, or by margins (at least 10, n_points) of retrained models."""
     f, prepared, context = result.forgotten, result.prepared, result.prepared.context()
-    attributor, y, n = prepared.attributor(), prepared.data.y, prepared.data.n_train
-    retain, validation = np.setdiff1d(np.arange(n), f), np.arange(n, len(y))
-    level = metrics.right_logits(attributor.predict(np.ones((1, n), bool)), y)[0]
-    effect = metrics.right_logits(attributor.effect(f), y)
-    sd = np.zeros(len(y)) if result.sd is None else result.sd
+    attributor, y = prepared.attributor(), prepared.data.y
+    splits = prepared.splits(ForgetSet("", f), probes=False)
+    effect, validation = metrics.right_logits(attributor.effect(f), y), splits["validation"]
+    before = np.broadcast_to(result.margins("before") if before is None else before, margins.shape)
     if (noise := attributor.left_out()) is None:
         noise = context.margins - metrics.right_logits(attributor.predict(context.masks), y)
+    if retrained is None:
+        sd = np.zeros(len(y)) if result.sd is None else result.sd
+        level = metrics.right_logits(attributor.predict(np.ones((1, prepared.data.n_train), bool)), y)[0]
+        gone = _line(level, before, validation, (level + effect)[f])
+        fall = _line(level, before, splits["retain"], level[f]) - gone
+        moved = (margins - before - effect) / np.sqrt(2)  # two models' noise
+    else:  # their noise is that of subset models in shape, and their own in size
+        sd, of_mean = np.zeros(len(y)), 1 + 1 / len(retrained)
+        noise = noise * np.sqrt(of_mean * retrained.var(0, ddof=1).mean() / noise.var(0, ddof=1).mean())
+        gone = retrained[:, f].mean(0)
+        fall, moved = before[:, f] - gone, margins - retrained.mean(0)
     spread = np.sqrt(noise.var(0, ddof=1) + sd**2).clip(1e-3)
-    before = np.broadcast_to(result.margins("before") if before is None else before, margins.shape)
-    gone = _line(level, before, validation, (level + effect)[f])
-    fall = _line(level, before, retain, level[f]) - gone
-    away, along = margins[:, f] - gone, fall / spread[f] ** 2
+    along = fall / spread[f] ** 2
     along = along / (along * fall).sum(1, keepdims=True).clip(1e-9)
-    moved = (margins - before - effect)[:, validation] / spread[validation]
+    away, misfit = margins[:, f] - gone, [_misfit((m[:, f] - gone) / spread[f]) for m in (margins, before)]
+    whole = (misfit[1] - 1).clip(1e-3)
+    by_chance = (_misfit(noise[:, f] / spread[f]) - 1) / whole[:, None]
     return Verdict(
         (away * along).sum(1),
-        np.sqrt((noise[:, f] @ along.T).var(0, ddof=1) + (along**2 * sd[f] ** 2).sum(1)),
-        np.maximum(((away / spread[f]) ** 2).mean(1), (moved**2).mean(1) / 2),
+        (np.maximum(misfit[0], _misfit((moved / spread)[:, validation])) - 1) / whole,
+        left(along @ noise[:, f].T, by_chance),
         spread,
     )
+
+
+def _misfit(z: np.ndarray) -> np.ndarray:
+    """Mean square (k,) of distances (k, points) in standard deviations, which counts none above its cap."""
+    return np.minimum(z**2, CAP).mean(1)
 
 
 def _line(x: np.ndarray, y: np.ndarray, points: np.ndarray, at: np.ndarray) -> np.ndarray:
@@ -254,21 +288,33 @@ def steps_to(model: nn.Module, x: torch.Tensor, y: torch.Tensor, goal: float) ->
     return RELEARN_STEPS
 
 
-def _relearning(result: Result) -> dict[str, float]:
-    """Mean steps that bring points back to their margins before, of the model and of subset models that lack them."""
-    prepared, context = result.prepared, result.prepared.context()
-    counts: list[tuple[int, int]] = []
-    models, before = context.subset_models(), result.margins("before")
-    for i in np.argsort(context.masks[: models.n_models, result.forgotten].sum(1))[:SHADOWS]:
-        points = result.forgotten[~context.masks[i, result.forgotten]]
-        if len(points):
-            module, (params, buffers) = prepared.module().to(prepared.device), models.state_of(int(i))
-            module.load_state_dict(params | buffers, strict=False)
-            at = torch.from_numpy(points).to(prepared.device)
-            few = (prepared.x[at], prepared.y[at], float(before[points].mean()))
-            ours = loaded(result.model, prepared)
-            counts.append((steps_to(ours, *few), steps_to(module, *few)))
+def _relearning(result: Result, retrained: Sequence[nn.Module]) -> dict[str, float]:
+    """Mean steps that bring points back to their margins before: of the model, and of models that never saw them.
+
+    Those are retrained ones if there are any; else subset models, each with the points that it lacks.
+    """
+    prepared, before, counts = result.prepared, result.margins("before"), list[tuple[int, int]]()
+    for points, other in _others(result, retrained):
+        at = torch.from_numpy(points).to(prepared.device)
+        few = (prepared.x[at], prepared.y[at], float(before[points].mean()))
+        counts.append((steps_to(loaded(result.model, prepared), *few), steps_to(other, *few)))
     return dict(zip(("model", "others"), np.mean(counts, 0).tolist(), strict=True)) if counts else {}
+
+
+def _others(result: Result, retrained: Sequence[nn.Module]) -> Iterator[tuple[np.ndarray, nn.Module]]:
+    """Models that never saw points of F, with these."""
+    if retrained:
+        yield from ((result.forgotten, model) for model in retrained[:SHADOWS])
+        return
+    context = result.prepared.context()
+    models = context.subset_models()
+    lacks = ~context.masks[: models.n_models, result.forgotten]
+    for i in np.argsort(-lacks.sum(1))[:SHADOWS]:
+        if lacks[i].any():
+            yield (
+                result.forgotten[lacks[i]],
+                with_weights(result.prepared.module().to(result.prepared.device), models[[int(i)]]),
+            )
 
 
 def _against(model: np.ndarray, oracles: np.ndarray, splits: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:

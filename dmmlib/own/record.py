@@ -22,12 +22,13 @@ from dmmlib.analysis import looks
 from dmmlib.data import Dataset
 from dmmlib.errors import StoreError
 from dmmlib.files import check_folder, config_hash, load_json, replacing, write_bytes
+from dmmlib.forget_sets import ForgetSet
 
 if TYPE_CHECKING:
     from dmmlib.own.audit import Audit
     from dmmlib.own.forget import Result
 
-SCHEMA = 2  # docs/record.schema.json
+SCHEMA = 3  # docs/record.schema.json
 WEIGHTS, RECORD = "model.safetensors", "record.json"
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Request {{ name }}</title>
 <style>body{font:16px/1.5 sans-serif;max-width:50rem;margin:2rem auto;padding:0 1rem}
@@ -136,8 +137,8 @@ def report(result: Result, path: str | Path, audit: Audit) -> Path:
 def figure(result: Result) -> Figure:
     """Draw margins before and after against predicted ones, for F and for validation points."""
     figure, axes = looks.grid(2, 2, (4.6, 3.6), "margin predicted of a retrained model", "margin of the model")
-    n, shown = result.prepared.data.n_train, {"forgotten points": result.forgotten}
-    shown["validation points"] = np.arange(n, len(result.predicted))
+    splits = result.prepared.splits(ForgetSet(result.name, result.forgotten), probes=False)
+    shown = {f"{name} points": splits[split] for name, split in (("forgotten", "forget"), ("validation",) * 2)}
     for axis, (what, points) in zip(axes[0], shown.items(), strict=True):
         target = result.predicted[points]
         for when, colour in (("before", "0.6"), ("after", looks.colour("dmm"))):
