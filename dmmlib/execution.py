@@ -251,9 +251,10 @@ def place_of_rates(options: Sequence[Execution], device: torch.device, config: d
 def measure(tried: Sequence[Execution], steps: Callable[[Execution, int], None]) -> dict[Execution, float]:
     """Measure the model-steps per second of each execution (small chunks first), all its workers together.
 
-    Left out is what would take over two seconds per step, going by a smaller chunk; processes, which take time to start
-    and compile, where the same in threads is less than half as fast as other threads; and what a GPU's memory does not
-    hold. `steps(execution, n)` takes n steps of `execution.chunk` models in each worker.
+    Left out is what would take over two seconds per step, going by a smaller chunk; what takes time to compile or
+    start, where the same uncompiled is less than half as fast as others, or the same in threads less than three
+    quarters; and what a GPU's memory does not hold. `steps(execution, n)` takes n steps of `execution.chunk` models in
+    each worker.
 
     Raises:
         DeviceError: if not even the first, smallest chunk fits into the GPU's memory.
@@ -266,8 +267,11 @@ def measure(tried: Sequence[Execution], steps: Callable[[Execution, int], None])
     for execution in tried:
         if execution.chunk > 1 and any(execution.chunk * execution.workers / rate > 2 for rate in rates.values()):
             continue
-        in_threads = rates.get(replace(execution, processes=False))  # of the same, where this is in processes
-        if in_threads and in_threads < 0.5 * max(rate for way, rate in rates.items() if not way.processes):
+        in_threads = rates.get(replace(execution, processes=False)) if execution.processes else None
+        uncompiled = rates.get(replace(execution, compile=False)) if execution.compile else None
+        if in_threads and in_threads < 0.75 * max(rate for way, rate in rates.items() if not way.processes):
+            continue
+        if not in_threads and uncompiled and uncompiled < max(r for way, r in rates.items() if not way.compile) / 2:
             continue
         try:
             steps(execution, 2)  # starts processes, compiles, and warms caches

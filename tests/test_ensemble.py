@@ -356,6 +356,19 @@ def test_measuring_starts_no_processes_for_what_is_slow_in_threads(monkeypatch):
     assert [(e.chunk, e.processes) for e in measure(tried, steps)] == [(1, False), (4, False), (16, False), (16, True)]
 
 
+def test_measuring_compiles_nothing_that_is_slow_without(monkeypatch):
+    now = 0.0
+
+    def steps(execution, n):
+        nonlocal now
+        now += 0.1 * n
+
+    monkeypatch.setattr("dmmlib.execution.time", SimpleNamespace(perf_counter=lambda: now))
+    tried = [Execution(k, compile=c) for c in (False, True) for k in (1, 4, 16)]
+    compiled = [e.chunk for e in measure([e for e in tried if e.compile or e.chunk != 4], steps) if e.compile]
+    assert compiled == [4, 16], "4 was not tried uncompiled"
+
+
 def test_measuring_leaves_out_what_a_gpus_memory_does_not_hold():
     def steps(execution, n):
         if execution.chunk > most:

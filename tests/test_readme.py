@@ -88,10 +88,10 @@ def test_what_it_says_of_requests_is_in_their_table():
     baselines = [method for method in wide if is_baseline(method)]
     gap = wide.xs("mean_gap", level="statistic").xs("forget", level="split")
     best = gap[baselines].min(axis=1)
-    assert "answers wrong labels, copies and outliers better than every baseline" in WORDS
-    assert all(gap["dmm"][name] < 0.8 * best[name] for name in ("mislabelled_60", "copied", "outliers"))
-    assert "half of a class as well as rewinding, and a backdoor in part" in WORDS
-    assert gap["dmm"]["half_of_class_1"] == pytest.approx(gap["rewind"]["half_of_class_1"], rel=0.1)
+    assert "answers wrong labels, copies, outliers and one person's images better than every baseline" in WORDS
+    assert all(gap["dmm"][name] < 0.9 * best[name] for name in ("mislabelled_60", "copied", "outliers", "person"))
+    assert "half of a class about as well as rewinding, and a backdoor in part" in WORDS
+    assert gap["dmm"]["half_of_class_1"] == pytest.approx(gap["rewind"]["half_of_class_1"], rel=0.2)
     works = wide.loc["trigger", "accuracy", "trigger"]
     assert "its trigger still works on a third of images, retrained on a tenth" in WORDS
     assert (works["dmm"], works["retrain"]) == (pytest.approx(1 / 3, abs=0.04), pytest.approx(0.1, abs=0.03))
