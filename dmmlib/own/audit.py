@@ -4,20 +4,22 @@ Predictions are those of subset models, which are less sure of everything than o
 they are moved onto two lines, margin = a + b * predicted, that are fitted to what the original answered before: z, what
 is predicted of F had it not been seen, by the line of validation points; u, what is predicted as it was, by that of
 retained points. Where at least ten retrained models are given, z is their mean and u what the original answered. With
-m the margins of the model that is judged, s^2 the variance of a margin between models plus that of its prediction, and
-D the mean over F of min((m - z)^2 / s^2, 10) - 1, which is about twice the KLoM and saturates like it,
+m the margins of the model that is judged, and s^2 the variance of a margin between models plus that of its prediction,
 
-    remainder = sum_F (u - z) (m - z) / s^2  /  sum_F (u - z)^2 / s^2,    excess = D / D of the original:
+    remainder = sum_F (u - z) (m - z) / s^2  /  sum_F (u - z)^2 / s^2,    excess = (D - D_0) / (D_1 - D_0)
 
-how much of the way it has still to go, which has little noise but sees one direction; and how far off its answers are
-in any. Of a model that saw F both are 1, of one that did not 0, whatever the sizes of F and of effects. Where answers
-to validation points have moved further than predicted, D is theirs. What is left, as KLoM would have it, is
+with D the mean over F of min((m - z)^2 / s^2, 10), which grows and saturates as KLoM does: how much of the way the
+model has still to go, which has little noise but sees one direction; and how far off its answers are in any. Where
+answers to validation points have moved further than predicted, D is theirs. What is left, as KLoM would have it, is
 
     left = (remainder^2 + excess) / 2,
 
-of the remainder if it is positive; the model has forgotten if at most half is left. The same of the differences
-between subset models and their predictions says what is left by chance: if that is more than half in one of twenty,
-F was hardly remembered, and a verdict would be a guess. `benchmarks/audit.py` says how often verdicts are right.
+of the remainder if it is positive; the model has forgotten if at most half is left. By how much subset models differ
+from their own predictions says what models would be judged that never saw F, at z, and untouched ones, at u: D_0 and
+D_1 are their mean D, so that 0 is left of the first and 1 of the second, whatever the sizes of F and of effects. If
+more than half would be left of one in twenty of the first, or not of the original itself, F was hardly remembered, and
+a verdict would be a guess.
+`benchmarks/audit.py` says how often verdicts are right.
 
 The attacker is LiRA (Carlini et al., "Membership inference attacks from first principles", S&P 2022): at each point of
 F a Gaussian of the margins of subset models that saw it and one of those that did not; the score is their likelihood
@@ -48,7 +50,7 @@ from dmmlib.stacking import copied
 if TYPE_CHECKING:
     from dmmlib.own.forget import Result
 
-LEFT, CAP, CHANCE = 0.5, 10.0, 0.95  # chosen on the development sets of benchmarks/audit.py
+LEFT, CAP, DOUBT = 0.5, 10.0, 0.05  # chosen on the development sets of benchmarks/audit.py
 FPR = 0.01
 BINS = 15  # of confidence, for the calibration error
 LEAST = 10  # retrained models that distances are measured from
@@ -70,7 +72,7 @@ class Audit:
 
     forgotten: bool | None  # None where that cannot be told
     left: float
-    chance: float  # what is left of 19 in 20 models that never saw F, by chance
+    doubt: float  # share of models that never saw F of which more than half would be left, by chance
     remainder: float
     excess: float
     distances: dict[str, dict[str, float]]  # F, R, V -> mean and rms distance from predicted margins, and rms in sd
@@ -88,8 +90,9 @@ class Audit:
     def __str__(self) -> str:
         a, q, of = self.attack, self.quality, "retrained models" if self.retrained else "predicted of retraining"
         lines = [
-            f"{self.says}: {self.left:.2f} is left (at most {LEFT:g}; 1 as before, 0 as {of}; by chance up to "
-            f"{self.chance:.2f}), by a remainder of {self.remainder:.2f} and an excess of {self.excess:.2f}",
+            f"{self.says}: {self.left:.2f} is left (at most {LEFT:g}; 1 as before, 0 as {of}, which "
+            f"{self.doubt:.0%} would miss by chance), by a remainder of {self.remainder:.2f} and an excess of "
+            f"{self.excess:.2f}",
             *([HARDLY] if self.forgotten is None else []),
             "distance from what is predicted, rms in sd: "
             + ", ".join(f"{split} {found['rms in sd']:.2f}" for split, found in self.distances.items()),
@@ -136,7 +139,7 @@ def audit(result: Result, retrained: Sequence[Model] = (), *, relearn: bool = Tr
     return Audit(
         judged.forgotten(),
         float(judged.left[0]),
-        float(judged.usual[0]),
+        float(judged.doubt[0]),
         float(judged.remainder[0]),
         float(judged.excess[0]),
         distances,
@@ -167,7 +170,8 @@ class Verdict:
 
     remainder: np.ndarray  # (k,)
     excess: np.ndarray  # (k,)
-    chance: np.ndarray  # (k, M): what would be left of each subset model, by its difference from its prediction
+    doubt: np.ndarray  # (k,): share of models that never saw F that would be judged wrongly; 1 if the original would
+    usual: np.ndarray  # (k,): the most that would be left of models that never saw F
     spread: np.ndarray  # (n_points,): standard deviation of a margin between models, and of its prediction
 
     @property
@@ -175,16 +179,11 @@ class Verdict:
         """How much is left (k,), 1 of an untouched model and about 0 of a retrained one."""
         return left(self.remainder, self.excess)
 
-    @property
-    def usual(self) -> np.ndarray:
-        """What at most is left of 19 in 20 models that never saw F (k,)."""
-        return np.quantile(self.chance, CHANCE, axis=1)
-
     def forgotten(self, i: int = 0) -> bool | None:
         """Whether the i-th model has forgotten; None where the models at hand cannot tell."""
-        if self.left[i] > max(LEFT, self.chance[i].max()):
+        if self.left[i] > max(LEFT, self.usual[i]):
             return False
-        return None if self.usual[i] > LEFT else bool(self.left[i] <= LEFT)
+        return None if self.doubt[i] > DOUBT else bool(self.left[i] <= LEFT)
 
 
 def left(remainder: np.ndarray, excess: np.ndarray) -> np.ndarray:
@@ -218,20 +217,23 @@ def verdict(
     spread = np.sqrt(noise.var(0, ddof=1) + sd**2).clip(1e-3)
     along = fall / spread[f] ** 2
     along = along / (along * fall).sum(1, keepdims=True).clip(1e-9)
-    away, misfit = margins[:, f] - gone, [_misfit((m[:, f] - gone) / spread[f]) for m in (margins, before)]
-    whole = (misfit[1] - 1).clip(1e-3)
-    by_chance = (_misfit(noise[:, f] / spread[f]) - 1) / whole[:, None]
-    return Verdict(
-        (away * along).sum(1),
-        (np.maximum(misfit[0], _misfit((moved / spread)[:, validation])) - 1) / whole,
-        left(along @ noise[:, f].T, by_chance),
-        spread,
-    )
+    unseen, untouched = (_misfit((noise[:, f] + at * fall[:, None]) / spread[f]) for at in (0, 1))  # (k or 1, M)
+    start, whole = unseen.mean(1), (untouched.mean(1) - unseen.mean(1)).clip(1e-3)
+    by_chance = left(along @ noise[:, f].T, (unseen - start[:, None]) / whole[:, None])
+
+    def seen(m: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        away = m[:, f] - gone
+        return (away * along).sum(1), _misfit(away / spread[f])
+
+    (remainder, misfit), original = seen(margins), seen(before)
+    excess = (np.maximum(misfit, _misfit((moved / spread)[:, validation])) - start) / whole
+    told = left(original[0], (original[1] - start) / whole) > LEFT  # or nothing seems to be left of the original
+    return Verdict(remainder, excess, np.where(told, (by_chance > LEFT).mean(1), 1.0), by_chance.max(1), spread)
 
 
 def _misfit(z: np.ndarray) -> np.ndarray:
-    """Mean square (k,) of distances (k, points) in standard deviations, which counts none above its cap."""
-    return np.minimum(z**2, CAP).mean(1)
+    """Mean square (...) of distances (..., points) in standard deviations, which counts none above its cap."""
+    return np.minimum(z**2, CAP).mean(-1)
 
 
 def _line(x: np.ndarray, y: np.ndarray, points: np.ndarray, at: np.ndarray) -> np.ndarray:
