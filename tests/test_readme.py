@@ -92,6 +92,9 @@ def test_what_it_says_of_requests_is_in_their_table():
     assert all(gap["dmm"][name] < 0.9 * best[name] for name in ("mislabelled_60", "copied", "outliers", "person"))
     assert "half of a class about as well as rewinding, and a backdoor in part" in WORDS
     assert gap["dmm"]["half_of_class_1"] == pytest.approx(gap["rewind"]["half_of_class_1"], rel=0.2)
+    judged = pd.read_csv(ROOT / "figures" / "confirm_requests" / "confirm.csv")["verdict"].value_counts()
+    assert "of 12 [claims on requests](docs/claims.md), judged on fresh seeds, 7 are shown and 4 refuted" in WORDS
+    assert (judged.sum(), judged["shown"], judged["refuted"]) == (12, 7, 4)
     works = wide.loc["trigger", "accuracy", "trigger"]
     assert "its trigger still works on a third of images, retrained on a tenth" in WORDS
     assert (works["dmm"], works["retrain"]) == (pytest.approx(1 / 3, abs=0.04), pytest.approx(0.1, abs=0.03))
