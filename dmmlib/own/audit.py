@@ -17,7 +17,7 @@ answers to validation points have moved further than predicted, D is theirs. Wha
 of the remainder if it is positive; the model has forgotten if at most half is left. By how much subset models differ
 from their own predictions says what models would be judged that never saw F, at z, and untouched ones, at u: D_0 and
 D_1 are their mean D, so that 0 is left of the first and 1 of the second, whatever the sizes of F and of effects. If
-more than half would be left of one in twenty of the first, or not of the original itself, F was hardly remembered, and
+more than half would be left of one in fifty of the first, or not of the original itself, F was hardly remembered, and
 a verdict would be a guess.
 `benchmarks/audit.py` says how often verdicts are right.
 
@@ -50,7 +50,7 @@ from dmmlib.stacking import copied
 if TYPE_CHECKING:
     from dmmlib.own.forget import Result
 
-LEFT, CAP, DOUBT = 0.5, 10.0, 0.05  # chosen on the development sets of benchmarks/audit.py
+LEFT, CAP, DOUBT = 0.5, 10.0, 0.02  # chosen on the development sets of benchmarks/audit.py
 FPR = 0.01
 BINS = 15  # of confidence, for the calibration error
 LEAST = 10  # retrained models that distances are measured from
