@@ -98,10 +98,13 @@ def measured(name: str, model: str, seed: int) -> pd.DataFrame:
             audited = np.concatenate([m[:N_AUDITED] for m in margins.values()])
             start = np.tile(before[:N_AUDITED], (len(margins), 1))
             found = [verdict(judged, audited, start, given) for given in (None, oracle[:N_AUDITED])]
+            kloms = {
+                key: [metrics.klom(m[h][:, f.indices], oracle[h][:, f.indices]).mean() for h in HALVES]
+                for key, m in margins.items()
+            }
             for k, (key, i) in enumerate(itertools.product(margins, range(N_AUDITED))):
-                kloms = [metrics.klom(margins[key][h][:, f.indices], oracle[h][:, f.indices]).mean() for h in HALVES]
                 said = [v for way in found for v in (way.left[k], way.doubt[k], way.forgotten(k))]
-                rows.append((f"{name}-{model}-{seed}", label, len(f), key, i, *kloms, *said))
+                rows.append((f"{name}-{model}-{seed}", label, len(f), key, i, *kloms[key], *said))
             print(name, model, seed, label, flush=True)
     by = [f"{what}{way}" for way in WAYS.values() for what in ("left", "doubt", "forgotten")]
     return pd.DataFrame(rows, columns=["data", "forget_set", "size", "method", "model", *KLOMS, *by])

@@ -251,10 +251,9 @@ def place_of_rates(options: Sequence[Execution], device: torch.device, config: d
 def measure(tried: Sequence[Execution], steps: Callable[[Execution, int], None]) -> dict[Execution, float]:
     """Measure the model-steps per second of each execution (small chunks first), all its workers together.
 
-    Left out is what would take over two seconds per step, going by a smaller chunk; what takes time to compile or
-    start, where the same uncompiled is less than half as fast as others, or the same in threads less than three
-    quarters; and what a GPU's memory does not hold. `steps(execution, n)` takes n steps of `execution.chunk` models in
-    each worker.
+    Left out is what would take over two seconds per step, going by a smaller chunk; what compiles or starts processes,
+    where the same uncompiled is less than half as fast as others, or in threads less than three quarters, or left out;
+    and what a GPU's memory does not hold. `steps(execution, n)` takes n steps of `chunk` models in each worker.
 
     Raises:
         DeviceError: if not even the first, smallest chunk fits into the GPU's memory.
@@ -267,11 +266,12 @@ def measure(tried: Sequence[Execution], steps: Callable[[Execution, int], None])
     for execution in tried:
         if execution.chunk > 1 and any(execution.chunk * execution.workers / rate > 2 for rate in rates.values()):
             continue
-        in_threads = rates.get(replace(execution, processes=False)) if execution.processes else None
-        uncompiled = rates.get(replace(execution, compile=False)) if execution.compile else None
-        if in_threads and in_threads < 0.75 * max(rate for way, rate in rates.items() if not way.processes):
-            continue
-        if not in_threads and uncompiled and uncompiled < max(r for way, r in rates.items() if not way.compile) / 2:
+        threads, in_threads = {w: r for w, r in rates.items() if not w.processes}, replace(execution, processes=False)
+        plain, uncompiled = {w: r for w, r in rates.items() if not w.compile}, replace(execution, compile=False)
+        if execution.processes:
+            if in_threads in tried and threads.get(in_threads, 0) < 0.75 * max(threads.values()):
+                continue
+        elif execution.compile and uncompiled in plain and plain[uncompiled] < 0.5 * max(plain.values()):
             continue
         try:
             steps(execution, 2)  # starts processes, compiles, and warms caches
@@ -282,10 +282,11 @@ def measure(tried: Sequence[Execution], steps: Callable[[Execution, int], None])
                 f"A step of {execution.chunk} models does not fit into the GPU's memory; lower ensembles.chunk or "
                 "training.batch_size."
             ) from error
-        n = max(5, round((in_threads or 0) / execution.chunk / execution.workers))  # a second's: sending takes time
+        models = execution.chunk * execution.workers
+        n = max(5, round(rates.get(in_threads, 0) / models))  # a second's: sending takes time
         while (taken := seconds(execution, n)) < 0.2 and n < 500:  # too short to tell anything
             n *= 3
-        rates[execution] = n * execution.chunk * execution.workers / taken
+        rates[execution] = n * models / taken
     return rates
 
 

@@ -6,6 +6,7 @@ Resumes, also within a seed. Writes figures/confirm*/results.csv (of all seeds),
 plan.json (what was fixed before the first seed); refuses to go on where claims or versions have changed since.
 """
 
+import argparse
 import hashlib
 import subprocess
 import sys
@@ -64,14 +65,18 @@ def main(preset: str = "confirm", claims: Path = CLAIMS, folder: Path | None = N
 
 
 if __name__ == "__main__":
-    wanted = sys.argv[1:] or ["confirm", "requests"]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", nargs="?", choices=["confirm", "requests"], help="both, if it is left out")
+    wanted = parser.parse_args().run
     try:
         for claims, block in ((CLAIMS, "claims"), (REQUESTS, "requests-claims")):
             put(PAGE, block, confirm.written(confirm.load(claims)))
-        if "confirm" in wanted:
-            put(README, "confirm", confirm.verdicts(main()))
-        if "requests" in wanted:
+        if wanted != "requests":
+            put(README, "confirm", confirm.verdicts(judged := main()))
+            sys.stdout.write(judged.to_string(index=False) + "\n")
+        if wanted != "confirm":
             judged = main("requests", REQUESTS, home() / "figures" / "confirm_requests")
             put(PAGE, "requests-verdicts", confirm.verdicts(judged, REQUESTS.name))
+            sys.stdout.write(judged.to_string(index=False) + "\n")
     except DmmError as error:
         sys.exit(f"error: {error}")

@@ -367,6 +367,8 @@ def test_measuring_compiles_nothing_that_is_slow_without(monkeypatch):
     tried = [Execution(k, compile=c) for c in (False, True) for k in (1, 4, 16)]
     compiled = [e.chunk for e in measure([e for e in tried if e.compile or e.chunk != 4], steps) if e.compile]
     assert compiled == [4, 16], "4 was not tried uncompiled"
+    tried = [Execution(k, 2, c, p) for p in (False, True) for c in (False, True) for k in (1, 16)]
+    assert [e.chunk for e in measure(tried, steps) if e.compile] == [16, 16], "nor in processes, what was left out"
 
 
 def test_measuring_leaves_out_what_a_gpus_memory_does_not_hold():

@@ -118,7 +118,8 @@ def verdicts(judged: pd.DataFrame, page: str = "docs/claims.md") -> str:
     lines = ["| claim | measured | pairs | verdict |", "| --- | --- | --- | --- |"]
     for row in judged.to_dict("records"):
         every = f"holds on {row['value']:.0%}" if row["n"] else ""
-        mean = f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+        digits = 2 if abs(row["value"]) >= 0.05 else 4  # differences of accuracy are small
+        mean = f"{row['value']:.{digits}f} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
         lines.append(f"| {row['claim']} | {every if np.isnan(row['low']) else mean} | {row['n']} | {row['verdict']} |")
     said = ", ".join(f"{counts[v]} {v}" for v in ("shown", "open", "refuted", "not run") if v in counts)
     seeds = "on seeds of data, models and forget sets, backdoors included, that nothing was chosen on"

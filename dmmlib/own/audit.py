@@ -50,7 +50,7 @@ from dmmlib.stacking import copied
 if TYPE_CHECKING:
     from dmmlib.own.forget import Result
 
-LEFT, CAP, DOUBT = 0.5, 10.0, 0.02  # chosen on the development sets of benchmarks/audit.py
+LEFT, CAP, DOUBT = 0.5, 10.0, 0.02  # chosen on sets that benchmarks/audit.py does not report
 FPR = 0.01
 BINS = 15  # of confidence, for the calibration error
 LEAST = 10  # retrained models that distances are measured from
@@ -171,7 +171,7 @@ class Verdict:
     remainder: np.ndarray  # (k,)
     excess: np.ndarray  # (k,)
     doubt: np.ndarray  # (k,): share of models that never saw F that would be judged wrongly; 1 if the original would
-    usual: np.ndarray  # (k,): the most that would be left of models that never saw F
+    most: np.ndarray  # (k,): what at most would be left of models that never saw F
     spread: np.ndarray  # (n_points,): standard deviation of a margin between models, and of its prediction
 
     @property
@@ -181,7 +181,7 @@ class Verdict:
 
     def forgotten(self, i: int = 0) -> bool | None:
         """Whether the i-th model has forgotten; None where the models at hand cannot tell."""
-        if self.left[i] > max(LEFT, self.usual[i]):
+        if self.left[i] > max(LEFT, self.most[i]):
             return False
         return None if self.doubt[i] > DOUBT else bool(self.left[i] <= LEFT)
 
@@ -225,9 +225,9 @@ def verdict(
         away = m[:, f] - gone
         return (away * along).sum(1), _misfit(away / spread[f])
 
-    (remainder, misfit), original = seen(margins), seen(before)
+    (remainder, misfit), (remainder_before, misfit_before) = seen(margins), seen(before)
     excess = (np.maximum(misfit, _misfit((moved / spread)[:, validation])) - start) / whole
-    told = left(original[0], (original[1] - start) / whole) > LEFT  # or nothing seems to be left of the original
+    told = left(remainder_before, (misfit_before - start) / whole) > LEFT  # or the original seems to have forgotten
     return Verdict(remainder, excess, np.where(told, (by_chance > LEFT).mean(1), 1.0), by_chance.max(1), spread)
 
 
@@ -313,10 +313,8 @@ def _others(result: Result, retrained: Sequence[nn.Module]) -> Iterator[tuple[np
     lacks = ~context.masks[: models.n_models, result.forgotten]
     for i in np.argsort(-lacks.sum(1))[:SHADOWS]:
         if lacks[i].any():
-            yield (
-                result.forgotten[lacks[i]],
-                with_weights(result.prepared.module().to(result.prepared.device), models[[int(i)]]),
-            )
+            module = result.prepared.module().to(result.prepared.device)
+            yield result.forgotten[lacks[i]], with_weights(module, models[[int(i)]])
 
 
 def _against(model: np.ndarray, oracles: np.ndarray, splits: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
