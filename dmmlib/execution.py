@@ -253,7 +253,8 @@ def measure(tried: Sequence[Execution], steps: Callable[[Execution, int], None])
 
     Left out is what would take over two seconds per step, going by a smaller chunk; what compiles or starts processes,
     where the same uncompiled is less than half as fast as others, or in threads less than three quarters, or left out;
-    and what a GPU's memory does not hold. `steps(execution, n)` takes n steps of `chunk` models in each worker.
+    and what a GPU's memory does not hold. `steps(execution, n)` takes n steps of `chunk` models in each worker; what it
+    takes before the first, as it makes these models, is left out, or large chunks would seem slow.
 
     Raises:
         DeviceError: if not even the first, smallest chunk fits into the GPU's memory.
@@ -283,10 +284,10 @@ def measure(tried: Sequence[Execution], steps: Callable[[Execution, int], None])
                 "training.batch_size."
             ) from error
         models = execution.chunk * execution.workers
-        n = max(5, round(rates.get(in_threads, 0) / models))  # a second's: sending takes time
-        while (taken := seconds(execution, n)) < 0.2 and n < 500:  # too short to tell anything
+        n, start = max(5, round(rates.get(in_threads, 0) / models)), seconds(execution, 1)
+        while (taken := seconds(execution, n) - start) < 0.2 and n < 500:  # too short to tell anything
             n *= 3
-        rates[execution] = n * models / taken
+        rates[execution] = (n - 1) * models / max(taken, 1e-3)
     return rates
 
 

@@ -194,6 +194,11 @@ class Trainer(Given):
         """
         return self._fastest(many=False)
 
+    def side_by_side(self) -> Execution:
+        """How to do several things at a time that are each too small for all cores: one in each worker process."""
+        workers = torch.get_num_threads() if self.trains_much and self.device.type == "cpu" else 1
+        return Execution(1, workers, processes=workers > 1)
+
     @property
     def trains_much(self) -> bool:
         """Whether so many steps are planned that processes and compiling pay, which take time to start."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,14 @@ import numpy as np
 import pandas as pd
 
 from dmmlib import metrics
+from dmmlib.execution import Execution
 from dmmlib.progress import Progress, silent
-from dmmlib.unlearn import Method, Problem, Registered
+from dmmlib.unlearn import Method, Problem, Registered, Unlearned
 
 STOPS = 4  # moments of a run at which it may stop: after 1/4, 2/4, ... of its steps
 RUNGS = (12, 1)  # what the tuning models are divided by: all settings are tried on few models, the best on all
 KEPT = 8  # of so many settings one survives a rung
+ALONE = Execution()  # one after the other
 AT_LEAST = (4, 2)  # models on a rung, and settings that survive it
 
 
@@ -66,11 +68,13 @@ def search(
     trials: Sequence[Trial],
     progress: Progress = silent,
     halve: bool = True,
+    execution: Execution = ALONE,
 ) -> pd.DataFrame:
     """Try every setting of a method on every tuning set: on few models, and what has the least mean KLoM on more.
 
     Successive halving (Jamieson and Talwalkar, AISTATS 2016) with the same models for all settings; not if `halve` is
     False. A method that records a trajectory is judged at each of its moments, so that all are stopped early alike.
+    `execution` says how many are tried at a time.
 
     Returns:
         One row per setting, stop and set, those that got furthest first, and of these the best: setting (its number),
@@ -80,29 +84,39 @@ def search(
     """
     n = trials[0].problem.n_models
     left, spent, rows = list(range(len(settings))), dict[tuple[int, str], float](), dict[int, list[dict[str, Any]]]()
+
+    def attempt(pair: tuple[int, int, int]) -> tuple[float, list[dict[str, Any]]]:
+        n_models, at, i = pair
+        result = method(few(trials[at].problem, n_models), **settings[i])
+        return result.cost, list(_moments(result, trials[at]))
+
     for n_models, n_settings in rungs(n, len(settings)) if halve else [(n, len(settings))]:
         left = left[:n_settings]
-        tried = [(trial, i) for trial in trials for i in left]
+        tried = [(n_models, at, i) for at in range(len(trials)) for i in left]
         rows |= {i: [] for i in left}
-        for done, (trial, i) in enumerate(tried):
-            progress(f"search {name} on {n_models} models", done, len(tried))
-            result = method(few(trial.problem, n_models), **settings[i])
-            spent[i, trial.name] = spent.get((i, trial.name), 0.0) + n_models * result.cost
-            about = {"setting": i, "n_models": n_models, "forget_set": trial.name, "spent": spent[i, trial.name]}
-            moments = len(result.trajectory)
-            for k in range(1, STOPS + 1) if moments > 1 else [STOPS]:
-                at = max(1, round(k * moments / STOPS)) - 1
-                margins = result.margins if k == STOPS else result.trajectory[at]
-                cost = result.cost if k == STOPS else float(result.costs[at])
-                measured = score(margins, trial.oracles, trial.splits)
-                rows[i].append(about | {"stop": k / STOPS, "cost": cost} | settings[i] | measured)
-        progress(f"search {name} on {n_models} models", len(tried), len(tried))
+        progress(f"search {name} on {n_models} models", 0, len(tried))
+        for done, (cost, found) in enumerate(execution.run(attempt, tried)):
+            _, at, i = tried[done]
+            spent[i, trials[at].name] = spent.get((i, trials[at].name), 0.0) + n_models * cost
+            about = {"setting": i, "n_models": n_models, "forget_set": trials[at].name, "spent": spent[i, trials[at].name]}
+            rows[i] += [about | moment | settings[i] | measured for moment, measured in found]
+            progress(f"search {name} on {n_models} models", done + 1, len(tried))
         means = pd.DataFrame([row for i in left for row in rows[i]]).groupby(["setting", "stop"])["mean"].mean()
         left = means.groupby("setting").min().sort_values(kind="stable").index.tolist()  # at its best stop, best first
     table = pd.DataFrame([row for tries in rows.values() for row in tries])
     table["mean_score"] = table.groupby(["setting", "stop"])["score"].transform("mean")
     order = ["n_models", "mean_score", "setting", "stop", "forget_set"]
     return table.sort_values(order, ascending=[False, True, True, True, True], ignore_index=True)
+
+
+def _moments(result: Unlearned, trial: Trial) -> Iterator[tuple[dict[str, float], dict[str, float]]]:
+    """The moments of a run at which it may stop, each with its cost, and the `score` there."""
+    moments = len(result.trajectory)
+    for k in range(1, STOPS + 1) if moments > 1 else [STOPS]:
+        at = max(1, round(k * moments / STOPS)) - 1
+        margins = result.margins if k == STOPS else result.trajectory[at]
+        cost = result.cost if k == STOPS else float(result.costs[at])
+        yield {"stop": k / STOPS, "cost": cost}, score(margins, trial.oracles, trial.splits)
 
 
 def few(problem: Problem, n: int) -> Problem:

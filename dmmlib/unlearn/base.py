@@ -82,6 +82,10 @@ class Problem:
     def labels(self) -> np.ndarray:
         return self.y.cpu().numpy()
 
+    def on_one_core(self) -> Problem:
+        """The same, for a worker that solves it while others solve further ones."""
+        return replace(self, execution=replace(self.execution, workers=1))
+
     def rngs(self, use: int | None = None) -> list[np.random.Generator]:
         """One generator per model: for batches, or for a further use of chance (1, 2, ...) that is independent."""
         key = [] if use is None else [use]
@@ -160,6 +164,17 @@ class Registered:
         made = self.run(problem, **options)
         here = problem.follow if made.trajectory.shape[2] == len(problem.x) else slice(None)
         return replace(made, trajectory=made.trajectory[:, :, here])
+
+    def apply(self, problem: Problem, setting: Mapping[str, Any]) -> Unlearned:
+        """Call it with a setting: its options, and maybe the share of its steps after which to `stop`.
+
+        Raises MethodError where it changed the points, which are everybody's.
+        """
+        options, moved = {k: v for k, v in setting.items() if k != "stop"}, problem.x._version
+        made = self(replace(problem, stop=setting.get("stop", 1.0)), **options)
+        if problem.x._version != moved:
+            raise MethodError(f"{self.name} changed the points it was given; let it change a copy, and start anew.")
+        return made
 
 
 METHODS: Registry[Registered] = Registry("method", "dmmlib.unlearn.reference", "dmmlib.baselines", "dmmlib.matching")
