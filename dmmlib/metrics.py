@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Integral
@@ -320,13 +320,6 @@ def ks_p_values(unlearned: np.ndarray, oracle: np.ndarray, statistic: np.ndarray
     return kolmogorov(np.sqrt(n * m / (n + m)) * (ks(unlearned, oracle) if statistic is None else statistic))
 
 
-def _shares(p: np.ndarray) -> tuple[float, float]:
-    """Shares of tests that reject: each at `LEVEL`, and at a false discovery rate of it (Benjamini and Hochberg)."""
-    from scipy.stats import false_discovery_control
-
-    return float((p <= LEVEL).mean()), float((false_discovery_control(p) <= LEVEL).mean())
-
-
 def gap_summary(
     unlearned: np.ndarray, oracle: np.ndarray, splits: Mapping[str, np.ndarray], n_bootstrap: int = 25, seed: int = 0
 ) -> dict[str, dict[str, Estimate]]:
@@ -339,23 +332,28 @@ def gap_summary(
     Raises:
         DataError: as `klom`, and for fewer than two models of a kind.
     """
+    from scipy.stats import false_discovery_control
+
     unlearned, oracle = checked(unlearned, oracle, least=2)
     sd, places, rng = np.maximum(oracle.std(0, ddof=1), 1e-6), _sorted(unlearned, oracle), np.random.default_rng(seed)
     even = [np.full(len(m), 1 / len(m)) for m in (unlearned, oracle)]
     draws = [even] + [[rng.multinomial(len(w), w) / len(w) for w in even] for _ in range(n_bootstrap)]
-    found: dict[str, list[tuple[float, ...]]] = {split: [] for split in splits}
-    for u, o in draws:
-        gap = np.abs(u @ unlearned - o @ oracle) / sd
-        p = ks_p_values(unlearned, oracle, _ks(*places, u, o))
-        for split, indices in splits.items():
-            found[split].append((float(gap[indices].mean()), *_shares(p[indices])))
-    names = ("mean_gap", "ks_share", "ks_fdr")
+    gap = np.stack([np.abs(u @ unlearned - o @ oracle) / sd for u, o in draws])
+    p = np.stack([ks_p_values(unlearned, oracle, _ks(*places, u, o)) for u, o in draws])
+
+    def statistics(at: np.ndarray) -> Iterator[np.ndarray]:
+        """Of each draw: the mean gap, and shares of tests that reject, each at `LEVEL` and at that false discovery rate
+        (Benjamini and Hochberg)."""
+        yield gap.take(at, 1).mean(1)
+        yield (p.take(at, 1) <= LEVEL).mean(1)
+        yield (false_discovery_control(p.take(at, 1), axis=1) <= LEVEL).mean(1)
+
     return {
         split: {
-            name: Estimate.normal(values[0], np.std(values[1:], ddof=1), least=0.0)
-            for name, values in zip(names, zip(*rows, strict=True), strict=True)
+            name: Estimate.normal(float(values[0]), values[1:].std(ddof=1), least=0.0)
+            for name, values in zip(("mean_gap", "ks_share", "ks_fdr"), statistics(indices), strict=True)
         }
-        for split, rows in found.items()
+        for split, indices in positions(splits, oracle.shape[1]).items()
     }
 
 

@@ -68,7 +68,7 @@ def template(module: nn.Module, device: torch.device | str = "meta") -> nn.Modul
         if empty.get_submodule(owner) is not empty.get_submodule(source) or own != shared:
             setattr(empty.get_submodule(owner), own, getattr(empty.get_submodule(source), shared))
             aliases[name] = known
-    vars(empty)["aliases"] = aliases
+    vars(empty).update(aliases=aliases, stackable=_Noted())
     return empty
 
 
@@ -113,10 +113,11 @@ def forward(
 def stackable(module: nn.Module, params: Tensors, buffers: Tensors, x: Tensor) -> bool:
     """Whether vmap maps models, in the module's mode, to what each answers alone, drawing nothing.
 
-    Found out on two models with batches of x (n_models, n_points, ...), gradients included, and noted in the module.
+    Found out on two models with batches of x (n_models, n_points, ...), gradients included, and noted for the module
+    and its copies.
     """
-    known: dict[tuple[bool, bool], bool] = vars(module).setdefault("stackable", {})
-    mode = module.training, x.shape[1] == 1  # see `lone_points`
+    known: _Noted = vars(module).setdefault("stackable", _Noted())
+    mode = module.training, x.shape[1] == 1, *params, *buffers  # the second: see `lone_points`
     if mode not in known:
         trial, weights, state = copied(module), at(params, slice(2)), at(buffers, slice(2))
         weights = {k: v.detach() for k, v in weights.items()}
@@ -137,9 +138,17 @@ def stackable(module: nn.Module, params: Tensors, buffers: Tensors, x: Tensor) -
     return known[mode]
 
 
+class _Noted(dict[tuple[Any, ...], bool]):
+    """What was found out of a module, which its copies share."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Noted:
+        return self
+
+
 def _drawn() -> tuple[Any, ...]:
     """How far Python's and NumPy's generators are; of torch's own, vmap sees to it."""
-    return random.getstate(), repr(np.random.get_state())  # noqa: NPY002
+    state: Any = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), np.asarray(state[1]).tobytes(), *state[2:]
 
 
 def close(a: Tensor, b: Tensor, share: float = 1e-3) -> bool:

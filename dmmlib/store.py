@@ -42,6 +42,7 @@ class Store:
     def __init__(self, address: str, files: LocalStore | FsspecStore, attributes: Mapping[str, Any]) -> None:
         self.address, self._files, self._hash = address, files, attributes["config_hash"]
         self._group = zarr.open_group(files, mode="r+")
+        self._opened = dict[str, Any]()  # arrays by name, each of which takes reading its description
         self._names = [name for name in attributes["descriptions"] if name != "done"]
         self.config: dict[str, Any] = attributes["config"]  # what the content depends on
         self.n_models, self.shard_size = int(attributes["n_models"]), int(attributes["shard_size"])
@@ -181,9 +182,11 @@ class Store:
         self._array("done")[shard] = 0
 
     def _array(self, name: str) -> Any:  # zarr's own types do not say that an array indexes to numpy
-        if name not in self._group:
-            raise StoreError(f"{self.address} holds no array {name!r}; it has {sorted(self._group.array_keys())}.")
-        return self._group[name]
+        if name not in self._opened:
+            if name not in self._group:
+                raise StoreError(f"{self.address} holds no array {name!r}; it has {sorted(self._group.array_keys())}.")
+            self._opened[name] = self._group[name]
+        return self._opened[name]
 
     def _whole(self, name: str, rows: range, shards: Sequence[int], seals: np.ndarray) -> np.ndarray | None:
         """Rows of an array; None unless the chunks of their shards can be read and are what the seals say."""

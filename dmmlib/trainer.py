@@ -374,14 +374,17 @@ class Trainer(Given):
     def outputs(self, model_set: ModelSet, start: int = 0, stop: int | None = None, raw: bool = False) -> Outputs:
         """Logits (n_models, n_points, n_classes) of a set's models, in the margin gauge unless `raw`, yet unread."""
         stop = len(model_set.masks) if stop is None else stop
+        (store,) = self.train(model_set, start=start, stop=stop)  # opened once: blocks are many
 
         def read(first: int, last: int) -> np.ndarray:
-            logits = self.read(model_set, "logits", start + first, start + last)
+            try:
+                logits = store.read("logits", start + first, start + last)
+            except StoreError:  # which `self.read` mends
+                logits = self.read(model_set, "logits", start + first, start + last)
             for i in () if raw else range(0, len(logits), 10):  # in place, a few models at a time
                 logits[i : i + 10] = margin_gauge(logits[i : i + 10], self.data.y)
             return logits
 
-        self.train(model_set, start=start, stop=stop)
         return Outputs(read, (stop - start, len(self.data.y), self.data.n_classes), self.preset.ensembles.shard)
 
     def models(self, model_set: ModelSet, start: int = 0, stop: int | None = None) -> ensemble.Ensemble:

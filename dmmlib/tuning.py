@@ -33,6 +33,10 @@ class Trial:
     splits: Mapping[str, np.ndarray]  # name -> positions of points
 
 
+Moment = tuple[dict[str, Any], dict[str, Any]]
+"""Share of the steps and cost at which a method may stop, and its `score` there."""
+
+
 def score(unlearned: np.ndarray, oracles: np.ndarray, splits: Mapping[str, np.ndarray]) -> dict[str, float]:
     """KLoM's 95th percentile on each split, and as "score" their mean, which a search minimises.
 
@@ -85,20 +89,22 @@ def search(
     n = trials[0].problem.n_models
     left, spent, rows = list(range(len(settings))), dict[tuple[int, str], float](), dict[int, list[dict[str, Any]]]()
 
-    def attempt(pair: tuple[int, int, int]) -> tuple[float, list[dict[str, Any]]]:
-        n_models, at, i = pair
-        result = method(few(trials[at].problem, n_models), **settings[i])
-        return result.cost, list(_moments(result, trials[at]))
+    def attempt(task: tuple[int, int, int]) -> tuple[float, list[Moment]]:  # small, as it may go to another process
+        n_models, number, i = task
+        trial = trials[number]
+        result = method(few(trial.problem, n_models), **settings[i])
+        return result.cost, list(_moments(result, trial))
 
     for n_models, n_settings in rungs(n, len(settings)) if halve else [(n, len(settings))]:
         left = left[:n_settings]
-        tried = [(n_models, at, i) for at in range(len(trials)) for i in left]
+        tried = [(n_models, number, i) for number in range(len(trials)) for i in left]
         rows |= {i: [] for i in left}
         progress(f"search {name} on {n_models} models", 0, len(tried))
         for done, (cost, found) in enumerate(execution.run(attempt, tried)):
-            _, at, i = tried[done]
-            spent[i, trials[at].name] = spent.get((i, trials[at].name), 0.0) + n_models * cost
-            about = {"setting": i, "n_models": n_models, "forget_set": trials[at].name, "spent": spent[i, trials[at].name]}
+            _, number, i = tried[done]
+            trial = trials[number]
+            spent[i, trial.name] = spent.get((i, trial.name), 0.0) + n_models * cost
+            about = {"setting": i, "n_models": n_models, "forget_set": trial.name, "spent": spent[i, trial.name]}
             rows[i] += [about | moment | settings[i] | measured for moment, measured in found]
             progress(f"search {name} on {n_models} models", done + 1, len(tried))
         means = pd.DataFrame([row for i in left for row in rows[i]]).groupby(["setting", "stop"])["mean"].mean()
@@ -109,8 +115,7 @@ def search(
     return table.sort_values(order, ascending=[False, True, True, True, True], ignore_index=True)
 
 
-def _moments(result: Unlearned, trial: Trial) -> Iterator[tuple[dict[str, float], dict[str, float]]]:
-    """The moments of a run at which it may stop, each with its cost, and the `score` there."""
+def _moments(result: Unlearned, trial: Trial) -> Iterator[Moment]:
     moments = len(result.trajectory)
     for k in range(1, STOPS + 1) if moments > 1 else [STOPS]:
         at = max(1, round(k * moments / STOPS)) - 1

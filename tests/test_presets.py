@@ -58,8 +58,8 @@ def test_cifar10_is_the_papers_setting():
         ({"training.weight_decay": -1}, "greater than or equal to 0"),
         ({"datamodels.lambdas": []}, "at least 1 item"),
         ({"datamodels.sizes": [0]}, "key 'datamodels.sizes.0'"),
-        ({"datamodels.sizes": [100, 601]}, "sizes asks for 601 of 600 subset models; set both"),
-        ({"datamodels.n_subsets": 500}, "sizes asks for 600 of 500 subset models"),
+        ({"datamodels.sizes": [100, 401]}, "sizes asks for 401 of 400 subset models; set both"),
+        ({"datamodels.n_subsets": 300}, "sizes asks for 400 of 300 subset models"),
         ({"unlearning.methods": []}, "at least 1 item"),
         ({"forget_sets": []}, "at least 1 item"),
         (

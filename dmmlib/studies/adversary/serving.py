@@ -114,7 +114,9 @@ def serve(world: World, asked: Asked, options: Mapping[str, Setting]) -> pd.Data
 
 def interval(table: pd.DataFrame, column: str, n_bootstrap: int = 500, seed: int = 0) -> metrics.Estimate:
     """Compute the mean of a column with a 95 % interval that resamples targets and models."""
-    values = table.pivot_table(index="target", columns="model", values=column, aggfunc="first").to_numpy(float)
+    (targets, row), (models, of) = (np.unique(table[name], return_inverse=True) for name in ("target", "model"))
+    values = np.full((len(targets), len(models)), np.nan)
+    values[row[::-1], of[::-1]] = table[column].to_numpy(float)[::-1]  # the first of several
     rng = np.random.default_rng(seed)
     of_targets, of_models = (rng.multinomial(n, np.full(n, 1 / n), n_bootstrap) / n for n in values.shape)
     draws = ((of_targets @ values) * of_models).sum(1)
