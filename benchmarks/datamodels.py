@@ -14,6 +14,7 @@ import resource
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,14 +138,40 @@ def memory(use: str, n: int = 2_000, m: int = 4_000, n_val: int = 500, n_classes
     return {"peak_mb": peak, "block_mb": block, "factor_mb": factor, "limit_mb": limit, "of_limit": peak / limit}
 
 
+def scale(n: int = 50_000, m: int = 20_000, n_points: int = 20_000) -> dict[str, float]:
+    """The fit and effects at the paper's size, from a generated store of float16 on disk, of a third of its points.
+
+    A fit does not look at outputs; effects take one pass over them, so that their time is proportional to the points.
+    """
+    rng, shape = np.random.default_rng(0), (n_points, 10)
+    masks = np.unpackbits(np.frombuffer(rng.bytes(m * n // 8), np.uint8)).reshape(m, n).view(bool)
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store.open(f"{folder}/subsets.zarr", {}, m, {"logits": (shape, "float16")}, 100)
+        noise = rng.standard_normal((101, *shape), np.float32).astype(np.float16)
+        for shard in range(store.n_shards):  # shards differ by where their noise starts
+            store.write(shard, {"logits": np.roll(noise, shard, axis=0)[:100]})
+        on_disk = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+        start, before = time.perf_counter(), peak_mb()
+        model = RidgeDatamodel.fit(masks, Outputs(partial(store.read, "logits"), (m, *shape), 100), 0.1)
+        result = {"n_train": n, "n_subsets": m, "n_points": n_points, "disk_gb": on_disk / 1e9}
+        result |= {"fit_seconds": time.perf_counter() - start, "fit_peak_mb": peak_mb() - before}
+        for k in (1, 100):
+            forget = [np.sort(rng.permutation(n)[:500]) for _ in range(k)]
+            result[f"seconds_{k}"] = median_time(lambda forget=forget: model.effects(forget), 1)
+            result[f"seconds_{k}_of_60,000"] = result[f"seconds_{k}"] * 60_000 / n_points
+    return result | {"peak_mb": peak_mb()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "datamodels.json")
     parser.add_argument("--only-klom", action="store_true", help="measure KLoM again and keep the rest of the results")
     parser.add_argument("--only-memory", action="store_true", help="the same of peak memory")
+    parser.add_argument("--only-scale", action="store_true", help="the same of n = 50,000 and M = 20,000: 8 GB of disk")
     arguments = parser.parse_args()
     out: Path = arguments.out
-    again = (arguments.only_klom or arguments.only_memory) and out.exists()
+    some = arguments.only_klom or arguments.only_memory or arguments.only_scale
+    again = some and out.exists()
     report: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if again else {}
 
     def alone(name: str, work: Any, *arguments: Any) -> dict[str, float]:
@@ -154,12 +181,14 @@ def main() -> None:
         print(f"{name}: {numbers}", flush=True)
         return report[name]
 
-    if not arguments.only_memory:
+    if arguments.only_scale or not some:
+        alone("scale, n = 50,000, M = 20,000", scale)
+    if arguments.only_klom or not some:
         alone("KLoM of 100 x 60,000 margins", klom)
-    if not arguments.only_klom:
+    if arguments.only_memory or not some:
         for use in ("whole", "ridge", "own weights"):
             alone(f"memory, n = 2,000, M = 4,000, {use}", memory, use)
-    if arguments.only_klom or arguments.only_memory:
+    if some:
         out.write_text(json.dumps(report, indent=1), encoding="utf-8")
         return
     for n, m in ((2_000, 4_000), (10_000, 2_000)):

@@ -308,6 +308,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(OPTIONS), choices=list(OPTIONS))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, help="in each measurement; few, to see that it runs, not how fast")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--one-core", action="store_true", help="one thread, in processor time: where others compute")
     parser.add_argument("--out", type=Path, help="default: results/engine.json, one_core.json or gpu.json")
@@ -359,7 +360,11 @@ def main() -> None:
         if client and name == "mlp":
             contenders["dmmlib, a Dask process a core"] = dask_processes(name, chunk, client)
         rates, others, peak = measure(
-            contenders, SIZE[name], arguments.rounds, functools.partial(products, shared, device, clock), clock
+            contenders,
+            arguments.steps or SIZE[name],
+            arguments.rounds,
+            functools.partial(products, shared, device, clock, 2 if arguments.steps else 30),
+            clock,
         )
         if stop:
             stop()

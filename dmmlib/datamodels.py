@@ -162,8 +162,11 @@ class RidgeDatamodel(Attributor):
         mean = a.mean(0)
         a -= mean
         gram = (a @ a.T if len(a) < a.shape[1] else a.T @ a) / len(a)
-        n, unit = a.shape[1], torch.eye(len(gram), device=gram.device)
-        plain = {lam: cls(outputs, mean, lam, a, torch.linalg.cholesky(gram + lam * unit)) for lam, _ in settings}
+        n, plain = a.shape[1], dict[float, RidgeDatamodel]()
+        for lam in {lam for lam, _ in settings}:
+            penalised = gram.clone()
+            penalised.diagonal().add_(lam)
+            plain[lam] = cls(outputs, mean, lam, a, torch.linalg.cholesky(penalised))
         inverses = {
             lam: plain[lam]._inverse(np.eye(n, dtype=np.float32)) for lam in {x for x, own in settings if own < 1}
         }

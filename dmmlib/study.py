@@ -7,7 +7,7 @@ Properties only read; what may train, fit or write is a method. Everything resum
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -284,44 +284,21 @@ class Study(Models):
         Models that diverge count as `Unlearned.finite` says, or raise MethodError where no setting was searched.
         """
         forget_set, setting = forget_sets.checked(forget_set, self.data), self.tuned(method)
+        key = config_hash(self.key_of(method, setting, forget_set))
+        path = self.runs / "store" / f"unlearned-{method}-{key}.npz"
 
         def result() -> Unlearned:
-            made = unlearn.get(method).apply(self.problem(forget_set, method), setting)
-            return self._sound(made, method, forget_set)
+            problem, moved = self.problem(forget_set, method), self.x._version
+            options = {k: v for k, v in setting.items() if k != "stop"}
+            made = unlearn.get(method)(dataclasses.replace(problem, stop=setting.get("stop", 1.0)), **options)
+            if self.x._version != moved:
+                raise MethodError(f"{method} changed the points it was given; let it change a copy, and start anew.")
+            if made.diverged.any() and len(self._settings(method)) == 1:  # which nobody tried before
+                raise MethodError(f"{method} with {setting} gave NaN margins on {forget_set.name!r}; lower its rate.")
+            return made
 
-        path = self._result_file(method, forget_set)
         found = result() if models else kept(path, result, Unlearned.load, lambda path, made: made.save(path))
         return found.finite(self.data.n_classes, f"{method} with {setting} on {forget_set.name!r}")
-
-    def _result_file(self, method: str, forget_set: ForgetSet) -> Path:
-        key = config_hash(self.key_of(method, self.tuned(method), forget_set))
-        return self.runs / "store" / f"unlearned-{method}-{key}.npz"
-
-    def _sound(self, made: Unlearned, method: str, forget_set: ForgetSet) -> Unlearned:
-        if made.diverged.any() and len(self._settings(method)) == 1:  # which nobody tried before
-            said = f"{method} with {self.tuned(method)} gave NaN margins on {forget_set.name!r}; lower its rate."
-            raise MethodError(said)
-        return made
-
-    def _unlearn(self, forget_set: ForgetSet) -> Iterator[str]:
-        """Unlearn a set by each method that has no result yet, several at a time; yields each method when it has one.
-
-        Attributors are too large to be sent to workers, so methods that need one come last, and are left to the caller.
-        """
-        how, known = self.side_by_side(), {m: unlearn.get(m) for m in self.methods}
-        apart = [m for m in known if how.workers > 1 and not known[m].attributed]
-        apart = [m for m in apart if not self._result_file(m, forget_set).exists()]
-        each = {known[m].rewinds: self.problem(forget_set, m).on_one_core() for m in apart}
-        settings = {m: self.tuned(m) for m in apart}
-
-        def work(method: str) -> Unlearned:
-            made = known[method].apply(each[known[method].rewinds], settings[method])
-            return dataclasses.replace(made, models=None)
-
-        for method, made in zip(apart, how.run(work, apart), strict=True):
-            self._sound(made, method, forget_set).save(self._result_file(method, forget_set))
-            yield method
-        yield from (m for m in known if m not in apart)
 
     # --- results ---------------------------------------------------------------------------------------
 
@@ -338,14 +315,12 @@ class Study(Models):
     def results(self) -> pd.DataFrame:
         """All methods on all forget sets, tidy: one row per forget set, method, split and statistic."""
         self.train_oracles()
-        rows, sets, done = list[dict[str, Any]](), self.forget_sets().values(), 0
-        self.progress("unlearn and measure", 0, n := len(sets) * len(self.methods))
-        for forget_set in sets:
-            found = dict[str, list[dict[str, Any]]]()
-            for method in self._unlearn(forget_set):
-                found[method] = self.evaluate(method, forget_set)
-                self.progress("unlearn and measure", done := done + 1, n)
-            rows += [row for method in self.methods for row in found[method]]
+        rows: list[dict[str, Any]] = []
+        pairs = [(f, m) for f in self.forget_sets().values() for m in self.methods]
+        for i, (forget_set, method) in enumerate(pairs):
+            self.progress("unlearn and measure", i, len(pairs))
+            rows += self.evaluate(method, forget_set)
+        self.progress("unlearn and measure", len(pairs), len(pairs))
         return pd.DataFrame(rows)
 
     def trajectories(self) -> pd.DataFrame:

@@ -320,6 +320,7 @@ def test_an_own_network_on_colour_images(page, url, place):
     widget.get_by_label("Sort").select_option("margin, high to low")
     expect(tiles.first.locator(".dmm-title")).to_have_text("blue")
     pixels = "e => [e.width, e.height, ...e.getContext('2d').getImageData(0, 0, e.width, e.height).data]"
+    expect(tiles.first.locator("canvas")).to_have_attribute("width", "20")  # once its image has come
     width, height, *values = tiles.first.locator("canvas").evaluate(pixels)
     red, green, blue = np.reshape(values, (height, width, 4))[..., :3].transpose(2, 0, 1).astype(int)
     assert (width, height) == (20, 16)

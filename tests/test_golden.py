@@ -144,7 +144,7 @@ CHANGES = {
     "U-LiRA: a scale of all": ("metric u_lira", edit(metrics.u_lira, "fitted.std(0, ddof=1)", "fitted.std()")),
     "ridge: twice the penalty": (
         "ridge",
-        edit(datamodels.RidgeDatamodel.fit_all.__func__, "gram + lam *", "gram + 2 * lam *"),
+        edit(datamodels.RidgeDatamodel.fit_all.__func__, "add_(lam)", "add_(2 * lam)"),
     ),
     "predicted logits out of gauge": ("predicted oracle", edit(datamodels.retrained, "moved - wrong", "moved")),
     "lowest instead of highest": ("forget sets", edit(forget_sets.highest, "argsort(-scores", "argsort(scores")),

@@ -1,11 +1,16 @@
 """A plan counts what a run trains, finds what is there, and writes nothing."""
 
+import json
+from pathlib import Path
+
+import pandas as pd
 import pytest
 import torch
 
 from dmmlib import presets
 from dmmlib.app import plan, status
 from dmmlib.errors import DataError, MethodError
+from dmmlib.jobs import jobs
 from dmmlib.progress import silent
 from dmmlib.studies.cheap import ablation, experiments
 from dmmlib.study import Study
@@ -15,6 +20,24 @@ from tests.conftest import TINY
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(plan, "measure", lambda *a, **k: plan.Rate(1000.0, 2, 8, "cpu"))
+
+
+def test_the_docs_say_what_the_main_story_computes():
+    preset, root = presets.load("laptop"), Path(__file__).parents[1]
+    n, epochs = preset.data.n_train, preset.training.epochs
+    training = sum(job.n_models * job.size * epochs * job.until for job in jobs(preset, n, 10))
+    results = pd.read_csv(root / "figures" / "laptop" / "results.csv")
+    results = results.query("statistic == 'cost' and method != 'retrain'")
+    unlearning = preset.ensembles.n_models * (results["value"] * (n - results["size"]) * epochs).sum()
+    rates = json.loads((root / "benchmarks" / "results" / "engine.json").read_text(encoding="utf-8"))["models"]["mlp"]
+    whole, half = (
+        (training + unlearning) / (rates[way]["models_per_second"] * n / 2 * epochs) / 60
+        for way in ("dmmlib", "dmmlib, bfloat16")
+    )
+    said = f"{training / 1e6:.0f} million sample gradients to train and {unlearning / 1e6:.0f} million to unlearn"
+    docs = " ".join((root / "docs" / "speed.md").read_text(encoding="utf-8").split())
+    assert f"{said}: {whole:.1f} minutes at the rate" in docs
+    assert f"({half:.1f} in bfloat16)" in docs
 
 
 CHEAP = {"sizes": [10, 40], "n_draws": 2, "n_kernel": 2, "linearised": [1]}

@@ -364,6 +364,29 @@ def test_a_users_own_method_enters_the_table(tmp_path, tiny):
         unlearn.base.METHODS.remove("shrink")
 
 
+def test_settings_side_by_side_give_the_same_numbers(tmp_path, monkeypatch):
+    """In worker processes, one core for each; a method registered here goes along, and what it raises comes back."""
+
+    @unlearn.register("shrink", space={"by": [0.9, 0.8, 0.7]})
+    def shrink(problem, *, by=0.9):
+        if problem.n_models < least:
+            raise MethodError(f"shrink got {problem.n_models} models; give more.")
+        return unlearn.Unlearned.from_logits(by * problem.original_logits, problem.labels, cost=0.0)
+
+    least = 1
+    try:
+        alone = study(tmp_path / "alone")
+        expected = [alone.search(method) for method in ("ga_gd", "shrink")]
+        monkeypatch.setattr(Study, "side_by_side", lambda self: execution.Execution(1, 2, processes=True))
+        for method, table in zip(("ga_gd", "shrink"), expected, strict=True):
+            pd.testing.assert_frame_equal(study(tmp_path / "together").search(method), table)
+        least = 100
+        with pytest.raises(MethodError, match=r"shrink got \d models; give more"):
+            study(tmp_path / "failing").search("shrink")
+    finally:
+        unlearn.base.METHODS.remove("shrink")
+
+
 def test_what_a_study_lends_is_as_it_was(tmp_path):
     """An attributor and a method that write into what they are given change nothing for the others, or are told."""
     plain = study(tmp_path / "plain", {"unlearning.methods": ["dmm"]}).results()

@@ -165,17 +165,6 @@ class Registered:
         here = problem.follow if made.trajectory.shape[2] == len(problem.x) else slice(None)
         return replace(made, trajectory=made.trajectory[:, :, here])
 
-    def apply(self, problem: Problem, setting: Mapping[str, Any]) -> Unlearned:
-        """Call it with a setting: its options, and maybe the share of its steps after which to `stop`.
-
-        Raises MethodError where it changed the points, which are everybody's.
-        """
-        options, moved = {k: v for k, v in setting.items() if k != "stop"}, problem.x._version
-        made = self(replace(problem, stop=setting.get("stop", 1.0)), **options)
-        if problem.x._version != moved:
-            raise MethodError(f"{self.name} changed the points it was given; let it change a copy, and start anew.")
-        return made
-
 
 METHODS: Registry[Registered] = Registry("method", "dmmlib.unlearn.reference", "dmmlib.baselines", "dmmlib.matching")
 
