@@ -246,13 +246,11 @@ class Study(Models):
         sets = self.tuning_sets()
         config |= keys.searched(self.preset, self.identity, settings, sets, n)
         path = self.runs / "store" / f"search-{name}-{config_hash(config)}.json"
-        halve = bool(problem_of)
-        how = self.side_by_side() if halve else tuning.ALONE
+        how = self.side_by_side() if (halve := bool(problem_of)) else tuning.ALONE
 
         def trial(name: str, forget_set: ForgetSet) -> tuning.Trial:
             oracles = metrics.margins(self.oracles(forget_set)[:n], self.data.y)
             problem = self.problem(forget_set, problem_of, tuning=True)
-            problem = problem.on_one_core() if how.workers > 1 else problem
             return tuning.Trial(name, problem, oracles, self.splits(forget_set, probes=False))
 
         def search() -> list[dict[Any, Any]]:

@@ -92,7 +92,10 @@ def search(
     def attempt(task: tuple[int, int, int]) -> tuple[float, list[Moment]]:  # small, as it may go to another process
         n_models, number, i = task
         trial = trials[number]
-        result = method(few(trial.problem, n_models), **settings[i])
+        problem = few(trial.problem, n_models)
+        if execution.workers > 1:  # others have the other cores
+            problem = dataclasses.replace(problem, execution=dataclasses.replace(problem.execution, workers=1))
+        result = method(problem, **settings[i])
         return result.cost, list(_moments(result, trial))
 
     for n_models, n_settings in rungs(n, len(settings)) if halve else [(n, len(settings))]:

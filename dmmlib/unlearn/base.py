@@ -82,10 +82,6 @@ class Problem:
     def labels(self) -> np.ndarray:
         return self.y.cpu().numpy()
 
-    def on_one_core(self) -> Problem:
-        """The same, for a worker that solves it while others solve further ones."""
-        return replace(self, execution=replace(self.execution, workers=1))
-
     def rngs(self, use: int | None = None) -> list[np.random.Generator]:
         """One generator per model: for batches, or for a further use of chance (1, 2, ...) that is independent."""
         key = [] if use is None else [use]
