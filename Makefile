@@ -23,7 +23,7 @@ quick: $(READY)  ## a first true figure in a minute or two: DMM, three baselines
 	$(BIN)/dmm run quick --stage 04 --device $(DEVICE)
 
 test: $(READY)  ## the whole test suite, notebooks included
-	DMM_TEST_DEVICE=$(DEVICE) $(BIN)/python -m pytest -n logical --dist loadfile
+	DMM_TEST_DEVICE=$(DEVICE) $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 
 lowest:  ## what reads, stores and commands, on the lowest versions that pyproject.toml declares
 	$(PYTHON) -m venv $(VENV)-lowest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores
@@ -35,6 +36,12 @@ TINY = {
     "tuning": {"forget_sets": [{"name": "tune", "kind": "random", "size": 6}], "n_models": 8, "budget": 2},
     "unlearning": {"checkpoints": 2},
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with files that have many slow tests, so that no core waits for one of them at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session")

@@ -210,16 +210,16 @@ def test_resnet18_is_the_published_size_and_trains_as_an_ensemble():
 @pytest.mark.skipif(not CIFAR.exists(), reason="shared/data is not beside this checkout")
 def test_the_main_table_on_colour_images_with_a_narrow_resnet9(tmp_path):
     overrides = {
-        "data.path": str(CIFAR), "data.n_train": 200, "data.n_val": 20, "training.epochs": 2,
-        "ensembles.n_models": 6, "tuning.n_models": 4, "tuning.budget": 1, "model.options.width": 4,
+        "data.path": str(CIFAR), "data.n_train": 80, "data.n_val": 20, "training.epochs": 1,
+        "ensembles.n_models": 4, "tuning.n_models": 4, "tuning.budget": 1, "model.options.width": 4,
         "datamodels.n_subsets": 20, "datamodels.n_held_out": 8, "datamodels.sizes": [20],
         "attribution.n_subsets": 12, "unlearning.checkpoints": 0,
-        "forget_sets": [{"name": "random_20", "kind": "random", "size": 20}],
+        "forget_sets": [{"name": "random_10", "kind": "random", "size": 10}],
         "tuning.forget_sets": [{"name": "tune", "kind": "random", "size": 10}],
     }  # fmt: skip
     study = Study("cifar10-images", overrides, runs=tmp_path, progress=silent)
-    assert study.data.x_train.shape == (200, 32, 32, 3)
-    assert study.original_logits().shape == (6, 220, 10)
+    assert study.data.x_train.shape == (80, 32, 32, 3)
+    assert study.original_logits().shape == (4, 100, 10)
     table = study.results()
     table = table[table["statistic"] == "klom_p95"]
     assert set(table["method"]) == set(study.preset.unlearning.methods)
