@@ -107,7 +107,7 @@ def test_a_log_is_never_silent_for_long(write, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(progress, "FIRST", 0.2)
     monkeypatch.setattr(progress, "EVERY", 1.0)
     told = "import os; open(os.environ['DMM_PROGRESS_FILE'], 'w').write('{\"line\": \"train: 3 / 9\"}'); time.sleep(3)"
-    notebooks, ends = write({"01": told, "11": "time.sleep(2)"}), []
+    notebooks, ends = write({"05": told, "06": "time.sleep(2)"}), []
     start = time.monotonic()
     batch.run(notebooks, tmp_path / "out", {"place": str(tmp_path)}, lambda *said: ends.append(said))
     lines, seconds = capsys.readouterr().err.splitlines(), time.monotonic() - start
@@ -115,7 +115,7 @@ def test_a_log_is_never_silent_for_long(write, tmp_path, monkeypatch, capsys):
     shares = [int(line.partition("%")[0]) for line in lines]
     assert shares == sorted(shares)
     assert shares[0] < 50 <= shares[-1]
-    assert any(line.endswith("| 01: train: 3 / 9") for line in lines)
+    assert any(line.endswith("| 05: train: 3 / 9") for line in lines)
     assert "of 2 stages, about" in lines[-1], "once a stage has ended, its pace tells the time that is left"
 
 
