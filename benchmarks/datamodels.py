@@ -165,13 +165,15 @@ def scale(n: int = 50_000, m: int = 20_000, n_points: int = 20_000) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "datamodels.json")
-    parser.add_argument("--only-klom", action="store_true", help="measure KLoM again and keep the rest of the results")
-    parser.add_argument("--only-memory", action="store_true", help="the same of peak memory")
-    parser.add_argument("--only-scale", action="store_true", help="the same of n = 50,000 and M = 20,000: 8 GB of disk")
+    parser.add_argument(
+        "--only",
+        choices=["klom", "memory", "scale"],
+        help="measure this again and keep the rest of the results; scale is n = 50,000, M = 20,000 and 8 GB of disk",
+    )
     arguments = parser.parse_args()
     out: Path = arguments.out
-    some = arguments.only_klom or arguments.only_memory or arguments.only_scale
-    again = some and out.exists()
+    only: str | None = arguments.only
+    again = only and out.exists()
     report: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if again else {}
 
     def alone(name: str, work: Any, *arguments: Any) -> dict[str, float]:
@@ -181,14 +183,14 @@ def main() -> None:
         print(f"{name}: {numbers}", flush=True)
         return report[name]
 
-    if arguments.only_scale or not some:
+    if only in (None, "scale"):
         alone("scale, n = 50,000, M = 20,000", scale)
-    if arguments.only_klom or not some:
+    if only in (None, "klom"):
         alone("KLoM of 100 x 60,000 margins", klom)
-    if arguments.only_memory or not some:
+    if only in (None, "memory"):
         for use in ("whole", "ridge", "own weights"):
             alone(f"memory, n = 2,000, M = 4,000, {use}", memory, use)
-    if some:
+    if only:
         out.write_text(json.dumps(report, indent=1), encoding="utf-8")
         return
     for n, m in ((2_000, 4_000), (10_000, 2_000)):

@@ -77,6 +77,12 @@ class Execution:
                 torch.set_num_threads(threads)
 
 
+def one_per_core(device: torch.device) -> Execution:
+    """One process for each CPU thread, as for what is small, or draws from generators that threads would share."""
+    workers = 1 if device.type == "cuda" else torch.get_num_threads()
+    return Execution(1, workers, processes=workers > 1)
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Give torch one thread, as a worker has it, and afterwards as many as before."""

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from dmmlib import stacking
 from dmmlib.ensemble import initialise
 from dmmlib.errors import DmmError, ModelError
-from dmmlib.execution import Execution
 
 Loop = Callable[[nn.Module, Tensor, Tensor, int], nn.Module]
 """Trains a fresh model on points (n, ...) and labels (n,), drawing by the seed, and returns it."""
@@ -65,9 +64,3 @@ def train_shard(
         alone = initialise(partial(trained, loop, make, x[points], y[points], seed), [seed], x.device)
         kept.append({"logits": alone.logits(x).numpy(), **(alone.state() if keep_models else {})})
     return {name: np.concatenate([arrays[name] for arrays in kept]) for name in kept[0]} | {"masks": masks}
-
-
-def execution(device: torch.device) -> Execution:
-    """One process for each CPU thread, as loops draw from generators that threads would share; one on a GPU."""
-    workers = 1 if device.type == "cuda" else torch.get_num_threads()
-    return Execution(1, workers, processes=workers > 1)

@@ -196,8 +196,7 @@ class Trainer(Given):
 
     def side_by_side(self) -> Execution:
         """How to do several things at a time that are each too small for all cores: one in each worker process."""
-        workers = torch.get_num_threads() if self.trains_much and self.device.type == "cpu" else 1
-        return Execution(1, workers, processes=workers > 1)
+        return execution.one_per_core(self.device) if self.trains_much else Execution()
 
     @property
     def trains_much(self) -> bool:
@@ -339,7 +338,8 @@ class Trainer(Given):
         if self._spec.loop is None:
             return ((task, self.train_shard(*arguments(task))) for task in tasks)
         work = partial(loops.train_shard, self._spec.loop, self.module, self.x, self.y)
-        return zip(tasks, loops.execution(self.device).run(work, [arguments(task) for task in tasks]), strict=True)
+        done = execution.one_per_core(self.device).run(work, [arguments(task) for task in tasks])
+        return zip(tasks, done, strict=True)
 
     @cached_property
     def _workers(self) -> Workers:

@@ -103,13 +103,13 @@ def search(
         tried = [(n_models, number, i) for number in range(len(trials)) for i in left]
         rows |= {i: [] for i in left}
         progress(f"search {name} on {n_models} models", 0, len(tried))
-        for done, (cost, found) in enumerate(execution.run(attempt, tried)):
-            _, number, i = tried[done]
+        outcomes = zip(tried, execution.run(attempt, tried), strict=True)
+        for done, ((_, number, i), (cost, found)) in enumerate(outcomes, 1):
             trial = trials[number]
             spent[i, trial.name] = spent.get((i, trial.name), 0.0) + n_models * cost
             about = {"setting": i, "n_models": n_models, "forget_set": trial.name, "spent": spent[i, trial.name]}
             rows[i] += [about | moment | settings[i] | measured for moment, measured in found]
-            progress(f"search {name} on {n_models} models", done + 1, len(tried))
+            progress(f"search {name} on {n_models} models", done, len(tried))
         means = pd.DataFrame([row for i in left for row in rows[i]]).groupby(["setting", "stop"])["mean"].mean()
         left = means.groupby("setting").min().sort_values(kind="stable").index.tolist()  # at its best stop, best first
     table = pd.DataFrame([row for tries in rows.values() for row in tries])

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dmmlib import attribution, ensemble, keys, loops, metrics
+from dmmlib import attribution, ensemble, execution, keys, loops, metrics
 from dmmlib.attributors.kernel import measured_residuals
 from dmmlib.attributors.linearised import LOGITS, RANK
 from dmmlib.datamodels import Attributor, Indices
@@ -125,7 +125,7 @@ class Prepared(Models):
 
     def price(self) -> str:
         """Say in a line what is to be trained, how long that takes at a rate measured on few points, and its disk."""
-        n, size, workers = self.missing(), self.jobs()[0].size, loops.execution(self.device).workers
+        n, size, workers = self.missing(), self.jobs()[0].size, execution.one_per_core(self.device).workers
         weights = sum(v.numel() for v in self.module().state_dict().values())
         numbers = self.preset.attribution.n_subsets * len(self.x) * self.data.n_classes + LINEARISED * weights
         numbers += LINEARISED * len(self.x) * LOGITS * RANK + 2 * self.data.n_train**2  # the attributor's
