@@ -95,25 +95,27 @@ def _damping(mean: Tensor) -> Tensor:
 class _Vectors:
     """A layer that is linear on vectors: nothing larger than points x points is solved.
 
-    With U the inputs A is measured on, A^-1 = (I - U^T (n eps I + U U^T)^-1 U) / eps (Woodbury).
+    With U the n inputs A is measured on, c = n eps, S = U U^T + c I and any inputs V, by Woodbury's identity
+
+        V A^-1 = (V - W U) / eps,    W = V U^T S^-1,    and so    U A^-1 = n S^-1 U.
     """
 
     def __init__(self, layer: Layer, usual: int) -> None:
-        self.layer, self._rows, self._d = layer, layer.rows[:, 0].double(), layer.d[:, 0].double()
-        self._seen = self._rows[-usual:]
-        self._eps = _damping(self._seen.square().mean())
-        products = self._rows @ self._rows.T
-        within = products[-usual:, -usual:].clone()
-        within.diagonal().add_(usual * self._eps)
-        self._root = torch.linalg.cholesky(within)
-        shared = torch.linalg.solve_triangular(self._root, products[-usual:], upper=False)
-        self.kernel = (products - shared.T @ shared) / self._eps * (self._d @ self._d.T)
+        self.layer, self._rows, self._d, self._n = layer, layer.rows[:, 0].double(), layer.d[:, 0].double(), usual
+        self._eps = _damping(self._rows[-usual:].square().mean())
+        k = self._rows @ self._rows.T
+        one, damping = torch.eye(usual).to(k), usual * self._eps
+        self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(k[-usual:, -usual:] + damping * one))
+        self._across = k[:-usual, -usual:] @ self._inverse
+        others = (k[:-usual, :-usual] - self._across @ k[-usual:, :-usual]) / self._eps
+        seen = usual * torch.cat([self._across.T, one - damping * self._inverse], 1)
+        self.kernel = torch.cat([torch.cat([others, usual * self._across], 1), seen]) * (self._d @ self._d.T)
 
     def step(self, a: Tensor) -> Tensor:
         """Sum of a_i d_i u_i^T A^-1 (d_out, d_in)."""
-        moved = (a[:, None] * self._d).T @ self._rows
-        usual = torch.cholesky_solve(self._seen @ moved.T, self._root)
-        return (moved - usual.T @ self._seen) / self._eps
+        weighted = a[:, None] * self._d
+        others, seen = weighted[: -self._n] / self._eps, self._n * self._inverse @ weighted[-self._n :]
+        return torch.cat([others, seen - self._across.T @ others]).T @ self._rows
 
 
 class _Places:
