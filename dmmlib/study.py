@@ -246,7 +246,6 @@ class Study(Models):
         sets = self.tuning_sets()
         config |= keys.searched(self.preset, self.identity, settings, sets, n)
         path = self.runs / "store" / f"search-{name}-{config_hash(config)}.json"
-        how = self.side_by_side() if (halve := bool(problem_of)) else tuning.ALONE
 
         def trial(name: str, forget_set: ForgetSet) -> tuning.Trial:
             oracles = metrics.margins(self.oracles(forget_set)[:n], self.data.y)
@@ -255,6 +254,7 @@ class Study(Models):
 
         def search() -> list[dict[Any, Any]]:
             trials = [trial(*named) for named in sets.items()]
+            how, halve = self.side_by_side() if problem_of else tuning.ALONE, bool(problem_of)
             return tuning.search(name, method, settings, trials, self.progress, halve, how).to_dict("records")
 
         return pd.DataFrame(kept(path, search, read_json, write_json))

@@ -140,7 +140,7 @@ CHANGES = {
     "KLoM: another floor": ("metric klom", put(metrics, "FLOOR", 1e-4)),
     "KLoM: another number of bins": ("metric klom", default("n_bins", 10, metrics.klom)),
     "KLoM: another clip": ("metric klom", put(metrics, "CLIP", 90.0)),
-    "KLoM: narrower intervals": ("metric klom", edit(metrics.klom_summary, "error, least", "0.8 * error, least")),
+    "KLoM: narrower intervals": ("metric klom", edit(metrics.klom_summary, "std(ddof=1)", "std(ddof=1) * 0.8")),
     "U-LiRA: a scale of all": ("metric u_lira", edit(metrics.u_lira, "fitted.std(0, ddof=1)", "fitted.std()")),
     "ridge: twice the penalty": (
         "ridge",
@@ -256,7 +256,7 @@ def table(tmp_path, monkeypatch, today):
 
 def test_a_moved_number_is_recorded_only_with_a_raised_version(monkeypatch, table, capsys):
     text, before = table.read_text(), golden.read(table)
-    edit(metrics.ks, "1 / len(m)", "2 / len(m)")(monkeypatch)
+    edit(metrics.ks, "return _ks", "return 2 * _ks")(monkeypatch)
     with pytest.raises(SystemExit, match="The version of 'metric ks' is 1, as recorded"):
         golden.main(["--update", "--table", str(table)])
     assert table.read_text() == text

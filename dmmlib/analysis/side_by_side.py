@@ -82,7 +82,7 @@ def compare(
             for method, margins in answers.items():
                 klom = metrics.klom(margins, true[forget])
                 for (split, at), (statistic, measure) in itertools.product(splits.items(), metrics.STATISTICS.items()):
-                    rows.append((*spent, method, forget, split, f"klom_{statistic}", measure(klom[at]), *none))
+                    rows.append((*spent, method, forget, split, f"klom_{statistic}", float(measure(klom[at])), *none))
             said, happened = (m.mean(0) - before.mean(0) for m in (answers["dm_direct"], true[forget]))
             for split, at in splits.items():
                 slope = float(said[at] @ happened[at]) / max(float(said[at] @ said[at]), 1e-12)

@@ -200,7 +200,7 @@ def nothing(at: Setting) -> pd.DataFrame:
         for own, suffix in ((None, ""), (rng, ", own support")):
             o, q, f = (at.margins(w, own)[:, here] for w in models)
             for name, value in (("do nothing", o), ("floor", f)):
-                row[name + suffix] = metrics.STATISTICS["p95"](metrics.klom(value, q))
+                row[name + suffix] = float(metrics.STATISTICS["p95"](metrics.klom(value, q)))
             if own is None:
                 row |= {"shift": np.abs(o.mean(0) - q.mean(0)).mean(), "spread": q.std(0, ddof=1).mean()}
         rows.append(row)
