@@ -201,7 +201,7 @@ def candidates(
     cuda = device.type == "cuda"
     workers = 1 if cuda else torch.get_num_threads()
     plain = (1, 4, 32, 128) if cuda else (1, 16, 64)  # mapped convolutions can be slower than those of a model alone
-    larger = (1, 4, 32, 128) if cuda else (1, 4, 8, 16)  # a compiled step has less to share, and should stay in cache
+    larger = (1, 4, 32, 128) if cuda else (1, 8)  # a compiled step has less to share, and should stay in cache
     made = [Execution(chunk or c, workers) for c in plain if compile is not True]
     made += [Execution(chunk or c, workers, compile=True) for c in larger if compile is not False]
     if many and workers > 1:  # which take time to start
