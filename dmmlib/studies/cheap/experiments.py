@@ -87,6 +87,7 @@ class Cache:
     def __init__(self, study: Study) -> None:
         self._progress = study.progress
         self._models: dict[tuple[str, int], tuple[Linearised, ...]] = {}
+        self._responses: dict[tuple[str, int, int], LinearisedResponse] = {}  # which remember their weights
 
     def __call__(self, name: str, context: Context, k: int, n_logits: int = LOGITS) -> LinearisedResponse:
         """The response of the first k models, or all if they are fewer, of the context that is known by this name."""
@@ -98,7 +99,7 @@ class Cache:
             known += tuple(Remembering(*(getattr(m, f.name) for f in fields(m))) for m in more.models)
             self._models[name, n_logits] = known
             self._progress(f"linearised models ({name})", k, k)
-        return LinearisedResponse(known[:k])
+        return self._responses.setdefault((name, n_logits, k), LinearisedResponse(known[:k]))
 
 
 def ridge(study: Study, size: int, evaluator: Evaluator) -> Rows:

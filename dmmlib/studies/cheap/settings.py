@@ -16,7 +16,7 @@ class CheapSettings(Section):
     """Every number of notebook 07 that the study's own sections do not have."""
 
     # subset models that Bayesian datamodels are fitted to; as many are trained as the largest number asks for
-    sizes: tuple[Size, ...] = Field(default=(25, 50, 100, 250, 1000), min_length=1)
+    sizes: tuple[Size, ...] = Field(default=(25, 50, 100, 250, 500), min_length=1)
     n_draws: int = Field(default=5, ge=2)  # independent draws of subset models: at most so many for each size
     n_kernel: int = Field(default=20, ge=2)  # linearised models: the first of a draw
     linearised: tuple[PositiveInt, ...] = (5, 10)  # other numbers of them that the ablation tries
