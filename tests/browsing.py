@@ -51,10 +51,12 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tmp_path_factory, smoke_store):
     """Copies of the notebooks, not yet run, on the smoke preset."""
     folder = tmp_path_factory.mktemp("lab")
     (folder / "notebooks").mkdir()
+    (folder / "runs").mkdir()
+    (folder / "runs" / "store").symlink_to(smoke_store)
     for path in NOTEBOOKS:
         write_parameters(path, folder / "notebooks" / path.name)
     return folder

@@ -39,9 +39,21 @@ TINY = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with files that have many slow tests, so that no core waits for one of them at the end."""
+    """Begin with files that have many slow tests, so that no core waits for one of them at the end.
+
+    Notebooks under nbval come after these, as they find trained what those in JupyterLab needed (`smoke_store`).
+    """
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    items.sort(key=lambda item: -0.5 if item.path.name == "test_notebooks.py" else -slow[item.path])
+
+
+@pytest.fixture(scope="session")
+def smoke_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is trained on the smoke preset, by whichever test comes first, in a folder that all processes share."""
+    own = tmp_path_factory.getbasetemp()
+    store = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "smoke-store"
+    store.mkdir(exist_ok=True)
+    return store
 
 
 @pytest.fixture(scope="session")

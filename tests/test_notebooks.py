@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import nbformat
-import numpy as np
 import papermill
 import pytest
 
@@ -18,8 +17,11 @@ ids = [path.stem for path in NOTEBOOKS]
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory):
-    return tmp_path_factory.mktemp("notebooks")
+def place(tmp_path_factory, smoke_store):
+    folder = tmp_path_factory.mktemp("notebooks")
+    (folder / "runs").mkdir()
+    (folder / "runs" / "store").symlink_to(smoke_store)
+    return folder
 
 
 @pytest.mark.slow
@@ -110,48 +112,14 @@ def test_a_widget_is_a_picture_where_there_is_no_kernel(path):
         assert len(widget.metadata["image/png"]["alt"]) > 20
 
 
-def execute(path, place, preset, **parameters):
-    """Executes a notebook on a preset, in a run of its own."""
+def execute(notebook, place, preset, **parameters):
+    """Executes a notebook, or the path of one, on a preset, in a run of its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DMM_RUNS", str(place / "runs"))
         patch.setenv("DMM_FIGURES", str(place / "figures"))
         return papermill.execute_notebook(
-            str(path), None, {"preset": preset} | parameters, kernel_name="python3", progress_bar=False
+            notebook, None, {"preset": preset} | parameters, kernel_name="python3", progress_bar=False
         )
-
-
-SMALL = {
-    "four models": {"ensembles": TINY["ensembles"] | {"n_models": 4}, "tuning": TINY["tuning"] | {"n_models": 4}},
-    "neither end of the scale": {"unlearning": {"methods": ["ga", "dmm"], "checkpoints": 2}},
-    "one method": {"unlearning": {"methods": ["retrain"]}},
-    "few points": {"data": {"name": "digits", "n_train": 80, "n_val": 40}},
-    "features": {"data": {"name": "features.npz"}},
-    "strips": {"data": {"name": "strips.npz"}},
-}
-
-
-@pytest.fixture(scope="session")
-def own(tmp_path_factory):
-    """Data that are no square images: features, and images of one row."""
-    place, rng = tmp_path_factory.mktemp("own"), np.random.default_rng(0)
-    y = np.arange(180) % 3
-    features = (rng.normal(size=(3, 30))[y] + rng.normal(size=(180, 30))).astype(np.float32)
-    strips = (60 * rng.random((180, 1, 64, 1)) + 60 * y[:, None, None, None]).astype(np.uint8)
-    for name, x in (("features", features), ("strips", strips)):
-        np.savez(place / f"{name}.npz", x_train=x[:140], y_train=y[:140], x_val=x[140:], y_val=y[140:])
-    return place
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("small", SMALL)
-def test_small_data_and_few_methods_run_through(small, own, tmp_path):
-    preset = TINY | {"device": "cpu"} | SMALL[small]
-    if preset["data"]["name"].endswith(".npz"):
-        preset["data"] = {"name": str(own / preset["data"]["name"]), "n_train": None, "n_val": None}
-    for path in (p for p in NOTEBOOKS if p.stem[:2] in ("03", "04", "05")):
-        execute(path, tmp_path, preset)
-        assert list((tmp_path / "figures").glob(f"*/{path.stem[:2]}_*.png")), "a notebook saves its figures"
 
 
 @pytest.mark.slow

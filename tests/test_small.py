@@ -1,5 +1,6 @@
 """What a study and its notebooks do with data that are small or no square images, and with few methods."""
 
+import nbformat
 import numpy as np
 import pytest
 
@@ -13,6 +14,7 @@ from dmmlib.studies.adversary.world import mlp
 from dmmlib.studies.exact.problem import from_images
 from dmmlib.study import Study
 from tests.conftest import TINY
+from tests.test_notebooks import NOTEBOOKS, execute
 
 
 @pytest.mark.parametrize(
@@ -74,3 +76,45 @@ def test_studies_say_which_data_they_cannot_take():
         mlp(features, AdversarySettings())
     with pytest.raises(DataError, match=r"positive names class 5, .* has 3 classes"):
         from_images(features, 2, [0, 5])
+
+
+SMALL = {
+    "neither end of the scale": {"unlearning": {"methods": ["ga", "dmm"], "checkpoints": 2}},
+    "one method": {"unlearning": {"methods": ["retrain"]}},
+    "four models, few points": {
+        "ensembles": TINY["ensembles"] | {"n_models": 4},
+        "tuning": TINY["tuning"] | {"n_models": 4},
+        "data": {"name": "digits", "n_train": 80, "n_val": 40},
+    },
+    "features": {"data": {"name": "features.npz"}},
+    "strips": {"data": {"name": "strips.npz"}},
+}
+
+
+@pytest.fixture(scope="session")
+def own(tmp_path_factory):
+    """Data that are no square images: features, and images of one row."""
+    place, rng = tmp_path_factory.mktemp("own"), np.random.default_rng(0)
+    y = np.arange(180) % 3
+    features = (rng.normal(size=(3, 30))[y] + rng.normal(size=(180, 30))).astype(np.float32)
+    strips = (60 * rng.random((180, 1, 64, 1)) + 60 * y[:, None, None, None]).astype(np.uint8)
+    for name, x in (("features", features), ("strips", strips)):
+        np.savez(place / f"{name}.npz", x_train=x[:140], y_train=y[:140], x_val=x[140:], y_val=y[140:])
+    return place
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("small", SMALL)
+def test_small_data_and_few_methods_run_through(small, own, tmp_path):
+    preset = TINY | {"device": "cpu"} | SMALL[small]
+    if preset["data"]["name"].endswith(".npz"):
+        preset["data"] = {"name": str(own / preset["data"]["name"]), "n_train": None, "n_val": None}
+    stages = ("03", "04", "05")
+    first, *others = (nbformat.read(path, as_version=4) for path in NOTEBOOKS if path.stem[:2] in stages)
+    for cell in (cell for other in others for cell in other.cells):  # one kernel: it takes longer to start than these
+        place = 0 if "parameters" in cell.metadata.pop("tags", []) else len(first.cells)  # what is given comes later
+        first.cells.insert(place, cell)
+    execute(first, tmp_path, preset)
+    for stage in stages:
+        assert list((tmp_path / "figures").glob(f"*/{stage}_*.png")), "a notebook saves its figures"
