@@ -22,6 +22,7 @@ import explore
 from pages import put
 
 from dmmlib.analysis import tables
+from dmmlib.files import place
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,15 +61,15 @@ def publish_notebook(path: Path) -> None:
 
 
 def main(preset: str) -> int:
-    run = ROOT / "runs" / preset
+    run, figures = place("runs") / preset, place("figures") / preset
     executed = sorted((run / "notebooks").glob("[0-9][0-9]_*[!d].ipynb"))
     if not executed or not (run / "results.csv").exists():
         sys.stderr.write(f"Preset {preset!r} has no complete run; use `dmm run {preset}` first.\n")
         return 1
     for path in executed:
         publish_notebook(path)
-    for figure in (ROOT / "figures" / preset).glob("*.png"):
-        figure.write_bytes(compact(figure.read_bytes()))
+    for figure in figures.glob("*.png"):
+        (ROOT / "figures" / preset / figure.name).write_bytes(compact(figure.read_bytes()))
     for name in (
         "results.csv",
         "trajectories.csv",

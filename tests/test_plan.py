@@ -125,7 +125,7 @@ def test_every_preset_can_be_planned(name, tmp_path, quick, monkeypatch):
     assert "measured just now on this machine" in text
     if name == "cifar10":
         assert found.n_parameters == 2_274_880
-        assert found.models["planned"].sum() == 2 * 200 + 20_200 + 100 + 10 * 400 + 2 * (200 + 50) + 900
+        assert found.models["planned"].sum() == 2 * 200 + 20_200 + 100 + 10 * 400 + 2 * (200 + 50) + 400
         assert "random images stand in" in text
         block, factor = 1000 * 60_000 * 10 * 4, 4 * (50_000 * 20_000 + 2 * 20_000**2)
         assert found.memory["ridge"] == pytest.approx(1.2 * block + factor), "one block of outputs and the factor"
