@@ -211,7 +211,8 @@ def test_resnet18_is_the_published_size_and_trains_as_an_ensemble():
 def test_the_main_table_on_colour_images_with_a_narrow_resnet9(tmp_path):
     overrides = {
         "data.path": str(CIFAR), "data.n_train": 80, "data.n_val": 20, "training.epochs": 1,
-        "ensembles.n_models": 4, "tuning.n_models": 4, "tuning.budget": 1, "model.options.width": 4,
+        "ensembles.n_models": 4, "ensembles.chunk": 4, "ensembles.compile": False, "tuning.n_models": 4,
+        "tuning.budget": 1, "model.options.width": 4,
         "datamodels.n_subsets": 20, "datamodels.n_held_out": 8, "datamodels.sizes": [20],
         "attribution.n_subsets": 12, "unlearning.checkpoints": 0,
         "forget_sets": [{"name": "random_10", "kind": "random", "size": 10}],
