@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # no fewer processes than cores
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -36,12 +36,6 @@ TINY = {
     "tuning": {"forget_sets": [{"name": "tune", "kind": "random", "size": 6}], "n_models": 8, "budget": 2},
     "unlearning": {"checkpoints": 2},
 }
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """One process more than cores: some tests wait for other processes, for browsers, or for time to pass."""
-    return (os.cpu_count() or 1) + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

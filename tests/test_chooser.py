@@ -160,6 +160,7 @@ def test_choose_by_eye_preview_save_and_unlearn(page, url, place):
         document.querySelector(".dmm-tile").dispatchEvent(drop);
     }""")
     expect_chosen(widget, 2)
+    page.wait_for_function("!document.querySelector('.dmm-loading, .dmm-outdated')")  # a busy kernel hears files first
     widget.get_by_role("button", name="adds").click()
     with page.expect_file_chooser() as asked:
         widget.get_by_role("button", name="Upload").click()
