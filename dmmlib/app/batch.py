@@ -221,12 +221,11 @@ class _Share:
     """How much of all stages is done, by what each is expected to take, and how long the others will."""
 
     def __init__(self, expected: Mapping[str, tuple[float, bool]], at_once: int, wide: Collection[str]) -> None:
-        self._expected, self._at_once, self._wide = expected, at_once, wide
+        self._expected, self._at_once, self._wide, self._said = expected, at_once, wide, 0.0
         self.began, self.took = dict[str, float](), dict[str, float]()  # of stages: when, and seconds once they ended
 
     def __str__(self) -> str:
-        known = [n for n, (_, here) in self._expected.items() if here]
-        guessed = [n for n in self.took if n not in known]
+        guessed = [n for n in self.took if not self._expected[n][1]]
         pace = sum(self.took[n] for n in guessed) / sum(self._expected[n][0] for n in guessed) if guessed else 1.0
         whole = left = alone = 0.0
         for number, (seconds, here) in self._expected.items():
@@ -234,8 +233,9 @@ class _Share:
             spent = self.took.get(number, time.time() - self.began.get(number, time.time()))
             rest = 0.0 if number in self.took else max(seconds - spent, spent / 10)
             whole, left, alone = whole + spent + rest, left + rest, alone + rest * (number in self._wide)
-        done = f"{1 - left / whole:.0%} of {len(self._expected)} stages" if whole else "all done"
-        sure = guessed or known  # of other presets than laptop, the table tells shares, not seconds
+        self._said = max(self._said, 1 - left / whole if whole else 1.0)  # what is overdue takes nothing back
+        done = f"{self._said:.0%} of {len(self._expected)} stages" if whole else "all done"
+        sure = guessed or any(here for _, here in self._expected.values())  # the table alone tells shares
         return done + (f", about {duration(alone + (left - alone) / self._at_once)} left" if sure else "")
 
 
