@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores
+if "PYTEST_XDIST_WORKER" in os.environ:  # there is a process for each core, and more
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -36,6 +36,12 @@ TINY = {
     "tuning": {"forget_sets": [{"name": "tune", "kind": "random", "size": 6}], "n_models": 8, "budget": 2},
     "unlearning": {"checkpoints": 2},
 }
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Three processes on two cores: one in three waits for a browser, a kernel, a compiler or the disk."""
+    return max(1, 3 * (os.cpu_count() or 1) // 2)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

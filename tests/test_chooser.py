@@ -151,20 +151,18 @@ def test_choose_by_eye_preview_save_and_unlearn(page, url, place):
     widget.get_by_role("button", name="Include", exact=True).click()
     expect_chosen(widget, 4)
 
-    # a list of ids with labels, dropped on the images, takes the place of the choice; an upload adds
-    widget.get_by_role("button", name="replaces").click()
+    # a list of ids with labels, dropped on the images, adds; an upload takes the place of the choice
     page.evaluate("""() => {
         const data = new DataTransfer();
-        data.items.add(new File(["id,label\\n92,1\\n14,2\\n"], "request.csv"));
+        data.items.add(new File(["id,label\\n93,1\\n14,2\\n"], "request.csv"));
         const drop = new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true});
         document.querySelector(".dmm-tile").dispatchEvent(drop);
     }""")
-    expect_chosen(widget, 2)
-    page.wait_for_function("!document.querySelector('.dmm-loading, .dmm-outdated')")  # a busy kernel hears files first
-    widget.get_by_role("button", name="adds").click()
+    expect_chosen(widget, 5)
     with page.expect_file_chooser() as asked:
-        widget.get_by_role("button", name="Upload").click()
-    asked.value.set_files([{"name": "more.csv", "mimeType": "text/csv", "buffer": b"index,file\n3,a.png\n15,b.png\n"}])
+        widget.get_by_role("button", name="Upload to replace").click()
+    more = b"index,file\n3,a.png\n15,b.png\n14,c.png\n92,d.png\n"
+    asked.value.set_files([{"name": "more.csv", "mimeType": "text/csv", "buffer": more}])
     expect_chosen(widget, 4)
     gallery.locator("[aria-selected=false]").nth(5).click()
     expect_chosen(widget, 5)

@@ -542,21 +542,27 @@ def test_what_cannot_be_saved_is_said_and_stays_chosen(chooser, name, indices, m
     assert len(chooser.selection) == len(indices)
 
 
-def upload(chooser, name, content):
+def upload(button, contents):
     now = datetime.datetime.now(tz=datetime.UTC)
-    file = {"name": name, "content": memoryview(content.encode()), "type": "", "size": 1, "last_modified": now}
-    chooser.look.upload.value = [file]
+    button.value = [
+        {"name": name, "content": memoryview(content.encode()), "type": "", "size": 1, "last_modified": now}
+        for name, content in contents.items()
+    ]
 
 
 def test_paste_and_upload(chooser):
     chooser.look.paste.value = "3, 14, 15"
     chooser.look.include.click()
     assert chooser.selection.indices.tolist() == [3, 14, 15]
-    upload(chooser, "x.json", json.dumps({"name": "x", "indices": [1, 2], "data_sha256": chooser.study.data.sha256}))
+    saved = {"name": "x", "indices": [1, 2], "data_sha256": chooser.study.data.sha256}
+    upload(chooser.look.upload, {"x.json": json.dumps(saved)})
     assert chooser.selection.indices.tolist() == [1, 2, 3, 14, 15]
-    chooser.look.way.value = "replaces"
-    upload(chooser, "mine.csv", "id,label\n8,1\n9,0\n")
-    assert chooser.selection.indices.tolist() == [8, 9], "as the person says"
+    upload(chooser.look.exchange, {"mine.csv": "id,label\n8,1\n9,0\n", "other.txt": "7"})
+    assert chooser.selection.indices.tolist() == [7, 8, 9], "as the person says, all files together"
+    chooser.look.paste.value = "8, 9"
+    chooser.look.replace.click()
+    assert chooser.selection.indices.tolist() == [8, 9]
+    upload(chooser.look.exchange, {})
     say(chooser, kind="dropped", name="dropped", text='{"ids": ["a.png"]}')
     assert "dropped, place 1: &#x27;a.png&#x27; is no training point" in said(chooser)
     assert chooser.selection.indices.tolist() == [8, 9]
@@ -592,9 +598,9 @@ def test_bad_indices_and_foreign_sets_are_said_in_the_widget(chooser):
     assert "130 is no training image" in said(chooser)
     path = chooser.study.directory / "forget_sets" / "foreign.json"
     forget_sets.ForgetSet("foreign", np.array([1]), {}, "0" * 64).save(path)
-    upload(chooser, "foreign.json", path.read_text())
+    upload(chooser.look.upload, {"foreign.json": path.read_text()})
     assert "foreign.json was made for data 000000000000" in said(chooser)
-    upload(chooser, EVIL, '{"indices": [[1], [2, 3]]}')
+    upload(chooser.look.upload, {EVIL: '{"indices": [[1], [2, 3]]}'})
     assert "[1] among its indices" in said(chooser)
     assert EVIL not in said(chooser)
     assert chooser.selection.indices.tolist() == [1]

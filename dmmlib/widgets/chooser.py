@@ -138,7 +138,8 @@ class Look(w.VBox):
         changes: tuple[tuple[str, Callable[..., None], Message], ...] = (
             ("toggle", selection.toggle, self.seen), ("take", selection.add, self.seen),
             ("lasso", self._lasso, self.seen), ("undo", selection.undo, message), ("redo", selection.redo, message),
-            ("legend", self._legend, self.seen), ("dropped", self.take_list, self.listed),
+            ("legend", self._legend, self.seen),
+            ("dropped", lambda name, text: selection.add(requests.read(text, data, name)), self.listed),
         )  # fmt: skip
         hear = {"settled": settled} | {kind: beside.guarded(do) for kind, do, beside in changes}
         self.gallery, self.scatter = Gallery(data.x, self.caption, hear), Scatter(data, self.caption, hear)
@@ -166,26 +167,20 @@ class Look(w.VBox):
         }
         self.picks = {name: self.picked.button(name, do, tip) for name, (do, tip) in picks.items()}
         self.paste = labelled(w.Text, "List", placeholder="3, 14, 15, file names or a class")
-        self.include = self.listed.button("Include", self._paste, "Take what this list names")
-        self.upload = w.FileUpload(
-            description="Upload", accept=".json,.txt,.csv,.tsv", multiple=True,
-            tooltip="A saved set, JSON, or CSV with a header; or drop files and folders on the images",
-        )  # fmt: skip
-        self.way = w.ToggleButtons(
-            options=["adds", "replaces"], tooltips=["A list adds to the choice", "A list replaces it"]
-        )
+        self.include, self.upload = self._lists("Include", "Upload", selection.add)
+        self.replace, self.exchange = self._lists("Replace by", "Upload to replace", selection.replace)
 
         for control in (self.part, self.label, self.sort, *self.ranges.values()):
             control.observe(self._refilter, names="value")
         for axis in (self.across, self.up):
             axis.observe(self._replot, names="value")
-        self.upload.observe(self.listed.guarded(self._uploaded), names="value")
         sure = w.HTML(text("quiet", "%: how sure the originals are", "span"))
         self.images = w.VBox([self.gallery, row(self.take_shown, sure, self.seen)])
         self.plane = w.VBox([self.scatter, row(self.across, self.up, self.lasso)])
         self.filters = row(self.part, self.label, self.sort, *self.ranges.values())
         picking = row(self.target, self.k, *self.picks.values(), self.picked)
-        super().__init__([picking, row(self.paste, self.include, self.upload, self.way, self.listed)])
+        lists = row(self.paste, self.include, self.replace, self.upload, self.exchange, self.listed)
+        super().__init__([picking, lists])
         self._replot()
 
     def caption(self, point: int) -> tuple[str, str]:
@@ -223,18 +218,22 @@ class Look(w.VBox):
         rng = np.random.default_rng()
         self._selection.add(forget_sets.random(self._study.data, self.k.value, rng, self._selection.indices))
 
-    def _paste(self) -> None:
-        self.take_list("The list", self.paste.value)
-        self.paste.value = ""
+    def _lists(self, button: str, upload: str, take: Callable[[np.ndarray], None]) -> tuple[w.Button, w.FileUpload]:
+        """A button and an upload that take lists in one way: a mode and a file would travel apart."""
+        data = self._study.data
 
-    def _uploaded(self, change: Any) -> None:
-        for file in change["new"]:
-            self.take_list(file["name"], bytes(file["content"]).decode("utf-8", errors="replace"))
+        def pasted() -> None:
+            take(requests.read(self.paste.value, data, "The list"))
+            self.paste.value = ""
 
-    def take_list(self, name: str, text: str) -> None:
-        """Add what a list names, or put it in the place of the choice; see `own.requests.read`."""
-        points = requests.read(text, self._study.data, name)
-        (self._selection.replace if self.way.value == "replaces" else self._selection.add)(points)
+        def uploaded(change: Any) -> None:
+            if files := [(bytes(file["content"]).decode(errors="replace"), file["name"]) for file in change["new"]]:
+                take(np.concatenate([requests.read(text, data, name) for text, name in files]))
+
+        tip = f"{upload}: a saved set, JSON, or CSV with a header; what is dropped on the images is added"
+        made = w.FileUpload(description=upload, accept=".json,.txt,.csv,.tsv", multiple=True, tooltip=tip)
+        made.observe(self.listed.guarded(uploaded), names="value")
+        return self.listed.button(button, pasted, f"{button} what this list names"), made
 
     def refresh(self) -> None:
         """Show what is chosen and which image is current."""
