@@ -37,7 +37,6 @@ import numpy as np
 import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
-from torch.nn import functional as F
 
 from dmmlib.attribution import Context, register
 from dmmlib.attributors.gradients import margin
@@ -84,14 +83,14 @@ class Linearised:
         """Change of margins (k, n_points) when trained on masks (k, n_train) instead of all points."""
         some = torch.as_tensor(np.asarray(masks, np.float32), device=self.features.device)
         weights = self._descend(torch.cat([some.new_ones(1, self.n_train), some]), self._inverse, STILL)
-        margins = _margins(self.initial + (weights @ self.features.flatten(0, 1).T).unflatten(1, self.initial.shape))
+        margins = _margins(self._answers(weights, self.n_points) + self.initial.T[:, None])
         return (margins[1:] - margins[0]).cpu().numpy()
 
     def influence(self) -> Tensor:
         """By how much one more training point raises each margin (n_train, n_points), to first order."""
-        logits = self.initial + self.features @ self.weights
+        logits = (self.initial + self.features @ self.weights).T
         slopes = torch.func.grad(lambda z: _margins(z).sum())(logits)
-        rises = torch.einsum("tc,tcr->rt", slopes, self.features)
+        rises = torch.einsum("ct,tcr->rt", slopes, self.features)
         return self._steps @ torch.linalg.solve(self._hessian(0.0), rises)
 
     def leverage(self, forget: np.ndarray) -> float:
@@ -104,26 +103,20 @@ class Linearised:
         return len(self.features)
 
     @property
-    def _rows(self) -> Tensor:
-        """Features of the training points (n_train n_logits, rank)."""
-        return self.features[: self.n_train].flatten(0, 1)
-
-    @property
     def _logits(self) -> Tensor:
-        """Of the training points (n_train, n_logits), at `weights`."""
-        return (self.initial + self.features @ self.weights)[: self.n_train]
+        """Of the training points (n_logits, n_train), at `weights`."""
+        return (self.initial + self.features @ self.weights)[: self.n_train].T
 
     @property
     def _steps(self) -> Tensor:
         """Minus the gradient of each training point's share of the mean loss (n_train, rank)."""
-        return torch.einsum("nc,ncr->nr", _pulls(self._logits), self.features[: self.n_train]) / self.n_train
+        return torch.einsum("cn,ncr->nr", _pulls(self._logits), self.features[: self.n_train]) / self.n_train
 
     def _hessian(self, least: float) -> Tensor:
         """Of the mean loss at `weights` (rank, rank), with the probability of each class at least `least`."""
-        p = _probabilities(self._logits).clamp_min(least)
-        q, j = p[:, :-1], self.features[: self.n_train]
-        mean = torch.einsum("nc,ncr->nr", q / p.sum(1, keepdim=True).sqrt(), j)
-        h = ((self._rows.T * q.flatten()) @ self._rows - mean.T @ mean) / self.n_train
+        p, j = _probabilities(self._logits).clamp_min(least), self.features[: self.n_train]
+        mean, rows = torch.einsum("cn,ncr->nr", p[:-1] / p.sum(0).sqrt(), j), j.flatten(0, 1)
+        h = ((rows.T * p[:-1].T.flatten()) @ rows - mean.T @ mean) / self.n_train
         h.diagonal().add_(self.penalty)
         return h
 
@@ -132,17 +125,23 @@ class Linearised:
         """First guess of the Hessian's inverse (rank, rank) for training on a mask."""
         return torch.linalg.inv(self._hessian(FLAT))
 
+    def _answers(self, weights: Tensor, n: int) -> Tensor:
+        """What weights (k, rank) add to the logits of the first n points (n_logits, k, n)."""
+        return torch.stack([weights @ rows.T for rows in self.features[:n].unbind(1)])
+
     def _gradient(self, weights: Tensor, logits: Tensor, masks: Tensor) -> Tensor:
-        """Of the mean loss on each mask (k, rank), at logits of training points (k, n_train n_logits)."""
-        pulls = _pulls(logits.unflatten(1, (self.n_train, -1))) * masks[..., None]
-        return self.penalty * weights - pulls.flatten(1) @ self._rows / self.n_train + self.pull
+        """Of the mean loss on each mask (k, rank), at logits of training points (n_logits, k, n_train)."""
+        gradient = self.penalty * weights + self.pull
+        for pulls, rows in zip(_pulls(logits) * masks, self.features[: self.n_train].unbind(1), strict=True):
+            gradient.addmm_(pulls, rows, alpha=-1 / self.n_train)
+        return gradient
 
     def _descend(self, masks: Tensor, inverse: Tensor, still: float) -> Tensor:
         """Weights (k, rank) that L-BFGS finds for each mask (k, n_train) from `weights` and a first guess `inverse`."""
-        rows, found = self._rows, self.weights.expand(len(masks), -1).clone()
+        n, found = self.n_train, self.weights.expand(len(masks), -1).clone()
         left, weights = torch.arange(len(masks), device=masks.device), found.clone()
         moving = left >= 0  # masks that are not done
-        logits = self.initial[: self.n_train].flatten() + weights @ rows.T
+        logits = self._answers(weights, n) + self.initial[:n].T[:, None]
         gradient = self._gradient(weights, logits, masks)
         gamma, memory = gradient.new_ones(len(masks), 1), list[tuple[Tensor, Tensor, Tensor]]()
         for _ in range(STEPS):
@@ -153,13 +152,13 @@ class Linearised:
             step = gamma * (step @ inverse)
             for (s, y, rho), alpha in zip(memory, reversed(alphas), strict=True):
                 step = step + (alpha - rho * _dot(y, step)) * s
-            rise = step @ rows.T
-            most = (rise.unflatten(1, (self.n_train, -1)).abs().amax(2) * masks).amax(1, keepdim=True)
-            length = (FARTHEST / most.clamp_min(1e-9)).clamp_max(1)
-            s, rise = -length * step, -length * rise
-            weights, logits = weights + s, logits + rise
+            rise = self._answers(step, n)
+            most = rise.abs().amax(0)
+            length = (FARTHEST / (most * masks).amax(1, keepdim=True).clamp_min(1e-9)).clamp_max(1)
+            s = -length * step
+            weights, logits = weights + s, logits.addcmul_(length, rise, value=-1)
             found[left[moving]] = weights[moving]
-            moving &= rise.abs().amax(1) >= still
+            moving &= (length * most).amax(1) >= still
             if not moving.any():
                 break
             previous, gradient = gradient, self._gradient(weights, logits, masks)
@@ -169,33 +168,33 @@ class Linearised:
             gamma = torch.where(curved, sy / yy, gamma)
             memory = [*memory[1 - MEMORY :], (s, y, torch.where(curved, 1 / sy, 0))]
             if moving.float().mean() < CROWD:
-                memory = [(s[moving], y[moving], rho[moving]) for s, y, rho in memory]
-                left, masks, weights, logits, gradient, gamma, moving = (
-                    z[moving] for z in (left, masks, weights, logits, gradient, gamma, moving)
+                memory, logits = [(s[moving], y[moving], rho[moving]) for s, y, rho in memory], logits[:, moving]
+                left, masks, weights, gradient, gamma, moving = (
+                    z[moving] for z in (left, masks, weights, gradient, gamma, moving)
                 )
         return found
 
 
-def _first(logits: Tensor) -> Tensor:
-    """Logits (n_logits + 1, ...), those of the others together, 0, last: torch is slow over a short last axis."""
-    return F.pad(logits, (0, 1)).movedim(-1, 0).contiguous()
+def _with_others(logits: Tensor) -> Tensor:
+    """Logits (n_logits + 1, ...), those of the others together, 0, last."""
+    return torch.cat([logits, logits.new_zeros(1, *logits.shape[1:])])
 
 
 def _probabilities(logits: Tensor) -> Tensor:
-    """Of classes (..., n_logits + 1), the others together last."""
-    return _first(logits).softmax(0).movedim(0, -1)
+    """Of classes (n_logits + 1, ...), the others together last, of logits (n_logits, ...)."""
+    return _with_others(logits).softmax(0)
 
 
 def _pulls(logits: Tensor) -> Tensor:
-    """Minus the gradients of points' losses in their logits, both (..., n_logits)."""
-    pulls = -_probabilities(logits)[..., :-1]
-    pulls[..., 0] += 1
+    """Minus the gradients of points' losses in their logits, both (n_logits, ...)."""
+    pulls = -_probabilities(logits)[:-1]
+    pulls[0] += 1
     return pulls
 
 
 def _margins(logits: Tensor) -> Tensor:
-    """Of logits (..., n_logits): the first less the log of the sum of all others' exponentials."""
-    return logits[..., 0] - _first(logits)[1:].logsumexp(0)
+    """Of logits (n_logits, ...): the first less the log of the sum of all others' exponentials."""
+    return logits[0] - _with_others(logits)[1:].logsumexp(0)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
