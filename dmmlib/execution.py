@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import functools
 import io
+import math
 import multiprocessing
 import os
 import pickle
@@ -42,6 +43,7 @@ from dmmlib.progress import Progress
 C = TypeVar("C")
 R = TypeVar("R")
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
+Steps = Callable[["Execution", int], None]
 IDLE = 600  # seconds after which idle worker processes end
 
 
@@ -218,10 +220,11 @@ def machine(device: torch.device) -> dict[str, Any]:
 def fastest(
     options: Sequence[Execution],
     device: torch.device,
-    steps: Callable[[Execution, int], None],
+    steps: Steps,
     config: dict[str, Any],
     folder: Path,
     progress: Progress,
+    planned: float,
 ) -> Execution:
     """Find the fastest of some executions (small chunks first) on this machine: `measure` it once, keep it in a folder.
 
@@ -240,7 +243,7 @@ def fastest(
 
     def rates() -> list[dict[str, Any]]:
         progress("measure how to train fastest", 0, 1)
-        measured = measure([o for o in options if not o.compile or can_compile(device)], steps)
+        measured = measure([o for o in options if not o.compile or can_compile(device)], steps, planned)
         progress("measure how to train fastest", 1, 1)
         return [asdict(o) | {"model_steps_per_second": round(rate, 1)} for o, rate in measured.items()]
 
@@ -254,10 +257,11 @@ def place_of_rates(options: Sequence[Execution], device: torch.device, config: d
     return folder / f"execution-{config_hash(key)}.json"
 
 
-def measure(tried: Sequence[Execution], steps: Callable[[Execution, int], None]) -> dict[Execution, float]:
+def measure(tried: Sequence[Execution], steps: Steps, planned: float = math.inf) -> dict[Execution, float]:
     """Measure the model-steps per second of each execution (small chunks first), all its workers together.
 
-    Left out is what would take over two seconds per step, going by a smaller chunk; what compiles or starts processes,
+    It tries no more once it has taken a tenth of the time that the `planned` model-steps will take. Left out also is
+    what would take over two seconds per step, going by a smaller chunk; what compiles or starts processes,
     where the same uncompiled is less than half as fast as others, or in threads less than three quarters, or left out;
     and what a GPU's memory does not hold. `steps(execution, n)` takes n steps of `chunk` models in each worker; what it
     takes before the first, as it makes these models, is left out, or large chunks would seem slow.
@@ -265,12 +269,14 @@ def measure(tried: Sequence[Execution], steps: Callable[[Execution, int], None])
     Raises:
         DeviceError: if not even the first, smallest chunk fits into the GPU's memory.
     """
-    rates: dict[Execution, float] = {}
+    rates, begun = dict[Execution, float](), time.perf_counter()
 
     def seconds(execution: Execution, n: int) -> float:  # of three: the first may find a process still compiling
         return median(repeat(lambda: steps(execution, n), timer=time.perf_counter, repeat=3, number=1))
 
     for execution in tried:
+        if rates and time.perf_counter() - begun > planned / max(rates.values()) / 10:
+            break
         if execution.chunk > 1 and any(execution.chunk * execution.workers / rate > 2 for rate in rates.values()):
             continue
         threads, in_threads = {w: r for w, r in rates.items() if not w.processes}, replace(execution, processes=False)

@@ -184,7 +184,7 @@ class Trainer(Given):
     @once
     def execution(self) -> Execution:
         """How training is carried out here: measured once for each machine and model, unless the preset says."""
-        return self._fastest(many=self.trains_much)
+        return self._fastest(many=self.planned >= MANY_STEPS)
 
     @once
     def fine_tuning(self) -> Execution:
@@ -196,17 +196,17 @@ class Trainer(Given):
 
     def side_by_side(self) -> Execution:
         """How to do several things at a time that are each too small for all cores: one in each worker process."""
-        return execution.one_per_core(self.device) if self.trains_much else Execution()
+        return execution.one_per_core(self.device) if self.planned >= MANY_STEPS else Execution()
 
     @property
-    def trains_much(self) -> bool:
-        """Whether so many steps are planned that processes and compiling pay, which take time to start."""
-        return sum(job.n_models * self.training.steps(job.size) for job in self.jobs()) >= MANY_STEPS
+    def planned(self) -> int:
+        """Steps of one model that the main story's training takes."""
+        return sum(job.n_models * self.training.steps(job.size) for job in self.jobs())
 
     def rates(self) -> dict[Execution, float]:
         """Model-steps per second that were measured for training here before; none where that never was needed."""
         try:
-            rows = read_json(execution.place_of_rates(*self._ways(self.trains_much), self.runs / "store"))
+            rows = read_json(execution.place_of_rates(*self._ways(self.planned >= MANY_STEPS), self.runs / "store"))
         except StoreError:
             return {}
         return {Execution(**row): rate for row in rows if (rate := row.pop("model_steps_per_second"))}
@@ -223,22 +223,21 @@ class Trainer(Given):
             "shape": list(self.x.shape[1:]),
             "batch": training.batch_size,
             "precision": training.precision,
+            "planned": len(str(self.planned)),  # more training deserves more measuring
         }
         return options, self.device, config
 
     def _fastest(self, many: bool) -> Execution:
-        (options, device, config), training = self._ways(many), self.training
-        x = self.x[: self.data.n_train]
+        (options, device, config), x = self._ways(many), self.x[: self.data.n_train]
 
         def steps(way: Execution, n: int) -> None:
-            masks = np.zeros((way.chunk * way.workers, len(x)), bool)
+            masks, training = np.zeros((way.chunk * way.workers, len(x)), bool), replace(self.training, epochs=n)
             masks[:, : training.batch_size] = True  # one batch per epoch
-            short_training = replace(training, epochs=n)
-            ensemble.train_and(lambda models: {}, self.module, x, self.y, masks, range(len(masks)), short_training, way)
+            ensemble.train_and(lambda models: {}, self.module, x, self.y, masks, range(len(masks)), training, way)
             if x.device.type == "cuda":
                 torch.cuda.synchronize()
 
-        return execution.fastest(options, device, steps, config, self.runs / "store", self.progress)
+        return execution.fastest(options, device, steps, config, self.runs / "store", self.progress, self.planned)
 
     # --- seeds and masks -------------------------------------------------------------------------------
 

@@ -344,6 +344,17 @@ def test_measuring_prefers_what_is_fast_and_leaves_out_what_would_take_ages(monk
     assert Execution(1024) not in rates, "at the rate of 64, over two seconds a step"
 
 
+def test_measuring_takes_no_longer_than_training_deserves(monkeypatch):
+    now, tried = 0.0, [Execution(k) for k in (1, 4, 16)]
+
+    def steps(execution, n):
+        nonlocal now
+        now += 0.1 * n
+
+    monkeypatch.setattr("dmmlib.execution.time", SimpleNamespace(perf_counter=lambda: now))
+    assert [list(measure(tried, steps, planned)) for planned in (5, 1000, 1e9)] == [tried[:1], tried[:2], tried]
+
+
 def test_measuring_starts_no_processes_for_what_is_slow_in_threads(monkeypatch):
     now = 0.0
 

@@ -150,6 +150,7 @@ def run(
 
         from dmmlib.app.report import record
         from dmmlib.study import Study
+        from dmmlib.trainer import MANY_STEPS
 
         asked = _asked(preset, overrides, forget_set, beside).model_dump(mode="json")
         study = Study(asked, forget_set=own, beside=beside, runs=runs, progress=silent)  # says what is wrong
@@ -167,7 +168,7 @@ def run(
         _say,
         force=force,
         threads=1 if study.preset.threads else torch.get_num_threads(),  # one's own are for a single notebook
-        wide=TRAINING if study.trains_much else (),
+        wide=TRAINING if study.planned >= MANY_STEPS else (),
         environment={"DMM_RUNS": str(study.runs.resolve()), "DMM_FIGURES": str(study.figures.resolve())},
     )
     typer.echo(f"executed notebooks: {notebooks}")

@@ -47,7 +47,7 @@ class Rate(NamedTuple):
 
     @property
     def in_all(self) -> float:
-        """With all cores, in the fastest way."""
+        """With all cores, in the fastest way to train."""
         return self.per_second * self.cores * self.gain
 
 
@@ -60,7 +60,7 @@ class Plan:
     present: bool  # whether it is
     n_parameters: int
     models: pd.DataFrame  # columns models (which), planned, done, missing, gradients (of samples, to train the missing)
-    unlearning: float  # sample gradients of the search and of unlearning, about
+    unlearning: float  # sample gradients of the search and of unlearning, about; taken by plain steps
     disk: Mapping[str, float]  # name -> bytes when complete
     memory: Mapping[str, float]  # what is done -> bytes at its peak, about; one is done after the other
     rate: Rate
@@ -86,9 +86,9 @@ class Plan:
                 *(f"  {line}" for line in table.splitlines()),
                 f"  rate: {r.in_all:,.0f} sample gradients/s: {r.per_second:,.0f} measured just now on this machine "
                 f"({r.device} time; {r.n_models} model{'s' * (r.n_models > 1)} with {r.batch} examples a plain step), "
-                f"times {r.cores} core{'s' * (r.cores > 1)}, times {r.gain:.2g} as training here was found to gain",
+                f"times {r.cores} core{'s' * (r.cores > 1)}, times {r.gain:.2g} to train, as found here",
                 f"  time: {_duration(self.hours)} to train what is missing, about "
-                f"{_duration(self.unlearning / r.in_all / 3600)} more to search hyperparameters and to unlearn",
+                f"{_duration(self.unlearning * r.gain / r.in_all / 3600)} more to search and to unlearn",
                 f"  memory: about {_bytes(max(self.memory.values()))} at the peak; {_sizes(self.memory)}",
                 f"  disk: {_bytes(sum(self.disk.values()))} when complete; {_sizes(self.disk)}",
                 "  not counted: fitting datamodels, KLoM, and the small models of stages 01 and 06 (minutes).",
@@ -226,7 +226,7 @@ def measure(
 ) -> Rate:
     """Time plain training steps on random points, of as many models and examples as fit the budget in seconds.
 
-    It grows from one model and few examples towards the preset's batch and 32 models at a time; what would take longer
+    It grows from one model and few examples towards the preset's batch and 64 models at a time; what would take longer
     than the budget is not tried. It takes one thread, as a worker does, and on a CPU its processor time, so that the
     machine's other work does not count.
     """
@@ -241,16 +241,17 @@ def measure(
         return clock() - start
 
     batch, chunk = preset.training.batch_size, preset.ensembles.chunk
-    most = 32 if chunk == "auto" else min(chunk, 32)
-    sizes = [(1, min(batch, 8)), *((min(k, most), batch) for k in (1, 4, 16, 32))]
+    most = 64 if chunk == "auto" else min(chunk, 64)
+    sizes = [(1, min(batch, 8)), *((min(k, most), batch) for k in (1, 4, 16, 64))]
     best, start = Rate(0.0, 1, 1, device.type), clock()
     with one_thread():
         for n_models, examples in dict.fromkeys(sizes):
-            left = budget - (clock() - start)
-            if best.per_second and 5 * n_models * examples / best.per_second > left:
+            step, left = n_models * examples / max(best.per_second, 1e-9), budget - (clock() - start)
+            if best.per_second and 5 * step > left:
                 break
-            _, one, three = (train(n_models, examples, epochs) for epochs in (1, 1, 3))  # the first warms up
-            seconds = max((three - one) / 2, three / 6)  # two steps more; a disturbed clock must not make them free
+            more = int(min(20, max(2, left / step / 5)))  # steps, of which two say little
+            _, one, all_ = (train(n_models, examples, epochs) for epochs in (1, 1, 1 + more))  # the first warms up
+            seconds = max((all_ - one) / more, all_ / (2 * more + 2))  # a disturbed clock must not make them free
             best = Rate(n_models * examples / seconds, n_models, examples, device.type)
     return best
 

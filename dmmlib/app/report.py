@@ -207,8 +207,7 @@ def html(run: Run) -> str:
         results = results.assign(forget_set=results["forget_set"] + ", seed " + results["seed"].astype(str))
     summary, shown, n_models = {}, list[Table](), 0
     if data:
-        points = f"{data['n_train']:,} training and {data['n_val']:,} validation points"
-        summary["data"] = f"{data['name']}, {points}"
+        summary["data"] = f"{data['name']}, {data['n_train']:,} training and {data['n_val']:,} validation points"
     if settings:
         summary["model"] = f"{settings['model.name']}, {run.record['n_parameters']:,} parameters"
         summary["subset models M"] = f"{int(settings['datamodels.n_subsets']):,}"

@@ -114,7 +114,7 @@ class Linearised:
 
     def _hessian(self, least: float) -> Tensor:
         """Of the mean loss at `weights` (rank, rank), with the probability of each class at least `least`."""
-        p, j = _probabilities(self._logits).clamp_min(least), self.features[: self.n_train]
+        p, j = _with_others(self._logits).softmax(0).clamp_min(least), self.features[: self.n_train]
         mean, rows = torch.einsum("cn,ncr->nr", p[:-1] / p.sum(0).sqrt(), j), j.flatten(0, 1)
         h = ((rows.T * p[:-1].T.flatten()) @ rows - mean.T @ mean) / self.n_train
         h.diagonal().add_(self.penalty)
@@ -180,14 +180,9 @@ def _with_others(logits: Tensor) -> Tensor:
     return torch.cat([logits, logits.new_zeros(1, *logits.shape[1:])])
 
 
-def _probabilities(logits: Tensor) -> Tensor:
-    """Of classes (n_logits + 1, ...), the others together last, of logits (n_logits, ...)."""
-    return _with_others(logits).softmax(0)
-
-
 def _pulls(logits: Tensor) -> Tensor:
     """Minus the gradients of points' losses in their logits, both (n_logits, ...)."""
-    pulls = -_probabilities(logits)[:-1]
+    pulls = -_with_others(logits).softmax(0)[:-1]
     pulls[0] += 1
     return pulls
 
