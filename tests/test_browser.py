@@ -333,7 +333,8 @@ def test_an_own_network_on_colour_images(page, url, place):
     widget.get_by_role("button", name="most helpful").click()
     expect_chosen(widget, 11)
     widget.get_by_role("button", name="Save").click()
-    expect(widget.get_by_text("Saved 11 images")).to_be_visible()
+    alone = "Unlearn them by a Study in this process, which alone knows data 'squares', model 'own_cnn'"
+    expect(widget.get_by_text(f"Saved 11 images. {alone}")).to_be_visible()
     expect_drawn(page)
     screenshot(page, widget, "03_own_network")
     expect(widget.get_by_text("Not with data 'squares', which only this process knows")).to_be_visible()

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import ipywidgets as w
 import numpy as np
@@ -29,6 +30,7 @@ from dmmlib.analysis.looks import label
 from dmmlib.errors import DmmError, ForgetSetError, StoreError
 from dmmlib.files import OWN, folded, load_json, read_json, read_table, write_bytes
 from dmmlib.forget_sets import ForgetSet
+from dmmlib.models import MODELS
 from dmmlib.progress import PROGRESS_FILE, duration
 from dmmlib.study import Study
 from dmmlib.widgets.selection import Selection
@@ -85,12 +87,14 @@ class Saving(w.VBox):
     def _write(self, chosen: ForgetSet, path: Path) -> Path:
         chosen.save(path)
         self.saved = path
-        command, path_there = html.escape(self._typed(path)), html.escape(f"forget_set = {str(path.resolve())!r}")
-        self.command.value = (
-            f'<div class="dmm-saved" role="status">Saved {len(chosen):,} images. Unlearn them, from any folder, with '
-            f"<code>{command}</code> (add <code>--beside</code> to keep the preset’s own sets), or in notebooks "
-            f"04 and 05 with <code>{path_there}</code></div>"
-        )
+        there = f"<code>{html.escape(f'forget_set = {str(path.resolve())!r}')}</code>"
+        if ours := _only_here(self._study.preset):
+            how = f" by a Study in this process, which alone knows {html.escape(', '.join(ours))}, with {there}"
+        else:
+            how = f", from any folder, with <code>{html.escape(self._typed(path))}</code> (add <code>--beside</code> to"
+            how += f" keep the preset’s own sets), or in notebooks 04 and 05 with {there}"
+        said = f"Saved {len(chosen):,} images. Unlearn them{how}"
+        self.command.value = f'<div class="dmm-saved" role="status">{said}</div>'
         self._on_save()
         return path
 
@@ -114,6 +118,13 @@ class Saving(w.VBox):
         return str(path.resolve())
 
 
+def _only_here(preset: presets.Preset) -> list[str]:
+    """Data and model of a preset that only this process knows: registered, but not by the library."""
+    named: tuple[Any, ...] = ("data", data.DATASETS, preset.data.name), ("model", MODELS, preset.model.name)
+    found = {f"{kind} {name!r}": registry[name] for kind, registry, name in named if name in registry}
+    return [what for what, made in found.items() if getattr(made, "factory", made).__module__[:7] != "dmmlib."]
+
+
 class Trial(w.VBox):
     """Unlearns a saved choice with the smoke preset on this study's data, in a process that ends with the kernel."""
 
@@ -135,8 +146,8 @@ class Trial(w.VBox):
 
     def _price(self) -> str:
         """What a run takes, in HTML: models, and time where one ran here before, or else sample gradients."""
-        if (name := self._study.preset.data.name) in data.DATASETS and data.DATASETS[name].__module__[:7] != "dmmlib.":
-            return text("quiet", f"Not with data {name!r}, which only this process knows; load them from an .npz file")
+        if (ours := _only_here(self._study.preset)) and ours[0].startswith("data"):
+            return text("quiet", f"Not with {ours[0]}, which only this process knows; load them from an .npz file")
         smoke = presets.load("smoke", self._overrides)
         n, part, runs = smoke.ensembles.n_models, smoke.attribution, self._study.runs / smoke.name
         gradients = smoke.training.epochs * self._study.data.n_train * (3 * n + part.fraction * part.n_subsets)
