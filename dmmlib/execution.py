@@ -245,7 +245,7 @@ def fastest(
         progress("measure how to train fastest", 0, 1)
         measured = measure([o for o in options if not o.compile or can_compile(device)], steps, planned)
         progress("measure how to train fastest", 1, 1)
-        return [asdict(o) | {"model_steps_per_second": round(rate, 1)} for o, rate in measured.items()]
+        return [asdict(o) | {"model_steps_per_second": float(f"{rate:.5g}")} for o, rate in measured.items()]
 
     found = kept(place_of_rates(options, device, config, folder), rates, read_json, write_json)
     return Execution(**max(found, key=lambda row: row.pop("model_steps_per_second")))
@@ -260,7 +260,7 @@ def place_of_rates(options: Sequence[Execution], device: torch.device, config: d
 def measure(tried: Sequence[Execution], steps: Steps, planned: float = math.inf) -> dict[Execution, float]:
     """Measure the model-steps per second of each execution (small chunks first), all its workers together.
 
-    It tries no more once it has taken a tenth of the time that the `planned` model-steps will take. Left out also is
+    It tries no other once it has taken a quarter of the time that the `planned` model-steps will take. Left out also is
     what would take over two seconds per step, going by a smaller chunk; what compiles or starts processes,
     where the same uncompiled is less than half as fast as others, or in threads less than three quarters, or left out;
     and what a GPU's memory does not hold. `steps(execution, n)` takes n steps of `chunk` models in each worker; what it
@@ -275,7 +275,7 @@ def measure(tried: Sequence[Execution], steps: Steps, planned: float = math.inf)
         return median(repeat(lambda: steps(execution, n), timer=time.perf_counter, repeat=3, number=1))
 
     for execution in tried:
-        if rates and time.perf_counter() - begun > planned / max(rates.values()) / 10:
+        if rates and time.perf_counter() - begun > planned / max(rates.values()) / 4:
             break
         if execution.chunk > 1 and any(execution.chunk * execution.workers / rate > 2 for rate in rates.values()):
             continue

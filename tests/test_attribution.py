@@ -23,7 +23,7 @@ from dmmlib.attributors.bayesian import covariance, fit
 from dmmlib.attributors.gradients import margin
 from dmmlib.attributors.kernel import EASY, Kernel, gradient_kernel, gram, hardness, kernel, kernel_response
 from dmmlib.attributors.lasso import Solver
-from dmmlib.attributors.linearised import FLAT, LinearisedResponse, leading, linearised_response
+from dmmlib.attributors.linearised import FLAT, LAM, LinearisedResponse, leading, linearised_response
 from dmmlib.attributors.margins import calibrated
 from dmmlib.datamodels import Attributor, lds, retrained
 from dmmlib.errors import DataError, ForgetSetError, MethodError, OptionError
@@ -303,6 +303,17 @@ def test_linearised_retraining_is_softmax_regression_on_gradients(name, n_logits
     effect = fitted.effect([0, 4, 5, 8])
     np.testing.assert_allclose(effect[right], fitted.scale * change[1], atol=1e-3 * size)
     assert (effect[~right] == 0).all()
+
+
+@pytest.mark.parametrize("lam", [LAM, 1e-5])
+def test_effects_that_are_small_are_followed_to_their_end(tiny, monkeypatch, lam):
+    """Of single points: with a small penalty, a first step moves no logit by much, and is far from the last."""
+    (model,) = linearised_response(tiny.context(), lam=lam, n_models=1).models
+    masks = ~np.eye(model.n_train, dtype=bool)[:40]
+    found = model.change(masks)
+    monkeypatch.setattr("dmmlib.attributors.linearised.STILL", 1e-4)
+    true = model.change(masks)
+    assert (found * true).sum() / (true * true).sum() == pytest.approx(1, abs=0.15)
 
 
 def test_leverage_is_the_length_of_a_newton_step():

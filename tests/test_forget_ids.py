@@ -70,7 +70,10 @@ def test_a_number_in_a_column_of_ids_is_an_id_where_the_data_has_ids():
     x = np.zeros((3, 2, 2, 1), np.uint8)
     numbered = data.from_arrays(x, np.array([0, 1, 0]), x, np.array([0, 1, 0]), ids=[902, 900, 1])
     assert requests.read("id\n900\n1", numbered).tolist() == [1, 2]
-    assert requests.read("1", numbered).tolist() == [1], "and an index elsewhere"
+    assert requests.read("index\n1", numbered).tolist() == requests.resolve([1], numbered)[0].tolist() == [1]
+    with pytest.raises(ForgetSetError, match=r"'1' is the id of one point and the index of another; .* id, or index"):
+        requests.read("1", numbered)
+    assert requests.read("0", numbered).tolist() == [0], "no id"
     with pytest.raises(ForgetSetError, match="line 2: '0' is no training point"):
         requests.read("id\n0", numbered)
 
@@ -84,6 +87,9 @@ def test_a_number_in_a_column_of_ids_is_an_id_where_the_data_has_ids():
         ("  ", "The text", "is empty"),
         ("id,label\n", "x.csv", "x.csv is empty"),
         ("3,1\n4,0", "mine.csv", "mine.csv begins with '3,1'; name its columns"),
+        ("customer,label\n3,1", "mine.csv", "mine.csv begins with 'customer,label'; name its columns"),
+        ("customer,label\n3,1", "The text", "'customer' is no training point"),
+        ("cust-3,1", "mine.csv", "mine.csv begins with 'cust-3,1'; name its columns"),
         ("5, 120", "The text", "'120' is no training point"),
         ("-1", "The text", "'-1' is no training point"),
         ("{bad", "x.json", "x.json is no JSON"),

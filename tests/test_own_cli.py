@@ -86,7 +86,7 @@ def test_a_dry_run_says_the_price_and_trains_nothing(here):
     )
     assert said.exit_code == 0, said.output
     assert re.search(r"20 models to train on 68 points each \(0 are there\), .* to fit the attributor; ", said.output)
-    assert "request 'ids': 12 of 90 training points" in said.output
+    assert "request 'ids': 12 of 90 training points (person" in said.output
     assert not list(here.glob("prepared/store/attribution*"))
     assert not (here / "unlearned").exists()
 
@@ -94,9 +94,10 @@ def test_a_dry_run_says_the_price_and_trains_nothing(here):
 def test_prepare_forget_and_audit(here):
     prepared = dmm("prepare", "recipe.py", "--models", 20)
     assert prepared.exit_code == 0, prepared.output
+    assert "dmm forget MODEL --recipe recipe.py --forget IDS --models 20`" in prepared.output
     said = dmm("forget", "model.safetensors", "--recipe", "recipe.py", "--forget", "ids.csv", "--models", 20)
     assert said.exit_code == 0, said.output
-    assert "0 models to train" in said.output
+    assert "all 20 models are trained and the attributor is fitted" in said.output
     assert "attack on F (LiRA): AUC" in said.output
     after, before = (load_file(here / name) for name in ("unlearned/model.safetensors", "model.safetensors"))
     assert after.keys() == before.keys()
@@ -156,7 +157,7 @@ def test_where_results_go_is_checked_before_any_work_and_a_second_request_knows_
     assert again.exit_code == 2
     assert "Point 2 was forgotten by an earlier request" in again.output
     other = dmm("forget", tmp_path / "1" / "model.safetensors", *asked, "person1", "--out", tmp_path / "2", "--dry-run")
-    assert "1 of 90 training points, 12 more forgotten before" in other.output
+    assert "1 of 90 training points (person1), 12 more forgotten before" in other.output
 
 
 @pytest.mark.parametrize(

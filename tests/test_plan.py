@@ -136,10 +136,10 @@ def test_every_preset_can_be_planned(name, tmp_path, quick, monkeypatch):
 def test_a_rate_is_measured_with_what_fits_the_budget():
     preset = presets.load("smoke")
     module = lambda: torch.nn.Linear(12, 3)  # noqa: E731
-    quick = plan.measure(module, (12,), 3, preset, torch.device("cpu"), budget=1e9)
+    quick = plan.measure(module, (12,), 3, 400, preset, torch.device("cpu"), budget=1e9)
     assert (quick.n_models, quick.batch) == (64, 50)
     assert quick.per_second > 0
-    slow = plan.measure(module, (12,), 3, preset, torch.device("cpu"), budget=1e-9)
+    slow = plan.measure(module, (12,), 3, 400, preset, torch.device("cpu"), budget=1e-9)
     assert (slow.n_models, slow.batch) == (1, 8)
 
 

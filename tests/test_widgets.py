@@ -518,6 +518,12 @@ def test_another_set_is_overwritten_only_when_told_to(chooser):
     chooser.saving.overwrite.click()
     assert saved(chooser) == [5]
     assert chooser.saving.confirm.layout.display == "none"
+    assert "Saved 1 images" in chooser.saving.command.value
+    chooser.selection.replace([6])
+    assert chooser.saving.command.value == "", "which was said of another choice"
+    chooser.saving.button.click()
+    chooser.saving.name.value = "yours"
+    assert chooser.saving.confirm.layout.display == "none", "the question was of another name"
 
 
 @pytest.mark.parametrize(
@@ -563,6 +569,10 @@ def test_paste_and_upload(chooser):
     chooser.look.replace.click()
     assert chooser.selection.indices.tolist() == [8, 9]
     upload(chooser.look.exchange, {})
+    for _ in range(2):
+        upload(chooser.look.exchange, {"other.txt": "7"})
+        assert chooser.selection.indices.tolist() == [7], "the same file again is heard again"
+        chooser.selection.undo()
     say(chooser, kind="dropped", name="dropped", text='{"ids": ["a.png"]}')
     assert "dropped, place 1: &#x27;a.png&#x27; is no training point" in said(chooser)
     assert chooser.selection.indices.tolist() == [8, 9]

@@ -19,6 +19,7 @@ from dmmlib.baselines.published import squared_error
 from dmmlib.baselines.whitening import N_SEEN, finetune_in
 from dmmlib.errors import OptionError
 from dmmlib.files import config_hash, kept, read_json, write_json
+from dmmlib.fingerprint import of_own
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.matching.match import dmm, predicted_oracle
 from dmmlib.metrics import Estimate
@@ -89,7 +90,7 @@ def measure(
     """
     n = (study.preset.tuning if run else study.preset.ensembles).n_models
     config = study.key_of(method, dict(setting), forget_set)
-    config |= {"n_models": n, "checkpoints": 0, "oracles": study.preset.ensembles.n_models}
+    config |= {"n_models": n, "checkpoints": 0, "oracles": study.preset.ensembles.n_models} | of_own(run or unlearn.get)
     file = study.runs / "store" / f"measured-{method}-{config_hash(config)}.json"
 
     def rows() -> list[list[Any]]:

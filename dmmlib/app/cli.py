@@ -142,7 +142,7 @@ def run(
         raise PresetError("--beside was given without --forget-set, the file of the set to study; give both.")
     if dry_run:
         _dry_run(_asked(preset, overrides, forget_set, beside), runs, forget_set, beside)
-        typer.echo("  stages: " + ", ".join(known[n].stem.replace("_", " ") for n in (wanted if stage else known)))
+        typer.echo("  stages: " + ", ".join(known[n].stem.replace("_", " ") for n in sorted({*wanted})))
         return
     own = str(forget_set.resolve()) if forget_set else None
     with Pulse(lambda: "reading the preset, data and what is trained"):

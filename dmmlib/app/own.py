@@ -39,7 +39,10 @@ def prepare(
     made = _opened(recipe, models, prepared)
     if not dry_run:
         made.attributor()
-        typer.echo(f"prepared in {prepared}: answer requests with `dmm forget MODEL --recipe {recipe} --forget IDS`")
+        others = {"--models": (models, 100), "--prepared": (prepared, Path("prepared"))}
+        given = "".join(f" {name} {value}" for name, (value, usual) in others.items() if value != usual)
+        said = f"dmm forget MODEL --recipe {recipe} --forget IDS{given}"
+        typer.echo(f"prepared in {prepared}: answer requests with `{said}`")
 
 
 def forget(
@@ -56,12 +59,15 @@ def forget(
     from dmmlib.own import record
     from dmmlib.own.forget import asked
     from dmmlib.own.forget import forget as answer
+    from dmmlib.own.requests import SHOWN
 
     made = _opened(recipe, models, prepared)
     indices, name, original, gone = asked(model, forget, made)  # what is wrong is said before anything is trained
     record.check_out(out, indices, record.sha256(original.state_dict()), "report.html")
     earlier = f", {len(gone)} more forgotten before" if len(gone) else ""
-    typer.echo(f"request {name!r}: {len(indices)} of {made.data.n_train:,} training points{earlier}")
+    ids = indices if made.data.ids is None else made.data.ids[indices]
+    which = f"{', '.join(map(str, ids[:SHOWN]))}{', ...' * (len(ids) > SHOWN)}"
+    typer.echo(f"request {name!r}: {len(indices)} of {made.data.n_train:,} training points ({which}){earlier}")
     if dry_run:
         return
     _check_writable(out)

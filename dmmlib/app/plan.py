@@ -136,7 +136,7 @@ def plan(preset: Preset, runs: Path | None = None, forget_set: Path | None = Non
     n_together = 32 if preset.ensembles.chunk == "auto" else preset.ensembles.chunk
     n_sets = len(preset.forget_sets) * (beside or not own) + len(own)
     n_results = n * n_points * n_sets * len(preset.unlearning.methods)
-    rate = measure(module, shape, data.n_classes, preset, device)
+    rate = measure(module, shape, data.n_classes, data.n_train, preset, device)
     plain = [r for way, r in rates.items() if not way.compile and not way.processes]
     gain = max(rates.values()) / max(plain) if plain else 1.0
     return Plan(
@@ -220,6 +220,7 @@ def measure(
     module: Callable[[], torch.nn.Module],
     shape: tuple[int, ...],
     n_classes: int,
+    n_train: int,
     preset: Preset,
     device: torch.device,
     budget: float = 3.0,
@@ -231,6 +232,7 @@ def measure(
     machine's other work does not count.
     """
     clock = time.perf_counter if device.type == "cuda" else time.process_time
+    batch, chunk = min(preset.training.batch_size, n_train), preset.ensembles.chunk
 
     def train(n_models: int, examples: int, epochs: int) -> float:
         x, y = torch.randn(examples, *shape, device=device), torch.arange(examples, device=device) % n_classes
@@ -240,7 +242,6 @@ def measure(
         next(iter(trained.params.values())).sum().item()  # waits for the device
         return clock() - start
 
-    batch, chunk = preset.training.batch_size, preset.ensembles.chunk
     most = 64 if chunk == "auto" else min(chunk, 64)
     sizes = [(1, min(batch, 8)), *((min(k, most), batch) for k in (1, 4, 16, 64))]
     best, start = Rate(0.0, 1, 1, device.type), clock()
@@ -252,7 +253,7 @@ def measure(
             more = int(min(20, max(2, left / step / 5)))  # steps, of which two say little
             _, one, all_ = (train(n_models, examples, epochs) for epochs in (1, 1, 1 + more))  # the first warms up
             seconds = max((all_ - one) / more, all_ / (2 * more + 2))  # a disturbed clock must not make them free
-            best = Rate(n_models * examples / seconds, n_models, examples, device.type)
+            best = max(best, Rate(n_models * examples / seconds, n_models, examples, device.type))
     return best
 
 

@@ -50,7 +50,8 @@ STEEPEST = 0.25  # the logistic loss's second derivative is at most this
 FLAT = 0.003  # and is taken to be at least this for a first guess: a point that turns difficult makes it rise
 STEPS, MEMORY = 100, 5  # at most so many steps, and past steps that each is computed from
 FARTHEST = 4.0  # no margin that is trained on moves further in a step
-DONE, STILL = 0.001, 0.1  # training on all points, or a mask, is done if no logit moves by this in a step
+DONE, STILL = 0.001, 0.1  # training on all points, or a mask, is done if no logit moves by this in a step,
+SHARE = 0.2  # and by this share of the way that logits have come, or small effects would not be followed at all
 CROWD = 0.75  # where fewer of the masks than this still move, the others are left out
 BLOCK = 256  # masks at a time
 
@@ -140,7 +141,7 @@ class Linearised:
         """Weights (k, rank) that L-BFGS finds for each mask (k, n_train) from `weights` and a first guess `inverse`."""
         n, found = self.n_train, self.weights.expand(len(masks), -1).clone()
         left, weights = torch.arange(len(masks), device=masks.device), found.clone()
-        moving = left >= 0  # masks that are not done
+        moving, way = left >= 0, weights.new_zeros(len(masks))  # masks that are not done; how far logits have come
         logits = self._answers(weights, n) + self.initial[:n].T[:, None]
         gradient = self._gradient(weights, logits, masks)
         gamma, memory = gradient.new_ones(len(masks), 1), list[tuple[Tensor, Tensor, Tensor]]()
@@ -158,7 +159,9 @@ class Linearised:
             s = -length * step
             weights, logits = weights + s, logits.addcmul_(length, rise, value=-1)
             found[left[moving]] = weights[moving]
-            moving &= (length * most).amax(1) >= still
+            moved = (length * most).amax(1)
+            way = way + moved
+            moving &= moved >= (SHARE * way).clamp_max(still)
             if not moving.any():
                 break
             previous, gradient = gradient, self._gradient(weights, logits, masks)
@@ -169,8 +172,8 @@ class Linearised:
             memory = [*memory[1 - MEMORY :], (s, y, torch.where(curved, 1 / sy, 0))]
             if moving.float().mean() < CROWD:
                 memory, logits = [(s[moving], y[moving], rho[moving]) for s, y, rho in memory], logits[:, moving]
-                left, masks, weights, gradient, gamma, moving = (
-                    z[moving] for z in (left, masks, weights, gradient, gamma, moving)
+                left, masks, weights, gradient, gamma, way, moving = (
+                    z[moving] for z in (left, masks, weights, gradient, gamma, way, moving)
                 )
         return found
 

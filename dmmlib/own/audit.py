@@ -63,6 +63,10 @@ HARDLY = (
     "The model hardly remembered these points: what it answers differs from a retrained one's answers by less than "
     "two such models differ by chance. Ask for more points at once."
 )
+UNTOLD = (
+    "The original itself would be judged to have forgotten: it hardly remembered these points, or what it is compared "
+    "with has seen them, or is of another recipe."
+)
 SAYS = {True: "forgotten", False: "NOT forgotten", None: "cannot be told"}
 
 
@@ -90,10 +94,10 @@ class Audit:
     def __str__(self) -> str:
         a, q, of = self.attack, self.quality, "retrained models" if self.retrained else "predicted of retraining"
         lines = [
-            f"{self.says}: {self.left:.2f} is left (at most {LEFT:g}; 1 as before, 0 as {of}, which "
-            f"{self.doubt:.0%} would miss by chance), by a remainder of {self.remainder:.2f} and an excess of "
-            f"{self.excess:.2f}",
-            *([HARDLY] if self.forgotten is None else []),
+            f"{self.says}: {self.left:.2f} is left (at most {LEFT:g}; about 1 as before, about 0 as {of}"
+            + (f", which {self.doubt:.0%} would miss by chance" if self.doubt < 1 else "")
+            + f"), by a remainder of {self.remainder:.2f} and an excess of {self.excess:.2f}",
+            *([HARDLY if self.doubt < 1 else UNTOLD] if self.forgotten is None else []),
             "distance from what is predicted, rms in sd: "
             + ", ".join(f"{split} {found['rms in sd']:.2f}" for split, found in self.distances.items()),
             f"attack on F (LiRA): AUC {a['before']['auc']:.2f} before, {a['after']['auc']:.2f} after; TPR at 1 % FPR "

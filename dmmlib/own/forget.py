@@ -79,6 +79,8 @@ def given(original: Model, model: Model, forget: Any, prepared: Prepared | Study
     modules = (source, loaded(model, prepared))
     alone = [initialise(partial(loaded, part, prepared), [0], prepared.device) for part in modules]
     before, after = (models.logits(prepared.x).numpy()[0] for models in alone)
+    if not len(gone):
+        _compare(before, prepared)
     attributor = Later(prepared.attributor(), gone) if len(gone) else prepared.attributor()
     moved, both = attributor.retrained(before[None], indices, prepared.data.y), np.union1d(indices, gone)
     predicted, sd = margins(moved, prepared.data.y)[0], attributor.sd(both)

@@ -131,10 +131,12 @@ class Prepared(Models):
         numbers += LINEARISED * len(self.x) * LOGITS * RANK + 2 * self.data.n_train**2  # the attributor's
         done, seconds = self.preset.attribution.n_subsets - n, self.trial["seconds"] * size * n / workers
         fit = duration(self.trial["fit"] * LINEARISED * len(self.x))
+        disk = f"{4e-6 * numbers:,.0f} MB on disk in {self.runs}"
+        if not n and self._fitted.exists():
+            return f"all {done} models are trained and the attributor is fitted; {disk}"
         return (
             f"{n} models to train on {size:,} points each ({done} are there), about {duration(seconds)} with {workers} "
-            f"process{'es' * (workers > 1)}, then about {fit} to fit the attributor; "
-            f"{4e-6 * numbers:,.0f} MB on disk in {self.runs}"
+            f"process{'es' * (workers > 1)}, then about {fit} to fit the attributor; {disk}"
         )
 
     # --- what is fitted ----------------------------------------------------------------------------------
@@ -156,11 +158,16 @@ class Prepared(Models):
             )
         return attribution.Context(self.x, self.y, masks, outputs, self.models(self.sets[0]), seed=self.preset.seed)
 
+    @property
+    def _fitted(self) -> Path:
+        """Where the attributor is kept."""
+        config = {**self.identity, "masks": [part.digest for part in self.sets], **versions(*keys.ATTRIBUTION)}
+        config |= versions("attributor bayesian")
+        return self.runs / "store" / f"attributor-bayesian-{config_hash(config)}.npz"
+
     @once
     def attributor(self) -> Attributor:
         """The attributor, fitted once and kept on disk."""
-        config = {**self.identity, "masks": [part.digest for part in self.sets], **versions(*keys.ATTRIBUTION)}
-        config |= versions("attributor bayesian")
 
         def fit() -> Attributor:
             self.progress("fit the attributor", 0, 1)
@@ -168,9 +175,7 @@ class Prepared(Models):
             self.progress("fit the attributor", 1, 1)
             return made
 
-        found = attribution.kept(
-            self.runs / "store" / f"attributor-bayesian-{config_hash(config)}.npz", self.device, fit
-        )
+        found = attribution.kept(self._fitted, self.device, fit)
         context, n = self.context(), self.data.n_train
         return Checked(found, falls(context.margins[:, :n], context.masks), self.data.y[:n])
 

@@ -19,10 +19,10 @@ from dmmlib.registry import did_you_mean
 
 POSITIONS = ("index", "indices", "idx", "position")  # columns of a table, by what stands in them
 NAMES = ("id", "ids", "file", "files", "filename", "file_name", "path", "name", "image", "image_id")
-CLASSES = ("class", "class_name", "label")  # read only where no other column says more
+CLASSES = ("class", "class_name", "label")  # read only where it is the only column
 SHOWN = 5  # faults that are named
 KEEP = "keep the one that says what is meant"
-WORD, NAME, CLASS = "word", "name", "class"
+WORD, INDEX, NAME, CLASS = "word", "index", "name", "class"
 
 
 class Named(NamedTuple):
@@ -30,7 +30,7 @@ class Named(NamedTuple):
 
     where: str
     word: str
-    kind: str = WORD  # a WORD of digits is an index; as a NAME, only where the data has no ids; as a CLASS, a label
+    kind: str = WORD  # a WORD of digits is an INDEX; as a NAME, only where the data has no ids; as a CLASS, a label
 
 
 Find = Callable[[str, str], "list[int] | None"]
@@ -126,8 +126,12 @@ def _finder(data: Dataset) -> Find:
 
     def find(word: str, kind: str) -> list[int] | None:
         if kind != CLASS:
-            if (whole := re.fullmatch(r"([0-9]{1,18})(\.0*)?", word)) and (kind == WORD or data.ids is None):
-                return [int(whole[1])] if int(whole[1]) < data.n_train else None
+            if (whole := re.fullmatch(r"([0-9]{1,18})(\.0*)?", word)) and (kind != NAME or data.ids is None):
+                index = int(whole[1])
+                if kind == WORD and names.get(word, [index]) != [index]:
+                    both = f"{word!r} is the id of one point and the index of another"
+                    raise ForgetSetError(f"{both}; give a CSV whose column is called id, or index.")
+                return [index] if index < data.n_train else None
             if (known := names.get(word.replace("\\", "/").strip("/").removeprefix("./"))) is not None:
                 return known
         label = labels.get(word.lower(), int(word) if kind == CLASS and word.isdecimal() else None)
@@ -159,12 +163,13 @@ def _parse(text: str, data: Dataset, source: str, find: Find) -> tuple[list[Name
     delimiter = max(",;\t", key=first.count)
     header = [cell.strip(" \t\"'") for cell in first.split(delimiter)]
     columns = [cell.lower() for cell in header]
-    column = next((columns.index(name) for name in (*POSITIONS, *NAMES, *CLASSES) if name in columns), None)
+    known = (*POSITIONS, *NAMES, *(CLASSES if len(columns) == 1 else ()))
+    column = next((columns.index(name) for name in known if name in columns), None)
     if column is not None and not (len(header) == 1 and find(header[0], WORD)):
-        known = [name for name in columns if name in POSITIONS or (name in NAMES and data.ids is not None)]
-        if len(known) > 1 and (set(known) & set(POSITIONS) or len(set(known)) < len(known)):
-            raise ForgetSetError(f"{source} has columns {' and '.join(map(repr, known))}; {KEEP}.")
-        kind = NAME if columns[column] in NAMES else CLASS if columns[column] in CLASSES else WORD
+        says = [name for name in columns if name in POSITIONS or (name in NAMES and data.ids is not None)]
+        if len(says) > 1 and (set(says) & set(POSITIONS) or len(set(says)) < len(says)):
+            raise ForgetSetError(f"{source} has columns {' and '.join(map(repr, says))}; {KEEP}.")
+        kind = NAME if columns[column] in NAMES else CLASS if columns[column] in CLASSES else INDEX
         try:
             table = list(csv.reader(lines[1:], delimiter=delimiter, skipinitialspace=True))
         except csv.Error as error:
@@ -173,7 +178,8 @@ def _parse(text: str, data: Dataset, source: str, find: Find) -> tuple[list[Name
         if empty := [i for i, row in rows if any(row) and not any(row[column : column + 1])]:
             raise ForgetSetError(f"{source}, line {empty[0]} has no {header[column]}; give one, or drop the line.")
         return [Named(f"{source}, line {i}", row[column], kind) for i, row in rows if any(row)], ""
-    if source.lower().endswith((".csv", ".tsv")) and len(header) > 1 and len(lines) > 1:
+    alike = len(lines) == 1 and len({cell.isdigit() for cell in header}) == 1
+    if source.lower().endswith((".csv", ".tsv")) and len(header) > 1 and not alike:
         raise ForgetSetError(f"{source} begins with {first!r:.60}; name its columns there, one of them id or index.")
     named = []
     for i, line in enumerate(lines, 1):
@@ -217,4 +223,4 @@ def _listed(values: Sequence[Any], source: str) -> list[Named]:
     if any(isinstance(value, bool) for value in values):
         raise ForgetSetError(f"{given} is a mask; give indices, np.flatnonzero(mask).")
     whole = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
-    return [Named(f"{source}place {i}", str(v), NAME if isinstance(v, str) else WORD) for i, v in enumerate(whole, 1)]
+    return [Named(f"{source}place {i}", str(v), NAME if isinstance(v, str) else INDEX) for i, v in enumerate(whole, 1)]

@@ -53,11 +53,12 @@ class Saving(w.VBox):
         self.keep = message.button("Keep the other", self.ask_nothing, "Save nothing")
         self.confirm, self.command = row(self.overwrite, self.keep), w.HTML()
         super().__init__([row(self.name, self.button, self.confirm, message, kind="footer"), self.command])
+        self.name.observe(lambda _: self.ask_nothing(), names="value")
         self.ask_nothing()
 
     def ask_nothing(self) -> None:
-        """Take back the question whether to overwrite."""
-        self.confirm.layout.display = "none"
+        """Take back the question whether to overwrite, and what was said of an earlier choice."""
+        self.confirm.layout.display, self.command.value = "none", ""
 
     def save(self) -> Path:
         """Write the choice under its name and return the file; raises ForgetSetError where that cannot be."""

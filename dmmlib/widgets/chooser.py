@@ -228,6 +228,7 @@ class Look(w.VBox):
 
         def uploaded(change: Any) -> None:
             if files := [(bytes(file["content"]).decode(errors="replace"), file["name"]) for file in change["new"]]:
+                made.value = ()  # or the same file would be no change, and nothing would be heard of it again
                 take(np.concatenate([requests.read(text, data, name) for text, name in files]))
 
         tip = f"{upload}: a saved set, JSON, or CSV with a header; what is dropped on the images is added"
