@@ -113,7 +113,8 @@ def run_script(tmp_path, text):
 
 def test_a_model_and_data_of_ones_own_go_to_the_workers(tmp_path):
     said = run_script(tmp_path, SCRIPT + GUARDED)
-    assert "apart by 0.0" in said.stdout, said.stderr
+    assert "apart by" in said.stdout, said.stderr
+    assert float(said.stdout.split()[-1]) < 1e-5, "where arrays lie in memory moves last bits"
 
 
 def test_a_script_without_a_main_guard_is_told_so(tmp_path):
