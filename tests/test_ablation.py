@@ -53,6 +53,13 @@ def test_ablation_runs_on_tuning_sets_only_and_is_kept(tiny, monkeypatch):
     assert len(plots.ablation(scores, "t", "c").axes) == 3
 
 
+def test_what_one_function_measured_is_not_anothers(tiny):
+    (forget_set,) = tiny.tuning_sets().values()
+    ways = unlearn.get("do_nothing").run, unlearn.get("retrain").run, lambda problem: unlearn.get("gd")(problem)
+    found = [ablation.measure(tiny, "dmm", {}, forget_set, run)["value"].tolist() for run in (*ways, None)]
+    assert len({tuple(values) for values in found}) == 4
+
+
 def test_the_default_is_dmm_itself_and_unknown_options_are_refused(tiny, problem):
     default = ablation.DEFAULTS
     assert set(ablation.GRID) == set(default)

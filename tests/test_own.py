@@ -136,6 +136,12 @@ def kind(request, tmp_path_factory):
 FORGET = np.arange(0, 30, 2)
 
 
+def shuffled(module):
+    """Weights of another recipe."""
+    for weight in module.parameters(recurse=False):
+        weight.data = weight.data.flatten()[torch.randperm(weight.numel())].view_as(weight)
+
+
 def test_a_model_forgets_and_stays_of_its_class(kind):
     _, prepared, model, _ = kind
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -162,6 +168,11 @@ def test_an_audit_tells_untouched_unlearned_and_retrained_apart(kind):
     assert set(found.relearning) == {"model", "others"}
     assert 0 <= found.quality["after"]["validation"]["ece"] <= 1
     assert "weights still hold" in str(found)
+    untold = str(replace(found, forgotten=None, doubt=1.0))
+    assert "The original itself would be judged to have forgotten" in untold
+    assert "by chance" not in untold, "as nothing was measured"
+    with pytest.warns(UserWarning, match="made of other data or in another way"):
+        outcome(copy.deepcopy(model).apply(shuffled), model, FORGET, prepared)
 
 
 def test_a_model_that_is_surer_of_everything_is_judged_the_same(kind):

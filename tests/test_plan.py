@@ -137,7 +137,9 @@ def test_a_rate_is_measured_with_what_fits_the_budget():
     preset = presets.load("smoke")
     module = lambda: torch.nn.Linear(12, 3)  # noqa: E731
     quick = plan.measure(module, (12,), 3, 400, preset, torch.device("cpu"), budget=1e9)
-    assert (quick.n_models, quick.batch) == (64, 50)
+    assert quick.n_models > 1, "many share a step at less cost"
+    assert quick.batch == 50
+    assert plan.measure(module, (12,), 3, 20, preset, torch.device("cpu"), budget=1e9).batch == 20, "all there are"
     assert quick.per_second > 0
     slow = plan.measure(module, (12,), 3, 400, preset, torch.device("cpu"), budget=1e-9)
     assert (slow.n_models, slow.batch) == (1, 8)

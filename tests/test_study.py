@@ -420,6 +420,11 @@ def test_what_a_study_lends_is_as_it_was(tmp_path):
         ({"data.name": "imagenet"}, MethodError, "Unknown data set 'imagenet'"),
         ({"data.n_train": 5000}, DataError, "n_train=5000 was asked of 'digits', which has 1297"),
         ({"forget_sets": [{"name": "all", "kind": "random", "size": 120}]}, ForgetSetError, "120 of 120"),
+        (
+            {"forget_sets": [{"name": name, "kind": "random", "size": 57} for name in "ab"]},
+            ForgetSetError,
+            "share no point, but ask for 120 of 120 points",
+        ),
         ({"forget_sets": [{"name": "tune", "kind": "random", "size": 2}]}, PresetError, "two forget sets alike"),
         ({"forget_sets": [{"name": "Tune", "kind": "random", "size": 2}]}, PresetError, "two forget sets alike"),
         ({"tuning.n_models": 9}, PresetError, "tuning.n_models=9 is more than ensembles.n_models=8"),

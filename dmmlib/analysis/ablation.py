@@ -90,7 +90,8 @@ def measure(
     """
     n = (study.preset.tuning if run else study.preset.ensembles).n_models
     config = study.key_of(method, dict(setting), forget_set)
-    config |= {"n_models": n, "checkpoints": 0, "oracles": study.preset.ensembles.n_models} | of_own(run or unlearn.get)
+    config |= {"n_models": n, "checkpoints": 0, "oracles": study.preset.ensembles.n_models}
+    config |= of_own(run) | {"run": getattr(run, "__qualname__", "")} if run else {}
     file = study.runs / "store" / f"measured-{method}-{config_hash(config)}.json"
 
     def rows() -> list[list[Any]]:
