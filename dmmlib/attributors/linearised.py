@@ -51,7 +51,7 @@ FLAT = 0.003  # and is taken to be at least this for a first guess: a point that
 STEPS, MEMORY = 100, 5  # at most so many steps, and past steps that each is computed from
 FARTHEST = 4.0  # no margin that is trained on moves further in a step
 DONE, STILL = 0.001, 0.1  # training on all points, or a mask, is done if no logit moves by this in a step,
-SHARE = 0.2  # and by this share of the way that logits have come, or small effects would not be followed at all
+SHARE = 0.2  # and by this share of the way that logits have come, or small effects, above DONE, would not be followed
 CROWD = 0.75  # where fewer of the masks than this still move, the others are left out
 BLOCK = 256  # masks at a time
 
@@ -159,9 +159,8 @@ class Linearised:
             s = -length * step
             weights, logits = weights + s, logits.addcmul_(length, rise, value=-1)
             found[left[moving]] = weights[moving]
-            moved = (length * most).amax(1)
-            way = way + moved
-            moving &= moved >= (SHARE * way).clamp_max(still)
+            way = way + (moved := (length * most).amax(1))
+            moving &= moved >= (SHARE * way).clamp(DONE, still)
             if not moving.any():
                 break
             previous, gradient = gradient, self._gradient(weights, logits, masks)
