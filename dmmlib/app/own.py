@@ -20,6 +20,7 @@ RecipeFile = Annotated[
 Models = Annotated[int, typer.Option(help="How many subset models are trained, once for all requests.")]
 Folder = Annotated[Path, typer.Option(help="Where they are kept.")]
 Asked = Annotated[str, typer.Option(help="Ids: a .csv, .json or text file, a folder of files, a class, or one id.")]
+N_MODELS, PREPARED = 100, Path("prepared")  # where nothing else is asked for
 DryRun = Annotated[bool, typer.Option(help="Only say what would be trained, for how long, and what it takes.")]
 
 
@@ -31,18 +32,17 @@ def add_to(app: typer.Typer) -> None:
 
 def prepare(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A Python file with `recipe = dmmlib.Recipe(...)`.")],
-    models: Models = 100,
-    prepared: Folder = Path("prepared"),
+    models: Models = N_MODELS,
+    prepared: Folder = PREPARED,
     dry_run: DryRun = False,
 ) -> None:
     """Train the subset models of a recipe and fit the attributor, once; interrupted, it goes on where it was."""
     made = _opened(recipe, models, prepared)
     if not dry_run:
         made.attributor()
-        others = {"--models": (models, 100), "--prepared": (prepared, Path("prepared"))}
-        given = "".join(f" {name} {value}" for name, (value, usual) in others.items() if value != usual)
-        said = f"dmm forget MODEL --recipe {recipe} --forget IDS{given}"
-        typer.echo(f"prepared in {prepared}: answer requests with `{said}`")
+        given = f" --models {models}" * (models != N_MODELS) + f" --prepared {prepared}" * (prepared != PREPARED)
+        said = f"`dmm forget MODEL --recipe {recipe} --forget IDS{given}`"
+        typer.echo(f"prepared in {prepared}: answer requests with {said}")
 
 
 def forget(
@@ -51,8 +51,8 @@ def forget(
     forget: Asked,
     out: Annotated[Path, typer.Option(help="Where weights, record and report go.")] = Path("unlearned"),
     method: Annotated[str, typer.Option(help="A registered method.")] = "dmm",
-    models: Models = 100,
-    prepared: Folder = Path("prepared"),
+    models: Models = N_MODELS,
+    prepared: Folder = PREPARED,
     dry_run: DryRun = False,
 ) -> None:
     """Make a model forget training points: unlearned weights, a record and a report; the model given is left alone."""
@@ -87,8 +87,8 @@ def audit(
         list[Path] | None, typer.Option(help="Weights of a model retrained without the points; ten or more times.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Also write a report there.")] = None,
-    models: Models = 100,
-    prepared: Folder = Path("prepared"),
+    models: Models = N_MODELS,
+    prepared: Folder = PREPARED,
 ) -> None:
     """Judge whether a model has forgotten training points; exits with 1 if it has not, 3 if that cannot be told."""
     from dmmlib.own.audit import answers

@@ -90,7 +90,8 @@ class Saving(w.VBox):
         self.saved = path
         there = f"<code>{html.escape(f'forget_set = {str(path.resolve())!r}')}</code>"
         if ours := _only_here(self._study.preset):
-            how = f" by a Study in this process, which alone knows {html.escape(', '.join(ours))}, with {there}"
+            known = html.escape(", ".join(f"{kind} {name!r}" for kind, name in ours.items()))
+            how = f" by a Study in this process, which alone knows {known}, with {there}"
         else:
             how = f", from any folder, with <code>{html.escape(self._typed(path))}</code> (add <code>--beside</code> to"
             how += f" keep the preset’s own sets), or in notebooks 04 and 05 with {there}"
@@ -119,11 +120,11 @@ class Saving(w.VBox):
         return str(path.resolve())
 
 
-def _only_here(preset: presets.Preset) -> list[str]:
-    """Data and model of a preset that only this process knows: registered, but not by the library."""
+def _only_here(preset: presets.Preset) -> dict[str, str]:
+    """Names of a preset's data and model that only this process knows: registered, but not by the library."""
     named: tuple[Any, ...] = ("data", data.DATASETS, preset.data.name), ("model", MODELS, preset.model.name)
-    found = {f"{kind} {name!r}": registry[name] for kind, registry, name in named if name in registry}
-    return [what for what, made in found.items() if getattr(made, "factory", made).__module__[:7] != "dmmlib."]
+    found = [(kind, name, registry[name]) for kind, registry, name in named if name in registry]
+    return {kind: name for kind, name, made in found if getattr(made, "factory", made).__module__[:7] != "dmmlib."}
 
 
 class Trial(w.VBox):
@@ -147,8 +148,8 @@ class Trial(w.VBox):
 
     def _price(self) -> str:
         """What a run takes, in HTML: models, and time where one ran here before, or else sample gradients."""
-        if (ours := _only_here(self._study.preset)) and ours[0].startswith("data"):
-            return text("quiet", f"Not with {ours[0]}, which only this process knows; load them from an .npz file")
+        if name := _only_here(self._study.preset).get("data"):
+            return text("quiet", f"Not with data {name!r}, which only this process knows; load them from an .npz file")
         smoke = presets.load("smoke", self._overrides)
         n, part, runs = smoke.ensembles.n_models, smoke.attribution, self._study.runs / smoke.name
         gradients = smoke.training.epochs * self._study.data.n_train * (3 * n + part.fraction * part.n_subsets)
