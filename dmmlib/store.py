@@ -171,11 +171,8 @@ class Store:
     def damaged(self) -> list[int]:
         """List the shards that are marked done but cannot be read back whole."""
         seals = self._seals()
-
-        def is_whole(shard: int) -> bool:
-            return all(self._whole(name, self.models(shard), [shard], seals) is not None for name in self._names)
-
-        return [shard for shard in np.flatnonzero(seals.any(1)).tolist() if not is_whole(shard)]
+        done = np.flatnonzero(seals.any(1)).tolist()
+        return [i for i in done if any(self._whole(name, self.models(i), [i], seals) is None for name in self._names)]
 
     def drop(self, shard: int) -> None:
         """Mark a shard as not done, so that the next run trains it again."""

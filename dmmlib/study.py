@@ -347,7 +347,7 @@ def _checked(preset: presets.Preset, data: Dataset, alone: bool) -> list[str]:
             raise ForgetSetError(f"Forget set {part.name!r}: none of the training points is of class {part.label}.")
         if part.kind == "ids":
             forget_sets.of_ids(data, part.ids or "", part.size, np.random.default_rng(0))
-    if (total := sum(part.size or 0 for part in every)) >= n:
+    if (total := sum(part.size or 0 for part in every)) > n:
         raise ForgetSetError(f"The forget sets share no point, but ask for {total} of {n} points; ask for fewer.")
     for key in ("datamodels", "attribution"):
         share = getattr(preset, key).fraction

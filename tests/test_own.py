@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -620,7 +621,7 @@ def test_a_second_request_starts_where_the_first_one_ended(kind):
         dmmlib.forget(first.model, FORGET[8:], prepared, after=[90])
 
 
-def test_a_record_beside_weights_says_what_they_forgot(kind, tmp_path):
+def test_a_record_with_weights_says_what_they_forgot(kind, tmp_path):
     """In a later request and in its audit; and what is there is not overwritten by another request's."""
     _, prepared, model, _ = kind
     first = dmmlib.forget(model, FORGET[:8], prepared)
@@ -646,8 +647,15 @@ def test_a_record_beside_weights_says_what_they_forgot(kind, tmp_path):
     np.testing.assert_allclose(judged.predicted, second.predicted, rtol=1e-4, atol=1e-4)
     with pytest.raises(ForgetSetError, match="Point 0 was forgotten by an earlier request"):
         outcome(weights, weights, FORGET[:8], prepared)
-    save_file({k: v + 1 for k, v in first.model.state_dict().items()}, weights)  # a record of other weights
-    assert outcome(weights, weights, FORGET[:8], prepared).forgotten.tolist() == FORGET[:8].tolist()
+    carried = shutil.copy(weights, tmp_path / "elsewhere.safetensors")
+    with pytest.raises(ForgetSetError, match="Point 14 was forgotten by an earlier request"):
+        dmmlib.forget(carried, [14], prepared)
+    torch.save(first.model.state_dict(), tmp_path / "1" / "model.pt")
+    with pytest.raises(ForgetSetError, match="Point 14 was forgotten by an earlier request"):
+        dmmlib.forget(tmp_path / "1" / "model.pt", [14], prepared)
+    for metadata in ({"record": '{"request": 1}'}, {"record": "no JSON"}, None):  # of others, and beside other weights
+        save_file({k: v + 1 for k, v in first.model.state_dict().items()}, weights, metadata)
+        assert outcome(weights, weights, FORGET[:8], prepared).forgotten.tolist() == FORGET[:8].tolist()
 
 
 def test_new_weights_never_lie_beside_an_old_record(kind, tmp_path, monkeypatch):

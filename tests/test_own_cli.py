@@ -176,6 +176,7 @@ def test_where_results_go_is_checked_before_any_work_and_a_second_request_knows_
         ({"recipe": "empty.py"}, "defines no `recipe`"),
         ({"recipe": "broken.py"}, "fails (NameError"),
         ({"recipe": "nothing"}, "A recipe is a Python file"),
+        ({"method": "dmn"}, "Unknown method 'dmn'"),
     ],
 )
 def test_what_is_wrong_is_one_line_before_anything_is_trained(here, change, said):
@@ -189,9 +190,9 @@ def test_what_is_wrong_is_one_line_before_anything_is_trained(here, change, said
         exiting.replace("return nn.Sequential", "sys.exit(0)\n    return nn.Sequential")
     )
     (here / "train_exits.py").write_text(exiting.replace("optimizer.step()", "sys.exit(0)"))
-    given = {"model": "model.safetensors", "recipe": "recipe.py", "forget": "ids.csv"} | change
-    places = ("--prepared", "other", "--out", "none")
-    options = ("--recipe", given["recipe"], "--forget", given["forget"], *places, "--dry-run")
+    given = {"model": "model.safetensors", "recipe": "recipe.py", "forget": "ids.csv", "method": "dmm"} | change
+    asked = [word for key in ("recipe", "forget", "method") for word in (f"--{key}", given[key])]
+    options = (*asked, "--prepared", "other", "--out", "none", "--dry-run")
     found = dmm("forget", given["model"], *options)
     assert found.exit_code == (2 if said else 0), found.output
     assert said in found.output

@@ -421,9 +421,9 @@ def test_what_a_study_lends_is_as_it_was(tmp_path):
         ({"data.n_train": 5000}, DataError, "n_train=5000 was asked of 'digits', which has 1297"),
         ({"forget_sets": [{"name": "all", "kind": "random", "size": 120}]}, ForgetSetError, "120 of 120"),
         (
-            {"forget_sets": [{"name": name, "kind": "random", "size": 57} for name in "ab"]},
+            {"forget_sets": [{"name": name, "kind": "random", "size": 58} for name in "ab"]},
             ForgetSetError,
-            "share no point, but ask for 120 of 120 points",
+            "share no point, but ask for 122 of 120 points",
         ),
         ({"forget_sets": [{"name": "tune", "kind": "random", "size": 2}]}, PresetError, "two forget sets alike"),
         ({"forget_sets": [{"name": "Tune", "kind": "random", "size": 2}]}, PresetError, "two forget sets alike"),
@@ -434,6 +434,13 @@ def test_mistakes_are_said_before_any_training(tmp_path, overrides, error, messa
     with pytest.raises(error, match=message):
         study(tmp_path, overrides)
     assert not (tmp_path / "runs").exists()
+
+
+def test_forget_sets_can_take_all_points_between_them(tmp_path):
+    halves = [{"name": name, "kind": "random", "size": 57} for name in "ab"]  # and 6 for tuning
+    tiny = study(tmp_path, {"forget_sets": halves})
+    every = [i for sets in (tiny.forget_sets(), tiny.tuning_sets()) for f in sets.values() for i in f.indices]
+    assert sorted(every) == list(range(120))
 
 
 def test_diverging_training_is_said_and_leaves_earlier_work(tmp_path):

@@ -56,13 +56,14 @@ def forget(
     dry_run: DryRun = False,
 ) -> None:
     """Make a model forget training points: unlearned weights, a record and a report; the model given is left alone."""
+    from dmmlib import unlearn
+    from dmmlib.own import forget as own
     from dmmlib.own import record
-    from dmmlib.own.forget import asked
-    from dmmlib.own.forget import forget as answer
     from dmmlib.own.requests import SHOWN
 
+    unlearn.get(method)
     made = _opened(recipe, models, prepared)
-    indices, name, original, gone = asked(model, forget, made)  # what is wrong is said before anything is trained
+    indices, name, original, gone = own.asked(model, forget, made)  # what is wrong is said before anything is trained
     record.check_out(out, indices, record.sha256(original.state_dict()), "report.html")
     earlier = f", {len(gone)} more forgotten before" if len(gone) else ""
     ids = indices if made.data.ids is None else made.data.ids[indices]
@@ -71,7 +72,7 @@ def forget(
     if dry_run:
         return
     _check_writable(out)
-    result = answer(original, indices, made, method=method, name=name, after=gone)
+    result = own.forget(original, indices, made, method=method, name=name, after=gone)
     judged = result.audit()
     result.save(out, judged)
     page = result.report(out / "report.html", judged)

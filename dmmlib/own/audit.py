@@ -29,7 +29,7 @@ ratio, and the false positives are subset models that did not see the point.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -114,10 +114,6 @@ class Audit:
             said = ", ".join(f"{k} {found[k]:.2f} (floor {found[f'{k} floor']:.2f})" for k in ("klom", "ks", "gap"))
             lines.append(f"against retrained models, {split}: {said}")
         return "\n".join([*lines, self.limits])
-
-    def as_dict(self) -> dict[str, Any]:
-        """As plain values, for JSON."""
-        return asdict(self)
 
 
 def audit(result: Result, retrained: Sequence[Model] = (), *, relearn: bool = True) -> Audit:

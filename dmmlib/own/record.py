@@ -7,6 +7,8 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -73,19 +75,19 @@ def record(result: Result, audit: Audit | None = None) -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in ("dmmlib", "torch", "numpy")},
         },
-        "audit": None if audit is None else audit.as_dict(),
+        "audit": None if audit is None else asdict(audit),
     }
 
 
 def save(result: Result, folder: str | Path, audit: Audit | None = None) -> Path:
-    """Write the unlearned weights as model.safetensors and the record as record.json, each whole or not at all."""
+    """Write model.safetensors, the unlearned weights and the record, and record.json, each whole or not at all."""
     from safetensors.torch import save as packed
 
     folder, content = Path(folder), record(result, audit)
     check_out(folder, result.forget, content["model"]["before"])
     state = {name: v.detach().cpu().contiguous().clone() for name, v in result.model.state_dict().items()}
     with replacing(folder / RECORD) as written, replacing(folder / WEIGHTS) as weights:
-        weights.write_bytes(packed(state))
+        weights.write_bytes(packed(state, {"record": json.dumps(content)}))  # wherever they go, it says what is gone
         written.write_bytes(json.dumps(content, indent=1).encode() + b"\n")
         (folder / RECORD).unlink(missing_ok=True)  # new weights never lie beside an old record
     return folder
@@ -100,18 +102,21 @@ def check_out(folder: Path, points: np.ndarray, before: str, *also: str) -> None
 
 
 def earlier(weights: Path, state: Mapping[str, Tensor], data: Dataset) -> np.ndarray:
-    """Points that a model was made to forget, as the record beside its weights says, if it is of them and the data."""
-    old = _found(weights.parent)
+    """Points that a model was made to forget, as the record in or beside its weights says, if of them and the data."""
+    old = _found(weights) or _found(weights.parent)
     known = old and (old["model"]["after"], old["data"]["sha256"]) == (sha256(state), data.sha256)
     return np.array(sorted(old["request"]["points"] + old["request"]["forgotten before"]) if known else [], np.int64)
 
 
-def _found(folder: Path) -> dict[str, Any]:
-    """The record in a folder; empty if there is none, or another program's."""
-    content = load_json(folder / RECORD) if (folder / RECORD).is_file() else {}
-    return (
-        content if isinstance(content, dict) and {"request", "model", "data", "subset models"} <= set(content) else {}
-    )
+def _found(path: Path) -> dict[str, Any]:
+    """The record in a folder, or that weights carry; empty if there is none, or another program's."""
+    from safetensors import SafetensorError, safe_open
+
+    content = load_json(path / RECORD) if (path / RECORD).is_file() else {}
+    with suppress(SafetensorError, OSError, ValueError), safe_open(path, "pt") as file:  # a .pt carries none
+        content = json.loads((file.metadata() or {}).get("record", "{}"))
+    known = isinstance(content, dict) and {"request", "model", "data", "subset models"} <= content.keys()
+    return content if known else {}
 
 
 def report(result: Result, path: str | Path, audit: Audit) -> Path:
