@@ -15,7 +15,7 @@ For each set, attributor and split, N = 60 models of each kind:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from time import process_time
 from typing import Any
@@ -25,30 +25,52 @@ import pandas as pd
 
 from benchmarks.matching import KINDS, RESULTS, N, arguments, development_sets, save
 from dmmlib import attribution, forget_sets, metrics
+from dmmlib.forget_sets import ForgetSet
 from dmmlib.study import Study
 
 ATTRIBUTORS = {"linear margins": {"n_logits": 1}, "linear logits": {}}
 SETTING = ["kind", "set", "seed", "way", "split"]
 
 
+def with_groups(study: Study, kind: str) -> dict[str, ForgetSet]:
+    """Forget sets that no preset has, groups among them."""
+    sets = development_sets(study, kind)
+    for i in range(2):
+        highest = forget_sets.highest(study.loadings()[:, i], 50)
+        sets[f"pc{i + 1}"] = forget_sets.make(f"pc{i + 1}", highest, study.data, preset="lab", kind="own")
+    return sets
+
+
 def rows(kind: str, seed: int, runs: Path) -> Iterator[dict[str, Any]]:
     """One row for each set, way and split."""
     preset, changes = KINDS[kind]
     study = Study(preset, changes | {"seed": seed, "data.seed": seed, "ensembles.n_models": N}, runs=runs)
-    data, sets = study.data, development_sets(study, kind)
-    for i in range(2):
-        highest = forget_sets.highest(study.loadings()[:, i], 50)
-        sets[f"pc{i + 1}"] = forget_sets.make(f"pc{i + 1}", highest, data, preset="lab", kind="own")
+    data, sets = study.data, with_groups(study, kind)
     changes_of: dict[str, np.ndarray] = {"do nothing": np.zeros((len(sets), data.n_train + data.n_val))}
     seconds = {"do nothing": 0.0}
     for name, options in ATTRIBUTORS.items():
         start = process_time()
         effects = attribution.fit("bayesian", study.context(), **options).effects([f.indices for f in sets.values()])
         changes_of[name], seconds[name] = metrics.right_logits(effects, data.y), process_time() - start
-    originals = metrics.margins(study.original_logits(), data.y)
+    for row in compared(study, sets, changes_of):
+        yield {"kind": kind, "seed": seed, **row, "seconds": round(seconds[row["way"]], 3)}
+
+
+def truth(study: Study, forget_set: ForgetSet) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Margins (N, n_points) of oracles and as many more, the true change of mean margins (n_points,), and their sd."""
+    oracles, floor = (metrics.margins(study.oracles(forget_set, second), study.data.y) for second in (False, True))
+    originals = metrics.margins(study.original_logits(), study.data.y)
+    change = (oracles.mean(0) + floor.mean(0)) / 2 - originals.mean(0)
+    return oracles, floor, change, (oracles.std(0) + floor.std(0)) / 2
+
+
+def compared(
+    study: Study, sets: Mapping[str, ForgetSet], changes_of: Mapping[str, np.ndarray]
+) -> Iterator[dict[str, Any]]:
+    """One row for each set, way and split, of changes of margins (n_sets, n_points) by way."""
+    data, originals = study.data, metrics.margins(study.original_logits(), study.data.y)
     for j, (name, forget_set) in enumerate(sets.items()):
-        oracles, floor = (metrics.margins(study.oracles(forget_set, second), data.y) for second in (False, True))
-        true, sd = (oracles.mean(0) + floor.mean(0)) / 2 - originals.mean(0), (oracles.std(0) + floor.std(0)) / 2
+        oracles, floor, true, sd = truth(study, forget_set)
         of_floor = metrics.klom(floor, oracles)
         for way, change in changes_of.items():
             klom = metrics.klom(originals + change[j], oracles)
@@ -61,10 +83,8 @@ def rows(kind: str, seed: int, runs: Path) -> Iterator[dict[str, Any]]:
                     "shape": np.sqrt(((slope * p - t) ** 2).mean()),
                     "slope": slope,
                     "r": float(p @ t) / max(float(np.sqrt((p @ p) * (t @ t))), 1e-12),
-                    "seconds": seconds[way],
                 }
-                setting = dict(zip(SETTING, (kind, name, seed, way, split), strict=True))
-                yield setting | {key: round(float(value), 3) for key, value in found.items()}
+                yield {"set": name, "way": way, "split": split, **{k: round(float(v), 3) for k, v in found.items()}}
 
 
 def text_of(table: pd.DataFrame) -> str:

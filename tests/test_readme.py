@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -113,3 +114,25 @@ def test_what_the_docs_say_of_requests_in_sequence_is_measured():
     assert (last["in sequence"] / last["do nothing"]).between(0.4, 0.65).all()
     assert "A hundred requests cost three retrainings in all" in words
     assert means["cost"]["in sequence"].xs(100, level="requests").round(1).eq(3).all()
+
+
+def test_what_the_docs_say_limits_predictions_is_measured():
+    words = " ".join((ROOT / "docs" / "claims.md").read_text(encoding="utf-8").split())
+    table = pd.read_json(ROOT / "benchmarks" / "results" / "limits.json")
+    assert table.groupby("kind")["seed"].nunique().eq(2).all()
+    assert table.groupby("kind")["set"].nunique().eq(6).all()
+    over = np.exp(np.log(table["klom"]).groupby([table["split"], table["way"], table["kind"]]).mean()).unstack()
+    said = {"DM-direct": "DM-direct leaves {} times the floor's p95 KLoM on fashion-mnist and {} on digits",
+            "best size": "it would leave {} and {}", "true features": "whose answers are to be predicted, {} and {}",
+            "both": "told both, {} and {}, and 1.3 on retained and on validation points"}  # fmt: skip
+    for way, sentence in said.items():
+        forget = over.loc["forget", way]
+        assert sentence.format(*(f"{forget[kind]:.1f}" for kind in ("fashion-mnist", "digits"))) in words
+        assert forget.min() > 1.5
+    assert (over.xs("both", level="way").loc[["retain", "validation"]].round(1) == 1.3).all(axis=None)
+    matching = pd.read_json(ROOT / "benchmarks" / "results" / "matching.json").set_index(["kind", "set", "seed", "way"])
+    ratios = matching["forget"] / matching["forget"].xs("floor", level="way")
+    given = np.exp(np.log(ratios.xs("perfect, cost 0.02", level="way")).groupby(["kind", "set"]).mean())
+    assert "within 1.05 times the floor on forgotten points at .02 of a retraining" in words
+    assert len(given) == 8
+    assert given.max() < 1.055
