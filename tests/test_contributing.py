@@ -15,12 +15,14 @@ BLOCK = re.compile(r"^   ```(python|sh)\n(.*?)^   ```", re.DOTALL | re.MULTILINE
 
 
 @pytest.mark.slow
-def test_a_method_in_ten_minutes_as_it_stands(tmp_path):
+def test_a_method_in_ten_minutes_as_it_stands(smoke_store, tmp_path):
     """In a copy: Python goes into the file that was named last before it, the rest into a shell."""
     for name in ("dmmlib", "presets", "data", "tests", "docs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "api"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / ".venv").symlink_to(sys.prefix)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "store").symlink_to(smoke_store)
     places = {"DMM_RUNS": "runs", "DMM_FIGURES": "figures", "PYTHONPATH": "."}
     environment = os.environ | {name: str(tmp_path / folder) for name, folder in places.items()}
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
