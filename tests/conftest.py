@@ -40,8 +40,8 @@ TINY = {
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Three processes on two cores: one in three waits for a browser, a kernel, a compiler or the disk."""
-    return max(1, 3 * (os.cpu_count() or 1) // 2)
+    """Two processes a core: one in five waits for a browser, a kernel, a compiler or the disk."""
+    return 2 * (os.cpu_count() or 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -175,7 +175,11 @@ class Firefox:
         return found
 
     def click(self, one):
-        at = self.evaluate(f"(e => (e.scrollIntoView({{block: 'center'}}), e))({one})")["result"]["sharedId"]
+        """Once it stays in sight: while cells run, JupyterLab scrolls by itself."""
+        top = "e.getBoundingClientRect().top"
+        stays = f"at = {top}; await new Promise(done => setTimeout(done, 300)); return at === {top}"
+        assert self.until(f"(async e => {{e.scrollIntoView({{block: 'center'}}); const {stays}}})({one})")
+        at = self.evaluate(one)["result"]["sharedId"]
         move = {"type": "pointerMove", "x": 0, "y": 0, "origin": {"type": "element", "element": {"sharedId": at}}}
         steps = [move, {"type": "pointerDown", "button": 0}, {"type": "pointerUp", "button": 0}]
         mouse = {"type": "pointer", "id": "mouse", "actions": steps}
