@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One call on a GPU machine: CUDA tests, all notebooks on smoke under nbval, the engine's benchmark, the study `gpu`.
 #
-#     OUT=gpu-out scripts/gpu.sh                DEVICE=cpu QUICK=1 scripts/gpu.sh     # a dry run, in some minutes
+#     OUT=gpu-out scripts/gpu.sh                DEVICE=cpu QUICK=1 scripts/gpu.sh     # a dry run, in a minute
 #     STAGES=study OUT=gpu-out scripts/gpu.sh   # the study alone; it goes on from $DMM_RUNS, where that lasted
 #
 # With the packed environment of .gpu/ where there is one, else with .venv or the python3 that is there. Each stage has a
@@ -36,11 +36,11 @@ stage() { # name, limit in seconds, command: runs it for as long as is left
   tar -czf "$OUT/logs.tar.gz" -C "$LOGS" .
 }
 
-notebooks() { # all at once, each with a share of the cores
-  local chosen=${QUICK:+01_convex_setting} pids=() failed=0 threads=$(($(nproc) / 8 + 1))
+notebooks() { # all at once, each with a share of the cores; QUICK looks at one, as it is committed
+  local chosen=${QUICK:+01_convex_setting} test=${QUICK:+committed} pids=() failed=0 threads=$(($(nproc) / 8 + 1))
   for name in ${chosen:-$(basename -s .ipynb notebooks/[0-9][0-9]_*.ipynb)}; do
     OMP_NUM_THREADS=$threads "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_notebooks.py \
-      -k "nbval_on_smoke and $name" > "$LOGS/notebook-$name.log" 2>&1 &
+      -k "${test:-nbval_on_smoke} and $name" > "$LOGS/notebook-$name.log" 2>&1 &
     pids+=($!)
   done
   for pid in "${pids[@]}"; do wait "$pid" || failed=1; done

@@ -40,8 +40,8 @@ TINY = {
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Two processes a core: one in five waits for a browser, a kernel, a compiler or the disk."""
-    return 2 * (os.cpu_count() or 1)
+    """Three processes on two cores, as many wait for a browser, a kernel or the disk; four take as long."""
+    return max(1, 3 * (os.cpu_count() or 1) // 2)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
