@@ -12,16 +12,17 @@ Development data and sets as in `benchmarks.prediction`, N = 60 models of each k
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from benchmarks.matching import KINDS, N, arguments, save
-from benchmarks.prediction import SETTING, compared, truth, with_groups
+from benchmarks.matching import arguments, save, study_of
+from benchmarks.prediction import SETTING, compared, factor, mean, truth, with_groups
 from dmmlib import metrics
+from dmmlib.attribution import Context
 from dmmlib.attributors import bayesian
 from dmmlib.attributors.linearised import linearised_response
 from dmmlib.forget_sets import ForgetSet
@@ -33,8 +34,7 @@ K = 20  # linearised models
 
 def rows(kind: str, seed: int, runs: Path) -> Iterator[dict[str, Any]]:
     """One row for each set, way and split."""
-    preset, changes = KINDS[kind]
-    study = Study(preset, changes | {"seed": seed, "data.seed": seed, "ensembles.n_models": N}, runs=runs)
+    study = study_of(kind, seed, runs)
     sets, context = with_groups(study, kind), study.context()
     response = linearised_response(context, n_models=K)
     fitted = bayesian.fit(context, response)
@@ -45,14 +45,16 @@ def rows(kind: str, seed: int, runs: Path) -> Iterator[dict[str, Any]]:
         direct = metrics.right_logits(fitted.effects([forget_set.indices]), study.data.y)[0]
         correction = direct - fitted.scale * response.change(kept)[0][0]
         there = correction + linearised_response(without(study, forget_set), n_models=K).change(kept)[0][0]
-        made = (direct, scaled(study, forget_set, direct), there, scaled(study, forget_set, there))
+        _, _, true, sd = truth(study, forget_set)
+        splits = forget_set.splits(study.data.n_train, study.data.n_val)
+        made = (direct, scaled(direct, true, sd, splits), there, scaled(there, true, sd, splits))
         for changes, change in zip(found.values(), made, strict=True):
             changes.append(change)
     for row in compared(study, sets, {way: np.stack(changes) for way, changes in found.items()}):
         yield {"kind": kind, "seed": seed, **row}
 
 
-def without(study: Study, forget_set: ForgetSet) -> Any:
+def without(study: Study, forget_set: ForgetSet) -> Context:
     """K models that were trained without a forget set and one further point, another one for each."""
     rest = np.setdiff1d(np.arange(study.data.n_train), forget_set.indices)
     masks = np.ones((K, study.data.n_train), bool)
@@ -61,22 +63,16 @@ def without(study: Study, forget_set: ForgetSet) -> Any:
     return study.context_of(ModelSet("limits", masks, keep_models=True))
 
 
-def scaled(study: Study, forget_set: ForgetSet, change: np.ndarray) -> np.ndarray:
+def scaled(change: np.ndarray, true: np.ndarray, sd: np.ndarray, splits: Mapping[str, np.ndarray]) -> np.ndarray:
     """A predicted change of margins (n_points,), each split's by the factor that fits the true one best."""
-    _, _, true, sd = truth(study, forget_set)
     result = change.copy()
-    for points in forget_set.splits(study.data.n_train, study.data.n_val).values():
-        p, t = change[points] / sd[points], true[points] / sd[points]
-        result[points] *= float(p @ t) / max(float(p @ p), 1e-12)
+    for points in splits.values():
+        result[points] *= factor(change[points] / sd[points], true[points] / sd[points])
     return result
 
 
 def text_of(table: pd.DataFrame) -> str:
     """p95 KLoM over the floor's, geometric mean over seeds, for each set and for all."""
-
-    def mean(v: pd.Series) -> float:
-        return float(np.exp(np.log(v).mean()))
-
     seeds = {kind: sorted(map(int, part["seed"].unique())) for kind, part in table.groupby("kind", sort=False)}
     each = table[table["split"] == "forget"].pivot_table(
         index=["kind", "set"], columns="way", values="klom", aggfunc=mean, sort=False

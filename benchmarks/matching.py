@@ -60,11 +60,15 @@ def development_sets(study: Study, kind: str) -> dict[str, ForgetSet]:
     return {name: forget_sets.make(name, i, d, preset="lab", kind="own") for name, i in found.items()}
 
 
+def study_of(kind: str, seed: int, runs: Path) -> Study:
+    """A kind's preset with development data and models of a seed, N of each kind of models."""
+    preset, changes = KINDS[kind]
+    return Study(preset, changes | {"seed": seed, "data.seed": seed, "ensembles.n_models": N}, runs=runs)
+
+
 def rows(kind: str, seed: int, runs: Path) -> Iterator[dict[str, Any]]:
     """One row per set and way: p95 KLoM on each split, and the cost."""
-    preset, changes = KINDS[kind]
-    changes = changes | {"seed": seed, "data.seed": seed, "ensembles.n_models": N}
-    study = Study(preset, changes, runs=runs)
+    study = study_of(kind, seed, runs)
     for name, f in development_sets(study, kind).items():
         splits, labels = f.splits(study.data.n_train, study.data.n_val), study.data.y
         truth = metrics.margins(study.oracles(f), labels)

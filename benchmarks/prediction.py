@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.matching import KINDS, RESULTS, N, arguments, development_sets, save
+from benchmarks.matching import RESULTS, arguments, development_sets, save, study_of
 from dmmlib import attribution, forget_sets, metrics
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.study import Study
@@ -43,8 +43,7 @@ def with_groups(study: Study, kind: str) -> dict[str, ForgetSet]:
 
 def rows(kind: str, seed: int, runs: Path) -> Iterator[dict[str, Any]]:
     """One row for each set, way and split."""
-    preset, changes = KINDS[kind]
-    study = Study(preset, changes | {"seed": seed, "data.seed": seed, "ensembles.n_models": N}, runs=runs)
+    study = study_of(kind, seed, runs)
     data, sets = study.data, with_groups(study, kind)
     changes_of: dict[str, np.ndarray] = {"do nothing": np.zeros((len(sets), data.n_train + data.n_val))}
     seconds = {"do nothing": 0.0}
@@ -64,6 +63,11 @@ def truth(study: Study, forget_set: ForgetSet) -> tuple[np.ndarray, np.ndarray, 
     return oracles, floor, change, (oracles.std(0) + floor.std(0)) / 2
 
 
+def factor(predicted: np.ndarray, true: np.ndarray) -> float:
+    """By what a prediction (n,) is to be scaled to fit the truth best."""
+    return float(predicted @ true) / max(float(predicted @ predicted), 1e-12)
+
+
 def compared(
     study: Study, sets: Mapping[str, ForgetSet], changes_of: Mapping[str, np.ndarray]
 ) -> Iterator[dict[str, Any]]:
@@ -76,7 +80,7 @@ def compared(
             klom = metrics.klom(originals + change[j], oracles)
             for split, points in forget_set.splits(data.n_train, data.n_val).items():
                 p, t = (z[points] / sd[points] for z in (change[j], true))
-                slope = float(p @ t) / max(float(p @ p), 1e-12)
+                slope = factor(p, t)
                 found = {
                     "klom": np.percentile(klom[points], 95) / np.percentile(of_floor[points], 95),
                     "gap": np.sqrt(((p - t) ** 2).mean()),
@@ -87,12 +91,13 @@ def compared(
                 yield {"set": name, "way": way, "split": split, **{k: round(float(v), 3) for k, v in found.items()}}
 
 
+def mean(ratios: pd.Series) -> float:
+    """The geometric mean."""
+    return float(np.exp(np.log(ratios).mean()))
+
+
 def text_of(table: pd.DataFrame) -> str:
     """The tables for people: each set over seeds, and all of them."""
-
-    def mean(v: pd.Series) -> float:
-        return float(np.exp(np.log(v).mean()))
-
     shown = table[table["way"] != "do nothing"]
     numbers = shown.groupby(["kind", "set", "split", "way"], sort=False).agg(
         klom=("klom", mean), worst=("klom", "max"), gap=("gap", "mean"), shape=("shape", "mean"),
