@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.matching import arguments, save, study_of
-from benchmarks.prediction import SETTING, compared, factor, mean, truth, with_groups
+from benchmarks.matching import arguments, study_of, update
+from benchmarks.prediction import compared, factor, mean, truth, with_groups
 from dmmlib import metrics
 from dmmlib.attribution import Context
 from dmmlib.attributors import bayesian
@@ -51,7 +51,7 @@ def rows(kind: str, seed: int, runs: Path) -> Iterator[dict[str, Any]]:
         for changes, change in zip(found.values(), made, strict=True):
             changes.append(change)
     for row in compared(study, sets, {way: np.stack(changes) for way, changes in found.items()}):
-        yield {"kind": kind, "seed": seed, **row}
+        yield {"kind": kind, "set": row["set"], "seed": seed, **row}
 
 
 def without(study: Study, forget_set: ForgetSet) -> Context:
@@ -87,13 +87,5 @@ def text_of(table: pd.DataFrame) -> str:
     )
 
 
-def main() -> None:
-    asked = arguments(__doc__, "limits")
-    table = pd.DataFrame([r for kind in asked.kinds for seed in asked.seeds for r in rows(kind, seed, asked.runs)])
-    table = table[[*SETTING, *(column for column in table if column not in SETTING)]]
-    save(asked.out, table, text_of(table))
-    print(text_of(table))
-
-
 if __name__ == "__main__":
-    main()
+    update(arguments(__doc__, "limits"), rows, text_of)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,19 +109,31 @@ def save(name: str, table: pd.DataFrame, text: str) -> None:
     (RESULTS / f"{name}.txt").write_text(text, encoding="utf-8")
 
 
-def main() -> None:
-    asked = arguments(__doc__, "matching")
-    table = pd.DataFrame([r for kind in asked.kinds for seed in asked.seeds for r in rows(kind, seed, asked.runs)])
-    splits = ["forget", "retain", "validation"]
-    wide = table.set_index(["kind", "set", "seed", "way"])[splits]
+def update(
+    asked: argparse.Namespace,
+    rows: Callable[[str, int, Path], Iterator[dict[str, Any]]],
+    text_of: Callable[[pd.DataFrame], str],
+) -> None:
+    """Put rows into a table of that name, after each kind and seed; those of other kinds and seeds stay in it."""
+    path = RESULTS / f"{asked.out}.json"
+    table = pd.DataFrame(json.loads(path.read_text(encoding="utf-8")) if path.exists() else [])
+    for kind in asked.kinds:
+        for seed in asked.seeds:
+            known = table[(table["kind"] != kind) | (table["seed"] != seed)] if len(table) else table
+            table = pd.concat([known, pd.DataFrame(rows(kind, seed, asked.runs))], ignore_index=True)
+            save(asked.out, table, text_of(table))
+    print(text_of(table))
+
+
+def text_of(table: pd.DataFrame) -> str:
+    """p95 KLoM over the floor's of each kind, set and way, over seeds."""
+    wide = table.set_index(["kind", "set", "seed", "way"])[["forget", "retain", "validation"]]
     floor = wide.xs("floor", level="way")
     over = (wide / floor.reindex(wide.index.droplevel("way")).to_numpy()).groupby(["kind", "set", "way"], sort=False)
-    text = "p95 KLoM over the floor's, geometric mean over seeds (lowest to highest)\n\n"
     shown = over.agg(lambda v: f"{np.exp(np.log(v).mean()):.2f} ({v.min():.2f} to {v.max():.2f})")
-    text += shown.drop("floor", level="way").to_string() + "\n"
-    save(asked.out, table, text)
-    print(text)
+    about = "p95 KLoM over the floor's, geometric mean over seeds (lowest to highest)"
+    return f"{about}\n\n{shown.drop('floor', level='way').to_string()}\n"
 
 
 if __name__ == "__main__":
-    main()
+    update(arguments(__doc__, "matching"), rows, text_of)

@@ -14,7 +14,6 @@ For each set, attributor and split, N = 60 models of each kind:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from time import process_time
@@ -23,13 +22,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.matching import RESULTS, arguments, development_sets, save, study_of
+from benchmarks.matching import arguments, development_sets, study_of, update
 from dmmlib import attribution, forget_sets, metrics
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.study import Study
 
 ATTRIBUTORS = {"linear margins": {"n_logits": 1}, "linear logits": {}}
-SETTING = ["kind", "set", "seed", "way", "split"]
 
 
 def with_groups(study: Study, kind: str) -> dict[str, ForgetSet]:
@@ -52,7 +50,7 @@ def rows(kind: str, seed: int, runs: Path) -> Iterator[dict[str, Any]]:
         effects = attribution.fit("bayesian", study.context(), **options).effects([f.indices for f in sets.values()])
         changes_of[name], seconds[name] = metrics.right_logits(effects, data.y), process_time() - start
     for row in compared(study, sets, changes_of):
-        yield {"kind": kind, "seed": seed, **row, "seconds": round(seconds[row["way"]], 3)}
+        yield {"kind": kind, "set": row["set"], "seed": seed, **row, "seconds": round(seconds[row["way"]], 3)}
 
 
 def truth(study: Study, forget_set: ForgetSet) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -122,18 +120,5 @@ def text_of(table: pd.DataFrame) -> str:
     ) + "\n"  # fmt: skip
 
 
-def main() -> None:
-    asked = arguments(__doc__, "prediction")
-    path = RESULTS / f"{asked.out}.json"  # other kinds and seeds in it stay
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    table = pd.DataFrame(known, columns=None if known else SETTING)
-    for kind in asked.kinds:
-        for seed in asked.seeds:
-            table = table[(table["kind"] != kind) | (table["seed"] != seed)]
-            table = pd.concat([table, pd.DataFrame(rows(kind, seed, asked.runs))], ignore_index=True)
-            save(asked.out, table, text_of(table))
-    print(text_of(table))
-
-
 if __name__ == "__main__":
-    main()
+    update(arguments(__doc__, "prediction"), rows, text_of)
