@@ -14,6 +14,7 @@ $(READY): pyproject.toml setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m compileall -q dmmlib  # or each of a run's processes does, where PYTHONDONTWRITEBYTECODE is set
 	touch $(READY)
 
 study: $(READY)  ## run every notebook through papermill

@@ -21,13 +21,13 @@ import websocket
 from playwright.sync_api import expect
 
 from tests.browsing import (
-    ANALYSE,
     CHOOSE,
     MARKS,
     NOTEBOOKS,
     PATIENCE,
     ROOT,
     SCREENSHOTS,
+    UNLEARN,
     assert_clean,
     browser,
     expect_chosen,
@@ -345,9 +345,9 @@ def test_an_own_network_on_colour_images(page, url, place):
     shut_down(page)
 
 
-@pytest.mark.parametrize("path", [p for p in NOTEBOOKS[1:] if p.name not in (CHOOSE, ANALYSE)], ids=lambda p: p.stem)
-def test_first_run_in_jupyterlab_shows_no_warning_and_no_red(page, url, path):
-    assert_clean(run_all(page, url(path.name)))
+def test_the_main_results_run_in_jupyterlab_without_a_warning(page, url):
+    """As nbval sees of every notebook (`test_notebooks.py`); those with widgets follow, and in `test_chooser.py`."""
+    assert_clean(run_all(page, url(UNLEARN)))
     shut_down(page)
 
 

@@ -16,8 +16,6 @@ from tests.browsing import (
     CONTROLS,
     MARKS,
     PATIENCE,
-    ROOT,
-    UNLEARN,
     assert_clean,
     browser,
     expect_chosen,
@@ -31,8 +29,8 @@ from tests.browsing import (
     shut_down,
     theme,
     url,
-    write_parameters,
 )
+from tests.test_notebooks import execute, one_after_the_other
 
 pytestmark = MARKS
 
@@ -238,16 +236,16 @@ def test_choose_by_eye_preview_save_and_unlearn(page, url, place):
     shut_down(page)
 
 
-@pytest.mark.parametrize("notebook", [UNLEARN, ANALYSE])
-def test_the_saved_set_is_a_parameter_of_notebooks_04_and_05(page, url, place, notebook):
+def test_the_saved_set_is_a_parameter_of_notebooks_04_and_05(place):
     path = place / "runs" / "smoke" / "forget_sets" / "by_eye.json"
     if not path.exists():
         pytest.skip("the test before saves the set")
-    write_parameters(ROOT / "notebooks" / notebook, place / "notebooks" / "mine.ipynb", forget_set=str(path))
-    outputs = run_all(page, url("mine.ipynb"))
-    assert_clean(outputs)
-    assert "by_eye" in json.dumps(outputs)
-    shut_down(page)
+    ran = execute(one_after_the_other("04", "05"), place, "smoke", forget_set=str(path))
+    second = next(i for i, cell in enumerate(ran.cells) if cell.source.startswith("# 05"))
+    for cells in (ran.cells[:second], ran.cells[second:]):
+        outputs = [output for cell in cells for output in cell.get("outputs", [])]
+        assert_clean(outputs)
+        assert "by_eye" in json.dumps(outputs)
 
 
 def test_notebook_05_leads_to_the_image_behind_a_number(page, url):

@@ -1,5 +1,5 @@
-"""Every notebook runs from start to end on the smoke preset under nbval, its own assertions included; and the
-committed ones are executed, whole and clean."""
+"""Every notebook runs from start to end on the smoke preset under nbval, its own assertions included, and shows no
+warning; and the committed ones are executed, whole and clean."""
 
 import os
 import subprocess
@@ -24,26 +24,50 @@ def place(tmp_path_factory, smoke_store):
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1500)  # on a busy machine; nobody waits longer than it takes
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
-def test_runs_under_nbval_on_smoke(path, place):
-    prepared = place / path.name
-    parameters = {"preset": "smoke", "overrides": {"device": DEVICE}}
-    papermill.execute_notebook(str(path), str(prepared), parameters, prepare_only=True, progress_bar=False)
-    result = subprocess.run(
+RED = """
+import io, sys
+
+class Red(io.StringIO):
+    def write(self, text):
+        raise AssertionError(f"a reader would see red: {text}")
+
+sys.stderr = Red()
+"""
+
+
+def under_nbval(notebook, place):
+    """What nbval makes of a notebook, in a run of its own; what it writes in red is an error."""
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(RED))
+    nbformat.write(notebook, place / "prepared.ipynb")
+    return subprocess.run(
         [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-cell-timeout=900",
          "--nbval-kernel-startup-timeout=300", "-p", "no:cacheprovider",
-         "-c", os.devnull, "--rootdir", str(place), prepared.name],
+         "-c", os.devnull, "--rootdir", str(place), "prepared.ipynb"],
         cwd=place,
         env={**os.environ, "DMM_RUNS": str(place / "runs"), "DMM_FIGURES": str(place / "figures")},
         capture_output=True,
         text=True,
         check=False,
     )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)  # on a busy machine; nobody waits longer than it takes
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
+def test_runs_under_nbval_on_smoke(path, place):
+    parameters = {"preset": "smoke", "overrides": {"device": DEVICE}}
+    prepared = papermill.execute_notebook(str(path), None, parameters, prepare_only=True, progress_bar=False)
+    result = under_nbval(prepared, place)
     assert result.returncode == 0, result.stdout[-3000:]
     assert list((place / "figures" / "smoke").glob(f"{path.name[:2]}_*.png")), "a notebook saves its figures"
+
+
+@pytest.mark.slow
+def test_what_is_red_fails_under_nbval(place):
+    red = "import warnings; warnings.warn('old')", "import logging; logging.error('old')"
+    result = under_nbval(nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, red))), place)
+    assert "2 failed, 1 passed" in result.stdout
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
@@ -120,6 +144,17 @@ def execute(notebook, place, preset, **parameters):
         return papermill.execute_notebook(
             notebook, None, {"preset": preset} | parameters, kernel_name="python3", progress_bar=False
         )
+
+
+def one_after_the_other(*stages):
+    """A notebook of the cells of several: a kernel takes longer to start than small ones take to run."""
+    first, *others = (nbformat.read(path, as_version=4) for path in NOTEBOOKS if path.stem[:2] in stages)
+    for cell in (cell for other in others for cell in other.cells):
+        place = 0 if "parameters" in cell.metadata.pop("tags", []) else len(first.cells)  # what is given comes later
+        first.cells.insert(place, cell)
+    for i, cell in enumerate(first.cells):
+        cell.id = f"cell-{i}"
+    return first
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """What a study and its notebooks do with data that are small or no square images, and with few methods."""
 
-import nbformat
 import numpy as np
 import pytest
 
@@ -14,7 +13,7 @@ from dmmlib.studies.adversary.world import mlp
 from dmmlib.studies.exact.problem import from_images
 from dmmlib.study import Study
 from tests.conftest import TINY
-from tests.test_notebooks import NOTEBOOKS, execute
+from tests.test_notebooks import execute, one_after_the_other
 
 
 @pytest.mark.parametrize(
@@ -111,10 +110,6 @@ def test_small_data_and_few_methods_run_through(small, own, tmp_path):
     if preset["data"]["name"].endswith(".npz"):
         preset["data"] = {"name": str(own / preset["data"]["name"]), "n_train": None, "n_val": None}
     stages = ("03", "04", "05")
-    first, *others = (nbformat.read(path, as_version=4) for path in NOTEBOOKS if path.stem[:2] in stages)
-    for cell in (cell for other in others for cell in other.cells):  # one kernel: it takes longer to start than these
-        place = 0 if "parameters" in cell.metadata.pop("tags", []) else len(first.cells)  # what is given comes later
-        first.cells.insert(place, cell)
-    execute(first, tmp_path, preset)
+    execute(one_after_the_other(*stages), tmp_path, preset)
     for stage in stages:
         assert list((tmp_path / "figures").glob(f"*/{stage}_*.png")), "a notebook saves its figures"
