@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
 import dmmlib
 from dmmlib import data as datasets
@@ -242,6 +243,17 @@ def test_what_is_left_is_that_of_klom(simulated):
         np.testing.assert_allclose(lefts, by_klom, atol=0.12)
 
 
+def test_what_went_past_by_more_than_the_whole_way_has_not_forgotten(simulated):
+    given, models, base, gone = simulated
+    before = models(base, 40)
+    for how in ({}, {"retrained": models(gone, 20)}):
+        for past in (3, 100):
+            seen = verdict(given, before + past * (gone - base), before, **how)
+            assert (seen.remainder < -1).all()
+            assert [seen.forgotten(i) for i in range(40)] == [False] * 40
+            assert (seen.left > 0.9).all()
+
+
 def test_an_attack_has_the_area_and_the_rate_that_are_known_of_it(simulated):
     given, _, base, gone = simulated
     margins = base.copy()
@@ -328,12 +340,42 @@ def test_a_folder_of_images_has_their_names_as_ids(tmp_path, monkeypatch):
         ("nowhere.parquet", "nowhere.parquet is no folder"),
         ({"x_train": 1, "labels": 2}, "labels .*from_arrays"),
         ((Listed(torch.zeros(4, 2), "abcd"), Listed(torch.zeros(4, 2), "abcd")), "cannot be read as points and labels"),
+        ((TensorDataset(torch.zeros(4, 2), torch.rand(4)),) * 2, "y_train is float32; give integer class labels"),
         ((np.zeros((4, 2)), [0, 1, 2, 9], np.zeros((2, 2)), [0, 99]), "labels from 0 to 99, but there are 10"),
     ],
 )
 def test_data_that_cannot_be_used(given, message):
     with pytest.raises(DataError, match=message):
         recipes.dataset(given)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("label,split,a\n0,train,1\n1,test,2\n0,val,3\n", "'split' of .* holds 'test'; give train or val"),
+        ("label,split,a\n0,train,1\n1, val,2\n0,val,3\n", "'split' of .* holds ' val'"),
+        ("label,split,a\n0,train,1\n1,,2\n0,val,3\n", "'split' of .* holds 'nan'"),
+        ("id,label,a\nx,0,1\n,1,2\n", "has 1 rows without an id"),
+        ("label,a\n0.5,1\n1.25,2\n", "'label' of .* holds fractions, such as 0.5; give classes"),
+    ],
+)
+def test_tables_that_say_something_else(tmp_path, table, message):
+    (tmp_path / "t.csv").write_text(table)
+    with pytest.raises(DataError, match=message):
+        recipes.dataset(tmp_path / "t.csv")
+
+
+def test_ids_of_a_table_stay_as_they_are_written(tmp_path):
+    rows = ["00000,0,1", "00007,1,2", "0e5,0,3", "-,1,4", "3,0,5", "9,1,6"]
+    (tmp_path / "t.csv").write_text("id,label,a\n" + "\n".join(rows) + "\n")
+    data = recipes.dataset(tmp_path / "t.csv")
+    assert data.ids.tolist() == ["00000", "00007", "0e5", "-", "9"]
+    (tmp_path / "asked.csv").write_text("id\n00007\n")
+    assert resolve(tmp_path / "asked.csv", data)[0].tolist() == [1]
+    (tmp_path / "asked.txt").write_text("00007\n")
+    assert resolve(tmp_path / "asked.txt", data)[0].tolist() == [1], "7 is no index of five points"
+    (tmp_path / "asked.txt").write_text("3\n")
+    assert resolve(tmp_path / "asked.txt", data)[0].tolist() == [3], "held out, customer 3 is no training point"
 
 
 # --- which points --------------------------------------------------------------------------------------
@@ -395,6 +437,8 @@ def test_unknown_ids_and_duplicates_are_named_with_their_line(named, tmp_path):
         ("a.json", '[["001.png"]]', "one flat list"),
         ("a.json", '[1, ["001.png"]]', "one flat list"),
         ("a.json", "[" * 100_000, "is no JSON"),
+        ("a.json", "[3, 4, 12", "is a list whose end is missing; give the whole of it"),
+        ("a.csv", "id\n001.png,002.png\n", "line 2 has more cells than the first line"),
     ],
 )
 def test_what_can_be_read_in_two_ways_or_has_gaps_is_refused(named, tmp_path, name, text, message):
@@ -479,6 +523,20 @@ def test_a_loop_that_trains_on_other_points_is_found_out(tmp_path):
 
     with pytest.raises(ModelError, match=r"no more than chance.* prepare more, unless the train function ignores"):
         dmmlib.prepare(of(ignoring), 12, tmp_path, progress=silent)
+
+
+def test_models_of_features_on_wild_scales_are_found_out(tmp_path):
+    def dead():
+        model = tabular()
+        nn.init.constant_(model[0].bias, -1e3)
+        return model
+
+    with pytest.raises(ModelError, match="answer all points alike: scale the features, or train each longer"):
+        dmmlib.prepare(of(Training(epochs=5), dead), 10, tmp_path, progress=silent)
+    x, y, *val = split(*points((8,)))
+    x[:, 0] *= 3e4
+    with pytest.raises(ModelError, match=r"cannot be attributed .*; scale the features"):
+        dmmlib.prepare(of(Training(epochs=5), data=(x, y, *val)), 10, tmp_path, progress=silent)
 
 
 def test_where_little_is_memorised_the_way_on_is_said_and_no_function_blamed(tmp_path):
@@ -683,6 +741,9 @@ def test_retrained_models_give_distances_with_a_floor(kind):
     with pytest.raises(DataError, match="Retrained model 4 is one of those before it; give models of different seeds"):
         result.audit([prepared.fresh(seed) for seed in (0, 1, 2, 1, *range(4, 10))])
     oracles = [prepared.fresh(seed, without=FORGET) for seed in range(10)]
+    for seen in (model, result.model):
+        with pytest.raises(DataError, match="A retrained model is the original, or the one to be judged"):
+            result.audit([*oracles[1:], seen])
     judged = result.audit(oracles)
     few = (prepared.x[FORGET], prepared.y[FORGET], result.margins("before")[FORGET].mean())
     assert judged.relearning["others"] == np.mean([steps_to(oracle, *few) for oracle in oracles[:5]])
@@ -692,5 +753,8 @@ def test_retrained_models_give_distances_with_a_floor(kind):
     assert found.keys() == {"forget", "retain", "validation"}
     assert found["retain"]["gap"] < found["retain"]["gap floor"] + 3
     itself = replace(result, model=oracles[0], after=oracles[0](prepared.x).detach().numpy())
-    near = itself.audit(oracles[1:] + oracles[:1], relearn=False).retrained["forget"]
-    assert near["klom"] < near["klom floor"], "one of the retrained models is among them"
+    others = [*oracles[1:], prepared.fresh(10, without=FORGET)]
+    untouched = replace(result, model=model, after=result.before)
+    near, far = (r.audit(others, relearn=False).retrained["forget"] for r in (itself, untouched))
+    assert near["gap"] < far["gap"]
+    assert near["gap"] < 3 * near["gap floor"]

@@ -121,15 +121,19 @@ def test_prepare_forget_and_audit(here):
     recipe, left = load(here / "recipe.py"), np.setdiff1d(np.arange(90), np.arange(0, 24, 2))
     x, y = (torch.from_numpy(part[left]) for part in (recipe.dataset.x_train, recipe.dataset.y_train))
     given = []
-    for seed in range(10):
+    for seed in range(13):
         torch.manual_seed(seed)
         save_file(recipe.train(recipe.model(), x, y, seed).state_dict(), here / f"retrained{seed}.safetensors")
         given += ["--retrained", f"retrained{seed}.safetensors"]
+    given, others = given[:20], given[21::2]
     by_them = dmm("audit", "unlearned/model.safetensors", "--original", "model.safetensors", *asked, *given)
     assert "0 as retrained models, which" in by_them.output
     assert "against retrained models, forget: klom" in by_them.output
-    itself = dmm("audit", "retrained0.safetensors", "--original", "model.safetensors", *asked, *given)
-    assert itself.exit_code in (0, 3), "one of the retrained models has forgotten, or it cannot be told"
+    said = [dmm("audit", one, "--original", "model.safetensors", *asked, *given).exit_code for one in others]
+    assert sum(code in (0, 3) for code in said) >= 2, "a retrained model has forgotten, or it cannot be told"
+    flattered = dmm("audit", others[0], "--original", "model.safetensors", *asked, *given[2:], "--retrained", others[0])
+    assert flattered.exit_code == 2
+    assert "A retrained model is the original, or the one to be judged" in flattered.output
 
 
 def test_where_results_go_is_checked_before_any_work_and_a_second_request_knows_of_the_first(here, tmp_path):

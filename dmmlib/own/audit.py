@@ -14,11 +14,12 @@ answers to validation points have moved further than predicted, D is theirs. Wha
 
     left = (remainder^2 + excess) / 2,
 
-of the remainder if it is positive; the model has forgotten if at most half is left. By how much subset models differ
-from their own predictions says what models would be judged that never saw F, at z, and untouched ones, at u: D_0 and
-D_1 are their mean D, so that 0 is left of the first and 1 of the second, whatever the sizes of F and of effects. If
-more than half would be left of one in fifty of the first, or not of the original itself, F was hardly remembered, and
-a verdict would be a guess.
+of the remainder if it is positive, or below -1: a model that went past by more than the whole way is further off than
+an untouched one, which D, capped, does not show. The model has forgotten if at most half is left. By how much subset
+models differ from their own predictions says what models would be judged that never saw F, at z, and untouched ones, at
+u: D_0 and D_1 are their mean D, so that 0 is left of the first and 1 of the second, whatever the sizes of F and of
+effects. If more than half would be left of one in fifty of the first, or not of the original itself, F was hardly
+remembered, and a verdict would be a guess.
 `benchmarks/audit.py` says how often verdicts are right.
 
 The attacker is LiRA (Carlini et al., "Membership inference attacks from first principles", S&P 2022): at each point of
@@ -124,11 +125,14 @@ def audit(result: Result, retrained: Sequence[Model] = (), *, relearn: bool = Tr
         retrained: at least ten models retrained without the points, if there are any: modules, states or files.
         relearn: whether to count the steps that bring the points back.
 
-    Raises DataError for fewer retrained models or two that are alike, ModelError for some that do not fit.
+    Raises DataError for fewer retrained models, or some that are alike or the judged one, ModelError for misfits.
     """
     prepared, f, y = result.prepared, result.forgotten, result.prepared.data.y
     modules = [loaded(m, prepared) for m in retrained]
     others = metrics.margins(np.stack(found), y) if (found := answers(modules, prepared)) else None
+    own = [result.margins(when) for when in ("before", "after")]
+    if others is not None and any(np.allclose(m, seen, atol=1e-4) for m in others for seen in own):
+        raise DataError("A retrained model is the original, or the one to be judged; give models that never saw F.")
     splits = prepared.splits(ForgetSet(result.name, f), probes=False)
     judged = verdict(result, (after := result.margins())[None], retrained=others)
     distances = {}
@@ -188,7 +192,7 @@ class Verdict:
 
 def left(remainder: np.ndarray, excess: np.ndarray) -> np.ndarray:
     """What is left, of a remainder and an excess of the same shape."""
-    return (remainder.clip(0) ** 2 + excess) / 2
+    return (np.where(remainder < -1, remainder, remainder.clip(0)) ** 2 + excess) / 2
 
 
 def verdict(

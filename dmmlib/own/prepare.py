@@ -91,11 +91,16 @@ class Prepared(Models):
             raise ModelError(f"Models trained on {n} points answer NaN or infinity; lower the learning rate.")
         if torch.equal(*answers):
             raise ModelError("The train function answers the same whatever it is given; train on its x and y alone.")
+        if all((z.amax(1) - z.amin(1)).max() < 1e-5 for z in answers):
+            raise ModelError("Trained models answer all points alike: scale the features, or train each longer.")
         few, total = min(FIT, self.data.n_train), self.preset.attribution.n_subsets
         masks = np.add.outer(np.arange(total), np.arange(few)) % 4 > 0
         outputs = np.random.default_rng(0).normal(size=(total, few, self.data.n_classes)).astype(np.float32)
         context, start = attribution.Context(self.x[:few], self.y[:few], masks, outputs, models[0]), time.perf_counter()
-        attribution.fit("bayesian", context, n_models=1)
+        try:
+            attribution.fit("bayesian", context, n_models=1)
+        except np.linalg.LinAlgError as error:  # gradients that are all but infinite
+            raise ModelError(f"What a model learnt cannot be attributed ({error}); scale the features.") from error
         fit = (time.perf_counter() - start) / few
         return {"epochs": max(1, round(sum(seen) / (2 * n))), "seconds": seconds / n, "fit": fit}
 

@@ -22,7 +22,10 @@ from dmmlib.errors import DataError, DmmError, ModelError
 from dmmlib.loops import Loop
 
 NAME = "recipe"  # under which its data and model are registered, for presets
-TABLES: dict[str, Callable[..., pd.DataFrame]] = {".csv": pd.read_csv, ".parquet": pd.read_parquet}
+TABLES: dict[str, Callable[..., pd.DataFrame]] = {
+    ".csv": lambda path: pd.read_csv(path, converters={"id": str}),  # as it is written: 007 is not 7
+    ".parquet": pd.read_parquet,
+}
 VALIDATION = 5  # one of so many rows of a table validates, where no column says which
 FORMS = "a Dataset, four arrays, two torch data sets, a mapping for `from_arrays`, or a path"
 
@@ -163,7 +166,7 @@ def _read(part: Any) -> tuple[np.ndarray, np.ndarray]:
     """Points and labels of a torch data set."""
     try:
         items = [part[i] for i in range(len(part))]
-        return np.stack([np.asarray(x) for x, _ in items]), np.array([int(y) for _, y in items])
+        return np.stack([np.asarray(x) for x, _ in items]), np.stack([np.asarray(y) for _, y in items])
     except (Exception, SystemExit) as error:  # whatever a data set, its transforms or its shapes raise
         said = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise DataError(f"A torch data set cannot be read as points and labels ({said}); give (x, y).") from error
@@ -180,8 +183,13 @@ def _table(path: Path) -> Dataset:
     features = table.drop(columns=["label", "id", "split"], errors="ignore")
     if odd := [name for name in features if not pd.api.types.is_numeric_dtype(features[name])]:
         raise DataError(f"Column {odd[0]!r} of {path} holds {features[odd[0]].dtype}; give numbers, or drop it.")
-    if bad := int(table["label"].isna().sum()):
-        raise DataError(f"{path} has {bad} rows without a label; give each one, or drop them.")
+    for column, what in (("label", "a label"), ("id", "an id")):
+        if bad := int(table[column].isna().sum()) if column in table else 0:
+            raise DataError(f"{path} has {bad} rows without {what}; give each one, or drop them.")
+    if pd.api.types.is_float_dtype(table["label"]) and (table["label"] % 1).any():
+        raise DataError(f"Column 'label' of {path} holds fractions, such as {names[0]:g}; give classes.")
+    if "split" in table and (wrong := sorted(set(map(str, table["split"])) - {"train", "val"})):
+        raise DataError(f"Column 'split' of {path} holds {wrong[0]!r}; give train or val, or leave such rows out.")
     held_out = table["split"] == "val" if "split" in table else np.arange(len(table)) % VALIDATION == VALIDATION - 1
     x, y = features.to_numpy(np.float32), table["label"].map({name: i for i, name in enumerate(names)}).to_numpy()
     ids = table["id"][~held_out].astype(str).tolist() if "id" in table else None

@@ -128,10 +128,11 @@ def _finder(data: Dataset) -> Find:
         if kind != CLASS:
             if (whole := re.fullmatch(r"([0-9]{1,18})(\.0*)?", word)) and (kind != NAME or data.ids is None):
                 index = int(whole[1])
-                if kind == WORD and names.get(word, [index]) != [index]:
+                named = names.get(word, [index]) if kind == WORD else [index]
+                if index < data.n_train and named != [index]:
                     both = f"{word!r} is the id of one point and the index of another"
                     raise ForgetSetError(f"{both}; give a CSV whose column is called id, or index.")
-                return [index] if index < data.n_train else None
+                return named if index < data.n_train or named != [index] else None
             if (known := names.get(word.replace("\\", "/").strip("/").removeprefix("./"))) is not None:
                 return known
         label = labels.get(word.lower(), int(word) if kind == CLASS and word.isdecimal() else None)
@@ -158,6 +159,8 @@ def _parse(text: str, data: Dataset, source: str, find: Find) -> tuple[list[Name
     text = text.lstrip("\ufeff").strip()
     if text.startswith("{") or re.match(r'\[\s*["{]|\[[^"\]]*\[', text):  # nested lists, too, which are refused
         return _of_json(text, data, source)
+    if text.startswith("[") and text.count("[") != text.count("]"):
+        raise ForgetSetError(f"{source} is a list whose end is missing; give the whole of it.")
     lines = text.splitlines()
     first = lines[0] if lines else ""
     delimiter = max(",;\t", key=first.count)
@@ -175,6 +178,8 @@ def _parse(text: str, data: Dataset, source: str, find: Find) -> tuple[list[Name
         except csv.Error as error:
             raise ForgetSetError(f"{source} is no CSV ({error}); mend it, or give one column.") from error
         rows = [(i, [cell.strip() for cell in row]) for i, row in enumerate(table, 2)]
+        if long := [i for i, row in rows if any(row[len(header) :])]:
+            raise ForgetSetError(f"{source}, line {long[0]} has more cells than the first line; mend it.")
         if empty := [i for i, row in rows if any(row) and not any(row[column : column + 1])]:
             raise ForgetSetError(f"{source}, line {empty[0]} has no {header[column]}; give one, or drop the line.")
         return [Named(f"{source}, line {i}", row[column], kind) for i, row in rows if any(row)], ""
