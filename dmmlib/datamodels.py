@@ -301,13 +301,14 @@ def lds(predicted: np.ndarray, actual: np.ndarray) -> np.ndarray:
     Raises:
         DataError: for shapes that differ, fewer than 3 subsets, or a model whose margins are not finite.
     """
-    if predicted.shape != actual.shape or len(predicted) < 3:
+    predicted, actual = np.asarray(predicted), np.asarray(actual)
+    if predicted.shape != actual.shape or predicted.ndim != 2 or len(predicted) < 3:
         raise DataError(
-            f"Predicted margins have shape {predicted.shape} and actual ones {actual.shape}; give the same "
-            "shape, with at least 3 subsets."
+            f"Predicted margins have shape {predicted.shape} and actual ones {actual.shape}; give both as "
+            "(n_subsets >= 3, n_points)."
         )
     for name, m in (("Predicted", predicted), ("Actual", actual)):
-        bad = np.flatnonzero(~np.isfinite(m).reshape(len(m), -1).all(1))
+        bad = np.flatnonzero(~np.isfinite(m).all(1))
         if len(bad):
             where = f"{name} margins of model {bad[0]} are NaN or infinite"
             raise DataError(f"{where} ({len(bad)} such models); drop them.")

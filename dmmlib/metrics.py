@@ -168,7 +168,7 @@ def klom(
         DataError: for shapes that differ, NaN or infinite margins, or fewer than two bins.
     """
     if not isinstance(n_bins, Integral) or not 2 <= n_bins <= 10_000:
-        raise DataError(f"KLoM was asked for with n_bins={n_bins}; use 2 to 10,000 (the definition has {N_BINS}).")
+        raise DataError(f"KLoM was asked for with n_bins={n_bins!r}; use 2 to 10,000 (the definition has {N_BINS}).")
     if convention not in ("closed", "easydub"):
         raise DataError(f"Unknown KLoM convention {convention!r}; use 'closed' or 'easydub'.")
     unlearned, oracle = checked(unlearned, oracle)
@@ -328,6 +328,8 @@ def gap_summary(
     mean_gap is the mean of |`gaps`|; ks_share is the share of points at which a KS test of level .05 tells unlearned
     models from oracles (.05 of models that are alike, at most); ks_fdr the share with the false discovery rate among
     the split's points held at .05. Intervals are +- 1.96 standard errors over resampled models, as in `klom_summary`.
+    Those of mean_gap take its unit, the oracles' sd, as it is: methods on the same oracles share its error, of a share
+    1 / sqrt(2 (N - 1)) at each point, which comes on top where gaps from other oracles are compared (`report.compare`).
 
     Raises:
         DataError: as `klom`, and for fewer than two models of a kind.

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from dmmlib import datamodels, metrics
 from dmmlib.analysis import evidence
@@ -141,8 +142,11 @@ def test_bad_input():
     model = RidgeDatamodel.fit(masks, outputs, 0.1)
     with pytest.raises(ForgetSetError, match="index 12 is outside the training set of 12"):
         model.effect([12])
-    with pytest.raises(DataError, match="give the same shape"):
-        datamodels.lds(np.zeros((4, 2)), np.zeros((4, 3)))
+    for a, b in (((4, 2), (4, 3)), ((4,), (4,)), ((4, 3, 2), (4, 3, 2)), ((2, 3), (2, 3))):
+        with pytest.raises(DataError, match=r"give both as \(n_subsets >= 3, n_points\)"):
+            datamodels.lds(np.zeros(a), np.zeros(b))
+    tensor = torch.randn(5, 3)
+    np.testing.assert_allclose(datamodels.lds(tensor, tensor.exp()), 1)
     diverged = np.zeros((4, 2))
     diverged[2, 1] = np.nan
     with pytest.raises(DataError, match="Actual margins of model 2 are NaN"):

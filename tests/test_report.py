@@ -345,6 +345,25 @@ def test_differences_carry_the_interval_of_both(place):
         report.compare(a, place("c", results(GOOD, sets=["w", "x", "y", "z"])))
 
 
+def test_mean_gaps_of_other_oracles_differ_by_their_unit_too(place):
+    table = results(GOOD, half=0.3)
+    gaps = table[table["statistic"] == "klom_p95"].assign(statistic="mean_gap")
+    record = {"preset": {"ensembles": {"n_models": 51}}}
+    doubled = gaps.assign(value=2 * gaps["value"], high=2 * gaps["value"] + 0.3)
+    row = report.compare(place("a", gaps, record), place("b", doubled, record)).iloc[0]
+    unit = 1.96 / 10 * np.hypot(row["a"], row["b"])
+    assert row["high"] - row["difference"] == pytest.approx(np.hypot(np.hypot(0.3, 0.3), unit))
+
+
+def test_sets_of_other_points_are_said_to_be(place, tiny):
+    a, b = place("a", results(GOOD)), place("b", results(GOOD))
+    for run, indices in ((a, [1, 2]), (b, [1, 3])):
+        (run.directory / "forget_sets").mkdir()
+        forget_sets.make("one", indices, tiny.data).save(run.directory / "forget_sets" / "one.json")
+        forget_sets.make("two", [5], tiny.data).save(run.directory / "forget_sets" / "two.json")
+    assert "not the same points in both: one\n" in report.comparison_text(a, b)
+
+
 def test_settings_that_differ_are_named(place):
     def record(n, sha):
         preset = {"name": str(n), "ensembles": {"n_models": n}, "forget_sets": [{"name": "one", "size": n}]}

@@ -12,7 +12,7 @@ from dmmlib import data, ensemble, metrics, models, unlearn
 from dmmlib.attributors.gradients import margin
 from dmmlib.datamodels import Attributor
 from dmmlib.ensemble import Training
-from dmmlib.errors import DataError, ForgetSetError, MethodError
+from dmmlib.errors import DataError, ForgetSetError, MethodError, OptionError
 from dmmlib.matching import gauss_newton, match
 from dmmlib.matching.gauss_newton import Jacobian
 from dmmlib.optim import SGD
@@ -294,6 +294,18 @@ def test_a_users_own_method_and_unknown_names(problem):
         unlearn.base.METHODS.remove("halve")
     with pytest.raises(MethodError, match=r"^Unknown method 'halve'; use one of bad_teacher, cf_k"):
         unlearn.get("halve")
+
+
+def test_a_method_that_gives_something_else_or_moves_nothing_is_told_so(problem):
+    unlearn.register("odd")(lambda problem: problem.original_logits)
+    try:
+        with pytest.raises(MethodError, match="Method 'odd' gave a ndarray; return what `finetune` does"):
+            unlearn.get("odd")(problem)
+    finally:
+        unlearn.base.METHODS.remove("odd")
+    batches = unlearn.passes(problem, problem.retain, 0.1, 10)
+    with pytest.raises(OptionError, match="only names 'nope'; the parameters are "):
+        unlearn.finetune(problem, [unlearn.Phase(batches, unlearn.descent(problem))], SGD(0.1), only=["nope"])
 
 
 def test_settings_are_the_whole_grid_or_drawn_without_repeats():

@@ -223,7 +223,7 @@ def report(
 def compare(
     a: Ran,
     b: Annotated[str, typer.Argument(metavar="PRESET", help="Another.")],
-    statistic: Annotated[str, typer.Option(help="klom_p95, klom_mean, accuracy_gap, u_lira or cost.")] = "klom_p95",
+    statistic: Annotated[str, typer.Option(help="mean_gap, klom_p95, ks_share, u_lira, cost, ...")] = "klom_p95",
     html: Annotated[Path | None, typer.Option(help="Also write a page with every statistic.")] = None,
     runs: Runs = None,
 ) -> None:

@@ -24,7 +24,7 @@ import pandas as pd
 from dmmlib.analysis import claims, tables, verdict
 from dmmlib.analysis.looks import STATISTICS, label
 from dmmlib.errors import PresetError
-from dmmlib.files import place, read_json, read_table, write_bytes, write_json
+from dmmlib.files import load_json, place, read_json, read_table, write_bytes, write_json
 
 if TYPE_CHECKING:
     from dmmlib.study import Study
@@ -108,7 +108,7 @@ def open_run(name: str | Path, runs: Path | None = None) -> Run:
     root = runs or place("runs")
     directory = root / str(name) if (root / str(name)).is_dir() else Path(name).expanduser()
     if not any(directory.glob("*.csv")):
-        have = sorted(p.parent.name for p in root.glob("*/results.csv"))
+        have = sorted(str(p.parent.relative_to(root)) for p in root.rglob("results.csv"))
         there = f"there are {', '.join(have)}" if have else "there are none yet"
         raise PresetError(f"No run {str(name)!r} with tables under {root} ({there}); use `dmm run {name}` first.")
     path, figures = directory / RECORD, place("figures") / directory.name
@@ -136,7 +136,8 @@ def compare(a: Run, b: Run) -> pd.DataFrame:
     """Set side by side what both runs measured; raises PresetError if they have no row in common.
 
     The interval of a difference takes the runs as independent: its half-width is the root of the sum of squares of
-    theirs. Runs that share models (a setting changed that training does not depend on) differ by less than it says.
+    theirs; of mean gaps also of what their unit, a standard deviation of N oracles, may be off, at most. Runs that
+    share models (a setting changed that training does not depend on) differ by less than it says.
 
     Returns:
         Columns forget_set, method, split, statistic, a, b, difference (b - a), low, high, clear: whether the interval
@@ -149,10 +150,20 @@ def compare(a: Run, b: Run) -> pd.DataFrame:
         )
     # not value - low, which may be cut off at 0
     half = np.hypot(both["high_a"] - both["value_a"], both["high_b"] - both["value_b"])
+    for side, run in (("a", a), ("b", b)):
+        n = run.record.get("preset", {}).get("ensembles", {}).get("n_models", np.inf)
+        unit = 1.96 / np.sqrt(2 * (n - 1)) * both[f"value_{side}"]
+        half = np.where(both["statistic"] == "mean_gap", np.hypot(half, unit), half)
     table = both[KEY].assign(a=both["value_a"], b=both["value_b"], difference=both["value_b"] - both["value_a"])
     table["low"], table["high"] = table["difference"] - half, table["difference"] + half
     table["clear"] = (table["low"] > 0) | (table["high"] < 0)
     return table
+
+
+def _points(run: Run, forget_set: str) -> list[Any]:
+    """A forget set's points, and what data they are of, where the run keeps it."""
+    paths = (folder / "forget_sets" / f"{forget_set}.json" for folder in (run.directory, run.directory.parent))
+    return [[load_json(path)[key] for key in ("indices", "data_sha256")] for path in paths if path.exists()][:1]
 
 
 def differing(a: Run, b: Run) -> pd.DataFrame:
@@ -186,6 +197,8 @@ def comparison_text(a: Run, b: Run, statistic: str = "klom_p95") -> str:
     shown["b - a"] = [f"{value:+.2f} [{low:+.2f}, {high:+.2f}]" for value, low, high in differences]
     shown[""] = np.where(here["clear"], "*", "")
     lines += [f"{statistic}, b - a with 95 % interval over models; * leaves out 0", shown.to_string(index=False), ""]
+    if others := [name for name in here["forget_set"].unique() if _points(a, name) != _points(b, name)]:
+        lines += [f"not the same points in both: {', '.join(others)}", ""]
     counts = here.groupby("split", sort=False)["clear"].agg(["sum", "size"])
     lines.append("clear differences: " + ", ".join(f"{s} {n} of {m}" for s, (n, m) in counts.iterrows()))
     return "\n".join(lines)

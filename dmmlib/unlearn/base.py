@@ -158,6 +158,8 @@ class Registered:
     def __call__(self, problem: Problem, **options: Any) -> Unlearned:
         check_call(f"method {self.name!r}", self.run, problem, **options)
         made = self.run(problem, **options)
+        if not isinstance(made, Unlearned):
+            raise MethodError(f"Method {self.name!r} gave a {type(made).__name__}; return what `finetune` does.")
         here = problem.follow if made.trajectory.shape[2] == len(problem.x) else slice(None)
         return replace(made, trajectory=made.trajectory[:, :, here])
 
@@ -270,6 +272,9 @@ def finetune(
     n_steps = len(gradients)
     gradients = gradients[: taken(problem, n_steps)]
     checkpoints = moments(problem, len(gradients))
+
+    if unknown := sorted(set(only or ()) - set(problem.originals.params)):
+        raise OptionError(f"only names {unknown[0]!r}; the parameters are {', '.join(problem.originals.params)}.")
 
     # What follows may run in another process, so it refers to what it needs, not to the whole problem.
     originals, x, labels, precision = problem.originals, problem.x, problem.labels, problem.training.precision
