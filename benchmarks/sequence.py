@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.matching import KINDS, arguments, save
+from benchmarks.matching import KINDS, arguments, update
 from dmmlib import forget_sets, metrics, unlearn
 from dmmlib.own.forget import Later
 from dmmlib.study import Study
@@ -75,14 +75,5 @@ def text_of(table: pd.DataFrame) -> str:
     return f"{head}\n\n{wide.round(3).to_string()}\n"
 
 
-def main() -> None:
-    asked, table = arguments(__doc__, "sequence"), pd.DataFrame()
-    for seed in asked.seeds:
-        for kind in asked.kinds:
-            table = pd.concat([table, pd.DataFrame(rows(kind, seed, asked.runs))], ignore_index=True)
-            save(asked.out, table, text_of(table))
-    print(text_of(table))
-
-
 if __name__ == "__main__":
-    main()
+    update(arguments(__doc__, "sequence"), rows, text_of)

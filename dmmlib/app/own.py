@@ -102,7 +102,7 @@ def audit(
         _check_writable(out.parent)
     made = _opened(recipe, models, prepared)
     others = [loaded(weights, made) for weights in retrained or ()]
-    answers(others, made)  # what is wrong is said before anything is trained
+    answers(others, made, (original, model))  # what is wrong is said before anything is trained
     result = given(original, model, forget, made)
     judged = result.audit(others)
     typer.echo(str(judged))

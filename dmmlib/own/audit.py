@@ -128,11 +128,8 @@ def audit(result: Result, retrained: Sequence[Model] = (), *, relearn: bool = Tr
     Raises DataError for fewer retrained models, or some that are alike or the judged one, ModelError for misfits.
     """
     prepared, f, y = result.prepared, result.forgotten, result.prepared.data.y
-    modules = [loaded(m, prepared) for m in retrained]
-    others = metrics.margins(np.stack(found), y) if (found := answers(modules, prepared)) else None
-    own = [result.margins(when) for when in ("before", "after")]
-    if others is not None and any(np.allclose(m, seen, atol=1e-4) for m in others for seen in own):
-        raise DataError("A retrained model is the original, or the one to be judged; give models that never saw F.")
+    z = answers(modules := [loaded(m, prepared) for m in retrained], prepared, (result.original, result.model))
+    others = metrics.margins(np.stack(z), y) if z else None
     splits = prepared.splits(ForgetSet(result.name, f), probes=False)
     judged = verdict(result, (after := result.margins())[None], retrained=others)
     distances = {}
@@ -157,14 +154,18 @@ def audit(result: Result, retrained: Sequence[Model] = (), *, relearn: bool = Tr
     )
 
 
-def answers(retrained: Sequence[Model], prepared: Any) -> list[np.ndarray]:
-    """Logits (n_points, n_classes) of retrained models; DataError for fewer than ten, or some that are alike."""
+def answers(retrained: Sequence[Model], prepared: Any, judged: Sequence[Model]) -> list[np.ndarray]:
+    """Logits (n_points, n_classes) of retrained models; DataError for under ten, some alike, or one of the judged."""
     if 0 < len(retrained) < LEAST:
         raise DataError(f"{len(retrained)} retrained models were given; give at least {LEAST}, or none.")
-    found = [initialise(partial(loaded, m, prepared), [0]).logits(prepared.x).numpy()[0] for m in retrained]
+    models = [initialise(partial(loaded, m, prepared), [0]) for m in retrained and (*retrained, *judged)]
+    every = [model.logits(prepared.x).numpy()[0] for model in models]
+    found, known = every[: len(retrained)], every[len(retrained) :]
     for i, z in enumerate(found):
         if any(np.array_equal(z, other) for other in found[:i]):
             raise DataError(f"Retrained model {i + 1} is one of those before it; give models of different seeds.")
+    if any(np.allclose(z, own, atol=1e-4) for z in found for own in known):
+        raise DataError("A retrained model is the original, or the one to be judged; give models that never saw F.")
     return found
 
 

@@ -272,7 +272,6 @@ def finetune(
     n_steps = len(gradients)
     gradients = gradients[: taken(problem, n_steps)]
     checkpoints = moments(problem, len(gradients))
-
     if unknown := sorted(set(only or ()) - set(problem.originals.params)):
         raise OptionError(f"only names {unknown[0]!r}; the parameters are {', '.join(problem.originals.params)}.")
 
