@@ -244,13 +244,17 @@ def measure(
 
 
 def products(
-    chunk: int, device: torch.device, clock: Callable[[], float] = time.perf_counter, repeats: int = 30
+    chunk: int,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+    repeats: int = 30,
+    side: int = 2048,
 ) -> dict[str, float]:
     """FLOP/s of plain products: large ones, and the mlp's own at a batch, in all threads."""
     rates = {}
     for dtype in (torch.float32, torch.bfloat16):
         shapes = {
-            "large": ((1, 2048, 2048), (1, 2048, 2048)),
+            "large": ((1, side, side), (1, side, side)),
             "of the mlp": ((chunk, BATCH, 196), (chunk, 196, 128)),
         }
         for what, (left, right) in shapes.items():
@@ -363,7 +367,7 @@ def main() -> None:
             contenders,
             arguments.steps or SIZE[name],
             arguments.rounds,
-            functools.partial(products, shared, device, clock, 2 if arguments.steps else 30),
+            functools.partial(products, shared, device, clock, *((2, 256) if arguments.steps else ())),
             clock,
         )
         if stop:

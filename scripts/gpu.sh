@@ -52,7 +52,7 @@ stage cuda_tests 60 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_ensemb
 export -f notebooks
 export LOGS PYTHON QUICK
 stage notebooks 150 bash -c notebooks
-stage engine $((QUICK ? 240 : 90)) "$PYTHON" benchmarks/engine.py --device "$DEVICE" --out "$OUT/engine.json" ${QUICK:+--models mlp --rounds 1 --steps 40 --one-core}
+stage engine $((QUICK ? 240 : 90)) "$PYTHON" benchmarks/engine.py --device "$DEVICE" --out "$OUT/engine.json" ${QUICK:+--models mlp --rounds 1 --steps 10 --one-core}
 stage study "$TOTAL" "$PYTHON" -m benchmarks.gpu_study --run --device "$DEVICE" --out "$OUT" ${QUICK:+--quick} \
   ${CIFAR10:+--images "$CIFAR10"}
 rm -r "$LOGS"
