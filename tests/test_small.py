@@ -78,15 +78,16 @@ def test_studies_say_which_data_they_cannot_take():
 
 
 SMALL = {
-    "neither end of the scale": {"unlearning": {"methods": ["ga", "dmm"], "checkpoints": 2}},
-    "one method": {"unlearning": {"methods": ["retrain"]}},
+    "features, neither end of the scale": {
+        "data": {"name": "features.npz"},
+        "unlearning": {"methods": ["ga", "dmm"], "checkpoints": 2},
+    },
+    "strips, one method": {"data": {"name": "strips.npz"}, "unlearning": {"methods": ["retrain"]}},
     "four models, few points": {
         "ensembles": TINY["ensembles"] | {"n_models": 4},
         "tuning": TINY["tuning"] | {"n_models": 4},
         "data": {"name": "digits", "n_train": 80, "n_val": 40},
     },
-    "features": {"data": {"name": "features.npz"}},
-    "strips": {"data": {"name": "strips.npz"}},
 }
 
 
