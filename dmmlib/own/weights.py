@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from dmmlib.ensemble import Ensemble
 from dmmlib.errors import ModelError, StoreError
@@ -14,6 +15,7 @@ from dmmlib.stacking import copied, drawing
 from dmmlib.trainer import Trainer
 
 FEW, SAME = 8, 1e-3  # points that a module is compared on, and how near answers are, relative to the largest
+WRAPPERS = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before the names in a state
 Model = nn.Module | Mapping[str, Tensor] | str | Path
 
 
@@ -27,13 +29,17 @@ def loaded(model: Model, trainer: Trainer) -> nn.Module:
         if not isinstance(model, nn.Module):
             raise ModelError(f"model is a {type(model).__name__}; give a module, its state, or a file of that.")
         state = model.state_dict()
-    own = trainer.module().to(trainer.device)
+    own, state = trainer.module().to(trainer.device), dict(state)
+    if not isinstance(model, nn.Module):
+        for wrapper in WRAPPERS:
+            if not any(name.startswith(wrapper) for name in own.state_dict()):
+                consume_prefix_in_state_dict_if_present(state, wrapper)
     if nested := [name for name, value in state.items() if isinstance(value, Mapping)]:
         raise ModelError(
             f"The weights are not a model's state: {nested[0]!r} is a mapping; give the state that it holds."
         )
     try:
-        own.load_state_dict(dict(state))
+        own.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
         wanted = {name: tuple(v.shape) for name, v in own.state_dict().items()}
         shapes = {name: tuple(getattr(v, "shape", ())) for name, v in state.items()}
