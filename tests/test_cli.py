@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -157,6 +158,12 @@ def test_a_failing_notebook_keeps_what_was_done(dmm, tiny_file, tmp_path, monkey
     assert "03_bad failed: ZeroDivisionError: division by zero" in result.output
     assert (tmp_path / "runs" / "tiny" / "notebooks" / "03_bad-failed.ipynb").exists()
     assert not (tmp_path / "runs" / "tiny" / "notebooks" / "03_bad.ipynb").exists()
+
+
+def test_a_warning_is_a_line_without_the_place_in_the_code(dmm, monkeypatch):
+    monkeypatch.setattr(cli.presets, "names", lambda: [warnings.formatwarning("mind this", UserWarning, "code.py", 3)])
+    assert "presets: dmm: mind this\n" in dmm("list").output
+    assert cli.presets.names()[0].startswith("code.py:3"), "anywhere else it is as usual"
 
 
 @pytest.mark.parametrize(

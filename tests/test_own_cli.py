@@ -125,10 +125,17 @@ def test_prepare_forget_and_audit(here):
         torch.manual_seed(seed)
         save_file(recipe.train(recipe.model(), x, y, seed).state_dict(), here / f"retrained{seed}.safetensors")
         given += ["--retrained", f"retrained{seed}.safetensors"]
+        if seed < 10:
+            wrapped = {f"module._orig_mod.{k}": v for k, v in load_file(here / given[-1]).items()}
+            (here / "retrained").mkdir(exist_ok=True)
+            torch.save(wrapped, here / "retrained" / f"{seed}.pt")
     given, others = given[:20], given[21::2]
     by_them = dmm("audit", "unlearned/model.safetensors", "--original", "model.safetensors", *asked, *given)
     assert "0 as retrained models, which" in by_them.output
     assert "against retrained models, forget: klom" in by_them.output
+    folder = ("--retrained", "retrained")
+    of_folder = dmm("audit", "unlearned/model.safetensors", "--original", "model.safetensors", *asked, *folder)
+    assert of_folder.output == by_them.output, "a folder, of weights as DataParallel and torch.compile name them"
     said = [dmm("audit", one, "--original", "model.safetensors", *asked, *given).exit_code for one in others]
     assert sum(code in (0, 3) for code in said) >= 2, "a retrained model has forgotten, or it cannot be told"
     flattered = dmm("audit", others[0], "--original", "model.safetensors", *asked, *given[2:], "--retrained", others[0])
@@ -155,8 +162,12 @@ def test_where_results_go_is_checked_before_any_work_and_a_second_request_knows_
         found = dmm("audit", "model.safetensors", "--original", "model.safetensors", *asked, "ids.csv", "--out", out)
         assert found.exit_code == 2, found.output
         assert said in found.output
-    first = dmm("forget", "model.safetensors", *asked, "ids.csv", "--out", tmp_path / "1")
+    costly = ("--set", "cost=0.1", "--set", "steps=3")
+    first = dmm("forget", "model.safetensors", *asked, "ids.csv", "--out", tmp_path / "1", *costly)
     assert first.exit_code == 0, first.output
+    made = json.loads((tmp_path / "1" / "record.json").read_text(encoding="utf-8"))["method"]
+    assert made["options"] == {"cost": 0.1, "steps": 3}
+    assert made["cost"] == pytest.approx(0.1, rel=0.1)
     again = dmm("forget", tmp_path / "1" / "model.safetensors", *asked, "person2", "--out", tmp_path / "2", "--dry-run")
     assert again.exit_code == 2
     assert "Point 2 was forgotten by an earlier request" in again.output
@@ -181,6 +192,10 @@ def test_where_results_go_is_checked_before_any_work_and_a_second_request_knows_
         ({"recipe": "broken.py"}, "fails (NameError"),
         ({"recipe": "nothing"}, "A recipe is a Python file"),
         ({"method": "dmn"}, "Unknown method 'dmn'"),
+        ({"set": "cost=0.1"}, ""),
+        ({"set": "cost=-1"}, "Option cost=-1 of method 'dmm' was given; it should be greater than 0"),
+        ({"set": "rate=0.1"}, "use its own: cost, steps, farthest"),
+        ({"set": "cost"}, "--set got 'cost'; give key=value"),
     ],
 )
 def test_what_is_wrong_is_one_line_before_anything_is_trained(here, change, said):
@@ -194,10 +209,11 @@ def test_what_is_wrong_is_one_line_before_anything_is_trained(here, change, said
         exiting.replace("return nn.Sequential", "sys.exit(0)\n    return nn.Sequential")
     )
     (here / "train_exits.py").write_text(exiting.replace("optimizer.step()", "sys.exit(0)"))
-    given = {"model": "model.safetensors", "recipe": "recipe.py", "forget": "ids.csv", "method": "dmm"} | change
-    asked = [word for key in ("recipe", "forget", "method") for word in (f"--{key}", given[key])]
+    given = {"recipe": "recipe.py", "forget": "ids.csv"} | change
+    model = given.pop("model", "model.safetensors")
+    asked = [word for key in given for word in (f"--{key}", given[key])]
     options = (*asked, "--prepared", "other", "--out", "none", "--dry-run")
-    found = dmm("forget", given["model"], *options)
+    found = dmm("forget", model, *options)
     assert found.exit_code == (2 if said else 0), found.output
     assert said in found.output
     assert not list(here.glob("other/store/attribution*"))

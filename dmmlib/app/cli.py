@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 import signal
+import warnings
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from typer.core import TyperGroup
 
 from dmmlib import presets
@@ -26,9 +26,10 @@ HELP = {"help_option_names": ["-h", "--help"]}
 
 
 class Commands(TyperGroup):
-    """Commands that say what is wrong in one line."""
+    """Commands that say what is wrong, and warn, in one line."""
 
     def invoke(self, ctx: Any) -> Any:
+        usual, warnings.formatwarning = warnings.formatwarning, lambda said, *_, **__: f"dmm: {said}\n"
         try:
             return super().invoke(ctx)
         except BrokenPipeError:  # who reads has enough
@@ -40,6 +41,8 @@ class Commands(TyperGroup):
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C shall not disturb the end
             typer.secho("dmm: interrupted; finished shards and stages are kept, run again to go on.", err=True)
             raise typer.Exit(130) from None
+        finally:
+            warnings.formatwarning = usual
 
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, context_settings=HELP)
@@ -133,7 +136,7 @@ def run(
 ) -> None:
     """Run notebooks through papermill; stages already done for the same configuration are skipped."""
     places = {"device": device, "scheduler": scheduler, "store": store}
-    overrides = _parse(set_) | {key: value for key, value in places.items() if value}
+    overrides = own.parse(set_) | {key: value for key, value in places.items() if value}
     known = batch.stages()
     if unknown := [number for number in stage or () if number.zfill(2) not in known]:
         raise PresetError(f"Unknown stage {unknown[0]!r}; use one of {', '.join(known)}, --stage before each.")
@@ -144,7 +147,7 @@ def run(
         _dry_run(_asked(preset, overrides, forget_set, beside), runs, forget_set, beside)
         typer.echo("  stages: " + ", ".join(known[n].stem.replace("_", " ") for n in sorted({*wanted})))
         return
-    own = str(forget_set.resolve()) if forget_set else None
+    mine = str(forget_set.resolve()) if forget_set else None
     with Pulse(lambda: "reading the preset, data and what is trained"):
         import torch  # only once the arguments have been read
 
@@ -153,18 +156,18 @@ def run(
         from dmmlib.trainer import MANY_STEPS
 
         asked = _asked(preset, overrides, forget_set, beside).model_dump(mode="json")
-        study = Study(asked, forget_set=own, beside=beside, runs=runs, progress=silent)  # says what is wrong
+        study = Study(asked, forget_set=mine, beside=beside, runs=runs, progress=silent)  # says what is wrong
     if not trust_preset:
         _ask(preset, study.preset, overrides)
     content = study.preset.model_dump(mode="json")
-    if own and (price := _price(study)):
+    if mine and (price := _price(study)):
         typer.echo(price)
     record(study, study.output)
     notebooks, figures = study.output / "notebooks", study.figures / study.output.relative_to(study.runs)
     batch.run(
         [known[number] for number in sorted({*wanted})],
         notebooks,
-        {"preset": content, "overrides": {}, "forget_set": own, "beside": beside},
+        {"preset": content, "overrides": {}, "forget_set": mine, "beside": beside},
         _say,
         force=force,
         threads=1 if study.preset.threads else torch.get_num_threads(),  # one's own are for a single notebook
@@ -186,7 +189,7 @@ def status(
     repair: Annotated[bool, typer.Option(help="Remove what is damaged, so that a run makes it anew.")] = False,
 ) -> None:
     """Show what is trained, missing and damaged; trains nothing."""
-    overrides = _parse(set_) | ({"store": store} if store else {})
+    overrides = own.parse(set_) | ({"store": store} if store else {})
     with Pulse(lambda: "reading what is trained"):
         from dmmlib.app.status import damage, trained
         from dmmlib.study import Study
@@ -212,7 +215,7 @@ def report(
     """Write a run as one self-contained HTML page: claims with verdicts, tables, figures, settings."""
     from dmmlib.app import report as pages
 
-    overrides = _parse(set_)
+    overrides = own.parse(set_)
     if overrides or name.endswith((".yaml", ".yml")):
         name = presets.load(name, overrides).name
     run = pages.open_run(name, runs)
@@ -237,21 +240,6 @@ def compare(
 
 
 own.add_to(app)
-
-
-def _parse(settings: list[str] | None) -> dict[str, Any]:
-    parsed = {}
-    for setting in settings or []:
-        key, separator, value = setting.partition("=")
-        if not separator or not key:
-            raise PresetError(f"--set got {setting!r}; give key=value, such as ensembles.n_models=50.")
-        try:
-            parsed[key] = presets.parse(value)
-        except PresetError as error:
-            raise PresetError(f"--set {key}: {error}.") from None
-        except (yaml.YAMLError, ValueError):
-            parsed[key] = value
-    return parsed
 
 
 def _asked(preset: str, overrides: dict[str, Any], forget_set: Path | None, beside: bool) -> presets.Preset:

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 
+from dmmlib import presets
 from dmmlib.errors import ModelError, PresetError, StoreError
 from dmmlib.files import replacing
 
@@ -51,6 +53,10 @@ def forget(
     forget: Asked,
     out: Annotated[Path, typer.Option(help="Where weights, record and report go.")] = Path("unlearned"),
     method: Annotated[str, typer.Option(help="A registered method.")] = "dmm",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="An option of the method, e.g. cost=0.1; may be repeated."),
+    ] = None,
     models: Models = N_MODELS,
     prepared: Folder = PREPARED,
     dry_run: DryRun = False,
@@ -61,7 +67,8 @@ def forget(
     from dmmlib.own import record
     from dmmlib.own.requests import SHOWN
 
-    unlearn.get(method)
+    options = parse(set_)
+    unlearn.check_setting(method, options)
     made = _opened(recipe, models, prepared)
     indices, name, original, gone = own.asked(model, forget, made)  # what is wrong is said before anything is trained
     record.check_out(out, indices, record.sha256(original.state_dict()), "report.html")
@@ -72,7 +79,7 @@ def forget(
     if dry_run:
         return
     _check_writable(out)
-    result = own.forget(original, indices, made, method=method, name=name, after=gone)
+    result = own.forget(original, indices, made, method=method, name=name, after=gone, **options)
     judged = result.audit()
     result.save(out, judged)
     page = result.report(out / "report.html", judged)
@@ -85,7 +92,8 @@ def audit(
     recipe: RecipeFile,
     forget: Asked,
     retrained: Annotated[
-        list[Path] | None, typer.Option(help="Weights of a model retrained without the points; ten or more times.")
+        list[Path] | None,
+        typer.Option(help="Weights of a model retrained without the points, or a folder of such; of ten or more."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Also write a report there.")] = None,
     models: Models = N_MODELS,
@@ -101,7 +109,7 @@ def audit(
             raise StoreError(f"--out got {out}; give the page a name that ends in .html.")
         _check_writable(out.parent)
     made = _opened(recipe, models, prepared)
-    others = [loaded(weights, made) for weights in retrained or ()]
+    others = [loaded(weights, made) for path in retrained or () for weights in _weights(path)]
     answers(others, made, (original, model))  # what is wrong is said before anything is trained
     result = given(original, model, forget, made)
     judged = result.audit(others)
@@ -109,6 +117,32 @@ def audit(
     if out:
         typer.echo(f"written: {result.report(out, judged)}")
     raise typer.Exit({True: 0, False: 1, None: 3}[judged.forgotten])
+
+
+def parse(settings: list[str] | None) -> dict[str, Any]:
+    """Values by key of what --set got; PresetError for anything but KEY=VALUE."""
+    parsed = {}
+    for setting in settings or []:
+        key, separator, value = setting.partition("=")
+        if not separator or not key:
+            raise PresetError(f"--set got {setting!r}; give key=value, such as cost=0.1 or ensembles.n_models=50.")
+        try:
+            parsed[key] = presets.parse(value)
+        except PresetError as error:
+            raise PresetError(f"--set {key}: {error}.") from None
+        except (yaml.YAMLError, ValueError):
+            parsed[key] = value
+    return parsed
+
+
+def _weights(path: Path) -> list[Path]:
+    """A file of weights, or all in a folder; raises StoreError for a folder without any."""
+    if not path.is_dir():
+        return [path]
+    found = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".pt", ".pth"))
+    if not found:
+        raise StoreError(f"{path} holds no .safetensors or .pt file; give a folder of retrained models' weights.")
+    return found
 
 
 def _check_writable(folder: Path) -> None:

@@ -48,6 +48,7 @@ class Result:
     predicted: np.ndarray  # margins (n_points,) of the model, had it never seen the points
     sd: np.ndarray | None  # their standard deviation, as far as the attributor knows it
     cost: float  # sample gradients, relative to one retraining
+    options: dict[str, Any] = field(default_factory=dict)  # of the method
 
     def margins(self, when: str = "after") -> np.ndarray:
         """Margins (n_points,) "before" or "after"."""
@@ -168,7 +169,8 @@ def forget(
     problem = unlearn.Problem(alone, before, *points, both, prepared.training, predictor, seed=seed)
     if not len(gone):
         _compare(before[0], prepared)
-    made = registered.run(problem, **(_usual(method, problem, prepared) | options))
+    options = _usual(method, problem, prepared) | options
+    made = registered.run(problem, **options)
     if made.models is None:
         raise MethodError(f"{method} makes no models; use one that does, such as dmm.")
     if not np.isfinite(made.margins).all():
@@ -176,7 +178,7 @@ def forget(
     given = model if isinstance(model, nn.Module) else original
     unlearned, answers = with_weights(copied(given), made.models), made.models.logits(prepared.x).numpy()[0]
     found = (answers, margins(predicted_oracle(problem), prepared.data.y)[0], predictor.sd(both), made.cost)
-    return Result(unlearned, given, prepared, called, method, indices, both, before[0], *found)
+    return Result(unlearned, given, prepared, called, method, indices, both, before[0], *found, options)
 
 
 def _usual(method: str, problem: unlearn.Problem, prepared: Prepared | Study) -> dict[str, Any]:

@@ -70,7 +70,11 @@ def record(result: Result, audit: Audit | None = None) -> dict[str, Any]:
         "recipe": config_hash(prepared.identity),
         "subset models": prepared.preset.attribution.n_subsets,
         "model": {"before": sha256(result.original.state_dict()), "after": sha256(result.model.state_dict())},
-        "method": {"name": result.method, "cost": result.cost},
+        "method": {
+            "name": result.method,
+            "options": {k: v if isinstance(v, (int, float, str)) else repr(v) for k, v in result.options.items()},
+            "cost": result.cost,
+        },
         "versions": {
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in ("dmmlib", "torch", "numpy")},
