@@ -29,6 +29,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -99,8 +100,11 @@ def retrained(logits: np.ndarray, effect: np.ndarray, labels: np.ndarray) -> np.
     the label's logit; each model keeps the common mode of its logits, which no probability depends on.
     """
     right = np.arange(logits.shape[-1]) == np.asarray(labels)[:, None]
-    before = margin_gauge(logits, labels)
-    moved = before + effect.astype(np.float32)
+    before, effect = margin_gauge(logits, labels), np.asarray(effect, np.float32)
+    if effect.shape != logits.shape[1:] or not np.isfinite(effect).all():
+        given = f"of shape {effect.shape}" if effect.shape != logits.shape[1:] else "that hold NaN or infinity"
+        raise DataError(f"The attributor predicts changes {given}; it is to give finite ones of {logits.shape[1:]}.")
+    moved = before + effect
     wrong = logsumexp(np.where(right, -np.inf, moved), axis=-1, keepdims=True)
     return np.asarray(logits, np.float32) - before + np.where(right, moved, moved - wrong)
 
@@ -150,11 +154,15 @@ class RidgeDatamodel(Attributor):
         device: torch.device | str = "cpu",
     ) -> list[RidgeDatamodel]:
         """`fit` with each (lam, own_share), in one pass over the outputs; `together` says how many fit into memory."""
+        masks = np.asarray(masks)
+        if masks.ndim != 2 or not hasattr(outputs, "shape"):
+            given = f"Masks have shape {masks.shape} and outputs are a {type(outputs).__name__}"
+            raise DataError(f"{given}; give arrays (M, n_train) and (M, n_points, n_classes).")
         if len(masks) != outputs.shape[0]:
             raise DataError(f"{len(masks)} masks but outputs of {outputs.shape[0]} models; give one mask per model.")
         check_varying(masks)
         for lam, own_share in settings:
-            if not 0 < lam < np.inf:
+            if not isinstance(lam, Real) or not 0 < lam < np.inf:
                 raise DataError(f"The ridge penalty is {lam}; give a positive number, such as 0.1.")
             if not 0 <= own_share <= 1:
                 raise DataError(f"own_share is {own_share}; give a number from 0 to 1 (1 is plain ridge).")
@@ -221,7 +229,10 @@ class RidgeDatamodel(Attributor):
 
     def predict(self, masks: np.ndarray) -> np.ndarray:
         """Predict the logits (k, n_points, n_classes) of models trained on the masks (k, n_train)."""
-        return self.respond(np.asarray(masks, np.float32) - self.mean_mask.cpu().numpy(), mean=1.0)
+        masks = np.asarray(masks, np.float32)
+        if masks.ndim != 2 or masks.shape[1] != self.n_train:
+            raise DataError(f"Masks have shape {masks.shape}; give (k, {self.n_train}).")
+        return self.respond(masks - self.mean_mask.cpu().numpy(), mean=1.0)
 
 
 def together(settings: Sequence[tuple[float, float]], m: int, n: int) -> list[Sequence[tuple[float, float]]]:
@@ -237,6 +248,8 @@ def responses(models: Sequence[RidgeDatamodel], directions: np.ndarray, mean: fl
     total = np.zeros((weights.shape[1], int(np.prod(outputs.shape[1:]))), np.float32)
     for rows in _blocks(outputs, BLOCK):  # nothing else holds a block, so that there is one at a time
         total += weights[rows].T @ np.asarray(outputs[rows], np.float32).reshape(rows.stop - rows.start, -1)
+    if not np.isfinite(total).all():
+        raise DataError("Outputs of subset models hold NaN or infinity; train those models anew, or leave them out.")
     found = np.split(total.reshape(-1, *outputs.shape[1:]), range(k, len(total), k))
     for model, response in zip(models, found, strict=True):
         if model._own is not None:

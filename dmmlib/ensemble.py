@@ -10,12 +10,14 @@ an `Execution`: it changes speed and memory, not the models.
 from __future__ import annotations
 
 import math
+import reprlib
 import threading
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
+from numbers import Integral
 from typing import Annotated, Literal
 
 import numpy as np
@@ -284,8 +286,9 @@ def _step(
 
 def check_masks(masks: np.ndarray, n_train: int) -> None:
     """Raise DataError unless masks are boolean (n_models, n_train) with no empty row."""
-    if masks.dtype != bool or masks.ndim != 2 or masks.shape[1] != n_train:
-        raise DataError(f"Masks are {masks.dtype} {masks.shape}; give booleans of shape (n_models, {n_train}).")
+    if not isinstance(masks, np.ndarray) or masks.dtype != bool or masks.ndim != 2 or masks.shape[1] != n_train:
+        given = f"{getattr(masks, 'dtype', type(masks).__name__)} {np.shape(masks)}"
+        raise DataError(f"Masks are {given}; give an array of booleans (n_models, {n_train}).")
     if not masks.any(1).all():
         raise DataError(f"The mask of model {masks.any(1).argmin()} is empty; every model needs an example.")
 
@@ -321,6 +324,7 @@ def train(
     if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != x.shape[:1] or not len(y) or y.min() < 0:
         given = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else f"{type(y).__name__}"
         raise DataError(f"Labels are {given}; give a tensor ({len(x)},) of int64 from 0, one for each point.")
+    check_call("train", train, factory, x, y, masks, seeds, training=training)
     stacking.check(factory, x, int(y.max()) + 1, exactly=False)
     state = train_and(Ensemble.state, factory, x, y, masks, seeds, training, execution)
     return Ensemble.from_state(initialise(factory, [seeds[0]]).module, state, x.device)
@@ -343,8 +347,9 @@ def train_and(
     share of all steps after which models are left as they then are.
     """
     check_masks(masks, len(x))
-    if len(seeds) != len(masks):
-        raise DataError(f"{len(masks)} masks but {len(seeds)} seeds; give one seed for each model.")
+    if len(seeds) != len(masks) or not all(isinstance(seed, Integral) and seed >= 0 for seed in seeds):
+        given = f"{len(masks)} masks but {len(seeds)} seeds {reprlib.repr(list(seeds))}"
+        raise DataError(f"{given}; give one seed, an integer from 0, for each model.")
     if len(masks) == 0:
         raise DataError("No masks were given; ask for at least one model.")
     execution = execution or Execution()

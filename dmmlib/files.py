@@ -137,7 +137,7 @@ def load_json(path: Path) -> Any:
     try:
         return parse_json(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise StoreError(f"{path} cannot be read as JSON ({error}); restore or delete it.") from error
+        raise StoreError(f"{path} cannot be read as JSON ({error}); mend it, or name another.") from error
 
 
 def parse_json(text: str) -> Any:

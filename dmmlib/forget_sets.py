@@ -81,8 +81,8 @@ class ForgetSet:
         return {"forget": self.indices, "retain": retain, "validation": np.arange(n_train, n_train + n_val)}
 
     def mask(self, n_train: int) -> np.ndarray:
-        """True for the retained points: bool (n_train,)."""
-        return ~np.isin(np.arange(n_train), self.indices)
+        """True for the retained points: bool (n_train,); ForgetSetError for a point beyond them."""
+        return ~np.isin(np.arange(n_train), check_forget_indices(self.indices, n_train))
 
     def save(self, path: Path) -> None:
         """Write as JSON, atomically; ForgetSetError where another set's file has that name in other case."""

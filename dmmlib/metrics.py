@@ -94,7 +94,8 @@ def checked(unlearned: np.ndarray, oracle: np.ndarray, least: int = 1) -> tuple[
     unlearned, oracle = array(unlearned), array(oracle)
     for name, m in (("unlearned", unlearned), ("oracle", oracle)):
         if m.ndim != 2 or len(m) < least or m.dtype.kind not in "iuf":
-            raise DataError(f"The {name} margins have shape {m.shape}; give (n_models >= {least}, n_points).")
+            given = f"The {name} margins are {m.dtype} of shape {m.shape}"
+            raise DataError(f"{given}; give numbers (n_models >= {least}, n_points).")
         if bad := m.size - np.count_nonzero(np.isfinite(m)):
             raise DataError(
                 f"The {name} margins hold {bad} NaN or infinite values; a model diverged: lower its learning rate "

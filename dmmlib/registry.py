@@ -11,11 +11,12 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import is_dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast, get_args, get_type_hints
 
-from pydantic import PydanticUserError, TypeAdapter, ValidationError
+from pydantic import InstanceOf, PydanticUserError, TypeAdapter, ValidationError
 
 from dmmlib.errors import MethodError, OptionError
 from dmmlib.files import check_name
@@ -117,26 +118,32 @@ def check_call(what: str, function: Callable[..., Any], *arguments: Any, **optio
 
     Values are checked as pydantic reads the function's annotations, and true or false where that is the default.
     """
-    own = inspect.signature(function).parameters.values()
+    parameters = inspect.signature(function).parameters
     try:
         hints = get_type_hints(function, include_extras=True)
     except (NameError, TypeError):  # names that only a type checker imports, or a callable without any
         hints = {}
-    kinds = {p.name: bool for p in own if isinstance(p.default, bool)} | hints
+    kinds = {p.name: bool for p in parameters.values() if isinstance(p.default, bool)} | hints
     try:
         inspect.signature(function).bind(*arguments, **options)
     except TypeError as error:
-        known = ", ".join([p.name for p in own][len(arguments) :]) or "none"
+        known = ", ".join([*parameters][len(arguments) :]) or "none"
         raise OptionError(f"Options of {what} are {options} ({error}); use its own: {known}.") from None
     for name, value in options.items():
         if not isinstance(value, (bool, int, float)) and isinstance(value, Real):  # one of numpy's
             value = int(value) if isinstance(value, Integral) else float(value)
+        kind = kinds.get(name, Any)
         try:
-            adapter = TypeAdapter(kinds.get(name, Any), config={"arbitrary_types_allowed": True})
-            adapter.validate_python(value, strict=Path not in (kinds.get(name), *get_args(kinds.get(name))))
+            own = is_dataclass(kind)  # to be an instance, not what pydantic would make one of
+            adapter = TypeAdapter(
+                InstanceOf[kind] if own else kind,  # type: ignore[valid-type]
+                config=None if own else {"arbitrary_types_allowed": True},
+            )
+            adapter.validate_python(value, strict=Path not in (kind, *get_args(kind)))
         except ValidationError as error:
             expected = " or ".join(dict.fromkeys(e["msg"].replace("Input", "it") for e in error.errors()))
-            raise OptionError(f"Option {name}={value!r:.60} of {what} was given; {expected}.") from None
+            given = " ".join(repr(value).split())
+            raise OptionError(f"Option {name}={given:.60} of {what} was given; {expected}.") from None
         except PydanticUserError:  # an annotation that it does not know
             continue
 

@@ -135,13 +135,20 @@ def test_bad_input():
     masks, outputs, _ = subsets(20)
     with pytest.raises(DataError, match="20 masks but outputs of 19 models"):
         RidgeDatamodel.fit(masks, outputs[:19], 0.1)
-    with pytest.raises(DataError, match="penalty is 0; give a positive number"):
-        RidgeDatamodel.fit(masks, outputs, 0)
+    with pytest.raises(DataError, match=r"Masks have shape \(20, 12\) and outputs are a list; give arrays"):
+        RidgeDatamodel.fit(masks, outputs.tolist(), 0.1)
+    for penalty in (0, "0.1", np.nan):
+        with pytest.raises(DataError, match=f"penalty is {penalty}; give a positive number"):
+            RidgeDatamodel.fit(masks, outputs, penalty)
+    with pytest.raises(DataError, match="hold NaN or infinity; train those models anew, or leave them out"):
+        RidgeDatamodel.fit(masks, np.where(outputs == outputs[3, 0, 0], np.nan, outputs), 0.1).effect([1])
     with pytest.raises(DataError, match="own_share is 2; give a number from 0 to 1"):
         RidgeDatamodel.fit(masks, outputs, 0.1, own_share=2)
     model = RidgeDatamodel.fit(masks, outputs, 0.1)
     with pytest.raises(ForgetSetError, match="index 12 is outside the training set of 12"):
         model.effect([12])
+    with pytest.raises(DataError, match=r"Masks have shape \(20, 4\); give \(k, 12\)"):
+        model.predict(masks[:, :4])
     for a, b in (((4, 2), (4, 3)), ((4,), (4,)), ((4, 3, 2), (4, 3, 2)), ((2, 3), (2, 3))):
         with pytest.raises(DataError, match=r"give both as \(n_subsets >= 3, n_points\)"):
             datamodels.lds(np.zeros(a), np.zeros(b))

@@ -577,13 +577,17 @@ def test_bad_masks_and_seeds(points):
     for masks, message in [
         (np.ones((2, 80), bool), "give booleans"),
         (np.ones((2, 90), int), "Masks are int64"),
+        (np.ones((2, 90), bool).tolist(), r"Masks are list \(2, 90\)"),
         (np.zeros((2, 90), bool), "model 0 is empty"),
         (np.ones((0, 90), bool), "No masks were given"),
     ]:
         with pytest.raises(DataError, match=message):
             ensemble.train(factory, x, y[:90], masks, [0, 1][: len(masks)], TRAINING)
-    with pytest.raises(DataError, match="2 masks but 1 seeds"):
-        ensemble.train(factory, x, y[:90], np.ones((2, 90), bool), [0], TRAINING)
+    for seeds, message in (([0], "2 masks but 1 seeds"), ([-1, 0], "an integer from 0"), ([0, 0.5], r"\[0, 0.5\]")):
+        with pytest.raises(DataError, match=message):
+            ensemble.train(factory, x, y[:90], np.ones((2, 90), bool), seeds, TRAINING)
+    with pytest.raises(OptionError, match=r"training={'epochs': 2} of train was given; .* an instance of Training"):
+        ensemble.train(factory, x, y[:90], np.ones((2, 90), bool), [0, 1], {"epochs": 2})
 
 
 def test_training_does_not_touch_the_global_generator(points):

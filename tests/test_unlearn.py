@@ -317,10 +317,56 @@ def test_settings_are_the_whole_grid_or_drawn_without_repeats():
     assert unlearn.configurations("do_nothing", budget=8) == [{}]
 
 
+class Foreseeing(Attributor):
+    """Predicts the same change for every forget set."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def effects(self, forget_sets):
+        return [self.change for _ in forget_sets]
+
+    def predict(self, masks):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"stop": 0.0}, "Option stop=0.0 of Problem was given; it should be greater than 0"),
+        ({"checkpoints": -1}, "Option checkpoints=-1"),
+        ({"seed": -1}, "Option seed=-1"),
+        ({"training": {"epochs": 2}}, "an instance of Training"),
+        ({"originals": torch.nn.Linear(2, 2)}, "an instance of Ensemble"),
+        ({"x": np.zeros((210, 64))}, "an instance of Tensor"),
+        ({"n_train": 211}, "x has 210 points, 211 of them to train on"),
+        ({"y": torch.zeros(210)}, r"y is torch.float32 \(210,\); give labels of int64"),
+        ({"y": torch.zeros(209, dtype=torch.int64)}, r"y is torch.int64 \(209,\)"),
+        ({"y": torch.full((210,), 10)}, r"give \(8, 210, n_classes > 10\)"),
+        ({"original_logits": np.zeros((8, 210))}, r"original_logits have shape \(8, 210\)"),
+        ({"original_logits": np.full((8, 210, 10), np.nan)}, "original_logits hold NaN or infinity"),
+        ({"oracle_logits": np.zeros((8, 209, 10))}, r"oracle_logits have shape \(8, 209, 10\); give \(n_models, 210"),
+        ({"oracle_logits": np.full((8, 210, 10), np.inf)}, "oracle_logits hold NaN or infinity"),
+    ],
+)
+def test_a_problem_says_what_does_not_fit(problem, change, said):
+    with pytest.raises((DataError, OptionError), match=said) as error:
+        dataclasses.replace(problem, **change)
+    assert "\n" not in str(error.value)
+
+
+def test_changes_that_an_attributor_predicts_are_of_each_logit_and_finite(problem):
+    for change, said in ((np.zeros((9, 10)), r"of shape \(9, 10\)"), (np.full((210, 10), np.nan), "NaN or infinity")):
+        with pytest.raises(DataError, match=rf"predicts changes .*{said}.*; it is to give finite ones of \(210, 10\)"):
+            unlearn.get("dm_direct")(dataclasses.replace(problem, attributor=Foreseeing(change)))
+    kept = unlearn.get("dm_direct")(dataclasses.replace(problem, attributor=Foreseeing([[0.0] * 10] * 210)))
+    np.testing.assert_allclose(kept.margins, metrics.margins(problem.original_logits, problem.labels), atol=1e-4)
+
+
 def test_problems_that_make_no_sense(problem):
     with pytest.raises(ForgetSetError, match="is empty"):
         Problem(**{**vars(problem), "forget": np.array([], int)})
-    with pytest.raises(DataError, match=r"original_logits have shape .*\(8, 210\)"):
+    with pytest.raises(DataError, match=r"original_logits have shape .*\(8, 210, n_classes"):
         Problem(**{**vars(problem), "original_logits": problem.original_logits[:3]})
     bare = Problem(**{**vars(problem), "attributor": None, "oracle_logits": None})
     for name, what in [("dmm", "attributor"), ("retrain", "retrained models"), ("oracle_matching", "retrained models")]:

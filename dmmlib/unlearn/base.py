@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field
+import torch
+from pydantic import Field, NonNegativeInt
 from torch import Tensor
 
 from dmmlib.datamodels import Attributor
@@ -48,21 +49,27 @@ class Problem:
     attributor: Attributor | None = None  # predicts retraining without F, for methods registered as `attributed`
     oracle_logits: np.ndarray | None = None  # of models retrained without F that no result is measured against
     earlier: tuple[float, Ensemble] | None = None  # a share of their training, and the originals as they were then
-    checkpoints: int = 0  # at how many moments to record the trajectory
+    checkpoints: NonNegativeInt = 0  # at how many moments to record the trajectory
     follow: np.ndarray | slice = field(default_factory=lambda: slice(None))  # the points whose margins it records
-    stop: float = 1.0  # the share of a method's steps after which to stop
-    seed: int = 0  # of batches and samples
+    stop: Annotated[float, Field(gt=0, le=1)] = 1.0  # the share of a method's steps after which to stop
+    seed: NonNegativeInt = 0  # of batches and samples
     execution: Execution = field(default_factory=Execution)  # changes speed and memory only
 
     def __post_init__(self) -> None:
-        if not 0 < self.stop <= 1:
-            raise OptionError(f"stop={self.stop} was given; give a share of the steps, above 0 and at most 1.")
+        """Raise OptionError for what is of another type, DataError or ForgetSetError for what does not fit the rest."""
+        check_call("Problem", type(self), **vars(self))
         object.__setattr__(self, "forget", check_forget_indices(self.forget, self.n_train))
-        expected = (self.originals.n_models, len(self.x))
-        if self.original_logits.shape[:2] != expected:
-            raise DataError(
-                f"original_logits have shape {self.original_logits.shape}; give {expected} (models, points) first."
-            )
+        n, y = len(self.x), self.y
+        if y.dtype != torch.int64 or y.shape != (n,) or self.n_train > n:
+            given = f"x has {n} points, {self.n_train} of them to train on, and y is {y.dtype} {tuple(y.shape)}"
+            raise DataError(f"{given}; give labels of int64, one for each point, training points first.")
+        for name, n_models in (("original_logits", self.n_models), ("oracle_logits", None)):
+            if (z := getattr(self, name)) is not None:
+                if z.ndim != 3 or z.shape[1] != n or n_models not in (None, len(z)) or z.shape[2] <= int(y.max()):
+                    expected = f"({n_models or 'n_models'}, {n}, n_classes > {int(y.max())})"
+                    raise DataError(f"{name} have shape {z.shape}; give {expected}.")
+                if not np.isfinite(z).all():
+                    raise DataError(f"{name} hold NaN or infinity; train those models anew, at a lower rate.")
 
     @property
     def retain(self) -> np.ndarray:
