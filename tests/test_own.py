@@ -170,6 +170,9 @@ def test_an_audit_tells_untouched_unlearned_and_retrained_apart(kind):
     assert set(found.relearning) == {"model", "others"}
     assert 0 <= found.quality["after"]["validation"]["ece"] <= 1
     assert "weights still hold" in str(found)
+    whole = outcome(model, model, np.flatnonzero(prepared.data.y[:90] == 1), prepared).audit(relearn=False)
+    assert (whole.forgotten, whole.emptied) == (None, (1,))
+    assert "All points of class 1 go." in str(whole)
     untold = str(replace(found, forgotten=None, doubt=1.0))
     assert "The original itself would be judged to have forgotten" in untold
     assert "by chance" not in untold, "as nothing was measured"

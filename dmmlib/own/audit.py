@@ -19,7 +19,7 @@ an untouched one, which D, capped, does not show. The model has forgotten if at 
 models differ from their own predictions says what models would be judged that never saw F, at z, and untouched ones, at
 u: D_0 and D_1 are their mean D, so that 0 is left of the first and 1 of the second, whatever the sizes of F and of
 effects. If more than half would be left of one in fifty of the first, or not of the original itself, F was hardly
-remembered, and a verdict would be a guess.
+remembered, and a verdict would be a guess. So it would be where all points of a class go: subset models have seen each.
 `benchmarks/audit.py` says how often verdicts are right.
 
 The attacker is LiRA (Carlini et al., "Membership inference attacks from first principles", S&P 2022): at each point of
@@ -68,6 +68,10 @@ UNTOLD = (
     "The original itself would be judged to have forgotten: it hardly remembered these points, or what it is compared "
     "with has seen them, or is of another recipe."
 )
+EMPTIED = (
+    "All points of class {} go. Models that predictions are made of have seen each class, so what is predicted, and "
+    "what methods match, falls short of a model without it. Let ten or more retrained models judge."
+)
 SAYS = {True: "forgotten", False: "NOT forgotten", None: "cannot be told"}
 
 
@@ -86,6 +90,7 @@ class Audit:
     relearning: dict[str, float]  # steps that bring F back, of the model and of models that never saw it
     retrained: dict[str, dict[str, float]]  # F, R, V -> KLoM, KS and mean gap, each with its floor; if any were given
     limits: str = UNSEEN
+    emptied: tuple[int, ...] = ()  # classes of which no point stays, where no retrained models judge
 
     @property
     def says(self) -> str:
@@ -94,11 +99,14 @@ class Audit:
 
     def __str__(self) -> str:
         a, q, of = self.attack, self.quality, "retrained models" if self.retrained else "predicted of retraining"
+        why = HARDLY if self.doubt < 1 else UNTOLD
+        if self.emptied:
+            why = EMPTIED.format(" and ".join(map(str, self.emptied)))
         lines = [
             f"{self.says}: {self.left:.2f} is left (at most {LEFT:g}; about 1 as before, about 0 as {of}"
             + (f", which {self.doubt:.0%} would miss by chance" if self.doubt < 1 else "")
             + f"), by a remainder of {self.remainder:.2f} and an excess of {self.excess:.2f}",
-            *([HARDLY if self.doubt < 1 else UNTOLD] if self.forgotten is None else []),
+            *([why] if self.forgotten is None else []),
             "distance from what is predicted, rms in sd: "
             + ", ".join(f"{split} {found['rms in sd']:.2f}" for split, found in self.distances.items()),
             f"attack on F (LiRA): AUC {a['before']['auc']:.2f} before, {a['after']['auc']:.2f} after; TPR at 1 % FPR "
@@ -137,8 +145,10 @@ def audit(result: Result, retrained: Sequence[Model] = (), *, relearn: bool = Tr
         gap = after[points] - result.predicted[points]
         rms = [float(np.sqrt((z**2).mean())) for z in (gap, gap / judged.spread[points])]
         distances[split] = {"mean": float(gap.mean()), "rms": rms[0], "rms in sd": rms[1]}
+    stay = np.delete(y[: prepared.data.n_train], f)
+    emptied = () if modules else tuple(np.setdiff1d(y[f], stay).tolist())
     return Audit(
-        judged.forgotten(),
+        None if emptied else judged.forgotten(),
         float(judged.left[0]),
         float(judged.doubt[0]),
         float(judged.remainder[0]),
@@ -151,6 +161,7 @@ def audit(result: Result, retrained: Sequence[Model] = (), *, relearn: bool = Tr
         },
         _relearning(result, modules) if relearn else {},
         {} if others is None else _against(after, others, splits),
+        emptied=emptied,
     )
 
 
