@@ -288,7 +288,7 @@ def check_masks(masks: np.ndarray, n_train: int) -> None:
     """Raise DataError unless masks are boolean (n_models, n_train) with no empty row."""
     if not isinstance(masks, np.ndarray) or masks.dtype != bool or masks.ndim != 2 or masks.shape[1] != n_train:
         given = f"{getattr(masks, 'dtype', type(masks).__name__)} {np.shape(masks)}"
-        raise DataError(f"Masks are {given}; give an array of booleans (n_models, {n_train}).")
+        raise DataError(f"Masks are {given}; give booleans in an array of shape (n_models, {n_train}).")
     if not masks.any(1).all():
         raise DataError(f"The mask of model {masks.any(1).argmin()} is empty; every model needs an example.")
 

@@ -94,7 +94,7 @@ def checked(unlearned: np.ndarray, oracle: np.ndarray, least: int = 1) -> tuple[
     unlearned, oracle = array(unlearned), array(oracle)
     for name, m in (("unlearned", unlearned), ("oracle", oracle)):
         if m.ndim != 2 or len(m) < least or m.dtype.kind not in "iuf":
-            given = f"The {name} margins are {m.dtype} of shape {m.shape}"
+            given = f"The {name} margins have shape {m.shape} and are {m.dtype}"
             raise DataError(f"{given}; give numbers (n_models >= {least}, n_points).")
         if bad := m.size - np.count_nonzero(np.isfinite(m)):
             raise DataError(

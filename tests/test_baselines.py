@@ -173,9 +173,9 @@ def test_convolutions_and_batch_norm(problem):
     originals = ensemble.initialise(lambda: models.build("resnet9", (3, 32, 32), 10, width=4), range(2))
     logits = originals.logits(x).numpy()
     small = dataclasses.replace(
-        problem, originals=originals, original_logits=logits, x=x, y=y, n_train=40, forget=FORGET[:3]
-    )
-    small = dataclasses.replace(small, earlier=(0.6, originals))
+        problem, originals=originals, original_logits=logits, x=x, y=y, n_train=40, forget=FORGET[:3],
+        oracle_logits=None, earlier=(0.6, originals),
+    )  # fmt: skip
     start = metrics.margins(logits, small.labels)
     for name in [*BASELINES, "ct"]:
         result = unlearn.get(name)(small, **STRONG.get(name, {}))
