@@ -94,7 +94,8 @@ def measured(name: str, model: str, seed: int) -> pd.DataFrame:
                 key = " ".join([method, *(f"{k}={v:g}" for k, v in options.items())])
                 margins[key] = unlearn.get(method)(problem, **options).margins
             margins = {key: m for key, m in margins.items() if np.isfinite(m).all()}  # all others diverged
-            judged = SimpleNamespace(forgotten=f.indices, prepared=s, sd=s.attributor().sd(f.indices))
+            sd = s.attributor().sd(f.indices)
+            judged = SimpleNamespace(forget=f.indices, forgotten=f.indices, prepared=s, sd=sd)
             audited = np.concatenate([m[:N_AUDITED] for m in margins.values()])
             start = np.tile(before[:N_AUDITED], (len(margins), 1))
             found = [verdict(judged, audited, start, given) for given in (None, oracle[:N_AUDITED])]

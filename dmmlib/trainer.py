@@ -263,6 +263,8 @@ class Trainer(Given):
         answers: dict[str, Any] = {"answers": models.fingerprint(self.module, self._few)} if own else {}
         if self._spec.loop is not None:
             answers["loop"] = fingerprint.of_own(self._spec.loop)
+        if seen := fingerprint.of_own(self._spec.prepare):
+            answers["prepare"] = seen
         if (dtype := torch.get_default_dtype()) != torch.float32:
             answers["weights"] = str(dtype)
         return {**keys.trained(self.preset, self.data), **answers, "seed": self.preset.seed}

@@ -21,10 +21,11 @@ import dmmlib
 from dmmlib import data as datasets
 from dmmlib.datamodels import Attributor
 from dmmlib.ensemble import Training, train
-from dmmlib.errors import DataError, ForgetSetError, ModelError, PresetError, StoreError
+from dmmlib.errors import DataError, ForgetSetError, MethodError, ModelError, OptionError, PresetError, StoreError
 from dmmlib.execution import Execution
 from dmmlib.metrics import klom
 from dmmlib.own import recipe as recipes
+from dmmlib.own import record
 from dmmlib.own.audit import Verdict, lira, steps_to, verdict
 from dmmlib.own.forget import given as outcome
 from dmmlib.own.prepare import Prepared
@@ -172,7 +173,7 @@ def test_an_audit_tells_untouched_unlearned_and_retrained_apart(kind):
     assert "weights still hold" in str(found)
     whole = outcome(model, model, np.flatnonzero(prepared.data.y[:90] == 1), prepared).audit(relearn=False)
     assert (whole.forgotten, whole.emptied) == (None, (1,))
-    assert "All points of class 1 go." in str(whole)
+    assert "All points of a class go." in str(whole)
     untold = str(replace(found, forgotten=None, doubt=1.0))
     assert "The original itself would be judged to have forgotten" in untold
     assert "by chance" not in untold, "as nothing was measured"
@@ -208,7 +209,8 @@ def simulated():
 
     class Exact(Attributor):
         def effects(self, forget_sets):
-            return np.stack([np.stack([gone - base, np.full(n + 200, -1e6)], -1)] * len(forget_sets))
+            out = [np.where(np.isin(np.arange(n + 200), points), gone - base, 0) for points in forget_sets]
+            return np.stack([np.stack([change, np.full(n + 200, -1e6)], -1) for change in out])
 
         def predict(self, masks):
             return np.stack([np.where(mask[f].all(), base, gone) for mask in masks])[..., None] * [1.0, 0.0]
@@ -225,7 +227,7 @@ def simulated():
     prepared = SimpleNamespace(
         data=data, attributor=lambda: attributor, context=lambda: context, splits=lambda *_, **__: splits
     )
-    given = SimpleNamespace(prepared=prepared, forgotten=f, sd=None)
+    given = SimpleNamespace(prepared=prepared, forget=f, forgotten=f, sd=None)
     return given, lambda mean, k: mean + rng.normal(size=(k, n + 200)), base, gone
 
 
@@ -255,6 +257,17 @@ def test_what_went_past_by_more_than_the_whole_way_has_not_forgotten(simulated):
             assert (seen.remainder < -1).all()
             assert [seen.forgotten(i) for i in range(40)] == [False] * 40
             assert (seen.left > 0.9).all()
+
+
+def test_a_later_request_is_judged_from_where_the_model_stood(simulated):
+    """Of sixty points thirty are forgotten already: the other thirty still have their whole way to go."""
+    given, models, base, gone = simulated
+    later = SimpleNamespace(**vars(given) | {"forget": np.arange(30, 60)})
+    before = models(np.where(np.arange(600) < 30, gone, base), 40)
+    for way in (1, 0):
+        seen = verdict(later, before + (1 - way) * np.where(np.arange(600) < 30, 0, gone - base), before)
+        assert np.median(seen.left) == pytest.approx(way, abs=0.1)
+        assert [seen.forgotten(i) for i in range(40)].count(way == 0) >= 38
 
 
 def test_an_attack_has_the_area_and_the_rate_that_are_known_of_it(simulated):
@@ -366,6 +379,19 @@ def test_tables_that_say_something_else(tmp_path, table, message):
     (tmp_path / "t.csv").write_text(table)
     with pytest.raises(DataError, match=message):
         recipes.dataset(tmp_path / "t.csv")
+
+
+def test_rows_of_a_table_without_ids_go_by_their_numbers(tmp_path):
+    """A fifth of them validates, so that the row of a number is not the training point of that index."""
+    (tmp_path / "t.csv").write_text("label,a\n" + "".join(f"{i % 2},{i}\n" for i in range(15)))
+    data = recipes.dataset(tmp_path / "t.csv")
+    assert data.ids.tolist() == [str(i) for i in range(15) if i % 5 < 4]
+    (tmp_path / "asked.csv").write_text("id\n8\n")
+    for asked in (tmp_path / "asked.csv", "8"):
+        assert data.x_train[resolve(asked, data)[0]].tolist() == [[8.0]]
+    (tmp_path / "asked.txt").write_text("8")
+    with pytest.raises(ForgetSetError, match="'8' is the id of one point and the index of another"):
+        resolve(tmp_path / "asked.txt", data)
 
 
 def test_ids_of_a_table_stay_as_they_are_written(tmp_path):
@@ -675,6 +701,8 @@ def test_a_second_request_starts_where_the_first_one_ended(kind):
         np.abs(m[FORGET] - joint.margins()[FORGET]).mean() for m in (second.margins(), joint.margins("before"))
     )
     assert apart < moved, "it ends nearer to one joint request than where both began"
+    with pytest.raises(ModelError, match=r"not the one that the request before .* made; give its result's model"):
+        dmmlib.forget(model, FORGET[8:], prepared, after=first)
     for after in (first, FORGET[:8]):
         with pytest.raises(ForgetSetError, match="Point 0 was forgotten by an earlier request"):
             dmmlib.forget(first.model, [0, 80], prepared, after=after)
@@ -717,6 +745,48 @@ def test_a_record_with_weights_says_what_they_forgot(kind, tmp_path):
     for metadata in ({"record": '{"request": 1}'}, {"record": "no JSON"}, None):  # of others, and beside other weights
         save_file({k: v + 1 for k, v in first.model.state_dict().items()}, weights, metadata)
         assert outcome(weights, weights, FORGET[:8], prepared).forgotten.tolist() == FORGET[:8].tolist()
+
+
+@pytest.mark.parametrize("kind", ["engine"], indirect=True)
+def test_half_precision_loses_nothing_of_what_was_judged(kind, tmp_path):
+    _, prepared, model, _ = kind
+    half = copy.deepcopy(model).bfloat16()
+    result = dmmlib.forget(half, FORGET[:8], prepared)
+    assert {v.dtype for v in result.model.parameters()} == {torch.float32}
+    with torch.no_grad():
+        np.testing.assert_allclose(result.model(prepared.x).numpy(), result.after, rtol=1e-4, atol=1e-4)
+    result.save(tmp_path)
+    with pytest.raises(ForgetSetError, match="Point 0 was forgotten by an earlier request"):
+        dmmlib.forget(tmp_path / "model.safetensors", [0], prepared)
+    assert record.sha256(half.state_dict()) != record.sha256(model.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["engine"], indirect=True)
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"cost": -1}, "Option cost=-1 of method 'dmm' was given; it should be greater than 0"),
+        ({"costs": 0.1}, "use its own: cost, steps, farthest"),
+        ({"method": "dmm@nonsense"}, "names an attributor; a recipe has its own: give dmm"),
+    ],
+)
+def test_options_are_checked_before_anything_is_computed(kind, options, said):
+    recipe, _, model, _ = kind
+    with pytest.raises((OptionError, MethodError), match=said):
+        dmmlib.forget(model, FORGET, Prepared(recipe, 10, "unused", progress=silent), **options)
+
+
+def test_another_way_to_prepare_points_takes_other_models(tmp_path):
+    """Though the first points, on which a module's answers are compared, are the same."""
+    given = split(*points((8,)))
+    ways = [
+        lambda data, x: torch.from_numpy(x),
+        lambda data, x: torch.from_numpy(x) + (torch.arange(len(x)) > 9)[:, None],
+    ]
+    places = [
+        Prepared(Recipe(tabular, given, loop, prepare=way), 10, tmp_path, progress=silent).identity for way in ways
+    ]
+    assert places[0] != places[1]
 
 
 def test_new_weights_never_lie_beside_an_old_record(kind, tmp_path, monkeypatch):

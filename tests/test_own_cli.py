@@ -192,6 +192,7 @@ def test_where_results_go_is_checked_before_any_work_and_a_second_request_knows_
         ({"recipe": "broken.py"}, "fails (NameError"),
         ({"recipe": "nothing"}, "A recipe is a Python file"),
         ({"method": "dmn"}, "Unknown method 'dmn'"),
+        ({"method": "dmm@ridge"}, "dmm@ridge names an attributor; a recipe has its own: give dmm."),
         ({"set": "cost=0.1"}, ""),
         ({"set": "cost=-1"}, "Option cost=-1 of method 'dmm' was given; it should be greater than 0"),
         ({"set": "rate=0.1"}, "use its own: cost, steps, farthest"),

@@ -68,7 +68,7 @@ def forget(
     from dmmlib.own.requests import SHOWN
 
     options = parse(set_)
-    unlearn.check_setting(method, options)
+    (own.check_method if recipe.endswith(".py") else unlearn.check_setting)(method, options)
     made = _opened(recipe, models, prepared)
     indices, name, original, gone = own.asked(model, forget, made)  # what is wrong is said before anything is trained
     record.check_out(out, indices, record.sha256(original.state_dict()), "report.html")

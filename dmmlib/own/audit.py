@@ -69,7 +69,7 @@ UNTOLD = (
     "with has seen them, or is of another recipe."
 )
 EMPTIED = (
-    "All points of class {} go. Models that predictions are made of have seen each class, so what is predicted, and "
+    "All points of a class go. Models that predictions are made of have seen each class, so what is predicted, and "
     "what methods match, falls short of a model without it. Let ten or more retrained models judge."
 )
 SAYS = {True: "forgotten", False: "NOT forgotten", None: "cannot be told"}
@@ -99,9 +99,7 @@ class Audit:
 
     def __str__(self) -> str:
         a, q, of = self.attack, self.quality, "retrained models" if self.retrained else "predicted of retraining"
-        why = HARDLY if self.doubt < 1 else UNTOLD
-        if self.emptied:
-            why = EMPTIED.format(" and ".join(map(str, self.emptied)))
+        why = EMPTIED if self.emptied else HARDLY if self.doubt < 1 else UNTOLD
         lines = [
             f"{self.says}: {self.left:.2f} is left (at most {LEFT:g}; about 1 as before, about 0 as {of}"
             + (f", which {self.doubt:.0%} would miss by chance" if self.doubt < 1 else "")
@@ -138,7 +136,7 @@ def audit(result: Result, retrained: Sequence[Model] = (), *, relearn: bool = Tr
     prepared, f, y = result.prepared, result.forgotten, result.prepared.data.y
     z = answers(modules := [loaded(m, prepared) for m in retrained], prepared, (result.original, result.model))
     others = metrics.margins(np.stack(z), y) if z else None
-    splits = prepared.splits(ForgetSet(result.name, f), probes=False)
+    splits = prepared.splits(ForgetSet(result.name, f), probes=False) | {"forget": result.forget}
     judged = verdict(result, (after := result.margins())[None], retrained=others)
     distances = {}
     for split, points in splits.items():
@@ -212,16 +210,19 @@ def verdict(
 ) -> Verdict:
     """Judge margins (k, n_points) of models, whose originals had `before` (k, n_points), or the result's if None; by
     what is predicted, or by margins (at least 10, n_points) of retrained models."""
-    f, prepared, context = result.forgotten, result.prepared, result.prepared.context()
+    f, prepared, context = result.forget, result.prepared, result.prepared.context()
     attributor, y = prepared.attributor(), prepared.data.y
-    splits = prepared.splits(ForgetSet("", f), probes=False)
-    effect, validation = metrics.right_logits(attributor.effect(f), y), splits["validation"]
+    splits = prepared.splits(ForgetSet("", result.forgotten), probes=False)
+    effect, validation = metrics.right_logits(attributor.effect(result.forgotten), y), splits["validation"]
+    earlier = np.setdiff1d(result.forgotten, f)  # what the original had lost before
+    lost = metrics.right_logits(attributor.effect(earlier), y) if len(earlier) else np.zeros(len(y), np.float32)
+    effect = effect - lost
     before = np.broadcast_to(result.margins("before") if before is None else before, margins.shape)
     if (noise := attributor.left_out()) is None:
         noise = context.margins - metrics.right_logits(attributor.predict(context.masks), y)
     if retrained is None:
         sd = np.zeros(len(y)) if result.sd is None else result.sd
-        level = metrics.right_logits(attributor.predict(np.ones((1, prepared.data.n_train), bool)), y)[0]
+        level = metrics.right_logits(attributor.predict(np.ones((1, prepared.data.n_train), bool)), y)[0] + lost
         gone = _line(level, before, validation, (level + effect)[f])
         fall = _line(level, before, splits["retain"], level[f]) - gone
         moved = (margins - before - effect) / np.sqrt(2)  # two models' noise
@@ -262,7 +263,7 @@ def _line(x: np.ndarray, y: np.ndarray, points: np.ndarray, at: np.ndarray) -> n
 
 def lira(result: Result, margins: np.ndarray) -> dict[str, float]:
     """AUC and TPR at 1 % FPR of a likelihood-ratio attack on F, of a model with margins (n_points,)."""
-    context, f = result.prepared.context(), result.forgotten
+    context, f = result.prepared.context(), result.forget
     seen = context.masks[:, f]
     use = seen.any(0) & ~seen.all(0)
     f, seen, shadow = f[use], seen[:, use], context.margins[:, f[use]]
@@ -322,15 +323,15 @@ def _relearning(result: Result, retrained: Sequence[nn.Module]) -> dict[str, flo
 def _others(result: Result, retrained: Sequence[nn.Module]) -> Iterator[tuple[np.ndarray, nn.Module]]:
     """Models that never saw points of F, with these."""
     if retrained:
-        yield from ((result.forgotten, model) for model in retrained[:SHADOWS])
+        yield from ((result.forget, model) for model in retrained[:SHADOWS])
         return
     context = result.prepared.context()
     models = context.subset_models()
-    lacks = ~context.masks[: models.n_models, result.forgotten]
+    lacks = ~context.masks[: models.n_models, result.forget]
     for i in np.argsort(-lacks.sum(1))[:SHADOWS]:
         if lacks[i].any():
             module = result.prepared.module().to(result.prepared.device)
-            yield result.forgotten[lacks[i]], with_weights(module, models[[int(i)]])
+            yield result.forget[lacks[i]], with_weights(module, models[[int(i)]])
 
 
 def _against(model: np.ndarray, oracles: np.ndarray, splits: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:

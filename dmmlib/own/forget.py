@@ -95,6 +95,9 @@ def asked(model: Model, forget: Any, prepared: Any, after: Any = None) -> tuple[
     gone = check_forget_indices(gone, prepared.data.n_train) if gone.size else np.empty(0, np.int64)
     if isinstance(model, (str, Path)):
         gone = np.union1d(gone, record.earlier(Path(model), original.state_dict(), prepared.data))
+    made = getattr(after, "model", None)
+    if made is not None and record.sha256(made.state_dict()) != record.sha256(original.state_dict()):
+        raise ModelError("The model is not the one that the request before (after=) made; give its result's model.")
     if len(again := np.intersect1d(indices, gone)):
         raise ForgetSetError(f"Point {again[0]} was forgotten by an earlier request; leave it out.")
     return indices, called, original, gone
@@ -157,13 +160,15 @@ def forget(
 
     Raises ForgetSetError, ModelError, StoreError, MethodError: one line each, before anything is computed.
     """
+    check_method(method, options, prepared)
     indices, called, original, gone = asked(model, forget, prepared, after)
-    registered = unlearn.get(method)
+    registered, by = unlearn.get(method), method.partition("@")[2]
     alone = initialise(lambda: original, [0], prepared.device)
     before = alone.logits(prepared.x).numpy()
     if not np.isfinite(before).all():
         raise ModelError("The model answers NaN or infinity; give one whose training went well.")
-    attributor, called, points = prepared.attributor(), name or called, (prepared.x, prepared.y, prepared.data.n_train)
+    attributor = prepared.attributor(by) if isinstance(prepared, Study) and by else prepared.attributor()
+    called, points = name or called, (prepared.x, prepared.y, prepared.data.n_train)
     predictor, seed = Later(attributor, gone) if len(gone) else attributor, prepared.seeds(f"unlearn:{called}", 1)[0]
     both = np.union1d(indices, gone)
     problem = unlearn.Problem(alone, before, *points, both, prepared.training, predictor, seed=seed)
@@ -175,10 +180,20 @@ def forget(
         raise MethodError(f"{method} makes no models; use one that does, such as dmm.")
     if not np.isfinite(made.margins).all():
         raise MethodError(f"{method} with {options} gave NaN answers; lower its rate. The model is as it was.")
-    given = model if isinstance(model, nn.Module) else original
+    given = original  # also of a model in half precision, which would lose a part of the steps
+    if isinstance(model, nn.Module) and all(v.dtype.itemsize >= 4 for v in model.parameters()):
+        given = model
     unlearned, answers = with_weights(copied(given), made.models), made.models.logits(prepared.x).numpy()[0]
     found = (answers, margins(predicted_oracle(problem), prepared.data.y)[0], predictor.sd(both), made.cost)
     return Result(unlearned, given, prepared, called, method, indices, both, before[0], *found, options)
+
+
+def check_method(method: str, options: dict[str, Any], prepared: Prepared | Study | None = None) -> None:
+    """Raise MethodError or OptionError for a method, or its options, that `forget` cannot take."""
+    unlearn.check_setting(method, options)
+    own, _, by = method.partition("@")
+    if by and not isinstance(prepared, Study):
+        raise MethodError(f"{method} names an attributor; a recipe has its own: give {own}.")
 
 
 def _usual(method: str, problem: unlearn.Problem, prepared: Prepared | Study) -> dict[str, Any]:

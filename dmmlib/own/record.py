@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from jinja2 import Environment
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -51,7 +52,7 @@ def sha256(state: Mapping[str, Tensor]) -> str:
     for name, tensor in sorted(state.items()):
         array = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {array.dtype} {tuple(array.shape)} ".encode())
-        digest.update(array.numpy().tobytes())
+        digest.update(array.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -49,7 +49,8 @@ def loaded(model: Model, trainer: Trainer) -> nn.Module:
         faults += [f"{name} has shape {shapes[name]}, not {wanted[name]}" for name in both]
         more = f" and {len(faults) - 1} more such" if len(faults) > 1 else ""
         said = f"{faults[0]}{more}" if faults else " ".join(str(error).split())[:200]
-        raise ModelError(f"The weights do not fit the recipe's module: {said}; give those of its own.") from error
+        of = f"of {model} " if isinstance(model, (str, Path)) else ""
+        raise ModelError(f"The weights {of}do not fit the recipe's module: {said}; give those of its own.") from error
     if isinstance(model, nn.Module):
         _compare(model, own.eval(), trainer)
     return own.eval()
