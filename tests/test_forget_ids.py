@@ -49,6 +49,25 @@ def test_points_are_found_however_they_are_given(arrays, text, expected):
     assert requests.read(text, arrays).tolist() == expected
 
 
+def test_a_class_that_has_a_number_for_its_name_is_that_class():
+    x, y = np.zeros((6, 2, 2, 1), np.uint8), np.array([0, 1, 2, 0, 1, 2])
+    numbered = data.from_arrays(x, y, x, y, class_names=("1", "10", "2"))
+    for text, label in (("class\n2", 2), ("label\n10", 1), ("class\n1", 0)):
+        assert requests.read(text, numbered).tolist() == [label, label + 3]
+    assert requests.resolve("10", numbered)[0].tolist() == [1, 4]
+    with pytest.raises(ForgetSetError, match="'0' is no training point"):
+        requests.read("class\n0", numbered)
+    cased = data.from_arrays(x, y, x, y, class_names=("A", "a", "b"))
+    assert [requests.read(f"class\n{name}", cased)[0] for name in "AaB"] == [0, 1, 2]
+
+
+def test_ids_are_found_by_their_whole_names_whatever_parts_them():
+    x, y = np.zeros((2, 2, 2, 1), np.uint8), np.array([0, 1])
+    windows = data.from_arrays(x, y, x, y, ids=["train\\cat\\1.png", "train\\dog\\1.png"])
+    for name in ("train\\dog\\1.png", "train/dog/1.png"):
+        assert requests.read(name, windows).tolist() == [1]
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

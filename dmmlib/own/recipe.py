@@ -192,6 +192,7 @@ def _table(path: Path) -> Dataset:
         raise DataError(f"Column 'split' of {path} holds {wrong[0]!r}; give train or val, or leave such rows out.")
     held_out = table["split"] == "val" if "split" in table else np.arange(len(table)) % VALIDATION == VALIDATION - 1
     x, y = features.to_numpy(np.float32), table["label"].map({name: i for i, name in enumerate(names)}).to_numpy()
-    ids = table["id"][~held_out].astype(str).tolist() if "id" in table else None
+    rows = table["id"] if "id" in table else pd.Series(range(len(table)))  # an index counts training points only
+    ids = rows[np.asarray(~held_out)].astype(str).tolist()
     options: dict[str, Any] = {"name": path.stem, "class_names": tuple(map(str, names)), "ids": ids}
     return from_arrays(x[~held_out], y[~held_out], x[held_out], y[held_out], **options)

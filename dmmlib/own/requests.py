@@ -30,7 +30,8 @@ class Named(NamedTuple):
 
     where: str
     word: str
-    kind: str = WORD  # a WORD of digits is an INDEX; as a NAME, only where the data has no ids; as a CLASS, a label
+    kind: str = WORD  # a WORD of digits is an INDEX; as a NAME, only where the data has no ids; as a CLASS, a label,
+    # unless a class has a number for its name
 
 
 Find = Callable[[str, str], "list[int] | None"]
@@ -60,12 +61,11 @@ def resolve(request: Any, data: Dataset) -> tuple[np.ndarray, str]:
             named, called = _parse(text, data, str(path), find)
             name = called or path.stem
         elif word in data.class_names:
-            label = str(data.class_names.index(word))
-            if find(word, NAME) not in (None, find(label, CLASS)):
+            if find(word, NAME) not in (None, find(word, CLASS)):
                 raise ForgetSetError(
                     f"{word!r} may be a class or a point; give a file of which the column is called class, or index."
                 )
-            named, name = [Named("it", label, CLASS)], word
+            named, name = [Named("it", word, CLASS)], word
         elif find(word, NAME):
             named = [Named("it", word, NAME)]
         else:
@@ -122,7 +122,9 @@ def _points(named: Iterable[Named], data: Dataset, find: Find, once: bool = Fals
 def _finder(data: Dataset) -> Find:
     """Look words up, of a kind as in `Named`: the points that they name, or None."""
     names = {} if data.ids is None else _by_name(data.ids.tolist())
-    labels = {name.lower(): label for label, name in enumerate(data.class_names) if not name.isdigit()}
+    known = list(enumerate(data.class_names))
+    classes = {name.lower(): label for label, name in known} | {name: label for label, name in known}
+    numbered = any(name.isdecimal() for name in data.class_names)  # a number then names a class, and is no label
 
     def find(word: str, kind: str) -> list[int] | None:
         if kind != CLASS:
@@ -133,9 +135,12 @@ def _finder(data: Dataset) -> Find:
                     both = f"{word!r} is the id of one point and the index of another"
                     raise ForgetSetError(f"{both}; give a CSV whose column is called id, or index.")
                 return named if index < data.n_train or named != [index] else None
-            if (known := names.get(word.replace("\\", "/").strip("/").removeprefix("./"))) is not None:
-                return known
-        label = labels.get(word.lower(), int(word) if kind == CLASS and word.isdecimal() else None)
+            if (points := names.get(word.replace("\\", "/").strip("/").removeprefix("./"))) is not None:
+                return points
+        if word.isdecimal():
+            label = None if kind != CLASS else classes.get(word) if numbered else int(word)
+        else:
+            label = classes.get(word, classes.get(word.lower()))
         return np.flatnonzero(data.y_train == label).tolist() or None if label is not None else None
 
     return find
@@ -146,7 +151,7 @@ def _by_name(ids: Iterable[str]) -> dict[str, list[int]]:
     exact, folders, ends = defaultdict[str, list[int]](list), defaultdict[str, list[int]](list), {}
     for i, name in enumerate(ids):
         parts = name.replace("\\", "/").split("/")
-        exact[name].append(i)
+        exact["/".join(parts)].append(i)
         for k in range(1, len(parts)):
             folders["/".join(parts[:k])].append(i)
             end = "/".join(parts[k:])
