@@ -332,5 +332,6 @@ def _explain(model: Any, error: Any, name: Any, before: tuple[str, ...]) -> str:
         return f"Preset {name!r} has the unknown key {where!r} ({hint[0].lower()}{hint[1:]})"
     whole = error["type"] == "missing" or isinstance(error["input"], Mapping)  # what is wrong is named
     given = "" if whole else f", given {reprlib.repr(error['input'])}"
-    message = error["msg"].removeprefix("Value error, ")
+    message = re.sub(r"Value error, | after validation, not \d+| or instance of \w+|, unable to .*", "", error["msg"])
+    message = message.replace("Tuple", "Input").replace("valid dictionary", "mapping of keys to values")
     return f"Preset {name!r}, key {where!r}: {message[0].lower()}{message[1:]}{given}".replace(", key ''", "")

@@ -61,7 +61,8 @@ def test_cifar10_is_the_papers_setting():
         ({"datamodels.sizes": [100, 401]}, "sizes asks for 401 of 400 subset models; set both"),
         ({"datamodels.n_subsets": 300}, "sizes asks for 400 of 300 subset models"),
         ({"unlearning.methods": []}, "at least 1 item"),
-        ({"forget_sets": []}, "at least 1 item"),
+        ({"forget_sets": []}, r"'forget_sets': input should have at least 1 item, given \[\]"),
+        ({"training": 3}, "'training': input should be a mapping of keys to values, given 3"),
         (
             {"forget_sets": [{"name": "../up", "kind": "random", "size": 2}]},
             "key 'forget_sets.0.name': '../up' is no name",
