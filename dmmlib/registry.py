@@ -118,16 +118,16 @@ def check_call(what: str, function: Callable[..., Any], *arguments: Any, **optio
 
     Values are checked as pydantic reads the function's annotations, and true or false where that is the default.
     """
-    parameters = inspect.signature(function).parameters
+    signature = inspect.signature(function)
     try:
         hints = get_type_hints(function, include_extras=True)
     except (NameError, TypeError):  # names that only a type checker imports, or a callable without any
         hints = {}
-    kinds = {p.name: bool for p in parameters.values() if isinstance(p.default, bool)} | hints
+    kinds = {p.name: bool for p in signature.parameters.values() if isinstance(p.default, bool)} | hints
     try:
-        inspect.signature(function).bind(*arguments, **options)
+        signature.bind(*arguments, **options)
     except TypeError as error:
-        known = ", ".join([*parameters][len(arguments) :]) or "none"
+        known = ", ".join([*signature.parameters][len(arguments) :]) or "none"
         raise OptionError(f"Options of {what} are {options} ({error}); use its own: {known}.") from None
     for name, value in options.items():
         if not isinstance(value, (bool, int, float)) and isinstance(value, Real):  # one of numpy's
