@@ -101,14 +101,18 @@ def test_what_it_says_of_requests_is_what_fresh_seeds_showed():
     others, gap, trigger = fresh("confirm_requests")
     best = others.min(axis=1)
     ahead = (gap["dmm"] < best).groupby(level="forget_set").sum()
-    assert "answers wrong labels, copies and outliers better than every baseline, one person's images on two" in WORDS
+    assert (
+        "answers wrong labels, copies and outliers better than every baseline, one person's images on two of" in WORDS
+    )
     assert ahead[["mislabelled_60", "copied", "outliers", "person"]].tolist() == [3, 3, 3, 2]
     assert "half of a class about as well as rewinding, and a backdoor worst of all" in WORDS
     assert (gap["dmm"] / gap["rewind"])["half_of_class_1"].between(0.6, 1.2).all()
     assert (gap["dmm"] / best).groupby(level="forget_set").mean().idxmax() == "trigger"
     _, earlier, earlier_trigger = fresh("confirm")
     works = pd.concat([trigger, earlier_trigger])["dmm"]
-    assert f"works on {works.min():.0%} to {works.max():.0%} of images, and short retraining comes nearer" in WORDS
+    said = f"on six seeds its trigger still works on {works.min():.0%} to {works.max():.0%} of images"
+    assert f"{said}, and short retraining comes nearer" in WORDS
+    assert len(works) == 6
     for found in (gap, earlier):
         assert (found.loc["trigger", "short_retrain"] < found.loc["trigger", "dmm"]).all()
     judged = pd.read_csv(ROOT / "figures" / "confirm_requests" / "confirm.csv")["verdict"].value_counts()
