@@ -21,6 +21,7 @@ def trained(preset: Preset, data: Dataset) -> dict[str, Any]:
     return {
         "versions": versions(*TRAINING, f"model {preset.model.name}"),
         "data": data.sha256,
+        **({} if data.n_classes == data.y_train.max() + 1 else {"classes": data.n_classes}),
         "normalised by": [list(data.mean), list(data.std)],
         "model": preset.model.model_dump(),
         "training": preset.training.model_dump(),

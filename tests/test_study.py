@@ -10,7 +10,19 @@ import pandas as pd
 import pytest
 import torch
 
-from dmmlib import attribution, data, datamodels, execution, forget_sets, models, presets, progress, registry, unlearn
+from dmmlib import (
+    attribution,
+    data,
+    datamodels,
+    execution,
+    forget_sets,
+    keys,
+    models,
+    presets,
+    progress,
+    registry,
+    unlearn,
+)
 from dmmlib.app.status import trained
 from dmmlib.errors import (
     DataError,
@@ -277,6 +289,17 @@ def test_how_to_train_is_measured_once_and_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(execution, "measure", never)
     assert study(tmp_path, {"ensembles.chunk": "auto"}).execution() == one.execution()
     assert study(tmp_path, {"ensembles.chunk": 3}).execution().chunk == 3
+
+
+def test_one_class_more_that_no_point_has_is_another_model():
+    d, preset = data.load("digits", 40, 10), presets.load("smoke")
+    few = np.flatnonzero(d.y_train < 3)
+
+    def key(*names):
+        named = data.from_arrays(d.x_train[few], d.y_train[few], d.x_train[few], d.y_train[few], class_names=names)
+        return keys.trained(preset, named)
+
+    assert key("a", "b", "c") == key("x", "y", "z") != key("a", "b", "c", "d")
 
 
 def test_images_as_bytes_give_the_same_models(tmp_path, monkeypatch):
