@@ -157,6 +157,11 @@ def test_a_key_is_of_what_files_hold(write, tmp_path):
     for path, content in ((mine, "1"), (moved, "1"), (other, "2")):
         path.write_text(content)
     assert key(mine) == key(moved) != key(other)
+    folder = tmp_path / "images"
+    (folder / "cat").mkdir(parents=True)
+    empty = key(folder)
+    (folder / "cat" / "1.png").write_bytes(b"1")
+    assert key(folder) != empty, "one image more"
     data = presets.load("smoke").data.model_dump()
     assert key(data=data | {"path": str(mine)}) == key(data=data | {"path": str(moved)}) != key(data=data)
     before, read = key(), nbformat.read(notebook, as_version=4)

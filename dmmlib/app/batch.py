@@ -68,7 +68,7 @@ def key(notebook: Path, parameters: Mapping[str, Any]) -> str:
 
 
 def _by_content(value: Any) -> Any:
-    """The same, with a hash in the place of each path of a file."""
+    """The same, with a hash in the place of each path of a file, and what is in a folder in the place of its path."""
     if isinstance(value, Mapping):
         return {k: _by_content(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -76,6 +76,8 @@ def _by_content(value: Any) -> Any:
     if isinstance(value, str) and os.path.isabs(value) and os.path.isfile(value):
         with open(value, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+    if isinstance(value, str) and os.path.isabs(value) and os.path.isdir(value):
+        return sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in Path(value).rglob("*") if p.is_file())
     return value
 
 
