@@ -325,6 +325,18 @@ def test_runs_are_found_or_missed_clearly(place, tmp_path):
     (tmp_path / "runs" / "plain" / "results.csv").write_bytes(b"")
     with pytest.raises(StoreError, match=r"results\.csv is damaged"):
         report.open_run("plain")
+    (tmp_path / "runs" / "plain" / "run.json").unlink()
+    (tmp_path / "runs" / "plain" / "results.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(PresetError, match=r"results\.csv has no column 'forget_set'; give the folder of a run"):
+        report.open_run("plain")
+
+
+def test_figures_of_a_request_are_those_of_its_run(place, tmp_path):
+    for name in ("plain", "plain/forget_set-mine"):
+        place(name, results(GOOD))
+        (tmp_path / "figures" / name).mkdir(parents=True)
+        (tmp_path / "figures" / name / "04.png").write_bytes(b"")
+        assert report.open_run(name).figures == [tmp_path / "figures" / name / "04.png"]
 
 
 def test_differences_carry_the_interval_of_both(place):

@@ -78,7 +78,7 @@ def judge(results: pd.DataFrame, forget_set: str, method: str = "") -> Verdict:
         shares = [row("ks_share", who)["value"] for who in (method, "do_nothing", "retrain")]
         forgotten += " A KS test tells {:.0%} of them from retraining; before {:.0%}, by chance {:.0%}.".format(*shares)
     stay, usual = row("klom_p95", method, "retain"), row("klom_p95", "retrain", "retain")
-    verb = "were disturbed" if beyond("klom_p95", method, "retain") else "can't be told from retraining"
+    verb = "were disturbed" if any(beyond(s, method, "retain") for s in SHARP) else "can't be told from retraining"
     paid = f"Images that stay {verb}: KLoM {estimate(stay)}, floor {usual['value']:.2f}."
     if ("accuracy_gap", "validation", method) in table.index:
         gap = row("accuracy_gap", method, "validation")["value"]

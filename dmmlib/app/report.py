@@ -34,6 +34,7 @@ MOST_ROWS, WIDEST = 150, 1100  # of a table that is shown; of a figure, in pixel
 N_IMAGES = 50  # of a set of one's own that are shown
 PACKAGES = ("dmmlib", "torch", "numpy", "scipy", "scikit-learn", "pandas", "zarr")
 KEY = ["forget_set", "method", "split", "statistic"]
+COLUMNS = [*KEY, "value", "low", "high", "n_models"]  # of results.csv
 SHOWN_OTHERWISE = ("results", "trajectories", "confirm")
 
 
@@ -111,11 +112,15 @@ def open_run(name: str | Path, runs: Path | None = None) -> Run:
         have = sorted(str(p.parent.relative_to(root)) for p in root.rglob("results.csv"))
         there = f"there are {', '.join(have)}" if have else "there are none yet"
         raise PresetError(f"No run {str(name)!r} with tables under {root} ({there}); use `dmm run {name}` first.")
-    path, figures = directory / RECORD, place("figures") / directory.name
+    tables = {p.stem: read_table(p) for p in sorted(directory.glob("*.csv"))}
+    if lacking := [name for name in COLUMNS if name not in tables.get("results", COLUMNS)]:
+        raise PresetError(f"{directory / 'results.csv'} has no column {lacking[0]!r}; give the folder of a run.")
+    under = directory.relative_to(root) if directory.is_relative_to(root) else directory.name
+    path, figures = directory / RECORD, place("figures") / under
     return Run(
         directory.name,
         directory,
-        {p.stem: read_table(p) for p in sorted(directory.glob("*.csv"))},
+        tables,
         read_json(path) if path.exists() else {},
         sorted((figures if figures.is_dir() else directory).glob("*.png")),
     )
@@ -223,7 +228,8 @@ def html(run: Run) -> str:
         summary["data"] = f"{data['name']}, {data['n_train']:,} training and {data['n_val']:,} validation points"
     if settings:
         summary["model"] = f"{settings['model.name']}, {run.record['n_parameters']:,} parameters"
-        summary["subset models M"] = f"{int(settings['datamodels.n_subsets']):,}"
+        few, many = (int(settings[f"{section}.n_subsets"]) for section in ("attribution", "datamodels"))
+        summary["subset models"] = f"{few:,}; of ridge datamodels {many:,}"
     if results is not None:
         n_models, n_sets = int(results["n_models"].max()), results["forget_set"].nunique()
         summary |= {"models of each kind N": f"{n_models:,}", "forget sets": str(n_sets)}
