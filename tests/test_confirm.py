@@ -2,6 +2,7 @@
 
 import fnmatch
 import hashlib
+import re
 import runpy
 from html import unescape
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from dmmlib.analysis import confirm
 from dmmlib.app import report
@@ -116,6 +118,44 @@ def test_a_page_and_the_report_show_the_confirmatory_run(preset, path, page, lin
     page = report.html(report.open_run(folder))
     assert "Claims, judged on seeds" in page
     assert judged["claim"][0] in unescape(page)
+
+
+def mean_by(pairs, level, over):
+    """Low and high of the mean of pairs: `over` kinds of set, as if they were drawn, or "within" them."""
+    means, k = pairs.groupby("forget_set").mean(), pairs.index.get_level_values("forget_set").nunique()
+    residual = (pairs - pairs.groupby("forget_set").transform("mean")).to_numpy()
+    freedom, error = {
+        "kinds": (k - 1, means.std() / k**0.5),
+        "within": (len(pairs) - k, ((residual**2).sum() / (len(pairs) - k) / len(pairs)) ** 0.5),
+    }[over]
+    half = stats.t.ppf(1 - level / 2, freedom) * error
+    return means.mean() - half, means.mean() + half
+
+
+def test_the_page_says_which_verdicts_hang_on_how_pairs_are_taken():
+    changed = {"kinds": {}, "within": {}}
+    for preset, path, *_ in RUNS:
+        plan, folder = (
+            confirm.load(path),
+            ROOT / "figures" / ("confirm" if preset == "confirm" else f"confirm_{preset}"),
+        )
+        table, judged = read_table(folder / "results.csv"), read_table(folder / "confirm.csv").set_index("id")
+        for claim in (c for c in plan.claims if c.over == "mean"):
+            here = table[(table["statistic"] == claim.statistic) & (table["split"] == claim.split)]
+            value = here.pivot_table("value", ["seed", "forget_set"], "method")
+            own, other, log = value[claim.method], value[claim.to], claim.form == "ratio"
+            pairs = np.log(own / other) if log else own - other
+            bound = np.log(claim.at_most) if log else claim.at_most
+            for over, verdicts in changed.items():
+                low, high = mean_by(pairs, plan.level / len(plan.claims), over)
+                verdict = "shown" if high <= bound else "refuted" if low > bound else "open"
+                if verdict != judged["verdict"][claim.id]:
+                    verdicts[claim.id] = verdict
+    page = PAGE.read_text("utf-8").replace("\n", " ")
+    assert set(changed["kinds"].values()) == {"open"}
+    assert set(changed["within"].values()) == {"shown"}
+    for over, after in (("kinds", "these verdicts would be open: "), ("within", "these would be shown: ")):
+        assert set(re.findall("`([a-z-]+)`", page.partition(after)[2].partition(".")[0])) == set(changed[over])
 
 
 @pytest.mark.slow
