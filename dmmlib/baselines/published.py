@@ -40,7 +40,7 @@ def dmm_adam(
     return fine_tune(problem, predicted_oracle(problem), lr, ratio, epochs, batch_size)
 
 
-@published("oracle_matching_adam", cost="epochs (4 or 25) n_F (and not counted: 10 retrainings)")
+@published("oracle_matching_adam", cost="epochs (4 or 25) n_F (and not counted: 10 retrainings)", alone=False)
 def oracle_matching_adam(
     problem: Problem,
     *,

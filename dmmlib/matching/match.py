@@ -53,6 +53,7 @@ def predicted_oracle(problem: Problem) -> np.ndarray:
     paper=f"DM-direct; {GEORGIEV}",
     cost="none (the datamodel's subset models are paid once)",
     attributed=True,
+    alone=False,
 )
 def dm_direct(problem: Problem) -> Unlearned:
     """Answer with the predicted logits: what matching could reach. This is no model, so it costs no gradients."""
@@ -71,6 +72,7 @@ def dmm(problem: Problem, *, cost: Amount = 0.03, steps: Count = 4, farthest: Po
     version=3,
     paper=f"OM; {GEORGIEV}",
     cost="cost n_R training epochs (and not counted: n_oracles retrainings)",
+    alone=False,
 )
 def oracle_matching(
     problem: Problem,

@@ -30,7 +30,7 @@ ratio, and the false positives are subset models that did not see the point.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,7 @@ from dmmlib.attributors.gradients import margin
 from dmmlib.ensemble import initialise
 from dmmlib.errors import DataError
 from dmmlib.forget_sets import ForgetSet
-from dmmlib.own.weights import Model, loaded, with_weights
+from dmmlib.own.weights import Model, answered, loaded, with_weights
 from dmmlib.stacking import copied
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ UNSEEN = (
 )
 HARDLY = (
     "The model hardly remembered these points: what it answers differs from a retrained one's answers by less than "
-    "two such models differ by chance. Ask for more points at once."
+    "two such models differ by chance. Ask for more points at once, or let ten or more retrained models judge."
 )
 UNTOLD = (
     "The original itself would be judged to have forgotten: it hardly remembered these points, or what it is compared "
@@ -124,7 +124,7 @@ class Audit:
 
 
 def audit(result: Result, retrained: Sequence[Model] = (), *, relearn: bool = True) -> Audit:
-    """Judge a result, or any model by `dataclasses.replace(result, ...)`.
+    """Judge a result, or another model by `dataclasses.replace(result, model=...)`.
 
     Args:
         result: of `forget`.
@@ -137,6 +137,7 @@ def audit(result: Result, retrained: Sequence[Model] = (), *, relearn: bool = Tr
     z = answers(modules := [loaded(m, prepared) for m in retrained], prepared, (result.original, result.model))
     others = metrics.margins(np.stack(z), y) if z else None
     splits = prepared.splits(ForgetSet(result.name, f), probes=False) | {"forget": result.forget}
+    result = replace(result, after=answered(result.model, prepared))  # another's, where the model was replaced
     judged = verdict(result, (after := result.margins())[None], retrained=others)
     distances = {}
     for split, points in splits.items():
@@ -262,26 +263,33 @@ def _line(x: np.ndarray, y: np.ndarray, points: np.ndarray, at: np.ndarray) -> n
 
 
 def lira(result: Result, margins: np.ndarray) -> dict[str, float]:
-    """AUC and TPR at 1 % FPR of a likelihood-ratio attack on F, of a model with margins (n_points,)."""
+    """AUC and TPR at 1 % FPR of a likelihood-ratio attack on F, of a model with margins (n_points,).
+
+    A point's Gaussians share one variance. Each subset model that lacks it is left out of those by which it and the
+    model are judged, once for each: so a model that never saw F has an AUC of .5 in the mean, of few models too.
+    """
     context, f = result.prepared.context(), result.forget
     seen = context.masks[:, f]
-    use = seen.any(0) & ~seen.all(0)
+    use = seen.any(0) & ((~seen).sum(0) > 1)
     f, seen, shadow = f[use], seen[:, use], context.margins[:, f[use]]
     if not len(f):
         return {"auc": float("nan"), "tpr": float("nan")}
     inside, outside = (np.where(part, shadow, 0).sum(0) / part.sum(0) for part in (seen, ~seen))
-    variance = (np.where(seen, shadow - inside, shadow - outside) ** 2).sum(0) / max(len(shadow) - 2, 1) + 1e-6
+    away, lacking = shadow - outside, (~seen).sum(0)
+    squares = np.where(seen, shadow - inside, away) ** 2
     kept = np.setdiff1d(np.arange(result.prepared.data.n_train), result.forgotten)
     count = context.masks[:, kept].sum(0).clip(1)
     usual = (np.where(context.masks[:, kept], context.margins[:, kept], 0).sum(0)) / count
     shift = np.median(margins[kept] - usual)  # what more data does to all answers
+    outside, variance = outside - away / (lacking - 1), squares.sum(0) - squares * lacking / (lacking - 1)
+    variance = variance / max(len(shadow) - 3, 1) + 1e-6  # each without one model that lacks the point
 
     def score(m: np.ndarray) -> np.ndarray:
-        return ((m - outside) ** 2 - (m - inside) ** 2) / (2 * variance)
+        return (((m - outside) ** 2 - (m - inside) ** 2) / (2 * variance))[~seen]
 
-    targets, negatives = score(margins[f] - shift), score(shadow)[~seen]
+    targets, negatives = score(margins[f] - shift), score(shadow)
     auc = mannwhitneyu(targets, negatives).statistic / (len(targets) * len(negatives))
-    return {"auc": float(auc), "tpr": float((targets > np.quantile(negatives, 1 - FPR)).mean())}
+    return {"auc": float(auc), "tpr": float((targets > np.quantile(negatives, 1 - FPR, method="higher")).mean())}
 
 
 def quality(logits: np.ndarray, y: np.ndarray) -> dict[str, float]:

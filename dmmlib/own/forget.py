@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,13 @@ from dmmlib.own import audit as audits
 from dmmlib.own import record
 from dmmlib.own.prepare import Prepared
 from dmmlib.own.requests import resolve
-from dmmlib.own.weights import Model, loaded, with_weights
+from dmmlib.own.weights import Model, answered, loaded, with_weights
 from dmmlib.stacking import copied
 from dmmlib.study import Study
 
 STEPS, STEP = 4, 100  # of matching, and how many points each sees at least
 ANEW = 0.05  # of training points: in benchmarks/results/sequence.txt a fifth of what they show is then left
+MADE: dict[tuple[str, str], np.ndarray] = {}  # points that models made here have forgotten, by their weights and data
 FAR = 0.05  # of points, or four standard deviations, by which accuracies may differ from the recipe's without a warning
 
 
@@ -43,10 +43,10 @@ class Result:
     method: str
     forget: np.ndarray  # points of this request, indices of training points
     forgotten: np.ndarray  # these and those of earlier requests
-    before: np.ndarray  # logits (n_points, n_classes), training points first, as it was given
-    after: np.ndarray  # and unlearned
-    predicted: np.ndarray  # margins (n_points,) of the model, had it never seen the points
-    sd: np.ndarray | None  # their standard deviation, as far as the attributor knows it
+    before: np.ndarray = field(repr=False)  # logits (n_points, n_classes), training points first, as it was given
+    after: np.ndarray = field(repr=False)  # and unlearned
+    predicted: np.ndarray = field(repr=False)  # margins (n_points,) of the model, had it never seen the points
+    sd: np.ndarray | None = field(repr=False)  # their standard deviation, as far as the attributor knows it
     cost: float  # sample gradients, relative to one retraining
     options: dict[str, Any] = field(default_factory=dict)  # of the method
 
@@ -78,8 +78,7 @@ def given(original: Model, model: Model, forget: Any, prepared: Prepared | Study
     """A result of unlearning by whatever tool, to be audited: models before and after it, and what was forgotten."""
     indices, name, source, gone = asked(original, forget, prepared)
     modules = (source, loaded(model, prepared))
-    alone = [initialise(partial(loaded, part, prepared), [0], prepared.device) for part in modules]
-    before, after = (models.logits(prepared.x).numpy()[0] for models in alone)
+    before, after = (answered(part, prepared) for part in modules)
     if not len(gone):
         _compare(before, prepared)
     attributor = Later(prepared.attributor(), gone) if len(gone) else prepared.attributor()
@@ -95,11 +94,13 @@ def asked(model: Model, forget: Any, prepared: Any, after: Any = None) -> tuple[
     gone = check_forget_indices(gone, prepared.data.n_train) if gone.size else np.empty(0, np.int64)
     if isinstance(model, (str, Path)):
         gone = np.union1d(gone, record.earlier(Path(model), original.state_dict(), prepared.data))
-    made = getattr(after, "model", None)
-    if made is not None and record.sha256(made.state_dict()) != record.sha256(original.state_dict()):
+    made, weights = getattr(after, "model", None), record.sha256(original.state_dict())
+    gone = np.union1d(gone, MADE.get((weights, prepared.data.sha256), gone))
+    if made is not None and record.sha256(made.state_dict()) != weights:
         raise ModelError("The model is not the one that the request before (after=) made; give its result's model.")
     if len(again := np.intersect1d(indices, gone)):
-        raise ForgetSetError(f"Point {again[0]} was forgotten by an earlier request; leave it out.")
+        who = (again if prepared.data.ids is None else prepared.data.ids[again])[0]
+        raise ForgetSetError(f"Point {who} was forgotten by an earlier request; leave it out.")
     return indices, called, original, gone
 
 
@@ -156,17 +157,15 @@ def forget(
         prepared: what `prepare` made, or a `Study`, whose originals can be given.
         method: a registered method that makes models, with its options.
         name: of the request, on which chance depends; its file's, or "request".
-        after: the result of the request before this one, or all points forgotten before; a file's record says so.
+        after: the result of the request before this one, or all points forgotten before. Models that this process made
+            are known by their weights, and saved ones by their record.
 
     Raises ForgetSetError, ModelError, StoreError, MethodError: one line each, before anything is computed.
     """
     check_method(method, options, prepared)
     indices, called, original, gone = asked(model, forget, prepared, after)
     registered, by = unlearn.get(method), method.partition("@")[2]
-    alone = initialise(lambda: original, [0], prepared.device)
-    before = alone.logits(prepared.x).numpy()
-    if not np.isfinite(before).all():
-        raise ModelError("The model answers NaN or infinity; give one whose training went well.")
+    alone, before = initialise(lambda: original, [0], prepared.device), answered(original, prepared)[None]
     attributor = prepared.attributor(by) if isinstance(prepared, Study) and by else prepared.attributor()
     called, points = name or called, (prepared.x, prepared.y, prepared.data.n_train)
     predictor, seed = Later(attributor, gone) if len(gone) else attributor, prepared.seeds(f"unlearn:{called}", 1)[0]
@@ -184,6 +183,8 @@ def forget(
     if isinstance(model, nn.Module) and all(v.dtype.itemsize >= 4 for v in model.parameters()):
         given = model
     unlearned, answers = with_weights(copied(given), made.models), made.models.logits(prepared.x).numpy()[0]
+    if (weights := record.sha256(unlearned.state_dict())) != record.sha256(original.state_dict()):
+        MADE[weights, prepared.data.sha256] = both
     found = (answers, margins(predicted_oracle(problem), prepared.data.y)[0], predictor.sd(both), made.cost)
     return Result(unlearned, given, prepared, called, method, indices, both, before[0], *found, options)
 
@@ -192,6 +193,10 @@ def check_method(method: str, options: dict[str, Any], prepared: Prepared | Stud
     """Raise MethodError or OptionError for a method, or its options, that `forget` cannot take."""
     unlearn.check_setting(method, options)
     own, _, by = method.partition("@")
+    registered = unlearn.get(method)
+    if registered.rewinds or not registered.alone:
+        why = "needs it as it was earlier in its training" if registered.rewinds else "makes no model of one alone"
+        raise MethodError(f"{method} {why}; use a method that moves a trained model, such as dmm, newton or scrub.")
     if by and not isinstance(prepared, Study):
         raise MethodError(f"{method} names an attributor; a recipe has its own: give {own}.")
 

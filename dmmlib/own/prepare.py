@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dmmlib import attribution, ensemble, execution, keys, loops, metrics
+from dmmlib import attribution, ensemble, execution, fingerprint, keys, loops, metrics
 from dmmlib.attributors.kernel import measured_residuals
 from dmmlib.attributors.linearised import LOGITS, RANK
 from dmmlib.datamodels import Attributor, Indices
@@ -21,10 +21,12 @@ from dmmlib.errors import DataError, ModelError
 from dmmlib.files import config_hash, kept, read_json, write_json
 from dmmlib.jobs import Job
 from dmmlib.own.recipe import Recipe
+from dmmlib.own.requests import resolve
 from dmmlib.own.weights import with_weights
 from dmmlib.prediction import Models
 from dmmlib.progress import Progress, duration
 from dmmlib.registry import versions
+from dmmlib.store import Store
 from dmmlib.trainer import ModelSet, once
 
 LEAST, MOST = 10, 100_000  # subset models
@@ -87,6 +89,11 @@ class Prepared(Models):
             points, start = torch.from_numpy(half).to(self.device), time.perf_counter()  # the first takes longer
             models.append(self._trained(self.x[points], self.y[points], self.preset.seed, seen))
         seconds, answers = time.perf_counter() - start, [trained.logits(self.x[:FIT]) for trained in models]
+        if (loop := self.recipe.loop) and fingerprint.of_own(loop) != self.identity["loop"]:
+            raise ModelError(
+                "The train function changes what its key is made of, such as a list outside of it, so that its models "
+                "would be trained anew each time; let it keep what it notes in a file, or not at all."
+            )
         if not all(z.isfinite().all() for z in answers):
             raise ModelError(f"Models trained on {n} points answer NaN or infinity; lower the learning rate.")
         if torch.equal(*answers):
@@ -104,9 +111,13 @@ class Prepared(Models):
         fit = (time.perf_counter() - start) / few
         return {"epochs": max(1, round(sum(seen) / (2 * n))), "seconds": seconds / n, "fit": fit}
 
-    def fresh(self, seed: int = 0, without: Indices = ()) -> nn.Module:
-        """Train a model as the recipe says, on all training points but some: an original, or one to compare with."""
-        points = torch.from_numpy(np.setdiff1d(np.arange(self.data.n_train), without)).to(self.device)
+    def fresh(self, seed: int = 0, without: Any = ()) -> nn.Module:
+        """Train a model as the recipe says, on all training points but some: an original, or one to compare with.
+
+        These are named as in a request; ForgetSetError if they are not, or are all that there are.
+        """
+        gone = resolve(without, self.data)[0] if isinstance(without, (str, Path)) or len(without) else without
+        points = torch.from_numpy(np.setdiff1d(np.arange(self.data.n_train), gone)).to(self.device)
         trained = self._trained(self.x[points], self.y[points], seed, [])
         return with_weights(self.module().to(self.device), trained)
 
@@ -123,6 +134,11 @@ class Prepared(Models):
 
         model = loops.trained(loop, make, x, y, seed)
         return ensemble.initialise(lambda: model, [0], self.device)
+
+    def train(self, *model_sets: ModelSet, start: int = 0, stop: int | None = None) -> list[Store]:
+        """As `Trainer.train`."""
+        self.recipe.preset(self.preset.attribution.n_subsets)  # by one name for all, as which workers get it
+        return super().train(*model_sets, start=start, stop=stop)
 
     def missing(self) -> int:
         """How many models are yet to be trained; makes no store."""

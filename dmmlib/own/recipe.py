@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from dmmlib.errors import DataError, DmmError, ModelError
 from dmmlib.loops import Loop
 
 NAME = "recipe"  # under which its data and model are registered, for presets
+ROLES = ("label", "id", "split")  # columns of a table that are no features
 TABLES: dict[str, Callable[..., pd.DataFrame]] = {
     ".csv": lambda path: pd.read_csv(path, converters={"id": str}),  # as it is written: 007 is not 7
     ".parquet": pd.read_parquet,
@@ -179,8 +181,13 @@ def _table(path: Path) -> Dataset:
         raise DataError(f"{path} cannot be read ({' '.join(str(error).split()):.200}).") from error
     if "label" not in table:
         raise DataError(f"{path} has columns {', '.join(map(str, table.columns))}; call that of the classes `label`.")
+    for name in map(str, table.columns):
+        if name.startswith("Unnamed: "):
+            raise DataError(f"A column of {path} has no name; write it without an index (index=False), or call it id.")
+        if (known := re.sub(r"\.[0-9]+$", "", name.strip().lower())) in ROLES and name not in ROLES:
+            raise DataError(f"{path} has a column {name!r}; call one column {known}, and no other like it.")
     names = sorted(table["label"].dropna().unique())
-    features = table.drop(columns=["label", "id", "split"], errors="ignore")
+    features = table.drop(columns=list(ROLES), errors="ignore")
     if odd := [name for name in features if not pd.api.types.is_numeric_dtype(features[name])]:
         raise DataError(f"Column {odd[0]!r} of {path} holds {features[odd[0]].dtype}; give numbers, or drop it.")
     for column, what in (("label", "a label"), ("id", "an id")):

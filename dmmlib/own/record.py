@@ -37,8 +37,8 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Request {{
 <style>body{font:16px/1.5 sans-serif;max-width:50rem;margin:2rem auto;padding:0 1rem}
 pre{white-space:pre-wrap;background:#f4f4f4;padding:1rem}img{max-width:100%}</style>
 <h1>Request “{{ name }}”: {{ audit.says }}</h1>
-<p>{{ n }} of {{ n_train }} points ({{ total }} with earlier requests), by {{ method }}, for {{ cost }} of a
-retraining.</p>
+<p>{{ n }} of {{ n_train }} points{% if total > n %} ({{ total }} with earlier requests){% endif %}, by {{ method }},
+for {{ cost }} of a retraining.</p>
 <p>{{ anew }}</p>
 <pre>{{ audit }}</pre>
 <img alt="{{ alt }}" src="data:image/png;base64,{{ png }}">

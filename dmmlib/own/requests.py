@@ -41,7 +41,7 @@ def resolve(request: Any, data: Dataset) -> tuple[np.ndarray, str]:
     """Find the training points (n,), sorted, that a request names once each, and what the request is called.
 
     A request is a list of numbers or names; one name; the name of a class, for all its points; a folder, for the files
-    in it; or the path of a file that `read` reads.
+    in it, by their paths there; or the path of a file that `read` reads.
 
     Raises ForgetSetError that names unknown points and duplicates with their line, or StoreError for a file.
     """
@@ -52,7 +52,9 @@ def resolve(request: Any, data: Dataset) -> tuple[np.ndarray, str]:
             raise ForgetSetError("The request is empty; give ids, indices, a path or a class.")
         if path.is_dir():
             name, files = path.name, sorted(p for p in path.rglob("*") if p.is_file())
-            named = [Named(f"file {p.name}", p.name, NAME) for p in files]
+            nested = data.ids is not None and any(re.search(r"[/\\]", name) for name in data.ids)
+            words = [p.relative_to(path).as_posix() if nested else p.name for p in files]
+            named = [Named(f"file {word}", word, NAME) for word in words]
         elif path.is_file():
             try:
                 text = path.read_text(encoding="utf-8-sig")

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from dmmlib.ensemble import Ensemble
+from dmmlib.ensemble import Ensemble, initialise
 from dmmlib.errors import ModelError, StoreError
 from dmmlib.stacking import copied, drawing
 from dmmlib.trainer import Trainer
@@ -54,6 +55,17 @@ def loaded(model: Model, trainer: Trainer) -> nn.Module:
     if isinstance(model, nn.Module):
         _compare(model, own.eval(), trainer)
     return own.eval()
+
+
+def answered(model: Model, trainer: Trainer) -> np.ndarray:
+    """Logits (n_points, n_classes) of a model at a trainer's points, training points first.
+
+    Raises what `loaded` does, and ModelError where one is NaN or infinite.
+    """
+    logits = initialise(lambda: loaded(model, trainer), [0], trainer.device).logits(trainer.x).numpy()[0]
+    if not np.isfinite(logits).all():
+        raise ModelError("The model answers NaN or infinity; give one whose training went well.")
+    return logits
 
 
 def _compare(model: nn.Module, own: nn.Module, trainer: Trainer) -> None:

@@ -161,6 +161,7 @@ class Registered:
     elsewhere: str = ""  # public code that implements it
     attributed: bool = False  # whether it needs the problem's attributor; presets then also know `name@attributor`
     rewinds: bool = False  # whether it needs the originals as they were earlier in their training
+    alone: bool = True  # whether it makes a model, of one that is trained, without retrained ones
 
     def __call__(self, problem: Problem, **options: Any) -> Unlearned:
         check_call(f"method {self.name!r}", self.run, problem, **options)

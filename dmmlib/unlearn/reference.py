@@ -12,7 +12,7 @@ def do_nothing(problem: Problem) -> Unlearned:
     return Unlearned.from_logits(problem.original_logits, problem.labels, cost=0.0, models=problem.originals)
 
 
-@register("retrain", paper="retraining on R: what unlearning is to equal", cost="training epochs n_R")
+@register("retrain", paper="retraining on R: what unlearning is to equal", cost="training epochs n_R", alone=False)
 def retrain(problem: Problem) -> Unlearned:
     """Fresh oracles, independent of those that results are measured against: the floor of KLoM, at the cost of 1."""
     if problem.oracle_logits is None:
