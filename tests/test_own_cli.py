@@ -170,7 +170,7 @@ def test_where_results_go_is_checked_before_any_work_and_a_second_request_knows_
     assert made["cost"] == pytest.approx(0.1, rel=0.1)
     again = dmm("forget", tmp_path / "1" / "model.safetensors", *asked, "person2", "--out", tmp_path / "2", "--dry-run")
     assert again.exit_code == 2
-    assert "Point 2 was forgotten by an earlier request" in again.output
+    assert "Point person2 was forgotten by an earlier request" in again.output
     other = dmm("forget", tmp_path / "1" / "model.safetensors", *asked, "person1", "--out", tmp_path / "2", "--dry-run")
     assert "1 of 90 training points (person1), 12 more forgotten before" in other.output
 
