@@ -173,3 +173,16 @@ def test_what_the_docs_say_of_matching_is_measured():
     )
     assert f"at {mlp} times the floor with the mlp, but at {convnet} with the convnet" in words
     assert f"and at {over.loc[('perfect, cost 0.1', 'convnet', 'half_class'), 'retain']} at .10" in words
+    worst = (over.loc[(f"perfect, cost {cost}", "digits", "mislabelled"), "retain"] for cost in (0.03, 0.05, 0.1))
+    assert "digits, at {:.1f} for .03, {:.1f} for .05 and {:.1f} for .10".format(*worst) in words
+    table = pd.read_json(ROOT / "benchmarks" / "results" / "growing.json")
+    table = table[table["kind"] == "digits"].set_index(["way", "cost", "seed", "set"])
+    assert table.groupby(["way", "cost"]).size().eq(12).all()
+    left = np.exp(np.log(table["retain"]).groupby(["way", "cost"]).mean()).unstack().loc[:, [0.03, 0.05]]
+    took = table["seconds"].groupby(["way", "cost"]).median().unstack()
+    grows = "3 steps, growing 2 times"
+    said = [f"{v:.2f}" for way in (grows, f"{grows}, remembering") for v in left.loc[way] / left.loc["4 steps, equal"]]
+    assert (
+        "leave {} and {} times as much on digits' retained points at .03 and .05, and {} and {}".format(*said) in words
+    )
+    assert (took.loc[f"{grows}, remembering"] > 2 * took.loc["4 steps, equal"]).all()
