@@ -159,10 +159,10 @@ def test_a_key_is_of_what_files_hold(write, tmp_path):
     assert key(mine) == key(moved) != key(other)
     folder = tmp_path / "images"
     (folder / "cat").mkdir(parents=True)
-    empty = key(folder)
-    (folder / "cat" / "1.png").write_bytes(b"1")
-    assert key(folder) != empty, "one image more"
     data = presets.load("smoke").data.model_dump()
+    empty = key(data=data | {"path": str(folder)})
+    (folder / "cat" / "1.png").write_bytes(b"1")
+    assert key(data=data | {"path": str(folder)}) != empty, "one image more"
     assert key(data=data | {"path": str(mine)}) == key(data=data | {"path": str(moved)}) != key(data=data)
     before, read = key(), nbformat.read(notebook, as_version=4)
     read.cells[-1].outputs = [nbformat.v4.new_output("stream", text="executed")]

@@ -67,16 +67,16 @@ def key(notebook: Path, parameters: Mapping[str, Any]) -> str:
     return config_hash({"parameters": _by_content(parameters)} | made_of)
 
 
-def _by_content(value: Any) -> Any:
-    """The same, with a hash in the place of each path of a file, and what is in a folder in the place of its path."""
+def _by_content(value: Any, name: str = "") -> Any:
+    """The same, with a hash in the place of each file's path, and what is in a folder of data in the place of its."""
     if isinstance(value, Mapping):
-        return {k: _by_content(v) for k, v in value.items()}
+        return {k: _by_content(v, k) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_by_content(v) for v in value]
     if isinstance(value, str) and os.path.isabs(value) and os.path.isfile(value):
         with open(value, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    if isinstance(value, str) and os.path.isabs(value) and os.path.isdir(value):
+    if name == "path" and isinstance(value, str) and os.path.isdir(value):
         return sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in Path(value).rglob("*") if p.is_file())
     return value
 
