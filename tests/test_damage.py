@@ -202,7 +202,7 @@ def everything(place):
         study.save_table(found["search"], "results.csv")
         report.record(study, study.output)
     run = report.open_run(study.output)
-    return found | {"results": run.results, "record": run.record["data"]["sha256"]}
+    return found | {"results": run.tables["results"], "record": run.record["data"]["sha256"]}
 
 
 def test_a_study_gives_the_same_numbers_on_a_disk_that_flips_bits(ran, tmp_path):

@@ -327,8 +327,10 @@ def test_runs_are_found_or_missed_clearly(place, tmp_path):
         report.open_run("plain")
     (tmp_path / "runs" / "plain" / "run.json").unlink()
     (tmp_path / "runs" / "plain" / "results.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(PresetError, match=r"results\.csv has no column 'forget_set'; give the folder of a run"):
-        report.open_run("plain")
+    other = report.open_run("plain")
+    for use in (report.html, lambda run: report.compare(run, run)):
+        with pytest.raises(PresetError, match=r"results\.csv has no column 'forget_set'; give the folder of a run"):
+            use(other)
 
 
 def test_figures_of_a_request_are_those_of_its_run(place, tmp_path):

@@ -90,9 +90,12 @@ class Run:
 
     @property
     def results(self) -> pd.DataFrame:
-        """The main table; raises PresetError where the run has none."""
+        """The main table; raises PresetError where the run has none, or another."""
         if "results" not in self.tables:
             raise PresetError(f"Run {self.name!r} has no results.csv in {self.directory}; `dmm run` it, stage 04.")
+        if lacking := [name for name in COLUMNS if name not in self.tables["results"]]:
+            where = self.directory / "results.csv"
+            raise PresetError(f"{where} has no column {lacking[0]!r}; give the folder of a run.")
         return self.tables["results"]
 
     @property
@@ -113,8 +116,6 @@ def open_run(name: str | Path, runs: Path | None = None) -> Run:
         there = f"there are {', '.join(have)}" if have else "there are none yet"
         raise PresetError(f"No run {str(name)!r} with tables under {root} ({there}); use `dmm run {name}` first.")
     tables = {p.stem: read_table(p) for p in sorted(directory.glob("*.csv"))}
-    if lacking := [name for name in COLUMNS if name not in tables.get("results", COLUMNS)]:
-        raise PresetError(f"{directory / 'results.csv'} has no column {lacking[0]!r}; give the folder of a run.")
     under = directory.relative_to(root) if directory.is_relative_to(root) else directory.name
     path, figures = directory / RECORD, place("figures") / under
     return Run(
@@ -220,7 +221,8 @@ class Table(NamedTuple):
 
 def html(run: Run) -> str:
     """Write the page of a run; of one's own forget set it says whether it was forgotten, not what a paper claims."""
-    results, data, settings = run.tables.get("results"), run.record.get("data"), run.settings
+    results = run.results if "results" in run.tables else None
+    data, settings = run.record.get("data"), run.settings
     if results is not None and "seed" in results:  # of several runs, as `make confirm` makes them
         results = results.assign(forget_set=results["forget_set"] + ", seed " + results["seed"].astype(str))
     summary, shown, n_models = {}, list[Table](), 0
