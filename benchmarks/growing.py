@@ -48,10 +48,8 @@ class Way(NamedTuple):
     def sizes(self, budget: int) -> list[int]:
         """Points in each step, at most `LARGEST`."""
         shares = self.growth ** np.arange(self.steps)
-        return [
-            min(LARGEST, size)
-            for size in np.diff(np.round(budget * np.cumsum([0, *shares]) / shares.sum()).astype(int))
-        ]
+        ends = np.round(budget * np.cumsum(shares) / shares.sum()).astype(int)
+        return np.diff(ends, prepend=0).clip(max=LARGEST).tolist()
 
 
 WAYS = (Way(4, 1, False), Way(3, 2, False), Way(3, 3, False), Way(3, 2, True))

@@ -68,7 +68,7 @@ def key(notebook: Path, parameters: Mapping[str, Any]) -> str:
 
 
 def _by_content(value: Any, name: str = "") -> Any:
-    """The same, with a hash in the place of each file's path, and what is in a folder of data in the place of its."""
+    """The same, with a hash of its content for the path of a file, and a list of its files for a folder of data."""
     if isinstance(value, Mapping):
         return {k: _by_content(v, k) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

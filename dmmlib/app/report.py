@@ -115,13 +115,12 @@ def open_run(name: str | Path, runs: Path | None = None) -> Run:
         have = sorted(str(p.parent.relative_to(root)) for p in root.rglob("results.csv"))
         there = f"there are {', '.join(have)}" if have else "there are none yet"
         raise PresetError(f"No run {str(name)!r} with tables under {root} ({there}); use `dmm run {name}` first.")
-    tables = {p.stem: read_table(p) for p in sorted(directory.glob("*.csv"))}
     under = directory.relative_to(root) if directory.is_relative_to(root) else directory.name
     path, figures = directory / RECORD, place("figures") / under
     return Run(
         directory.name,
         directory,
-        tables,
+        {p.stem: read_table(p) for p in sorted(directory.glob("*.csv"))},
         read_json(path) if path.exists() else {},
         sorted((figures if figures.is_dir() else directory).glob("*.png")),
     )

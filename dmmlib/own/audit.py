@@ -31,7 +31,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,7 +41,6 @@ from torch import nn
 
 from dmmlib import metrics
 from dmmlib.attributors.gradients import margin
-from dmmlib.ensemble import initialise
 from dmmlib.errors import DataError
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.own.weights import Model, answered, loaded, with_weights
@@ -168,8 +166,7 @@ def answers(retrained: Sequence[Model], prepared: Any, judged: Sequence[Model]) 
     """Logits (n_points, n_classes) of retrained models; DataError for under ten, some alike, or one of the judged."""
     if 0 < len(retrained) < LEAST:
         raise DataError(f"{len(retrained)} retrained models were given; give at least {LEAST}, or none.")
-    models = [initialise(partial(loaded, m, prepared), [0]) for m in retrained and (*retrained, *judged)]
-    every = [model.logits(prepared.x).numpy()[0] for model in models]
+    every = [answered(m, prepared) for m in retrained and (*retrained, *judged)]
     found, known = every[: len(retrained)], every[len(retrained) :]
     for i, z in enumerate(found):
         if any(np.array_equal(z, other) for other in found[:i]):

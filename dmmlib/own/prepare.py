@@ -137,7 +137,7 @@ class Prepared(Models):
 
     def train(self, *model_sets: ModelSet, start: int = 0, stop: int | None = None) -> list[Store]:
         """As `Trainer.train`."""
-        self.recipe.preset(self.preset.attribution.n_subsets)  # by one name for all, as which workers get it
+        self.recipe.preset(self.preset.attribution.n_subsets)  # workers get what has this name last
         return super().train(*model_sets, start=start, stop=stop)
 
     def missing(self) -> int:
