@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dmmlib import files
-from dmmlib.datamodels import Attributor, check_varying
+from dmmlib.datamodels import Attributor, check_finite, check_varying
 from dmmlib.ensemble import Ensemble, check_masks
 from dmmlib.errors import DataError
 from dmmlib.metrics import right_logits
@@ -77,8 +77,10 @@ class Context:
 
     @property
     def margins(self) -> np.ndarray:
-        """Margins (M, n_points) of the subset models."""
-        return right_logits(np.asarray(self.outputs[: len(self.masks)]), self.labels)
+        """Margins (M, n_points) of the subset models; raises DataError where one is NaN or infinite."""
+        found = right_logits(np.asarray(self.outputs[: len(self.masks)]), self.labels)
+        check_finite(found)
+        return found
 
     def subset_models(self) -> Ensemble:
         """The weights of the first subset models; raises DataError where none were given."""

@@ -169,7 +169,7 @@ class RidgeDatamodel(Attributor):
         mean = a.mean(0)
         a -= mean
         gram = (a @ a.T if len(a) < a.shape[1] else a.T @ a) / len(a)
-        n, plain = a.shape[1], dict[float, RidgeDatamodel]()
+        n, plain, varied = a.shape[1], dict[float, RidgeDatamodel](), a.abs().amax(0).cpu().numpy() > 0
         for lam in {lam for lam, _ in settings}:
             penalised = gram.clone()
             penalised.diagonal().add_(lam)
@@ -188,7 +188,8 @@ class RidgeDatamodel(Attributor):
             if own_share == 1:
                 return plain[lam]
             delta = (1 - own_share) * lam
-            own = delta * totals[lam] / (1 - delta * np.diag(inverses[lam]))[:, None]
+            left = np.where(varied, 1 - delta * np.diag(inverses[lam]), 1)  # totals are 0 where nothing varies
+            own = delta * totals[lam] / left[:, None]
             return replace(plain[lam], own_share=own_share, _own=own)
 
         return [made(*setting) for setting in settings]
@@ -247,8 +248,7 @@ def responses(models: Sequence[RidgeDatamodel], directions: np.ndarray, mean: fl
     total = np.zeros((weights.shape[1], int(np.prod(outputs.shape[1:]))), np.float32)
     for rows in _blocks(outputs, BLOCK):  # nothing else holds a block, so that there is one at a time
         total += weights[rows].T @ np.asarray(outputs[rows], np.float32).reshape(rows.stop - rows.start, -1)
-    if not np.isfinite(total).all():
-        raise DataError("Outputs of subset models hold NaN or infinity; train those models anew, or leave them out.")
+    check_finite(total)
     found = np.split(total.reshape(-1, *outputs.shape[1:]), range(k, len(total), k))
     for model, response in zip(models, found, strict=True):
         if model._own is not None:
@@ -294,9 +294,15 @@ class Gauged(Attributor):
         return np.asarray(logits + (self.model.effect(forget) if known is None else known), np.float32)
 
 
+def check_finite(outputs: np.ndarray) -> None:
+    """Raise DataError for outputs of subset models, or sums of these, that are not finite."""
+    if not np.isfinite(outputs).all():
+        raise DataError("Outputs of subset models hold NaN or infinity; train those models anew, or leave them out.")
+
+
 def check_varying(masks: np.ndarray) -> None:
     """Raise DataError if all masks are alike: nothing can be learnt of a point that all models saw, or none."""
-    if len(masks) > 1 and (np.asarray(masks) == masks[0]).all():
+    if len(masks) and (np.asarray(masks) == masks[0]).all():
         raise DataError(f"All {len(masks)} masks are alike and tell nothing of a training point; give random subsets.")
 
 

@@ -43,7 +43,7 @@ def margins(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
             "n_classes >= 2) and (n_points,)."
         )
     right = right_logits(logits, labels)
-    others = logits.astype(logits.dtype if np.issubdtype(logits.dtype, np.floating) else np.float32)
+    others = logits.astype(np.float64 if logits.dtype.kind == "f" and logits.dtype.itemsize > 4 else np.float32)
     np.put_along_axis(others, np.broadcast_to(labels[:, None], (*logits.shape[:2], 1)), -np.inf, 2)
     wrong = torch.from_numpy(others).logsumexp(2).numpy()  # scipy's takes four times as long
     return (right - wrong).astype(np.float32)
@@ -338,7 +338,8 @@ def gap_summary(
     from scipy.stats import false_discovery_control
 
     unlearned, oracle = checked(unlearned, oracle, least=2)
-    sd, places, rng = np.maximum(oracle.std(0, ddof=1), 1e-6), _sorted(unlearned, oracle), np.random.default_rng(seed)
+    sd = np.maximum(oracle.std(0, ddof=1, dtype=np.result_type(oracle, np.float32)), 1e-6)
+    places, rng = _sorted(unlearned, oracle), np.random.default_rng(seed)
     once = [np.ones(len(m), int) for m in (unlearned, oracle)]
     draws = [once] + [[rng.multinomial(len(w), w / len(w)) for w in once] for _ in range(n_bootstrap)]
     gap = np.stack([np.abs(u / len(u) @ unlearned - o / len(o) @ oracle) / sd for u, o in draws])

@@ -407,6 +407,37 @@ def test_points_that_are_always_in_a_subset_have_no_residual():
     np.testing.assert_allclose(r, [0, 2 / 1.1, 2 / 1.1, 2 / 1.1], rtol=1e-6)
 
 
+@pytest.mark.parametrize("share", [0.75, 0.5])
+def test_residuals_are_of_single_deletions_though_subsets_leave_out_many(share):
+    """Kernel ridge regressions on random subsets of points with near-copies: y - m of each point alone is found."""
+    rng, n = np.random.default_rng(0), 60
+    x = rng.normal(size=(n, 12))
+    x[30:] = x[:30] + 0.3 * rng.normal(size=(30, 12))
+    k, y = (1 + x @ x.T / 12) ** 2, 2 * x[:, 0] + rng.normal(size=n)
+    penalised = k + np.diag(0.1 * np.diag(k).mean() / np.exp(rng.normal(size=n)))
+    masks = np.stack([np.isin(np.arange(n), rng.permutation(n)[: int(share * n)]) for _ in range(3000)])
+    margins = np.stack([k[:, m] @ np.linalg.solve(penalised[np.ix_(m, m)], y[m]) for m in masks])
+    inverse = np.linalg.inv(penalised)
+    true = inverse @ y / np.diag(inverse)
+    found = Kernel(inverse @ k, inverse).measured(margins, masks)
+    assert found @ true / (found @ found) == pytest.approx(1, abs=0.1)
+    assert np.linalg.norm(found - true) < 0.2 * np.linalg.norm(true)
+
+
+@pytest.mark.parametrize("name", ["bayesian", "kernel", "linearised", "lasso", "ridge"])
+def test_outputs_that_are_not_finite_are_refused(name):
+    context = problem(FACTORIES["mlp"])
+    context.outputs[3, 12] = np.nan
+    with pytest.raises(DataError, match="hold NaN or infinity; train those models anew"):
+        attribution.fit(name, context).effect([0])
+
+
+def test_one_training_set_tells_nothing():
+    context = problem(FACTORIES["mlp"])
+    with pytest.raises(DataError, match="All 1 masks are alike"):
+        replace(context, masks=context.masks[:1], outputs=context.outputs[:1], models=None)
+
+
 def test_it_is_trak_as_published():
     """tau(z) = (1/M sum Q) (1/M sum phi(z) (Phi^T Phi + lam I)^-1 Phi^T), in margins, for Phi without projection."""
     context = problem(FACTORIES["mlp"])

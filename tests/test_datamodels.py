@@ -42,6 +42,14 @@ def test_effect_equals_the_explicit_solve(m, lam):
     np.testing.assert_allclose(model.predict(new), predicted, atol=1e-4)
 
 
+def test_points_that_all_models_saw_have_no_effect_and_spoil_no_other():
+    masks, outputs, _ = subsets(40, points=15)
+    masks[:, [2, 5]] = True
+    model = RidgeDatamodel.fit(masks, outputs, 0.2, own_share=0.0)
+    assert not model.effect([2, 5]).any()
+    np.testing.assert_allclose(model.effect([2, 3]), model.effect([3]), atol=1e-6)
+
+
 @pytest.mark.parametrize("m", [8, 40], ids=["fewer subsets than points", "more"])
 @pytest.mark.parametrize("share", [0.0, 0.3])
 def test_own_weights_may_be_penalised_less(m, share):

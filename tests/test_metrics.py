@@ -265,6 +265,17 @@ def test_tensors_with_a_gradient_or_of_half_precision_are_taken():
     assert metrics.klom(logits[0].bfloat16(), logits[0]).tolist() == [0, 0]
 
 
+def test_numbers_of_half_precision_are_not_reckoned_in_it():
+    rng, splits = np.random.default_rng(0), {"all": np.arange(20)}
+    u, o = (30 * rng.normal(size=(100, 20)) + shift for shift in (30, 0))
+    half, double = (metrics.gap_summary(u.astype(k), o.astype(k), splits)["all"] for k in (np.float16, np.float64))
+    assert half["mean_gap"].value == pytest.approx(double["mean_gap"].value, rel=1e-3)
+    logits, labels = rng.normal(size=(3, 20, 5)).astype(np.float16) * 20, np.zeros(20, int)
+    exact = metrics.margins(logits.astype(np.float64), labels)
+    np.testing.assert_allclose(metrics.margins(logits, labels), exact, atol=1e-5)
+    np.testing.assert_array_equal(metrics.margins(logits.astype(">f8"), labels), exact)
+
+
 def test_the_gauge_of_large_logits_is_the_margin():
     logits, labels = np.array([[[1e9 + 1, 1e9], [1e9, 1e9 + 3]]]), np.array([0, 0])
     np.testing.assert_array_equal(metrics.margin_gauge(logits, labels), [[[1, 0], [-3, 0]]])

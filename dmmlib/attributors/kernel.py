@@ -20,9 +20,10 @@ right with next to no force, so that such a point hardly ties the model down: th
 1 - p_i, p_i the probability of the correct class, relative to its mean over points, and at least `EASY`.
 
 **The residual** r_i says how much there is to spread. TRAK's is 1 - p_i. But some subset models were trained on i and
-some were not, so here the rise of its own margin is measured. Where a subset leaves B out, i among it, the formula
-above gives that rise as T_ii ((D^-1 G_BB)^-1 r)_i; its mean over subsets is linear in r and is solved for it. So r is
-of models with all other points present, although no model was trained so, and the kernel says only how an effect
+some were not, so here the rise of its own margin is measured. Where a subset leaves B out, i among it, i falls short by
+((D^-1 G_BB)^-1 r)_i, and taking it in raises its margin by the share 1 - (1 - T_ii) / ((D^-1 G_BB)^-1)_ii of that: T_ii
+where i alone is missing, more where its likes are, too. The mean over subsets is linear in r and is solved for it. So r
+is of models with all other points present, although no model was trained so, and the kernel says only how an effect
 spreads.
 """
 
@@ -185,16 +186,16 @@ class Kernel:
         return out
 
     def measured(self, margins: np.ndarray, masks: np.ndarray) -> np.ndarray:
-        """r (n_train,) from `measured_residuals`, by means of the first `MASKS` subsets."""
-        rise = measured_residuals(margins, masks, np.diagonal(self.transfer))
-        coupling = self.coupling
+        """r (n_train,) from `measured_rise`, by means of the first `MASKS` subsets."""
+        own, coupling = np.maximum(np.diagonal(self.transfer), 1e-6), self.coupling
         mean, left_out = np.zeros_like(coupling), (~masks[:MASKS]).sum(0)
         for mask in masks[:MASKS]:
             b = np.ix_(~mask, ~mask)
-            mean[b] += np.linalg.inv(coupling[b])
+            short = np.linalg.inv(coupling[b])
+            mean[b] += (1 - (1 - own[~mask]) / np.diagonal(short))[:, None] * short
         mean /= np.maximum(left_out, 1)[:, None]
-        mean[left_out == 0, left_out == 0] = 1
-        return np.linalg.solve(mean, rise.astype(np.float32))
+        mean[left_out == 0, left_out == 0] = own[left_out == 0]
+        return np.linalg.solve(mean, measured_rise(margins, masks).astype(np.float32))
 
 
 def hardness(margins: np.ndarray) -> np.ndarray:
@@ -283,7 +284,7 @@ def kernel_response(
     return KernelResponse(kernel, kernel.measured(margins, context.masks))
 
 
-@register("kernel")
+@register("kernel", version=2)
 def kernel(
     context: Context, lam: PositiveFloat = 0.1, n_models: PositiveInt | None = None, project: PositiveInt | None = None
 ) -> MarginDatamodel:
@@ -291,11 +292,11 @@ def kernel(
     return calibrated(context, kernel_response(context, lam, n_models, project))
 
 
-def measured_residuals(margins: np.ndarray, masks: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """r (n_train,) such that T_ii r_i, T_ii being `own`, is how far training on point i raised its own margin.
+def measured_rise(margins: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """How far training on each point raised its own margin (n_train,).
 
     From margins (M, n_train) of subset models and their masks (M, n_train); points in all or none of them get 0.
     """
     n_in, n_out = masks.sum(0), (~masks).sum(0)
     rise = (margins * masks).sum(0) / np.maximum(n_in, 1) - (margins * ~masks).sum(0) / np.maximum(n_out, 1)
-    return np.where((n_in > 0) & (n_out > 0), rise, 0) / np.maximum(own, 1e-6)
+    return np.where((n_in > 0) & (n_out > 0), rise, 0)

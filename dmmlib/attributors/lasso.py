@@ -23,7 +23,7 @@ from scipy.sparse import csr_array, hstack
 from torch import Tensor
 
 from dmmlib.attribution import Context, register
-from dmmlib.datamodels import Attributor, Indices
+from dmmlib.datamodels import Attributor, Indices, check_finite
 from dmmlib.errors import DataError
 from dmmlib.forget_sets import indicator
 from dmmlib.presets import Fraction
@@ -136,8 +136,7 @@ def lasso(
         raise DataError(f"held_out={held_out} of {m} subset models was asked for; leave at least two to fit to.")
     masks = torch.from_numpy(context.masks.astype(np.float32)).to(context.device)
     outputs = np.asarray(context.outputs[:m], np.float32).reshape(m, -1)
-    if not np.isfinite(outputs).all():
-        raise DataError("The subset models' outputs hold NaN or infinite values; lower their learning rate.")
+    check_finite(outputs)
     every, fitting = Solver(masks), Solver(masks[:k])
     parts, means = [], []
     for first in range(0, outputs.shape[1], BLOCK):

@@ -122,9 +122,9 @@ def match(
 ) -> Unlearned:
     """Move every original, in a few Gauss-Newton steps, to target margins (N, at least n_train).
 
-    Each step sees F, or as much of it as fills half a batch, and points of R that no step before it saw, whose margins
-    are to be those of their targets, too: so R moves as a retrained model's would, and the steps say nothing of other
-    points but that inputs of layers as R's are left alone; see `gauss_newton`. There is no rate to choose.
+    Each step sees F, or as much of it as fills half a batch, and points of R that no step before it saw, as long as R
+    lasts, whose margins are to be those of their targets, too: so R moves as a retrained model's would, and the steps
+    say nothing of other points but that inputs of layers as R's are left alone; see `gauss_newton`. There is no rate.
 
     Args:
         cost: sample gradients to spend, relative to one retraining; batches have at most `LARGEST` points.

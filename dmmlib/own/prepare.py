@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dmmlib import attribution, ensemble, execution, fingerprint, keys, loops, metrics
-from dmmlib.attributors.kernel import measured_residuals
+from dmmlib.attributors.kernel import measured_rise
 from dmmlib.attributors.linearised import LOGITS, RANK
 from dmmlib.datamodels import Attributor, Indices
 from dmmlib.ensemble import Training
@@ -233,7 +233,7 @@ class Checked(Attributor):
 
 def falls(margins: np.ndarray, masks: np.ndarray) -> np.ndarray:
     """How much lower margins (M, n_train) of points are in models whose masks lack them: (n_train,), at least 0."""
-    return measured_residuals(margins, masks, np.ones(masks.shape[1])).clip(0)
+    return measured_rise(margins, masks).clip(0)
 
 
 def seen_gap(answers: np.ndarray, masks: np.ndarray) -> tuple[float, float]:

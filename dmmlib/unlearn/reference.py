@@ -8,7 +8,7 @@ from dmmlib.unlearn.base import Problem, Unlearned, register
 
 @register("do_nothing", paper="the original, unchanged", cost="none")
 def do_nothing(problem: Problem) -> Unlearned:
-    """The originals as they are: the ceiling of KLoM, at no cost."""
+    """The originals as they are, at no cost: what unlearning is to be nearer to retraining than."""
     return Unlearned.from_logits(problem.original_logits, problem.labels, cost=0.0, models=problem.originals)
 
 
