@@ -6,6 +6,7 @@ import ast
 import inspect
 import textwrap
 from contextlib import closing
+from itertools import islice
 
 import pytest
 
@@ -218,25 +219,22 @@ def under_another_name(function):
     return renamed
 
 
-HARMLESS = {
-    "private functions under other names": [
-        put(module, name, under_another_name(function))
-        for module in (ensemble, metrics, bayesian, datamodels)
-        for name, function in vars(module).items()
-        if name.startswith("_") and inspect.isfunction(function) and function.__module__ == module.__name__
-    ],
-    "other words for the same": [
-        edit(metrics.u_lira, "log_density", "log_likelihood"),
-        edit(unlearn.finetune, "trajectory", "margins_on_the_way"),
-        edit(unlearn.draw_batches, "-(-n_steps * size // len(pool))", "math.ceil(n_steps * size / len(pool))"),
-        edit(datamodels.RidgeDatamodel.fit_all.__func__, "(a @ a.T if", "(torch.matmul(a, a.T) if"),
-    ],
-}
+OTHER_NAMES = [
+    put(module, name, under_another_name(function))
+    for module in (ensemble, metrics, bayesian, datamodels)
+    for name, function in vars(module).items()
+    if name.startswith("_") and inspect.isfunction(function) and function.__module__ == module.__name__
+]
+OTHER_WORDS = [
+    edit(metrics.u_lira, "log_density", "log_likelihood"),
+    edit(unlearn.finetune, "trajectory", "margins_on_the_way"),
+    edit(unlearn.draw_batches, "-(-n_steps * size // len(pool))", "math.ceil(n_steps * size / len(pool))"),
+    edit(datamodels.RidgeDatamodel.fit_all.__func__, "(a @ a.T if", "(torch.matmul(a, a.T) if"),
+]
 
 
-@pytest.mark.parametrize("changes", HARMLESS.values(), ids=HARMLESS)
-def test_a_harmless_change_fails_nothing(monkeypatch, today, changes):
-    for change in changes:
+def test_harmless_changes_fail_nothing(monkeypatch, today):
+    for change in OTHER_NAMES + OTHER_WORDS:
         change(monkeypatch)
     assert first_difference(today) is None
 
@@ -254,9 +252,12 @@ def table(tmp_path, monkeypatch, today):
     return path
 
 
-def test_a_moved_number_is_recorded_only_with_a_raised_version(monkeypatch, table, capsys):
+def test_a_moved_number_is_recorded_only_with_a_raised_version(monkeypatch, table, today, capsys):
     text, before = table.read_text(), golden.read(table)
     edit(metrics.ks, "return _ks", "return 2 * _ks")(monkeypatch)
+    last = max(i for i, row in enumerate(today) if row.component == "metric ks")  # nothing below comes from it
+    now = [*islice(golden.rows(), last + 1), *today[last + 1 :]]
+    monkeypatch.setattr(golden, "rows", lambda: iter(now))
     with pytest.raises(SystemExit, match="The version of 'metric ks' is 1, as recorded"):
         golden.main(["--update", "--table", str(table)])
     assert table.read_text() == text
