@@ -327,7 +327,7 @@ def gap_summary(
     """What does not saturate, over each split's points: split -> {"mean_gap", "ks_share", "ks_fdr"} -> Estimate.
 
     mean_gap is the mean of |`gaps`|; ks_share is the share of points at which a KS test of level .05 tells unlearned
-    models from oracles (.05 of models that are alike, at most); ks_fdr the share with the false discovery rate among
+    models from oracles (.05 on average, at most, if equal); ks_fdr the share with the false discovery rate among
     the split's points held at .05. Intervals are +- 1.96 standard errors over resampled models, as in `klom_summary`.
     Those of mean_gap take its unit, the oracles' sd, as it is: methods on the same oracles share its error, of a share
     1 / sqrt(2 (N - 1)) at each point, which comes on top where gaps from other oracles are compared (`report.compare`).

@@ -266,7 +266,7 @@ def retrained(study: Study, forget_set: ForgetSet) -> np.ndarray:
 
 
 def enough(powers: pd.DataFrame, wanted: float = 0.8) -> pd.Series:
-    """Find the smallest N at which the interval's low end says that each method is told apart in `wanted` of draws."""
-    told = powers[(powers["power_low"] >= wanted) & (powers["method"] != "retrain")]
+    """Find the smallest N at which each method is told apart in `wanted` of draws, whose interval is of draws alone."""
+    told = powers[(powers["power"] >= wanted) & (powers["method"] != "retrain")]
     methods = [m for m in powers["method"].unique() if m != "retrain"]
     return told.groupby("method")["n_models"].min().reindex(methods)

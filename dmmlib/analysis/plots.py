@@ -45,8 +45,7 @@ def lds_curve(
         axis.axhline(ceilings[name], color=line.get_color(), ls=":", label=f"ceiling, {name}")
     looks.log_axis(axis, "x", tuple(sizes))
     axis.set_xticklabels([f"{size:,}" for size in sizes])
-    axis.set(xlabel="subset models M", ylabel="LDS (Spearman, mean over points)")
-    axis.set_ylim(bottom=0)
+    axis.set(xlabel="subset models M", ylabel="LDS (Spearman, mean over points)", ylim=(0, None))
     looks.legend(figure, axis)
     return titled(figure, title, caption)
 
@@ -134,6 +133,7 @@ def gap_against_cost(results: pd.DataFrame, trajectories: pd.DataFrame, title: s
             look = {"color": tint, "marker": looks.marker(method), "ms": 6, "capsize": 2, "ls": ""}
             axis.plot([0.0, *track["cost"]], [nothing, *track["gap"]], color=tint, lw=1.3, alpha=0.9)
             axis.errorbar(cost[(name, method)], end["value"], yerr=looks.bars(end), label=name_of, **look)
+            axis.plot(cost[(name, method)], 0.04 if end["low"] < 0.04 else np.nan, "v", color=tint, ms=5, clip_on=False)
         axis.set_title(looks.plain(name))
         looks.log_axis(axis, "y", (0.1, 0.2, 0.5, 1, 2, 5, 10, 20), (0.04, 30))  # who diverged leaves the frame
     looks.legend(figure, axes.flat[0])
@@ -152,12 +152,12 @@ def by_method(results: pd.DataFrame, statistic: str, title: str, caption: str) -
             look = {"color": colour(method), "fmt": "o", "ms": 3.5, "lw": 1}
             axis.errorbar(rows["value"], row + offsets, xerr=looks.bars(rows), **look)
             axis.plot(rows["value"].median(), row, "|", color="black", ms=16, mew=2)
-        axis.set_yticks(range(len(methods)), [label(m) for m in methods])
+            if statistic != "ks_share":
+                cut = np.where(rows["low"] < 0.1, 0.1, np.nan)
+                axis.plot(cut, row + offsets, "<", color=colour(method), ms=4, clip_on=False)
+                looks.log_axis(axis, "x", (0.1, 0.2, 0.5, 1, 2, 5, 10, 20), (0.1, 20))
         axis.set(title=split, xlabel=AXES[statistic])
-        if statistic != "ks_share":
-            looks.log_axis(axis, "x", (0.1, 0.2, 0.5, 1, 2, 5, 10, 20))
-        axis.grid(axis="x", color="0.9")
-    axes[0].invert_yaxis()
+    looks.rows(axes, [label(m) for m in methods])
     return titled(figure, title, caption)
 
 
@@ -175,9 +175,8 @@ def measures(results: pd.DataFrame, title: str, caption: str) -> Figure:
         axis.set(xlabel=AXES[statistic])
         if statistic != "ks_share":
             looks.log_axis(axis, "x", (0.1, 0.2, 0.5, 1, 2, 5, 10, 20))
-    looks.rows(axes, [label(m) for m in methods])
-    for axis in axes:
         axis.grid(axis="y", color="0.93")
+    looks.rows(axes, [label(m) for m in methods])
     looks.legend(figure, axes[0])
     return titled(figure, title, caption)
 
@@ -202,23 +201,23 @@ def ablation(scores: pd.DataFrame, title: str, caption: str) -> Figure:
 
 
 def matching(table: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Draw KLoM p95 of `ablation.matching` against the number of oracles: medians and quartiles over forget sets."""
+    """Draw KLoM p95 of `ablation.matching` against the number of oracles: medians and range over forget sets."""
     figure, axes = looks.grid(len(SPLITS), 3, (3.6, 3.2), "oracles matched", "KLoM, p95")
     lines = {"retrain": ("retrain", "-"), "DM-direct": ("dm_direct", "--"), "DMM": ("dmm", "-.")}
     kinds = {"oracle": ("mean of oracles", "oracle_matching", "o"), "shifted": ("shifted originals", "gd", "s")}
-    shown = looks.quartiles(table, "variant", "split")[["low", "high"]].to_numpy().ravel()
     for axis, split in zip(axes[0], SPLITS, strict=True):
         here = table[table["split"] == split]
         for variant, (method, ls) in lines.items():
             median = here[here["variant"] == variant]["value"].median()
             axis.axhline(median, color=colour(method), ls=ls, lw=1.5, label=label(method))
         for targets, (name, method, mark) in kinds.items():
-            rows = looks.quartiles(here[here["targets"] == targets], "n_oracles")
+            values = here[here["targets"] == targets].groupby("n_oracles")["value"]
+            rows = values.agg(low="min", value="median", high="max")
             look = {"color": colour(method), "marker": mark, "capsize": 3, "label": f"OM, {name}"}
             axis.errorbar(rows.index * (1.04 if targets == "shifted" else 1), rows["value"], looks.bars(rows), **look)
         axis.set_title(split)
         looks.log_axis(axis, "x", tuple(sorted(set(here["n_oracles"]) - {0})))
-        looks.klom_axis(axis, "y", *shown)
+        looks.klom_axis(axis, "y", *table["value"])
     looks.legend(figure, axes[0, 0])
     return titled(figure, title, caption)
 
@@ -252,8 +251,7 @@ def point_trajectories(
         panels: method -> costs (n_moments,) and `stopping.gaps` (n_moments, n_forget).
         marked: position among the forget points of the one that is drawn in black; -1 for none.
     """
-    words = "cost / retraining", "mean margin − oracles' (oracle sd)"
-    figure, axes = looks.grid(len(panels), 5, (3.0, 2.9), *words)
+    figure, axes = looks.grid(len(panels), 5, (3.0, 2.9), "cost / retraining", "mean margin − oracles' (oracle sd)")
     for axis, (method, (costs, gaps)) in zip(axes.flat, panels.items(), strict=False):
         axis.axhspan(-1, 1, color="0.9", zorder=0)
         axis.plot(costs, gaps, color=looks.PALETTE[0 if is_baseline(method) else 3], lw=0.7, alpha=0.55)
@@ -261,7 +259,10 @@ def point_trajectories(
             axis.plot(costs, gaps[:, marked], color="black", lw=1.8)
         axis.axhline(0, color="black", lw=0.8)
         axis.set_title(f"{label(method)}: {(np.abs(gaps[-1]) <= 1).mean():.0%} within ±1 sd", fontsize=10)
-        axis.set_yscale("symlog", linthresh=2)
+        axis.set_yscale("symlog", linthresh=2)  # all panels share it
+    low, high = axes[0, 0].get_ylim()
+    ticks = [t for t in (-100, -50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50, 100) if low <= t <= high]
+    axes[0, 0].set_yticks(ticks, [f"{t:g}" for t in ticks])
     return titled(figure, title, caption)
 
 
@@ -300,11 +301,9 @@ def stopping_times(stops: pd.DataFrame, title: str, caption: str) -> Figure:
     floor = found.loc[("retrain", "end"), :].astype(float).to_dict()
     axis.axvspan(floor["low"], floor["high"], color="0.85", zorder=0)
     axis.axvline(floor["value"], color="black", lw=1, label="retrain (floor)")
-    axis.set_yticks(range(len(methods)), [label(m) for m in methods])
-    axis.invert_yaxis()
     axis.set_xlabel("forget KLoM, p95 (of N / 2 models)")
     looks.klom_axis(axis, "x", *found[["low", "high"]].to_numpy().ravel())
-    axis.grid(axis="x", color="0.92")
+    looks.rows([axis], [label(m) for m in methods])
     looks.legend(figure, axis)
     return titled(figure, title, caption)
 
@@ -316,10 +315,10 @@ def klom_distribution(kloms: Mapping[str, np.ndarray], title: str, caption: str)
     """Draw the distribution function of points' KLoM, one line for each method."""
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     shown = looks.prominent(pd.Series({method: np.mean(values) for method, values in kloms.items()}))
-    for method in sorted(kloms, key=shown.__contains__):
-        width, ls = 2.2 if method in ("dmm", "retrain") else 1.3, ":" if method == "do_nothing" else "-"
+    for method in sorted(kloms, key=lambda m: (m in shown) + (m == "dm_direct")):  # dashes, on DMM, which it is like
+        width = 2.2 if method in ("dmm", "retrain") else 1.3
         tint, name = (colour(method), label(method)) if method in shown else OTHER
-        axis.ecdf(kloms[method], color=tint, label=name, lw=width, ls=ls)
+        axis.ecdf(kloms[method], color=tint, label=name, lw=width, ls=LINES.get(method, "-"))
     axis.axhline(0.95, color="0.6", lw=0.8)
     axis.text(axis.get_xlim()[1], 0.95, " p95", va="center", fontsize=8, color="0.4")
     axis.set(xlabel="KLoM of a forget point", ylabel="share of forget points", ylim=(0, 1.02))
@@ -351,7 +350,8 @@ def evaluators(measured: pd.DataFrame, names: Mapping[str, str], title: str, cap
     for axis, (evaluator, name) in zip(axes[0], others, strict=True):
         for method in (m for m in measured["method"].unique() if m != "oracles"):
             tint, name_of = (colour(method), label(method)) if method in shown else OTHER
-            look = {"color": tint, "ms": 5, "alpha": 0.85, "mew": 0, "label": name_of, "zorder": 2 + (method in shown)}
+            above = (method in shown) + (method == "dm_direct")  # its stars lie on DMM's dots
+            look = {"color": tint, "ms": 5, "alpha": 0.85, "mew": 0, "label": name_of, "zorder": 2 + above}
             axis.plot(wide.loc[method, first], wide.loc[method, evaluator], looks.marker(method), **look)
         axis.set_title(name, fontsize=10)
         looks.klom_axis(axis, "x", *wide[first].dropna())
@@ -366,7 +366,8 @@ def power(powers: pd.DataFrame, title: str, caption: str, shown: Sequence[str]) 
     coloured = looks.prominent(powers.groupby("method")["power"].mean())
     for method, here in powers.groupby("method", sort=False):
         tint, name = (colour(str(method)), label(str(method))) if method in coloured else OTHER
-        look = {"color": tint, "marker": looks.marker(str(method)), "zorder": 2 + (method in coloured)}
+        above = (method in coloured) + (method == "dm_direct")
+        look = {"color": tint, "marker": looks.marker(str(method)), "zorder": 2 + above}
         if method in shown:
             left.plot(here["n_models"], here["median"], **look)
             left.fill_between(here["n_models"], here["low"], here["high"], color=look["color"], alpha=0.15, lw=0)

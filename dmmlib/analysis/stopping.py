@@ -136,23 +136,22 @@ def verdict(stops: pd.DataFrame) -> str:
     """Say what the numbers make of the claim that no stopping time suits all points."""
     ends = stops.pivot_table(["value", "low", "high"], ["method", "forget_set"], "stop", sort=False)
     floor = ends.xs("retrain", level="method")
-    every = [m for m in stops["method"].unique() if m not in ("do_nothing", "retrain", "dm_direct")]
-    baselines = [m for m in every if is_baseline(m)]
-    matching = [m for m in every if m not in baselines]
+    every = [m for m in stops["method"].unique() if m.partition("@")[0] not in ("do_nothing", "retrain", "dm_direct")]
     sentences = []
-    for name, methods in {"Gradient baselines": baselines, "Oracle matching and DMM": matching}.items():
-        if not methods:
+    for name, kind in {"Gradient baselines": True, "Oracle matching and DMM": False}.items():
+        if not (methods := [m for m in every if is_baseline(m) is kind]):
             continue
         here = ends.loc[methods]
-        n, gain = len(here), (here["low", "gain"] > 0).sum()
+        n, gain, alone = len(here), (here["low", "gain"] > 0).sum(), "dmm" in methods  # not oracles, who know
         high = floor["high", "end"].reindex(here.index, level="forget_set")
         above = {stop: (here["low", stop] > high).sum() for stop in ("common", "own")}
-        lowest = here["value"].groupby("forget_set").min()
+        lowest = here["value"].loc["dmm"] if alone else here["value"].groupby("forget_set").min()
         median = {stop: median_over(lowest[stop]) for stop in STOPS}
+        which = "DMM alone has a" if alone else "The lowest of them on each set has a"
         sentences.append(
             f"**{name}** ({n} pairs of method and forget set): even at the best common moment {above['common']} stay "
             f"clearly above retraining; a moment of each point's own clearly lowers {gain} of the {n}, and still "
-            f"leaves {above['own']} above. The best of them on a set has a median p95 of {median['end']} at its end, "
+            f"leaves {above['own']} above. {which} median p95 of {median['end']} at its end, "
             f"{median['common']} at the best common moment and {median['own']} at own moments; retraining has "
             f"{median_over(floor['value', 'end'])}."
         )

@@ -47,7 +47,7 @@ def exactness(found: Exactness, title: str, caption: str, level: float) -> Figur
             shown = mark if p > _SMALLEST else "<"
             right.plot(max(p, _SMALLEST), row + dy, shown, color=_WRONG.get(name, PALETTE[0]), ms=6, clip_on=False)
     right.axvline(level / 2, color="black", lw=1, ls="--")
-    right.set_title(f"left of the line, {level / 2:g} for each test: rejected at {level:g} by both", fontsize=9)
+    right.set_title(f"one test left of {level / 2:g}, the line: the two together reject at {level:g}", fontsize=9)
     right.set(xscale="log", xlim=(_SMALLEST, 2), ylim=(-0.6, len(names) - 0.4))
     right.set_xlabel("p-value    ● Kolmogorov–Smirnov, Holm    ◆ energy distance    ◀ off scale", fontsize=10)
     right.set_yticks(range(len(names)), names)
