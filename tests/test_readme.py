@@ -159,6 +159,9 @@ def test_what_the_docs_say_of_requests_in_sequence_is_measured():
     assert "and on retained points that of matching, too" in words
     kept = means["gap"].xs("retain", level="split").xs(100, level="requests")
     assert (kept["in sequence"] > 1.1 * kept["predicted"]).all()
+    said = "gaps of {:.2f} on fashion-mnist and {:.2f} on digits where doing nothing leaves {:.2f} and {:.2f}"
+    order = kept.loc[["fashion-mnist", "digits"], ["in sequence", "do nothing", "predicted"]].to_numpy().T.ravel()
+    assert f"{said} (by prediction {{:.2f}} and {{:.2f}})".format(*order) in words
     assert "A hundred requests cost three retrainings in all" in words
     assert means["cost"]["in sequence"].xs(100, level="requests").round(1).eq(3).all()
 
