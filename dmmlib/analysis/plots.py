@@ -100,10 +100,10 @@ def components(
 
 
 def class_counts(counts: pd.DataFrame, title: str, caption: str) -> Figure:
-    """Draw how many points of each class (columns) each forget set (rows) holds."""
+    """Draw how many points of each class (columns) each forget set (rows) holds; colour: their share of the set."""
     figure, axis = plt.subplots(figsize=(8, 0.36 * len(counts) + 1.2), layout="constrained")
     counts = counts.rename(index=looks.plain, columns=looks.plain)
-    sns.heatmap(counts, annot=True, fmt="d", cmap="crest", cbar=False, ax=axis, linewidths=0.5)
+    sns.heatmap((counts.T / counts.T.sum()).T, annot=counts, fmt="d", cmap="crest", cbar=False, ax=axis, linewidths=0.5)
     axis.set(xlabel="", ylabel="")
     axis.tick_params(axis="x", rotation=30)
     return titled(figure, title, caption)

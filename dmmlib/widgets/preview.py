@@ -153,7 +153,7 @@ def measure(study: Study, shares: Sequence[float] = SHARES, n_oracles: int = N_O
     """Measure the attributor's error on random sets from small to half of S, and on sets whose oracles are there.
 
     The random sets' oracles are trained once and kept; they choose nothing and are no reported forget sets.
-    A random set is the easy case, since effects partly cancel; saved sets hold points that act together.
+    A random set's effects partly cancel; saved sets may hold points that act together.
 
     Returns:
         A row per set, by size: its name and size; "true change" and "error" (predicted minus true), root mean squares
