@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from dmmlib.analysis.intervals import wilson
 from dmmlib.data import Dataset
 from dmmlib.errors import ForgetSetError
 from dmmlib.studies.adversary import service
@@ -30,7 +31,8 @@ def scores(world: World, prepared: Prepared) -> pd.DataFrame:
 def detection(scores: pd.DataFrame) -> pd.DataFrame:
     """Compute the area under the ROC of each component and of the score, against each kind of honest request.
 
-    With 95 % intervals of the score's area and of the share detected at 5 % false alarms: requests are resampled.
+    With 95 % intervals of the score's area and of the share detected at 5 % false alarms: requests are resampled, or
+    the share's is Wilson's where they are all detected, or none, in each resample.
     """
     rows = []
     kinds = scores.loc[~scores["malicious"], "request"].unique()
@@ -40,7 +42,9 @@ def detection(scores: pd.DataFrame) -> pd.DataFrame:
             row: dict[str, Any] = {"attack": attack, "against": kind, "n": len(part), "n_honest": len(honest)}
             row |= {name: service.area(honest[name].to_numpy(), part[name].to_numpy()) for name in service.COMPONENTS}
             for name, statistic in (("score", service.area), ("detected at 5 %", service.detected)):
-                row |= bounds(name, service.resampled(statistic, honest["score"].to_numpy(), part["score"].to_numpy()))
+                e = service.resampled(statistic, honest["score"].to_numpy(), part["score"].to_numpy())
+                certain = statistic is service.detected and e.low == e.high
+                row |= bounds(name, wilson(round(e.value * len(part)), len(part)) if certain else e)
             rows.append(row)
     return pd.DataFrame(rows)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from dmmlib import metrics, unlearn
-from dmmlib.analysis.intervals import means_over
+from dmmlib.analysis.intervals import means_over, wilson
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.studies.adversary.experiments import Asked, Prepared, never_trained
 from dmmlib.studies.adversary.world import World, retrain, together
@@ -113,10 +113,15 @@ def serve(world: World, asked: Asked, options: Mapping[str, Setting]) -> pd.Data
 
 
 def interval(table: pd.DataFrame, column: str, n_bootstrap: int = 500, seed: int = 0) -> metrics.Estimate:
-    """Compute the mean of a column with a 95 % interval that resamples targets and models."""
+    """Compute the mean of a column with a 95 % interval that resamples targets and models.
+
+    Where all of a column of bools are the same, which resampling takes for certain, it is Wilson's over targets.
+    """
     (targets, row), (models, of) = (np.unique(table[name], return_inverse=True) for name in ("target", "model"))
     values = np.full((len(targets), len(models)), np.nan)
     values[row[::-1], of[::-1]] = table[column].to_numpy(float)[::-1]  # the first of several
+    if table[column].dtype == bool and values.min() == values.max():
+        return wilson(int(values.min()) * len(values), len(values))
     rng = np.random.default_rng(seed)
     of_targets, of_models = (rng.multinomial(n, np.full(n, 1 / n), n_bootstrap) / n for n in values.shape)
     draws = ((of_targets @ values) * of_models).sum(1)
