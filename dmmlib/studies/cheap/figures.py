@@ -57,9 +57,8 @@ def ablation(table: pd.DataFrame, title: str, caption: str) -> Figure:
         axis.grid(axis="x", color="0.93")
         axis.axvline(default, color="black", lw=0.8)
     is_lds = shown["split"] == "lds"
-    low, high = shown.loc[~is_lds, "ratio"].min(), shown.loc[~is_lds, "ratio"].max()
-    ends = max(0.3 * low, 0.9 * shown.loc[~is_lds, "low"].min()), min(3 * high, 1.1 * shown.loc[~is_lds, "high"].max())
-    log_axis(klom, "x", (0.2, 0.5, 0.7, 1, 1.5, 2, 3, 5, 8), ends)
+    ends = shown.loc[~is_lds, ["low", "ratio", "high"]].clip(0.2, 8)
+    log_axis(klom, "x", (0.2, 0.5, 0.7, 1, 1.5, 2, 3, 5, 8), (0.9 * ends.min().min(), 1.1 * ends.max().max()))
     low, high = shown.loc[is_lds, "ratio"].agg(["min", "max"])
     margin = 0.15 * max(0.02, high - low)
     rank.set(xlabel="LDS − the default's", xlim=(low - margin, max(0.0, high) + margin))
