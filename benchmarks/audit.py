@@ -7,20 +7,20 @@ Every case is a forget set and a method. The audit judges single models, ten of 
 retrained models, and may say that it cannot tell; KLoM judges the case by 40 models and 40 oracles: forgotten if its
 mean over F is nearer to the retrain floor than to that of doing nothing, clearly so if not within .15 of the middle.
 Where doing nothing is not above the floor, it cannot judge. How far it can be agreed with is seen by its own halves:
-KLoM of 20 models and oracles against the verdict of the 20 others.
+KLoM of 20 models and oracles against the verdict of the 20 others. Intervals resample forget sets, as models of one
+set are told, or not, together.
 """
 
 import itertools
 import sys
 import tempfile
-from dataclasses import astuple
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
-from scipy.stats import mannwhitneyu
 
 from dmmlib import forget_sets, metrics, unlearn
 from dmmlib.analysis.intervals import wilson
@@ -122,32 +122,33 @@ def judged(table: pd.DataFrame) -> pd.DataFrame:
     return found.assign(by_klom=found["left_by_klom"] <= HALF)
 
 
-def auc(score: pd.Series, by_klom: pd.Series) -> float:
+def auc(score: np.ndarray, by_klom: np.ndarray) -> float:
     """How well a score ranks what KLoM calls not forgotten above what it calls forgotten."""
-    out, back = score[~by_klom], score[by_klom]
-    return float(mannwhitneyu(out, back).statistic / (len(out) * len(back))) if len(out) and len(back) else np.nan
+    out, back = score[~by_klom], np.sort(score[by_klom])
+    below = [np.searchsorted(back, out, side) for side in ("left", "right")]  # ties count half
+    return float(np.mean(below) / len(back)) if len(out) and len(back) else np.nan
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
     """The shares and areas that the audit is held to, for each data set and over all."""
     parts = {**dict(list(table.groupby("data", sort=False))), "all": table}
     return pd.concat([_summary(part).assign(data=name) for name, part in parts.items()])[
-        ["data", "statistic", "value", "low", "high", "n"]
+        ["data", "statistic", "value", "low", "high", "n", "sets"]
     ]
 
 
 def _summary(table: pd.DataFrame) -> pd.DataFrame:
+    table = table.set_index(["data", "forget_set"])
     of, rows = table["method"].str.split().str[0], list[tuple[object, ...]]()
     for way, column in WAYS.items():
         says = table[f"forgotten{column}"]
         for name, words in (("retrain", "retrained"), ("do_nothing", "untouched")):
             said = says[of == name]
             told = said.dropna().astype(bool)
-            rows.append((f"by {way}, {words}: can be told", *astuple(wilson(len(told), len(said))), len(said)))
+            rows.append((f"by {way}, {words}: can be told", *interval(np.mean, said.notna())))
             if len(told):
-                share = wilson(int(told.sum()), len(told))
-                rows.append((f"by {way}, {words}, where told: called forgotten", *astuple(share), len(told)))
-        tells = says.notna().where(of == "do_nothing").groupby([table["data"], table["forget_set"]])
+                rows.append((f"by {way}, {words}, where told: called forgotten", *interval(np.mean, told)))
+        tells = says.notna().where(of == "do_nothing").groupby(["data", "forget_set"])
         tells = tells.transform("mean") >= HALF
         for words, which in {"GD and GA": of.isin(["ga", "gd", "ga_gd"]), "all methods": of.notna()}.items():
             cases = table[which & tells & table["left_by_klom"].notna()].groupby(["data", "forget_set", "method"])
@@ -156,23 +157,31 @@ def _summary(table: pd.DataFrame) -> pd.DataFrame:
                 continue
             of_cases = {"one model": score.first(), "median of ten": score.median()}
             for name, found in of_cases.items():
-                rows.append((f"by {way}, AUC against KLoM, {words}, {name}", *interval(found, by_klom), len(found)))
+                rows.append((f"by {way}, AUC against KLoM, {words}, {name}", *interval(auc, found, by_klom)))
             clear = (far - HALF).abs() > CLEAR
-            found = interval(of_cases["median of ten"][clear], by_klom[clear])
-            rows.append((f"by {way}, AUC against KLoM, {words}, clear cases, median of ten", *found, int(clear.sum())))
+            found = interval(auc, of_cases["median of ten"][clear], by_klom[clear])
+            rows.append((f"by {way}, AUC against KLoM, {words}, clear cases, median of ten", *found))
             halves = cases[["left_by_klom_first_half", "left_by_klom_second_half"]].first().dropna()
-            found = interval(halves.iloc[:, 0], halves.iloc[:, 1] <= HALF)
-            rows.append((f"by {way}, AUC of KLoM itself, by half of the models, {words}", *found, len(halves)))
-            share = astuple(wilson(int(by_klom.sum()), len(by_klom)))
-            rows.append((f"by {way}, {words}: called forgotten by KLoM", *share, len(by_klom)))
-    return pd.DataFrame(rows, columns=["statistic", "value", "low", "high", "n"])
+            found = interval(auc, halves.iloc[:, 0], halves.iloc[:, 1] <= HALF)
+            rows.append((f"by {way}, AUC of KLoM itself, by half of the models, {words}", *found))
+            rows.append((f"by {way}, {words}: called forgotten by KLoM", *interval(np.mean, by_klom)))
+    return pd.DataFrame(rows, columns=["statistic", "value", "low", "high", "n", "sets"])
 
 
-def interval(score: pd.Series, by_klom: pd.Series) -> tuple[float, float, float]:
-    """The AUC, and a 95 % interval from a bootstrap over cases."""
-    draws = np.random.default_rng(0).integers(0, len(score), (1000, len(score)))
-    low, high = np.nanpercentile([auc(score.iloc[d], by_klom.iloc[d]) for d in draws], [2.5, 97.5])
-    return auc(score, by_klom), float(low), float(high)
+def interval(statistic: Callable[..., float], *columns: pd.Series) -> tuple[float, float, float, int, int]:
+    """A statistic of some columns, a 95 % interval that resamples forget sets, and how many rows and sets there are.
+
+    No resample of a share of 0 or 1 differs from it: there it is Wilson's, over sets.
+    """
+    values, by_set = [column.to_numpy() for column in columns], columns[0].groupby(["data", "forget_set"])
+    value, sets = float(statistic(*values)), list(by_set.indices.values())
+    picks = np.random.default_rng(0).integers(0, len(sets), (1000, len(sets)))
+    rows = (np.concatenate([sets[i] for i in pick]) for pick in picks)
+    low, high = np.nanpercentile([statistic(*(v[at] for v in values)) for at in rows], [2.5, 97.5])
+    if statistic is np.mean and value in (0, 1):
+        share = wilson(int(value) * len(sets), len(sets))
+        low, high = share.low, share.high
+    return value, float(low), float(high), len(values[0]), len(sets)
 
 
 if __name__ == "__main__":

@@ -451,3 +451,6 @@ def test_interval_covers_the_mean_of_its_table() -> None:
     assert e.low < e.value < e.high
     two_ways = np.sqrt(values.mean(1).var() / 40 + values.mean(0).var() / 5)
     assert two_ways < (e.high - e.low) / 2 / 1.96 < 2 * two_ways
+    nobody = serving.interval(table.assign(error=False), "error")  # which is not certain, by 40 targets
+    assert (nobody.low, nobody.value) == (0, 0)
+    assert 0.05 < nobody.high < 0.1

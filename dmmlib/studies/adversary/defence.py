@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from dmmlib.analysis.intervals import wilson
 from dmmlib.data import Dataset
 from dmmlib.errors import ForgetSetError
 from dmmlib.studies.adversary import service
@@ -32,15 +33,16 @@ def detection(scores: pd.DataFrame) -> pd.DataFrame:
 
     With 95 % intervals of the score's area and of the share detected at 5 % false alarms: requests are resampled.
     """
-    rows = []
-    kinds = scores.loc[~scores["malicious"], "request"].unique()
+    rows, kinds = list[dict[str, Any]](), scores.loc[~scores["malicious"], "request"].unique()
     for (place, attack), part in scores[scores["malicious"]].groupby(["site", "request"], sort=False):
         for kind in kinds:
             honest = scores[(scores["site"] == place) & (scores["request"] == kind)]
             row: dict[str, Any] = {"attack": attack, "against": kind, "n": len(part), "n_honest": len(honest)}
             row |= {name: service.area(honest[name].to_numpy(), part[name].to_numpy()) for name in service.COMPONENTS}
             for name, statistic in (("score", service.area), ("detected at 5 %", service.detected)):
-                row |= bounds(name, service.resampled(statistic, honest["score"].to_numpy(), part["score"].to_numpy()))
+                e = service.resampled(statistic, honest["score"].to_numpy(), part["score"].to_numpy())
+                certain = statistic is service.detected and e.low == e.high  # all or none, in each resample
+                row |= bounds(name, wilson(round(e.value * len(part)), len(part)) if certain else e)
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -64,15 +66,12 @@ def refusals(prepared: Prepared) -> pd.DataFrame:
         "its own points before their pixels were changed": (poison.bases[:5], poison.labels[:5]),
         "its own points under other labels": (held.x_train[own], (held.y_train[own] + 1) % held.n_classes),
     }
-    rows = [{"request": kind, "answer": _answer(held, *points, site.own)} for kind, points in cases.items()]
-    return pd.DataFrame(rows)
+    return pd.DataFrame([{"request": kind, "answer": _answer(held, *c, site.own)} for kind, c in cases.items()])
 
 
 def burned(prepared: Prepared) -> tuple[int, int]:
     """Count the never-trained requests that the service refuses, and all of them."""
     phantom, held = prepared.asked["never_trained"], prepared.places["honest"].data
-    answers = [
-        _answer(held, site.data.x_train[forget], site.data.y_train[forget])
-        for site, forget in zip(phantom.sites, phantom.requests, strict=True)
-    ]
+    asked = zip(phantom.sites, phantom.requests, strict=True)
+    answers = [_answer(held, site.data.x_train[f], site.data.y_train[f]) for site, f in asked]
     return sum(answer.startswith("refused") for answer in answers), len(answers)

@@ -136,7 +136,8 @@ def roc(scores: pd.DataFrame, found: pd.DataFrame, title: str, caption: str) -> 
             both = scores[(scores["site"] == site) & scores["request"].isin([kind, attack])]
             false, true, _ = roc_curve(both["malicious"], both["score"])
             a = areas.loc[attack]
-            name = f"{ATTACKS[attack]}: {a['score']:.2f} [{a['score low']:.2f}, {a['score high']:.2f}]"
+            ends = f"{a['score']:.2f} [{a['score low']:.2f}, {a['score high']:.2f}]"
+            name = f"{ATTACKS[attack]}: " + (f"1, all {a['n']} x {a['n_honest']} apart" if a["score"] == 1 else ends)
             line = "--" if attack.startswith("surrogate") else "-"
             axis.step(false, true, line, where="post", color=LOOKS[attack][0], label=name)
         axis.plot([0, 1], [0, 1], color="0.7", lw=0.8, ls=":")

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from dmmlib import metrics, unlearn
-from dmmlib.analysis.intervals import means_over
+from dmmlib.analysis.intervals import means_over, wilson
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.studies.adversary.experiments import Asked, Prepared, never_trained
 from dmmlib.studies.adversary.world import World, retrain, together
@@ -113,10 +113,12 @@ def serve(world: World, asked: Asked, options: Mapping[str, Setting]) -> pd.Data
 
 
 def interval(table: pd.DataFrame, column: str, n_bootstrap: int = 500, seed: int = 0) -> metrics.Estimate:
-    """Compute the mean of a column with a 95 % interval that resamples targets and models."""
+    """Compute a column's mean with a 95 % interval: targets and models resampled; of bools all alike Wilson's."""
     (targets, row), (models, of) = (np.unique(table[name], return_inverse=True) for name in ("target", "model"))
     values = np.full((len(targets), len(models)), np.nan)
     values[row[::-1], of[::-1]] = table[column].to_numpy(float)[::-1]  # the first of several
+    if table[column].dtype == bool and values.min() == values.max():
+        return wilson(int(values.min()) * len(values), len(values))
     rng = np.random.default_rng(seed)
     of_targets, of_models = (rng.multinomial(n, np.full(n, 1 / n), n_bootstrap) / n for n in values.shape)
     draws = ((of_targets @ values) * of_models).sum(1)
@@ -138,8 +140,7 @@ def summary(served: pd.DataFrame, by: Sequence[str] = ("attack", "method")) -> p
     if "accuracy" in served:
         served["lost"] = served["accuracy"] - served["accuracy before"]
         estimated["lost"] = "lost"
-    means = [c for c in ("accuracy", "size", "cost") if c in served]
-    rows = []
+    rows, means = list[dict[str, Any]](), [c for c in ("accuracy", "size", "cost") if c in served]
     for key, part in served.groupby(list(by), sort=False):
         row: dict[str, Any] = dict(zip(by, key, strict=True)) | {"n_targets": part["target"].nunique()}
         for name, column in estimated.items():
@@ -182,8 +183,7 @@ def _with_many_models(world: World, prepared: Prepared) -> list[Asked]:
     few = [replace(asked, sites=asked.sites[first]) for asked in few]
     poisons = [site.poison for asked in few for site in asked.sites]
     requests = [list(part) for asked in few for part in np.array_split(np.stack(asked.requests), len(asked.sites))]
-    done = iter(together(world, poisons, n, requests, 2 * n))
-    many = []
+    done, many = iter(together(world, poisons, n, requests, 2 * n)), list[Asked]()
     for asked in few:
         made, retrained = zip(*(next(done) for _ in asked.sites), strict=True)
         many.append(replace(asked, sites=list(made), retrained=np.concatenate(retrained)))

@@ -34,7 +34,7 @@ def curve(table: pd.DataFrame, title: str, caption: str) -> Figure:
         if split == "all":
             axis.set(title="rank of effects", ylabel="LDS, mean over points", ylim=(0, None))
         else:
-            log_axis(axis, "y", (0.5, 1, 2, 5, 10), (0.4, max(2.0, 1.15 * here["value"].max())))
+            log_axis(axis, "y", (0.5, 1, 2, 5, 10), (0.4, max(2.0, 1.15 * here[["value", "high"]].max().max())))
             axis.set(title=f"{split} points", ylabel="p95 KLoM of DM-direct")
     legend(figure, axes[0])
     return titled(figure, title, caption)
@@ -57,8 +57,8 @@ def ablation(table: pd.DataFrame, title: str, caption: str) -> Figure:
         axis.grid(axis="x", color="0.93")
         axis.axvline(default, color="black", lw=0.8)
     is_lds = shown["split"] == "lds"
-    low, high = shown.loc[~is_lds, "ratio"].agg(["min", "max"])
-    log_axis(klom, "x", (0.5, 0.7, 1, 1.5, 2, 3, 5, 8), (min(0.6, 0.8 * low), 1.4 * high))
+    ends = shown.loc[~is_lds, ["low", "ratio", "high"]].clip(0.2, 8)
+    log_axis(klom, "x", (0.2, 0.5, 0.7, 1, 1.5, 2, 3, 5, 8), (0.9 * ends.min().min(), 1.1 * ends.max().max()))
     low, high = shown.loc[is_lds, "ratio"].agg(["min", "max"])
     margin = 0.15 * max(0.02, high - low)
     rank.set(xlabel="LDS − the default's", xlim=(low - margin, max(0.0, high) + margin))

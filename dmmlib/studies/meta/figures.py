@@ -100,8 +100,8 @@ def forgetting(table: pd.DataFrame, title: str, caption: str) -> Figure:
     room = {"wspace": 0.06}
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained", gridspec_kw=room)
     supports: dict[str, dict[str, Any]] = {
-        "do nothing": {"label": "do nothing, same support", "color": PALETTE[3], "marker": "o"},
-        "do nothing, own support": {"label": "do nothing, own support", "color": PALETTE[1], "marker": "s"},
+        "do nothing": {"label": "do nothing, same support", "color": PALETTE[4], "marker": "o"},
+        "do nothing, own support": {"label": "do nothing, own support", "color": PALETTE[5], "marker": "s"},
         "floor": {"label": "floor, same support", "color": "black", "marker": "_"},
     }
     kinds = {kind: REPLACED[kind] for kind in ("task", "adaptation", "meta")}

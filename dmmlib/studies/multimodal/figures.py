@@ -60,7 +60,7 @@ def grid(table: pd.DataFrame, title: str, caption: str) -> Figure:
         floor, here = score.loc["retrain"], score.loc[OTHERS]
         ticks = [f"{t}, {'portrait' if m == IMAGE else 'name'} ({floor[t, m]:.2f})" for t, m in KINDS]
         shown = here.map(lambda value: "–" if np.isnan(value) else f"{value:.2f}")
-        look = {"cmap": "PuOr_r", "vmin": -1, "vmax": 1, "cbar": False, "annot_kws": {"fontsize": 8}}
+        look = {"cmap": plt.get_cmap("PuOr_r", 21), "vmin": -1, "vmax": 1, "cbar": False, "annot_kws": {"fontsize": 8}}
         here = (here - floor).fillna(0).set_axis(ticks, axis=1).rename(index=label)
         sns.heatmap(here, annot=shown, fmt="", ax=axis, **look)
         axis.tick_params(axis="x", labelsize=8)
@@ -87,7 +87,7 @@ def distances(gaps: pd.DataFrame, title: str, caption: str) -> Figure:
 
 def unimodal(gaps: pd.DataFrame, title: str, caption: str) -> Figure:
     """Score after unlearning on text minus after image + text, on questions about forgotten people."""
-    look = {m: {"color": PALETTE[k], "fmt": "sD^v"[k], "ms": 4} for k, m in enumerate(GRADIENT)}
+    look = {m: {"color": PALETTE[(4, 5, 6, 8)[k]], "fmt": "sD^v"[k], "ms": 4} for k, m in enumerate(GRADIENT)}
     look["all"] = {"color": "black", "fmt": "o", "ms": 6}
     figure, axes = looks.grid(2, 2, (5.3, 3.8), sharex=True)
     for axis, split in zip(axes[0], ("forget", "test"), strict=True):
