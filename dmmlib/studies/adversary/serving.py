@@ -140,7 +140,7 @@ def summary(served: pd.DataFrame, by: Sequence[str] = ("attack", "method")) -> p
     if "accuracy" in served:
         served["lost"] = served["accuracy"] - served["accuracy before"]
         estimated["lost"] = "lost"
-    rows, means = list[dict[str, Any]](), [c for c in ("accuracy", "size", "cost") if c in served]
+    rows, means = list[Any](), [c for c in ("accuracy", "size", "cost") if c in served]
     for key, part in served.groupby(list(by), sort=False):
         row: dict[str, Any] = dict(zip(by, key, strict=True)) | {"n_targets": part["target"].nunique()}
         for name, column in estimated.items():
