@@ -176,6 +176,8 @@ def test_a_warning_is_a_line_without_the_place_in_the_code(dmm, monkeypatch):
         (["run", "smoke", "--stage", "", "--dry-run"], "Unknown stage ''; use"),
         (["run", "smoke", "--stage", "04,05"], "Unknown stage '04,05'; use"),
         (["run", "smoke", "--beside", "--dry-run"], "--beside was given without --forget-set"),
+        (["run", "smoke", "--forget-set", "f", "--stage", "6"], "Stage 06 takes no --forget-set; use it with 02"),
+        (["run", "smoke", "--forget-set", "f", "--beside", "--stage", "2"], "no --forget-set --beside; use it with 04"),
         (["run", "smoke", "--set", "seed=1_0"], "1_0 can be read in two ways"),
         (["run", "smoke", "--runs", "s3://bucket/runs"], "give a folder on this machine"),
         (["run", "smoke", "--set", "n_train"], "--set got 'n_train'; give key=value"),
@@ -233,12 +235,21 @@ def test_a_request_is_answered_with_what_it_needs(dmm, tiny_file, tmp_path, monk
         "originals", "attribution", "oracles", "floor"
     }, "nothing else is trained for a request"  # fmt: skip
     assert asked("--stage", "05", "--set", "unlearning.methods=[gd]")[1:] == (["05"], ["gd"])
-    assert asked("--beside")[1:] == (list(batch.stages()), list(presets.METHODS))
+    assert asked("--beside")[1:] == (["04", "05"], list(presets.METHODS))
     planned = dmm("run", tiny_file, "--forget-set", mine, "--dry-run").output
     assert "oracles and floor, mine" in planned
     assert not any(other in planned for other in ("tuning", "random_6", "subset models", "stage 07"))
     listed = dmm("run", tiny_file, "--forget-set", mine, "--beside", "--dry-run").output
     assert all(other in listed for other in ("oracles and floor, mine", "oracles and floor, random_6", "stage 07"))
+
+
+def test_a_set_of_ones_own_goes_to_the_stages_that_study_it():
+    def using(name):
+        source = {n: "".join(c.source for c in nbformat.read(p, 4).cells) for n, p in batch.stages().items()}
+        return tuple(n for n, text in source.items() if f"{name}={name}" in text and "study.forget_sets()" in text)
+
+    assert using("forget_set") == cli.STUDY_IT
+    assert using("beside") == cli.STUDY_IT_BESIDE
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from dmmlib.progress import Pulse, duration, silent
 TRAINING = ("02", "04")  # stages that keep every core busy by themselves
 REQUEST_STAGE, REQUEST = "04", ["do_nothing", "retrain", "dm_direct", "dmm"]
 """What a forget set of one's own is studied with, unless more is asked for."""
+STUDY_IT, STUDY_IT_BESIDE = ("02", "03", "04", "05", "07"), ("04", "05")  # the stages that can, of a set of one's own
 HELP = {"help_option_names": ["-h", "--help"]}
 
 
@@ -119,7 +120,7 @@ def run(
             "and retraining, unless --stage or --set unlearning.methods=[...] asks for more."
         ),
     ] = None,
-    beside: Annotated[bool, typer.Option(help="Study that set beside the preset's, not in their place.")] = False,
+    beside: Annotated[bool, typer.Option(help="Study that set beside the preset's, in stages 04 and 05.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "",
     scheduler: Annotated[
         str, typer.Option(help="Who trains: local, local-cluster, cluster (the preset's), or a Dask address.")
@@ -140,9 +141,13 @@ def run(
     known = batch.stages()
     if unknown := [number for number in stage or () if number.zfill(2) not in known]:
         raise PresetError(f"Unknown stage {unknown[0]!r}; use one of {', '.join(known)}, --stage before each.")
-    wanted = [number.zfill(2) for number in stage or ([REQUEST_STAGE] if forget_set and not beside else known)]
     if beside and not forget_set:
         raise PresetError("--beside was given without --forget-set, the file of the set to study; give both.")
+    able = (STUDY_IT_BESIDE if beside else STUDY_IT) if forget_set else tuple(known)
+    wanted = [n.zfill(2) for n in stage or ([REQUEST_STAGE] if forget_set and not beside else able)]
+    if unable := [number for number in wanted if number not in able]:
+        how = "--forget-set" + " --beside" * beside
+        raise PresetError(f"Stage {unable[0]} takes no {how}; use it with {', '.join(able)}, and run others without.")
     if dry_run:
         _dry_run(_asked(preset, overrides, forget_set, beside), runs, forget_set, beside)
         typer.echo("  stages: " + ", ".join(known[n].stem.replace("_", " ") for n in sorted({*wanted})))
