@@ -255,3 +255,20 @@ def test_a_studys_original_gives_its_row(tiny, tmp_path, monkeypatch):
     after = load_file(tmp_path / "out" / "model.safetensors")
     for name, weight in models.state_of(0)[0].items():
         np.testing.assert_allclose(after[name], weight, atol=1e-4)
+
+
+@pytest.mark.parametrize("command", ["prepare", "forget", "audit"])
+def test_a_preset_from_elsewhere_that_names_a_scheduler_is_asked_about(tmp_path, monkeypatch, command):
+    used = []
+    monkeypatch.setattr("dmmlib.study.Study.attributor", lambda *_: used.append(1))
+    monkeypatch.setenv("DMM_RUNS", str(tmp_path / "runs"))
+    sent = tmp_path / "sent.yaml"
+    sent.write_text(yaml.safe_dump({"preset": TINY | {"scheduler": "tcp://192.0.2.1:8786"}}))
+    asked = ("none.pt", "--recipe", sent, "--forget", "3") + ("--original", "none.pt") * (command == "audit")
+    asked = [sent] if command == "prepare" else asked
+    said = dmm(command, *asked)
+    assert said.exit_code == 2
+    assert "sent.yaml names a cluster (tcp://192.0.2.1:8786" in said.output
+    assert not used
+    assert "names a cluster" not in dmm(command, *asked, "--trust-preset").output
+    assert bool(used) == (command == "prepare"), "the others lack their weights"

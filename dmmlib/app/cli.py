@@ -126,9 +126,7 @@ def run(
         str, typer.Option(help="Who trains: local, local-cluster, cluster (the preset's), or a Dask address.")
     ] = "",
     store: Place = "",
-    trust_preset: Annotated[
-        bool, typer.Option(help="Start the cluster, or use the scheduler, that a file from elsewhere names.")
-    ] = False,
+    trust_preset: own.Trust = False,
     force: Annotated[bool, typer.Option(help="Run stages again that are done.")] = False,
     runs: Runs = None,
     dry_run: Annotated[
@@ -163,7 +161,7 @@ def run(
         asked = _asked(preset, overrides, forget_set, beside).model_dump(mode="json")
         study = Study(asked, forget_set=mine, beside=beside, runs=runs, progress=silent)  # says what is wrong
     if not trust_preset:
-        _ask(preset, study.preset, overrides)
+        own.ask(preset, study.preset, overrides)
     content = study.preset.model_dump(mode="json")
     if mine and (price := _price(study)):
         typer.echo(price)
@@ -263,17 +261,6 @@ def _price(study: Any) -> str:
     steps, rate = n * study.training.steps(study.data.n_train - len(asked)), max(study.rates().values(), default=0)
     seconds = f", about {duration(steps / rate)}" if rate else ""
     return f"{asked.name}: {n} models retrained without it, to measure against, are yet to be trained{seconds}"
-
-
-def _ask(given: str, preset: presets.Preset, overrides: dict[str, Any]) -> None:
-    """Raise PresetError where a file that is not in presets/ says on which cluster to run: that runs its code."""
-    elsewhere = given.endswith((".yaml", ".yml")) and Path(given).resolve().parent != presets.PRESETS_DIR.resolve()
-    chosen = "scheduler" in overrides and preset.scheduler != "cluster"  # not by the file
-    if elsewhere and not chosen and preset.scheduler not in ("local", "local-cluster"):
-        raise PresetError(
-            f"{given} names a cluster ({preset.scheduler}, {preset.cluster.type}), which can run any code here; "
-            "read the file, then give --trust-preset, or --scheduler local."
-        )
 
 
 def _say(line: str, done: bool) -> None:

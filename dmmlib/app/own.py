@@ -23,6 +23,9 @@ Models = Annotated[int, typer.Option(help="How many subset models are trained, o
 Folder = Annotated[Path, typer.Option(help="Where they are kept.")]
 Asked = Annotated[str, typer.Option(help="Ids: a .csv, .json or text file, a folder of files, a class, or one id.")]
 N_MODELS, PREPARED = 100, Path("prepared")  # where nothing else is asked for
+Trust = Annotated[
+    bool, typer.Option("--trust-preset", help="Use the cluster or scheduler that a preset from elsewhere names.")
+]
 DryRun = Annotated[bool, typer.Option(help="Only say what would be trained, for how long, and what it takes.")]
 
 
@@ -36,10 +39,11 @@ def prepare(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A Python file with `recipe = dmmlib.Recipe(...)`.")],
     models: Models = N_MODELS,
     prepared: Folder = PREPARED,
+    trust_preset: Trust = False,
     dry_run: DryRun = False,
 ) -> None:
     """Train the subset models of a recipe and fit the attributor, once; interrupted, it goes on where it was."""
-    made = _opened(recipe, models, prepared)
+    made = _opened(recipe, models, prepared, trust_preset)
     if not dry_run:
         made.attributor()
         given = f" --models {models}" * (models != N_MODELS) + f" --prepared {prepared}" * (prepared != PREPARED)
@@ -59,6 +63,7 @@ def forget(
     ] = None,
     models: Models = N_MODELS,
     prepared: Folder = PREPARED,
+    trust_preset: Trust = False,
     dry_run: DryRun = False,
 ) -> None:
     """Make a model forget training points: unlearned weights, a record and a report; the model given is left alone."""
@@ -69,7 +74,7 @@ def forget(
 
     options = parse(set_)
     (own.check_method if recipe.endswith(".py") else unlearn.check_setting)(method, options)
-    made = _opened(recipe, models, prepared)
+    made = _opened(recipe, models, prepared, trust_preset)
     indices, name, original, gone = own.asked(model, forget, made)  # what is wrong is said before anything is trained
     record.check_out(out, indices, record.sha256(original.state_dict()), "report.html")
     earlier = f", {len(gone)} more forgotten before" if len(gone) else ""
@@ -98,6 +103,7 @@ def audit(
     out: Annotated[Path | None, typer.Option(help="Also write a report there.")] = None,
     models: Models = N_MODELS,
     prepared: Folder = PREPARED,
+    trust_preset: Trust = False,
 ) -> None:
     """Judge whether a model has forgotten training points; exits with 1 if it has not, 3 if that cannot be told."""
     from dmmlib.own.audit import answers
@@ -108,7 +114,7 @@ def audit(
         if out.suffix != ".html":
             raise StoreError(f"--out got {out}; give the page a name that ends in .html.")
         _check_writable(out.parent)
-    made = _opened(recipe, models, prepared)
+    made = _opened(recipe, models, prepared, trust_preset)
     others = [loaded(weights, made) for path in retrained or () for weights in _weights(path)]
     answers(others, made, (original, model))  # what is wrong is said before anything is trained
     result = given(original, model, forget, made)
@@ -135,6 +141,17 @@ def parse(settings: list[str] | None) -> dict[str, Any]:
     return parsed
 
 
+def ask(given: str, preset: presets.Preset, overrides: dict[str, Any] | None = None) -> None:
+    """Raise PresetError where a file that is not in presets/ says on which cluster to run: that runs its code."""
+    elsewhere = given.endswith((".yaml", ".yml")) and Path(given).resolve().parent != presets.PRESETS_DIR.resolve()
+    chosen = "scheduler" in (overrides or {}) and preset.scheduler != "cluster"  # not by the file
+    if elsewhere and not chosen and preset.scheduler not in ("local", "local-cluster"):
+        raise PresetError(
+            f"{given} names a cluster ({preset.scheduler}, {preset.cluster.type}), which can run any code here; "
+            "read the file, then give --trust-preset, or let the file say `scheduler: local`."
+        )
+
+
 def _weights(path: Path) -> list[Path]:
     """A file of weights, or all in a folder; raises StoreError for a folder without any."""
     if not path.is_dir():
@@ -152,7 +169,7 @@ def _check_writable(folder: Path) -> None:
     (folder / ".tried").unlink()
 
 
-def _opened(recipe: str, models: int, folder: Path) -> Prepared | Study | Any:
+def _opened(recipe: str, models: int, folder: Path, trusted: bool) -> Prepared | Study | Any:
     """What requests are answered with; says what preparing it takes."""
     from tqdm import tqdm
 
@@ -163,9 +180,12 @@ def _opened(recipe: str, models: int, folder: Path) -> Prepared | Study | Any:
         from dmmlib.study import Study
 
         try:
-            return Study(recipe)
+            study = Study(recipe)
         except PresetError as error:
             raise PresetError(f"{error} A recipe is a Python file, such as recipe.py.") from None
+        if not trusted:
+            ask(recipe, study.preset)
+        return study
     bars: dict[str, tqdm[Any]] = {}
 
     def progress(task: str, done: int, total: int) -> None:
