@@ -272,3 +272,18 @@ def test_a_preset_from_elsewhere_that_names_a_scheduler_is_asked_about(tmp_path,
     assert not used
     assert "names a cluster" not in dmm(command, *asked, "--trust-preset").output
     assert bool(used) == (command == "prepare"), "the others lack their weights"
+
+
+@pytest.mark.parametrize("more", [("--models", 12), ("--prepared", "elsewhere"), ("--dry-run",)])
+def test_a_preset_takes_no_numbers_of_a_recipe(tmp_path, monkeypatch, more):
+    monkeypatch.setattr("dmmlib.study.Study.attributor", lambda *_: None)
+    monkeypatch.setenv("DMM_RUNS", str(tmp_path / "runs"))
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({"preset": TINY}))
+    asked = ("forget", "none.pt", "--recipe", tmp_path / "tiny.yaml", "--forget", "3")
+    for arguments in (("prepare", tmp_path / "tiny.yaml"), asked):
+        said = dmm(*arguments, *more)
+        assert said.exit_code == 2, said.output
+        assert f"tiny.yaml is a preset, which says itself how many models there are and takes no {more[0]}" in (
+            said.output.replace("--models, --prepared or --dry-run", more[0])
+        )
+    assert f"prepared in {tmp_path / 'runs'}: answer" in dmm("prepare", tmp_path / "tiny.yaml").output

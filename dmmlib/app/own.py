@@ -43,12 +43,13 @@ def prepare(
     dry_run: DryRun = False,
 ) -> None:
     """Train the subset models of a recipe and fit the attributor, once; interrupted, it goes on where it was."""
-    made = _opened(recipe, models, prepared, trust_preset)
+    made = _opened(recipe, models, prepared, trust_preset, dry_run)
     if not dry_run:
         made.attributor()
         given = f" --models {models}" * (models != N_MODELS) + f" --prepared {prepared}" * (prepared != PREPARED)
+        given += " --trust-preset" * trust_preset
         said = f"`dmm forget MODEL --recipe {recipe} --forget IDS{given}`"
-        typer.echo(f"prepared in {prepared}: answer requests with {said}")
+        typer.echo(f"prepared in {made.runs}: answer requests with {said}")
 
 
 def forget(
@@ -74,7 +75,7 @@ def forget(
 
     options = parse(set_)
     (own.check_method if recipe.endswith(".py") else unlearn.check_setting)(method, options)
-    made = _opened(recipe, models, prepared, trust_preset)
+    made = _opened(recipe, models, prepared, trust_preset, dry_run)
     indices, name, original, gone = own.asked(model, forget, made)  # what is wrong is said before anything is trained
     record.check_out(out, indices, record.sha256(original.state_dict()), "report.html")
     earlier = f", {len(gone)} more forgotten before" if len(gone) else ""
@@ -169,7 +170,7 @@ def _check_writable(folder: Path) -> None:
     (folder / ".tried").unlink()
 
 
-def _opened(recipe: str, models: int, folder: Path, trusted: bool) -> Prepared | Study | Any:
+def _opened(recipe: str, models: int, folder: Path, trusted: bool, priced: bool = False) -> Prepared | Study | Any:
     """What requests are answered with; says what preparing it takes."""
     from tqdm import tqdm
 
@@ -183,6 +184,11 @@ def _opened(recipe: str, models: int, folder: Path, trusted: bool) -> Prepared |
             study = Study(recipe)
         except PresetError as error:
             raise PresetError(f"{error} A recipe is a Python file, such as recipe.py.") from None
+        if priced or (models, folder) != (N_MODELS, PREPARED):
+            raise PresetError(
+                f"{recipe} is a preset, which says itself how many models there are and takes no --models, --prepared "
+                f"or --dry-run; leave them out, or see `dmm run {recipe} --dry-run`."
+            )
         if not trusted:
             ask(recipe, study.preset)
         return study
