@@ -11,6 +11,7 @@ import yaml
 from dmmlib import presets
 from dmmlib.errors import ModelError, PresetError, StoreError
 from dmmlib.files import replacing
+from dmmlib.progress import Pulse
 
 if TYPE_CHECKING:
     from dmmlib.own.prepare import Prepared
@@ -172,8 +173,6 @@ def _check_writable(folder: Path) -> None:
 
 def _opened(recipe: str, models: int, folder: Path, trusted: bool, priced: bool = False) -> Prepared | Study | Any:
     """What requests are answered with; says what preparing it takes."""
-    from tqdm import tqdm
-
     from dmmlib.own.prepare import Prepared
     from dmmlib.own.recipe import load
 
@@ -181,7 +180,8 @@ def _opened(recipe: str, models: int, folder: Path, trusted: bool, priced: bool 
         from dmmlib.study import Study
 
         try:
-            study = Study(recipe)
+            with Pulse(lambda: f"reading {recipe} and its data"):
+                study = Study(recipe)
         except PresetError as error:
             raise PresetError(f"{error} A recipe is a Python file, such as recipe.py.") from None
         if priced or (models, folder) != (N_MODELS, PREPARED):
@@ -192,17 +192,10 @@ def _opened(recipe: str, models: int, folder: Path, trusted: bool, priced: bool 
         if not trusted:
             ask(recipe, study.preset)
         return study
-    bars: dict[str, tqdm[Any]] = {}
-
-    def progress(task: str, done: int, total: int) -> None:
-        if task not in bars:
-            bars[task] = tqdm(total=total, initial=done, desc=task, disable=done >= total)
-        bars[task].update(done - bars[task].n)
-        if done >= total:
-            bars[task].close()
-
     try:
-        made = Prepared(load(Path(recipe)), models, folder, progress=progress)
+        with Pulse(lambda: f"reading {recipe}"):
+            given = load(Path(recipe))
+        made = Prepared(given, models, folder)
         typer.echo(made.price())
     except SystemExit as error:  # of its module, say, when that is first made
         raise ModelError(f"{recipe} ends the program (SystemExit: {error}); mend it.") from error
