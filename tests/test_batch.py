@@ -203,10 +203,13 @@ def test_a_comment_or_a_move_in_the_library_changes_no_key(write, tmp_path):
 def test_where_one_fails_the_other_is_finished_and_nothing_else_begun(write, tmp_path):
     until = 'while not pathlib.Path(place, "out", "02_note-failed.ipynb").exists(): time.sleep(0.1)'
     notebooks = write({"02": "1 / 0", "09": until, "04": "", "01": ""})
+    executed, told = [], iter(["02", "09"])
+    noted = {"threads": 2, "executed": lambda: executed.append(next(told))}
     with pytest.raises(DmmError, match="02_note failed: ZeroDivisionError"):
-        batch.run(notebooks, tmp_path / "out", {"place": str(tmp_path)}, lambda *s: None, threads=2)
+        batch.run(notebooks, tmp_path / "out", {"place": str(tmp_path)}, lambda *s: None, **noted)
     assert (tmp_path / "out" / "09_note.ipynb").exists()
     assert (tmp_path / "out" / "02_note-failed.ipynb").exists()
+    assert executed == ["02", "09"]
     assert not list((tmp_path / "out").glob("0[14]*"))
 
 

@@ -99,7 +99,12 @@ def test_run_skip_report_and_compare(dmm, tiny_file, tmp_path):
     assert any(cell.get("outputs") for cell in notebook.cells)
     assert str(tmp_path) not in json.dumps(notebook), "an executed notebook names no place on this machine"
     assert (tmp_path / "figures" / "tiny" / "03_forget_sets.png").stat().st_size > 5000
+    written = (executed.parents[1] / "run.json").stat().st_mtime_ns
     assert "already done" in dmm("run", tiny_file, "--stage", "03").output
+    assert (executed.parents[1] / "run.json").stat().st_mtime_ns == written, "the record is that of what was executed"
+    (executed.parents[1] / "run.json").write_text("{")
+    assert "03_forget_set_selection: done in" in dmm("run", tiny_file, "--stage", "03").output, "it is made anew"
+    assert '"versions"' in (executed.parents[1] / "run.json").read_text()
     for overrides in ({}, {"ensembles.n_models": 9}):  # stage 04 asserts more than models this small can show
         study = Study(str(tiny_file), overrides, progress=silent)
         study.save_table(study.results(), "results.csv")

@@ -145,6 +145,7 @@ def run(
     threads: int = 1,
     wide: Collection[str] = (),
     environment: Mapping[str, str] | None = None,
+    executed: Callable[[], object] = lambda: None,
 ) -> None:
     """Execute notebooks of stages, each in a process of its own; two at a time where there are threads for two.
 
@@ -154,6 +155,7 @@ def run(
         threads: shared by two notebooks; with 1, they run one after the other, with torch's own number of threads.
         wide: numbers of the stages that keep every core busy by themselves, and run alone.
         environment: variables that kernels are given besides this process's.
+        executed: called when one was executed, whether or not it failed.
 
     Raises:
         DmmError: if one fails; what runs beside it is finished and kept, nothing else is begun.
@@ -194,8 +196,10 @@ def run(
                 bar.set_description_str(f"{share} | {_said(told)}")
                 for number in [n for n, execution in running.items() if not execution.running()]:
                     (told / number).unlink(missing_ok=True)
+                    problem = running.pop(number).error()
                     try:
-                        todo[number].keep(running.pop(number).error(), share.began[number], say)
+                        executed()
+                        todo[number].keep(problem, share.began[number], say)
                         share.took[number] = time.time() - share.began[number]
                         pulse.said()
                     except DmmError as error:

@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from dmmlib import presets
 from dmmlib.app import batch, own
 from dmmlib.errors import DmmError, PresetError, StoreError
-from dmmlib.files import LAID_OUT, resource
+from dmmlib.files import LAID_OUT, read_json, resource
 from dmmlib.progress import Pulse, duration, silent
 
 TRAINING = ("02", "04")  # stages that keep every core busy by themselves
@@ -154,7 +154,7 @@ def run(
     with Pulse(lambda: "reading the preset, data and what is trained"):
         import torch  # only once the arguments have been read
 
-        from dmmlib.app.report import record
+        from dmmlib.app.report import RECORD, record
         from dmmlib.study import Study
         from dmmlib.trainer import MANY_STEPS
 
@@ -165,7 +165,10 @@ def run(
     content = study.preset.model_dump(mode="json")
     if mine and (price := _price(study)):
         typer.echo(price)
-    record(study, study.output)
+    try:
+        read_json(study.output / RECORD)
+    except StoreError:  # what the stages that are done were executed with is not known
+        force = True
     notebooks, figures = study.output / "notebooks", study.figures / study.output.relative_to(study.runs)
     batch.run(
         [known[number] for number in sorted({*wanted})],
@@ -176,6 +179,7 @@ def run(
         threads=1 if study.preset.threads else torch.get_num_threads(),  # one's own are for a single notebook
         wide=TRAINING if study.planned >= MANY_STEPS else (),
         environment={"DMM_RUNS": str(study.runs.resolve()), "DMM_FIGURES": str(study.figures.resolve())},
+        executed=lambda: record(study, study.output),
     )
     typer.echo(f"executed notebooks: {notebooks}")
     if tables := sorted(study.output.glob("*.csv")):

@@ -39,7 +39,7 @@ SHOWN_OTHERWISE = ("results", "trajectories", "confirm")
 
 
 def record(study: Study, directory: Path) -> Path:
-    """Write down what a run is made of: settings, hash of the data, versions, device."""
+    """Write down what a run is made of, as a stage is executed: settings, hash of the data, versions, device."""
     content = {
         "preset": study.preset.model_dump(mode="json"),
         "data": {name: getattr(study.data, name) for name in ("name", "sha256", "n_train", "n_val", "n_classes")},
