@@ -147,7 +147,7 @@ def run(
         how = "--forget-set" + " --beside" * beside
         raise PresetError(f"Stage {unable[0]} takes no {how}; use it with {', '.join(able)}, and run others without.")
     if dry_run:
-        _dry_run(_asked(preset, overrides, forget_set, beside), runs, forget_set, beside)
+        _dry_run(_asked(preset, overrides, forget_set, beside), runs, forget_set, beside, wanted)
         typer.echo("  stages: " + ", ".join(known[n].stem.replace("_", " ") for n in sorted({*wanted})))
         return
     mine = str(forget_set.resolve()) if forget_set else None
@@ -274,11 +274,13 @@ def _say(line: str, done: bool) -> None:
         typer.secho(line, fg=typer.colors.GREEN if done else typer.colors.BRIGHT_BLACK)
 
 
-def _dry_run(loaded: presets.Preset, runs: Path | None, forget_set: Path | None, beside: bool) -> None:
+def _dry_run(
+    loaded: presets.Preset, runs: Path | None, forget_set: Path | None, beside: bool, stages: list[str]
+) -> None:
     with Pulse(lambda: "reading what is trained, and counting"):
         from dmmlib.app import plan
 
-        said = str(plan.plan(loaded, runs, forget_set, beside))
+        said = str(plan.plan(loaded, runs, forget_set, beside, stages))
     typer.echo(said)
     if loaded.studies["multimodal"].checkpoint is not None:
         from dmmlib.studies.multimodal.scale import scale
