@@ -282,6 +282,8 @@ def _read(preset: str) -> dict[str, Any]:
         raise PresetError(f"{path} cannot be read as YAML ({' '.join(str(error).split())}); correct it.") from error
     if not isinstance(content, dict) or not isinstance(content.get("preset"), dict):
         raise PresetError(f"{path} lacks the top-level key 'preset'; see presets/laptop.yaml.")
+    if beside := [key for key in content if key != "preset"]:
+        raise PresetError(f"{path} has {beside[0]!r} beside the key 'preset', where nothing counts; put it below that.")
     return content["preset"]
 
 

@@ -134,6 +134,10 @@ def test_unknown_and_broken_files(tmp_path):
     with pytest.raises(PresetError, match="cannot be read as YAML"):
         presets.load(str(tmp_path / "a.yaml"))
     (tmp_path / "a.yaml").write_text("name: x")
+    beside = tmp_path / "beside.yaml"
+    beside.write_text("preset: {name: a}\ntraining: {lr: 9}\n")
+    with pytest.raises(PresetError, match=r"beside\.yaml has 'training' beside the key 'preset'.* put it below that"):
+        presets.load(beside)
     with pytest.raises(PresetError, match="lacks the top-level key 'preset'"):
         presets.load(str(tmp_path / "a.yaml"))
 
