@@ -292,6 +292,22 @@ def test_numbers_that_yaml_leaves_as_text_are_numbers():
     assert read.training.lr == 0.001
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"seed": 10**400}, "seed is over 1e308; give at most"),
+        ({"training.epochs": 10**400}, "epochs is over 1e308"),
+        ({"training.lr": 10**400}, "key 'training.lr'"),
+        ({"data.options": {"seed": 1}}, "options hold 'seed', which is a key of data itself; set data.seed"),
+    ],
+)
+def test_what_has_no_room_is_said(overrides, said):
+    with pytest.raises(PresetError) as error:
+        presets.load("smoke", overrides)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("overrides", [["a"], {3: 1}, "seed=1"])
 def test_overrides_that_are_no_mapping_of_keys_are_refused(overrides):
     with pytest.raises(PresetError, match=r"overrides are .*by dotted keys"):
