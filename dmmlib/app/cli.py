@@ -65,7 +65,12 @@ Settings = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Replace a number, e.g. ensembles.n_models=50; may be repeated."),
 ]
 Place = Annotated[str, typer.Option(help="Where trained outputs go: a directory or fsspec address.")]
-Runs = Annotated[Path | None, typer.Option(help="Directory for everything computed, figures too (default: runs/).")]
+Runs = Annotated[
+    Path | None,
+    typer.Option(
+        help="Directory for everything computed, figures too (default: runs/).", parser=own.directory, metavar="PATH"
+    ),
+]
 
 
 def _version(wanted: bool) -> None:

@@ -21,7 +21,16 @@ RecipeFile = Annotated[
     str, typer.Option(help="A Python file with `recipe = dmmlib.Recipe(...)`, which is run; or a preset of the study.")
 ]
 Models = Annotated[int, typer.Option(help="How many subset models are trained, once for all requests.")]
-Folder = Annotated[Path, typer.Option(help="Where they are kept.")]
+
+
+def directory(given: str | Path) -> Path:
+    """The folder that an option names; StoreError for an empty name, which would be the current folder's."""
+    if not str(given).strip():
+        raise StoreError("A folder's name is empty; give a name, or leave the option out.")
+    return Path(given)
+
+
+Folder = Annotated[Path, typer.Option(help="Where they are kept.", parser=directory, metavar="PATH")]
 Asked = Annotated[str, typer.Option(help="Ids: a .csv, .json or text file, a folder of files, a class, or one id.")]
 N_MODELS, PREPARED = 100, Path("prepared")  # where nothing else is asked for
 Trust = Annotated[
@@ -57,7 +66,9 @@ def forget(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Weights, .safetensors or .pt.")],
     recipe: RecipeFile,
     forget: Asked,
-    out: Annotated[Path, typer.Option(help="Where weights, record and report go.")] = Path("unlearned"),
+    out: Annotated[
+        Path, typer.Option(help="Where weights, record and report go.", parser=directory, metavar="PATH")
+    ] = Path("unlearned"),
     method: Annotated[str, typer.Option(help="A registered method.")] = "dmm",
     set_: Annotated[
         list[str] | None,
@@ -134,6 +145,8 @@ def parse(settings: list[str] | None) -> dict[str, Any]:
         key, separator, value = setting.partition("=")
         if not separator or not key:
             raise PresetError(f"--set got {setting!r}; give key=value, such as cost=0.1 or ensembles.n_models=50.")
+        if key in parsed:
+            raise PresetError(f"--set gives {key} twice, of which one would not count; give it once.")
         try:
             parsed[key] = presets.parse(value)
         except PresetError as error:
