@@ -173,6 +173,20 @@ def test_a_key_is_of_what_files_hold(write, tmp_path):
     assert key() != before
 
 
+def test_a_stage_keeps_account_of_its_own_tables(write, tmp_path):
+    first, other = write({"01": "", "06": ""})
+    began, out = time.time() - 1, tmp_path / "out"
+    out.mkdir()
+    stages = [batch._Stage(notebook, out, "key", out / f"{notebook.stem}.part") for notebook in (first, other)]
+    for number, stage in zip(("01", "06"), stages, strict=True):
+        stage.part.write_text("executed")
+        (tmp_path / f"{number}.csv").write_text("table")  # both were at work when the first ended
+    for stage in stages:
+        stage.keep("", began, lambda *_: None)
+    (tmp_path / "06.csv").write_text("of another setting")
+    assert [stage.done() for stage in stages] == [True, False]
+
+
 def test_a_comment_or_a_move_in_the_library_changes_no_key(write, tmp_path):
     notebook, _ = keys(write, tmp_path)
     place = tmp_path / "elsewhere"

@@ -122,7 +122,8 @@ class _Stage:
             os.replace(self.part, self.out / self.notebook.name)
             failed.unlink(missing_ok=True)
             seconds = time.time() - began
-            tables = [p.name for p in self.out.parent.glob("*.csv") if p.stat().st_mtime > began]
+            named = self.notebook.read_text(encoding="utf-8")  # others may have written tables of theirs meanwhile
+            tables = [p.name for p in self.out.parent.glob("*.csv") if p.stat().st_mtime > began and p.name in named]
             names = sorted([f"{self.out.name}/{self.notebook.name}", *tables])
             kept = {name: self._hash(name) for name in names}
             write_json(self.record, {"key": self.key, "seconds": round(seconds, 1), "files": kept})
