@@ -134,6 +134,9 @@ def test_a_key_is_of_names_settings_and_versions(write, tmp_path, monkeypatch):
     _, key = keys(write, tmp_path)
     before = key()
     assert key(device="cuda", scheduler="tcp://host:8786", store="memory://runs", threads=2) == before
+    ensembles = presets.load("smoke").ensembles.model_dump()
+    assert key(ensembles=ensembles | {"chunk": 3, "compile": False, "shard": 7}) == before, "which is only faster"
+    assert key(ensembles=ensembles | {"n_models": 30}) != before
     assert key(seed=1) != before
     monkeypatch.setitem(VERSIONS, "engine", VERSIONS["engine"] + 1)
     raised = key()
@@ -162,7 +165,9 @@ def test_a_key_is_of_what_files_hold(write, tmp_path):
     data = presets.load("smoke").data.model_dump()
     empty = key(data=data | {"path": str(folder)})
     (folder / "cat" / "1.png").write_bytes(b"1")
-    assert key(data=data | {"path": str(folder)}) != empty, "one image more"
+    more = key(data=data | {"path": str(folder)})
+    assert more != empty, "one image more"
+    assert key(data=data | {"path": str(folder.rename(tmp_path / "moved"))}) == more
     assert key(data=data | {"path": str(mine)}) == key(data=data | {"path": str(moved)}) != key(data=data)
     before, read = key(), nbformat.read(notebook, as_version=4)
     read.cells[-1].outputs = [nbformat.v4.new_output("stream", text="executed")]

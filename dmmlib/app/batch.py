@@ -38,6 +38,8 @@ ORDER = {
 """What is begun first where several stages could be: the main results, then what takes long; and seconds that each took
 of the laptop preset on two cores, which tell how much of a run is done until one has run here."""
 
+SPEED = {"chunk": "auto", "compile": "auto", "shard": 100}  # of ensembles: keys hold the defaults, whatever is set
+
 Say = Callable[[str, bool], None]
 """Told a line about a stage, and whether something was done."""
 
@@ -50,14 +52,15 @@ def stages() -> dict[str, Path]:
 def key(notebook: Path, parameters: Mapping[str, Any]) -> str:
     """Hash all that an executed notebook depends on: its source, without outputs, its parameters, versions and grids.
 
-    Where things run does not count (`presets.PLACES`), and the path of a file counts by the file's content.
+    Where things run (`presets.PLACES`) and how fast does not count, and of a file that is named its content does.
     """
     import dmmlib.study  # noqa: F401 (imports whatever registers components)
     from dmmlib.unlearn.base import METHODS
 
     preset = parameters.get("preset")
     if isinstance(preset, Mapping):
-        parameters = {**parameters, "preset": {k: v for k, v in preset.items() if k not in PLACES}}
+        counts = {k: v for k, v in preset.items() if k not in PLACES}
+        parameters = {**parameters, "preset": counts | {"ensembles": {**preset.get("ensembles", {}), **SPEED}}}
     grids = {name: METHODS[name].space for name in METHODS}
     try:
         source = [cell["source"] for cell in load_json(notebook)["cells"]]
@@ -77,7 +80,8 @@ def _by_content(value: Any, name: str = "") -> Any:
         with open(value, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     if name == "path" and isinstance(value, str) and os.path.isdir(value):
-        return sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in Path(value).rglob("*") if p.is_file())
+        files = ((p.relative_to(value).as_posix(), p.stat()) for p in Path(value).rglob("*") if p.is_file())
+        return sorted((name, found.st_size, found.st_mtime_ns) for name, found in files)
     return value
 
 
