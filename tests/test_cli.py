@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -75,6 +76,27 @@ def test_help_version_and_what_a_shell_completes():
     assert completed("dmm run la") == ["laptop"]
     assert completed("dmm run smoke --stage 1") == ["10", "11"]
     assert "--forget-set" in completed("dmm run smoke --fo")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends a process at once")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_command_that_is_told_to_end_cleans_up(number, code):
+    script = (
+        "import signal, time\nfrom dmmlib.app import cli\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "def names():\n"
+        "    try:\n        print('begun', flush=True), time.sleep(60)\n"
+        "    finally:\n        print('cleaned', flush=True)\n"
+        "cli.presets.names = names\ncli.app(['list'])"
+    )
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", script], text=True, **pipes)
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(number)
+    out, error = process.communicate(timeout=60)
+    assert (process.returncode, out) == (code, "cleaned\n")
+    assert error.startswith("dmm: interrupted; ")
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["--version"], ["list"], ["run", "-h"]])

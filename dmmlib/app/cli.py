@@ -26,11 +26,18 @@ STUDY_IT, STUDY_IT_BESIDE = ("02", "03", "04", "05", "07"), ("04", "05")  # the 
 HELP = {"help_option_names": ["-h", "--help"]}
 
 
+def _terminate(*_: object) -> None:
+    """End as by Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one shall not disturb the end
+    raise KeyboardInterrupt("SIGTERM")
+
+
 class Commands(TyperGroup):
     """Commands that say what is wrong, and warn, in one line."""
 
     def invoke(self, ctx: Any) -> Any:
         usual, warnings.formatwarning = warnings.formatwarning, lambda said, *_, **__: f"dmm: {said}\n"
+        before = signal.signal(signal.SIGTERM, _terminate)
         try:
             return super().invoke(ctx)
         except BrokenPipeError:  # who reads has enough
@@ -38,11 +45,12 @@ class Commands(TyperGroup):
         except (DmmError, OSError) as error:
             typer.secho(f"dmm: {error}", fg=typer.colors.RED, err=True)
             raise typer.Exit(2) from None
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stopped:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C shall not disturb the end
             typer.secho("dmm: interrupted; finished shards and stages are kept, run again to go on.", err=True)
-            raise typer.Exit(130) from None
+            raise typer.Exit(143 if stopped.args else 130) from None
         finally:
+            signal.signal(signal.SIGTERM, before)
             warnings.formatwarning = usual
 
 
