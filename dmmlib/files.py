@@ -54,6 +54,11 @@ def place(name: str) -> Path:
     return Path(os.environ.get(f"DMM_{name.upper()}") or home() / name)
 
 
+def figures_of(runs: str | Path | None) -> Path:
+    """Where figures go: $DMM_FIGURES, or beside the tables where a folder of runs is given, or a folder of `home()`."""
+    return Path(runs) if runs and not os.environ.get("DMM_FIGURES") else place("figures")
+
+
 def check_name(name: object, error: type[Exception]) -> str:
     """A name that can be a file's on any disk: of letters, digits, spaces and _ + - . ; raises `error` for others."""
     if not isinstance(name, str) or not re.fullmatch(r"[\w+. -]{1,100}", name) or name.strip(" ").rstrip(".") != name:

@@ -80,7 +80,8 @@ class Section(BaseModel):
         for name, value in self:
             for part in value if isinstance(value, tuple) else (value,):
                 if type(part) in MOST and part > (most := 2**32 - 1 if name == "seed" else MOST[type(part)]):
-                    raise ValueError(f"{name} is {part:g}; give at most {most:g}")
+                    shown = f"{part:g}" if part < 1.7e308 else "over 1e308"
+                    raise ValueError(f"{name} is {shown}; give at most {most:g}")
                 if isinstance(part, str) and (not part.strip() or len(part) > 1000 or not part.isprintable()):
                     raise ValueError(f"{name} is {part!r:.40}; give some text in one line")
         return self
@@ -103,6 +104,12 @@ class DataSection(Section):
     seed: NonNegativeInt = 0
     path: Annotated[str, AfterValidator(_absolute)] | None = None
     options: Options = {}  # of the loader
+
+    @model_validator(mode="after")
+    def _of_the_loader(self) -> DataSection:
+        if taken := sorted({"name", "n_train", "n_val", "seed", "path"}.intersection(self.options)):
+            raise ValueError(f"options hold {taken[0]!r}, which is a key of data itself; set data.{taken[0]}")
+        return self
 
 
 class ModelSection(Section):
@@ -282,6 +289,8 @@ def _read(preset: str) -> dict[str, Any]:
         raise PresetError(f"{path} cannot be read as YAML ({' '.join(str(error).split())}); correct it.") from error
     if not isinstance(content, dict) or not isinstance(content.get("preset"), dict):
         raise PresetError(f"{path} lacks the top-level key 'preset'; see presets/laptop.yaml.")
+    if beside := [key for key in content if key != "preset"]:
+        raise PresetError(f"{path} has {beside[0]!r} beside the key 'preset', where nothing counts; put it below that.")
     return content["preset"]
 
 

@@ -17,7 +17,7 @@ import pandas as pd
 from dmmlib import attribution, datamodels, evaluation, files, forget_sets, keys, metrics, presets, tuning, unlearn
 from dmmlib.data import Dataset
 from dmmlib.errors import ForgetSetError, MethodError, PresetError
-from dmmlib.files import check_alone, config_hash, folded, kept, place, read_json, replacing, write_json, write_table
+from dmmlib.files import check_alone, config_hash, folded, kept, read_json, replacing, write_json, write_table
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.prediction import Models
 from dmmlib.progress import Progress
@@ -43,7 +43,7 @@ class Study(Models):
         forget_set: a JSON file of a forget set to study instead of the preset's.
         beside: study that set beside the preset's, not instead of them.
         runs, progress: see `Trainer`.
-        figures: directory for figures; see `files.place`.
+        figures: directory for figures; see `files.figures_of`.
 
     Raises:
         PresetError, DataError, ForgetSetError, MethodError, DeviceError: one line each, before any training.
@@ -68,7 +68,7 @@ class Study(Models):
             unlearn.check_setting(method, options)
         name, options = self.preset.attribution.name, self.preset.attribution.options
         check_call(f"attributor {name!r}", attribution.get(name), None, **options)
-        self.figures = Path(figures or place("figures")).absolute()
+        self.figures = Path(figures or files.figures_of(runs)).absolute()
         taken = _checked(self.preset, self.data, alone=beside and not forget_set)
         self.own = forget_sets.load(Path(forget_set), self.data) if forget_set else None
         self._beside, self._attributors = beside, dict[str, datamodels.Attributor]()
@@ -105,7 +105,7 @@ class Study(Models):
         return path
 
     def save_figure(self, figure: Figure, name: str) -> Path:
-        """Write a figure to figures/<preset>/<name>.png; see `output` for a forget set of one's own."""
+        """Write a figure to <figures>/<preset>/<name>.png; see `output` for a forget set of one's own."""
         path = files.inside(self.figures / self.output.relative_to(self.runs), f"{name}.png")
         about = {"Software": None, "Description": str(figure.get_label())}
         with replacing(path) as temporary:

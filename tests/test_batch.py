@@ -134,6 +134,9 @@ def test_a_key_is_of_names_settings_and_versions(write, tmp_path, monkeypatch):
     _, key = keys(write, tmp_path)
     before = key()
     assert key(device="cuda", scheduler="tcp://host:8786", store="memory://runs", threads=2) == before
+    ensembles = presets.load("smoke").ensembles.model_dump()
+    assert key(ensembles=ensembles | {"chunk": 3, "compile": False, "shard": 7}) == before, "which is only faster"
+    assert key(ensembles=ensembles | {"n_models": 30}) != before
     assert key(seed=1) != before
     monkeypatch.setitem(VERSIONS, "engine", VERSIONS["engine"] + 1)
     raised = key()
@@ -162,7 +165,9 @@ def test_a_key_is_of_what_files_hold(write, tmp_path):
     data = presets.load("smoke").data.model_dump()
     empty = key(data=data | {"path": str(folder)})
     (folder / "cat" / "1.png").write_bytes(b"1")
-    assert key(data=data | {"path": str(folder)}) != empty, "one image more"
+    more = key(data=data | {"path": str(folder)})
+    assert more != empty, "one image more"
+    assert key(data=data | {"path": str(folder.rename(tmp_path / "moved"))}) == more
     assert key(data=data | {"path": str(mine)}) == key(data=data | {"path": str(moved)}) != key(data=data)
     before, read = key(), nbformat.read(notebook, as_version=4)
     read.cells[-1].outputs = [nbformat.v4.new_output("stream", text="executed")]
@@ -171,6 +176,20 @@ def test_a_key_is_of_what_files_hold(write, tmp_path):
     read.cells[-1].source = "# changed"
     nbformat.write(read, notebook)
     assert key() != before
+
+
+def test_a_stage_keeps_account_of_its_own_tables(write, tmp_path):
+    first, other = write({"01": "", "06": ""})
+    began, out = time.time() - 1, tmp_path / "out"
+    out.mkdir()
+    stages = [batch._Stage(notebook, out, "key", out / f"{notebook.stem}.part") for notebook in (first, other)]
+    for number, stage in zip(("01", "06"), stages, strict=True):
+        stage.part.write_text("executed")
+        (tmp_path / f"{number}.csv").write_text("table")  # both were at work when the first ended
+    for stage in stages:
+        stage.keep("", began, lambda *_: None)
+    (tmp_path / "06.csv").write_text("of another setting")
+    assert [stage.done() for stage in stages] == [True, False]
 
 
 def test_a_comment_or_a_move_in_the_library_changes_no_key(write, tmp_path):
@@ -203,10 +222,13 @@ def test_a_comment_or_a_move_in_the_library_changes_no_key(write, tmp_path):
 def test_where_one_fails_the_other_is_finished_and_nothing_else_begun(write, tmp_path):
     until = 'while not pathlib.Path(place, "out", "02_note-failed.ipynb").exists(): time.sleep(0.1)'
     notebooks = write({"02": "1 / 0", "09": until, "04": "", "01": ""})
+    executed, told = [], iter(["02", "09"])
+    noted = {"threads": 2, "executed": lambda: executed.append(next(told))}
     with pytest.raises(DmmError, match="02_note failed: ZeroDivisionError"):
-        batch.run(notebooks, tmp_path / "out", {"place": str(tmp_path)}, lambda *s: None, threads=2)
+        batch.run(notebooks, tmp_path / "out", {"place": str(tmp_path)}, lambda *s: None, **noted)
     assert (tmp_path / "out" / "09_note.ipynb").exists()
     assert (tmp_path / "out" / "02_note-failed.ipynb").exists()
+    assert executed == ["02", "09"]
     assert not list((tmp_path / "out").glob("0[14]*"))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -77,6 +78,27 @@ def test_help_version_and_what_a_shell_completes():
     assert "--forget-set" in completed("dmm run smoke --fo")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends a process at once")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_command_that_is_told_to_end_cleans_up(number, code):
+    script = (
+        "import signal, time\nfrom dmmlib.app import cli\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "def names():\n"
+        "    try:\n        print('begun', flush=True), time.sleep(60)\n"
+        "    finally:\n        print('cleaned', flush=True)\n"
+        "cli.presets.names = names\ncli.app(['list'])"
+    )
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", script], text=True, **pipes)
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(number)
+    out, error = process.communicate(timeout=60)
+    assert (process.returncode, out) == (code, "cleaned\n")
+    assert error.startswith("dmm: interrupted; ")
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["--version"], ["list"], ["run", "-h"]])
 def test_what_computes_nothing_imports_nothing_heavy(arguments):
     script = (
@@ -99,7 +121,12 @@ def test_run_skip_report_and_compare(dmm, tiny_file, tmp_path):
     assert any(cell.get("outputs") for cell in notebook.cells)
     assert str(tmp_path) not in json.dumps(notebook), "an executed notebook names no place on this machine"
     assert (tmp_path / "figures" / "tiny" / "03_forget_sets.png").stat().st_size > 5000
+    written = (executed.parents[1] / "run.json").stat().st_mtime_ns
     assert "already done" in dmm("run", tiny_file, "--stage", "03").output
+    assert (executed.parents[1] / "run.json").stat().st_mtime_ns == written, "the record is that of what was executed"
+    (executed.parents[1] / "run.json").write_text("{")
+    assert "03_forget_set_selection: done in" in dmm("run", tiny_file, "--stage", "03").output, "it is made anew"
+    assert '"versions"' in (executed.parents[1] / "run.json").read_text()
     for overrides in ({}, {"ensembles.n_models": 9}):  # stage 04 asserts more than models this small can show
         study = Study(str(tiny_file), overrides, progress=silent)
         study.save_table(study.results(), "results.csv")
@@ -176,9 +203,15 @@ def test_a_warning_is_a_line_without_the_place_in_the_code(dmm, monkeypatch):
         (["run", "smoke", "--stage", "", "--dry-run"], "Unknown stage ''; use"),
         (["run", "smoke", "--stage", "04,05"], "Unknown stage '04,05'; use"),
         (["run", "smoke", "--beside", "--dry-run"], "--beside was given without --forget-set"),
+        (["run", "smoke", "--forget-set", "f", "--stage", "6"], "Stage 06 takes no --forget-set; use it with 02"),
+        (["run", "smoke", "--forget-set", "f", "--beside", "--stage", "2"], "no --forget-set --beside; use it with 04"),
         (["run", "smoke", "--set", "seed=1_0"], "1_0 can be read in two ways"),
         (["run", "smoke", "--runs", "s3://bucket/runs"], "give a folder on this machine"),
         (["run", "smoke", "--set", "n_train"], "--set got 'n_train'; give key=value"),
+        (["run", "smoke", "--set", "seed=1", "--set", "seed=2"], "--set gives seed twice"),
+        (["run", "smoke", "--runs", ""], "A folder's name is empty; give a name, or leave the option out"),
+        (["report", "smoke", "--runs", " "], "A folder's name is empty"),
+        (["prepare", "recipe.py", "--prepared", ""], "A folder's name is empty"),
         (["run", "smoke", "--set", "data.n_trian=5"], "unknown key 'data.n_trian' (did you mean 'n_train'?)"),
         (["run", "smoke", "--set", "unlearning.methods=[dmmm]"], "Unknown method 'dmmm'"),
         (["run", "smoke", "--forget-set", "nowhere.json"], "cannot be read as JSON"),
@@ -233,12 +266,22 @@ def test_a_request_is_answered_with_what_it_needs(dmm, tiny_file, tmp_path, monk
         "originals", "attribution", "oracles", "floor"
     }, "nothing else is trained for a request"  # fmt: skip
     assert asked("--stage", "05", "--set", "unlearning.methods=[gd]")[1:] == (["05"], ["gd"])
-    assert asked("--beside")[1:] == (list(batch.stages()), list(presets.METHODS))
+    assert asked("--beside")[1:] == (["04", "05"], list(presets.METHODS))
     planned = dmm("run", tiny_file, "--forget-set", mine, "--dry-run").output
     assert "oracles and floor, mine" in planned
     assert not any(other in planned for other in ("tuning", "random_6", "subset models", "stage 07"))
     listed = dmm("run", tiny_file, "--forget-set", mine, "--beside", "--dry-run").output
-    assert all(other in listed for other in ("oracles and floor, mine", "oracles and floor, random_6", "stage 07"))
+    assert all(other in listed for other in ("oracles and floor, mine", "oracles and floor, random_6", "tuning: "))
+    assert "stage 07" not in listed
+
+
+def test_a_set_of_ones_own_goes_to_the_stages_that_study_it():
+    def using(name):
+        source = {n: "".join(c.source for c in nbformat.read(p, 4).cells) for n, p in batch.stages().items()}
+        return tuple(n for n, text in source.items() if f"{name}={name}" in text and "study.forget_sets()" in text)
+
+    assert using("forget_set") == cli.STUDY_IT
+    assert using("beside") == cli.STUDY_IT_BESIDE
 
 
 @pytest.mark.parametrize(

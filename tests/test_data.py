@@ -287,6 +287,14 @@ def test_images_of_one_person_leave_all_others_as_they_are():
 def test_requests_of_a_base_that_is_too_small():
     with pytest.raises(DataError, match=r"2000 training images with 370 to delete.*'digits'.*1297 and 500"):
         data.load("requests", base="digits")
+    for name, options in (
+        ("requests", {"mislabelled": -5}), ("requests", {"draw": -1}), ("requests", {"copies": -3}),
+        ("requests", {"triggers": -1}), ("shapes", {"draw": -1}), ("shapes", {"noise": -0.1}), ("shapes", {"side": 0}),
+    ):  # fmt: skip
+        with pytest.raises(OptionError, match=f"Option {next(iter(options))}="):
+            data.load(name, **options)
+    few = [data.load("shapes", 20, 5, side=4, draw=draw) for draw in (0, 1)]
+    assert few[0].sha256 != few[1].sha256
 
 
 def test_probes_follow_a_draw_and_must_be_validation_points():

@@ -48,6 +48,23 @@ def test_each_image_lies_under_its_label(tree, tmp_path):
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 2
 
 
+def test_the_file_grows_with_what_is_decoded(tree, tmp_path, monkeypatch):
+    """So that a full disk is an error of a write; what is mapped beyond it ends the process by a signal."""
+    decode, seen = images._image, []
+
+    def noted(path, side):
+        seen.append(sum(p.stat().st_size for p in (tmp_path / "cache").glob(".n-train*.tmp")))
+        return decode(path, side)
+
+    monkeypatch.setattr(images, "_image", noted)
+    d = images.image_folder(tree, side=64, name="n", cache=tmp_path / "cache")
+    whole = d.x_train.nbytes
+    assert seen[0] < whole / 10
+    assert whole / 2 < seen[d.n_train - 1] < whole
+    plain = np.stack([decode(tree / name, 64) for name in d.ids])
+    assert np.array_equal(d.x_train, plain)
+
+
 def test_arrays_are_decoded_once_and_mapped(tree, tmp_path, monkeypatch):
     first = images.image_folder(tree, side=8, cache=tmp_path / "cache")
     monkeypatch.setattr(Image, "open", lambda *a: pytest.fail("decoded again"))

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from dmmlib import forget_sets
+from dmmlib import forget_sets, progress
 from dmmlib.app import cli
 from dmmlib.own.forget import forget
 from dmmlib.own.recipe import load
@@ -91,6 +91,18 @@ def test_a_dry_run_says_the_price_and_trains_nothing(here):
     assert not (here / "unlearned").exists()
 
 
+def test_a_slow_recipe_is_not_silent(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "FIRST", 0.3)
+    monkeypatch.chdir(tmp_path)
+    slow = RECIPE.replace("    return model\n", "    time.sleep(1.5)\n    return model\n")
+    (tmp_path / "slow.py").write_text(f"import time\n\ntime.sleep(1.5)\n{slow}")
+    said = dmm("prepare", "slow.py", "--models", 10, "--dry-run")
+    assert said.exit_code == 0, said.output
+    assert "reading slow.py\n" in said.stderr
+    assert "try the recipe on few points: 0 / 3" in said.stderr
+    assert said.stdout.startswith("10 models to train"), "and only that"
+
+
 def test_prepare_forget_and_audit(here):
     prepared = dmm("prepare", "recipe.py", "--models", 20)
     assert prepared.exit_code == 0, prepared.output
@@ -135,7 +147,7 @@ def test_prepare_forget_and_audit(here):
     assert "against retrained models, forget: klom" in by_them.output
     folder = ("--retrained", "retrained")
     of_folder = dmm("audit", "unlearned/model.safetensors", "--original", "model.safetensors", *asked, *folder)
-    assert of_folder.output == by_them.output, "a folder, of weights as DataParallel and torch.compile name them"
+    assert of_folder.stdout == by_them.stdout, "a folder, of weights as DataParallel and torch.compile name them"
     said = [dmm("audit", one, "--original", "model.safetensors", *asked, *given).exit_code for one in others]
     assert sum(code in (0, 3) for code in said) >= 2, "a retrained model has forgotten, or it cannot be told"
     flattered = dmm("audit", others[0], "--original", "model.safetensors", *asked, *given[2:], "--retrained", others[0])
@@ -255,3 +267,35 @@ def test_a_studys_original_gives_its_row(tiny, tmp_path, monkeypatch):
     after = load_file(tmp_path / "out" / "model.safetensors")
     for name, weight in models.state_of(0)[0].items():
         np.testing.assert_allclose(after[name], weight, atol=1e-4)
+
+
+@pytest.mark.parametrize("command", ["prepare", "forget", "audit"])
+def test_a_preset_from_elsewhere_that_names_a_scheduler_is_asked_about(tmp_path, monkeypatch, command):
+    used = []
+    monkeypatch.setattr("dmmlib.study.Study.attributor", lambda *_: used.append(1))
+    monkeypatch.setenv("DMM_RUNS", str(tmp_path / "runs"))
+    sent = tmp_path / "sent.yaml"
+    sent.write_text(yaml.safe_dump({"preset": TINY | {"scheduler": "tcp://192.0.2.1:8786"}}))
+    asked = ("none.pt", "--recipe", sent, "--forget", "3") + ("--original", "none.pt") * (command == "audit")
+    asked = [sent] if command == "prepare" else asked
+    said = dmm(command, *asked)
+    assert said.exit_code == 2
+    assert "sent.yaml names a cluster (tcp://192.0.2.1:8786" in said.output
+    assert not used
+    assert "names a cluster" not in dmm(command, *asked, "--trust-preset").output
+    assert bool(used) == (command == "prepare"), "the others lack their weights"
+
+
+@pytest.mark.parametrize("more", [("--models", 12), ("--prepared", "elsewhere"), ("--dry-run",)])
+def test_a_preset_takes_no_numbers_of_a_recipe(tmp_path, monkeypatch, more):
+    monkeypatch.setattr("dmmlib.study.Study.attributor", lambda *_: None)
+    monkeypatch.setenv("DMM_RUNS", str(tmp_path / "runs"))
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({"preset": TINY}))
+    asked = ("forget", "none.pt", "--recipe", tmp_path / "tiny.yaml", "--forget", "3")
+    for arguments in (("prepare", tmp_path / "tiny.yaml"), asked):
+        said = dmm(*arguments, *more)
+        assert said.exit_code == 2, said.output
+        assert f"tiny.yaml is a preset, which says itself how many models there are and takes no {more[0]}" in (
+            said.output.replace("--models, --prepared or --dry-run", more[0])
+        )
+    assert f"prepared in {tmp_path / 'runs'}: answer" in dmm("prepare", tmp_path / "tiny.yaml").output

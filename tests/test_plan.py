@@ -98,6 +98,30 @@ def test_status_shows_what_notebook_07_trains(tmp_path, quick):
     assert there["attribution models"] == there["stage 07: more of attribution"] == 0, "other masks, other models"
 
 
+def test_a_plan_of_some_stages_counts_what_they_train(tmp_path, quick):
+    few = TINY | {"attribution": {"n_subsets": 20}, "studies": {"cheap": CHEAP}}
+    few |= {"unlearning": {"methods": ["do_nothing", "retrain", "dm_direct", "dmm"]}}
+    preset, study = presets.load(few), Study(few, runs=tmp_path, progress=silent)
+
+    def planned(*stages, preset=preset):
+        models = plan.plan(preset, tmp_path, stages=stages).models.set_index("models")
+        return models["planned"].to_dict(), int(models["missing"].sum())
+
+    main = {"originals": 8, "attribution models": 20, "subset models": 20}
+    reported = {f"oracles and floor, {name}": 16 for name in ("random_6", "pc1")}
+    assert planned("04") == (main | reported, 48 + 32), "of subset models those from which components are"
+    assert planned("03")[0] == main
+    ridge = presets.load(few, {"unlearning.methods": ["dm_direct@ridge"]})
+    assert planned("04", preset=ridge)[0]["subset models"] == 120
+    assert planned("02")[0] == main | reported | {"subset models": 120, "tuning: oracles and floor, tune": 16}
+    assert planned("07")[0] == planned("02")[0] | {"stage 07: more of attribution": 20}
+    assert planned("01", "11") == ({}, 0)
+    assert "0 minutes to train" in str(plan.plan(preset, tmp_path, stages=["01"]))
+    study.results()
+    assert planned("04") == (main | reported, 0), "and nothing else is trained"
+    assert not list(tmp_path.glob("store/*tun*"))
+
+
 def test_a_plan_finds_stores_elsewhere(tmp_path, quick):
     for place in ("memory://planned/runs", (tmp_path / "elsewhere").as_uri()):
         study = Study(TINY, {"store": place}, runs=tmp_path, progress=silent)

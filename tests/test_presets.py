@@ -134,6 +134,10 @@ def test_unknown_and_broken_files(tmp_path):
     with pytest.raises(PresetError, match="cannot be read as YAML"):
         presets.load(str(tmp_path / "a.yaml"))
     (tmp_path / "a.yaml").write_text("name: x")
+    beside = tmp_path / "beside.yaml"
+    beside.write_text("preset: {name: a}\ntraining: {lr: 9}\n")
+    with pytest.raises(PresetError, match=r"beside\.yaml has 'training' beside the key 'preset'.* put it below that"):
+        presets.load(beside)
     with pytest.raises(PresetError, match="lacks the top-level key 'preset'"):
         presets.load(str(tmp_path / "a.yaml"))
 
@@ -286,6 +290,22 @@ def test_numbers_that_yaml_leaves_as_text_are_numbers():
     assert read.model.options == {"hidden": 32, "lr": 0.001, "rates": [0.01, "a1e5"], "text": "1e-3x"}
     assert isinstance(read.model.options["hidden"], int)
     assert read.training.lr == 0.001
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"seed": 10**400}, "seed is over 1e308; give at most"),
+        ({"training.epochs": 10**400}, "epochs is over 1e308"),
+        ({"training.lr": 10**400}, "key 'training.lr'"),
+        ({"data.options": {"seed": 1}}, "options hold 'seed', which is a key of data itself; set data.seed"),
+    ],
+)
+def test_what_has_no_room_is_said(overrides, said):
+    with pytest.raises(PresetError) as error:
+        presets.load("smoke", overrides)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("overrides", [["a"], {3: 1}, "seed=1"])

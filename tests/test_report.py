@@ -11,7 +11,7 @@ import pytest
 from matplotlib import image
 from matplotlib.figure import Figure
 
-from dmmlib import forget_sets
+from dmmlib import files, forget_sets
 from dmmlib.analysis import claims, evidence, plots, verdict
 from dmmlib.app import report
 from dmmlib.errors import PresetError, StoreError
@@ -339,6 +339,27 @@ def test_figures_of_a_request_are_those_of_its_run(place, tmp_path):
         (tmp_path / "figures" / name).mkdir(parents=True)
         (tmp_path / "figures" / name / "04.png").write_bytes(b"")
         assert report.open_run(name).figures == [tmp_path / "figures" / name / "04.png"]
+
+
+def test_figures_go_with_the_runs_that_are_given(tmp_path, monkeypatch):
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path / "home")
+    monkeypatch.setattr(files, "home", Path.cwd)
+    monkeypatch.delenv("DMM_FIGURES", raising=False)
+    (tmp_path / "home" / "figures" / "tiny").mkdir(parents=True)
+    (tmp_path / "home" / "figures" / "tiny" / "04_of_another.png").touch()
+    drawn = plots.titled(Figure(), "Nine of ten forgot", "Points of a set")
+    for runs in (tmp_path / "a", tmp_path / "b"):
+        study = Study(TINY, runs=runs, progress=silent)
+        path = study.save_figure(drawn, "04_what")
+        study.save_table(results(GOOD), "results.csv")
+        assert path.is_relative_to(runs)
+        for run in (report.open_run("tiny", runs), report.open_run(study.directory)):
+            assert run.figures == [path]
+    assert Study(TINY, progress=silent).figures == tmp_path / "home" / "figures"
+    assert Study(TINY, runs=runs, figures="mine", progress=silent).figures == tmp_path / "home" / "mine"
+    monkeypatch.setenv("DMM_FIGURES", str(tmp_path / "c"))
+    assert Study(TINY, runs=runs, progress=silent).figures == tmp_path / "c"
 
 
 def test_differences_carry_the_interval_of_both(place):

@@ -800,7 +800,8 @@ def test_a_trial_says_its_price_before_it_runs(tiny, tmp_path):
 
     assert "Trains 40 small models, the first time 80 more: 189,000 sample gradients in all" in price()
     asked = presets.load(smoke.model_dump(), {"unlearning.methods": cli.REQUEST})
-    jobs = list(plan._asked(asked, study.data, [forget_sets.make("mine", [1, 2, 3], study.data)], beside=False))
+    mine = [forget_sets.make("mine", [1, 2, 3], study.data)]
+    jobs = [job for job, _ in plan._asked(asked, study.data, mine, False, {"04"})]
     assert sum(job.n_models for job in jobs) == 120
     assert sum(15 * job.n_models * job.size for job in jobs) == pytest.approx(189_000, rel=0.02), "as a dry run counts"
     record = study.runs / smoke.name / "forget_set-mine" / "notebooks" / ".04_dmm_versus_baselines.json"

@@ -38,6 +38,8 @@ ORDER = {
 """What is begun first where several stages could be: the main results, then what takes long; and seconds that each took
 of the laptop preset on two cores, which tell how much of a run is done until one has run here."""
 
+SPEED = {"chunk": "auto", "compile": "auto", "shard": 100}  # of ensembles: keys hold the defaults, whatever is set
+
 Say = Callable[[str, bool], None]
 """Told a line about a stage, and whether something was done."""
 
@@ -50,14 +52,15 @@ def stages() -> dict[str, Path]:
 def key(notebook: Path, parameters: Mapping[str, Any]) -> str:
     """Hash all that an executed notebook depends on: its source, without outputs, its parameters, versions and grids.
 
-    Where things run does not count (`presets.PLACES`), and the path of a file counts by the file's content.
+    Where things run (`presets.PLACES`) and how fast does not count, and of a file that is named its content does.
     """
     import dmmlib.study  # noqa: F401 (imports whatever registers components)
     from dmmlib.unlearn.base import METHODS
 
     preset = parameters.get("preset")
     if isinstance(preset, Mapping):
-        parameters = {**parameters, "preset": {k: v for k, v in preset.items() if k not in PLACES}}
+        counts = {k: v for k, v in preset.items() if k not in PLACES}
+        parameters = {**parameters, "preset": counts | {"ensembles": {**preset.get("ensembles", {}), **SPEED}}}
     grids = {name: METHODS[name].space for name in METHODS}
     try:
         source = [cell["source"] for cell in load_json(notebook)["cells"]]
@@ -77,7 +80,8 @@ def _by_content(value: Any, name: str = "") -> Any:
         with open(value, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     if name == "path" and isinstance(value, str) and os.path.isdir(value):
-        return sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in Path(value).rglob("*") if p.is_file())
+        files = ((p.relative_to(value).as_posix(), p.stat()) for p in Path(value).rglob("*") if p.is_file())
+        return sorted((name, found.st_size, found.st_mtime_ns) for name, found in files)
     return value
 
 
@@ -122,7 +126,8 @@ class _Stage:
             os.replace(self.part, self.out / self.notebook.name)
             failed.unlink(missing_ok=True)
             seconds = time.time() - began
-            tables = [p.name for p in self.out.parent.glob("*.csv") if p.stat().st_mtime > began]
+            named = self.notebook.read_text(encoding="utf-8")  # others may have written tables of theirs meanwhile
+            tables = [p.name for p in self.out.parent.glob("*.csv") if p.stat().st_mtime > began and p.name in named]
             names = sorted([f"{self.out.name}/{self.notebook.name}", *tables])
             kept = {name: self._hash(name) for name in names}
             write_json(self.record, {"key": self.key, "seconds": round(seconds, 1), "files": kept})
@@ -145,6 +150,7 @@ def run(
     threads: int = 1,
     wide: Collection[str] = (),
     environment: Mapping[str, str] | None = None,
+    executed: Callable[[], object] = lambda: None,
 ) -> None:
     """Execute notebooks of stages, each in a process of its own; two at a time where there are threads for two.
 
@@ -154,6 +160,7 @@ def run(
         threads: shared by two notebooks; with 1, they run one after the other, with torch's own number of threads.
         wide: numbers of the stages that keep every core busy by themselves, and run alone.
         environment: variables that kernels are given besides this process's.
+        executed: called when one was executed, whether or not it failed.
 
     Raises:
         DmmError: if one fails; what runs beside it is finished and kept, nothing else is begun.
@@ -194,8 +201,10 @@ def run(
                 bar.set_description_str(f"{share} | {_said(told)}")
                 for number in [n for n, execution in running.items() if not execution.running()]:
                     (told / number).unlink(missing_ok=True)
+                    problem = running.pop(number).error()
                     try:
-                        todo[number].keep(running.pop(number).error(), share.began[number], say)
+                        executed()
+                        todo[number].keep(problem, share.began[number], say)
                         share.took[number] = time.time() - share.began[number]
                         pulse.said()
                     except DmmError as error:

@@ -16,13 +16,20 @@ from typer.core import TyperGroup
 from dmmlib import presets
 from dmmlib.app import batch, own
 from dmmlib.errors import DmmError, PresetError, StoreError
-from dmmlib.files import LAID_OUT, resource
+from dmmlib.files import LAID_OUT, read_json, resource
 from dmmlib.progress import Pulse, duration, silent
 
 TRAINING = ("02", "04")  # stages that keep every core busy by themselves
 REQUEST_STAGE, REQUEST = "04", ["do_nothing", "retrain", "dm_direct", "dmm"]
 """What a forget set of one's own is studied with, unless more is asked for."""
+STUDY_IT, STUDY_IT_BESIDE = ("02", "03", "04", "05", "07"), ("04", "05")  # the stages that can, of a set of one's own
 HELP = {"help_option_names": ["-h", "--help"]}
+
+
+def _terminate(*_: object) -> None:
+    """End as by Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one shall not disturb the end
+    raise KeyboardInterrupt("SIGTERM")
 
 
 class Commands(TyperGroup):
@@ -30,6 +37,7 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         usual, warnings.formatwarning = warnings.formatwarning, lambda said, *_, **__: f"dmm: {said}\n"
+        before = signal.signal(signal.SIGTERM, _terminate)
         try:
             return super().invoke(ctx)
         except BrokenPipeError:  # who reads has enough
@@ -37,11 +45,12 @@ class Commands(TyperGroup):
         except (DmmError, OSError) as error:
             typer.secho(f"dmm: {error}", fg=typer.colors.RED, err=True)
             raise typer.Exit(2) from None
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stopped:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C shall not disturb the end
             typer.secho("dmm: interrupted; finished shards and stages are kept, run again to go on.", err=True)
-            raise typer.Exit(130) from None
+            raise typer.Exit(143 if stopped.args else 130) from None
         finally:
+            signal.signal(signal.SIGTERM, before)
             warnings.formatwarning = usual
 
 
@@ -64,7 +73,12 @@ Settings = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Replace a number, e.g. ensembles.n_models=50; may be repeated."),
 ]
 Place = Annotated[str, typer.Option(help="Where trained outputs go: a directory or fsspec address.")]
-Runs = Annotated[Path | None, typer.Option(help="Directory for everything computed (default: runs/).")]
+Runs = Annotated[
+    Path | None,
+    typer.Option(
+        help="Directory for everything computed, figures too (default: runs/).", parser=own.directory, metavar="PATH"
+    ),
+]
 
 
 def _version(wanted: bool) -> None:
@@ -119,15 +133,13 @@ def run(
             "and retraining, unless --stage or --set unlearning.methods=[...] asks for more."
         ),
     ] = None,
-    beside: Annotated[bool, typer.Option(help="Study that set beside the preset's, not in their place.")] = False,
+    beside: Annotated[bool, typer.Option(help="Study that set beside the preset's, in stages 04 and 05.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "",
     scheduler: Annotated[
         str, typer.Option(help="Who trains: local, local-cluster, cluster (the preset's), or a Dask address.")
     ] = "",
     store: Place = "",
-    trust_preset: Annotated[
-        bool, typer.Option(help="Start the cluster, or use the scheduler, that a file from elsewhere names.")
-    ] = False,
+    trust_preset: own.Trust = False,
     force: Annotated[bool, typer.Option(help="Run stages again that are done.")] = False,
     runs: Runs = None,
     dry_run: Annotated[
@@ -140,29 +152,36 @@ def run(
     known = batch.stages()
     if unknown := [number for number in stage or () if number.zfill(2) not in known]:
         raise PresetError(f"Unknown stage {unknown[0]!r}; use one of {', '.join(known)}, --stage before each.")
-    wanted = [number.zfill(2) for number in stage or ([REQUEST_STAGE] if forget_set and not beside else known)]
     if beside and not forget_set:
         raise PresetError("--beside was given without --forget-set, the file of the set to study; give both.")
+    able = (STUDY_IT_BESIDE if beside else STUDY_IT) if forget_set else tuple(known)
+    wanted = [n.zfill(2) for n in stage or ([REQUEST_STAGE] if forget_set and not beside else able)]
+    if unable := [number for number in wanted if number not in able]:
+        how = "--forget-set" + " --beside" * beside
+        raise PresetError(f"Stage {unable[0]} takes no {how}; use it with {', '.join(able)}, and run others without.")
     if dry_run:
-        _dry_run(_asked(preset, overrides, forget_set, beside), runs, forget_set, beside)
+        _dry_run(_asked(preset, overrides, forget_set, beside), runs, forget_set, beside, wanted)
         typer.echo("  stages: " + ", ".join(known[n].stem.replace("_", " ") for n in sorted({*wanted})))
         return
     mine = str(forget_set.resolve()) if forget_set else None
     with Pulse(lambda: "reading the preset, data and what is trained"):
         import torch  # only once the arguments have been read
 
-        from dmmlib.app.report import record
+        from dmmlib.app.report import RECORD, record
         from dmmlib.study import Study
         from dmmlib.trainer import MANY_STEPS
 
         asked = _asked(preset, overrides, forget_set, beside).model_dump(mode="json")
         study = Study(asked, forget_set=mine, beside=beside, runs=runs, progress=silent)  # says what is wrong
     if not trust_preset:
-        _ask(preset, study.preset, overrides)
+        own.ask(preset, study.preset, overrides)
     content = study.preset.model_dump(mode="json")
     if mine and (price := _price(study)):
         typer.echo(price)
-    record(study, study.output)
+    try:
+        read_json(study.output / RECORD)
+    except StoreError:  # what the stages that are done were executed with is not known
+        force = True
     notebooks, figures = study.output / "notebooks", study.figures / study.output.relative_to(study.runs)
     batch.run(
         [known[number] for number in sorted({*wanted})],
@@ -173,6 +192,7 @@ def run(
         threads=1 if study.preset.threads else torch.get_num_threads(),  # one's own are for a single notebook
         wide=TRAINING if study.planned >= MANY_STEPS else (),
         environment={"DMM_RUNS": str(study.runs.resolve()), "DMM_FIGURES": str(study.figures.resolve())},
+        executed=lambda: record(study, study.output),
     )
     typer.echo(f"executed notebooks: {notebooks}")
     if tables := sorted(study.output.glob("*.csv")):
@@ -260,17 +280,6 @@ def _price(study: Any) -> str:
     return f"{asked.name}: {n} models retrained without it, to measure against, are yet to be trained{seconds}"
 
 
-def _ask(given: str, preset: presets.Preset, overrides: dict[str, Any]) -> None:
-    """Raise PresetError where a file that is not in presets/ says on which cluster to run: that runs its code."""
-    elsewhere = given.endswith((".yaml", ".yml")) and Path(given).resolve().parent != presets.PRESETS_DIR.resolve()
-    chosen = "scheduler" in overrides and preset.scheduler != "cluster"  # not by the file
-    if elsewhere and not chosen and preset.scheduler not in ("local", "local-cluster"):
-        raise PresetError(
-            f"{given} names a cluster ({preset.scheduler}, {preset.cluster.type}), which can run any code here; "
-            "read the file, then give --trust-preset, or --scheduler local."
-        )
-
-
 def _say(line: str, done: bool) -> None:
     from tqdm import tqdm
 
@@ -278,11 +287,13 @@ def _say(line: str, done: bool) -> None:
         typer.secho(line, fg=typer.colors.GREEN if done else typer.colors.BRIGHT_BLACK)
 
 
-def _dry_run(loaded: presets.Preset, runs: Path | None, forget_set: Path | None, beside: bool) -> None:
+def _dry_run(
+    loaded: presets.Preset, runs: Path | None, forget_set: Path | None, beside: bool, stages: list[str]
+) -> None:
     with Pulse(lambda: "reading what is trained, and counting"):
         from dmmlib.app import plan
 
-        said = str(plan.plan(loaded, runs, forget_set, beside))
+        said = str(plan.plan(loaded, runs, forget_set, beside, stages))
     typer.echo(said)
     if loaded.studies["multimodal"].checkpoint is not None:
         from dmmlib.studies.multimodal.scale import scale

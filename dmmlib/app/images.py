@@ -87,10 +87,10 @@ def _decoded(files: Sequence[Path], side: int, target: Path) -> np.ndarray:
 
     def write(path: Path, images: Iterable[np.ndarray]) -> None:
         with replacing(path) as temporary:
-            out = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(files), side, side, 3))
-            for row, image in zip(out, images, strict=True):
-                row[:] = image
-            out.flush()
+            header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), side, side, 3)}
+            with open(temporary, "wb") as out:  # not mapped: there a full disk ends the process
+                np.lib.format.write_array_header_1_0(out, header)
+                out.writelines(image.tobytes() for image in images)
             write_json(hashed, _digest(temporary))
 
     def read(path: Path) -> np.ndarray:

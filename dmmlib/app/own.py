@@ -11,6 +11,7 @@ import yaml
 from dmmlib import presets
 from dmmlib.errors import ModelError, PresetError, StoreError
 from dmmlib.files import replacing
+from dmmlib.progress import Pulse
 
 if TYPE_CHECKING:
     from dmmlib.own.prepare import Prepared
@@ -20,9 +21,21 @@ RecipeFile = Annotated[
     str, typer.Option(help="A Python file with `recipe = dmmlib.Recipe(...)`, which is run; or a preset of the study.")
 ]
 Models = Annotated[int, typer.Option(help="How many subset models are trained, once for all requests.")]
-Folder = Annotated[Path, typer.Option(help="Where they are kept.")]
+
+
+def directory(given: str | Path) -> Path:
+    """The folder that an option names; StoreError for an empty name, which would be the current folder's."""
+    if not str(given).strip():
+        raise StoreError("A folder's name is empty; give a name, or leave the option out.")
+    return Path(given)
+
+
+Folder = Annotated[Path, typer.Option(help="Where they are kept.", parser=directory, metavar="PATH")]
 Asked = Annotated[str, typer.Option(help="Ids: a .csv, .json or text file, a folder of files, a class, or one id.")]
 N_MODELS, PREPARED = 100, Path("prepared")  # where nothing else is asked for
+Trust = Annotated[
+    bool, typer.Option("--trust-preset", help="Use the cluster or scheduler that a preset from elsewhere names.")
+]
 DryRun = Annotated[bool, typer.Option(help="Only say what would be trained, for how long, and what it takes.")]
 
 
@@ -36,22 +49,26 @@ def prepare(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A Python file with `recipe = dmmlib.Recipe(...)`.")],
     models: Models = N_MODELS,
     prepared: Folder = PREPARED,
+    trust_preset: Trust = False,
     dry_run: DryRun = False,
 ) -> None:
     """Train the subset models of a recipe and fit the attributor, once; interrupted, it goes on where it was."""
-    made = _opened(recipe, models, prepared)
+    made = _opened(recipe, models, prepared, trust_preset, dry_run)
     if not dry_run:
         made.attributor()
         given = f" --models {models}" * (models != N_MODELS) + f" --prepared {prepared}" * (prepared != PREPARED)
+        given += " --trust-preset" * trust_preset
         said = f"`dmm forget MODEL --recipe {recipe} --forget IDS{given}`"
-        typer.echo(f"prepared in {prepared}: answer requests with {said}")
+        typer.echo(f"prepared in {made.runs}: answer requests with {said}")
 
 
 def forget(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Weights, .safetensors or .pt.")],
     recipe: RecipeFile,
     forget: Asked,
-    out: Annotated[Path, typer.Option(help="Where weights, record and report go.")] = Path("unlearned"),
+    out: Annotated[
+        Path, typer.Option(help="Where weights, record and report go.", parser=directory, metavar="PATH")
+    ] = Path("unlearned"),
     method: Annotated[str, typer.Option(help="A registered method.")] = "dmm",
     set_: Annotated[
         list[str] | None,
@@ -59,6 +76,7 @@ def forget(
     ] = None,
     models: Models = N_MODELS,
     prepared: Folder = PREPARED,
+    trust_preset: Trust = False,
     dry_run: DryRun = False,
 ) -> None:
     """Make a model forget training points: unlearned weights, a record and a report; the model given is left alone."""
@@ -69,7 +87,7 @@ def forget(
 
     options = parse(set_)
     (own.check_method if recipe.endswith(".py") else unlearn.check_setting)(method, options)
-    made = _opened(recipe, models, prepared)
+    made = _opened(recipe, models, prepared, trust_preset, dry_run)
     indices, name, original, gone = own.asked(model, forget, made)  # what is wrong is said before anything is trained
     record.check_out(out, indices, record.sha256(original.state_dict()), "report.html")
     earlier = f", {len(gone)} more forgotten before" if len(gone) else ""
@@ -98,6 +116,7 @@ def audit(
     out: Annotated[Path | None, typer.Option(help="Also write a report there.")] = None,
     models: Models = N_MODELS,
     prepared: Folder = PREPARED,
+    trust_preset: Trust = False,
 ) -> None:
     """Judge whether a model has forgotten training points; exits with 1 if it has not, 3 if that cannot be told."""
     from dmmlib.own.audit import answers
@@ -108,7 +127,7 @@ def audit(
         if out.suffix != ".html":
             raise StoreError(f"--out got {out}; give the page a name that ends in .html.")
         _check_writable(out.parent)
-    made = _opened(recipe, models, prepared)
+    made = _opened(recipe, models, prepared, trust_preset)
     others = [loaded(weights, made) for path in retrained or () for weights in _weights(path)]
     answers(others, made, (original, model))  # what is wrong is said before anything is trained
     result = given(original, model, forget, made)
@@ -126,6 +145,8 @@ def parse(settings: list[str] | None) -> dict[str, Any]:
         key, separator, value = setting.partition("=")
         if not separator or not key:
             raise PresetError(f"--set got {setting!r}; give key=value, such as cost=0.1 or ensembles.n_models=50.")
+        if key in parsed:
+            raise PresetError(f"--set gives {key} twice, of which one would not count; give it once.")
         try:
             parsed[key] = presets.parse(value)
         except PresetError as error:
@@ -133,6 +154,17 @@ def parse(settings: list[str] | None) -> dict[str, Any]:
         except (yaml.YAMLError, ValueError):
             parsed[key] = value
     return parsed
+
+
+def ask(given: str, preset: presets.Preset, overrides: dict[str, Any] | None = None) -> None:
+    """Raise PresetError where a file that is not in presets/ says on which cluster to run: that runs its code."""
+    elsewhere = given.endswith((".yaml", ".yml")) and Path(given).resolve().parent != presets.PRESETS_DIR.resolve()
+    chosen = "scheduler" in (overrides or {}) and preset.scheduler != "cluster"  # not by the file
+    if elsewhere and not chosen and preset.scheduler not in ("local", "local-cluster"):
+        raise PresetError(
+            f"{given} names a cluster ({preset.scheduler}, {preset.cluster.type}), which can run any code here; "
+            "read the file, then give --trust-preset, or let the file say `scheduler: local`."
+        )
 
 
 def _weights(path: Path) -> list[Path]:
@@ -152,10 +184,8 @@ def _check_writable(folder: Path) -> None:
     (folder / ".tried").unlink()
 
 
-def _opened(recipe: str, models: int, folder: Path) -> Prepared | Study | Any:
+def _opened(recipe: str, models: int, folder: Path, trusted: bool, priced: bool = False) -> Prepared | Study | Any:
     """What requests are answered with; says what preparing it takes."""
-    from tqdm import tqdm
-
     from dmmlib.own.prepare import Prepared
     from dmmlib.own.recipe import load
 
@@ -163,20 +193,22 @@ def _opened(recipe: str, models: int, folder: Path) -> Prepared | Study | Any:
         from dmmlib.study import Study
 
         try:
-            return Study(recipe)
+            with Pulse(lambda: f"reading {recipe} and its data"):
+                study = Study(recipe)
         except PresetError as error:
             raise PresetError(f"{error} A recipe is a Python file, such as recipe.py.") from None
-    bars: dict[str, tqdm[Any]] = {}
-
-    def progress(task: str, done: int, total: int) -> None:
-        if task not in bars:
-            bars[task] = tqdm(total=total, initial=done, desc=task, disable=done >= total)
-        bars[task].update(done - bars[task].n)
-        if done >= total:
-            bars[task].close()
-
+        if priced or (models, folder) != (N_MODELS, PREPARED):
+            raise PresetError(
+                f"{recipe} is a preset, which says itself how many models there are and takes no --models, --prepared "
+                f"or --dry-run; leave them out, or see `dmm run {recipe} --dry-run`."
+            )
+        if not trusted:
+            ask(recipe, study.preset)
+        return study
     try:
-        made = Prepared(load(Path(recipe)), models, folder, progress=progress)
+        with Pulse(lambda: f"reading {recipe}"):
+            given = load(Path(recipe))
+        made = Prepared(given, models, folder)
         typer.echo(made.price())
     except SystemExit as error:  # of its module, say, when that is first made
         raise ModelError(f"{recipe} ends the program (SystemExit: {error}); mend it.") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from dmmlib.study import Study
 PUBLISHED = {"cifar10": ((32, 32, 3), 10, 50_000, 10_000), "living17": ((160, 160, 3), 17, 88_400, 3_400)}
 """Data sets that need not be on this machine: shape of a point, classes, training and validation points."""
 COLUMNS = ["models", "planned", "done", "missing", "gradients"]
+STORY = ("02", "03", "04", "05", "07")  # the stages whose models are counted; others train small ones of their own
 
 
 class Rate(NamedTuple):
@@ -91,18 +92,25 @@ class Plan:
                 f"{_duration(self.unlearning * r.gain / r.in_all / 3600)} more to search and to unlearn",
                 f"  memory: about {_bytes(max(self.memory.values()))} at the peak; {_sizes(self.memory)}",
                 f"  disk: {_bytes(sum(self.disk.values()))} when complete; {_sizes(self.disk)}",
-                "  not counted: fitting datamodels, KLoM, and the small models of stages 01 and 06 (minutes).",
+                "  not counted: fitting datamodels, KLoM, and the small models of other stages (minutes).",
             ]
         )
 
 
-def plan(preset: Preset, runs: Path | None = None, forget_set: Path | None = None, beside: bool = False) -> Plan:
+def plan(
+    preset: Preset,
+    runs: Path | None = None,
+    forget_set: Path | None = None,
+    beside: bool = False,
+    stages: Collection[str] = STORY,
+) -> Plan:
     """Plan a run, given what is in the stores. Trains and writes nothing; raises what a run of the preset would.
 
     Raises DataError also where a data set is absent whose size is not known.
 
     Args:
         runs, forget_set, beside: see `Study`.
+        stages: the numbers of those that are run.
     """
     for method in preset.unlearning.methods:
         unlearn.get(method)
@@ -117,9 +125,12 @@ def plan(preset: Preset, runs: Path | None = None, forget_set: Path | None = Non
     shape = tuple(spec.prepare(data, np.array(data.x_train[:2])).shape[1:])
     module = partial(spec.factory, shape, data.n_classes, **preset.model.options)
     own = [study.own] if study and study.own else []
-    asked = list(_asked(preset, data, own, beside))
+    parts = list(_asked(preset, data, own, beside, {*stages}))
+    asked, most = [job for job, _ in parts], np.array([n for _, n in parts], int)
     known = pd.DataFrame([(job.what, job.n_models, 0, job.n_models) for job in asked], columns=COLUMNS[:-1])
     known = status.trained(study, asked)[COLUMNS[:-1]] if study else known
+    known["planned"], known["done"] = most, np.minimum(known["done"].astype(int), most)
+    known["missing"] = np.minimum(known["missing"].astype(int), most - known["done"])
     known["gradients"] = known["missing"] * [preset.training.epochs * job.size * job.until for job in asked]
     try:
         built = module()
@@ -134,7 +145,7 @@ def plan(preset: Preset, runs: Path | None = None, forget_set: Path | None = Non
     n_subsets = preset.datamodels.n_subsets
     factor = data.n_train * n_subsets + 2 * min(n_subsets, data.n_train) ** 2  # centred masks, Gram matrix and factor
     n_together = 32 if preset.ensembles.chunk == "auto" else preset.ensembles.chunk
-    n_sets = len(preset.forget_sets) * (beside or not own) + len(own)
+    n_sets = (len(preset.forget_sets) * (beside or not own) + len(own)) * bool({"04", "05"}.intersection(stages))
     n_results = n * n_points * n_sets * len(preset.unlearning.methods)
     rate = measure(module, shape, data.n_classes, data.n_train, preset, device)
     plain = [r for way, r in rates.items() if not way.compile and not way.processes]
@@ -145,10 +156,10 @@ def plan(preset: Preset, runs: Path | None = None, forget_set: Path | None = Non
         study is not None,
         n_parameters,
         known,
-        _unlearning(preset, data.n_train, n_sets),
+        _unlearning(preset, data.n_train, n_sets) if n_sets else 0.0,
         disk={
-            "outputs of models": sum(job.n_models for job in asked) * (outputs + data.n_train),
-            "weights": sum(job.n_models for job in asked if job.weights) * weights,
+            "outputs of models": float(most.sum()) * (outputs + data.n_train),
+            "weights": sum(n for job, n in parts if job.weights) * weights,
             "unlearned margins": n_results * 5.0,  # a margin in 4 bytes, and whether it is right
         },
         memory={  # weights, gradients and momentum; activations come on top
@@ -160,19 +171,31 @@ def plan(preset: Preset, runs: Path | None = None, forget_set: Path | None = Non
     )
 
 
-def _asked(preset: Preset, data: Dataset, own: list[ForgetSet], beside: bool) -> Iterator[Job]:
-    """What a run trains: for a forget set of one's own only what its methods need."""
-    known, n = list(jobs(preset, data.n_train, data.n_classes)), preset.ensembles.n_models
-    attributors = [m.partition("@")[2] or preset.attribution.name for m in preset.unlearning.methods]
-    searched = any(len(unlearn.configurations(m, preset.tuning.budget)) > 1 for m in preset.unlearning.methods)
-    if own and not beside and "ridge" not in attributors and not searched:
-        known = [job for job in known if {"originals", "attribution"}.intersection(job.sets)]
-    yield from known
-    for forget in own:
+def _asked(
+    preset: Preset, data: Dataset, own: list[ForgetSet], beside: bool, stages: set[str]
+) -> Iterator[tuple[Job, int]]:
+    """What stages train, and how many of its models: in 03 to 05 only what is shown, or what methods need."""
+    n, given, methods = preset.ensembles.n_models, preset.unlearning.settings, preset.unlearning.methods
+    attributors = [m.partition("@")[2] or preset.attribution.name for m in methods]
+    several = (m not in given and len(unlearn.configurations(m, preset.tuning.budget)) > 1 for m in methods)
+    searched = any(several) or {"dmm", "oracle_matching"} <= {*methods}  # which stage 04 ablates
+    told, reported = stages.intersection(STORY), beside or not own
+    tuned = bool(told & ({"02", "04", "05", "07"} if searched else {"02", "07"}))
+    made = preset.forget_sets * (reported or tuned) + preset.tuning.forget_sets * tuned
+    held_out = preset.datamodels.n_held_out * ("03" in told or any(part.kind.startswith("pc") for part in made))
+    for job in jobs(preset, data.n_train, data.n_classes) if told else ():
+        kind, many = next(iter(job.sets)).partition(":")[0], job.n_models
+        if kind == "subsets" and not told & {"02", "07"} and "ridge" not in attributors:
+            many = held_out  # from which sets are chosen by components
+        if kind == "oracles" and not (tuned if job.what.startswith("tuning") else reported and told - {"03"}):
+            many = 0
+        if many:
+            yield job, many
+    for forget in own if told - {"03"} else ():
         sets = {f"oracles:{forget.name}": n, f"floor:{forget.name}": n}
-        yield Job(f"oracles and floor, {forget.name}", data.n_train - len(forget), sets, False)
-    if beside or not own:
-        yield from experiments.jobs(preset, data.n_train)
+        yield Job(f"oracles and floor, {forget.name}", data.n_train - len(forget), sets, False), 2 * n
+    if "07" in told:
+        yield from ((job, job.n_models) for job in experiments.jobs(preset, data.n_train))
 
 
 def _on_disk(section: DataSection) -> bool:

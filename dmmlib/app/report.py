@@ -24,7 +24,7 @@ import pandas as pd
 from dmmlib.analysis import claims, tables, verdict
 from dmmlib.analysis.looks import STATISTICS, label
 from dmmlib.errors import PresetError
-from dmmlib.files import load_json, place, read_json, read_table, write_bytes, write_json
+from dmmlib.files import figures_of, load_json, place, read_json, read_table, write_bytes, write_json
 
 if TYPE_CHECKING:
     from dmmlib.study import Study
@@ -39,7 +39,7 @@ SHOWN_OTHERWISE = ("results", "trajectories", "confirm")
 
 
 def record(study: Study, directory: Path) -> Path:
-    """Write down what a run is made of: settings, hash of the data, versions, device."""
+    """Write down what a run is made of, as a stage is executed: settings, hash of the data, versions, device."""
     content = {
         "preset": study.preset.model_dump(mode="json"),
         "data": {name: getattr(study.data, name) for name in ("name", "sha256", "n_train", "n_val", "n_classes")},
@@ -115,8 +115,8 @@ def open_run(name: str | Path, runs: Path | None = None) -> Run:
         have = sorted(str(p.parent.relative_to(root)) for p in root.rglob("results.csv"))
         there = f"there are {', '.join(have)}" if have else "there are none yet"
         raise PresetError(f"No run {str(name)!r} with tables under {root} ({there}); use `dmm run {name}` first.")
-    under = directory.relative_to(root) if directory.is_relative_to(root) else directory.name
-    path, figures = directory / RECORD, place("figures") / under
+    path, whole, root = directory / RECORD, directory.absolute(), root.absolute()
+    figures = figures_of(runs) / whole.relative_to(root) if whole.is_relative_to(root) else directory
     return Run(
         directory.name,
         directory,

@@ -85,7 +85,8 @@ class Prepared(Models):
     def _try(self) -> dict[str, Any]:
         n, seen, models = min(TRIAL, self.data.n_train // 2), [0], list[ensemble.Ensemble]()
         order = np.random.default_rng(self.preset.seed).permutation(self.data.n_train)
-        for half in (order[:n], order[n : 2 * n]):
+        for k, half in enumerate((order[:n], order[n : 2 * n])):
+            self.progress("try the recipe on few points", k, 3)
             points, start = torch.from_numpy(half).to(self.device), time.perf_counter()  # the first takes longer
             models.append(self._trained(self.x[points], self.y[points], self.preset.seed, seen))
         seconds, answers = time.perf_counter() - start, [trained.logits(self.x[:FIT]) for trained in models]
@@ -103,12 +104,14 @@ class Prepared(Models):
         few, total = min(FIT, self.data.n_train), self.preset.attribution.n_subsets
         masks = np.add.outer(np.arange(total), np.arange(few)) % 4 > 0
         outputs = np.random.default_rng(0).normal(size=(total, few, self.data.n_classes)).astype(np.float32)
+        self.progress("try the recipe on few points", 2, 3)
         context, start = attribution.Context(self.x[:few], self.y[:few], masks, outputs, models[0]), time.perf_counter()
         try:
             attribution.fit("bayesian", context, n_models=1)
         except np.linalg.LinAlgError as error:  # gradients that are all but infinite
             raise ModelError(f"What a model learnt cannot be attributed ({error}); scale the features.") from error
         fit = (time.perf_counter() - start) / few
+        self.progress("try the recipe on few points", 3, 3)
         return {"epochs": max(1, round(sum(seen) / (2 * n))), "seconds": seconds / n, "fit": fit}
 
     def fresh(self, seed: int = 0, without: Any = ()) -> nn.Module:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pooch
 from platformdirs import user_cache_dir
+from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from dmmlib.data import Dataset, from_arrays, register
 from dmmlib.errors import ChecksumError, DataError
@@ -145,10 +146,10 @@ def check_sha256(path: Path, expected: str) -> None:
 
 
 @register("shapes")
-def shapes(side: int = 16, noise: float = 0.1, seed: int = 0) -> Dataset:
+def shapes(side: PositiveInt = 16, noise: NonNegativeFloat = 0.1, draw: NonNegativeInt = 0) -> Dataset:
     """Draw 8,000 RGB images of a disc, a ring, a square or a cross: any size, place and two colours, under noise."""
     names, n_train, n = ("disc", "ring", "square", "cross"), 6000, 8000
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(draw)
     y = rng.integers(0, len(names), n)
     radius, row, column = (rng.uniform(low, high, (n, 1, 1)) * side for low, high in ((0.2, 0.35), *2 * [(0.35, 0.65)]))
     v, h = (np.abs(np.arange(side)[at] - place) for at, place in ((np.s_[:, None], row), (np.s_[None], column)))

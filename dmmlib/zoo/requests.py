@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from pydantic.types import NonNegativeInt, PositiveInt
 
 from dmmlib.data import Dataset, from_arrays, load, register
 from dmmlib.errors import DataError
@@ -14,14 +15,14 @@ TARGET = 0  # the class that a trigger asks for
 @register("requests")
 def requests(
     base: str = "fashion-mnist",
-    points: int = 2000,
-    validation: int = 500,
-    draw: int = 0,
-    mislabelled: int = 200,
-    triggers: int = 60,
-    copies: int = 50,
-    outliers: int = 60,
-    person: int = 0,
+    points: PositiveInt = 2000,
+    validation: PositiveInt = 500,
+    draw: NonNegativeInt = 0,
+    mislabelled: NonNegativeInt = 200,
+    triggers: NonNegativeInt = 60,
+    copies: NonNegativeInt = 50,
+    outliers: NonNegativeInt = 60,
+    person: NonNegativeInt = 0,
 ) -> Dataset:
     """Make images of a data set into what is to be deleted; which ones, `draw` seeds.
 
