@@ -33,7 +33,7 @@ def normalise(data: Dataset, x: np.ndarray) -> Tensor:
 
 
 def normalising(make: Callable[[], nn.Module], data: Dataset, device: torch.device) -> nn.Module:
-    """A model that takes bytes: `normalise` as its first step, which adds no parameter or name to it."""
+    """One of the library's models that takes bytes: `normalise` first, which adds no parameter or name to it."""
     mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (data.mean, data.std))
     model = make()
     model.register_forward_pre_hook(lambda _, inputs: ((inputs[0].float() / 255 - mean) / std,))

@@ -19,6 +19,7 @@ from torch.utils.data import TensorDataset
 
 import dmmlib
 from dmmlib import data as datasets
+from dmmlib import models
 from dmmlib.datamodels import Attributor
 from dmmlib.ensemble import Training, train
 from dmmlib.errors import DataError, ForgetSetError, MethodError, ModelError, OptionError, PresetError, StoreError
@@ -32,6 +33,7 @@ from dmmlib.own.prepare import Prepared
 from dmmlib.own.recipe import Recipe
 from dmmlib.own.requests import resolve
 from dmmlib.progress import silent
+from dmmlib.trainer import Given
 
 N, N_VAL, K = 90, 40, 3
 
@@ -673,6 +675,14 @@ def test_a_model_that_does_not_fit_is_refused(kind, tmp_path):
     ):
         with pytest.raises(error, match=message):
             dmmlib.forget(given, FORGET, prepared)
+
+
+def test_a_module_of_ones_own_is_given_normalised_images_on_a_gpu_too():
+    """Bytes, normalised by a hook, are for the library's models."""
+    prepared = Prepared(of(model=ResNet, data=split(*images())), 10, "unused", progress=silent)
+    for spec, expected in ((prepared._spec, False), (models.get("convnet"), True)):
+        there = SimpleNamespace(data=prepared.data, device=torch.device("cuda"), _spec=spec)
+        assert Given._bytes.func(there) == expected
 
 
 class Shifted(nn.Module):
