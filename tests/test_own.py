@@ -587,6 +587,29 @@ def test_what_cannot_be_trained_is_refused_before_much_is(make, message, tmp_pat
     assert not list(tmp_path.rglob("attribution*"))
 
 
+def test_a_loop_may_call_its_model_by_name_or_write_it_to_a_file(tmp_path):
+    def kept(model, x, y, seed):
+        torch.save(model, tmp_path / "best.pt")
+        return loop(copy.deepcopy(torch.load(tmp_path / "best.pt", weights_only=False)), x, y, seed)
+
+    def named(model, x, y, seed):
+        return loop(Named(model), x, y, seed).model
+
+    for way in (kept, named):
+        assert Prepared(of(way), 10, tmp_path / way.__name__, progress=silent).trial["epochs"] == 12
+
+
+class Named(nn.Module):
+    """Calls a module by keyword."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(input=x)
+
+
 def test_a_recipe_is_trained_as_itself_when_another_was_read_since(tmp_path):
     """Workers elsewhere are sent what is registered, and all recipes are so by one name."""
     first, _ = made = [Prepared(of(), 10, tmp_path / name, progress=silent) for name in "ab"]

@@ -83,11 +83,12 @@ class Prepared(Models):
         return kept(path, self._try, read_json, write_json)
 
     def _try(self) -> dict[str, Any]:
-        n, seen, models = min(TRIAL, self.data.n_train // 2), [0], list[ensemble.Ensemble]()
+        n, epochs, models = min(TRIAL, self.data.n_train // 2), 0.0, list[ensemble.Ensemble]()
         order = np.random.default_rng(self.preset.seed).permutation(self.data.n_train)
         for half in (order[:n], order[n : 2 * n]):
             points, start = torch.from_numpy(half).to(self.device), time.perf_counter()  # the first takes longer
-            models.append(self._trained(self.x[points], self.y[points], self.preset.seed, seen))
+            models.append(self._trained(self.x[points], self.y[points], self.preset.seed))
+            epochs += sum(_SEEN) / (2 * n)
         seconds, answers = time.perf_counter() - start, [trained.logits(self.x[:FIT]) for trained in models]
         if (loop := self.recipe.loop) and fingerprint.of_own(loop) != self.identity["loop"]:
             raise ModelError(
@@ -109,7 +110,7 @@ class Prepared(Models):
         except np.linalg.LinAlgError as error:  # gradients that are all but infinite
             raise ModelError(f"What a model learnt cannot be attributed ({error}); scale the features.") from error
         fit = (time.perf_counter() - start) / few
-        return {"epochs": max(1, round(sum(seen) / (2 * n))), "seconds": seconds / n, "fit": fit}
+        return {"epochs": max(1, round(epochs)), "seconds": seconds / n, "fit": fit}
 
     def fresh(self, seed: int = 0, without: Any = ()) -> nn.Module:
         """Train a model as the recipe says, on all training points but some: an original, or one to compare with.
@@ -118,18 +119,19 @@ class Prepared(Models):
         """
         gone = resolve(without, self.data)[0] if isinstance(without, (str, Path)) or len(without) else without
         points = torch.from_numpy(np.setdiff1d(np.arange(self.data.n_train), gone)).to(self.device)
-        trained = self._trained(self.x[points], self.y[points], seed, [])
+        trained = self._trained(self.x[points], self.y[points], seed)
         return with_weights(self.module().to(self.device), trained)
 
-    def _trained(self, x: Tensor, y: Tensor, seed: int, seen: list[int]) -> ensemble.Ensemble:
-        """A model trained on points; how many it sees at a time is noted, over all epochs."""
+    def _trained(self, x: Tensor, y: Tensor, seed: int) -> ensemble.Ensemble:
+        """A model trained on points; how many it sees at a time is noted in `_SEEN`, over all epochs."""
+        _SEEN.clear()
         if (loop := self.recipe.loop) is None:
-            seen.append(self.training.epochs * len(x))
+            _SEEN.append(self.training.epochs * len(x))
             return ensemble.train(self.module, x, y, np.ones((1, len(x)), bool), [seed], self.training)
 
         def make() -> nn.Module:
             model = self.module()
-            model.register_forward_pre_hook(lambda part, x: seen.append(len(x[0]) if part.training else 0))
+            model.register_forward_pre_hook(_count, with_kwargs=True)
             return model
 
         model = loops.trained(loop, make, x, y, seed)
@@ -199,6 +201,15 @@ class Prepared(Models):
         found = attribution.kept(self._fitted, self.device, fit)
         context, n = self.context(), self.data.n_train
         return Checked(found, falls(context.margins[:, :n], context.masks), self.data.y[:n])
+
+
+_SEEN: list[int] = []  # here, as a loop may copy its model, or write it to a file and read it
+
+
+def _count(part: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """Note how many points a model in training is given, however it is called."""
+    given = (len(v) for v in (*args, *named.values()) if isinstance(v, Tensor) and v.ndim)
+    _SEEN.append(next(given, 0) if part.training else 0)
 
 
 class Checked(Attributor):
