@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -51,11 +51,12 @@ def stack(modules: Sequence[nn.Module]) -> tuple[nn.Module, Tensors, Tensors]:
 
     Parameters that do not require gradients are put among the buffers, so that no method moves them.
     """
-    params, buffers = stack_module_state(list(modules))
-    frozen = {name: params.pop(name) for name, p in modules[0].named_parameters() if not p.requires_grad}
+    named = [dict(chain(module.named_buffers(), module.named_parameters())) for module in modules]
+    stacked = {name: torch.stack([own[name].detach() for own in named]) for name in named[0]}
+    params = {name: stacked.pop(name) for name, p in modules[0].named_parameters() if p.requires_grad}
     if not params:
         raise ModelError("The model has no parameter that requires gradients; leave some to be trained.")
-    return template(modules[0]), params, buffers | frozen
+    return template(modules[0]), params, stacked
 
 
 def template(module: nn.Module, device: torch.device | str = "meta") -> nn.Module:

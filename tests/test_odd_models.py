@@ -29,6 +29,9 @@ REORDERED = ("encoder with dropout", "shared layer")  # torch.func fills a tenso
 DRAWN_ANEW = (
     "weight norm",
     "spectral norm",
+    "weight norm alone",
+    "spectral norm alone",
+    "orthogonal alone",
     "constant",
     "python's chance",
 )  # not by a `reset_parameters`: bad_teacher and eu_k refuse
