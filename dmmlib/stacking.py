@@ -258,6 +258,8 @@ def _faults(modules: list[nn.Module], x: Tensor, n_classes: int, exactly: bool) 
             yield f"answers {tuple(z.shape)} for {len(x)} points; give logits {wanted}"
         if not all(logits.isfinite().all() for logits, _ in alone):
             yield "answers NaN or infinity before any training; lower its initial weights, or scale its points"
+        if not training and all((z >= 0).all() and close(z.sum(1), torch.ones(len(z))) for z, _ in alone):
+            yield "answers probabilities; return logits, before the softmax"
         logits, after = forward(empty.train(training), params, buffers, x.repeat(2, *(1,) * x.ndim), seeds=[0, 1])
         for i, (own, moved) in enumerate(alone):
             if not close(logits[i], own) or not all(close(after[k][i], v) for k, v in moved.items()):
