@@ -587,6 +587,38 @@ def test_what_cannot_be_trained_is_refused_before_much_is(make, message, tmp_pat
     assert not list(tmp_path.rglob("attribution*"))
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_layers_that_a_loop_freezes_are_frozen_in_the_recipe_too(tmp_path, frozen):
+    """A bias before batch norm, or a layer that nothing uses, may stay as it was made."""
+
+    def make():
+        body = nn.Sequential(nn.Linear(8, 24), nn.ReLU()).requires_grad_(not frozen)
+        return nn.Sequential(body, nn.Linear(24, 8), nn.BatchNorm1d(8), Unused(), nn.Linear(8, K))
+
+    def head(model, x, y, seed):
+        model[0].requires_grad_(False)
+        moving = [p for p in model[1:].parameters() if p is not model[1].bias]
+        optimizer = torch.optim.SGD(moving, 0.1)
+        for _ in range(5):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        return model
+
+    prepared = Prepared(of(head, make), 10, tmp_path, progress=silent)
+    if frozen:
+        assert prepared.trial["epochs"] == 5
+    else:
+        with pytest.raises(ModelError, match=r"leaves 0.0.weight as it was made.* let the recipe's model freeze it"):
+            _ = prepared.trial
+
+
+class Unused(nn.Identity):
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Linear(2, 2)
+
+
 def test_a_loop_may_call_its_model_by_name_or_write_it_to_a_file(tmp_path):
     def kept(model, x, y, seed):
         torch.save(model, tmp_path / "best.pt")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dmmlib import attribution, ensemble, execution, fingerprint, keys, loops, metrics
+from dmmlib import attribution, ensemble, execution, fingerprint, keys, loops, metrics, stacking
 from dmmlib.attributors.kernel import measured_rise
 from dmmlib.attributors.linearised import LOGITS, RANK
 from dmmlib.datamodels import Attributor, Indices
@@ -32,6 +32,7 @@ from dmmlib.trainer import ModelSet, once
 LEAST, MOST = 10, 100_000  # subset models
 LINEARISED = 20  # models whose weights the attributor takes; of the others outputs are enough
 TRIAL, FIT = 128, 512  # points that a loop, and points that the attributor's fit, is tried on
+FLAT = 1e-3  # of the largest gradient of a parameter: what rounding leaves where there is none, as before batch norm
 SEEN = 3.0  # standard errors by which answers to points that were trained on must differ from those to others
 
 
@@ -101,6 +102,11 @@ class Prepared(Models):
             raise ModelError("The train function answers the same whatever it is given; train on its x and y alone.")
         if all((z.amax(1) - z.amin(1)).max() < 1e-5 for z in answers):
             raise ModelError("Trained models answer all points alike: scale the features, or train each longer.")
+        if loop and (idle := self._idle(models[1], self.x[points], self.y[points])):
+            raise ModelError(
+                f"The train function leaves {idle[0]} as it was made, which would be moved to forget; let the recipe's "
+                "model freeze it (requires_grad_(False)), too."
+            )
         few, total = min(FIT, self.data.n_train), self.preset.attribution.n_subsets
         masks = np.add.outer(np.arange(total), np.arange(few)) % 4 > 0
         outputs = np.random.default_rng(0).normal(size=(total, few, self.data.n_classes)).astype(np.float32)
@@ -111,6 +117,15 @@ class Prepared(Models):
             raise ModelError(f"What a model learnt cannot be attributed ({error}); scale the features.") from error
         fit = (time.perf_counter() - start) / few
         return {"epochs": max(1, round(epochs)), "seconds": seconds / n, "fit": fit}
+
+    def _idle(self, trained: ensemble.Ensemble, x: Tensor, y: Tensor) -> list[str]:
+        """Parameters that a loop leaves as they were made, though the loss depends on them."""
+        with stacking.drawing(self.preset.seed, self.device):
+            made, model = self.module().to(self.device), with_weights(self.module().to(self.device), trained)
+            nn.functional.cross_entropy(model.train()(x.clone()), y).backward()
+        slopes = {name: float(p.grad.norm()) for name, p in model.named_parameters() if p.grad is not None}
+        steep = [name for name, slope in slopes.items() if slope > FLAT * max(slopes.values())]
+        return [name for name in steep if torch.equal(model.get_parameter(name), made.get_parameter(name))]
 
     def fresh(self, seed: int = 0, without: Any = ()) -> nn.Module:
         """Train a model as the recipe says, on all training points but some: an original, or one to compare with.
