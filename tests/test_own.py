@@ -32,6 +32,7 @@ from dmmlib.own.forget import given as outcome
 from dmmlib.own.prepare import Prepared
 from dmmlib.own.recipe import Recipe
 from dmmlib.own.requests import resolve
+from dmmlib.own.weights import answered, loaded
 from dmmlib.progress import silent
 from dmmlib.trainer import Given
 
@@ -767,6 +768,20 @@ def test_a_module_in_training_or_of_another_precision_is_the_recipes(kind):
     expected = dmmlib.forget(model, FORGET, prepared)
     for other in (copy.deepcopy(model).train(), copy.deepcopy(model).double()):
         np.testing.assert_allclose(dmmlib.forget(other, FORGET, prepared).after, expected.after, rtol=1e-4, atol=1e-4)
+
+
+def test_a_recipe_in_double_precision_takes_its_models(tmp_path):
+    """A module, its state, and single precision of it."""
+    recipe = Recipe(lambda: tabular().double(), split(*points((8,))), loop, prepare=doubled)
+    prepared, model = Prepared(recipe, 10, tmp_path, progress=silent), recipe.model()
+    for given in (model, model.state_dict(), copy.deepcopy(model).float()):
+        found = loaded(given, prepared)
+        assert found[0].weight.dtype == torch.float64
+        answered(found, prepared)
+
+
+def doubled(data, x):
+    return torch.from_numpy(x).double()
 
 
 def test_a_model_of_another_recipe_is_warned_of(kind):

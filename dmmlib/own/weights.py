@@ -71,8 +71,9 @@ def answered(model: Model, trainer: Trainer) -> np.ndarray:
 def _compare(model: nn.Module, own: nn.Module, trainer: Trainer) -> None:
     """Raise ModelError where a module answers a few points otherwise than the recipe's with the same state."""
     answers, x = [], trainer.x[:FEW]
+    kind = max((p.dtype for p in own.parameters()), key=lambda dtype: dtype.itemsize)
     try:
-        for part in (copied(model).to(trainer.device).float().eval(), copied(own)):
+        for part in (copied(model).to(trainer.device, kind).eval(), copied(own)):
             with torch.no_grad(), drawing(0, trainer.device):
                 answers.append(part(x.clone()))
         near = SAME * float(answers[1].nan_to_num().abs().max())
