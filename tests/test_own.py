@@ -784,6 +784,23 @@ def doubled(data, x):
     return torch.from_numpy(x).double()
 
 
+@pytest.mark.parametrize("kind", ["engine"], indirect=True)
+def test_what_parallel_training_or_compilation_puts_around_a_module_is_taken_off(kind):
+    _, prepared, model, _ = kind
+    expected = dmmlib.forget(model, FORGET, prepared)
+    compiled = torch.compile(model, backend="eager")
+    for given in (
+        nn.DataParallel(model),
+        compiled,
+        nn.DataParallel(compiled),
+        torch.compile(nn.DataParallel(model), backend="eager"),
+    ):
+        result = dmmlib.forget(given, FORGET, prepared)
+        np.testing.assert_array_equal(result.after, expected.after)
+        assert type(result.model) is type(model)
+        assert (answered(given.state_dict(), prepared) == expected.before).all()
+
+
 def test_a_model_of_another_recipe_is_warned_of(kind):
     recipe, prepared, _, _ = kind
     with pytest.warns(UserWarning, match="points correctly, models of its recipe"):
