@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -932,6 +933,25 @@ def test_options_are_checked_before_anything_is_computed(kind, options, said):
     recipe, _, model, _ = kind
     with pytest.raises((OptionError, MethodError), match=said):
         dmmlib.forget(model, FORGET, Prepared(recipe, 10, "unused", progress=silent), **options)
+
+
+def test_where_memory_is_too_small_for_the_points_this_is_said(tmp_path):
+    def huge(data, x):
+        return torch.empty(len(x), 2**45)
+
+    with pytest.raises(ModelError, match="Memory is too small for 130 prepared points; give fewer or smaller"):
+        Prepared(Recipe(tabular, split(*points((8,))), loop, prepare=huge), 10, tmp_path, progress=silent)
+
+
+def test_arrays_that_may_only_be_read_are_prepared_without_a_warning(tmp_path):
+    given = split(*points((8,)))
+    for i, array in enumerate(given):
+        np.save(tmp_path / f"{i}.npy", array)
+    mapped = tuple(np.load(tmp_path / f"{i}.npy", mmap_mode="r") for i in range(4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepared = Prepared(of(data=mapped), 10, tmp_path, progress=silent)
+    np.testing.assert_array_equal(prepared.x, np.concatenate([given[0], given[2]]))
 
 
 def test_another_way_to_prepare_points_takes_other_models(tmp_path):
