@@ -991,9 +991,21 @@ def test_a_model_is_retrained_without_what_is_named_as_in_a_request(kind):
     once = prepared.fresh(3, without=FORGET[:2]).state_dict()
     named = prepared.fresh(3, without=[str(i) for i in (FORGET[:2] if ids is None else ids[FORGET[:2]])]).state_dict()
     assert all(torch.equal(once[name], named[name]) for name in once)
-    for wrong in (np.arange(prepared.data.n_train) < 3, [-1], [10_000], range(prepared.data.n_train), "nothing"):
+    for wrong in (
+        np.arange(prepared.data.n_train) < 3,
+        [-1],
+        [10_000],
+        range(prepared.data.n_train),
+        "nothing",
+        N,
+        None,
+        np.array(N),
+    ):
         with pytest.raises(ForgetSetError):
             prepared.fresh(3, without=wrong)
+    for wrong in ("a", None, -1, 0.5, 2**63):
+        with pytest.raises(DataError, match="give a whole number from 0"):
+            prepared.fresh(wrong)
 
 
 def test_retrained_models_give_distances_with_a_floor(kind):

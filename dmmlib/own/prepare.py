@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -130,9 +130,13 @@ class Prepared(Models):
     def fresh(self, seed: int = 0, without: Any = ()) -> nn.Module:
         """Train a model as the recipe says, on all training points but some: an original, or one to compare with.
 
-        These are named as in a request; ForgetSetError if they are not, or are all that there are.
+        These are named as in a request; ForgetSetError if they are not, or are all that there are, DataError for a seed
+        that is none.
         """
-        gone = resolve(without, self.data)[0] if isinstance(without, (str, Path)) or len(without) else without
+        if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
+            raise DataError(f"seed is {seed!r}; give a whole number from 0.")
+        one = isinstance(without, str) or not isinstance(without, Sized) or getattr(without, "ndim", None) == 0
+        gone = resolve(without, self.data)[0] if one or len(without) else np.empty(0, int)
         points = torch.from_numpy(np.setdiff1d(np.arange(self.data.n_train), gone)).to(self.device)
         trained = self._trained(self.x[points], self.y[points], seed)
         return with_weights(self.module().to(self.device), trained)
