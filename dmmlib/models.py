@@ -33,7 +33,7 @@ def normalise(data: Dataset, x: np.ndarray) -> Tensor:
 
 
 def normalising(make: Callable[[], nn.Module], data: Dataset, device: torch.device) -> nn.Module:
-    """A model that takes bytes: `normalise` as its first step, which adds no parameter or name to it."""
+    """One of the library's models that takes bytes: `normalise` first, which adds no parameter or name to it."""
     mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (data.mean, data.std))
     model = make()
     model.register_forward_pre_hook(lambda _, inputs: ((inputs[0].float() / 255 - mean) / std,))
@@ -84,12 +84,20 @@ def fingerprint(make: Callable[[], nn.Module], x: Tensor) -> str:
     """Hash a model's structure and its seeded answers on a few points: what a user registers has no version.
 
     Answers are those of evaluation and of training, with the sizes of their gradients, in double precision where the
-    module can, and rounded, so that they are the same on every machine.
+    module can, and rounded, so that they are the same on every machine. What does not train, and is not all zeros and
+    ones, is seen whole: few points may not meet it, as rows of an embedding.
     """
+
+    def still(v: Tensor) -> str:
+        v = v.detach().flatten().double().nan_to_num(0, 1, -1)
+        places = torch.arange(len(v), device=v.device, dtype=v.dtype) * 0.6180339887 % 1 - 0.5
+        return f" {v.norm():.5g} {float(places @ v / v.norm()):.5f}"
 
     def seen(dtype: torch.dtype | None, digits: int) -> str:
         with drawing(0, x.device):
             module, points = make().to(x.device), x[:4]
+            fixed = [*module.buffers(), *(p for p in module.parameters() if not p.requires_grad)]
+            sums = [still(v) for v in fixed if ((v != 0) & (v != 1)).any()]
             if dtype is not None:
                 module, points = module.to(dtype), points.to(dtype) if points.is_floating_point() else points
             answers, trained = module.eval()(points.clone()), module.train()(points.clone())
@@ -97,7 +105,7 @@ def fingerprint(make: Callable[[], nn.Module], x: Tensor) -> str:
         sizes = [torch.zeros(()) if p.grad is None else p.grad.norm() for p in module.parameters()]
         numbers = [z for part in (answers, trained, *sizes) for z in part.flatten().tolist()]
         least = 10.0 ** -(digits + 2) * max(map(abs, numbers))  # below is noise: gradients of biases before norms
-        return f"{module} {[f'{z if abs(z) > least else 0:.{digits}g}' for z in numbers]}"
+        return f"{module} {[f'{z if abs(z) > least else 0:.{digits}g}' for z in numbers]}{''.join(sums)}"
 
     try:
         found = seen(torch.float64, 6)

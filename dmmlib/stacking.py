@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -51,11 +51,12 @@ def stack(modules: Sequence[nn.Module]) -> tuple[nn.Module, Tensors, Tensors]:
 
     Parameters that do not require gradients are put among the buffers, so that no method moves them.
     """
-    params, buffers = stack_module_state(list(modules))
-    frozen = {name: params.pop(name) for name, p in modules[0].named_parameters() if not p.requires_grad}
+    named = [dict(chain(module.named_buffers(), module.named_parameters())) for module in modules]
+    stacked = {name: torch.stack([own[name].detach() for own in named]) for name in named[0]}
+    params = {name: stacked.pop(name) for name, p in modules[0].named_parameters() if p.requires_grad}
     if not params:
         raise ModelError("The model has no parameter that requires gradients; leave some to be trained.")
-    return template(modules[0]), params, buffers | frozen
+    return template(modules[0]), params, stacked
 
 
 def template(module: nn.Module, device: torch.device | str = "meta") -> nn.Module:
@@ -257,6 +258,8 @@ def _faults(modules: list[nn.Module], x: Tensor, n_classes: int, exactly: bool) 
             yield f"answers {tuple(z.shape)} for {len(x)} points; give logits {wanted}"
         if not all(logits.isfinite().all() for logits, _ in alone):
             yield "answers NaN or infinity before any training; lower its initial weights, or scale its points"
+        if not training and all((z >= 0).all() and close(z.sum(1), torch.ones(len(z))) for z, _ in alone):
+            yield "answers probabilities; return logits, before the softmax"
         logits, after = forward(empty.train(training), params, buffers, x.repeat(2, *(1,) * x.ndim), seeds=[0, 1])
         for i, (own, moved) in enumerate(alone):
             if not close(logits[i], own) or not all(close(after[k][i], v) for k, v in moved.items()):

@@ -120,7 +120,7 @@ class Given:
     def x(self) -> Tensor:
         """Points (n_train + n_val, ...) as models take them, training points first, on the device.
 
-        Prepared; but images that would only be normalised stay bytes on a GPU, a quarter of the memory.
+        Prepared; but images that a model of the library takes normalised stay bytes on a GPU, a quarter of the memory.
         """
         return self._prepared(self.data.x)
 
@@ -128,25 +128,28 @@ class Given:
     def _few(self) -> Tensor:
         """The first points, without preparing all where each is prepared on its own."""
         own = not self._spec.prepare.__module__.startswith("dmmlib.")
-        return self.x[:4] if own else self._prepared(self.data.x_train[:4])
+        return self.x[:4] if own else self._prepared(np.array(self.data.x_train[:4]))  # of what may be read only
 
     def _prepared(self, x: np.ndarray) -> Tensor:
         if self._bytes:
             return torch.from_numpy(x).to(self.device).permute(0, 3, 1, 2)
         try:
             points = self._spec.prepare(self.data, x)
+            if isinstance(points, Tensor) and points.shape[:1] == (len(x),):
+                layout = torch.channels_last if points.ndim == 4 else torch.contiguous_format  # for fast convolutions
+                return points.contiguous(memory_format=layout).to(self.device)
         except Exception as error:
+            if isinstance(error, MemoryError) or "allocate" in str(error):
+                raise ModelError(f"Memory is too small for {len(x)} prepared points; give fewer or smaller.") from error
             raise ModelError(f"What prepares points fails ({type(error).__name__}: {error}); mend it.") from error
-        if not isinstance(points, Tensor) or len(points) != len(x):
-            given = tuple(points.shape) if isinstance(points, Tensor) else f"a {type(points).__name__}"
-            raise ModelError(f"What prepares points gives {given} for {len(x)}; let it give a tensor ({len(x)}, ...).")
-        layout = torch.channels_last if points.ndim == 4 else torch.contiguous_format  # convolutions are faster with it
-        return points.contiguous(memory_format=layout).to(self.device)
+        given = tuple(points.shape) if isinstance(points, Tensor) else f"a {type(points).__name__}"
+        raise ModelError(f"What prepares points gives {given} for {len(x)}; let it give a tensor ({len(x)}, ...).")
 
     @cached_property
     def _bytes(self) -> bool:
         images = self.data.x_train.dtype == np.uint8 and self._spec.prepare is models.normalise
-        return images and self.device.type == "cuda"
+        own = not self._spec.factory.__module__.startswith("dmmlib.")  # others' code is given what `prepare` says
+        return images and self.device.type == "cuda" and not own
 
     @property
     def features(self) -> np.ndarray:

@@ -280,6 +280,9 @@ ODD = {
         lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(D, 8)), nn.Tanh(), nn.Linear(8, K)),
         table,
     ),
+    "weight norm alone": (lambda: parametrizations.weight_norm(nn.Linear(D, K)), table),
+    "spectral norm alone": (lambda: parametrizations.spectral_norm(nn.Linear(D, K)), table),
+    "orthogonal alone": (lambda: parametrizations.orthogonal(nn.Linear(D, K), orthogonal_map="cayley"), table),
     "buffers": (Buffers, table),
     "skip": (Skip, table),
     "double": (lambda: mlp().double(), lambda: table().double()),
@@ -372,6 +375,7 @@ def of(change, body=None):
 ONE = mlp()
 REFUSED = {
     "two answers more": (lambda: nn.Linear(D, K + 2), r"answers \(4, 5\) for 4 points; give logits \(4, 3\)"),
+    "probabilities": (of(lambda m, x, z: z.softmax(1)), "answers probabilities; return logits, before the softmax"),
     "a sequence": (of(lambda m, x, z: z[:, None]), r"answers \(4, 1, 3\)"),
     "tuple": (of(lambda m, x, z: (z, x)), "answers a tuple; return logits"),
     "dictionary": (of(lambda m, x, z: {"logits": z}), "answers a dict; return logits"),

@@ -29,6 +29,9 @@ REORDERED = ("encoder with dropout", "shared layer")  # torch.func fills a tenso
 DRAWN_ANEW = (
     "weight norm",
     "spectral norm",
+    "weight norm alone",
+    "spectral norm alone",
+    "orthogonal alone",
     "constant",
     "python's chance",
 )  # not by a `reset_parameters`: bad_teacher and eu_k refuse
@@ -312,6 +315,29 @@ def test_a_key_sees_what_training_alone_does():
     keys = [fingerprint(lambda a=a, b=b: make(a, b), table()) for a, b in ((0.1, 0), (0.1, 0), (0.2, 0), (0.1, 1))]
     assert keys[0] == keys[1]
     assert len(set(keys)) == 3
+
+
+@pytest.mark.parametrize("buffer", [False, True])
+def test_a_key_sees_what_is_frozen_and_no_point_meets(buffer):
+    class Fixed(nn.Module):
+        def __init__(self, words):
+            super().__init__()
+            self.last = nn.Linear(4, K)
+            self.words = None if buffer else nn.Embedding.from_pretrained(words)
+            self.register_buffer("table", words if buffer else None, persistent=False)
+
+        def forward(self, x):
+            return self.last((self.table if self.words is None else self.words.weight)[x].mean(1))
+
+    def key(change):
+        words = torch.randn(500, 4, generator=torch.Generator().manual_seed(0))
+        change(words)
+        return fingerprint(lambda: Fixed(words.clone()), torch.arange(24).view(4, 6))
+
+    plain = key(lambda words: None)
+    assert plain == key(lambda words: words[300:].mul_(1 + 1e-7)), "last bits are a machine's"
+    for change in (lambda words: words[400].neg_(), lambda words: words[300:].copy_(words[300:].flip(0))):
+        assert key(change) != plain
 
 
 def test_a_key_holds_torchs_precision(tmp_path):

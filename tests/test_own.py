@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from torch.utils.data import TensorDataset
 
 import dmmlib
 from dmmlib import data as datasets
+from dmmlib import models
 from dmmlib.datamodels import Attributor
 from dmmlib.ensemble import Training, train
 from dmmlib.errors import DataError, ForgetSetError, MethodError, ModelError, OptionError, PresetError, StoreError
@@ -31,7 +33,9 @@ from dmmlib.own.forget import given as outcome
 from dmmlib.own.prepare import Prepared
 from dmmlib.own.recipe import Recipe
 from dmmlib.own.requests import resolve
+from dmmlib.own.weights import answered, loaded
 from dmmlib.progress import silent
+from dmmlib.trainer import Given
 
 N, N_VAL, K = 90, 40, 3
 
@@ -585,6 +589,61 @@ def test_what_cannot_be_trained_is_refused_before_much_is(make, message, tmp_pat
     assert not list(tmp_path.rglob("attribution*"))
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_layers_that_a_loop_freezes_are_frozen_in_the_recipe_too(tmp_path, frozen):
+    """A bias before batch norm, or a layer that nothing uses, may stay as it was made."""
+
+    def make():
+        body = nn.Sequential(nn.Linear(8, 24), nn.ReLU()).requires_grad_(not frozen)
+        return nn.Sequential(body, nn.Linear(24, 8), nn.BatchNorm1d(8), Unused(), nn.Linear(8, K))
+
+    def head(model, x, y, seed):
+        model[0].requires_grad_(False)
+        moving = [p for p in model[1:].parameters() if p is not model[1].bias]
+        optimizer = torch.optim.SGD(moving, 0.1)
+        for _ in range(5):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        return model
+
+    prepared = Prepared(of(head, make), 10, tmp_path, progress=silent)
+    if frozen:
+        assert prepared.trial["epochs"] == 5
+    else:
+        with pytest.raises(ModelError, match=r"leaves 0.0.weight as it was made.* let the recipe's model freeze it"):
+            _ = prepared.trial
+
+
+class Unused(nn.Identity):
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Linear(2, 2)
+
+
+def test_a_loop_may_call_its_model_by_name_or_write_it_to_a_file(tmp_path):
+    def kept(model, x, y, seed):
+        torch.save(model, tmp_path / "best.pt")
+        return loop(copy.deepcopy(torch.load(tmp_path / "best.pt", weights_only=False)), x, y, seed)
+
+    def named(model, x, y, seed):
+        return loop(Named(model), x, y, seed).model
+
+    for way in (kept, named):
+        assert Prepared(of(way), 10, tmp_path / way.__name__, progress=silent).trial["epochs"] == 12
+
+
+class Named(nn.Module):
+    """Calls a module by keyword."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(input=x)
+
+
 def test_a_recipe_is_trained_as_itself_when_another_was_read_since(tmp_path):
     """Workers elsewhere are sent what is registered, and all recipes are so by one name."""
     first, _ = made = [Prepared(of(), 10, tmp_path / name, progress=silent) for name in "ab"]
@@ -675,6 +734,14 @@ def test_a_model_that_does_not_fit_is_refused(kind, tmp_path):
             dmmlib.forget(given, FORGET, prepared)
 
 
+def test_a_module_of_ones_own_is_given_normalised_images_on_a_gpu_too():
+    """Bytes, normalised by a hook, are for the library's models."""
+    prepared = Prepared(of(model=ResNet, data=split(*images())), 10, "unused", progress=silent)
+    for spec, expected in ((prepared._spec, False), (models.get("convnet"), True)):
+        there = SimpleNamespace(data=prepared.data, device=torch.device("cuda"), _spec=spec)
+        assert Given._bytes.func(there) == expected
+
+
 class Shifted(nn.Module):
     """With something that its state does not hold."""
 
@@ -702,6 +769,37 @@ def test_a_module_in_training_or_of_another_precision_is_the_recipes(kind):
     expected = dmmlib.forget(model, FORGET, prepared)
     for other in (copy.deepcopy(model).train(), copy.deepcopy(model).double()):
         np.testing.assert_allclose(dmmlib.forget(other, FORGET, prepared).after, expected.after, rtol=1e-4, atol=1e-4)
+
+
+def test_a_recipe_in_double_precision_takes_its_models(tmp_path):
+    """A module, its state, and single precision of it."""
+    recipe = Recipe(lambda: tabular().double(), split(*points((8,))), loop, prepare=doubled)
+    prepared, model = Prepared(recipe, 10, tmp_path, progress=silent), recipe.model()
+    for given in (model, model.state_dict(), copy.deepcopy(model).float()):
+        found = loaded(given, prepared)
+        assert found[0].weight.dtype == torch.float64
+        answered(found, prepared)
+
+
+def doubled(data, x):
+    return torch.from_numpy(x).double()
+
+
+@pytest.mark.parametrize("kind", ["engine"], indirect=True)
+def test_what_parallel_training_or_compilation_puts_around_a_module_is_taken_off(kind):
+    _, prepared, model, _ = kind
+    expected = dmmlib.forget(model, FORGET, prepared)
+    compiled = torch.compile(model, backend="eager")
+    for given in (
+        nn.DataParallel(model),
+        compiled,
+        nn.DataParallel(compiled),
+        torch.compile(nn.DataParallel(model), backend="eager"),
+    ):
+        result = dmmlib.forget(given, FORGET, prepared)
+        np.testing.assert_array_equal(result.after, expected.after)
+        assert type(result.model) is type(model)
+        assert (answered(given.state_dict(), prepared) == expected.before).all()
 
 
 def test_a_model_of_another_recipe_is_warned_of(kind):
@@ -837,6 +935,25 @@ def test_options_are_checked_before_anything_is_computed(kind, options, said):
         dmmlib.forget(model, FORGET, Prepared(recipe, 10, "unused", progress=silent), **options)
 
 
+def test_where_memory_is_too_small_for_the_points_this_is_said(tmp_path):
+    def huge(data, x):
+        return torch.empty(len(x), 2**45)
+
+    with pytest.raises(ModelError, match="Memory is too small for 130 prepared points; give fewer or smaller"):
+        Prepared(Recipe(tabular, split(*points((8,))), loop, prepare=huge), 10, tmp_path, progress=silent)
+
+
+def test_arrays_that_may_only_be_read_are_prepared_without_a_warning(tmp_path):
+    given = split(*points((8,)))
+    for i, array in enumerate(given):
+        np.save(tmp_path / f"{i}.npy", array)
+    mapped = tuple(np.load(tmp_path / f"{i}.npy", mmap_mode="r") for i in range(4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepared = Prepared(of(data=mapped), 10, tmp_path, progress=silent)
+    np.testing.assert_array_equal(prepared.x, np.concatenate([given[0], given[2]]))
+
+
 def test_another_way_to_prepare_points_takes_other_models(tmp_path):
     """Though the first points, on which a module's answers are compared, are the same."""
     given = split(*points((8,)))
@@ -874,9 +991,21 @@ def test_a_model_is_retrained_without_what_is_named_as_in_a_request(kind):
     once = prepared.fresh(3, without=FORGET[:2]).state_dict()
     named = prepared.fresh(3, without=[str(i) for i in (FORGET[:2] if ids is None else ids[FORGET[:2]])]).state_dict()
     assert all(torch.equal(once[name], named[name]) for name in once)
-    for wrong in (np.arange(prepared.data.n_train) < 3, [-1], [10_000], range(prepared.data.n_train), "nothing"):
+    for wrong in (
+        np.arange(prepared.data.n_train) < 3,
+        [-1],
+        [10_000],
+        range(prepared.data.n_train),
+        "nothing",
+        N,
+        None,
+        np.array(N),
+    ):
         with pytest.raises(ForgetSetError):
             prepared.fresh(3, without=wrong)
+    for wrong in ("a", None, -1, 0.5, 2**63):
+        with pytest.raises(DataError, match="give a whole number from 0"):
+            prepared.fresh(wrong)
 
 
 def test_retrained_models_give_distances_with_a_floor(kind):

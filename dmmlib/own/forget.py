@@ -22,7 +22,7 @@ from dmmlib.own import audit as audits
 from dmmlib.own import record
 from dmmlib.own.prepare import Prepared
 from dmmlib.own.requests import resolve
-from dmmlib.own.weights import Model, answered, loaded, with_weights
+from dmmlib.own.weights import Model, answered, bare, loaded, with_weights
 from dmmlib.stacking import copied
 from dmmlib.study import Study
 
@@ -181,7 +181,7 @@ def forget(
         raise MethodError(f"{method} with {options} gave NaN answers; lower its rate. The model is as it was.")
     given = original  # also of a model in half precision, which would lose a part of the steps
     if isinstance(model, nn.Module) and all(v.dtype.itemsize >= 4 for v in model.parameters()):
-        given = model
+        given = bare(model, original)
     unlearned, answers = with_weights(copied(given), made.models), made.models.logits(prepared.x).numpy()[0]
     if (weights := record.sha256(unlearned.state_dict())) != record.sha256(original.state_dict()):
         MADE[weights, prepared.data.sha256] = both

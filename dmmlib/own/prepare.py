@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dmmlib import attribution, ensemble, execution, fingerprint, keys, loops, metrics
+from dmmlib import attribution, ensemble, execution, fingerprint, keys, loops, metrics, stacking
 from dmmlib.attributors.kernel import measured_rise
 from dmmlib.attributors.linearised import LOGITS, RANK
 from dmmlib.datamodels import Attributor, Indices
@@ -32,6 +32,7 @@ from dmmlib.trainer import ModelSet, once
 LEAST, MOST = 10, 100_000  # subset models
 LINEARISED = 20  # models whose weights the attributor takes; of the others outputs are enough
 TRIAL, FIT = 128, 512  # points that a loop, and points that the attributor's fit, is tried on
+FLAT = 1e-3  # of the largest gradient of a parameter: what rounding leaves where there is none, as before batch norm
 SEEN = 3.0  # standard errors by which answers to points that were trained on must differ from those to others
 
 
@@ -83,12 +84,13 @@ class Prepared(Models):
         return kept(path, self._try, read_json, write_json)
 
     def _try(self) -> dict[str, Any]:
-        n, seen, models = min(TRIAL, self.data.n_train // 2), [0], list[ensemble.Ensemble]()
+        n, epochs, models = min(TRIAL, self.data.n_train // 2), 0.0, list[ensemble.Ensemble]()
         order = np.random.default_rng(self.preset.seed).permutation(self.data.n_train)
         for k, half in enumerate((order[:n], order[n : 2 * n])):
             self.progress("try the recipe on few points", k, 3)
             points, start = torch.from_numpy(half).to(self.device), time.perf_counter()  # the first takes longer
-            models.append(self._trained(self.x[points], self.y[points], self.preset.seed, seen))
+            models.append(self._trained(self.x[points], self.y[points], self.preset.seed))
+            epochs += sum(_SEEN) / (2 * n)
         seconds, answers = time.perf_counter() - start, [trained.logits(self.x[:FIT]) for trained in models]
         if (loop := self.recipe.loop) and fingerprint.of_own(loop) != self.identity["loop"]:
             raise ModelError(
@@ -101,6 +103,11 @@ class Prepared(Models):
             raise ModelError("The train function answers the same whatever it is given; train on its x and y alone.")
         if all((z.amax(1) - z.amin(1)).max() < 1e-5 for z in answers):
             raise ModelError("Trained models answer all points alike: scale the features, or train each longer.")
+        if loop and (idle := self._idle(models[1], self.x[points], self.y[points])):
+            raise ModelError(
+                f"The train function leaves {idle[0]} as it was made, which would be moved to forget; let the recipe's "
+                "model freeze it (requires_grad_(False)), too."
+            )
         few, total = min(FIT, self.data.n_train), self.preset.attribution.n_subsets
         masks = np.add.outer(np.arange(total), np.arange(few)) % 4 > 0
         outputs = np.random.default_rng(0).normal(size=(total, few, self.data.n_classes)).astype(np.float32)
@@ -112,27 +119,41 @@ class Prepared(Models):
             raise ModelError(f"What a model learnt cannot be attributed ({error}); scale the features.") from error
         fit = (time.perf_counter() - start) / few
         self.progress("try the recipe on few points", 3, 3)
-        return {"epochs": max(1, round(sum(seen) / (2 * n))), "seconds": seconds / n, "fit": fit}
+        return {"epochs": max(1, round(epochs)), "seconds": seconds / n, "fit": fit}
+
+    def _idle(self, trained: ensemble.Ensemble, x: Tensor, y: Tensor) -> list[str]:
+        """Parameters that a loop leaves as they were made, though the loss depends on them."""
+        with stacking.drawing(self.preset.seed, self.device):
+            made, model = self.module().to(self.device), with_weights(self.module().to(self.device), trained)
+            nn.functional.cross_entropy(model.train()(x.clone()), y).backward()
+        slopes = {name: float(p.grad.norm()) for name, p in model.named_parameters() if p.grad is not None}
+        steep = [name for name, slope in slopes.items() if slope > FLAT * max(slopes.values())]
+        return [name for name in steep if torch.equal(model.get_parameter(name), made.get_parameter(name))]
 
     def fresh(self, seed: int = 0, without: Any = ()) -> nn.Module:
         """Train a model as the recipe says, on all training points but some: an original, or one to compare with.
 
-        These are named as in a request; ForgetSetError if they are not, or are all that there are.
+        These are named as in a request; ForgetSetError if they are not, or are all that there are, DataError for a seed
+        that is none.
         """
-        gone = resolve(without, self.data)[0] if isinstance(without, (str, Path)) or len(without) else without
+        if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
+            raise DataError(f"seed is {seed!r}; give a whole number from 0.")
+        one = isinstance(without, str) or not isinstance(without, Sized) or getattr(without, "ndim", None) == 0
+        gone = resolve(without, self.data)[0] if one or len(without) else np.empty(0, int)
         points = torch.from_numpy(np.setdiff1d(np.arange(self.data.n_train), gone)).to(self.device)
-        trained = self._trained(self.x[points], self.y[points], seed, [])
+        trained = self._trained(self.x[points], self.y[points], seed)
         return with_weights(self.module().to(self.device), trained)
 
-    def _trained(self, x: Tensor, y: Tensor, seed: int, seen: list[int]) -> ensemble.Ensemble:
-        """A model trained on points; how many it sees at a time is noted, over all epochs."""
+    def _trained(self, x: Tensor, y: Tensor, seed: int) -> ensemble.Ensemble:
+        """A model trained on points; how many it sees at a time is noted in `_SEEN`, over all epochs."""
+        _SEEN.clear()
         if (loop := self.recipe.loop) is None:
-            seen.append(self.training.epochs * len(x))
+            _SEEN.append(self.training.epochs * len(x))
             return ensemble.train(self.module, x, y, np.ones((1, len(x)), bool), [seed], self.training)
 
         def make() -> nn.Module:
             model = self.module()
-            model.register_forward_pre_hook(lambda part, x: seen.append(len(x[0]) if part.training else 0))
+            model.register_forward_pre_hook(_count, with_kwargs=True)
             return model
 
         model = loops.trained(loop, make, x, y, seed)
@@ -202,6 +223,15 @@ class Prepared(Models):
         found = attribution.kept(self._fitted, self.device, fit)
         context, n = self.context(), self.data.n_train
         return Checked(found, falls(context.margins[:, :n], context.masks), self.data.y[:n])
+
+
+_SEEN: list[int] = []  # here, as a loop may copy its model, or write it to a file and read it
+
+
+def _count(part: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """Note how many points a model in training is given, however it is called."""
+    given = (len(v) for v in (*args, *named.values()) if isinstance(v, Tensor) and v.ndim)
+    _SEEN.append(next(given, 0) if part.training else 0)
 
 
 class Checked(Attributor):

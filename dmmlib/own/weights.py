@@ -25,14 +25,15 @@ def loaded(model: Model, trainer: Trainer) -> nn.Module:
 
     Raises ModelError if they do not fit, StoreError if the file cannot be read.
     """
-    state = model if isinstance(model, Mapping) else _read(Path(model)) if isinstance(model, (str, Path)) else None
-    if state is None:
-        if not isinstance(model, nn.Module):
-            raise ModelError(f"model is a {type(model).__name__}; give a module, its state, or a file of that.")
+    own = trainer.module().to(trainer.device)
+    if isinstance(model, nn.Module):
+        model = bare(model, own)
         state = model.state_dict()
-    own, state = trainer.module().to(trainer.device), dict(state)
-    if not isinstance(model, nn.Module):
-        for wrapper in WRAPPERS:
+    elif not isinstance(model, (Mapping, str, Path)):
+        raise ModelError(f"model is a {type(model).__name__}; give a module, its state, or a file of that.")
+    else:
+        state = dict(model if isinstance(model, Mapping) else _read(Path(model)))
+        for wrapper in WRAPPERS * 2:
             if not any(name.startswith(wrapper) for name in own.state_dict()):
                 consume_prefix_in_state_dict_if_present(state, wrapper)
     if nested := [name for name, value in state.items() if isinstance(value, Mapping)]:
@@ -57,6 +58,15 @@ def loaded(model: Model, trainer: Trainer) -> nn.Module:
     return own.eval()
 
 
+def bare(model: nn.Module, own: nn.Module) -> nn.Module:
+    """The module that DataParallel or torch.compile was given, where the recipe's own has nothing around it."""
+    for wrapper in WRAPPERS * 2:
+        theirs, ours = ([name.startswith(wrapper) for name in part.state_dict()] for part in (model, own))
+        if theirs and all(theirs) and not any(ours):
+            model = model.get_submodule(wrapper[:-1])
+    return model
+
+
 def answered(model: Model, trainer: Trainer) -> np.ndarray:
     """Logits (n_points, n_classes) of a model at a trainer's points, training points first.
 
@@ -71,8 +81,9 @@ def answered(model: Model, trainer: Trainer) -> np.ndarray:
 def _compare(model: nn.Module, own: nn.Module, trainer: Trainer) -> None:
     """Raise ModelError where a module answers a few points otherwise than the recipe's with the same state."""
     answers, x = [], trainer.x[:FEW]
+    kind = max((p.dtype for p in own.parameters()), key=lambda dtype: dtype.itemsize)
     try:
-        for part in (copied(model).to(trainer.device).float().eval(), copied(own)):
+        for part in (copied(model).to(trainer.device, kind).eval(), copied(own)):
             with torch.no_grad(), drawing(0, trainer.device):
                 answers.append(part(x.clone()))
         near = SAME * float(answers[1].nan_to_num().abs().max())
