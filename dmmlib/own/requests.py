@@ -63,7 +63,7 @@ def resolve(request: Any, data: Dataset) -> tuple[np.ndarray, str]:
             named, called = _parse(text, data, str(path), find)
             name = called or path.stem
         elif word in data.class_names:
-            if find(word, NAME) not in (None, find(word, CLASS)):
+            if any(find(word, kind) not in (None, find(word, CLASS)) for kind in (NAME, INDEX)):
                 raise ForgetSetError(
                     f"{word!r} may be a class or a point; give a file of which the column is called class, or index."
                 )
