@@ -434,7 +434,8 @@ def test_ids_of_a_table_stay_as_they_are_written(tmp_path):
     (tmp_path / "asked.txt").write_text("00007\n")
     assert resolve(tmp_path / "asked.txt", data)[0].tolist() == [1], "7 is no index of five points"
     (tmp_path / "asked.txt").write_text("3\n")
-    assert resolve(tmp_path / "asked.txt", data)[0].tolist() == [3], "held out, customer 3 is no training point"
+    with pytest.raises(ForgetSetError, match="'3' is no id, but an index"):  # customer 3 is held out
+        resolve(tmp_path / "asked.txt", data)
 
 
 # --- which points --------------------------------------------------------------------------------------

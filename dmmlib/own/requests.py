@@ -126,17 +126,18 @@ def _finder(data: Dataset) -> Find:
     names = {} if data.ids is None else _by_name(data.ids.tolist())
     known = list(enumerate(data.class_names))
     classes = {name.lower(): label for label, name in known} | {name: label for label, name in known}
+    counted = data.ids is not None and any(name.isdecimal() for name in data.ids)  # a number then is rather an id
     numbered = any(name.isdecimal() for name in data.class_names)  # a number then names a class, and is no label
 
     def find(word: str, kind: str) -> list[int] | None:
         if kind != CLASS:
             if (whole := re.fullmatch(r"([0-9]{1,18})(\.0*)?", word)) and (kind != NAME or data.ids is None):
                 index = int(whole[1])
-                named = names.get(word, [index]) if kind == WORD else [index]
+                named = names.get(word, None if counted else [index]) if kind == WORD else [index]
                 if index < data.n_train and named != [index]:
-                    both = f"{word!r} is the id of one point and the index of another"
-                    raise ForgetSetError(f"{both}; give a CSV whose column is called id, or index.")
-                return named if index < data.n_train or named != [index] else None
+                    which = "no id, but an index" if named is None else "the id of one point and the index of another"
+                    raise ForgetSetError(f"{word!r} is {which}; give a CSV whose column is called id, or index.")
+                return [index] if index < data.n_train else names.get(word) if kind == WORD else None
             if (points := names.get(word.replace("\\", "/").strip("/").removeprefix("./"))) is not None:
                 return points
         if word.isdecimal():
