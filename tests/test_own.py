@@ -515,6 +515,19 @@ def test_lines_without_anything_are_passed_over_and_an_empty_request_is_refused(
         resolve("", named)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (", ".join(map(str, range(3, 80))), r"'3, 4, 5.* is no file, .*Give several as a list, or in a file\."),
+        (b"12", "request is a bytes; give ids"),
+        (bytearray(b"12"), "request is a bytearray; give ids"),
+    ],
+)
+def test_what_is_neither_a_name_nor_a_list_is_refused(named, given, message):
+    with pytest.raises(ForgetSetError, match=message):
+        resolve(given, named)
+
+
 def test_a_word_that_names_a_class_and_a_point_is_not_guessed(tmp_path):
     data = datasets.from_arrays(*split(*points((8,))))
     assert data.class_names[1] == "1"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -50,12 +51,12 @@ def resolve(request: Any, data: Dataset) -> tuple[np.ndarray, str]:
         path, word = Path(request), str(request)
         if not word.strip():
             raise ForgetSetError("The request is empty; give ids, indices, a path or a class.")
-        if path.is_dir():
+        if os.path.isdir(path):  # which is False, too, where a name is too long for a file's
             name, files = path.name, sorted(p for p in path.rglob("*") if p.is_file())
             nested = data.ids is not None and any(re.search(r"[/\\]", name) for name in data.ids)
             words = [p.relative_to(path).as_posix() if nested else p.name for p in files]
             named = [Named(f"file {word}", word, NAME) for word in words]
-        elif path.is_file():
+        elif os.path.isfile(path):
             try:
                 text = path.read_text(encoding="utf-8-sig")
             except (OSError, UnicodeDecodeError) as error:
@@ -73,8 +74,9 @@ def resolve(request: Any, data: Dataset) -> tuple[np.ndarray, str]:
         else:
             classes = [name for name in data.class_names if not name.isdigit()]
             known = [*classes, *(() if data.ids is None else data.ids[:10_000].tolist())]
-            raise ForgetSetError(f"{word!r} is no file, folder, class or id.{did_you_mean(word, known)}")
-    elif isinstance(request, Sequence) or hasattr(request, "tolist"):
+            hint = " Give several as a list, or in a file." if "," in word else did_you_mean(word, known)
+            raise ForgetSetError(f"{word!r:.80} is no file, folder, class or id.{hint}")
+    elif hasattr(request, "tolist") or (isinstance(request, Sequence) and not isinstance(request, (bytes, bytearray))):
         values = request.tolist() if hasattr(request, "tolist") else list(request)
         named = _listed(values if isinstance(values, list) else [values], "")
     else:
