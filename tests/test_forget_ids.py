@@ -128,6 +128,7 @@ def test_what_names_nothing_is_said(arrays, text, source, message):
     ("text", "message"),
     [
         ('{"name": "x"}', "lacks data_sha256, indices"),
+        ('{"class": "1"}', r"has the keys \['class'\]; give a list, or 'ids' or 'indices'"),
         ('{"indices": [[1, 2], [3]]}', r"\[1, 2\] among its indices; .* flat list"),
         ('{"indices": [1, 2.5]}', "2.5 among its indices; give whole numbers"),
         ('{"indices": [true]}', "True among its indices"),

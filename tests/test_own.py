@@ -346,18 +346,60 @@ def test_data_go_in_as_people_have_them(tmp_path):
     assert recipes.dataset(split(*tokens())).x_train.dtype == np.int64
 
 
-def test_a_folder_of_images_has_their_names_as_ids(tmp_path, monkeypatch):
+def image_files(root, monkeypatch, n_val=3, name="{name}{i}.png"):
+    """Lay images out as files, three of each class to train on."""
     from PIL import Image
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(root / "cache"))
     rng = np.random.default_rng(0)
-    for part in ("train", "val"):
-        for name in ("cat", "dog"):
-            (tmp_path / part / name).mkdir(parents=True)
-            for i in range(3):
+    for part, n in (("train", 3), ("val", n_val)):
+        for of in ("cat", "dog"):
+            (root / part / of).mkdir(parents=True)
+            for i in range(n):
                 pixels = rng.integers(0, 255, (40, 40, 3), np.uint8)
-                Image.fromarray(pixels).save(tmp_path / part / name / f"{name}{i}.png")
-    data = recipes.dataset(tmp_path)
+                Image.fromarray(pixels).save(root / part / of / name.format(name=of, i=i))
+    return recipes.dataset(root)
+
+
+def test_images_are_found_by_paths_from_wherever_one_stands(tmp_path, monkeypatch):
+    root = tmp_path / "data"
+    data = image_files(root, monkeypatch, 4, "{i}.png")
+    monkeypatch.chdir(root)
+    file = root / "train" / "dog" / "1.png"
+    (tmp_path / "asked.txt").write_text(str(file))
+    for asked in ("train/dog/1.png", file, str(file), [str(file)], tmp_path / "asked.txt"):
+        assert resolve(asked, data)[0].tolist() == [4]
+    for asked in ("train/cat", root / "train" / "cat"):
+        assert resolve(asked, data)[0].tolist() == [0, 1, 2], "though dogs have files of these names"
+    for asked in ("val/dog/1.png", root / "val" / "dog", root / "val" / "dog" / "3.png", ["val/dog/1.png"]):
+        with pytest.raises(ForgetSetError, match=r"val/dog/[0-9]\.png' validates, and was not"):
+            resolve(asked, data)
+    monkeypatch.chdir(root / "val" / "dog")
+    with pytest.raises(ForgetSetError, match=r"val/dog/0\.png' validates"):
+        resolve("0.png", data)
+    monkeypatch.chdir(root / "train")
+    with pytest.raises(ForgetSetError, match=r"'dog' may be a class or a path; give \./dog"):
+        resolve("dog", data)
+    for asked in ("./dog", root / "train" / "dog"):
+        assert resolve(asked, data)[0].tolist() == [3, 4, 5]
+
+
+def test_points_that_were_not_trained_on_are_said_to_be_none(tmp_path):
+    x, y, x_val, y_val = split(*points((8,)))
+    names = {"ids": [f"u{i:03}" for i in range(N)], "val_ids": [f"v 00{i}" for i in range(N_VAL)]}
+    data = datasets.from_arrays(x, y, x_val, y_val, class_names=("a", "b", "c", "ghost"), **names)
+    (tmp_path / "asked.txt").write_text("u003\nv 004\n")
+    for asked in ("v 004", ["v 004"], tmp_path / "asked.txt"):
+        with pytest.raises(ForgetSetError, match="'v 004' validates, and was not trained on"):
+            resolve(asked, data)
+    with pytest.raises(ForgetSetError, match="The request: 'ghost' is a class without training points"):
+        resolve("ghost", data)
+    np.savez(tmp_path / "d.npz", x_train=x, y_train=y, x_val=x_val, y_val=y_val)
+    assert datasets.load(tmp_path / "d.npz").val_ids == ()
+
+
+def test_a_folder_of_images_has_their_names_as_ids(tmp_path, monkeypatch):
+    data = image_files(tmp_path, monkeypatch)
     assert data.ids.tolist() == [f"train/{name}/{name}{i}.png" for name in ("cat", "dog") for i in range(3)]
     assert resolve(["dog1.png", "cat/cat0.png"], data)[0].tolist() == [0, 4]
     folder = tmp_path / "asked"
@@ -434,7 +476,7 @@ def test_ids_of_a_table_stay_as_they_are_written(tmp_path):
     (tmp_path / "asked.txt").write_text("00007\n")
     assert resolve(tmp_path / "asked.txt", data)[0].tolist() == [1], "7 is no index of five points"
     (tmp_path / "asked.txt").write_text("3\n")
-    with pytest.raises(ForgetSetError, match="'3' is no id, but an index"):  # customer 3 is held out
+    with pytest.raises(ForgetSetError, match="'3' is the id of one point"):  # held out, customer 3 is no training point
         resolve(tmp_path / "asked.txt", data)
 
 

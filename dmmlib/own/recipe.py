@@ -200,6 +200,7 @@ def _table(path: Path) -> Dataset:
     held_out = table["split"] == "val" if "split" in table else np.arange(len(table)) % VALIDATION == VALIDATION - 1
     x, y = features.to_numpy(np.float32), table["label"].map({name: i for i, name in enumerate(names)}).to_numpy()
     rows = table["id"] if "id" in table else pd.Series(range(len(table)))  # an index counts training points only
-    ids = rows[np.asarray(~held_out)].astype(str).tolist()
-    options: dict[str, Any] = {"name": path.stem, "class_names": tuple(map(str, names)), "ids": ids}
+    ids, val_ids = (rows[np.asarray(part)].astype(str).tolist() for part in (~held_out, held_out))
+    named = {"class_names": tuple(map(str, names)), "ids": ids, "val_ids": val_ids}
+    options: dict[str, Any] = {"name": path.stem, **named}
     return from_arrays(x[~held_out], y[~held_out], x[held_out], y[held_out], **options)
