@@ -444,6 +444,12 @@ def test_data_that_cannot_be_used(given, message):
         ("ID,a,label\n0,1,0\n1,2,1\n", "has a column 'ID'; call one column id, and no other like it"),
         ("label,a,label\n0,1,0\n1,2,1\n", "has a column 'label.1'; call one column label"),
         ("id,label,a\nx,0,1\n,1,2\n", "has 1 rows without an id"),
+        (
+            "id,label,a\nu1,0,1\nu2,0,1\n00007,7,2\n",
+            "Class '7' of .* has 1 rows, none of which trains; say by a column",
+        ),
+        ("id,label,a\nu1,0,1\nu2,1,1\n", "None of the 2 rows of .* validates; say by a column `split`"),
+        ("label,a,d\n0,0.5,1\n1,0.5,20240131\n", "Column 'd' of .* is rounded in float32, as 20240131; subtract"),
         ("label,a\n0.5,1\n1.25,2\n", "'label' of .* holds fractions, such as 0.5; give classes"),
     ],
 )
@@ -453,11 +459,28 @@ def test_tables_that_say_something_else(tmp_path, table, message):
         recipes.dataset(tmp_path / "t.csv")
 
 
+@pytest.mark.parametrize("ids", [True, False])
+def test_a_row_that_is_deleted_moves_no_other_and_none_validate_by_turns(tmp_path, ids):
+    x, y = np.random.default_rng(0).normal(size=(300, 4)), np.arange(300) % 5
+    table = pd.DataFrame(x, columns=list("abcd")).assign(label=y)
+    if ids:
+        table["id"] = [f"u{i}" for i in range(300)]
+    held = []
+    for some in (table, table.drop(index=[3, 50])):
+        some.to_csv(tmp_path / "t.csv", index=False)
+        data = recipes.dataset(tmp_path / "t.csv")
+        assert 0.1 < data.n_val / len(some) < 0.3
+        assert set(data.y_train) == set(data.y_val) == set(range(5))
+        held.append(set(data.x_val[:, 0].tolist()))
+    assert held[1] <= held[0]
+    assert len(held[0] - held[1]) <= 2
+
+
 def test_rows_of_a_table_without_ids_go_by_their_numbers(tmp_path):
     """A fifth of them validates, so that the row of a number is not the training point of that index."""
     (tmp_path / "t.csv").write_text("label,a\n" + "".join(f"{i % 2},{i}\n" for i in range(15)))
     data = recipes.dataset(tmp_path / "t.csv")
-    assert data.ids.tolist() == [str(i) for i in range(15) if i % 5 < 4]
+    assert data.ids.tolist() == [str(i) for i in range(15) if i not in (1, 4, 10)]
     (tmp_path / "asked.csv").write_text("id\n8\n")
     for asked in (tmp_path / "asked.csv", "8"):
         assert data.x_train[resolve(asked, data)[0]].tolist() == [[8.0]]
@@ -467,8 +490,8 @@ def test_rows_of_a_table_without_ids_go_by_their_numbers(tmp_path):
 
 
 def test_ids_of_a_table_stay_as_they_are_written(tmp_path):
-    rows = ["00000,0,1", "00007,1,2", "0e5,0,3", "-,1,4", "3,0,5", "9,1,6"]
-    (tmp_path / "t.csv").write_text("id,label,a\n" + "\n".join(rows) + "\n")
+    rows = ["00000,0,1,train", "00007,1,2,train", "0e5,0,3,train", "-,1,4,train", "3,0,5,val", "9,1,6,train"]
+    (tmp_path / "t.csv").write_text("id,label,a,split\n" + "\n".join(rows) + "\n")
     data = recipes.dataset(tmp_path / "t.csv")
     assert data.ids.tolist() == ["00000", "00007", "0e5", "-", "9"]
     (tmp_path / "asked.csv").write_text("id\n00007\n")

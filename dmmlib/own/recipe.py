@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import sys
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -28,7 +29,7 @@ TABLES: dict[str, Callable[..., pd.DataFrame]] = {
     ".csv": lambda path: pd.read_csv(path, converters={"id": str}),  # as it is written: 007 is not 7
     ".parquet": pd.read_parquet,
 }
-VALIDATION = 5  # one of so many rows of a table validates, where no column says which
+VALIDATION = 5  # one of so many rows of a table validates, by their hashes, where no column says which
 FORMS = "a Dataset, four arrays, two torch data sets, a mapping for `from_arrays`, or a path"
 
 
@@ -197,10 +198,25 @@ def _table(path: Path) -> Dataset:
         raise DataError(f"Column 'label' of {path} holds fractions, such as {names[0]:g}; give classes.")
     if "split" in table and (wrong := sorted(set(map(str, table["split"])) - {"train", "val"})):
         raise DataError(f"Column 'split' of {path} holds {wrong[0]!r}; give train or val, or leave such rows out.")
-    held_out = table["split"] == "val" if "split" in table else np.arange(len(table)) % VALIDATION == VALIDATION - 1
     x, y = features.to_numpy(np.float32), table["label"].map({name: i for i, name in enumerate(names)}).to_numpy()
+    for i, whole in enumerate(features):
+        exact = features[whole]
+        if pd.api.types.is_integer_dtype(exact) and (rounded := (exact != x[:, i].astype(float))).any():
+            large = f"Column {whole!r} of {path} is rounded in float32, as {exact[rounded].iloc[0]}"
+            raise DataError(f"{large}; subtract a constant, or scale it.")
     rows = table["id"] if "id" in table else pd.Series(range(len(table)))  # an index counts training points only
-    ids, val_ids = (rows[np.asarray(part)].astype(str).tolist() for part in (~held_out, held_out))
+    if "split" in table:
+        held_out = (table["split"] == "val").to_numpy()
+    else:  # whatever other rows there are: one that is deleted moves no other
+        keys = [name.encode() for name in rows.astype(str)] if "id" in table else [row.tobytes() for row in x]
+        held_out = np.array([zlib.crc32(key) % VALIDATION == 0 for key in keys])
+        said = "say by a column `split` (train, val) which train"
+        if idle := sorted(set(y) - set(y[~held_out])):
+            n = (y == idle[0]).sum()
+            raise DataError(f"Class {str(names[idle[0]])!r} of {path} has {n} rows, none of which trains; {said}.")
+        if not held_out.any():
+            raise DataError(f"None of the {len(y)} rows of {path} validates; {said}.")
+    ids, val_ids = (rows[part].astype(str).tolist() for part in (~held_out, held_out))
     named = {"class_names": tuple(map(str, names)), "ids": ids, "val_ids": val_ids}
     options: dict[str, Any] = {"name": path.stem, **named}
     return from_arrays(x[~held_out], y[~held_out], x[held_out], y[held_out], **options)
