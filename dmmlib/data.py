@@ -85,6 +85,8 @@ def huge(numbers: list[Any]) -> list[int | str]:
 
 def array(values: Any) -> np.ndarray:
     """Values as an array, also those of a tensor with a gradient, on a GPU, or in bfloat16."""
+    if hasattr(values, "toarray"):
+        raise TypeError("it is sparse: call its toarray()")
     if hasattr(values, "detach"):
         values = (values.float() if str(values.dtype) == "torch.bfloat16" else values).detach().cpu()
     return np.asarray(values)
@@ -101,7 +103,7 @@ def _checked(part: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.nd
         raise DataError(f"{given}; give as many labels as points, at least one, in one dimension.")
     if x.dtype == np.uint8:
         if x.ndim != 4:
-            raise DataError(f"x_{part} has shape {x.shape}; give images as (n, height, width, channels).")
+            raise DataError(f"x_{part} has shape {x.shape}; give images as (n, height, width, channels), or floats.")
     elif np.issubdtype(x.dtype, np.integer) and x.ndim == 2:
         x = x.astype(np.int64)
     elif not np.issubdtype(x.dtype, np.floating):

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
+from scipy.sparse import csr_matrix
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -422,7 +423,12 @@ def test_a_folder_of_images_has_their_names_as_ids(tmp_path, monkeypatch):
     ("given", "message"),
     [
         (3, "data is a int; give a Dataset"),
-        ("nowhere.parquet", "nowhere.parquet is no folder"),
+        ("nowhere.parquet", "nowhere.parquet does not exist"),
+        (__file__, r"test_own.py is no folder, .npz, .csv or .parquet"),
+        (split(*points((8,)))[:2], r"let its items be .* arrays, \(x_train, y_train, x_val, y_val\)"),
+        (([{"image": 1, "label": 0}],) * 2, "its items are mappings of image, label"),
+        ((csr_matrix(np.eye(4)), [0, 1, 0, 1], csr_matrix(np.eye(4)), [0, 1, 0, 1]), r"it is sparse: call its toarray"),
+        ((np.zeros((4, 2), np.uint8), [0, 1, 0, 1]) * 2, r"give images as .*, or floats"),
         ({"x_train": 1, "labels": 2}, "labels .*from_arrays"),
         ((Listed(torch.zeros(4, 2), "abcd"), Listed(torch.zeros(4, 2), "abcd")), "cannot be read as points and labels"),
         ((TensorDataset(torch.zeros(4, 2), torch.rand(4)),) * 2, "y_train is float32; give integer class labels"),
@@ -444,6 +450,7 @@ def test_data_that_cannot_be_used(given, message):
         ("ID,a,label\n0,1,0\n1,2,1\n", "has a column 'ID'; call one column id, and no other like it"),
         ("label,a,label\n0,1,0\n1,2,1\n", "has a column 'label.1'; call one column label"),
         ("id,label,a\nx,0,1\n,1,2\n", "has 1 rows without an id"),
+        ("label,a\nNone,1\n1,2\n", r"1 rows without a label \(an empty cell, NA and None are none\)"),
         (
             "id,label,a\nu1,0,1\nu2,0,1\n00007,7,2\n",
             "Class '7' of .* has 1 rows, none of which trains; say by a column",

@@ -30,6 +30,7 @@ TABLES: dict[str, Callable[..., pd.DataFrame]] = {
     ".parquet": pd.read_parquet,
 }
 VALIDATION = 5  # one of so many rows of a table validates, by their hashes, where no column says which
+ITEMS = "let its items be (x, y), or give arrays, (x_train, y_train, x_val, y_val)"
 FORMS = "a Dataset, four arrays, two torch data sets, a mapping for `from_arrays`, or a path"
 
 
@@ -162,17 +163,21 @@ def _at(path: Path) -> Dataset:
         return _table(path)
     if path.suffix == ".npz" or (not path.exists() and str(path) in datasets.DATASETS):
         return datasets.load(str(path))
-    raise DataError(f"{path} is no folder, .npz, .csv or .parquet, nor a data set's name; give {FORMS}.")
+    if not path.exists():
+        raise DataError(f"{path} does not exist, nor is it a data set's name; give {FORMS}.")
+    raise DataError(f"{path} is no folder, .npz, .csv or .parquet; give {FORMS}.")
 
 
 def _read(part: Any) -> tuple[np.ndarray, np.ndarray]:
     """Points and labels of a torch data set."""
     try:
         items = [part[i] for i in range(len(part))]
+        if items and isinstance(items[0], Mapping):
+            raise TypeError(f"its items are mappings of {', '.join(map(str, items[0]))}")
         return np.stack([np.asarray(x) for x, _ in items]), np.stack([np.asarray(y) for _, y in items])
     except (Exception, SystemExit) as error:  # whatever a data set, its transforms or its shapes raise
         said = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise DataError(f"A torch data set cannot be read as points and labels ({said}); give (x, y).") from error
+        raise DataError(f"A torch data set cannot be read as points and labels ({said}); {ITEMS}.") from error
 
 
 def _table(path: Path) -> Dataset:
@@ -191,7 +196,7 @@ def _table(path: Path) -> Dataset:
     features = table.drop(columns=list(ROLES), errors="ignore")
     if odd := [name for name in features if not pd.api.types.is_numeric_dtype(features[name])]:
         raise DataError(f"Column {odd[0]!r} of {path} holds {features[odd[0]].dtype}; give numbers, or drop it.")
-    for column, what in (("label", "a label"), ("id", "an id")):
+    for column, what in (("label", "a label (an empty cell, NA and None are none)"), ("id", "an id")):
         if bad := int(table[column].isna().sum()) if column in table else 0:
             raise DataError(f"{path} has {bad} rows without {what}; give each one, or drop them.")
     if pd.api.types.is_float_dtype(table["label"]) and (table["label"] % 1).any():
