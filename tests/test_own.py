@@ -6,8 +6,10 @@ import os
 import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import jsonschema
 import numpy as np
 import pandas as pd
 import pytest
@@ -887,6 +889,38 @@ def test_a_record_with_weights_says_what_they_forgot(kind, tmp_path):
     for metadata in ({"record": '{"request": 1}'}, {"record": "no JSON"}, None):  # of others, and beside other weights
         save_file({k: v + 1 for k, v in first.model.state_dict().items()}, weights, metadata)
         assert outcome(weights, weights, FORGET[:8], prepared).forgotten.tolist() == FORGET[:8].tolist()
+
+
+@pytest.mark.parametrize("kind", ["engine"], indirect=True)
+def test_what_is_in_the_place_of_another_argument_is_said(kind, tmp_path):
+    recipe, prepared, model, _ = kind
+    for wrong in ("prepared", recipe, None):
+        with pytest.raises(ModelError, match=r"prepared is a .*; give what prepare\(...\) returned"):
+            dmmlib.forget(model, FORGET, wrong)
+    result = outcome(model, model, FORGET, prepared)
+    for wrong in (None, model, "folder"):
+        with pytest.raises(DataError, match=r"retrained is a .*; give a list of models, at least 10, or none"):
+            result.audit(wrong)
+    for written in (result.save, result.report):
+        with pytest.raises(DataError, match=r"audit is a Result; give what result.audit\(\) returned"):
+            written(tmp_path / "out", result)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["engine"], indirect=True)
+def test_an_attack_that_cannot_be_told_is_null_in_the_record(kind, tmp_path, monkeypatch):
+    _, prepared, model, _ = kind
+    context = prepared.context()
+    monkeypatch.setattr(prepared, "context", lambda: replace(context, masks=context.masks | (np.arange(N) == 4)))
+    result = outcome(model, model, [4], prepared)
+    judged = result.audit(relearn=False)
+    assert "attack on F (LiRA): cannot be told" in str(judged)
+    text = (result.save(tmp_path, judged) / "record.json").read_text()
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert found["audit"]["attack"]["before"] == {"auc": None, "tpr": None}
+    schema = Path(__file__).parents[1] / "docs" / "record.schema.json"
+    jsonschema.validate(found, json.loads(schema.read_text(encoding="utf-8")))
+    result.report(tmp_path / "page.html", judged)
 
 
 @pytest.mark.parametrize("kind", ["engine"], indirect=True)
