@@ -43,6 +43,7 @@ class Dataset:
     std: tuple[float, ...] = (0.25,)
     ids: np.ndarray | None = None  # how the training points are called elsewhere, text (n_train,), such as file names
     probes: Mapping[str, np.ndarray] = field(default_factory=dict)  # validation points that are asked about apart
+    val_ids: tuple[str, ...] = ()  # as ids, of validation points if these are known
 
     @property
     def n_train(self) -> int:
@@ -84,6 +85,8 @@ def huge(numbers: list[Any]) -> list[int | str]:
 
 def array(values: Any) -> np.ndarray:
     """Values as an array, also those of a tensor with a gradient, on a GPU, or in bfloat16."""
+    if hasattr(values, "toarray"):
+        raise TypeError("it is sparse: call its toarray()")
     if hasattr(values, "detach"):
         values = (values.float() if str(values.dtype) == "torch.bfloat16" else values).detach().cpu()
     return np.asarray(values)
@@ -100,7 +103,7 @@ def _checked(part: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.nd
         raise DataError(f"{given}; give as many labels as points, at least one, in one dimension.")
     if x.dtype == np.uint8:
         if x.ndim != 4:
-            raise DataError(f"x_{part} has shape {x.shape}; give images as (n, height, width, channels).")
+            raise DataError(f"x_{part} has shape {x.shape}; give images as (n, height, width, channels), or floats.")
     elif np.issubdtype(x.dtype, np.integer) and x.ndim == 2:
         x = x.astype(np.int64)
     elif not np.issubdtype(x.dtype, np.floating):
@@ -145,10 +148,12 @@ def from_arrays(
     std: tuple[float, ...] = (0.25,),
     ids: Sequence[object] | np.ndarray | None = None,
     probes: Mapping[str, np.ndarray] | None = None,
+    val_ids: Sequence[object] = (),
 ) -> Dataset:
     """Make a `Dataset` of a user's own arrays; DataError for shapes, values, labels or ids that cannot be used.
 
-    `ids` name the training points (n_train,), each by its own: `own.requests.read` finds them by these names.
+    `ids` name the training points (n_train,), each by its own: `own.requests.read` finds them by these names, and
+    refuses `val_ids`, those of validation points.
     `probes` are positions in `x_val`, by name, of points that tables list apart and do not count among validation ones.
     """
     x_train, y_train = _checked("train", x_train, y_train)
@@ -180,7 +185,7 @@ def from_arrays(
     if every.dtype.kind not in "iu" or not ((every >= 0) & (every < len(x_val))).all() or len(every) >= len(x_val):
         expected = f"by name some, not all, of the positions 0 to {len(x_val) - 1}, as integers"
         raise DataError(f"probes are {probes!r:.100}; give {expected}.")
-    return Dataset(name, x_train, y_train, x_val, y_val, names, *constants, known, asked)
+    return Dataset(name, x_train, y_train, x_val, y_val, names, *constants, known, asked, tuple(map(str, val_ids)))
 
 
 # --- loaders -------------------------------------------------------------------------------------------
@@ -223,4 +228,4 @@ def load(name: str, n_train: int | None = None, n_val: int | None = None, seed: 
         ids = ids[keep] if part == "train" and ids is not None else ids
         probes = {k: np.flatnonzero(np.isin(keep, v)) for k, v in probes.items()} if part == "val" else probes
     looks = {"class_names": full.class_names, "mean": full.mean, "std": full.std}
-    return from_arrays(*arrays, name=full.name, **looks, ids=ids, probes=probes)
+    return from_arrays(*arrays, name=full.name, **looks, ids=ids, probes=probes, val_ids=full.val_ids)

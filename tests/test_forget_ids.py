@@ -92,7 +92,8 @@ def test_a_number_in_a_column_of_ids_is_an_id_where_the_data_has_ids():
     assert requests.read("index\n1", numbered).tolist() == requests.resolve([1], numbered)[0].tolist() == [1]
     with pytest.raises(ForgetSetError, match=r"'1' is the id of one point and the index of another; .* id, or index"):
         requests.read("1", numbered)
-    assert requests.read("0", numbered).tolist() == [0], "no id"
+    with pytest.raises(ForgetSetError, match=r"'0' is no id, but an index; .* id, or index"):
+        requests.read("0", numbered)
     with pytest.raises(ForgetSetError, match="line 2: '0' is no training point"):
         requests.read("id\n0", numbered)
 
@@ -127,6 +128,7 @@ def test_what_names_nothing_is_said(arrays, text, source, message):
     ("text", "message"),
     [
         ('{"name": "x"}', "lacks data_sha256, indices"),
+        ('{"class": "1"}', r"has the keys \['class'\]; give a list, or 'ids' or 'indices'"),
         ('{"indices": [[1, 2], [3]]}', r"\[1, 2\] among its indices; .* flat list"),
         ('{"indices": [1, 2.5]}', "2.5 among its indices; give whole numbers"),
         ('{"indices": [true]}', "True among its indices"),

@@ -7,13 +7,16 @@ import shutil
 import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import jsonschema
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
+from scipy.sparse import csr_matrix
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -350,18 +353,60 @@ def test_data_go_in_as_people_have_them(tmp_path):
     assert recipes.dataset(split(*tokens())).x_train.dtype == np.int64
 
 
-def test_a_folder_of_images_has_their_names_as_ids(tmp_path, monkeypatch):
+def image_files(root, monkeypatch, n_val=3, name="{name}{i}.png"):
+    """Lay images out as files, three of each class to train on."""
     from PIL import Image
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(root / "cache"))
     rng = np.random.default_rng(0)
-    for part in ("train", "val"):
-        for name in ("cat", "dog"):
-            (tmp_path / part / name).mkdir(parents=True)
-            for i in range(3):
+    for part, n in (("train", 3), ("val", n_val)):
+        for of in ("cat", "dog"):
+            (root / part / of).mkdir(parents=True)
+            for i in range(n):
                 pixels = rng.integers(0, 255, (40, 40, 3), np.uint8)
-                Image.fromarray(pixels).save(tmp_path / part / name / f"{name}{i}.png")
-    data = recipes.dataset(tmp_path)
+                Image.fromarray(pixels).save(root / part / of / name.format(name=of, i=i))
+    return recipes.dataset(root)
+
+
+def test_images_are_found_by_paths_from_wherever_one_stands(tmp_path, monkeypatch):
+    root = tmp_path / "data"
+    data = image_files(root, monkeypatch, 4, "{i}.png")
+    monkeypatch.chdir(root)
+    file = root / "train" / "dog" / "1.png"
+    (tmp_path / "asked.txt").write_text(str(file))
+    for asked in ("train/dog/1.png", file, str(file), [str(file)], tmp_path / "asked.txt"):
+        assert resolve(asked, data)[0].tolist() == [4]
+    for asked in ("train/cat", root / "train" / "cat"):
+        assert resolve(asked, data)[0].tolist() == [0, 1, 2], "though dogs have files of these names"
+    for asked in ("val/dog/1.png", root / "val" / "dog", root / "val" / "dog" / "3.png", ["val/dog/1.png"]):
+        with pytest.raises(ForgetSetError, match=r"val/dog/[0-9]\.png' validates, and was not"):
+            resolve(asked, data)
+    monkeypatch.chdir(root / "val" / "dog")
+    with pytest.raises(ForgetSetError, match=r"val/dog/0\.png' validates"):
+        resolve("0.png", data)
+    monkeypatch.chdir(root / "train")
+    with pytest.raises(ForgetSetError, match=r"'dog' may be a class or a path; give \./dog"):
+        resolve("dog", data)
+    for asked in ("./dog", root / "train" / "dog"):
+        assert resolve(asked, data)[0].tolist() == [3, 4, 5]
+
+
+def test_points_that_were_not_trained_on_are_said_to_be_none(tmp_path):
+    x, y, x_val, y_val = split(*points((8,)))
+    names = {"ids": [f"u{i:03}" for i in range(N)], "val_ids": [f"v 00{i}" for i in range(N_VAL)]}
+    data = datasets.from_arrays(x, y, x_val, y_val, class_names=("a", "b", "c", "ghost"), **names)
+    (tmp_path / "asked.txt").write_text("u003\nv 004\n")
+    for asked in ("v 004", ["v 004"], tmp_path / "asked.txt"):
+        with pytest.raises(ForgetSetError, match="'v 004' validates, and was not trained on"):
+            resolve(asked, data)
+    with pytest.raises(ForgetSetError, match="The request: 'ghost' is a class without training points"):
+        resolve("ghost", data)
+    np.savez(tmp_path / "d.npz", x_train=x, y_train=y, x_val=x_val, y_val=y_val)
+    assert datasets.load(tmp_path / "d.npz").val_ids == ()
+
+
+def test_a_folder_of_images_has_their_names_as_ids(tmp_path, monkeypatch):
+    data = image_files(tmp_path, monkeypatch)
     assert data.ids.tolist() == [f"train/{name}/{name}{i}.png" for name in ("cat", "dog") for i in range(3)]
     assert resolve(["dog1.png", "cat/cat0.png"], data)[0].tolist() == [0, 4]
     folder = tmp_path / "asked"
@@ -384,7 +429,12 @@ def test_a_folder_of_images_has_their_names_as_ids(tmp_path, monkeypatch):
     ("given", "message"),
     [
         (3, "data is a int; give a Dataset"),
-        ("nowhere.parquet", "nowhere.parquet is no folder"),
+        ("nowhere.parquet", "nowhere.parquet does not exist"),
+        (__file__, r"test_own.py is no folder, .npz, .csv or .parquet"),
+        (split(*points((8,)))[:2], r"let its items be .* arrays, \(x_train, y_train, x_val, y_val\)"),
+        (([{"image": 1, "label": 0}],) * 2, "its items are mappings of image, label"),
+        ((csr_matrix(np.eye(4)), [0, 1, 0, 1], csr_matrix(np.eye(4)), [0, 1, 0, 1]), r"it is sparse: call its toarray"),
+        ((np.zeros((4, 2), np.uint8), [0, 1, 0, 1]) * 2, r"give images as .*, or floats"),
         ({"x_train": 1, "labels": 2}, "labels .*from_arrays"),
         ((Listed(torch.zeros(4, 2), "abcd"), Listed(torch.zeros(4, 2), "abcd")), "cannot be read as points and labels"),
         ((TensorDataset(torch.zeros(4, 2), torch.rand(4)),) * 2, "y_train is float32; give integer class labels"),
@@ -406,6 +456,13 @@ def test_data_that_cannot_be_used(given, message):
         ("ID,a,label\n0,1,0\n1,2,1\n", "has a column 'ID'; call one column id, and no other like it"),
         ("label,a,label\n0,1,0\n1,2,1\n", "has a column 'label.1'; call one column label"),
         ("id,label,a\nx,0,1\n,1,2\n", "has 1 rows without an id"),
+        ("label,a\nNone,1\n1,2\n", r"1 rows without a label \(an empty cell, NA and None are none\)"),
+        (
+            "id,label,a\nu1,0,1\nu2,0,1\n00007,7,2\n",
+            "Class '7' of .* has 1 rows, none of which trains; say by a column",
+        ),
+        ("id,label,a\nu1,0,1\nu2,1,1\n", "None of the 2 rows of .* validates; say by a column `split`"),
+        ("label,a,d\n0,0.5,1\n1,0.5,20240131\n", "Column 'd' of .* is rounded in float32, as 20240131; subtract"),
         ("label,a\n0.5,1\n1.25,2\n", "'label' of .* holds fractions, such as 0.5; give classes"),
     ],
 )
@@ -415,11 +472,28 @@ def test_tables_that_say_something_else(tmp_path, table, message):
         recipes.dataset(tmp_path / "t.csv")
 
 
+@pytest.mark.parametrize("ids", [True, False])
+def test_a_row_that_is_deleted_moves_no_other_and_none_validate_by_turns(tmp_path, ids):
+    x, y = np.random.default_rng(0).normal(size=(300, 4)), np.arange(300) % 5
+    table = pd.DataFrame(x, columns=list("abcd")).assign(label=y)
+    if ids:
+        table["id"] = [f"u{i}" for i in range(300)]
+    held = []
+    for some in (table, table.drop(index=[3, 50])):
+        some.to_csv(tmp_path / "t.csv", index=False)
+        data = recipes.dataset(tmp_path / "t.csv")
+        assert 0.1 < data.n_val / len(some) < 0.3
+        assert set(data.y_train) == set(data.y_val) == set(range(5))
+        held.append(set(data.x_val[:, 0].tolist()))
+    assert held[1] <= held[0]
+    assert len(held[0] - held[1]) <= 2
+
+
 def test_rows_of_a_table_without_ids_go_by_their_numbers(tmp_path):
     """A fifth of them validates, so that the row of a number is not the training point of that index."""
     (tmp_path / "t.csv").write_text("label,a\n" + "".join(f"{i % 2},{i}\n" for i in range(15)))
     data = recipes.dataset(tmp_path / "t.csv")
-    assert data.ids.tolist() == [str(i) for i in range(15) if i % 5 < 4]
+    assert data.ids.tolist() == [str(i) for i in range(15) if i not in (1, 4, 10)]
     (tmp_path / "asked.csv").write_text("id\n8\n")
     for asked in (tmp_path / "asked.csv", "8"):
         assert data.x_train[resolve(asked, data)[0]].tolist() == [[8.0]]
@@ -429,8 +503,8 @@ def test_rows_of_a_table_without_ids_go_by_their_numbers(tmp_path):
 
 
 def test_ids_of_a_table_stay_as_they_are_written(tmp_path):
-    rows = ["00000,0,1", "00007,1,2", "0e5,0,3", "-,1,4", "3,0,5", "9,1,6"]
-    (tmp_path / "t.csv").write_text("id,label,a\n" + "\n".join(rows) + "\n")
+    rows = ["00000,0,1,train", "00007,1,2,train", "0e5,0,3,train", "-,1,4,train", "3,0,5,val", "9,1,6,train"]
+    (tmp_path / "t.csv").write_text("id,label,a,split\n" + "\n".join(rows) + "\n")
     data = recipes.dataset(tmp_path / "t.csv")
     assert data.ids.tolist() == ["00000", "00007", "0e5", "-", "9"]
     (tmp_path / "asked.csv").write_text("id\n00007\n")
@@ -438,7 +512,8 @@ def test_ids_of_a_table_stay_as_they_are_written(tmp_path):
     (tmp_path / "asked.txt").write_text("00007\n")
     assert resolve(tmp_path / "asked.txt", data)[0].tolist() == [1], "7 is no index of five points"
     (tmp_path / "asked.txt").write_text("3\n")
-    assert resolve(tmp_path / "asked.txt", data)[0].tolist() == [3], "held out, customer 3 is no training point"
+    with pytest.raises(ForgetSetError, match="'3' is the id of one point"):  # held out, customer 3 is no training point
+        resolve(tmp_path / "asked.txt", data)
 
 
 # --- which points --------------------------------------------------------------------------------------
@@ -518,13 +593,29 @@ def test_lines_without_anything_are_passed_over_and_an_empty_request_is_refused(
         resolve("", named)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (", ".join(map(str, range(3, 80))), r"'3, 4, 5.* is no file, .*Give several as a list, or in a file\."),
+        (b"12", "request is a bytes; give ids"),
+        (bytearray(b"12"), "request is a bytearray; give ids"),
+    ],
+)
+def test_what_is_neither_a_name_nor_a_list_is_refused(named, given, message):
+    with pytest.raises(ForgetSetError, match=message):
+        resolve(given, named)
+
+
 def test_a_word_that_names_a_class_and_a_point_is_not_guessed(tmp_path):
     data = datasets.from_arrays(*split(*points((8,))))
     assert data.class_names[1] == "1"
     with pytest.raises(ForgetSetError, match="'1' may be a class or a point"):
         resolve("1", data)
     with_ids = datasets.from_arrays(*split(*points((8,))), ids=[f"{i:03}.png" for i in range(N)])
-    assert (with_ids.y_train[resolve("1", with_ids)[0]] == 1).all(), "no point is called so"
+    numbers = datasets.from_arrays(*split(*points((8,))), ids=2 * np.arange(N))
+    for other in (with_ids, numbers):  # in neither a point is called so, but in both a point stands there
+        with pytest.raises(ForgetSetError, match="'1' may be a class or a point"):
+            resolve("1", other)
     for column, expected in (("index", [1]), ("class", np.flatnonzero(data.y_train == 1).tolist())):
         (tmp_path / "one.csv").write_text(f"{column}\n1\n")
         assert resolve(tmp_path / "one.csv", data)[0].tolist() == expected
@@ -896,6 +987,38 @@ def test_a_record_with_weights_says_what_they_forgot(kind, tmp_path):
     for metadata in ({"record": '{"request": 1}'}, {"record": "no JSON"}, None):  # of others, and beside other weights
         save_file({k: v + 1 for k, v in first.model.state_dict().items()}, weights, metadata)
         assert outcome(weights, weights, FORGET[:8], prepared).forgotten.tolist() == FORGET[:8].tolist()
+
+
+@pytest.mark.parametrize("kind", ["engine"], indirect=True)
+def test_what_is_in_the_place_of_another_argument_is_said(kind, tmp_path):
+    recipe, prepared, model, _ = kind
+    for wrong in ("prepared", recipe, None):
+        with pytest.raises(ModelError, match=r"prepared is a .*; give what prepare\(...\) returned"):
+            dmmlib.forget(model, FORGET, wrong)
+    result = outcome(model, model, FORGET, prepared)
+    for wrong in (None, model, "folder"):
+        with pytest.raises(DataError, match=r"retrained is a .*; give a list of models, at least 10, or none"):
+            result.audit(wrong)
+    for written in (result.save, result.report):
+        with pytest.raises(DataError, match=r"audit is a Result; give what result.audit\(\) returned"):
+            written(tmp_path / "out", result)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["engine"], indirect=True)
+def test_an_attack_that_cannot_be_told_is_null_in_the_record(kind, tmp_path, monkeypatch):
+    _, prepared, model, _ = kind
+    context = prepared.context()
+    monkeypatch.setattr(prepared, "context", lambda: replace(context, masks=context.masks | (np.arange(N) == 4)))
+    result = outcome(model, model, [4], prepared)
+    judged = result.audit(relearn=False)
+    assert "attack on F (LiRA): cannot be told" in str(judged)
+    text = (result.save(tmp_path, judged) / "record.json").read_text()
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert found["audit"]["attack"]["before"] == {"auc": None, "tpr": None}
+    schema = Path(__file__).parents[1] / "docs" / "record.schema.json"
+    jsonschema.validate(found, json.loads(schema.read_text(encoding="utf-8")))
+    result.report(tmp_path / "page.html", judged)
 
 
 @pytest.mark.parametrize("kind", ["engine"], indirect=True)

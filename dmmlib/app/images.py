@@ -53,16 +53,17 @@ def image_folder(
     if type(side) is not int or not 1 <= side <= 4096:
         raise DataError(f"side={side!r} was asked for; use 1 to 4096 pixels.")
     check_name(name, DataError)
-    arrays, ids = [], list[str]()
+    arrays, ids = [], list[list[str]]()  # of the training images, and of the others
     for part, files in [(part, _files(root / part, classes)) for part in parts]:
         # a file replaced by one of its size and time of modification, as `cp -p` does, has another time of its entry
         changed = [(at.st_size, at.st_mtime_ns, at.st_ctime_ns) for at in (path.stat() for path, _ in files)]
         listing = [(p.relative_to(root).as_posix(), *c, label) for (p, label), c in zip(files, changed, strict=True)]
-        ids = ids or [p for p, *_ in listing]  # of the training images
+        ids.append([p for p, *_ in listing])
         key = config_hash({"files": listing, "side": side, "crop": CROP})
         path = Path(cache or Path(user_cache_dir("dmmlib")) / "images") / f"{name}-{part}-{side}-{key}.npy"
         arrays += [_decoded([path for path, _ in files], side, path), np.array([label for _, label in files])]
-    return from_arrays(*arrays, name=name, class_names=tuple(classes), mean=MEAN, std=STD, ids=ids)
+    names = tuple(classes)
+    return from_arrays(*arrays, name=name, class_names=names, mean=MEAN, std=STD, ids=ids[0], val_ids=ids[1])
 
 
 def _files(root: Path, classes: Mapping[str, Sequence[str]]) -> list[tuple[Path, int]]:

@@ -29,7 +29,7 @@ ratio, and the false positives are subset models that did not see the point.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +83,7 @@ class Audit:
     remainder: float
     excess: float
     distances: dict[str, dict[str, float]]  # F, R, V -> mean and rms distance from predicted margins, and rms in sd
-    attack: dict[str, dict[str, float]]  # before, after -> AUC and TPR at 1 % FPR of LiRA on F
+    attack: dict[str, dict[str, float]]  # before, after -> AUC and TPR at 1 % FPR of LiRA on F; NaN: cannot be told
     quality: dict[str, dict[str, dict[str, float]]]  # before, after -> R, V -> accuracy, calibration error
     relearning: dict[str, float]  # steps that bring F back, of the model and of models that never saw it
     retrained: dict[str, dict[str, float]]  # F, R, V -> KLoM, KS and mean gap, each with its floor; if any were given
@@ -105,8 +105,13 @@ class Audit:
             *([why] if self.forgotten is None else []),
             "distance from what is predicted, rms in sd: "
             + ", ".join(f"{split} {found['rms in sd']:.2f}" for split, found in self.distances.items()),
-            f"attack on F (LiRA): AUC {a['before']['auc']:.2f} before, {a['after']['auc']:.2f} after; TPR at 1 % FPR "
-            f"{a['before']['tpr']:.2f} before, {a['after']['tpr']:.2f} after",
+            "attack on F (LiRA): "
+            + (
+                "cannot be told, as too few subset models lack the points, or have them"
+                if np.isnan(a["before"]["auc"])
+                else f"AUC {a['before']['auc']:.2f} before, {a['after']['auc']:.2f} after; TPR at 1 % FPR "
+                f"{a['before']['tpr']:.2f} before, {a['after']['tpr']:.2f} after"
+            ),
             *(
                 f"{split} accuracy {q['before'][split]['accuracy']:.1%} before, {q['after'][split]['accuracy']:.1%} "
                 f"after; calibration error {q['before'][split]['ece']:.3f} before, {q['after'][split]['ece']:.3f} after"
@@ -131,6 +136,8 @@ def audit(result: Result, retrained: Sequence[Model] = (), *, relearn: bool = Tr
 
     Raises DataError for fewer retrained models, or some that are alike or the judged one, ModelError for misfits.
     """
+    if not isinstance(retrained, Iterable) or isinstance(retrained, (str, Mapping, nn.Module)):
+        raise DataError(f"retrained is a {type(retrained).__name__}; give a list of models, at least {LEAST}, or none.")
     prepared, f, y = result.prepared, result.forgotten, result.prepared.data.y
     z = answers(modules := [loaded(m, prepared) for m in retrained], prepared, (result.original, result.model))
     others = metrics.margins(np.stack(z), y) if z else None

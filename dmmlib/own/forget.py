@@ -89,6 +89,8 @@ def given(original: Model, model: Model, forget: Any, prepared: Prepared | Study
 
 def asked(model: Model, forget: Any, prepared: Any, after: Any = None) -> tuple[np.ndarray, str, nn.Module, np.ndarray]:
     """Points and name of a request, the module with the model's weights, and points forgotten before."""
+    if not isinstance(prepared, (Prepared, Study)):
+        raise ModelError(f"prepared is a {type(prepared).__name__}; give what prepare(...) returned.")
     (indices, called), original = resolve(forget, prepared.data), loaded(model, prepared)
     gone = np.asarray(getattr(after, "forgotten", () if after is None else after))
     gone = check_forget_indices(gone, prepared.data.n_train) if gone.size else np.empty(0, np.int64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import sys
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -28,7 +29,8 @@ TABLES: dict[str, Callable[..., pd.DataFrame]] = {
     ".csv": lambda path: pd.read_csv(path, converters={"id": str}),  # as it is written: 007 is not 7
     ".parquet": pd.read_parquet,
 }
-VALIDATION = 5  # one of so many rows of a table validates, where no column says which
+VALIDATION = 5  # one of so many rows of a table validates, by their hashes, where no column says which
+ITEMS = "let its items be (x, y), or give arrays, (x_train, y_train, x_val, y_val)"
 FORMS = "a Dataset, four arrays, two torch data sets, a mapping for `from_arrays`, or a path"
 
 
@@ -161,17 +163,21 @@ def _at(path: Path) -> Dataset:
         return _table(path)
     if path.suffix == ".npz" or (not path.exists() and str(path) in datasets.DATASETS):
         return datasets.load(str(path))
-    raise DataError(f"{path} is no folder, .npz, .csv or .parquet, nor a data set's name; give {FORMS}.")
+    if not path.exists():
+        raise DataError(f"{path} does not exist, nor is it a data set's name; give {FORMS}.")
+    raise DataError(f"{path} is no folder, .npz, .csv or .parquet; give {FORMS}.")
 
 
 def _read(part: Any) -> tuple[np.ndarray, np.ndarray]:
     """Points and labels of a torch data set."""
     try:
         items = [part[i] for i in range(len(part))]
+        if items and isinstance(items[0], Mapping):
+            raise TypeError(f"its items are mappings of {', '.join(map(str, items[0]))}")
         return np.stack([np.asarray(x) for x, _ in items]), np.stack([np.asarray(y) for _, y in items])
     except (Exception, SystemExit) as error:  # whatever a data set, its transforms or its shapes raise
         said = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise DataError(f"A torch data set cannot be read as points and labels ({said}); give (x, y).") from error
+        raise DataError(f"A torch data set cannot be read as points and labels ({said}); {ITEMS}.") from error
 
 
 def _table(path: Path) -> Dataset:
@@ -190,16 +196,32 @@ def _table(path: Path) -> Dataset:
     features = table.drop(columns=list(ROLES), errors="ignore")
     if odd := [name for name in features if not pd.api.types.is_numeric_dtype(features[name])]:
         raise DataError(f"Column {odd[0]!r} of {path} holds {features[odd[0]].dtype}; give numbers, or drop it.")
-    for column, what in (("label", "a label"), ("id", "an id")):
+    for column, what in (("label", "a label (an empty cell, NA and None are none)"), ("id", "an id")):
         if bad := int(table[column].isna().sum()) if column in table else 0:
             raise DataError(f"{path} has {bad} rows without {what}; give each one, or drop them.")
     if pd.api.types.is_float_dtype(table["label"]) and (table["label"] % 1).any():
         raise DataError(f"Column 'label' of {path} holds fractions, such as {names[0]:g}; give classes.")
     if "split" in table and (wrong := sorted(set(map(str, table["split"])) - {"train", "val"})):
         raise DataError(f"Column 'split' of {path} holds {wrong[0]!r}; give train or val, or leave such rows out.")
-    held_out = table["split"] == "val" if "split" in table else np.arange(len(table)) % VALIDATION == VALIDATION - 1
     x, y = features.to_numpy(np.float32), table["label"].map({name: i for i, name in enumerate(names)}).to_numpy()
+    for i, whole in enumerate(features):
+        exact = features[whole]
+        if pd.api.types.is_integer_dtype(exact) and (rounded := (exact != x[:, i].astype(float))).any():
+            large = f"Column {whole!r} of {path} is rounded in float32, as {exact[rounded].iloc[0]}"
+            raise DataError(f"{large}; subtract a constant, or scale it.")
     rows = table["id"] if "id" in table else pd.Series(range(len(table)))  # an index counts training points only
-    ids = rows[np.asarray(~held_out)].astype(str).tolist()
-    options: dict[str, Any] = {"name": path.stem, "class_names": tuple(map(str, names)), "ids": ids}
+    if "split" in table:
+        held_out = (table["split"] == "val").to_numpy()
+    else:  # whatever other rows there are: one that is deleted moves no other
+        keys = [name.encode() for name in rows.astype(str)] if "id" in table else [row.tobytes() for row in x]
+        held_out = np.array([zlib.crc32(key) % VALIDATION == 0 for key in keys])
+        said = "say by a column `split` (train, val) which train"
+        if idle := sorted(set(y) - set(y[~held_out])):
+            n = (y == idle[0]).sum()
+            raise DataError(f"Class {str(names[idle[0]])!r} of {path} has {n} rows, none of which trains; {said}.")
+        if not held_out.any():
+            raise DataError(f"None of the {len(y)} rows of {path} validates; {said}.")
+    ids, val_ids = (rows[part].astype(str).tolist() for part in (~held_out, held_out))
+    named = {"class_names": tuple(map(str, names)), "ids": ids, "val_ids": val_ids}
+    options: dict[str, Any] = {"name": path.stem, **named}
     return from_arrays(x[~held_out], y[~held_out], x[held_out], y[held_out], **options)

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
@@ -23,12 +24,12 @@ from torch import Tensor
 
 from dmmlib.analysis import looks
 from dmmlib.data import Dataset
-from dmmlib.errors import StoreError
+from dmmlib.errors import DataError, StoreError
 from dmmlib.files import check_folder, config_hash, load_json, replacing, write_bytes
 from dmmlib.forget_sets import ForgetSet
+from dmmlib.own.audit import Audit
 
 if TYPE_CHECKING:
-    from dmmlib.own.audit import Audit
     from dmmlib.own.forget import Result
 
 SCHEMA = 3  # docs/record.schema.json
@@ -58,6 +59,8 @@ def sha256(state: Mapping[str, Tensor]) -> str:
 
 def record(result: Result, audit: Audit | None = None) -> dict[str, Any]:
     """What was asked, when, of which data and model, by which method and versions, and how it went."""
+    if not isinstance(audit, (Audit, NoneType)):
+        raise DataError(f"audit is a {type(audit).__name__}; give what result.audit() returned, or none.")
     prepared = result.prepared
     return {
         "schema": SCHEMA,
@@ -80,8 +83,15 @@ def record(result: Result, audit: Audit | None = None) -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in ("dmmlib", "torch", "numpy")},
         },
-        "audit": None if audit is None else asdict(audit),
+        "audit": None if audit is None else _finite(asdict(audit)),
     }
+
+
+def _finite(value: Any) -> Any:
+    """A tree of numbers with None for those that JSON has not."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def save(result: Result, folder: str | Path, audit: Audit | None = None) -> Path:
@@ -92,8 +102,10 @@ def save(result: Result, folder: str | Path, audit: Audit | None = None) -> Path
     check_out(folder, result.forget, content["model"]["before"])
     state = {name: v.detach().cpu().contiguous().clone() for name, v in result.model.state_dict().items()}
     with replacing(folder / RECORD) as written, replacing(folder / WEIGHTS) as weights:
-        weights.write_bytes(packed(state, {"record": json.dumps(content)}))  # wherever they go, it says what is gone
-        written.write_bytes(json.dumps(content, indent=1).encode() + b"\n")
+        weights.write_bytes(
+            packed(state, {"record": json.dumps(content, allow_nan=False)})
+        )  # wherever they go, it says what is gone
+        written.write_bytes(json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
         (folder / RECORD).unlink(missing_ok=True)  # new weights never lie beside an old record
     return folder
 
@@ -138,7 +150,7 @@ def report(result: Result, path: str | Path, audit: Audit) -> Path:
         cost=f"{result.cost:.3f}",
         alt="Margins of the forgotten points before and after, against those predicted of a retrained model",
         png=base64.b64encode(looks.png(figure(result))).decode(),
-        record=json.dumps(record(result, audit), indent=1),
+        record=json.dumps(record(result, audit), indent=1, allow_nan=False),
     )
     write_bytes(Path(path), html.encode())
     return Path(path)

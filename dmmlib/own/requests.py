@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +23,7 @@ NAMES = ("id", "ids", "file", "files", "filename", "file_name", "path", "name", 
 CLASSES = ("class", "class_name", "label")  # read only where it is the only column
 SHOWN = 5  # faults that are named
 KEEP = "keep the one that says what is meant"
-WORD, INDEX, NAME, CLASS = "word", "index", "name", "class"
+WORD, INDEX, NAME, CLASS, ID = "word", "index", "name", "class", "id"
 
 
 class Named(NamedTuple):
@@ -31,10 +32,10 @@ class Named(NamedTuple):
     where: str
     word: str
     kind: str = WORD  # a WORD of digits is an INDEX; as a NAME, only where the data has no ids; as a CLASS, a label,
-    # unless a class has a number for its name
+    # unless a class has a number for its name; as an ID, nothing but an id
 
 
-Find = Callable[[str, str], "list[int] | None"]
+Find = Callable[[str, str], "list[int] | None"]  # empty for a validation point
 
 
 def resolve(request: Any, data: Dataset) -> tuple[np.ndarray, str]:
@@ -50,12 +51,19 @@ def resolve(request: Any, data: Dataset) -> tuple[np.ndarray, str]:
         path, word = Path(request), str(request)
         if not word.strip():
             raise ForgetSetError("The request is empty; give ids, indices, a path or a class.")
-        if path.is_dir():
+        if isinstance(request, str) and word in data.class_names and os.path.exists(word):
+            raise ForgetSetError(f"{word!r} may be a class or a path; give ./{word}, or a file whose column is class.")
+        if os.path.isdir(path):  # which is False, too, where a name is too long for a file's
             name, files = path.name, sorted(p for p in path.rglob("*") if p.is_file())
             nested = data.ids is not None and any(re.search(r"[/\\]", name) for name in data.ids)
-            words = [p.relative_to(path).as_posix() if nested else p.name for p in files]
-            named = [Named(f"file {word}", word, NAME) for word in words]
-        elif path.is_file():
+            words = [(p.relative_to(path).as_posix() if nested else p.name, p.absolute().as_posix()) for p in files]
+            named = [
+                Named(f"file {word}", word, NAME) if find(whole, ID) is None else Named(f"file {word}", whole, ID)
+                for word, whole in words
+            ]
+        elif os.path.isfile(path) and (whole := [w for w in (str(path.absolute()), word) if find(w, ID) is not None]):
+            named = [Named("The request", whole[0], ID)]
+        elif os.path.isfile(path):
             try:
                 text = path.read_text(encoding="utf-8-sig")
             except (OSError, UnicodeDecodeError) as error:
@@ -63,18 +71,19 @@ def resolve(request: Any, data: Dataset) -> tuple[np.ndarray, str]:
             named, called = _parse(text, data, str(path), find)
             name = called or path.stem
         elif word in data.class_names:
-            if find(word, NAME) not in (None, find(word, CLASS)):
+            if any(find(word, kind) not in (None, find(word, CLASS)) for kind in (NAME, INDEX)):
                 raise ForgetSetError(
                     f"{word!r} may be a class or a point; give a file of which the column is called class, or index."
                 )
-            named, name = [Named("it", word, CLASS)], word
-        elif find(word, NAME):
-            named = [Named("it", word, NAME)]
+            named, name = [Named("The request", word, CLASS)], word
+        elif find(word, NAME) is not None:
+            named = [Named("The request", word, NAME)]
         else:
             classes = [name for name in data.class_names if not name.isdigit()]
             known = [*classes, *(() if data.ids is None else data.ids[:10_000].tolist())]
-            raise ForgetSetError(f"{word!r} is no file, folder, class or id.{did_you_mean(word, known)}")
-    elif isinstance(request, Sequence) or hasattr(request, "tolist"):
+            hint = " Give several as a list, or in a file." if "," in word else did_you_mean(word, known)
+            raise ForgetSetError(f"{word!r:.80} is no file, folder, class or id.{hint}")
+    elif hasattr(request, "tolist") or (isinstance(request, Sequence) and not isinstance(request, (bytes, bytearray))):
         values = request.tolist() if hasattr(request, "tolist") else list(request)
         named = _listed(values if isinstance(values, list) else [values], "")
     else:
@@ -108,8 +117,11 @@ def _points(named: Iterable[Named], data: Dataset, find: Find, once: bool = Fals
     found, faults = dict[int, str](), list[str]()
     for where, word, kind in named:
         points = find(word, kind)
-        if points is None:
-            faults.append(f"{where}: {word!r:.80} is no training point")
+        if not points:
+            unseen = word in data.class_names and not word.isdecimal()  # a number was looked up as an id
+            empty = "is a class without training points" if unseen else "is no training point"
+            why = empty if points is None else "validates, and was not trained on"
+            faults.append(f"{where}: {word[-80:]!r} {why}")
         elif once and (again := [i for i in points if i in found]):
             faults.append(f"{where}: {word!r:.80} stands at {found[again[0]].rpartition(', ')[2]} already")
         found |= {i: where for i in points or () if i not in found}
@@ -123,21 +135,26 @@ def _points(named: Iterable[Named], data: Dataset, find: Find, once: bool = Fals
 
 def _finder(data: Dataset) -> Find:
     """Look words up, of a kind as in `Named`: the points that they name, or None."""
-    names = {} if data.ids is None else _by_name(data.ids.tolist())
+    whole, names = _by_name(() if data.ids is None else data.ids.tolist(), data.val_ids)
     known = list(enumerate(data.class_names))
     classes = {name.lower(): label for label, name in known} | {name: label for label, name in known}
+    counted = data.ids is not None and any(name.isdecimal() for name in data.ids)  # a number then is rather an id
     numbered = any(name.isdecimal() for name in data.class_names)  # a number then names a class, and is no label
 
     def find(word: str, kind: str) -> list[int] | None:
         if kind != CLASS:
-            if (whole := re.fullmatch(r"([0-9]{1,18})(\.0*)?", word)) and (kind != NAME or data.ids is None):
-                index = int(whole[1])
-                named = names.get(word, [index]) if kind == WORD else [index]
+            number = re.fullmatch(r"([0-9]{1,18})(\.0*)?", word)
+            if number and kind != ID and (kind != NAME or data.ids is None):
+                index = int(number[1])
+                named = names.get(word, None if counted else [index]) if kind == WORD else [index]
                 if index < data.n_train and named != [index]:
-                    both = f"{word!r} is the id of one point and the index of another"
-                    raise ForgetSetError(f"{both}; give a CSV whose column is called id, or index.")
-                return named if index < data.n_train or named != [index] else None
-            if (points := names.get(word.replace("\\", "/").strip("/").removeprefix("./"))) is not None:
+                    which = "no id, but an index" if named is None else "the id of one point and the index of another"
+                    raise ForgetSetError(f"{word!r} is {which}; give a CSV whose column is called id, or index.")
+                return [index] if index < data.n_train else names.get(word) if kind == WORD else None
+            parts = word.replace("\\", "/").strip("/").removeprefix("./").split("/")
+            ends = ("/".join(parts[k:]) for k in range(1, len(parts) - 1))  # of a path to a file of the data
+            points = names.get("/".join(parts), next((whole[end] for end in ends if end in whole), None))
+            if points is not None or kind == ID:
                 return points
         if word.isdecimal():
             label = None if kind != CLASS else classes.get(word) if numbered else int(word)
@@ -148,8 +165,8 @@ def _finder(data: Dataset) -> Find:
     return find
 
 
-def _by_name(ids: Iterable[str]) -> dict[str, list[int]]:
-    """Ids, their folders, and the ends of their paths where only one has it, with the points that they name."""
+def _by_name(ids: Iterable[str], val_ids: Iterable[str]) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """Ids, with the points that they name, none if they validate; and with folders, and ends that only one has."""
     exact, folders, ends = defaultdict[str, list[int]](list), defaultdict[str, list[int]](list), {}
     for i, name in enumerate(ids):
         parts = name.replace("\\", "/").split("/")
@@ -158,7 +175,8 @@ def _by_name(ids: Iterable[str]) -> dict[str, list[int]]:
             folders["/".join(parts[:k])].append(i)
             end = "/".join(parts[k:])
             ends[end] = None if end in ends else [i]
-    return {end: at for end, at in ends.items() if at} | folders | exact
+    whole = {name.replace("\\", "/"): list[int]() for name in val_ids} | exact
+    return whole, {end: at for end, at in ends.items() if at} | folders | whole
 
 
 def _parse(text: str, data: Dataset, source: str, find: Find) -> tuple[list[Named], str]:
@@ -196,7 +214,7 @@ def _parse(text: str, data: Dataset, source: str, find: Find) -> tuple[list[Name
     named = []
     for i, line in enumerate(lines, 1):
         parts = [part.strip(" \t\"'[]()") for part in re.split("[,;]", line)]
-        words = [word for part in parts if part for word in ([part] if find(part, WORD) else part.split())]
+        words = [word for part in parts if part for word in ([part] if find(part, WORD) is not None else part.split())]
         named += [Named(f"{source}, line {i}", word) for word in words]
     return named, ""
 
@@ -209,6 +227,8 @@ def _of_json(text: str, data: Dataset, source: str) -> tuple[list[Named], str]:
     if isinstance(content, list):
         return _listed(content, f"{source}, "), ""
     called = content["name"] if isinstance(content.get("name"), str) else ""
+    if not {"ids", "indices", "name", "data_sha256"} & set(content):
+        raise ForgetSetError(f"{source} has the keys {list(content)!r:.80}; give a list, or 'ids' or 'indices'.")
     if {"ids", "indices"} <= set(content):
         raise ForgetSetError(f"{source} has 'ids' and 'indices'; {KEEP}.")
     if "ids" in content and isinstance(content["ids"], list):
