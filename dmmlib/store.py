@@ -286,9 +286,17 @@ def _root(files: LocalStore | FsspecStore) -> bytes | None:
         time.sleep(seconds)
         if (root := _get(files, ROOT)) is not None:
             return root
-        if sync(files.is_empty("")):
+        if sync(_is_empty(files)):
             return b""
     return None
+
+
+async def _is_empty(files: LocalStore | FsspecStore) -> bool:
+    """Whether there is nothing, but perhaps what a run left that was killed as it wrote the first description."""
+    async for key in files.list_prefix(""):
+        if not key.endswith(".partial"):
+            return False
+    return True
 
 
 def _attributes(root: bytes | None) -> dict[str, Any] | None:
