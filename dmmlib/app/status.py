@@ -50,10 +50,12 @@ def trained(study: Study, asked: Sequence[Job] | None = None) -> pd.DataFrame:
     if asked is None:
         asked = [*study.jobs(), *experiments.jobs(study.preset, study.data.n_train)]
     there, rows = stores(study)[0], []
+    exact = [] if study.own is None else [study.oracle_set(study.own, floor).name for floor in (False, True)]
+    own = {name.rpartition(":")[0]: name for name in exact}  # not those of another set that had its name
     for job in asked:
         done = damaged = 0
         for name, n in job.sets.items():
-            of_set = [store for store in there if _holds(store, name, n, job)]
+            of_set = [store for store in there if _holds(store, own.get(name, name), n, job)]
             for store in sorted(of_set, key=lambda store: len(store.missing()))[:1]:  # the fullest
                 bad = store.count(store.damaged())
                 damaged += bad
