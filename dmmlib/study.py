@@ -244,7 +244,7 @@ class Study(Models):
         Its problems are those of the registered method `problem_of`, attributor included; with none if "".
         """
         sets = self.tuning_sets()
-        config |= keys.searched(self.preset, self.identity, settings, sets, n)
+        config |= keys.searched(self.preset, self.identity, settings, sets, n) | keys.apart(self.data)
         path = self.runs / "store" / f"search-{name}-{config_hash(config)}.json"
 
         def trial(name: str, forget_set: ForgetSet) -> tuning.Trial:
