@@ -62,6 +62,11 @@ def method(name: str) -> dict[str, Any]:
     return {"method": name, "versions of method": versions(*UNLEARNING, f"method {name.partition('@')[0]}") | own}
 
 
+def apart(data: Dataset) -> dict[str, Any]:
+    """Positions of validation points that do not count as such, where data have any: what a score depends on."""
+    return {"probes": sorted({int(i) for positions in data.probes.values() for i in positions})} if data.probes else {}
+
+
 def searched(
     preset: Preset,
     models: Mapping[str, Any],

@@ -46,7 +46,8 @@ class Models(Trainer):
         """Their logits (N, n_points, n_classes), training points first."""
         return self.read(self._original_set, "logits")
 
-    def _oracle_set(self, forget_set: ForgetSet, floor: bool = False, n: int | None = None) -> ModelSet:
+    def oracle_set(self, forget_set: ForgetSet, floor: bool = False, n: int | None = None) -> ModelSet:
+        """The models that are trained without a forget set; for its other arguments see `oracles`."""
         content = short(checked(forget_set, self.data).indices.tobytes())[:8]
         name = f"{'floor' if floor else 'oracles'}:{forget_set.name}:{content}"
         return ModelSet(name, np.tile(forget_set.mask(self.data.n_train), (n or self.preset.ensembles.n_models, 1)))
@@ -59,15 +60,15 @@ class Models(Trainer):
             floor: the second, independent set (the retrain floor, and oracle matching's targets).
             n: how many, N by default.
         """
-        return self.read(self._oracle_set(forget_set, floor, n), "logits")
+        return self.read(self.oracle_set(forget_set, floor, n), "logits")
 
     def untrained_oracles(self, forget_set: ForgetSet) -> int:
         """How many of a forget set's oracles, those of the floor included, are not trained."""
-        return sum(self.left(self._oracle_set(forget_set, floor)) for floor in (False, True))
+        return sum(self.left(self.oracle_set(forget_set, floor)) for floor in (False, True))
 
     def has_oracles(self, forget_set: ForgetSet) -> bool:
         """Whether the oracles that a forget set's results are measured against are all trained."""
-        return self.left(self._oracle_set(forget_set)) == 0
+        return self.left(self.oracle_set(forget_set)) == 0
 
     def reference(self, forget_set: ForgetSet) -> tuple[np.ndarray, np.ndarray]:
         """Margins and correctness (N, n_points) of the oracles that every method is measured against."""

@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,8 @@ class Reporter:
         now, (done, total) = time.monotonic(), self._at
         if found and done < total:
             return describe(self._task, done, total, now - self._start[0], self._start[1])
+        if not found:  # what was said to be done has ended, perhaps by an exception
+            self._task, self._at = "", (0, 0)
         if found != self._began[0]:
             self._began, self._handle = (found, now), None
         return found and f"{found}: {duration(now - self._began[1])} so far"
@@ -132,7 +135,8 @@ class Reporter:
         if path := os.environ.get(PROGRESS_FILE):
             done, total = self._at
             told = {"task": self._task, "done": done, "total": total, "line": line}
-            Path(path).write_text(json.dumps(told), encoding="utf-8")
+            with suppress(OSError):  # the work is worth more
+                Path(path).write_text(json.dumps(told), encoding="utf-8")
         if _in_notebook():
             self._display(line, {PULSE: True} if self._began[0] else {})
         elif sys.stderr.isatty():

@@ -132,16 +132,23 @@ class Store:
                 shards are untouched.
         """
         rows = self.models(shard)
+
+        def read_back(name: str) -> bool:
+            with suppress(ValueError, RuntimeError):
+                return np.array_equal(self._array(name)[rows.start : rows.stop], arrays[name], equal_nan=True)
+            return False
+
         try:
-            with zarr.config.set({"array.write_empty_chunks": True}):  # a missing chunk must mean damage
-                for name, values in arrays.items():
-                    self._array(name)[rows.start : rows.stop] = values
-            for name, values in arrays.items():
-                with suppress(ValueError, RuntimeError):
-                    if np.array_equal(self._array(name)[rows.start : rows.stop], values, equal_nan=True):
-                        continue
-                raise OSError(f"{name} does not read back as it was written")
-            self._array("done")[shard] = [self._seal(name, shard) for name in self._names]
+            for _ in range(2):  # another run may write the same shard, trained elsewhere to other last bits
+                with zarr.config.set({"array.write_empty_chunks": True}):  # a missing chunk must mean damage
+                    for name, values in arrays.items():
+                        self._array(name)[rows.start : rows.stop] = values
+                if not (wrong := [name for name in arrays if not read_back(name)]):
+                    self._array("done")[shard] = [self._seal(name, shard) for name in self._names]
+                    return
+                if self._intact(shard, self._seals()):  # the other run's
+                    return
+            raise OSError(f"{wrong[0]} does not read back as it was written")
         except Exception as error:  # each kind of address has errors of its own
             raise StoreError(
                 f"Shard {shard} of {self.address} cannot be written ({getattr(error, 'strerror', None) or error}); "
@@ -171,8 +178,7 @@ class Store:
     def damaged(self) -> list[int]:
         """List the shards that are marked done but cannot be read back whole."""
         seals = self._seals()
-        done = np.flatnonzero(seals.any(1)).tolist()
-        return [i for i in done if any(self._whole(name, self.models(i), [i], seals) is None for name in self._names)]
+        return [i for i in np.flatnonzero(seals.any(1)).tolist() if not self._intact(i, seals)]
 
     def drop(self, shard: int) -> None:
         """Mark a shard as not done, so that the next run trains it again."""
@@ -192,6 +198,11 @@ class Store:
             if all(self._seal(name, shard) == seals[shard, self._names.index(name)] for shard in shards):
                 return values
         return None
+
+    def _intact(self, shard: int, seals: np.ndarray) -> bool:
+        """Whether a shard is done and can be read."""
+        rows, done = self.models(shard), bool(seals[shard].any())
+        return done and all(self._whole(name, rows, [shard], seals) is not None for name in self._names)
 
     def _seals(self) -> np.ndarray:
         """The seals of all shards (n_shards, n_arrays), 0 where a shard is not done, 1 where one cannot be read."""
@@ -275,9 +286,17 @@ def _root(files: LocalStore | FsspecStore) -> bytes | None:
         time.sleep(seconds)
         if (root := _get(files, ROOT)) is not None:
             return root
-        if sync(files.is_empty("")):
+        if sync(_is_empty(files)):
             return b""
     return None
+
+
+async def _is_empty(files: LocalStore | FsspecStore) -> bool:
+    """Whether there is nothing, but perhaps what a run left that was killed as it wrote the first description."""
+    async for key in files.list_prefix(""):
+        if not key.endswith(".partial"):
+            return False
+    return True
 
 
 def _attributes(root: bytes | None) -> dict[str, Any] | None:

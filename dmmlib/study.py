@@ -244,7 +244,7 @@ class Study(Models):
         Its problems are those of the registered method `problem_of`, attributor included; with none if "".
         """
         sets = self.tuning_sets()
-        config |= keys.searched(self.preset, self.identity, settings, sets, n)
+        config |= keys.searched(self.preset, self.identity, settings, sets, n) | keys.apart(self.data)
         path = self.runs / "store" / f"search-{name}-{config_hash(config)}.json"
 
         def trial(name: str, forget_set: ForgetSet) -> tuning.Trial:
@@ -302,7 +302,7 @@ class Study(Models):
 
     def train_oracles(self) -> None:
         """Train the oracles of all forget sets, at once where there are workers for it."""
-        self.train(*(self._oracle_set(f, floor) for f in self.forget_sets().values() for floor in (False, True)))
+        self.train(*(self.oracle_set(f, floor) for f in self.forget_sets().values() for floor in (False, True)))
 
     def evaluate(self, method: str, forget_set: ForgetSet) -> list[dict[str, Any]]:
         """Rows of the tidy table: the statistics of a method on a forget set, with intervals; see `evaluation`."""

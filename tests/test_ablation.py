@@ -1,6 +1,9 @@
 """What DMM could be, ablations on the tuning sets, oracle matching with more or fewer oracles."""
 
+import dataclasses
+
 import numpy as np
+import pandas as pd
 import pytest
 
 from dmmlib import metrics, unlearn
@@ -8,6 +11,7 @@ from dmmlib.analysis import ablation, plots
 from dmmlib.analysis.ablation import variant
 from dmmlib.errors import OptionError
 from dmmlib.matching.match import predicted_oracle
+from dmmlib.registry import VERSIONS
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +62,31 @@ def test_what_one_function_measured_is_not_anothers(tiny):
     ways = unlearn.get("do_nothing").run, unlearn.get("retrain").run, lambda problem: unlearn.get("gd")(problem)
     found = [ablation.measure(tiny, "dmm", {}, forget_set, run)["value"].tolist() for run in (*ways, None)]
     assert len({tuple(values) for values in found}) == 4
+
+
+def test_what_is_kept_follows_the_metric_and_the_points_that_count(tiny, monkeypatch):
+    (forget_set,) = tiny.tuning_sets().values()
+
+    def kept():
+        ablation.measure(tiny, "do_nothing", {}, forget_set)
+        return len(list((tiny.runs / "store").glob("measured-do_nothing-*")))
+
+    before = kept()
+    monkeypatch.setattr(tiny, "data", dataclasses.replace(tiny.data, probes={"asked": np.arange(3)}))
+    assert kept() == before + 1
+    monkeypatch.setattr(tiny, "data", dataclasses.replace(tiny.data, probes={"asked": np.arange(5)}))
+    assert kept() == before + 2
+    monkeypatch.setitem(VERSIONS, "metric klom", 9)
+    assert kept() == before + 3
+
+
+def test_a_search_follows_the_points_that_count(tiny, monkeypatch):
+    asked = []
+    monkeypatch.setattr("dmmlib.tuning.search", lambda *given: asked.append(given) or pd.DataFrame({"setting": [0]}))
+    for probes in ({"a": np.arange(3)}, {"a": np.arange(5)}, {"a": np.arange(5)}):
+        monkeypatch.setattr(tiny, "data", dataclasses.replace(tiny.data, probes=probes))
+        tiny.search("gd")
+    assert [len(trials[0].splits["validation"]) for _, _, _, trials, *_ in asked] == [37, 35]
 
 
 def test_the_default_is_dmm_itself_and_unknown_options_are_refused(tiny, problem):

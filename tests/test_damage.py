@@ -239,6 +239,26 @@ def preset(folder):
     return path
 
 
+def test_status_names_files_that_were_cut_short_and_leaves_those_of_older_versions(tmp_path):
+    study, store = Study(TINY, runs=tmp_path, progress=silent), tmp_path / "store"
+    for name, content in {"search-a.json": VALUE, "search-b.json": VALUE, "old.json": VALUE}.items():
+        files.write_json(store / name, content)
+    for name in ("unlearned-a.npz", "unlearned-b.npz"):
+        files.write_arrays(store / name, ARRAYS)
+    (store / "old.json").write_text('{"score": 3}')
+    np.savez(store / "old.npz", **ARRAYS)
+    assert status.damage(study) == []
+    for path in store.glob("*-a.*"):
+        os.truncate(path, path.stat().st_size // 2)
+    for path in store.glob("*-b.*"):
+        os.truncate(path, 0)
+    for path in store.glob("old.*"):
+        os.truncate(path, path.stat().st_size - 1)
+    there, said = sorted(store.iterdir()), status.damage(study, repair=True)
+    assert [str(path) in line for path, line in zip(there, said, strict=True)] == [True] * 6
+    assert not list(store.iterdir())
+
+
 def test_status_names_what_is_damaged_and_repairs_it(ran, tmp_path):
     place, expected = ran
     shutil.copytree(place, tmp_path / "copy")

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from dmmlib import presets
+from dmmlib import forget_sets, presets
 from dmmlib.app import plan, status
 from dmmlib.errors import DataError, MethodError
 from dmmlib.jobs import jobs
@@ -135,6 +135,17 @@ def test_stores_of_another_configuration_do_not_count(tmp_path, quick):
     assert plan.plan(presets.load(TINY), tmp_path).models["done"][0] == 8
     for change in ({"training.lr": 0.2}, {"seed": 1}, {"data.seed": 1}, {"ensembles.n_models": 9}):
         assert plan.plan(presets.load(TINY, change), tmp_path).models["done"].sum() == 0, change
+
+
+def test_oracles_of_another_forget_set_of_that_name_do_not_count(tmp_path, quick):
+    mine, data = tmp_path / "mine.json", Study(TINY, runs=tmp_path, progress=silent).data
+    for points, done in (([3, 5], 16), ([7, 9], 0)):
+        forget_sets.make("mine", points, data).save(mine)
+        own = Study(TINY, forget_set=mine, runs=tmp_path, progress=silent)
+        if done:
+            own.train_oracles()
+        found = plan.plan(own.preset, tmp_path, mine).models.set_index("models")
+        assert found.loc["oracles and floor, mine", "done"] == done
 
 
 @pytest.mark.parametrize(

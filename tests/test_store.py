@@ -210,6 +210,36 @@ def test_a_creation_that_was_interrupted_is_completed(tmp_path):
     assert store.missing() == [0, 2]
 
 
+def test_a_creation_that_was_killed_in_its_first_write_is_begun_anew(tmp_path):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "zarr.json.0123abcd.partial").write_bytes(b"{")
+    assert make(tmp_path / "s").missing() == [0, 1, 2]
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "notes.txt").write_bytes(b"mine")
+    with pytest.raises(StoreError, match="no store of this library"):
+        make(tmp_path / "t")
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_another_run_that_writes_the_same_shard_to_other_last_bits_does_no_harm(tmp_path, monkeypatch, sealed):
+    mine, other = make(tmp_path / "s"), make(tmp_path / "s")
+    equal, of_other = np.array_equal, values(range(10), seed=1)
+
+    def met(*arrays, **how):  # as this run reads back what it wrote
+        monkeypatch.setattr(np, "array_equal", equal)
+        other.write(0, of_other)
+        if not sealed:
+            other.drop(0)
+        return equal(mine._array("logits")[:10], arrays[1], **how)
+
+    monkeypatch.setattr(np, "array_equal", met)
+    mine.write(0, values(range(10)))
+    assert mine.missing() == [1, 2]
+    assert mine.damaged() == []
+    expected = of_other if sealed else values(range(10))
+    np.testing.assert_array_equal(mine.read("logits", 0, 10), expected["logits"])
+
+
 KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path

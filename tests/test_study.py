@@ -510,6 +510,23 @@ def test_progress_file(tmp_path, monkeypatch):
     monkeypatch.setenv("DMM_PROGRESS_FILE", str(tmp_path / "p.json"))
     Reporter()("train", 3, 3)
     assert '"done": 3' in (tmp_path / "p.json").read_text()
+    monkeypatch.setenv("DMM_PROGRESS_FILE", str(tmp_path / "gone" / "p.json"))
+    Reporter()("train", 3, 3)  # it works on, untold
+
+
+def test_a_task_that_ended_by_an_exception_is_not_told_of_again(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "FIRST", 0.3)
+    library = {"__name__": "dmmlib.a_study", "time": time}
+    exec("def fail(report): report('train', 5, 9); 1 / 0\ndef measure(): time.sleep(2)", library)
+    reporter = Reporter()
+    with pytest.raises(ZeroDivisionError):
+        library["fail"](reporter)
+    time.sleep(1.2)  # whoever called it thinks
+    capsys.readouterr()
+    library["measure"]()
+    told = capsys.readouterr().err
+    assert "a_study.measure" in told
+    assert "train" not in told
 
 
 def test_names_are_listed():

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dmmlib import metrics, unlearn
+from dmmlib import keys, metrics, unlearn
 from dmmlib.baselines.published import squared_error
 from dmmlib.baselines.whitening import N_SEEN, finetune_in
 from dmmlib.errors import OptionError
@@ -24,6 +24,7 @@ from dmmlib.forget_sets import ForgetSet
 from dmmlib.matching.match import dmm, predicted_oracle
 from dmmlib.metrics import Estimate
 from dmmlib.optim import Adam
+from dmmlib.registry import versions
 from dmmlib.study import Study
 from dmmlib.unlearn.base import Phase, Problem, Unlearned, draw_batches
 
@@ -91,6 +92,7 @@ def measure(
     n = (study.preset.tuning if run else study.preset.ensembles).n_models
     config = study.key_of(method, dict(setting), forget_set)
     config |= {"n_models": n, "checkpoints": 0, "oracles": study.preset.ensembles.n_models}
+    config |= versions("metric klom") | keys.apart(study.data)
     config |= of_own(run) | {"run": getattr(run, "__qualname__", "")} if run else {}
     file = study.runs / "store" / f"measured-{method}-{config_hash(config)}.json"
 

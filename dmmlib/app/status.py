@@ -7,11 +7,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from fsspec.core import url_to_fs
 
 from dmmlib.errors import DamageError
-from dmmlib.files import read_arrays, read_json, read_table
+from dmmlib.files import load_json, read_arrays, read_json, read_table
 from dmmlib.jobs import Job
 from dmmlib.store import Store, reaching
 from dmmlib.studies.cheap import experiments
@@ -49,10 +50,12 @@ def trained(study: Study, asked: Sequence[Job] | None = None) -> pd.DataFrame:
     if asked is None:
         asked = [*study.jobs(), *experiments.jobs(study.preset, study.data.n_train)]
     there, rows = stores(study)[0], []
+    exact = [] if study.own is None else [study.oracle_set(study.own, floor).name for floor in (False, True)]
+    own = {name.rpartition(":")[0]: name for name in exact}  # not those of another set that had its name
     for job in asked:
         done = damaged = 0
         for name, n in job.sets.items():
-            of_set = [store for store in there if _holds(store, name, n, job)]
+            of_set = [store for store in there if _holds(store, own.get(name, name), n, job)]
             for store in sorted(of_set, key=lambda store: len(store.missing()))[:1]:  # the fullest
                 bad = store.count(store.damaged())
                 damaged += bad
@@ -91,10 +94,19 @@ def damage(study: Study, repair: bool = False) -> list[str]:
     shared = [path for kind in ("*.json", "*.npz") for path in (study.runs / "store").glob(kind)]
     for path in sorted({*shared, *own}):
         try:
-            if path.suffix == ".csv" or b"sha256" in path.read_bytes():  # or an older version left it
-                READERS[path.suffix](path)
-        except (DamageError, OSError) as error:
+            READERS[path.suffix](path)
+        except OSError as error:  # a StoreError is one
+            if _older(path):
+                continue
             said.append(str(error))
             if repair and isinstance(error, DamageError):
                 path.unlink()
     return said
+
+
+def _older(path: Path) -> bool:
+    """Whether a file without a hash can be read all the same: an older version left it."""
+    with suppress(Exception):  # of a dozen kinds
+        _ = load_json(path) if path.suffix == ".json" else dict(np.load(path))
+        return b"sha256" not in path.read_bytes()
+    return False
