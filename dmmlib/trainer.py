@@ -118,9 +118,8 @@ class Given:
 
     @cached_property
     def x(self) -> Tensor:
-        """Points (n_train + n_val, ...) as models take them, training points first, on the device.
-
-        Prepared; but images that a model of the library takes normalised stay bytes on a GPU, a quarter of the memory.
+        """Points (n_train + n_val, ...) as models take them, training points first, on the device: prepared, but for
+        images that a model of the library takes normalised, which stay bytes on a GPU, a quarter of the memory.
         """
         return self._prepared(self.data.x)
 
@@ -147,9 +146,8 @@ class Given:
 
     @cached_property
     def _bytes(self) -> bool:
-        images = self.data.x_train.dtype == np.uint8 and self._spec.prepare is models.normalise
-        own = not self._spec.factory.__module__.startswith("dmmlib.")  # others' code is given what `prepare` says
-        return images and self.device.type == "cuda" and not own
+        ours = self._spec.factory.__module__.startswith("dmmlib.") and self._spec.prepare is models.normalise
+        return ours and self.data.x_train.dtype == np.uint8 and self.device.type == "cuda"
 
     @property
     def features(self) -> np.ndarray:
@@ -274,9 +272,8 @@ class Trainer(Given):
 
     def _place(self, model_set: ModelSet) -> tuple[str, dict[str, Any]]:
         """Where a model set's store is, and the configuration that it belongs to."""
-        config = {**self.identity, "set": model_set.name, "masks": model_set.digest}
-        if model_set.until < 1:
-            config["until"] = model_set.until
+        until = {"until": model_set.until} if model_set.until < 1 else {}
+        config = {**self.identity, "set": model_set.name, "masks": model_set.digest, **until}
         return f"{self.root}/{model_set.name.split(':')[0]}-{config_hash(config)}.zarr", config
 
     def store(self, model_set: ModelSet) -> Store:
