@@ -163,9 +163,8 @@ def _at(path: Path) -> Dataset:
         return _table(path)
     if path.suffix == ".npz" or (not path.exists() and str(path) in datasets.DATASETS):
         return datasets.load(str(path))
-    if not path.exists():
-        raise DataError(f"{path} does not exist, nor is it a data set's name; give {FORMS}.")
-    raise DataError(f"{path} is no folder, .npz, .csv or .parquet; give {FORMS}.")
+    what = "is no folder, .npz, .csv or .parquet" if path.exists() else "does not exist, nor is it a data set's name"
+    raise DataError(f"{path} {what}; give {FORMS}.")
 
 
 def _read(part: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -222,6 +221,5 @@ def _table(path: Path) -> Dataset:
         if not held_out.any():
             raise DataError(f"None of the {len(y)} rows of {path} validates; {said}.")
     ids, val_ids = (rows[part].astype(str).tolist() for part in (~held_out, held_out))
-    named = {"class_names": tuple(map(str, names)), "ids": ids, "val_ids": val_ids}
-    options: dict[str, Any] = {"name": path.stem, **named}
+    options: dict[str, Any] = {"name": path.stem, "class_names": tuple(map(str, names)), "ids": ids, "val_ids": val_ids}
     return from_arrays(x[~held_out], y[~held_out], x[held_out], y[held_out], **options)

@@ -99,13 +99,12 @@ def save(result: Result, folder: str | Path, audit: Audit | None = None) -> Path
     from safetensors.torch import save as packed
 
     folder, content = Path(folder), record(result, audit)
+    text = json.dumps(content, indent=1, allow_nan=False)
     check_out(folder, result.forget, content["model"]["before"])
     state = {name: v.detach().cpu().contiguous().clone() for name, v in result.model.state_dict().items()}
     with replacing(folder / RECORD) as written, replacing(folder / WEIGHTS) as weights:
-        weights.write_bytes(
-            packed(state, {"record": json.dumps(content, allow_nan=False)})
-        )  # wherever they go, it says what is gone
-        written.write_bytes(json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
+        weights.write_bytes(packed(state, {"record": text}))  # wherever they go, it says what is gone
+        written.write_bytes(text.encode() + b"\n")
         (folder / RECORD).unlink(missing_ok=True)  # new weights never lie beside an old record
     return folder
 

@@ -57,10 +57,7 @@ def resolve(request: Any, data: Dataset) -> tuple[np.ndarray, str]:
             name, files = path.name, sorted(p for p in path.rglob("*") if p.is_file())
             nested = data.ids is not None and any(re.search(r"[/\\]", name) for name in data.ids)
             words = [(p.relative_to(path).as_posix() if nested else p.name, p.absolute().as_posix()) for p in files]
-            named = [
-                Named(f"file {word}", word, NAME) if find(whole, ID) is None else Named(f"file {word}", whole, ID)
-                for word, whole in words
-            ]
+            named = [Named(f"file {w}", *((w, NAME) if find(at, ID) is None else (at, ID))) for w, at in words]
         elif os.path.isfile(path) and (whole := [w for w in (str(path.absolute()), word) if find(w, ID) is not None]):
             named = [Named("The request", whole[0], ID)]
         elif os.path.isfile(path):
