@@ -126,6 +126,16 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path):
     assert said.stderr.count("Traceback") == 1, "of the script itself; its workers say nothing"
 
 
+def test_a_model_made_of_the_librarys_goes_to_the_workers(tmp_path, workers):
+    mlp = models.get("mlp")
+    models.register("mine", prepare=mlp.prepare)(mlp.factory)
+    try:
+        far = study(tmp_path, **{"scheduler": workers.scheduler_address, "model.name": "mine"})
+        assert far.original_logits().shape == (8, 160, 10)
+    finally:
+        models.MODELS.remove("mine")
+
+
 def test_what_cannot_be_sent_to_workers_is_said(tmp_path, workers):
     lock = threading.Lock()
 
