@@ -8,7 +8,9 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
@@ -134,6 +136,16 @@ def test_a_model_made_of_the_librarys_goes_to_the_workers(tmp_path, workers):
         assert far.original_logits().shape == (8, 160, 10)
     finally:
         models.MODELS.remove("mine")
+
+
+def test_users_of_one_machine_do_not_share_a_workers_folder(tmp_path, monkeypatch):
+    (tmp_path / "dmmlib-worker").touch()  # another's, where nothing can be written
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    state = SimpleNamespace(nthreads=torch.get_num_threads())
+    monkeypatch.setattr(distributed, "get_worker", lambda: SimpleNamespace(state=state))
+    preset = study(tmp_path, seed=17).preset.model_dump_json()
+    packed = np.packbits(np.ones((1, 120), bool), axis=1)
+    assert cluster.train_shard(preset, cloudpickle.dumps({}), packed, [0], False)["logits"].shape == (1, 160, 10)
 
 
 def test_what_cannot_be_sent_to_workers_is_said(tmp_path, workers):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import getpass
 import importlib
 import importlib.util
 import inspect
@@ -239,7 +240,8 @@ def _trainer(preset: str, own: bytes) -> Trainer:
             REGISTRIES[kind].add(name, entry)
     except ImportError as error:
         raise SchedulerError(f"A worker lacks what the model or data need ({error}); install it there.") from None
-    return Trainer(json.loads(preset), runs=Path(tempfile.gettempdir()) / "dmmlib-worker", progress=silent)
+    user = getattr(os, "getuid", getpass.getuser)()  # others can use the same machine
+    return Trainer(json.loads(preset), runs=Path(tempfile.gettempdir()) / f"dmmlib-worker-{user}", progress=silent)
 
 
 WORKERS.add("dask", connect)
