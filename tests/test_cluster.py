@@ -210,8 +210,9 @@ def queue(tmp_path, monkeypatch):
     commands = {
         "sbatch": f"""
 grep -q "SBATCH -p nosuch" "$1" && echo "sbatch: error: invalid partition specified: nosuch" >&2 && exit 1
-setsid sh "$1" > /dev/null 2>&1 &
-cp "$1" {jobs}/$!
+cp "$1" {tmp_path}/$$  # as it goes when this command ends
+setsid sh {tmp_path}/$$ > /dev/null 2>&1 &
+cp {tmp_path}/$$ {jobs}/$!
 echo "Submitted batch job $!"
 """,
         "scancel": 'kill -9 -- -"$1"\n',
@@ -250,6 +251,36 @@ def test_jobs_of_a_queue_train_the_same(tmp_path, queue, tiny, started):
     scripts = [job.read_text() for job in queue.iterdir()]
     assert len(scripts) == 2
     assert all("--nthreads 2" in script for script in scripts)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_jobs_that_end_as_at_their_walltime_are_asked_for_again(tmp_path, queue, started, monkeypatch, processes):
+    pytest.importorskip("dask_jobqueue", reason="dask-jobqueue is not installed")
+    monkeypatch.setattr(cluster, "LOOK", 0.2)
+    monkeypatch.setattr(cluster, "LOST", 1.0)
+    told, end = [], str(tmp_path / "end")
+    options = SLURM["options"] | {"cores": processes, "processes": processes}
+    places = {"scheduler": "cluster", "cluster": SLURM | {"jobs": 1, "options": options}}
+    far = Study(TINY | {"device": "cpu"}, places, runs=tmp_path, progress=lambda *done: told.append(done))
+
+    def dawdle(*_):
+        while not os.path.exists(end):
+            time.sleep(0.1)
+        return {}
+
+    def kill():
+        while ("wait for a worker", 1, 1) not in told or not any(started[0].client.processing().values()):
+            time.sleep(0.1)
+        os.killpg(int(next(queue.iterdir()).name), signal.SIGKILL)
+        Path(end).touch()
+
+    monkeypatch.setattr(cluster, "train_shard", dawdle)
+    killer = threading.Thread(target=kill)
+    killer.start()
+    assert list(far.trained(lambda _: (np.ones((1, 8), bool), [0], False), ["task"])) == [("task", {})]
+    killer.join()
+    assert len(list(queue.iterdir())) == 2
+    assert told[:3] == [("wait for a worker", done, 1) for done in (0, 1, 0)]
 
 
 def test_a_queue_that_refuses_is_quoted(tmp_path, queue):
