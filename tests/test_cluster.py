@@ -44,8 +44,9 @@ def started():
     WORKERS.add("dask", connect)
     for each in workers:
         if isinstance(each, cluster.Dask):
-            with each.client as client:
-                client.cluster.close()
+            if each.client.cluster is not None:
+                each.client.cluster.close()
+            each.client.close()
 
 
 def study(runs, **places):
@@ -281,6 +282,37 @@ def test_jobs_that_end_as_at_their_walltime_are_asked_for_again(tmp_path, queue,
     killer.join()
     assert len(list(queue.iterdir())) == 2
     assert told[:3] == [("wait for a worker", done, 1) for done in (0, 1, 0)]
+
+
+SCHEDULER = """
+import time, distributed
+local = distributed.LocalCluster(n_workers=1, processes=False, protocol="tcp", dashboard_address=None)
+print(local.scheduler_address, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_scheduler_that_dies_is_named_and_another_connected_to(tmp_path, workers, started, monkeypatch):
+    def arguments(_):
+        return np.ones((1, 8), bool), [0], False
+
+    monkeypatch.setattr(cluster, "train_shard", lambda *_: time.sleep(60))
+    with subprocess.Popen([sys.executable, "-c", SCHEDULER], stdout=subprocess.PIPE, text=True) as scheduler:
+        far = study(tmp_path, scheduler=scheduler.stdout.readline().strip())
+
+        def kill():
+            while not (started and any(started[0].client.processing().values())):
+                time.sleep(0.1)
+            scheduler.kill()
+
+        threading.Thread(target=kill).start()
+        with pytest.raises(SchedulerError, match=r"scheduler ended.* finished shards are kept\.$"):
+            list(far.trained(arguments, ["task"]))
+    monkeypatch.setattr(cluster, "train_shard", lambda *_: {})
+    far = study(tmp_path, scheduler=workers.scheduler_address)
+    for _ in range(2):
+        assert list(far.trained(arguments, ["task"])) == [("task", {})]
+        started[-1].client.close()  # as it does where a scheduler does not come back
 
 
 def test_a_queue_that_refuses_is_quoted(tmp_path, queue):

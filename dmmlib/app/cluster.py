@@ -174,15 +174,17 @@ class Dask:
     """Train shards on the workers of a Dask scheduler, which are told the preset and need nothing else of the study."""
 
     def __init__(self, client: Any, trainer: Trainer) -> None:
-        self.client = client
+        self.client, self._connect = client, functools.partial(connect, trainer)
         self._seen: dict[str, float] = {}  # jobs, and when they last had a worker
         self._progress = trainer.progress
         self._preset = trainer.preset.model_copy(update={"scheduler": "local", "threads": None}).model_dump_json()
         self._own = _registered(trainer)
 
     def map(self, arguments: Callable[[T], Arguments], tasks: Sequence[T]) -> Iterator[tuple[T, Arrays]]:
-        from distributed import KilledWorker
+        from distributed import CancelledError, KilledWorker
 
+        if self.client.status == "closed":  # its scheduler died
+            self.client = self._connect().client
         futures = {}
         try:
             for task in tasks:
@@ -198,8 +200,13 @@ class Dask:
                 f"Workers died again and again over one shard ({error}); give them more memory or smaller "
                 "ensembles.shard. Finished shards are kept."
             ) from error
+        except CancelledError as error:
+            raise SchedulerError(
+                "The Dask scheduler ended or was lost; start one and run again: finished shards are kept."
+            ) from error
         finally:
-            self.client.cancel(list(futures))
+            if self.client.status != "closed":
+                self.client.cancel(list(futures))
 
     def _done(self, futures: Mapping[Any, Any]) -> Iterator[Any]:
         """Futures as they are done, with a look for workers now and then."""
