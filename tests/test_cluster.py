@@ -8,7 +8,9 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
@@ -42,8 +44,9 @@ def started():
     WORKERS.add("dask", connect)
     for each in workers:
         if isinstance(each, cluster.Dask):
-            with each.client as client:
-                client.cluster.close()
+            if each.client.cluster is not None:
+                each.client.cluster.close()
+            each.client.close()
 
 
 def study(runs, **places):
@@ -126,6 +129,26 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path):
     assert said.stderr.count("Traceback") == 1, "of the script itself; its workers say nothing"
 
 
+def test_a_model_made_of_the_librarys_goes_to_the_workers(tmp_path, workers):
+    mlp = models.get("mlp")
+    models.register("mine", prepare=mlp.prepare)(mlp.factory)
+    try:
+        far = study(tmp_path, **{"scheduler": workers.scheduler_address, "model.name": "mine"})
+        assert far.original_logits().shape == (8, 160, 10)
+    finally:
+        models.MODELS.remove("mine")
+
+
+def test_users_of_one_machine_do_not_share_a_workers_folder(tmp_path, monkeypatch):
+    (tmp_path / "dmmlib-worker").touch()  # another's, where nothing can be written
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    state = SimpleNamespace(nthreads=torch.get_num_threads())
+    monkeypatch.setattr(distributed, "get_worker", lambda: SimpleNamespace(state=state))
+    preset = study(tmp_path, seed=17).preset.model_dump_json()
+    packed = np.packbits(np.ones((1, 120), bool), axis=1)
+    assert cluster.train_shard(preset, cloudpickle.dumps({}), packed, [0], False)["logits"].shape == (1, 160, 10)
+
+
 def test_what_cannot_be_sent_to_workers_is_said(tmp_path, workers):
     lock = threading.Lock()
 
@@ -188,8 +211,9 @@ def queue(tmp_path, monkeypatch):
     commands = {
         "sbatch": f"""
 grep -q "SBATCH -p nosuch" "$1" && echo "sbatch: error: invalid partition specified: nosuch" >&2 && exit 1
-setsid sh "$1" > /dev/null 2>&1 &
-cp "$1" {jobs}/$!
+cp "$1" {tmp_path}/$$  # as it goes when this command ends
+setsid sh {tmp_path}/$$ > /dev/null 2>&1 &
+cp {tmp_path}/$$ {jobs}/$!
 echo "Submitted batch job $!"
 """,
         "scancel": 'kill -9 -- -"$1"\n',
@@ -228,6 +252,67 @@ def test_jobs_of_a_queue_train_the_same(tmp_path, queue, tiny, started):
     scripts = [job.read_text() for job in queue.iterdir()]
     assert len(scripts) == 2
     assert all("--nthreads 2" in script for script in scripts)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_jobs_that_end_as_at_their_walltime_are_asked_for_again(tmp_path, queue, started, monkeypatch, processes):
+    pytest.importorskip("dask_jobqueue", reason="dask-jobqueue is not installed")
+    monkeypatch.setattr(cluster, "LOOK", 0.2)
+    monkeypatch.setattr(cluster, "LOST", 1.0)
+    told, end = [], str(tmp_path / "end")
+    options = SLURM["options"] | {"cores": processes, "processes": processes}
+    places = {"scheduler": "cluster", "cluster": SLURM | {"jobs": 1, "options": options}}
+    far = Study(TINY | {"device": "cpu"}, places, runs=tmp_path, progress=lambda *done: told.append(done))
+
+    def dawdle(*_):
+        while not os.path.exists(end):
+            time.sleep(0.1)
+        return {}
+
+    def kill():
+        while ("wait for a worker", 1, 1) not in told or not any(started[0].client.processing().values()):
+            time.sleep(0.1)
+        os.killpg(int(next(queue.iterdir()).name), signal.SIGKILL)
+        Path(end).touch()
+
+    monkeypatch.setattr(cluster, "train_shard", dawdle)
+    killer = threading.Thread(target=kill)
+    killer.start()
+    assert list(far.trained(lambda _: (np.ones((1, 8), bool), [0], False), ["task"])) == [("task", {})]
+    killer.join()
+    assert len(list(queue.iterdir())) == 2
+    assert told[:3] == [("wait for a worker", done, 1) for done in (0, 1, 0)]
+
+
+SCHEDULER = """
+import time, distributed
+local = distributed.LocalCluster(n_workers=1, processes=False, protocol="tcp", dashboard_address=None)
+print(local.scheduler_address, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_scheduler_that_dies_is_named_and_another_connected_to(tmp_path, workers, started, monkeypatch):
+    def arguments(_):
+        return np.ones((1, 8), bool), [0], False
+
+    monkeypatch.setattr(cluster, "train_shard", lambda *_: time.sleep(60))
+    with subprocess.Popen([sys.executable, "-c", SCHEDULER], stdout=subprocess.PIPE, text=True) as scheduler:
+        far = study(tmp_path, scheduler=scheduler.stdout.readline().strip())
+
+        def kill():
+            while not (started and any(started[0].client.processing().values())):
+                time.sleep(0.1)
+            scheduler.kill()
+
+        threading.Thread(target=kill).start()
+        with pytest.raises(SchedulerError, match=r"scheduler ended.* finished shards are kept\.$"):
+            list(far.trained(arguments, ["task"]))
+    monkeypatch.setattr(cluster, "train_shard", lambda *_: {})
+    far = study(tmp_path, scheduler=workers.scheduler_address)
+    for _ in range(2):
+        assert list(far.trained(arguments, ["task"])) == [("task", {})]
+        started[-1].client.close()  # as it does where a scheduler does not come back
 
 
 def test_a_queue_that_refuses_is_quoted(tmp_path, queue):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import getpass
 import importlib
 import importlib.util
 import inspect
@@ -20,6 +21,7 @@ import pickle
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -52,6 +54,7 @@ OPTIONS = {
 """Of a cluster's class, those that size and place it; others run Python, or load what does (docs/trust.md)."""
 LOOPBACK = "127.0.0.1:0"
 ONE_SHARD = threading.Lock()
+LOOK, LOST = 2.0, 30.0  # seconds between two looks for workers, and after which one that is gone stays so
 
 
 def connect(trainer: Trainer) -> Dask:
@@ -171,25 +174,25 @@ class Dask:
     """Train shards on the workers of a Dask scheduler, which are told the preset and need nothing else of the study."""
 
     def __init__(self, client: Any, trainer: Trainer) -> None:
-        self.client = client
+        self.client, self._connect = client, functools.partial(connect, trainer)
+        self._seen: dict[str, float] = {}  # jobs, and when they last had a worker
         self._progress = trainer.progress
         self._preset = trainer.preset.model_copy(update={"scheduler": "local", "threads": None}).model_dump_json()
         self._own = _registered(trainer)
 
     def map(self, arguments: Callable[[T], Arguments], tasks: Sequence[T]) -> Iterator[tuple[T, Arrays]]:
-        from distributed import KilledWorker, as_completed
+        from distributed import CancelledError, KilledWorker
 
-        if not self.client.scheduler_info()["workers"]:  # jobs may wait in a queue for hours
-            self._progress("wait for a worker", 0, 1)
-            self.client.wait_for_workers(1)
-            self._progress("wait for a worker", 1, 1)
+        if self.client.status == "closed":  # its scheduler died
+            self.client = self._connect().client
         futures = {}
-        for task in tasks:
-            masks, seeds, *how = arguments(task)
-            packed = np.packbits(masks, axis=1)  # an eighth of the bytes
-            futures[self.client.submit(train_shard, self._preset, self._own, packed, seeds, *how, pure=False)] = task
         try:
-            for future in as_completed(futures, loop=self.client.loop):
+            for task in tasks:
+                masks, seeds, *how = arguments(task)
+                packed = np.packbits(masks, axis=1)  # an eighth of the bytes
+                sent = self.client.submit(train_shard, self._preset, self._own, packed, seeds, *how, pure=False)
+                futures[sent] = task
+            for future in self._done(futures):
                 yield futures.pop(future), future.result()
                 future.release()  # its arrays are on disk now
         except KilledWorker as error:
@@ -197,8 +200,43 @@ class Dask:
                 f"Workers died again and again over one shard ({error}); give them more memory or smaller "
                 "ensembles.shard. Finished shards are kept."
             ) from error
+        except CancelledError as error:
+            raise SchedulerError(
+                "The Dask scheduler ended or was lost; start one and run again: finished shards are kept."
+            ) from error
         finally:
-            self.client.cancel(list(futures))
+            if self.client.status != "closed":
+                self.client.cancel(list(futures))
+
+    def _done(self, futures: Mapping[Any, Any]) -> Iterator[Any]:
+        """Futures as they are done, with a look for workers now and then."""
+        from distributed import as_completed
+
+        done, due, waits = as_completed(futures, loop=self.client.loop), 0.0, False
+        while not done.is_empty():
+            if done.has_ready():
+                yield next(done)
+            elif time.monotonic() < due:
+                time.sleep(0.05)
+            else:
+                if waits == (there := self._staffed()):  # jobs may wait in a queue for hours
+                    self._progress("wait for a worker", int(there), 1)
+                waits, due = not there, time.monotonic() + LOOK
+
+    def _staffed(self) -> bool:
+        """Whether there are workers; jobs of a queue that ended, as at their walltime, are asked for again."""
+        from distributed import SpecCluster
+
+        workers, cluster, now = self.client.scheduler_info()["workers"].values(), self.client.cluster, time.monotonic()
+        if isinstance(cluster, SpecCluster):  # it notes the end of some, and asks for none
+            names = {str(worker["name"]) for worker in workers}
+            self._seen |= dict.fromkeys([*names, *(name.rpartition("-")[0] for name in names)], now)
+            for name in [name for name, last in self._seen.items() if now - last > LOST]:
+                del self._seen[name]
+                cluster.workers.pop(name, None)
+            if len(cluster.workers) < len(cluster.worker_spec):
+                SpecCluster.scale(cluster, len(cluster.worker_spec))
+        return bool(workers)
 
 
 def _registered(trainer: Trainer) -> bytes:
@@ -208,9 +246,9 @@ def _registered(trainer: Trainer) -> bytes:
         if not name.endswith(".npz"):
             entry: Any = REGISTRIES[kind][name]
             module = sys.modules.get(getattr(entry, "factory", entry).__module__)
-            if module is None or not module.__name__.startswith("dmmlib."):
+            if not REGISTRIES[kind].library(name):
                 own[kind, name] = entry
-                if module is not None and module.__name__ != "__main__":
+                if module is not None and not module.__name__.startswith(("__main__", "dmmlib.")):
                     cloudpickle.register_pickle_by_value(module)  # workers need not have the file
     try:
         return cloudpickle.dumps(own)
@@ -239,7 +277,8 @@ def _trainer(preset: str, own: bytes) -> Trainer:
             REGISTRIES[kind].add(name, entry)
     except ImportError as error:
         raise SchedulerError(f"A worker lacks what the model or data need ({error}); install it there.") from None
-    return Trainer(json.loads(preset), runs=Path(tempfile.gettempdir()) / "dmmlib-worker", progress=silent)
+    user = getattr(os, "getuid", getpass.getuser)()  # others can use the same machine
+    return Trainer(json.loads(preset), runs=Path(tempfile.gettempdir()) / f"dmmlib-worker-{user}", progress=silent)
 
 
 WORKERS.add("dask", connect)
