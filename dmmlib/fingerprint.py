@@ -24,11 +24,10 @@ from dmmlib.files import short
 NOISE = ("__module__", "__dict__", "__weakref__", "__doc__", "__firstlineno__", "__static_attributes__")  # of classes
 
 
-def of_own(function: Callable[..., Any], library: bool = True) -> dict[str, str]:
-    """What a key holds besides the version: a function's hash or, of the library's that a user registered, its name."""
-    if _module(function).startswith("dmmlib."):
-        return {} if library else {"code": f"{_module(function)}.{getattr(function, '__qualname__', '')}"}
-    return {"code": short(repr(_Seen(function).of(function)).encode())}
+def of_own(function: Callable[..., Any]) -> dict[str, str]:
+    """What a key holds of a registered function besides its version: nothing for the library's, else its hash."""
+    library = _module(function).startswith("dmmlib.")
+    return {} if library else {"code": short(repr(_Seen(function).of(function)).encode())}
 
 
 def _module(value: Any) -> str:

@@ -52,15 +52,14 @@ def fitted(preset: Preset, name: str) -> dict[str, Any]:
     section = preset.attribution.model_dump(mode="json") | {"name": name}
     if name != preset.attribution.name:
         section["options"] = {}
-    own = fingerprint.of_own(attribution.get(name), attribution.ATTRIBUTORS.library(name))
+    own = fingerprint.of_own(attribution.get(name))
     return {"attribution": section, "versions of attributor": versions(*ATTRIBUTION, f"attributor {name}") | own}
 
 
 def method(name: str) -> dict[str, Any]:
     """What a method's result depends on through its code."""
-    base = name.partition("@")[0]
-    own = fingerprint.of_own(unlearn.get(name).run, unlearn.METHODS.library(base))
-    return {"method": name, "versions of method": versions(*UNLEARNING, f"method {base}") | own}
+    own = fingerprint.of_own(unlearn.get(name).run)
+    return {"method": name, "versions of method": versions(*UNLEARNING, f"method {name.partition('@')[0]}") | own}
 
 
 def apart(data: Dataset) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import is_dataclass
 from numbers import Integral, Real
@@ -71,16 +70,12 @@ class Registry(Generic[T]):
 
     def __init__(self, kind: str, *modules: str) -> None:
         self._kind, self._modules = kind, list(modules)
-        self._entries: dict[str, tuple[T, int, bool]] = {}
+        self._entries: dict[str, tuple[T, int]] = {}
         REGISTRIES[kind] = self
 
     def add(self, name: str, entry: T, version: int = 1) -> None:
         """Register an entry; one of the same name is replaced. Raises MethodError for a name that is no file's."""
-        frame = sys._getframe()
-        while frame.f_back and frame.f_code.co_name != "<module>":  # the code that is run or imported, which registers
-            frame = frame.f_back
-        ours = str(frame.f_globals["__name__"]).startswith("dmmlib.")
-        self._entries[check_name(name, MethodError)] = entry, version, ours
+        self._entries[check_name(name, MethodError)] = entry, version
 
     def register(self, name: str, version: int = 1, entry_of: Callable[[Any], T] | None = None) -> Callable[[F], F]:
         """Register what is decorated, or the entry that is made of it; raise `version` when its results change."""
@@ -109,11 +104,7 @@ class Registry(Generic[T]):
         """The version of an entry; raises MethodError if there is none of that name."""
         return self._find(name)[1]
 
-    def library(self, name: str) -> bool:
-        """Whether the library itself registered an entry; one that a user made of its parts is the user's."""
-        return self._find(name)[2]
-
-    def _find(self, name: str) -> tuple[T, int, bool]:
+    def _find(self, name: str) -> tuple[T, int]:
         if name not in self._entries and name not in tuple(self):
             raise MethodError(
                 f"Unknown {self._kind} {name!r}; use one of {', '.join(self)}, or register your own."

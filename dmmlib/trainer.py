@@ -260,7 +260,7 @@ class Trainer(Given):
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What every trained model depends on besides its mask and seed."""
-        own = not models.MODELS.library(self.preset.model.name)
+        own = not self._spec.factory.__module__.startswith("dmmlib.")
         answers: dict[str, Any] = {"answers": models.fingerprint(self.module, self._few)} if own else {}
         if self._spec.loop is not None:
             answers["loop"] = fingerprint.of_own(self._spec.loop)

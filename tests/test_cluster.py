@@ -129,16 +129,6 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path):
     assert said.stderr.count("Traceback") == 1, "of the script itself; its workers say nothing"
 
 
-def test_a_model_made_of_the_librarys_goes_to_the_workers(tmp_path, workers):
-    mlp = models.get("mlp")
-    models.register("mine", prepare=mlp.prepare)(mlp.factory)
-    try:
-        far = study(tmp_path, **{"scheduler": workers.scheduler_address, "model.name": "mine"})
-        assert far.original_logits().shape == (8, 160, 10)
-    finally:
-        models.MODELS.remove("mine")
-
-
 def test_users_of_one_machine_do_not_share_a_workers_folder(tmp_path, monkeypatch):
     (tmp_path / "dmmlib-worker").touch()  # another's, where nothing can be written
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

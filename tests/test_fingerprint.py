@@ -8,12 +8,9 @@ import types
 
 import pytest
 
-from dmmlib import attribution, keys, models, unlearn
+from dmmlib import attribution, unlearn
 from dmmlib.fingerprint import of_own
-from dmmlib.progress import silent
-from dmmlib.study import Study
 from dmmlib.unlearn import Unlearned
-from tests.conftest import TINY
 
 BEFORE = """
 import functools
@@ -185,27 +182,6 @@ def test_it_is_the_same_in_every_process(tmp_path):
         return subprocess.run([sys.executable, "-c", code], env=path, capture_output=True, text=True, check=True).stdout
 
     assert said("1") == said("2") == said("2"), "compiled, and from the cache of what is compiled"
-
-
-def test_what_a_user_makes_of_the_librarys_parts_is_told_apart(tmp_path):
-    def seen(model, method, attributor):
-        spec = models.get(model)
-        models.register("mine", prepare=spec.prepare)(spec.factory)
-        unlearn.register("mine", attributed=True)(unlearn.get(method).run)
-        attribution.register("mine")(attribution.get(attributor))
-        study = Study(TINY | {"model": {"name": "mine"}}, runs=tmp_path, progress=silent)
-        preset = study.preset
-        return study.identity, keys.method("mine"), keys.fitted(preset, "mine"), keys.method("mine@kernel")
-
-    try:
-        both = zip(seen("linear", "gd", "kernel"), seen("mlp", "ga", "lasso"), strict=True)
-        assert all(one != other for one, other in both)
-        assert not models.MODELS.library("mine")
-        assert models.MODELS.library("mlp")
-        assert "answers" not in Study(TINY, runs=tmp_path, progress=silent).identity
-    finally:
-        for registry in (models.MODELS, unlearn.METHODS, attribution.ATTRIBUTORS):
-            registry.remove("mine")
 
 
 def test_an_edited_method_or_attributor_gets_no_old_result(tiny):

@@ -246,9 +246,9 @@ def _registered(trainer: Trainer) -> bytes:
         if not name.endswith(".npz"):
             entry: Any = REGISTRIES[kind][name]
             module = sys.modules.get(getattr(entry, "factory", entry).__module__)
-            if not REGISTRIES[kind].library(name):
+            if module is None or not module.__name__.startswith("dmmlib."):
                 own[kind, name] = entry
-                if module is not None and not module.__name__.startswith(("__main__", "dmmlib.")):
+                if module is not None and module.__name__ != "__main__":
                     cloudpickle.register_pickle_by_value(module)  # workers need not have the file
     try:
         return cloudpickle.dumps(own)
