@@ -235,8 +235,7 @@ def descend(
         with stacking.lone_points(module) if lone else nullcontext():
             if t == 0:
                 stacked = stacking.stackable(module, ensemble.params, ensemble.buffers, x[indices[:2]])
-                compile = compile and stacked
-                if compile:
+                if compile := compile and stacked:
                     vary_in_size([*ensemble.params.values(), *ensemble.buffers.values(), x, told], 0)
                     vary_in_size([t for memory in (*state.values(), masks or {}) for t in memory.values()], 0)
             seeds = None if stacked else [noise(m, t, row) for m, row in zip(numbers, batch, strict=True)]

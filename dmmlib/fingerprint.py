@@ -26,11 +26,11 @@ NOISE = ("__module__", "__dict__", "__weakref__", "__doc__", "__firstlineno__", 
 
 def of_own(function: Callable[..., Any]) -> dict[str, str]:
     """What a key holds of a registered function besides its version: nothing for the library's, else its hash."""
-    library = _module(function).startswith("dmmlib.")
+    library = module_of(function).startswith("dmmlib.")
     return {} if library else {"code": short(repr(_Seen(function).of(function)).encode())}
 
 
-def _module(value: Any) -> str:
+def module_of(value: Any) -> str:
     """The module of a function or class; of a function where it was written, not whose place it takes (`wraps`)."""
     return str(getattr(value, "__globals__", {}).get("__name__") or getattr(value, "__module__", ""))
 
@@ -39,7 +39,7 @@ class _Seen:
     """Looks at values, each once, as one can lead back to itself."""
 
     def __init__(self, root: Any) -> None:
-        self._root = _module(root).partition(".")[0]
+        self._root = module_of(root).partition(".")[0]
         self._known: dict[int, tuple[int, Any]] = {}  # holds them, or another could get their id
 
     def of(self, value: Any) -> Any:
@@ -62,7 +62,7 @@ class _Seen:
         if isinstance(value, types.ModuleType):
             return value.__name__
         if isinstance(value, types.FunctionType):
-            return self._function(value) if self._is_own(_module(value)) else (_module(value), value.__qualname__)
+            return self._function(value) if self._is_own(module_of(value)) else (module_of(value), value.__qualname__)
         if isinstance(value, type):
             inside = {k: v for k, v in vars(value).items() if k not in NOISE} if self._is_own(value.__module__) else {}
             return value.__module__, value.__qualname__, self.of(value.__bases__), self._mapping(inside)

@@ -139,8 +139,7 @@ class Models(Trainer):
 
     def lds(self, model: datamodels.Attributor) -> np.ndarray:
         """Predicted and actual margins (2, n_held_out / 2, n_points) on subsets that chose nothing."""
-        half = self.preset.datamodels.n_held_out // 2
-        masks, outputs = (a[half:] for a in self.held_out())
+        masks, outputs = (a[self.preset.datamodels.n_held_out // 2 :] for a in self.held_out())
         return np.stack([metrics.right_logits(z, self.data.y) for z in (model.predict(masks), outputs)])
 
     # --- attribution -----------------------------------------------------------------------------------

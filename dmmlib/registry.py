@@ -20,6 +20,7 @@ from pydantic import InstanceOf, PydanticUserError, TypeAdapter, ValidationError
 
 from dmmlib.errors import MethodError, OptionError
 from dmmlib.files import check_name
+from dmmlib.fingerprint import module_of
 
 F = TypeVar("F")
 T = TypeVar("T")
@@ -103,6 +104,11 @@ class Registry(Generic[T]):
     def version(self, name: str) -> int:
         """The version of an entry; raises MethodError if there is none of that name."""
         return self._find(name)[1]
+
+    def ours(self, name: str) -> bool:
+        """Whether the library registered an entry, under its function's name: then a version says how it computes."""
+        made: Any = getattr(self[name], "factory", self[name])
+        return module_of(made).startswith("dmmlib.") and getattr(made, "__name__", "") == name.replace("-", "_")
 
     def _find(self, name: str) -> tuple[T, int]:
         if name not in self._entries and name not in tuple(self):

@@ -174,8 +174,7 @@ class Study(Models):
     def forget_sets(self) -> dict[str, ForgetSet]:
         """The reported forget sets by name, which share no point; also saved as JSON in the run's directory."""
         own = {} if self.own is None else {self.own.name: self.own}
-        sections = () if own and not self._beside else self.preset.forget_sets
-        return self._make_forget_sets(sections) | own
+        return self._make_forget_sets(() if own and not self._beside else self.preset.forget_sets) | own
 
     @once
     def tuning_sets(self) -> dict[str, ForgetSet]:
@@ -233,8 +232,7 @@ class Study(Models):
         """Every setting tried of a method on the tuning sets, best first; see `tuning.search`. Kept on disk."""
         config = keys.method(method) | keys.attributed(self.preset, method, self.tuning_sets)
         settings = unlearn.configurations(method, self.preset.tuning.budget, self.preset.seed)
-        n = self.preset.ensembles.n_models
-        return self._search(method, unlearn.get(method), settings, config, method, n)
+        return self._search(method, unlearn.get(method), settings, config, method, self.preset.ensembles.n_models)
 
     def _search(
         self, name: str, method: Method, settings: list[dict[str, Any]], config: dict[str, Any], problem_of: str, n: int

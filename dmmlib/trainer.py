@@ -103,7 +103,7 @@ class Given:
             raise StoreError(f"runs is {str(runs)!r}; give a folder on this machine, and the address as `store`.")
         self.runs = Path(runs or place("runs")).absolute()  # wherever who asks goes next
         self.progress = progress or Reporter()
-        self._spec = models.get(self.preset.model.name)
+        self._spec, self._ours = models.get(self.preset.model.name), models.MODELS.ours(self.preset.model.name)
         with reaching(self.root):
             files, where = url_to_fs(self.root)
         for folder in (self.runs, *([Path(where)] if "file" in files.protocol else [])):
@@ -146,8 +146,8 @@ class Given:
 
     @cached_property
     def _bytes(self) -> bool:
-        ours = self._spec.factory.__module__.startswith("dmmlib.") and self._spec.prepare is models.normalise
-        return ours and self.data.x_train.dtype == np.uint8 and self.device.type == "cuda"
+        images = self._spec.prepare is models.normalise and self.data.x_train.dtype == np.uint8
+        return images and self._ours and self.device.type == "cuda"
 
     @property
     def features(self) -> np.ndarray:
@@ -244,8 +244,7 @@ class Trainer(Given):
 
     def seeds(self, name: str, n: int) -> list[int]:
         """n seeds for a name; those of different names are independent, and a longer list begins with a shorter one."""
-        sequence = np.random.SeedSequence([self.preset.seed, zlib.crc32(name.encode())])
-        return sequence.generate_state(n).tolist()
+        return np.random.SeedSequence([self.preset.seed, zlib.crc32(name.encode())]).generate_state(n).tolist()
 
     def random_masks(self, name: str, n: int, fraction: float) -> np.ndarray:
         """n random subsets of S of that share, bool (n, n_train)."""
@@ -260,8 +259,7 @@ class Trainer(Given):
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What every trained model depends on besides its mask and seed."""
-        own = not self._spec.factory.__module__.startswith("dmmlib.")
-        answers: dict[str, Any] = {"answers": models.fingerprint(self.module, self._few)} if own else {}
+        answers: dict[str, Any] = {} if self._ours else {"answers": models.fingerprint(self.module, self._few)}
         if self._spec.loop is not None:
             answers["loop"] = fingerprint.of_own(self._spec.loop)
         if seen := fingerprint.of_own(self._spec.prepare):

@@ -139,6 +139,15 @@ def test_users_of_one_machine_do_not_share_a_workers_folder(tmp_path, monkeypatc
     assert cluster.train_shard(preset, cloudpickle.dumps({}), packed, [0], False)["logits"].shape == (1, 160, 10)
 
 
+def test_a_model_of_the_library_under_a_name_of_ones_own_goes_to_the_workers(tmp_path):
+    models.MODELS.add("mine", models.get("mlp"))
+    try:
+        sent = cloudpickle.loads(cluster._registered(study(tmp_path, model={"name": "mine"})))
+    finally:
+        models.MODELS.remove("mine")
+    assert sent == {("model", "mine"): models.get("mlp")}, "and not the data set, which workers know"
+
+
 def test_what_cannot_be_sent_to_workers_is_said(tmp_path, workers):
     lock = threading.Lock()
 

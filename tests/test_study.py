@@ -38,6 +38,7 @@ from dmmlib.files import read_arrays, read_json, write_arrays
 from dmmlib.progress import Reporter, describe, silent
 from dmmlib.study import Study
 from dmmlib.trainer import Trainer
+from dmmlib.zoo import architectures
 from tests.conftest import TINY, damages
 
 
@@ -595,6 +596,21 @@ def test_a_model_of_ones_own_that_changes_is_trained_anew(tmp_path):
         assert len(list(tmp_path.glob("runs/store/originals-*.zarr"))) == 2
     finally:
         models.MODELS.remove("edited")
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda factory: factory, lambda factory: functools.wraps(factory)(lambda *a: factory(*a))]
+)
+def test_models_of_the_library_under_a_name_of_ones_own_do_not_share_a_store(tmp_path, wrap):
+    try:
+        for factory in (architectures.linear, architectures.mlp):
+            models.register("mine", prepare=models.pooled)(wrap(factory))
+            study(tmp_path, {"model": {"name": "mine"}}).original_logits()
+    finally:
+        models.MODELS.remove("mine")
+    assert len(list(tmp_path.glob("runs/store/originals-*.zarr"))) == 2
+    for known in (models.MODELS, data.DATASETS):
+        assert all(map(known.ours, known)), "a version tells how each of the library's computes"
 
 
 def test_constants_of_normalisation_are_part_of_the_key(tmp_path):

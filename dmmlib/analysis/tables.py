@@ -128,8 +128,7 @@ def requests(results: pd.DataFrame) -> pd.DataFrame:
     }
     for probe in (split for split in results["split"].unique() if split not in (*SPLITS, "all")):
         columns[f"{probe}: share"] = wide["accuracy", probe]
-    table = pd.DataFrame(columns).rename(index=label, level="method")
-    return table.rename_axis(index={"forget_set": "forget set"})
+    return pd.DataFrame(columns).rename(index=label, level="method").rename_axis(index={"forget_set": "forget set"})
 
 
 def setting(value: Any) -> str:

@@ -243,13 +243,12 @@ def _registered(trainer: Trainer) -> bytes:
     """The preset's model and data set, pickled, where they are registered outside the library: workers lack them."""
     own: dict[tuple[str, str], Any] = {}
     for kind, name in (("model", trainer.preset.model.name), ("data set", trainer.preset.data.name)):
-        if not name.endswith(".npz"):
+        if not name.endswith(".npz") and not REGISTRIES[kind].ours(name):
             entry: Any = REGISTRIES[kind][name]
-            module = sys.modules.get(getattr(entry, "factory", entry).__module__)
-            if module is None or not module.__name__.startswith("dmmlib."):
-                own[kind, name] = entry
-                if module is not None and module.__name__ != "__main__":
-                    cloudpickle.register_pickle_by_value(module)  # workers need not have the file
+            own[kind, name] = entry
+            module = getattr(entry, "factory", entry).__module__
+            if module in sys.modules and module != "__main__" and not module.startswith("dmmlib."):
+                cloudpickle.register_pickle_by_value(sys.modules[module])  # workers need not have the file
     try:
         return cloudpickle.dumps(own)
     except Exception as error:  # whatever a user's objects raise

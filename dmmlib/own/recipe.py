@@ -92,7 +92,6 @@ class Recipe:
         def make(shape: tuple[int, ...], n_classes: int) -> nn.Module:
             return self.model()
 
-        load.__module__ = make.__module__ = NAME  # not the library's: keys take what it answers, workers are sent it
         datasets.DATASETS.add(NAME, load)
         models.MODELS.add(NAME, models.ModelSpec(make, self.prepare, self.loop))
         unused = {"name": "unused", "kind": "random", "size": 1}  # a preset has forget sets

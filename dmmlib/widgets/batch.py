@@ -123,8 +123,7 @@ class Saving(w.VBox):
 def _only_here(preset: presets.Preset) -> dict[str, str]:
     """Names of a preset's data and model that only this process knows: registered, but not by the library."""
     named: tuple[Any, ...] = ("data", data.DATASETS, preset.data.name), ("model", MODELS, preset.model.name)
-    found = [(kind, name, registry[name]) for kind, registry, name in named if name in registry]
-    return {kind: name for kind, name, made in found if getattr(made, "factory", made).__module__[:7] != "dmmlib."}
+    return {kind: name for kind, registry, name in named if name in registry and not registry.ours(name)}
 
 
 class Trial(w.VBox):

@@ -59,6 +59,5 @@ class Explorer(w.VBox):
         self.view.show(lines, figures.STYLE, title=title, caption=caption, axes=AXES)
 
     def _repr_mimebundle_(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        picture = png(figures.explored(*self.drawn))
-        still = {"image/png": base64.b64encode(picture).decode()}
+        still = {"image/png": base64.b64encode(png(figures.explored(*self.drawn))).decode()}
         return {**super()._repr_mimebundle_(**options), **still}, {"image/png": {"alt": self.view.label}}

@@ -37,7 +37,7 @@ CIFAR10_CLASSES = (
 def fashion_mnist() -> Dataset:
     """The embedded subset: 10,000 training and 2,000 test images (data/README.md)."""
     check_sha256(EMBEDDED_FASHION_MNIST, FASHION_MNIST_SHA256)
-    return from_npz(
+    return npz(
         EMBEDDED_FASHION_MNIST,
         name="fashion-mnist",
         class_names=FASHION_MNIST_CLASSES,
@@ -47,7 +47,7 @@ def fashion_mnist() -> Dataset:
 
 
 @register("npz")
-def from_npz(
+def npz(
     path: str | Path,
     name: str = "",
     class_names: tuple[str, ...] | None = None,
@@ -117,7 +117,7 @@ def cifar10(path: str | Path | None = None) -> Dataset:
     else:
         archive = Path(path).expanduser()
         if archive.suffix == ".npz":
-            return from_npz(archive, **constants)
+            return npz(archive, **constants)
         if archive.is_dir():
             archive = archive / "cifar-10-python.tar.gz"
     check_sha256(archive, CIFAR10_SHA256)  # before anything is unpickled
