@@ -15,6 +15,7 @@ import itertools
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,8 @@ import pandas as pd
 from joblib import Parallel, delayed
 
 from dmmlib import forget_sets, metrics, unlearn
-from dmmlib.analysis.intervals import wilson
+from dmmlib.analysis.evaluators import membership_auc
+from dmmlib.analysis.intervals import certain
 from dmmlib.own.audit import verdict
 from dmmlib.progress import silent
 from dmmlib.study import Study
@@ -124,9 +126,8 @@ def judged(table: pd.DataFrame) -> pd.DataFrame:
 
 def auc(score: np.ndarray, by_klom: np.ndarray) -> float:
     """How well a score ranks what KLoM calls not forgotten above what it calls forgotten."""
-    out, back = score[~by_klom], np.sort(score[by_klom])
-    below = [np.searchsorted(back, out, side) for side in ("left", "right")]  # ties count half
-    return float(np.mean(below) / len(back)) if len(out) and len(back) else np.nan
+    out, back = score[~by_klom], score[by_klom]
+    return float(membership_auc(out[None], back[None])[0]) if len(out) and len(back) else np.nan
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -174,14 +175,13 @@ def interval(statistic: Callable[..., float], *columns: pd.Series) -> tuple[floa
     No resample of a share of 0 or 1 differs from it: there it is Wilson's, over sets.
     """
     values, by_set = [column.to_numpy() for column in columns], columns[0].groupby(["data", "forget_set"])
-    value, sets = float(statistic(*values)), list(by_set.indices.values())
+    sets = list(by_set.indices.values())
     picks = np.random.default_rng(0).integers(0, len(sets), (1000, len(sets)))
     rows = (np.concatenate([sets[i] for i in pick]) for pick in picks)
     low, high = np.nanpercentile([statistic(*(v[at] for v in values)) for at in rows], [2.5, 97.5])
-    if statistic is np.mean and value in (0, 1):
-        share = wilson(int(value) * len(sets), len(sets))
-        low, high = share.low, share.high
-    return value, float(low), float(high), len(values[0]), len(sets)
+    found = metrics.Estimate(float(statistic(*values)), float(low), float(high))
+    found = certain(found, len(sets)) if statistic is np.mean else found
+    return *astuple(found), len(values[0]), len(sets)
 
 
 if __name__ == "__main__":

@@ -346,7 +346,7 @@ def gap_summary(
     p = np.stack([ks_p_values(unlearned, oracle, _ks(*places, u, o)) for u, o in draws])
 
     def statistics(at: np.ndarray) -> Iterator[np.ndarray]:
-        """Of each draw: mean gap, and shares of tests that reject: each at `LEVEL`, and (Benjamini-Hochberg) all."""
+        """Of each draw: the mean gap, and the shares of tests rejecting at `LEVEL`, alone and by Benjamini-Hochberg."""
         yield gap.take(at, 1).mean(1)
         yield (p.take(at, 1) <= LEVEL).mean(1)
         yield (false_discovery_control(p.take(at, 1), axis=1) <= LEVEL).mean(1)

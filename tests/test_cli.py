@@ -280,8 +280,8 @@ def test_a_set_of_ones_own_goes_to_the_stages_that_study_it():
         source = {n: "".join(c.source for c in nbformat.read(p, 4).cells) for n, p in batch.stages().items()}
         return tuple(n for n, text in source.items() if f"{name}={name}" in text and "study.forget_sets()" in text)
 
-    assert using("forget_set") == cli.STUDY_IT
-    assert using("beside") == cli.STUDY_IT_BESIDE
+    assert using("forget_set") == batch.STUDY
+    assert using("beside") == cli.BESIDE
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import astuple
 
 import numpy as np
 import pandas as pd
@@ -61,6 +62,12 @@ def wilson(successes: int, n: int) -> Estimate:
     """Compute the share of successes in n trials, with Wilson's interval."""
     found = binomtest(successes, n).proportion_ci(2 * float(norm.cdf(Z)) - 1, "wilson")
     return Estimate(successes / n, float(found.low), float(found.high))
+
+
+def certain(share: Estimate, n: int) -> Estimate:
+    """A share of n, resampled; with Wilson's interval where no resample differs from it, as it is 0 or 1."""
+    nearest = np.clip(np.round(share.value), 0, 1)
+    return wilson(int(nearest) * n, n) if np.allclose(astuple(share), nearest, atol=1e-9) else share
 
 
 def ks_power(n_models: int, shift: float, n_draws: int = 4000) -> float:

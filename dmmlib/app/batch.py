@@ -38,6 +38,7 @@ ORDER = {
 """What is begun first where several stages could be: the main results, then what takes long; and seconds that each took
 of the laptop preset on two cores, which tell how much of a run is done until one has run here."""
 
+STUDY = ("02", "03", "04", "05", "07")  # stages of the study's own models and forget sets; others train small ones
 SPEED = {"chunk": "auto", "compile": "auto", "shard": 100}  # of ensembles: keys hold the defaults, whatever is set
 
 Say = Callable[[str, bool], None]

@@ -22,7 +22,7 @@ from dmmlib.progress import Pulse, duration, silent
 TRAINING = ("02", "04")  # stages that keep every core busy by themselves
 REQUEST_STAGE, REQUEST = "04", ["do_nothing", "retrain", "dm_direct", "dmm"]
 """What a forget set of one's own is studied with, unless more is asked for."""
-STUDY_IT, STUDY_IT_BESIDE = ("02", "03", "04", "05", "07"), ("04", "05")  # the stages that can, of a set of one's own
+BESIDE = ("04", "05")  # stages that can study a set of one's own beside the preset's
 HELP = {"help_option_names": ["-h", "--help"]}
 
 
@@ -154,7 +154,7 @@ def run(
         raise PresetError(f"Unknown stage {unknown[0]!r}; use one of {', '.join(known)}, --stage before each.")
     if beside and not forget_set:
         raise PresetError("--beside was given without --forget-set, the file of the set to study; give both.")
-    able = (STUDY_IT_BESIDE if beside else STUDY_IT) if forget_set else tuple(known)
+    able = (BESIDE if beside else batch.STUDY) if forget_set else tuple(known)
     wanted = [n.zfill(2) for n in stage or ([REQUEST_STAGE] if forget_set and not beside else able)]
     if unable := [number for number in wanted if number not in able]:
         how = "--forget-set" + " --beside" * beside

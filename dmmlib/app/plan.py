@@ -17,7 +17,7 @@ from platformdirs import user_cache_dir
 from tqdm import tqdm
 
 from dmmlib import ensemble, models, tuning, unlearn
-from dmmlib.app import status
+from dmmlib.app import batch, status
 from dmmlib.data import Dataset
 from dmmlib.datamodels import BLOCK
 from dmmlib.errors import DataError, OptionError
@@ -33,7 +33,6 @@ from dmmlib.study import Study
 PUBLISHED = {"cifar10": ((32, 32, 3), 10, 50_000, 10_000), "living17": ((160, 160, 3), 17, 88_400, 3_400)}
 """Data sets that need not be on this machine: shape of a point, classes, training and validation points."""
 COLUMNS = ["models", "planned", "done", "missing", "gradients"]
-STORY = ("02", "03", "04", "05", "07")  # the stages whose models are counted; others train small ones of their own
 
 
 class Rate(NamedTuple):
@@ -102,7 +101,7 @@ def plan(
     runs: Path | None = None,
     forget_set: Path | None = None,
     beside: bool = False,
-    stages: Collection[str] = STORY,
+    stages: Collection[str] = batch.STUDY,
 ) -> Plan:
     """Plan a run, given what is in the stores. Trains and writes nothing; raises what a run of the preset would.
 
@@ -179,7 +178,7 @@ def _asked(
     attributors = [m.partition("@")[2] or preset.attribution.name for m in methods]
     several = (m not in given and len(unlearn.configurations(m, preset.tuning.budget)) > 1 for m in methods)
     searched = any(several) or {"dmm", "oracle_matching"} <= {*methods}  # which stage 04 ablates
-    told, reported = stages.intersection(STORY), beside or not own
+    told, reported = stages.intersection(batch.STUDY), beside or not own
     tuned = bool(told & ({"02", "04", "05", "07"} if searched else {"02", "07"}))
     made = preset.forget_sets * (reported or tuned) + preset.tuning.forget_sets * tuned
     held_out = preset.datamodels.n_held_out * ("03" in told or any(part.kind.startswith("pc") for part in made))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dmmlib.analysis.intervals import wilson
+from dmmlib.analysis.intervals import certain
 from dmmlib.data import Dataset
 from dmmlib.errors import ForgetSetError
 from dmmlib.studies.adversary import service
@@ -41,8 +41,7 @@ def detection(scores: pd.DataFrame) -> pd.DataFrame:
             row |= {name: service.area(honest[name].to_numpy(), part[name].to_numpy()) for name in service.COMPONENTS}
             for name, statistic in (("score", service.area), ("detected at 5 %", service.detected)):
                 e = service.resampled(statistic, honest["score"].to_numpy(), part["score"].to_numpy())
-                certain = statistic is service.detected and e.low == e.high  # all or none, in each resample
-                row |= bounds(name, wilson(round(e.value * len(part)), len(part)) if certain else e)
+                row |= bounds(name, certain(e, len(part)) if statistic is service.detected else e)
             rows.append(row)
     return pd.DataFrame(rows)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from dmmlib import metrics, unlearn
-from dmmlib.analysis.intervals import means_over, wilson
+from dmmlib.analysis.intervals import certain, means_over
 from dmmlib.forget_sets import ForgetSet
 from dmmlib.studies.adversary.experiments import Asked, Prepared, never_trained
 from dmmlib.studies.adversary.world import World, retrain, together
@@ -117,12 +117,11 @@ def interval(table: pd.DataFrame, column: str, n_bootstrap: int = 500, seed: int
     (targets, row), (models, of) = (np.unique(table[name], return_inverse=True) for name in ("target", "model"))
     values = np.full((len(targets), len(models)), np.nan)
     values[row[::-1], of[::-1]] = table[column].to_numpy(float)[::-1]  # the first of several
-    if table[column].dtype == bool and values.min() == values.max():
-        return wilson(int(values.min()) * len(values), len(values))
     rng = np.random.default_rng(seed)
     of_targets, of_models = (rng.multinomial(n, np.full(n, 1 / n), n_bootstrap) / n for n in values.shape)
     draws = ((of_targets @ values) * of_models).sum(1)
-    return metrics.Estimate(float(values.mean()), *np.percentile(draws, [2.5, 97.5]).tolist())
+    found = metrics.Estimate(float(values.mean()), *np.percentile(draws, [2.5, 97.5]).tolist())
+    return certain(found, len(values)) if table[column].dtype == bool else found
 
 
 def bounds(name: str, e: metrics.Estimate) -> dict[str, float]:
