@@ -149,6 +149,7 @@ def test_a_dry_run_trains_nothing(dmm, tiny_file, tmp_path):
     assert said.exit_code == 0, said.output
     assert "tiny+ensembles.n_models-9: digits, 120 training" in said.output
     assert "stages: 01 convex setting" in said.output
+    assert "all in all: not known before a run" in said.output
     forget_sets.make("mine", [3, 4], Study(TINY).data, kind="chosen", preset="tiny").save(tmp_path / "mine.json")
     said = dmm("run", tiny_file, "--dry-run", "--forget-set", tmp_path / "mine.json")
     assert said.output.strip().endswith("stages: 04 dmm versus baselines"), said.output

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from dmmlib import forget_sets, presets
-from dmmlib.app import plan, status
+from dmmlib.app import batch, plan, status
 from dmmlib.errors import DataError, MethodError
+from dmmlib.files import write_json
 from dmmlib.jobs import jobs
 from dmmlib.progress import silent
 from dmmlib.studies.cheap import ablation, experiments
@@ -38,6 +39,23 @@ def test_the_docs_say_what_the_main_story_computes():
     docs = " ".join((root / "docs" / "speed.md").read_text(encoding="utf-8").split())
     assert f"{said}: {whole:.1f} minutes at the rate" in docs
     assert f"({half:.1f} in bfloat16)" in docs
+
+
+def test_how_long_all_takes_is_told_from_records_and_of_the_laptop_preset_before(tmp_path, quick):
+    stages, n = {"01", "02", "03"}, batch.ORDER
+
+    def hours(preset):
+        return plan.plan(preset, tmp_path, stages=stages).whole
+
+    cores = torch.get_num_threads()
+    laptop, pace = presets.load("laptop", {"device": "cpu"}), batch.RATE / (1000 * cores)
+    assert hours(laptop) == (pytest.approx(pace * (n["02"] + (n["01"] + n["03"]) / 2) / 3600), False)
+    assert hours(presets.load("laptop", {"device": "cpu", "seed": 1})) is None, "of others nothing is known"
+    for name, seconds in (("01_convex_setting", 30), ("02_datamodel_estimation", 700), ("03_forget_set_selection", 50)):
+        write_json(tmp_path / "laptop" / "notebooks" / f".{name}.json", {"seconds": seconds})
+    found = plan.plan(laptop, tmp_path, stages=stages)
+    assert found.whole == (pytest.approx(740 / 3600), True)
+    assert "all in all: about 13 minutes, as when last executed here" in str(found)
 
 
 CHEAP = {"sizes": [10, 40], "n_draws": 2, "n_kernel": 2, "linearised": [1]}

@@ -38,6 +38,8 @@ ORDER = {
 """What is begun first where several stages could be: the main results, then what takes long; and seconds that each took
 of the laptop preset on two cores, which tell how much of a run is done until one has run here."""
 
+RATE = 325_000  # plain sample gradients per second of the laptop preset's model on both of these cores
+TRAINING = ("02", "04")  # stages that keep every core busy by themselves
 STUDY = ("02", "03", "04", "05", "07")  # stages of the study's own models and forget sets; others train small ones
 SPEED = {"chunk": "auto", "compile": "auto", "shard": 100}  # of ensembles: keys hold the defaults, whatever is set
 
@@ -129,8 +131,7 @@ class _Stage:
             seconds = time.time() - began
             named = self.notebook.read_text(encoding="utf-8")  # others may have written tables of theirs meanwhile
             tables = [p.name for p in self.out.parent.glob("*.csv") if p.stat().st_mtime > began and p.name in named]
-            names = sorted([f"{self.out.name}/{self.notebook.name}", *tables])
-            kept = {name: self._hash(name) for name in names}
+            kept = {name: self._hash(name) for name in sorted([f"{self.out.name}/{self.notebook.name}", *tables])}
             write_json(self.record, {"key": self.key, "seconds": round(seconds, 1), "files": kept})
         except OSError as problem:
             reason = f"{problem.strerror} ({self.out})." if problem.strerror else str(problem)
@@ -139,6 +140,19 @@ class _Stage:
 
     def _hash(self, name: str) -> str:
         return short((self.out.parent / name).read_bytes())
+
+
+def expected(numbers: Collection[str], out: Path, pace: float) -> tuple[float, bool]:
+    """About how many seconds stages take on two cores, and whether that is because they took them here.
+
+    Args:
+        out: where their notebooks were executed, if they were.
+        pace: by how much longer than `ORDER` says a stage takes that was not.
+    """
+    told = {n: _Stage(path, out, "", out).expected() for n, path in stages().items() if n in numbers}
+    took = {n: seconds * (1 if here else pace) for n, (seconds, here) in told.items()}
+    side_by_side = 2 if len(took) > 1 else 1
+    return sum(s / (1 if n in TRAINING else side_by_side) for n, s in took.items()), all(h for _, h in told.values())
 
 
 def run(

@@ -19,7 +19,6 @@ from dmmlib.errors import DmmError, PresetError, StoreError
 from dmmlib.files import LAID_OUT, read_json, resource
 from dmmlib.progress import Pulse, duration, silent
 
-TRAINING = ("02", "04")  # stages that keep every core busy by themselves
 REQUEST_STAGE, REQUEST = "04", ["do_nothing", "retrain", "dm_direct", "dmm"]
 """What a forget set of one's own is studied with, unless more is asked for."""
 BESIDE = ("04", "05")  # stages that can study a set of one's own beside the preset's
@@ -190,7 +189,7 @@ def run(
         _say,
         force=force,
         threads=1 if study.preset.threads else torch.get_num_threads(),  # one's own are for a single notebook
-        wide=TRAINING if study.planned >= MANY_STEPS else (),
+        wide=batch.TRAINING if study.planned >= MANY_STEPS else (),
         environment={"DMM_RUNS": str(study.runs.resolve()), "DMM_FIGURES": str(study.figures.resolve())},
         executed=lambda: record(study, study.output),
     )

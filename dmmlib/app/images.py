@@ -62,8 +62,7 @@ def image_folder(
         key = config_hash({"files": listing, "side": side, "crop": CROP})
         path = Path(cache or Path(user_cache_dir("dmmlib")) / "images") / f"{name}-{part}-{side}-{key}.npy"
         arrays += [_decoded([path for path, _ in files], side, path), np.array([label for _, label in files])]
-    names = tuple(classes)
-    return from_arrays(*arrays, name=name, class_names=names, mean=MEAN, std=STD, ids=ids[0], val_ids=ids[1])
+    return from_arrays(*arrays, name=name, class_names=tuple(classes), mean=MEAN, std=STD, ids=ids[0], val_ids=ids[1])
 
 
 def _files(root: Path, classes: Mapping[str, Sequence[str]]) -> list[tuple[Path, int]]:

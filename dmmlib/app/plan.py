@@ -16,7 +16,7 @@ import torch
 from platformdirs import user_cache_dir
 from tqdm import tqdm
 
-from dmmlib import ensemble, models, tuning, unlearn
+from dmmlib import ensemble, models, presets, tuning, unlearn
 from dmmlib.app import batch, status
 from dmmlib.data import Dataset
 from dmmlib.datamodels import BLOCK
@@ -64,6 +64,7 @@ class Plan:
     disk: Mapping[str, float]  # name -> bytes when complete
     memory: Mapping[str, float]  # what is done -> bytes at its peak, about; one is done after the other
     rate: Rate
+    whole: tuple[float, bool] | None  # hours of all stages, and whether that is what they took here; None: not known
 
     @property
     def hours(self) -> float:
@@ -91,9 +92,15 @@ class Plan:
                 f"{_duration(self.unlearning * r.gain / r.in_all / 3600)} more to search and to unlearn",
                 f"  memory: about {_bytes(max(self.memory.values()))} at the peak; {_sizes(self.memory)}",
                 f"  disk: {_bytes(sum(self.disk.values()))} when complete; {_sizes(self.disk)}",
-                "  not counted: fitting datamodels, KLoM, and the small models of other stages (minutes).",
+                f"  all in all: {self._whole()}",
             ]
         )
+
+    def _whole(self) -> str:
+        if self.whole is None:
+            return "not known before a run; fitting, KLoM and the small models of other stages come on top of that time"
+        hours, here = self.whole
+        return f"about {_duration(hours)}, " + ("as when last executed here" if here else "with nothing trained yet")
 
 
 def plan(
@@ -149,6 +156,10 @@ def plan(
     rate = measure(module, shape, data.n_classes, data.n_train, preset, device)
     plain = [r for way, r in rates.items() if not way.compile and not way.processes]
     gain = max(rates.values()) / max(plain) if plain else 1.0
+    rate = rate._replace(cores=1 if device.type == "cuda" else torch.get_num_threads(), gain=gain)
+    out, pace = (study.output if study else Path()) / "notebooks", batch.RATE * gain / rate.in_all
+    seconds, took_here = batch.expected(stages, out, pace)
+    laptop, given = (p.model_dump(exclude={*presets.PLACES}) for p in (presets.load("laptop"), preset))
     return Plan(
         preset,
         data,
@@ -166,7 +177,8 @@ def plan(
             "unlearning": points + (3 * weights + outputs) * n,
             "ridge": 1.2 * outputs * min(BLOCK, n_subsets) + 4.0 * factor,
         },
-        rate=rate._replace(cores=1 if device.type == "cuda" else torch.get_num_threads(), gain=gain),
+        rate=rate,
+        whole=(seconds / 3600, took_here) if took_here or (given == laptop and not own) else None,
     )
 
 
@@ -281,7 +293,7 @@ def measure(
 
 def _duration(hours: float) -> str:
     if hours < 1.5:
-        return f"{math.ceil(60 * hours)} minutes"
+        return f"{(minutes := math.ceil(60 * hours))} minute{'s' * (minutes != 1)}"
     return f"{hours:,.1f} hours" + (f" ({hours / 24:,.0f} days)" if hours >= 48 else "")
 
 

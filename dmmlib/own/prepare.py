@@ -141,8 +141,7 @@ class Prepared(Models):
         one = isinstance(without, str) or not isinstance(without, Sized) or getattr(without, "ndim", None) == 0
         gone = resolve(without, self.data)[0] if one or len(without) else np.empty(0, int)
         points = torch.from_numpy(np.setdiff1d(np.arange(self.data.n_train), gone)).to(self.device)
-        trained = self._trained(self.x[points], self.y[points], seed)
-        return with_weights(self.module().to(self.device), trained)
+        return with_weights(self.module().to(self.device), self._trained(self.x[points], self.y[points], seed))
 
     def _trained(self, x: Tensor, y: Tensor, seed: int) -> ensemble.Ensemble:
         """A model trained on points; how many it sees at a time is noted in `_SEEN`, over all epochs."""
