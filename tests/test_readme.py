@@ -201,6 +201,17 @@ def test_what_the_docs_say_of_matching_is_measured():
     assert f"and at {over.loc[('perfect, cost 0.1', 'convnet', 'half_class'), 'retain']} at .10" in words
     worst = (over.loc[(f"perfect, cost {cost}", "digits", "mislabelled"), "retain"] for cost in (0.03, 0.05, 0.1))
     assert "digits, at {:.1f} for .03, {:.1f} for .05 and {:.1f} for .10".format(*worst) in words
+    wide = np.log(table[["forget", "retain", "validation"]])
+    met = (wide.xs("predicted, cost 0.03", level="way") - wide.xs("DM-direct", level="way")).groupby(["kind", "set"])
+    met = np.exp(met.mean())
+    assert len(met) == 12
+    assert f"(within {met['forget'].max():.2f} times DM-direct in each of twelve kinds of set)" in words
+    assert f"validation points (median {met['validation'].median():.2f})" in words
+    said = (
+        f"median {met['retain'].median():.2f} times DM-direct, {met['retain'].max():.2f} at most, on mislabelled digits"
+    )
+    assert said in words
+    assert met["retain"].idxmax() == ("digits", "mislabelled")
     table = pd.read_json(ROOT / "benchmarks" / "results" / "growing.json")
     table = table[table["kind"] == "digits"].set_index(["way", "cost", "seed", "set"])
     assert table.groupby(["way", "cost"]).size().eq(12).all()
