@@ -83,7 +83,7 @@ def test_what_the_limitations_say_in_words_is_in_the_table():
     assert tables.at_the_floor(results)["dmm"] == 0
     assert "most where many points of a class or two leave together" in WORDS
     assert set(gap["forget"]["dmm"].nlargest(3).index) == {"pc2_top_50", "pc2_both_50", "half_of_class_0"}
-    assert "A likelihood-ratio attacker still beats chance against it" in WORDS
+    assert "A likelihood-ratio attacker still beats chance against DMM" in WORDS
     assert ends["low"]["u_lira"]["forget"]["dmm"].median() > 0.5
     assert "Of the baselines one Gauss-Newton step (`newton`), which needs no predictions, is the best here" in WORDS
     assert gap["forget"][baselines].median().idxmin() == "newton"
