@@ -228,7 +228,7 @@ def wide(medians: pd.DataFrame) -> pd.DataFrame:
         if ("", "all", "lds") in at.index:
             row["subset models"] = f"{at['n_models'].iloc[0]:,}"
             row["retrainings"] = f"{value['', 'all', 'cost']:,.0f}"
-            row["fit, s"] = f"{value['', 'all', 'seconds']:.2g}"
+            row["fit, s"] = f"{value['', 'all', 'seconds']:.3g}"
             row["LDS"] = str(Estimate(*at.loc[("", "all", "lds"), ["value", "low", "high"]]))
             row["slope on F"] = f"{value['dm_direct', 'forget', 'slope']:.2f}"
         for split in SPLITS:
