@@ -105,7 +105,7 @@ def test_intervals_hold_the_draw_of_subset_models_fixed():
     one = results.loc[("dm_direct", "klom_p95", "forget"), "value"].median()
     notebook = (ROOT / "notebooks" / "07_cheap_attribution.ipynb").read_text(encoding="utf-8")
     five = re.search(r"100 models(?: leave|:) p95 KLoM (\d\.\d\d)", notebook)[1]
-    assert "mean over 5 independent draws" in notebook
+    assert re.search(r"mean over independent draws of subset models \([^)]*\b5 of 100\b", notebook)
     assert f"DM-direct's forget KLoM of {one:.2f} is of one draw; over five it is {five} (" in WORDS
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -212,8 +213,8 @@ def sees(study: Study) -> str:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """Write a table in Markdown, index included, floats with three significant digits."""
+    """Write a table in Markdown, index included, floats with three significant digits and no power of ten."""
     flat = table.reset_index()
-    cells = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row] for row in flat.to_numpy()]
+    cells = [[f"{Decimal(f'{v:.3g}'):f}" if isinstance(v, float) else str(v) for v in row] for row in flat.to_numpy()]
     lines = [list(map(str, flat.columns)), ["---"] * flat.shape[1], *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
