@@ -41,6 +41,16 @@ def test_the_docs_say_what_the_main_story_computes():
     assert f"({half:.1f} in bfloat16)" in docs
 
 
+def test_the_docs_say_what_people_wait_for():
+    root = Path(__file__).parents[1]
+    took = json.loads((root / "benchmarks" / "results" / "request.json").read_text(encoding="utf-8"))
+    help_, status_ = (took[name]["processor seconds, after"] for name in ("help", "status"))
+    docs = " ".join((root / "docs" / "speed.md").read_text(encoding="utf-8").split())
+    assert f"`dmm --help` takes {help_:.1f} s of processor time" in docs
+    assert f"store takes {took['request']['wall seconds, after']:.0f} s when its oracles are there" in docs
+    assert f"`dmm status` takes {status_:.0f} s" in docs
+
+
 def test_how_long_all_takes_is_told_from_records_and_of_the_laptop_preset_before(tmp_path, quick):
     stages, n = {"01", "02", "03"}, batch.ORDER
 
