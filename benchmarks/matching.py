@@ -105,7 +105,7 @@ def arguments(about: str | None, out: str, kinds: bool = True) -> argparse.Names
 def save(name: str, table: pd.DataFrame, text: str) -> None:
     """Write a table, a row on each line, and what it says to people."""
     records = json.dumps(table.to_dict("records"), indent=0).replace(",\n", ", ").replace("}, {", "},\n{")
-    (RESULTS / f"{name}.json").write_text(records + "\n", encoding="utf-8")
+    (RESULTS / f"{name}.json").write_text(records.replace(": NaN", ": null") + "\n", encoding="utf-8")
     (RESULTS / f"{name}.txt").write_text(text, encoding="utf-8")
 
 

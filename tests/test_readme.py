@@ -182,6 +182,39 @@ def test_what_the_docs_say_limits_predictions_is_measured():
     assert (over.xs("both", level="way").loc[["retain", "validation"]].round(1) == 1.3).all(axis=None)
 
 
+def test_what_the_docs_say_of_recipes_is_measured():
+    claims, speed = (
+        " ".join((ROOT / "docs" / name).read_text(encoding="utf-8").split()) for name in ("claims.md", "speed.md")
+    )
+    table = pd.read_json(ROOT / "benchmarks" / "results" / "recipe.json")
+    table = table.groupby(["kind", "epochs", "rate", "models"]).mean().drop(columns="seed")
+
+    def two(epochs, rate, models, column):
+        found = (table.loc[(kind, epochs, rate, models), column] for kind in ("fashion-mnist", "digits"))
+        return "{:.2f} and {:.2f}".format(*found).replace("0.", ".")
+
+    usual, smooth = (20, 0.2, 100), (20, 0.05, 25)
+    lds = two(*usual, "lds").replace(" and", " on fashion-mnist and")
+    assert f"The LDS of a hundred models, for which .75 was the goal, is {lds} on digits" in claims
+    assert table["lds"].xs(100, level="models").sub(table["lds"].xs(25, level="models")).abs().max() < 0.02
+    assert f"true means {two(*usual, 'ceiling')}; against the mean of three models of each subset it is" in claims
+    assert f"each subset it is {two(*usual, 'of means')}. Linearised networks" in claims
+    assert f"in question give {two(*usual, 'own features')}, so" in claims
+    assert f"the LDS of 25 is {two(*smooth, 'lds')}" in claims
+    assert f"standard deviations: {two(20, 0.05, 100, 'gap')} instead of {two(*usual, 'gap')}" in claims
+    accuracy = table["accuracy"].xs(100, level="models").unstack("kind").dropna()
+    assert (accuracy.loc[(20, 0.05)] >= accuracy.loc[(20, 0.2)]).all()
+    of = table.loc["fashion-mnist"].xs(100, level="models")
+    half, whole = of.loc[(10, 0.2)], of.loc[(20, 0.2)]
+    assert f"as accurate ({half['accuracy']:.1f} instead of {whole['accuracy']:.1f} %), its LDS is" in speed
+    said = f"its LDS is {half['lds']:.3f} instead of {whole['lds']:.3f}, and DM-direct leaves {half['klom forget']:.2f}"
+    assert said.replace(" 0.", " .") in speed
+    assert f"on forgotten points instead of {whole['klom forget']:.2f} (" in speed
+    lost = whole["accuracy"] - of.loc[[(10, 0.4), (5, 0.4)], "accuracy"]
+    assert "or a quarter, loses {:.1f} and {:.1f} % of accuracy".format(*lost) in speed
+    assert (of.loc[[(10, 0.4), (5, 0.4)], "lds"] < whole["lds"] * 2 / 3).all()
+
+
 def test_what_the_docs_say_of_matching_is_measured():
     words = " ".join((ROOT / "docs" / "claims.md").read_text(encoding="utf-8").split())
     table = pd.read_json(ROOT / "benchmarks" / "results" / "matching.json").set_index(["kind", "set", "seed", "way"])
