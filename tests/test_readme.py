@@ -215,6 +215,23 @@ def test_what_the_docs_say_of_recipes_is_measured():
     assert (of.loc[[(10, 0.4), (5, 0.4)], "lds"] < whole["lds"] * 2 / 3).all()
 
 
+def test_what_the_docs_say_of_leads_is_measured():
+    words = " ".join((ROOT / "docs" / "claims.md").read_text(encoding="utf-8").split())
+    table = pd.read_json(ROOT / "benchmarks" / "results" / "leads.json").query("split == 'forget'")
+    assert table.groupby("kind")["seed"].nunique().eq(1).all()
+    assert table.groupby("kind")["set"].nunique().eq(6).all()
+    over = np.exp(np.log(table["klom"]).groupby([table["way"], table["kind"]]).mean()).unstack()
+
+    def two(way, joint=" and "):
+        return joint.join(f"{over.loc[way, kind]:.2f}" for kind in ("fashion-mnist", "digits"))
+
+    (a, b), (c, d) = (two(way, " ").split() for way in ("mixed shares", "DM-direct"))
+    assert f"mixed shares leave {a} instead of {c} times the floor on fashion-mnist, but {b} instead of {d} on" in words
+    assert f"random effects of pairs of points {two('pairs')}; the mean with ridge" in words
+    assert f"on a thousand models {two('mean with ridge')}; margins spread" in words
+    assert f"lack the point {two('DM-direct, its spread')}. True means leave {two('true means')}." in words
+
+
 def test_what_the_docs_say_of_matching_is_measured():
     words = " ".join((ROOT / "docs" / "claims.md").read_text(encoding="utf-8").split())
     table = pd.read_json(ROOT / "benchmarks" / "results" / "matching.json").set_index(["kind", "set", "seed", "way"])
