@@ -39,7 +39,7 @@ def compact(png: bytes) -> bytes:
 
 
 def publish_notebook(path: Path) -> None:
-    """The executed notebook, without injected parameters and with stable ids and counts."""
+    """The executed notebook, without injected parameters and lines on progress, with stable ids and counts."""
     notebook = nbformat.read(path, as_version=4)
     notebook.cells = [c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])]
     count = 0
@@ -48,6 +48,7 @@ def publish_notebook(path: Path) -> None:
         if cell.cell_type == "code":
             count += 1
             cell.execution_count = count
+            cell.outputs = [o for o in cell.outputs if o.output_type != "display_data" or set(o.data) != {"text/plain"}]
             for output in cell.outputs:
                 if "execution_count" in output:
                     output.execution_count = count

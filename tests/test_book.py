@@ -1,14 +1,17 @@
-"""What the book's page "Explore" shows is the published run."""
+"""What the book shows is the published run, and can be read."""
 
 import base64
 import json
+import re
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 
-PUBLISHED = Path(__file__).parents[1] / "figures" / "laptop"
+ROOT = Path(__file__).parents[1]
+PUBLISHED = ROOT / "figures" / "laptop"
 
 
 @pytest.fixture(scope="module")
@@ -33,3 +36,18 @@ def test_every_point_has_its_margins_and_its_image(explored):
         assert set(part["points"]) <= set(explored["shown"])
         size = n * (len(explored["methods"]) + 1) * explored["n_quantiles"]
         assert len(base64.b64decode(part["margins"])) == size
+
+
+def test_formulas_are_drawn_whole_and_no_line_on_progress_is_published():
+    convert = pytest.importorskip("latex2mathml.converter").convert
+    pages = [nbformat.read(path, 4).cells for path in sorted((ROOT / "notebooks").glob("[01]*.ipynb"))]
+    texts = [c.source for cells in pages for c in cells if c.cell_type == "markdown"]
+    texts += [path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))]
+    formulas = [
+        one for text in texts for one in re.findall(r"\$\$(.+?)\$\$|(?<!\$)\$([^$\n]+)\$(?!\$)", text, re.DOTALL)
+    ]
+    assert len(formulas) > 50
+    left = [(formula, found) for formula in map("".join, formulas) if (found := re.search(r"\\\w+", convert(formula)))]
+    assert not left
+    outputs = [o for cells in pages for c in cells if c.cell_type == "code" for o in c.outputs]
+    assert not [o for o in outputs if o.output_type == "display_data" and set(o.data) == {"text/plain"}]

@@ -26,9 +26,10 @@ myst_heading_anchors = 3
 
 
 def mathml(translator, node):
-    """Formulas as MathML, which browsers draw by themselves."""
-    display = "block" if node.tagname == "math_block" else "inline"
-    translator.body.append(convert(node.astext(), display=display))
+    """Formulas as MathML, which browsers draw by themselves; a block has room for what stands out of its line."""
+    block = node.tagname == "math_block"
+    drawn = convert(node.astext(), display="block" if block else "inline")
+    translator.body.append(drawn.replace("<math ", '<math style="padding: .4em 0" ', 1) if block else drawn)
     raise SkipNode
 
 
