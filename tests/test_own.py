@@ -827,8 +827,9 @@ def test_a_model_that_does_not_fit_is_refused(kind, tmp_path):
 def test_a_module_of_ones_own_is_given_normalised_images_on_a_gpu_too():
     """Bytes, normalised by a hook, are for the library's models."""
     prepared = Prepared(of(model=ResNet, data=split(*images())), 10, "unused", progress=silent)
-    for spec, expected in ((prepared._spec, False), (models.get("convnet"), True)):
-        there = SimpleNamespace(data=prepared.data, device=torch.device("cuda"), _spec=spec)
+    of_convnet = models.get("convnet"), models.MODELS.ours("convnet")
+    for (spec, ours), expected in (((prepared._spec, prepared._ours), False), (of_convnet, True)):
+        there = SimpleNamespace(data=prepared.data, device=torch.device("cuda"), _spec=spec, _ours=ours)
         assert Given._bytes.func(there) == expected
 
 
