@@ -16,7 +16,7 @@ import torch
 from platformdirs import user_cache_dir
 from tqdm import tqdm
 
-from dmmlib import ensemble, models, presets, tuning, unlearn
+from dmmlib import ensemble, models, tuning, unlearn
 from dmmlib.app import batch, status
 from dmmlib.data import Dataset
 from dmmlib.datamodels import BLOCK
@@ -159,7 +159,7 @@ def plan(
     rate = rate._replace(cores=1 if device.type == "cuda" else torch.get_num_threads(), gain=gain)
     out, pace = (study.output if study else Path()) / "notebooks", batch.RATE * gain / rate.in_all
     seconds, took_here = batch.expected(stages, out, pace)
-    laptop, given = (p.model_dump(exclude={*presets.PLACES}) for p in (presets.load("laptop"), preset))
+    timed = preset.name == "laptop" and device.type == "cpu" and not own  # other numbers give it another name
     return Plan(
         preset,
         data,
@@ -178,7 +178,7 @@ def plan(
             "ridge": 1.2 * outputs * min(BLOCK, n_subsets) + 4.0 * factor,
         },
         rate=rate,
-        whole=(seconds / 3600, took_here) if took_here or (given == laptop and not own) else None,
+        whole=(seconds / 3600, took_here) if took_here or timed else None,
     )
 
 
