@@ -275,12 +275,12 @@ def _step(
             logits, moved = stacking.forward(module, moves | stays, buffers, x[indices], seeds)
         return loss(logits.float(), indices, models).sum(), moved
 
-    gradients, moved = torch.func.grad(total, has_aux=True)(moves)
+    gradients, moved = stacking.gradient(total, moves)
     if masks is not None:
         gradients = {name: gradient * masks[name] for name, gradient in gradients.items()}
     optimizer.update(moves, gradients, state, rate)
     for name, value in moved.items():
-        buffers[name].copy_(value)
+        buffers[name].copy_(value.detach())
 
 
 def check_masks(masks: np.ndarray, n_train: int) -> None:

@@ -39,3 +39,10 @@ def jobs(preset: Preset, n_train: int, n_classes: int) -> Iterator[Job]:
             size = n_train - (f.size or round(f.share * n_train / n_classes))
             sets = {f"oracles:{f.name}": n, f"floor:{f.name}": n_floor}
             yield Job(f"{kind}oracles and floor, {f.name}", size, sets, False)
+
+
+def further(preset: Preset, n_train: int) -> Iterator[Job]:
+    """More subset models for attribution, which only notebook 07 trains."""
+    a = preset.attribution
+    if (more := max(preset.studies["cheap"].sizes) - a.n_subsets) > 0:
+        yield Job("stage 07: more of attribution", round(a.fraction * n_train), {"attribution:more": more})

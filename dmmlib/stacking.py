@@ -111,6 +111,22 @@ def forward(
     return torch.stack(logits), {k: torch.stack([moved[k] for moved in after]) for k in buffers}
 
 
+def gradient(loss: Callable[[Tensors], tuple[Tensor, Any]], params: Tensors) -> tuple[Tensors, Any]:
+    """Gradient of a loss with respect to params, and what it returns besides, as `torch.func.grad` does, to the bit.
+
+    But without that function's import of the compiler, which takes a process longer than importing torch.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return torch.func.grad(loss, has_aux=True)(params)
+    with torch.enable_grad():
+        leaves = {k: v.detach().requires_grad_() for k, v in params.items()}
+        value, besides = loss(leaves)
+    if not value.requires_grad:
+        return {k: torch.zeros_like(v) for k, v in params.items()}, besides
+    found = torch.autograd.grad(value, [*leaves.values()], materialize_grads=True)
+    return dict(zip(leaves, found, strict=True)), besides
+
+
 def stackable(module: nn.Module, params: Tensors, buffers: Tensors, x: Tensor) -> bool:
     """Whether vmap maps models, in the module's mode, to what each answers alone, drawing nothing.
 
@@ -127,11 +143,10 @@ def stackable(module: nn.Module, params: Tensors, buffers: Tensors, x: Tensor) -
             z, moved = ask(weights, state, x[:2].clone())
             return z.square().sum(), (z, moved)
 
-        slopes = torch.func.grad(answers, has_aux=True)
         with drawing(0, x.device):
-            alone, drawn = slopes(weights, partial(forward, trial, seeds=[0, 1])), _drawn()
+            alone, drawn = gradient(partial(answers, ask=partial(forward, trial, seeds=[0, 1])), weights), _drawn()
             try:
-                stacked = slopes(weights, torch.vmap(partial(one, trial)))
+                stacked = gradient(partial(answers, ask=torch.vmap(partial(one, trial))), weights)
                 flat = [[*g.values(), z, *moved.values()] for g, (z, moved) in (stacked, alone)]
                 known[mode] = all(map(alike, *flat)) and _drawn() == drawn
             except Exception:  # whatever vmap cannot do, the module can alone
@@ -265,11 +280,11 @@ def _faults(modules: list[nn.Module], x: Tensor, n_classes: int, exactly: bool) 
             if not close(logits[i], own) or not all(close(after[k][i], v) for k, v in moved.items()):
                 yield "answers otherwise with its weights from outside; make every tensor a parameter or buffer"
 
-    def loss(params: Tensors) -> Tensor:
+    def loss(params: Tensors) -> tuple[Tensor, None]:
         z = forward(empty, params, buffers, x.repeat(2, *(1,) * x.ndim), seeds=[0, 1])[0].flatten(0, 1).float()
-        return F.cross_entropy(z, torch.zeros(len(z), dtype=torch.long, device=z.device))
+        return F.cross_entropy(z, torch.zeros(len(z), dtype=torch.long, device=z.device)), None
 
-    slopes = torch.func.grad(loss)({k: v.detach() for k, v in params.items()}).values()
+    slopes = gradient(loss, params)[0].values()
     if not any(g.any() for g in slopes) or not all(g.isfinite().all() for g in slopes):
         yield "passes no finite gradient on to its parameters; let its answers depend on them"
 

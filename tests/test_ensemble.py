@@ -20,7 +20,7 @@ from joblib.externals.loky.backend.process import LokyProcess
 from torch import nn
 from torch.nn import functional as F
 
-from dmmlib import data, datamodels, ensemble, execution, models
+from dmmlib import data, datamodels, ensemble, execution, models, stacking
 from dmmlib.baselines.whitening import Whitening
 from dmmlib.ensemble import Ensemble, Training
 from dmmlib.errors import DataError, DeviceError, MethodError, OptionError, SchedulerError
@@ -517,6 +517,44 @@ def test_descent_on_whitened_models_is_preconditioned_descent(points):
         moved = white.params[name] @ maps[name] if name in maps else white.params[name]
         torch.testing.assert_close(moved, stacked.params[name] - 0.05 * step, rtol=1e-3, atol=1e-4)
     assert all(torch.equal(white.params[k.replace("weight", "whitener")], v) for k, v in maps.items())
+
+
+class Follows(nn.Module):
+    """A buffer follows what a layer answers, gradient and all."""
+
+    def __init__(self):
+        super().__init__()
+        self.flat, self.layer = nn.Flatten(), nn.Linear(64, 10)
+        self.register_buffer("level", torch.zeros(10))
+
+    def forward(self, x):
+        z = self.layer(self.flat(x))
+        self.level.mul_(0.9).add_(z.mean(0))
+        return z - self.level
+
+
+@pytest.mark.parametrize("factory", [Follows, lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10))])
+@pytest.mark.parametrize("n_models", [1, 3])
+def test_gradients_are_those_of_functorch_to_the_bit(points, factory, n_models):
+    x, y = points[1], points[2]
+    stacked = ensemble.initialise(factory, range(n_models))
+    batch, loss = np.tile(np.arange(20), (n_models, 1)), ensemble.classification(y)
+
+    def total(params):
+        logits, moved = stacking.forward(stacked.module, params, stacked.buffers, x[batch])
+        return loss(logits, torch.from_numpy(batch), None).sum(), moved
+
+    expected, moved = torch.func.grad(total, has_aux=True)(stacked.params)
+    found, also = stacking.gradient(total, stacked.params)
+    (inside, _), _ = torch.func.vjp(lambda params: stacking.gradient(total, params), stacked.params)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value)
+        assert torch.equal(inside[name], value)
+    assert all(torch.equal(also[name], value) for name, value in moved.items())
+    none = stacking.gradient(lambda params: (torch.ones(()), None), stacked.params)[0]
+    assert not any(value.any() for value in none.values())
+    ensemble.descend(stacked, x, [batch, batch], loss, SGD(0.05, 0.0), SGD(0.05, 0.0).start(stacked.params))
+    assert not any(value.requires_grad for value in (*stacked.params.values(), *stacked.buffers.values()))
 
 
 def test_every_example_of_a_mask_is_used_each_epoch():

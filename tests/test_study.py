@@ -3,6 +3,8 @@
 import functools
 import json
 import re
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -246,6 +248,17 @@ def test_models_that_diverge_on_a_reported_set_count_as_answering_all_alike(tmp_
 def test_matching_has_nothing_to_search(tiny, monkeypatch):
     monkeypatch.setattr(tiny, "search", lambda method: pytest.fail("searched"))
     assert tiny.tuned("dmm") == tiny.tuned("oracle_matching") == {"cost": 0.03}
+
+
+def test_what_compiles_nothing_does_not_import_the_compiler(tmp_path):
+    """Importing it takes a process longer than importing torch."""
+    script = (
+        "import sys\nfrom dmmlib.study import Study\nfrom dmmlib.progress import silent\n"
+        f"place = {str(tmp_path)!r}\nStudy({TINY}, {{'device': 'cpu'}}, runs=place, progress=silent).results()\n"
+        "print('torch._dynamo' in sys.modules)"
+    )
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert said.stdout == "False\n", said.stderr
 
 
 def test_originals_oracles_and_floor_are_independent(tiny):

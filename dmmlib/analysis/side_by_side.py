@@ -13,8 +13,8 @@ import pandas as pd
 
 from dmmlib import metrics, unlearn
 from dmmlib.analysis.intervals import median_over
-from dmmlib.analysis.looks import SPLITS
 from dmmlib.attribution import Context, fit, get
+from dmmlib.data import SPLITS
 from dmmlib.datamodels import Attributor, RidgeDatamodel, effects_of, lds, lds_estimate, together
 from dmmlib.errors import DataError, MethodError, OptionError
 from dmmlib.forget_sets import ForgetSet

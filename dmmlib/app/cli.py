@@ -210,11 +210,12 @@ def status(
     """Show what is trained, missing and damaged; trains nothing."""
     overrides = own.parse(set_) | ({"store": store} if store else {})
     with Pulse(lambda: "reading what is trained"):
-        from dmmlib.app.status import damage, trained
+        from dmmlib.app.status import damage, stores, trained
         from dmmlib.study import Study
 
         study = Study(preset, overrides, runs=runs, progress=silent)
-        table, wrong = trained(study), damage(study, repair)
+        found = stores(study)
+        table, wrong = trained(study, found=found), damage(study, repair, found)
     typer.echo(table.to_string(index=False))
     done, planned, damaged = (int(table[column].sum()) for column in ("done", "planned", "damaged"))
     typer.echo(f"{done:,} of {planned:,} models trained, {damaged:,} damaged")

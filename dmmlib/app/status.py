@@ -13,17 +13,17 @@ from fsspec.core import url_to_fs
 
 from dmmlib.errors import DamageError
 from dmmlib.files import load_json, read_arrays, read_json, read_table
-from dmmlib.jobs import Job
+from dmmlib.jobs import Job, further
 from dmmlib.store import Store, reaching
-from dmmlib.studies.cheap import experiments
 from dmmlib.study import Study
 
+Found = tuple[dict[Store, list[int]], list[str]]
 READERS: dict[str, Callable[[Path], Any]] = {".json": read_json, ".npz": read_arrays, ".csv": read_table}
 
 
-def stores(study: Study) -> tuple[list[Store], list[str]]:
-    """Find the stores of a study's models, and say which stores cannot be read."""
-    found, damaged = list[Store](), list[str]()
+def stores(study: Study) -> Found:
+    """Find the stores of a study's models, each with its damaged shards, and say which stores cannot be read."""
+    found, unread = dict[Store, list[int]](), list[str]()
     with reaching(study.root):
         files, place = url_to_fs(study.root)
         paths = sorted(files.glob(f"{place}/*.zarr"))
@@ -31,25 +31,26 @@ def stores(study: Study) -> tuple[list[Store], list[str]]:
         try:
             store = Store.existing(files.unstrip_protocol(path))
         except DamageError as error:
-            damaged.append(str(error))
+            unread.append(str(error))
         else:
             if store is not None and all(store.config.get(k) == v for k, v in study.identity.items()):
-                found.append(store)
-    return found, damaged
+                found[store] = store.damaged()
+    return found, unread
 
 
-def trained(study: Study, asked: Sequence[Job] | None = None) -> pd.DataFrame:
+def trained(study: Study, asked: Sequence[Job] | None = None, found: Found | None = None) -> pd.DataFrame:
     """Look which models are trained; nothing is trained, fitted or written.
 
     Args:
         asked: what is looked for; all that the study and notebook 07 ask for if None.
+        found: what `stores` found, if it was asked before, since it reads every number.
 
     Returns:
         One row per job: models, planned, done, missing, damaged.
     """
     if asked is None:
-        asked = [*study.jobs(), *experiments.jobs(study.preset, study.data.n_train)]
-    there, rows = stores(study)[0], []
+        asked = [*study.jobs(), *further(study.preset, study.data.n_train)]
+    there, rows = (found or stores(study))[0], []
     exact = [] if study.own is None else [study.oracle_set(study.own, floor).name for floor in (False, True)]
     own = {name.rpartition(":")[0]: name for name in exact}  # not those of another set that had its name
     for job in asked:
@@ -57,7 +58,7 @@ def trained(study: Study, asked: Sequence[Job] | None = None) -> pd.DataFrame:
         for name, n in job.sets.items():
             of_set = [store for store in there if _holds(store, own.get(name, name), n, job)]
             for store in sorted(of_set, key=lambda store: len(store.missing()))[:1]:  # the fullest
-                bad = store.count(store.damaged())
+                bad = store.count(there[store])
                 damaged += bad
                 done += n - store.count(store.missing()) - bad
         rows.append((job.what, job.n_models, done, job.n_models - done - damaged, damaged))
@@ -66,10 +67,11 @@ def trained(study: Study, asked: Sequence[Job] | None = None) -> pd.DataFrame:
 
 def _holds(store: Store, name: str, n: int, job: Job) -> bool:
     """Whether some of a job's model set lie in a store: n models, whose name a hash may follow."""
-    found, done = store.config["set"], set(range(store.n_shards)).difference(store.missing())
-    if not done or store.config.get("until", 1.0) != job.until:
+    found, until = store.config["set"], store.config.get("until", 1.0)
+    named = found == name or (":" in name and found.rpartition(":")[0] == name)
+    if not named or store.n_models != n or until != job.until:
         return False
-    if store.n_models != n or (found != name and (":" not in name or found.rpartition(":")[0] != name)):
+    if not (done := set(range(store.n_shards)).difference(store.missing())):
         return False
     first = store.models(min(done)).start
     with suppress(DamageError):
@@ -77,15 +79,16 @@ def _holds(store: Store, name: str, n: int, job: Job) -> bool:
     return True
 
 
-def damage(study: Study, repair: bool = False) -> list[str]:
+def damage(study: Study, repair: bool = False, found: Found | None = None) -> list[str]:
     """Name each file that is damaged: of the study's runs, and of all that runs share; trains nothing.
 
     With `repair` what is damaged goes, so that it is missing, and a run makes it anew. A description of a store is
-    left, as the run that needs it writes it anew and finds the models.
+    left, as the run that needs it writes it anew and finds the models. `found` is as of `trained`.
     """
-    there, said = stores(study)
-    for store in there:
-        for shard in store.damaged():
+    there, unread = found or stores(study)
+    said = [*unread]
+    for store, damaged in there.items():
+        for shard in damaged:
             said.append(f"{store.address}, shard {shard}, is damaged; a run trains it again.")
             if repair:
                 store.drop(shard)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -121,12 +122,17 @@ def separable(
 
     They are not where a weight is used besides its layer.
     """
-    few, found = (params, margins, x[:2], y[:2]), set[str]()
-    for layer in observe(module, *few, kinds)[1]:
-        true = torch.cat(list(explicit(few[0], layer.parameters, *few[1:])))
-        shape = (2, len(layer.d[0, 0]), -1)
-        parts = [part.reshape(shape) for part in true.split([params[k].numel() for k in layer.parameters], 1)]
-        if stacking.alike(layer.products(), torch.cat(parts, -1)):
+
+    def margin_of(point: Tensor, label: Tensor, own: Tensors) -> tuple[Tensor, None]:
+        return margins(params | own, point, label)[0], None
+
+    found = set[str]()
+    for layer in observe(module, params, margins, x[:2], y[:2], kinds)[1]:
+        own, true = {k: params[k] for k in layer.parameters}, list[Tensor]()
+        for point in zip(x[:2].split(1), y[:2].split(1), strict=True):
+            slopes = stacking.gradient(partial(margin_of, *point), own)[0]
+            true.append(torch.cat([slopes[k].reshape(len(layer.d[0, 0]), -1) for k in own], -1))
+        if stacking.alike(layer.products(), torch.stack(true)):
             found.add(layer.parameters[0])
     return found
 

@@ -90,7 +90,8 @@ class Linearised:
     def influence(self) -> Tensor:
         """By how much one more training point raises each margin (n_train, n_points), to first order."""
         logits = (self.initial + self.features @ self.weights).T
-        slopes = torch.func.grad(lambda z: _margins(z).sum())(logits)
+        with torch.enable_grad():
+            slopes = torch.autograd.grad(_margins(logits.requires_grad_()).sum(), logits)[0]
         rises = torch.einsum("ct,tcr->rt", slopes, self.features)
         return self._steps @ torch.linalg.solve(self._hessian(0.0), rises)
 

@@ -7,12 +7,14 @@ layer are white, as Gauss-Newton matching steps in, so that a comparison with it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
+from dmmlib import stacking
 from dmmlib.baselines.whitening import finetune_in
 from dmmlib.ensemble import Ensemble, Loss, cross_entropy
 from dmmlib.optim import SGD, Tensors
@@ -40,14 +42,14 @@ def by_epoch(batches: Sequence[np.ndarray], epochs: int) -> list[Sequence[np.nda
 def mean_gradient(problem: Problem, models: Ensemble, indices: np.ndarray) -> Tensors:
     """Gradient of each model's mean cross-entropy on points (indices,), in evaluation mode: name -> (n_models, ...)."""
 
-    def loss(params: Tensors, part: Tensor) -> Tensor:
+    def loss(part: Tensor, params: Tensors) -> tuple[Tensor, None]:
         x, y = (of[part].expand(models.n_models, *(-1,) * of.ndim) for of in (problem.x, problem.y))
         logits = Ensemble(models.module, params, models.buffers).forward(x)
-        return cross_entropy(logits, y).sum() * (len(part) / len(indices))
+        return cross_entropy(logits, y).sum() * (len(part) / len(indices)), None
 
     parts = torch.from_numpy(indices).to(problem.x.device).split(100)
-    gradients = [torch.func.grad(loss)(models.params, part) for part in parts]
-    return {name: sum(g[name] for g in gradients) for name in models.params}
+    gradients = [stacking.gradient(partial(loss, part), models.params)[0] for part in parts]
+    return {name: sum((g[name] for g in gradients[1:]), gradients[0][name]) for name in models.params}
 
 
 def flat(tensors: Tensors) -> Tensor:

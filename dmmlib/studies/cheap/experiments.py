@@ -5,7 +5,6 @@ Intervals are over forget sets, draws of subset models, or seeds, as each functi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import astuple, dataclass, fields, replace
 from typing import Any
 
@@ -22,7 +21,6 @@ from dmmlib.attributors.bayesian import BayesianDatamodel
 from dmmlib.attributors.linearised import LOGITS, Linearised, LinearisedResponse, linearised_response
 from dmmlib.datamodels import Attributor, RidgeDatamodel
 from dmmlib.forget_sets import ForgetSet
-from dmmlib.jobs import Job
 from dmmlib.metrics import Estimate
 from dmmlib.presets import Preset
 from dmmlib.studies.cheap.evaluator import Evaluator, Rows, label_logits
@@ -42,13 +40,6 @@ def draws(preset: Preset, size: int) -> list[int]:
     n_draws, every = preset.studies["cheap"].n_draws, max(sizes(preset))
     apart = every // n_draws
     return [k * max(size, apart) for k in range(n_draws if size <= apart else max(1, every // size))]
-
-
-def jobs(preset: Preset, n_train: int) -> Iterator[Job]:
-    """List the further subset models that notebook 07 trains."""
-    section, every = preset.attribution, max(sizes(preset))
-    if (more := every - section.n_subsets) > 0:
-        yield Job("stage 07: more of attribution", round(section.fraction * n_train), {"attribution:more": more})
 
 
 def pool(study: Study, start: int, stop: int) -> Context:
