@@ -1,10 +1,11 @@
-"""What people wait for: short commands, and a request of one's own from a trained store, here and in another checkout.
+"""What people wait for: short commands, a study's start, and a request of one's own, here and in another checkout.
 
     python benchmarks/request.py [--preset laptop] [--forget-set mine.json] [--before ../older] [--rounds 3]
 
 Seconds of processor time (children's included) and of the wall clock. Commands run in turn in both checkouts, so that
-other work on the machine meets both; what counts is their ratio. The store (DMM_RUNS) must hold trained models; a
-request trains its oracles in a first round, which is not counted.
+other work on the machine meets both; what counts is their ratio. The store (DMM_RUNS) must hold trained models. A
+request, and one tried on the preset smoke as the widget does, train oracles in a first round, which is not counted.
+`study` makes a study in a new process, `attributor` also reads its attributor.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ import sys
 import time
 from pathlib import Path
 
+from dmmlib import presets
+
 HERE = Path(__file__).resolve().parents[1]
 
 
 def seconds(checkout: Path, arguments: list[str]) -> tuple[float, float]:
-    """Processor and wall seconds of a command."""
+    """Processor and wall seconds of a Python process."""
     before, start = os.times(), time.perf_counter()
-    command = [sys.executable, "-m", "dmmlib.app.cli", *arguments]
-    subprocess.run(command, env=os.environ | {"PYTHONPATH": str(checkout)}, stdout=subprocess.DEVNULL, check=True)
+    command = [sys.executable, *arguments]
+    environment = os.environ | {"PYTHONPATH": str(checkout)}
+    subprocess.run(command, env=environment, cwd=checkout, stdout=subprocess.DEVNULL, check=True)
     after = os.times()
     spent = after.children_user + after.children_system - before.children_user - before.children_system
     return spent, time.perf_counter() - start
@@ -41,7 +45,14 @@ def main() -> None:
     given = parser.parse_args()
     commands = {"help": ["--help"], "version": ["--version"], "status": ["status", given.preset]}
     if given.forget_set:
-        commands["request"] = ["run", given.preset, "--stage", "04", "--force", "--forget-set", str(given.forget_set)]
+        again = ["--stage", "04", "--force", "--forget-set", str(given.forget_set.resolve())]
+        commands["request"] = ["run", given.preset, *again]
+        theirs = presets.load(given.preset).data.model_dump(mode="json", exclude_defaults=True)
+        data = [part for key, value in theirs.items() for part in ("--set", f"data.{key}={json.dumps(value)}")]
+        commands["try"] = ["run", "smoke", *again, *data]
+    commands = {name: ["-m", "dmmlib.app.cli", *arguments] for name, arguments in commands.items()}
+    study = f"from dmmlib.study import Study; study = Study({given.preset!r})"
+    commands |= {"study": ["-c", study], "attributor": ["-c", f"{study}; study.attributor()"]}
     checkouts = {"after": HERE, **({"before": given.before.resolve()} if given.before else {})}
     report: dict[str, dict[str, float]] = {}
     for name, arguments in commands.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from dmmlib import unlearn
 from dmmlib.presets import Preset
 
 REWOUND = 0.75  # share of the originals' training at which their weights are kept, for methods that rewind to it
@@ -28,6 +27,8 @@ class Job:
 
 def jobs(preset: Preset, n_train: int, n_classes: int) -> Iterator[Job]:
     """All models that a preset's main story trains, on data of that size."""
+    from dmmlib import unlearn  # and with it torch, which a list of sizes does without
+
     n, d, t, a = preset.ensembles.n_models, preset.datamodels, preset.tuning, preset.attribution
     yield Job("originals", n_train, {"originals": n})
     if any(unlearn.get(method).rewinds for method in preset.unlearning.methods):
@@ -39,10 +40,3 @@ def jobs(preset: Preset, n_train: int, n_classes: int) -> Iterator[Job]:
             size = n_train - (f.size or round(f.share * n_train / n_classes))
             sets = {f"oracles:{f.name}": n, f"floor:{f.name}": n_floor}
             yield Job(f"{kind}oracles and floor, {f.name}", size, sets, False)
-
-
-def further(preset: Preset, n_train: int) -> Iterator[Job]:
-    """More subset models for attribution, which only notebook 07 trains."""
-    a = preset.attribution
-    if (more := max(preset.studies["cheap"].sizes) - a.n_subsets) > 0:
-        yield Job("stage 07: more of attribution", round(a.fraction * n_train), {"attribution:more": more})

@@ -284,6 +284,7 @@ def _faults(modules: list[nn.Module], x: Tensor, n_classes: int, exactly: bool) 
         z = forward(empty, params, buffers, x.repeat(2, *(1,) * x.ndim), seeds=[0, 1])[0].flatten(0, 1).float()
         return F.cross_entropy(z, torch.zeros(len(z), dtype=torch.long, device=z.device)), None
 
+    torch.func.vjp(lambda params: loss(params)[0], params)  # which fails where gradients of each point would, later
     slopes = gradient(loss, params)[0].values()
     if not any(g.any() for g in slopes) or not all(g.isfinite().all() for g in slopes):
         yield "passes no finite gradient on to its parameters; let its answers depend on them"

@@ -94,6 +94,8 @@ def test_choose_by_eye_preview_save_and_unlearn(page, url, place):
 
     # the plane: closer, moved, whole again; a class of the legend alone
     plane, seen = widget.locator(".dmm-plane"), "element => element.toDataURL()"
+    settled = "() => window.dmmSeen === (window.dmmSeen = document.querySelector('.dmm-plane').toDataURL())"
+    page.wait_for_function(settled, polling=500)  # it is drawn after what is chosen is counted
     whole = plane.evaluate(seen)
     plane.focus()
     for key in ("+", "ArrowLeft", "0"):

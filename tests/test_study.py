@@ -512,10 +512,10 @@ def test_work_is_told_of_and_idleness_is_not(capsys, monkeypatch):
     reporter("train", 9, 9)
     library["measure"]()
     lines = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"train: 0 / 9 · [123] s so far", lines[1])
-    assert "train: 9 in 3 s" in lines
-    assert re.fullmatch(r"a_study.measure: [12] s so far", lines[-1])
-    assert 5 <= len(lines) <= 9
+    assert re.fullmatch(r"train: 0 / 9 · \d s so far", lines[1])
+    assert any(re.fullmatch(r"train: 9 in \d+ s", line) for line in lines)
+    assert re.fullmatch(r"a_study.measure: \d+ s so far", lines[-1])
+    assert len(lines) >= 5
     time.sleep(1.5)
     assert capsys.readouterr().err == "", "nothing of the library is at work"
 

@@ -23,10 +23,11 @@ from dmmlib.datamodels import BLOCK
 from dmmlib.errors import DataError, OptionError
 from dmmlib.execution import one_thread
 from dmmlib.forget_sets import ForgetSet
-from dmmlib.jobs import Job, further, jobs
+from dmmlib.jobs import Job, jobs
 from dmmlib.presets import DataSection, Preset
 from dmmlib.progress import silent
 from dmmlib.registry import check_call
+from dmmlib.studies.cheap import settings as cheap
 from dmmlib.study import Study
 
 PUBLISHED = {"cifar10": ((32, 32, 3), 10, 50_000, 10_000), "living17": ((160, 160, 3), 17, 88_400, 3_400)}
@@ -205,7 +206,7 @@ def _asked(
         sets = {f"oracles:{forget.name}": n, f"floor:{forget.name}": n}
         yield Job(f"oracles and floor, {forget.name}", data.n_train - len(forget), sets, False), 2 * n
     if "07" in told:
-        yield from ((job, job.n_models) for job in further(preset, data.n_train))
+        yield from ((job, job.n_models) for job in cheap.jobs(preset, data.n_train))
 
 
 def _on_disk(section: DataSection) -> bool:

@@ -13,8 +13,9 @@ from fsspec.core import url_to_fs
 
 from dmmlib.errors import DamageError
 from dmmlib.files import load_json, read_arrays, read_json, read_table
-from dmmlib.jobs import Job, further
+from dmmlib.jobs import Job
 from dmmlib.store import Store, reaching
+from dmmlib.studies.cheap import settings as cheap
 from dmmlib.study import Study
 
 Found = tuple[dict[Store, list[int]], list[str]]
@@ -49,7 +50,7 @@ def trained(study: Study, asked: Sequence[Job] | None = None, found: Found | Non
         One row per job: models, planned, done, missing, damaged.
     """
     if asked is None:
-        asked = [*study.jobs(), *further(study.preset, study.data.n_train)]
+        asked = [*study.jobs(), *cheap.jobs(study.preset, study.data.n_train)]
     there, rows = (found or stores(study))[0], []
     exact = [] if study.own is None else [study.oracle_set(study.own, floor).name for floor in (False, True)]
     own = {name.rpartition(":")[0]: name for name in exact}  # not those of another set that had its name
