@@ -252,9 +252,10 @@ def test_matching_has_nothing_to_search(tiny, monkeypatch):
 
 def test_what_compiles_nothing_does_not_import_the_compiler(tmp_path):
     """Importing it takes a process longer than importing torch."""
+    settings = {"device": "cpu", "unlearning.methods": list(presets.load("quick").unlearning.methods)}
     script = (
         "import sys\nfrom dmmlib.study import Study\nfrom dmmlib.progress import silent\n"
-        f"place = {str(tmp_path)!r}\nStudy({TINY}, {{'device': 'cpu'}}, runs=place, progress=silent).results()\n"
+        f"Study({TINY}, {settings}, runs={str(tmp_path)!r}, progress=silent).results()\n"
         "print('torch._dynamo' in sys.modules)"
     )
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import jvp, vjp
+from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dmmlib.baselines.gradient import flat, like, mean_gradient
@@ -55,21 +55,26 @@ def gauss_newton(models: Ensemble, x: Tensor, damping: float) -> Product:
     def logits(params: Tensors) -> Tensor:
         return Ensemble(models.module, params, models.buffers).forward(x)
 
-    with sdpa_kernel(SDPBackend.MATH):  # the others can be differentiated once only
-        z, pull = vjp(logits, models.params)[:2]
-    p = z.softmax(-1)
+    leaves = {k: v.detach().requires_grad_() for k, v in models.params.items()}
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the others can be differentiated once only
+        z = logits(leaves)
+    p = z.detach().softmax(-1)
+
+    def pull(u: Tensor, again: bool = False) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(z, [*leaves.values()], u, True, create_graph=again, materialize_grads=True)
 
     def push(v: Tensors) -> Tensor:
         try:
             return jvp(logits, (models.params,), (v,))[1]
         except NotImplementedError:  # as of attention and of LSTMs: the derivative of `pull`, which is linear
             with lacking_derivatives():
-                return vjp(lambda u: pull(u)[0], torch.zeros_like(z))[1](v)[0]
+                u = torch.zeros_like(z, requires_grad=True)
+                return torch.autograd.grad(pull(u, again=True), u, [*v.values()])[0]
 
     def product(v: Tensor) -> Tensor:
         dz = push(like(models.params, v))
         curved = p * (dz - (p * dz).sum(-1, keepdim=True)) / x.shape[1]
-        return flat(pull(curved)[0]) + damping * v
+        return flat(dict(zip(leaves, pull(curved), strict=True))) + damping * v
 
     return product
 
