@@ -104,7 +104,8 @@ def measured(study: Study, kind: str, knowing: bool) -> Iterator[dict[str, Any]]
 def text_of(table: pd.DataFrame) -> str:
     """Means over seeds, of ratios geometric."""
     keys, numbers = ["kind", "epochs", "rate", "models"], table.columns[5:]
-    shown = table.groupby(keys, sort=False).agg({k: mean if "klom" in k else "mean" for k in numbers})
+    how = {"seed": "nunique"} | {k: mean if "klom" in k else "mean" for k in numbers}
+    shown = table.groupby(keys, sort=False).agg(how).rename(columns={"seed": "seeds"})
     seeds = {kind: sorted(map(int, part["seed"].unique())) for kind, part in table.groupby("kind", sort=False)}
     return f"Seeds {seeds}. Means over seeds; gaps in sd, klom over the floor's.\n\n{shown.round(3).to_string()}\n"
 

@@ -1,6 +1,6 @@
 """What people wait for: short commands, a study's start, and a request of one's own, here and in another checkout.
 
-    python benchmarks/request.py [--preset laptop] [--forget-set mine.json] [--before ../older] [--rounds 3]
+    python benchmarks/request.py [--preset laptop] [--forget-set mine.json] [--before ../older] [--only study status]
 
 Seconds of processor time (children's included) and of the wall clock. Commands run in turn in both checkouts, so that
 other work on the machine meets both; what counts is their ratio. The store (DMM_RUNS) must hold trained models. A
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--preset", default="laptop")
     parser.add_argument("--forget-set", type=Path)
     parser.add_argument("--before", type=Path, help="the other checkout")
+    parser.add_argument("--only", nargs="+", help="names of what is measured; what else is in the table stays")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=HERE / "benchmarks" / "results" / "request.json")
     given = parser.parse_args()
@@ -54,8 +55,10 @@ def main() -> None:
     study = f"from dmmlib.study import Study; study = Study({given.preset!r})"
     commands |= {"study": ["-c", study], "attributor": ["-c", f"{study}; study.attributor()"]}
     checkouts = {"after": HERE, **({"before": given.before.resolve()} if given.before else {})}
-    report: dict[str, dict[str, float]] = {}
+    report: dict[str, dict[str, float]] = json.loads(given.out.read_text()) if given.only else {}
     for name, arguments in commands.items():
+        if name not in (given.only or commands):
+            continue
         rounds = [
             {which: seconds(path, arguments) for which, path in checkouts.items()} for _ in range(given.rounds + 1)
         ]

@@ -186,8 +186,12 @@ def test_what_the_docs_say_of_recipes_is_measured():
     claims, speed = (
         " ".join((ROOT / "docs" / name).read_text(encoding="utf-8").split()) for name in ("claims.md", "speed.md")
     )
-    table = pd.read_json(ROOT / "benchmarks" / "results" / "recipe.json")
-    table = table.groupby(["kind", "epochs", "rate", "models"]).mean().drop(columns="seed")
+    every, key = pd.read_json(ROOT / "benchmarks" / "results" / "recipe.json"), ["kind", "epochs", "rate", "models"]
+    assert every.groupby(key)["seed"].nunique().eq(3).all()
+    ratios = [column for column in every if column.startswith("klom")]
+    every[ratios] = np.log(every[ratios])
+    table = every.groupby(key).mean().drop(columns="seed")
+    table[ratios] = np.exp(table[ratios])
 
     def two(epochs, rate, models, column):
         found = (table.loc[(kind, epochs, rate, models), column] for kind in ("fashion-mnist", "digits"))
@@ -204,12 +208,20 @@ def test_what_the_docs_say_of_recipes_is_measured():
     assert f"standard deviations: {two(20, 0.05, 100, 'gap')} instead of {two(*usual, 'gap')}" in claims
     accuracy = table["accuracy"].xs(100, level="models").unstack("kind").dropna()
     assert (accuracy.loc[(20, 0.05)] >= accuracy.loc[(20, 0.2)]).all()
+    half, whole = (table["klom forget"]["fashion-mnist", n, 0.2] for n in (10, 20))
+    from_all, from_50 = (f"{half[n]:.2f} instead of {whole[n]:.2f}" for n in (100, 50))
+    assert f"DM-direct leaves {from_all} times the floor, and from 50 models {from_50} (" in claims
+    rest = table.loc[("fashion-mnist", 10, 0.2, 50), ["klom retain", "klom validation"]]
+    assert "({:.2f} on retained, {:.2f} on validation points)".format(*rest) in claims
     of = table.loc["fashion-mnist"].xs(100, level="models")
     half, whole = of.loc[(10, 0.2)], of.loc[(20, 0.2)]
     assert f"as accurate ({half['accuracy']:.1f} instead of {whole['accuracy']:.1f} %), its LDS is" in speed
     said = f"its LDS is {half['lds']:.3f} instead of {whole['lds']:.3f}, and DM-direct leaves {half['klom forget']:.2f}"
     assert said.replace(" 0.", " .") in speed
     assert f"on forgotten points instead of {whole['klom forget']:.2f} (" in speed
+    seeds = every.query("kind == 'fashion-mnist' and models == 100 and rate == 0.2").set_index(["epochs", "seed"])
+    less = seeds["klom forget"][10] < seeds["klom forget"][20]
+    assert f"three development seeds, less on {['none', 'one', 'two', 'all'][less.sum()]} of them" in speed
     lost = whole["accuracy"] - of.loc[[(10, 0.4), (5, 0.4)], "accuracy"]
     assert "or a quarter, loses {:.1f} and {:.1f} % of accuracy".format(*lost) in speed
     assert (of.loc[[(10, 0.4), (5, 0.4)], "lds"] < whole["lds"] * 2 / 3).all()
