@@ -48,9 +48,9 @@ def main() -> None:
     if given.forget_set:
         again = ["--stage", "04", "--force", "--forget-set", str(given.forget_set.resolve())]
         commands["request"] = ["run", given.preset, *again]
-        theirs = presets.load(given.preset).data.model_dump(mode="json", exclude_defaults=True)
-        data = [part for key, value in theirs.items() for part in ("--set", f"data.{key}={json.dumps(value)}")]
-        commands["try"] = ["run", "smoke", *again, *data]
+        ours, smoke = (presets.load(name).data.model_dump(mode="json") for name in (given.preset, "smoke"))
+        changes = (f"data.{key}={json.dumps(value)}" for key, value in ours.items() if value != smoke[key])
+        commands["try"] = ["run", "smoke", *again, *(part for change in changes for part in ("--set", change))]
     commands = {name: ["-m", "dmmlib.app.cli", *arguments] for name, arguments in commands.items()}
     study = f"from dmmlib.study import Study; study = Study({given.preset!r})"
     commands |= {"study": ["-c", study], "attributor": ["-c", f"{study}; study.attributor()"]}
@@ -70,7 +70,7 @@ def main() -> None:
             found["processor ratio"] = round(found["processor seconds, after"] / found["processor seconds, before"], 3)
         report[name] = found
         print(name, found, flush=True)
-    given.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        given.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

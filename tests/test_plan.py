@@ -48,7 +48,11 @@ def test_the_docs_say_what_people_wait_for():
     docs = " ".join((root / "docs" / "speed.md").read_text(encoding="utf-8").split())
     assert f"`dmm --help` takes {help_:.1f} s of processor time" in docs
     assert f"store takes {took['request']['wall seconds, after']:.0f} s when its oracles are there" in docs
-    assert f"`dmm status` takes {status_:.0f} s" in docs
+    assert f"`dmm status` takes {status_:.0f} s, {took['status']['processor ratio']:.2f} of before" in docs
+    assert f"as the widget does {took['try']['wall seconds, after']:.0f} s" in docs
+    study, attributor = (took[name]["processor seconds, after"] for name in ("study", "attributor"))
+    assert f"has a study after {study:.1f} s, and its attributor, read from disk, {attributor - study:.1f} s" in docs
+    assert f"compiled steps: {took['study']['processor ratio']:.2f} of the time" in docs
 
 
 def test_how_long_all_takes_is_told_from_records_and_of_the_laptop_preset_before(tmp_path, quick):

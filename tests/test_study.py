@@ -251,7 +251,7 @@ def test_matching_has_nothing_to_search(tiny, monkeypatch):
 
 
 def test_what_compiles_nothing_does_not_import_the_compiler(tmp_path):
-    """Importing it takes a process longer than importing torch."""
+    """Its import is a quarter of the time in which a process has a study (docs/speed.md)."""
     settings = {"device": "cpu", "unlearning.methods": list(presets.load("quick").unlearning.methods)}
     script = (
         "import sys\nfrom dmmlib.study import Study\nfrom dmmlib.progress import silent\n"
