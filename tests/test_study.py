@@ -507,16 +507,19 @@ def test_work_is_told_of_and_idleness_is_not(capsys, monkeypatch):
     monkeypatch.setattr(progress, "EVERY", 0.7)
     library = {"__name__": "dmmlib.a_study", "time": time}
     exec("def measure(): time.sleep(2.5)", library)
-    reporter = Reporter()
+    reporter, begun = Reporter(), time.monotonic()
     reporter("train", 0, 9)
     library["measure"]()
     reporter("train", 9, 9)
+    half = time.monotonic()
     library["measure"]()
+    first, second = half - begun, time.monotonic() - half  # 2.5 s each, or more on a busy machine
     lines = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"train: 0 / 9 · \d s so far", lines[1])
-    assert any(re.fullmatch(r"train: 9 in \d+ s", line) for line in lines)
-    assert re.fullmatch(r"a_study.measure: \d+ s so far", lines[-1])
-    assert len(lines) >= 5
+    assert 1 <= int(re.fullmatch(r"train: 0 / 9 · (\d+) s so far", lines[1])[1]) <= first + 0.5
+    (done,) = (line for line in lines if line.startswith("train: 9 in"))
+    assert int(re.fullmatch(r"train: 9 in (\d+) s", done)[1]) == pytest.approx(first, abs=1)
+    assert 1 <= int(re.fullmatch(r"a_study.measure: (\d+) s so far", lines[-1])[1]) <= second + 0.5
+    assert 5 <= len(lines) <= 4 + first + second
     time.sleep(1.5)
     assert capsys.readouterr().err == "", "nothing of the library is at work"
 
