@@ -28,7 +28,8 @@ def seconds(checkout: Path, arguments: list[str]) -> tuple[float, float]:
     """Processor and wall seconds of a Python process."""
     before, start = os.times(), time.perf_counter()
     command = [sys.executable, *arguments]
-    environment = os.environ | {"PYTHONPATH": str(checkout)}
+    runs = os.path.abspath(os.environ.get("DMM_RUNS", HERE / "runs"))  # one store for both
+    environment = os.environ | {"PYTHONPATH": str(checkout), "DMM_RUNS": runs}
     subprocess.run(command, env=environment, cwd=checkout, stdout=subprocess.DEVNULL, check=True)
     after = os.times()
     spent = after.children_user + after.children_system - before.children_user - before.children_system
@@ -55,7 +56,9 @@ def main() -> None:
     study = f"from dmmlib.study import Study; study = Study({given.preset!r})"
     commands |= {"study": ["-c", study], "attributor": ["-c", f"{study}; study.attributor()"]}
     checkouts = {"after": HERE, **({"before": given.before.resolve()} if given.before else {})}
-    report: dict[str, dict[str, float]] = json.loads(given.out.read_text()) if given.only else {}
+    report: dict[str, dict[str, float]] = (
+        json.loads(given.out.read_text(encoding="utf-8")) if given.only and given.out.exists() else {}
+    )
     for name, arguments in commands.items():
         if name not in (given.only or commands):
             continue
